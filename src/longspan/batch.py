@@ -1,0 +1,277 @@
+"""Cut a batch to a rank's tokens, agree on it, and put tensors together again. Knows nothing of attention or models.
+
+    whole batch  --cut-->   my tokens + Step   --agree-->   the same, Step.labelled of all ranks      shard = agree(cut(...))
+       [B, N]    (pure)     [B, n]           (one all-reduce)
+
+    ids        a  b  c  d  e  f        rank 0: a b c    labels predict b c d       shifted on the whole, then cut: my last
+    shifted    b  c  d  e  f  .        rank 1: d e f    labels predict e f .       token predicts the next rank's first
+
+Everything that changes from step to step is in the one frozen ``Step``, which reaches attention and the loss as the
+keyword ``longspan`` of the model's call. Whatever one rank alone can know to be wrong travels as a flag in the agreement,
+so that every rank raises the same text and none waits for another.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Num
+from torch import Tensor
+
+from longspan import masks
+from longspan.collectives import all_gather
+from longspan.errors import BatchError, LongspanError
+from longspan.layout import Runs
+from longspan.masks import Mask
+from longspan.mesh import ParallelMesh, Place
+
+IGNORE = -100
+"""The label of a token that nothing is learned from, as in ``F.cross_entropy``."""
+
+TOKEN_DIM = {
+    "input_ids": 1,
+    "labels": 1,
+    "position_ids": 1,
+    "token_type_ids": 1,
+    "inputs_embeds": 1,
+}
+"""Which dimension of the batch's well-known tensors is the tokens; others are declared by ``dims=``."""
+
+Part = dict[str, Any]
+"""A rank's tensors by name, and under ``longspan`` the Step: ``model(**part)``."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward must know of the whole batch, and cannot see in a rank's part of it.
+
+    ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``mask`` (None: what the model
+    says itself; a tuple has one mask a row), ``labelled`` tokens that are learned from (by agreement: over all replicas and
+    micro-batches of the step), ``digest`` of the whole content, equal on the ranks that share a sequence.
+    """
+
+    tokens: int
+    rows: int
+    positions: Runs
+    mask: Mask | tuple[Mask, ...] | None
+    labelled: int
+    digest: int
+
+
+def shard(
+    batch: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    mesh: ParallelMesh,
+    *,
+    shift: bool = True,
+    mask: Mask | Sequence[Mask] | None = None,
+    dims: Mapping[str, int] | None = None,
+) -> Any:
+    """A rank's part of a batch, or its parts of the micro-batches of one accumulated step; every rank calls it once a step.
+
+    The ranks of a sequence pass the same whole batch, each data replica its own rows; a replica without a row passes
+    ``input_ids`` of shape [0, N] and still joins. Over a list the labels are counted once for all, so the sum of the losses
+    is the loss of one device. ``shift=False`` is for models that predict a token in its own place (masked LM).
+
+    Raises the same error on every rank: BatchError for a batch that cannot be cut or that differs between the ranks of a
+    sequence, LayoutError for fewer tokens than ranks, MaskError for a mask of another length.
+    """
+    several = not isinstance(batch, Mapping)
+    try:
+        parts = [cut(one, mesh.place, shift=shift, mask=mask, dims=dims) for one in (batch if several else [batch])]
+    except Exception as error:
+        agree_on_error(error if isinstance(error, LongspanError) else BatchError(f"{type(error).__name__}: {error}"), mesh)
+        raise
+    agreed = agree(parts, mesh)
+    return agreed if several else agreed[0]
+
+
+def cut(
+    batch: Mapping[str, Any],
+    place: Place,
+    *,
+    shift: bool = True,
+    mask: Mask | Sequence[Mask] | None = None,
+    dims: Mapping[str, int] | None = None,
+) -> Part:
+    """The tensors of ``batch`` [batch, tokens, ...] cut to the tokens of the rank at ``place``; pure, so a worker may call it.
+
+    Adds ``position_ids`` (global) where there are none, and with ``shift`` the ``shift_labels``: labels shifted on the whole
+    row, then cut. ``Step.labelled`` counts this batch alone until ``agree``.
+    """
+    ids = batch.get("input_ids", batch.get("inputs_embeds"))
+    if not isinstance(ids, Tensor) or ids.ndim < 2:
+        raise BatchError("the batch has no input_ids of shape [batch, tokens] (nor inputs_embeds); it needs one of them")
+    rows, tokens = ids.shape[:2]
+    positions = place.layout(tokens).mine(place.ring_rank, place.ulysses_rank)
+    whole = dict(batch)
+    step_mask = _mask_of(whole.pop("attention_mask", None), mask, rows, tokens)
+    whole.setdefault("position_ids", torch.arange(tokens, device=ids.device).expand(rows, tokens))
+    learned = _learned_labels(whole, rows, tokens, shift)
+    _refuse_blind_labels(learned, step_mask, rows, tokens)
+    declared = TOKEN_DIM | {"shift_labels": 1} | dict(dims or {})
+    part: Part = {name: _cut_one(name, value, declared, tokens, positions) for name, value in whole.items()}
+    labelled = 0 if learned is None else int((learned != IGNORE).sum())
+    part["longspan"] = Step(tokens, rows, positions, step_mask, labelled, _digest(batch, step_mask))
+    return part
+
+
+def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
+    """The parts of one step with ``Step.labelled`` counted over all micro-batches and data replicas: one small all-reduce.
+
+    Raises BatchError on every rank alike where the ranks of a sequence were given different batches, or a rank another
+    number of micro-batches.
+    """
+    steps: list[Step] = [part["longspan"] for part in parts]
+    digest = _hash(repr([(step.digest, step.tokens, step.rows) for step in steps]).encode())
+    mine = (0, len(steps), steps[0].rows, steps[0].tokens, sum(step.labelled for step in steps), digest)
+    table = _exchange_facts(mine, mesh)
+    _raise_the_first_error(table, None, mesh)
+    _refuse_disagreement(table, mesh.place)
+    sequence = mesh.place.ring * mesh.place.ulysses
+    labelled = sum(row[4] for row in table[::sequence])
+    return [{**part, "longspan": replace(step, labelled=labelled)} for part, step in zip(parts, steps)]
+
+
+def unshard(
+    tensor: Num[Tensor, "*part"], mesh: ParallelMesh, dim: int = 1, tokens: int | None = None
+) -> Num[Tensor, "*whole"]:
+    """Every rank's tokens of its sequence along ``dim``, in the order of the whole row; the inverse of the cut.
+
+    ``tokens`` is the whole length (``Step.tokens``); without it every rank must hold equally many. Differentiable: the
+    gradient of a rank's part is the sum of what all ranks ask of it.
+    """
+    place = mesh.place
+    sequence = place.ring * place.ulysses
+    layout = place.layout(tokens if tokens is not None else tensor.shape[dim] * sequence)
+    owned = [layout.mine(ring, ulysses) for ring in range(place.ring) for ulysses in range(place.ulysses)]
+    sizes = [sum(map(len, runs)) for runs in owned]
+    mine = sizes[place.ring_rank * place.ulysses + place.ulysses_rank]
+    if tensor.shape[dim] != mine:
+        raise BatchError(
+            f"unshard was given {tensor.shape[dim]} tokens in dim {dim}, but this rank holds {mine} of tokens={layout.tokens}; "
+            f"pass tokens= the length of the whole row (Step.tokens)"
+        )
+    gathered = all_gather(tensor, mesh.sequence_group, mesh.transport, dim, sizes)
+    if not place.zigzag:
+        return gathered
+    order = torch.cat([torch.arange(run.start, run.stop) for runs in owned for run in runs])
+    return gathered.index_select(dim, order.argsort().to(gathered.device))
+
+
+def take(x: Num[Tensor, "*whole"], runs: Runs, dim: int) -> Num[Tensor, "*part"]:
+    """The positions ``runs`` of ``x`` along ``dim``, contiguous in memory."""
+    return torch.cat([x.narrow(dim, run.start, len(run)) for run in runs], dim)
+
+
+def agree_on_error(error: LongspanError | None, mesh: ParallelMesh) -> None:
+    """Raise on every rank what any rank brings: the text of the first one that has an error. Every rank must call it."""
+    mine = (int(error is not None), 0, 0, 0, 0, 0)
+    _raise_the_first_error(_exchange_facts(mine, mesh), error, mesh)
+
+
+def _mask_of(
+    attention_mask: Tensor | None, mask: Mask | Sequence[Mask] | None, rows: int, tokens: int
+) -> Mask | tuple[Mask, ...] | None:
+    if attention_mask is None or bool((attention_mask != 0).all()):
+        return mask if isinstance(mask, Mask) or mask is None else tuple(mask)
+    raise BatchError("attention_mask with padding is not supported yet; pass rows without padding")
+
+
+def _learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) -> Tensor | None:
+    """The labels that the loss will see, on the whole row; adds ``shift_labels`` to the batch where they are shifted."""
+    labels = whole.get("labels")
+    if not isinstance(labels, Tensor) or labels.shape != (rows, tokens):
+        return None
+    if shift:
+        whole["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    return whole["shift_labels"] if shift else labels
+
+
+def _refuse_blind_labels(learned: Tensor | None, mask: Mask | tuple[Mask, ...] | None, rows: int, tokens: int) -> None:
+    if learned is None or mask is None:
+        return
+    flat = learned.flatten()
+    for run in masks.blind_rows(masks.rows(mask, rows, tokens, tokens), rows * tokens):
+        if bool((flat[run.start : run.stop] != IGNORE).any()):
+            row, first = divmod(run.start, tokens)
+            raise BatchError(
+                f"row {row} has a label at token {first} or behind it, but the mask lets that token see nothing; "
+                f"set its label to {IGNORE}, or let it see itself"
+            )
+
+
+def _cut_one(name: str, value: Any, declared: Mapping[str, int], tokens: int, positions: Runs) -> Any:
+    if not isinstance(value, Tensor) or (name == "labels" and value.shape[1:2] != (tokens,)):
+        return value
+    if name not in declared:
+        raise BatchError(
+            f"the batch's tensor {name!r} of shape {list(value.shape)} is unknown; say which of its dimensions is the tokens "
+            f"by dims={{{name!r}: 1}}, or take it out of the batch"
+        )
+    dim = declared[name]
+    if value.ndim <= dim or value.shape[dim] != tokens:
+        raise BatchError(
+            f"{name!r} of shape {list(value.shape)} does not have the row's {tokens} tokens in dim {dim}; "
+            f"declare its token dimension by dims={{{name!r}: ...}}"
+        )
+    return take(value, positions, dim)
+
+
+def _digest(batch: Mapping[str, Any], mask: Mask | tuple[Mask, ...] | None) -> int:
+    content = hashlib.blake2b(repr((sorted(batch), mask)).encode(), digest_size=7)
+    for name in sorted(batch):
+        value = batch[name]
+        if isinstance(value, Tensor):
+            content.update(repr((name, value.shape, value.dtype)).encode())
+            content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return int.from_bytes(content.digest(), "big")
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "big")
+
+
+def _exchange_facts(mine: Sequence[int], mesh: ParallelMesh) -> list[list[int]]:
+    """Every rank's facts, a row a rank: each fills its own row of zeros, and the sum brings all of them everywhere."""
+    table = torch.zeros(mesh.degree, len(mine), dtype=torch.int64)
+    table[mesh.agreement_group.rank()] = torch.tensor(mine)
+    if mesh.degree > 1:
+        dist.all_reduce(table, group=mesh.agreement_group)
+    facts: list[list[int]] = table.tolist()
+    return facts
+
+
+def _raise_the_first_error(table: list[list[int]], mine: LongspanError | None, mesh: ParallelMesh) -> None:
+    failing = [rank for rank, row in enumerate(table) if row[0]]
+    if not failing:
+        return
+    box: list[LongspanError | None] = [mine]
+    if mesh.degree > 1:
+        dist.broadcast_object_list(box, group=mesh.agreement_group, group_src=failing[0])
+    assert box[0] is not None
+    raise box[0]
+
+
+def _refuse_disagreement(table: list[list[int]], place: Place) -> None:
+    if len(counts := {row[1] for row in table}) > 1:
+        raise BatchError(
+            f"ranks were given different numbers of micro-batches ({', '.join(map(str, sorted(counts)))}); every rank must "
+            f"pass as many, a replica without rows empty ones"
+        )
+    sequence = place.ring * place.ulysses
+    for first in range(0, len(table), sequence):
+        for rank in range(first + 1, first + sequence):
+            if table[rank] != table[first]:
+                raise BatchError(
+                    f"ranks {first} and {rank} share a sequence but were given different batches: "
+                    f"{_describe(table[first])} and {_describe(table[rank])}; pass the same whole batch and mask to both"
+                )
+
+
+def _describe(row: list[int]) -> str:
+    _, _, rows, tokens, labelled, digest = row
+    return f"{rows} rows of {tokens} tokens, {labelled} labelled, content {digest:014x}"

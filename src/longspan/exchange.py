@@ -1,0 +1,271 @@
+"""Trade tokens for heads, and back: one all-to-all each way. Knows nothing of masks, kernels or models.
+
+    x_BSHD  my tokens, every head   --tokens_to_heads-->   x_BTGD  every token, my heads
+                                    <--heads_to_tokens--
+
+    What rank u sends, two tensors of one trade (q and k) and two ranks:
+
+        to rank 0                              to rank 1
+        [ token | q heads of 0 | k heads of 0 ] [ token | q heads of 1 | k heads of 1 ]      one flat buffer, one collective
+        [ token | ...                         ] [ token | ...                         ]
+
+    What it receives is the rows of rank 0's tokens, then those of rank 1: with one row in the batch that *is* every
+    token of my heads, so q and k are views of it and nothing is unpacked.
+
+A head that two ranks need (a key/value head with fewer of them than ranks) is sent to both, and on the way back what they
+return is summed: the two functions are each other's adjoint, and inverses only where nothing is replicated.
+
+B batch   S my tokens   T every token   H every head   G my heads   D head size   R rows: B * T   W widths of my heads
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+from torch._library.opaque_object import register_opaque_type
+from torch._opaque_base import OpaqueBase
+
+from longspan.collectives import Transport
+from longspan.errors import LayoutError
+from longspan.layout import Heads
+from longspan.mesh import ParallelMesh
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Tensors that share their tokens: how many each rank holds, and which heads of each tensor each rank computes."""
+
+    sizes: tuple[int, ...]
+    heads: tuple[tuple[range, ...], ...]  # [tensor][rank]
+    dims: tuple[int, ...]  # head size of each tensor
+
+    def widths(self, rank: int) -> tuple[int, ...]:
+        """How many elements of one token each tensor sends to ``rank``."""
+        return tuple(len(heads[rank]) * dim for heads, dim in zip(self.heads, self.dims))
+
+    def counts(self, tensor: int) -> int:
+        """How many heads a tensor has in all."""
+        return max(heads.stop for heads in self.heads[tensor])
+
+    def replicates(self, tensor: int) -> bool:
+        """Whether some head of a tensor is computed by more than one rank."""
+        return sum(map(len, self.heads[tensor])) > self.counts(tensor)
+
+
+class Trade(OpaqueBase):
+    """One exchange, planned: crowds of tensors on the ranks of a group, and the transport that carries it."""
+
+    def __init__(self, crowds: Sequence[Crowd], group: dist.ProcessGroup, transport: Transport) -> None:
+        self.crowds, self.group, self.transport = tuple(crowds), group, transport
+        self.rank, self.ranks = group.rank(), range(group.size())
+
+    def sent(self, rows: int) -> list[int]:
+        """Elements that tokens_to_heads sends to each rank: my tokens, its heads."""
+        return [rows * sum(crowd.sizes[self.rank] * sum(crowd.widths(p)) for crowd in self.crowds) for p in self.ranks]
+
+    def received(self, rows: int) -> list[int]:
+        """Elements that tokens_to_heads receives from each rank: its tokens, my heads."""
+        return [rows * sum(crowd.sizes[p] * sum(crowd.widths(self.rank)) for crowd in self.crowds) for p in self.ranks]
+
+
+register_opaque_type(Trade, typ="reference")
+
+
+def tokens_to_heads(
+    x_BSHD: Shaped[Tensor, "batch my_tokens heads head_dim"], mesh: ParallelMesh, tokens: int | None = None
+) -> Shaped[Tensor, "batch tokens my_heads head_dim"]:
+    """Every token of my heads. On one ulysses rank it is ``x`` itself; over a ring, the tokens of the ring rank.
+
+    The heads are dealt as evenly as possible. ``tokens`` is the length of the whole row (default: equal shares).
+    Raises LayoutError for fewer heads than ranks. Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3.1.
+    """
+    trade = plan_trade([x_BSHD.shape], mesh, tokens)
+    if trade is None:
+        return x_BSHD
+    (rows_RW,) = trade_tokens_for_heads([x_BSHD], trade)
+    return rows_RW.view(x_BSHD.shape[0], sum(trade.crowds[0].sizes), -1, x_BSHD.shape[3])
+
+
+def heads_to_tokens(
+    x_BTGD: Shaped[Tensor, "batch tokens my_heads head_dim"], mesh: ParallelMesh, heads: int, tokens: int | None = None
+) -> Shaped[Tensor, "batch my_tokens heads head_dim"]:
+    """My tokens of all ``heads`` heads: the inverse, and the adjoint, of ``tokens_to_heads``."""
+    batch, held, _, dim = x_BTGD.shape
+    place = mesh.place
+    whole = tokens if tokens is not None else held * place.ring
+    mine = place.layout(whole).sizes(place.ring_rank)[place.ulysses_rank]
+    trade = plan_trade([torch.Size((batch, mine, heads, dim))], mesh, whole)
+    if trade is None:
+        return x_BTGD
+    (x_BSHD,) = trade_heads_for_tokens([x_BTGD.reshape(batch * held, -1)], trade, batch)
+    return x_BSHD
+
+
+def plan_trade(
+    shapes: Sequence[torch.Size], mesh: ParallelMesh, tokens: int | None, key_tokens: int | None = None
+) -> Trade | None:
+    """The exchange of q (and k, v) of these local shapes [batch, my tokens, heads, dim]; None on one ulysses rank.
+
+    The first has the query heads, the others the key/value heads; ``key_tokens`` is the length of k and v where it is not
+    that of q.
+    """
+    place = mesh.place
+    sizes = _sizes(shapes[0], mesh, tokens)
+    dealt = [Heads(shapes[0][2], shape[2], place.ulysses) for shape in shapes]
+    if place.ulysses == 1:
+        return None
+    ranks = range(place.ulysses)
+    heads = [tuple(d.query_of(p) if i == 0 else d.kv_of(p) for p in ranks) for i, d in enumerate(dealt)]
+    dims = [shape[3] for shape in shapes]
+    if key_tokens is None or key_tokens == tokens:
+        crowds = [Crowd(sizes, tuple(heads), tuple(dims))]
+    else:
+        key_sizes = _sizes(shapes[1], mesh, key_tokens)
+        crowds = [Crowd(sizes, tuple(heads[:1]), tuple(dims[:1])), Crowd(key_sizes, tuple(heads[1:]), tuple(dims[1:]))]
+    return Trade(crowds, mesh.ulysses_group, mesh.transport)
+
+
+def _sizes(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> tuple[int, ...]:
+    place = mesh.place
+    whole = tokens if tokens is not None else shape[1] * place.ring * place.ulysses
+    sizes = place.layout(whole).sizes(place.ring_rank)
+    if sizes[place.ulysses_rank] != shape[1]:
+        raise LayoutError(
+            f"this rank passed {shape[1]} tokens, but holds {sizes[place.ulysses_rank]} of tokens={whole}; "
+            f"pass tokens= the length of the whole row, and the tokens that shard gave to this rank"
+        )
+    return sizes
+
+
+@torch.library.custom_op("longspan::trade_tokens_for_heads", mutates_args=())
+def trade_tokens_for_heads(xs_BSHD: Sequence[Tensor], trade: Trade) -> list[Tensor]:
+    """Rows [batch * every token, widths of my heads] of each crowd, from its tensors [batch, my tokens, heads, dim]."""
+    batch = xs_BSHD[0].shape[0]
+    send = _pack(xs_BSHD, trade)
+    received = trade.transport.all_to_all(send, trade.sent(batch), trade.received(batch), trade.group).wait()
+    return _as_rows(received, trade, batch)
+
+
+@torch.library.custom_op("longspan::trade_heads_for_tokens", mutates_args=())
+def trade_heads_for_tokens(rows_RW: Sequence[Tensor], trade: Trade, batch: int) -> list[Tensor]:
+    """The adjoint: tensors [batch, my tokens, heads, dim] from the rows of each crowd; replicated heads are summed."""
+    send = _from_rows(rows_RW, trade, batch)
+    received = trade.transport.all_to_all(send, trade.received(batch), trade.sent(batch), trade.group).wait()
+    return _unpack(received, trade, batch)
+
+
+def _blocks(flat: Tensor, trade: Trade, batch: int) -> list[list[list[Tensor]]]:
+    """The send buffer of tokens_to_heads as views [B, S, heads of p, D]: by rank p, crowd and tensor."""
+    blocks = []
+    for p, block in zip(trade.ranks, flat.split(trade.sent(batch))):
+        shares = block.split([batch * crowd.sizes[trade.rank] * sum(crowd.widths(p)) for crowd in trade.crowds])
+        blocks.append([
+            [
+                columns.unflatten(2, (len(heads[p]), dim))
+                for columns, heads, dim in zip(
+                    share.view(batch, crowd.sizes[trade.rank], sum(crowd.widths(p))).split(crowd.widths(p), 2),
+                    crowd.heads,
+                    crowd.dims,
+                )
+            ]
+            for share, crowd in zip(shares, trade.crowds)
+        ])
+    return blocks
+
+
+def _pack(xs_BSHD: Sequence[Tensor], trade: Trade) -> Tensor:
+    batch = xs_BSHD[0].shape[0]
+    send = xs_BSHD[0].new_empty(sum(trade.sent(batch)))
+    for p, block in zip(trade.ranks, _blocks(send, trade, batch)):
+        tensors = iter(xs_BSHD)
+        for share, crowd in zip(block, trade.crowds):
+            for place_BSGD, heads in zip(share, crowd.heads):
+                place_BSGD.copy_(next(tensors)[:, :, heads[p].start : heads[p].stop])
+    return send
+
+
+def _unpack(received: Tensor, trade: Trade, batch: int) -> list[Tensor]:
+    blocks = _blocks(received, trade, batch)
+    xs = []
+    for c, crowd in enumerate(trade.crowds):
+        for t, dim in enumerate(crowd.dims):
+            shape = (batch, crowd.sizes[trade.rank], crowd.counts(t), dim)
+            pieces = [(crowd.heads[t][p], blocks[p][c][t]) for p in trade.ranks]
+            xs.append(_summed(pieces, shape) if crowd.replicates(t) else torch.cat([piece for _, piece in pieces], 2))
+    return xs
+
+
+def _summed(pieces: list[tuple[range, Tensor]], shape: tuple[int, ...]) -> Tensor:
+    """Replicated heads come back from several ranks: summed in fp32 at least, rounded once."""
+    dtype = pieces[0][1].dtype
+    x_BSHD = pieces[0][1].new_zeros(shape, dtype=torch.promote_types(dtype, torch.float32))
+    for heads, piece in pieces:
+        x_BSHD[:, :, heads.start : heads.stop] += piece
+    return x_BSHD.to(dtype)
+
+
+def _shares(flat: Tensor, trade: Trade, batch: int) -> list[list[Tensor]]:
+    """The buffer that tokens_to_heads received as views [B, S of p, W]: by crowd and rank p."""
+    shares: list[list[Tensor]] = [[] for _ in trade.crowds]
+    for p, block in zip(trade.ranks, flat.split(trade.received(batch))):
+        widths = [sum(crowd.widths(trade.rank)) for crowd in trade.crowds]
+        pieces = block.split([batch * crowd.sizes[p] * width for crowd, width in zip(trade.crowds, widths)])
+        for crowd, width, piece, mine in zip(trade.crowds, widths, pieces, shares):
+            mine.append(piece.view(batch, crowd.sizes[p], width))
+    return shares
+
+
+def _as_rows(received: Tensor, trade: Trade, batch: int) -> list[Tensor]:
+    if batch == 1 and len(trade.crowds) == 1:
+        return [received.view(sum(trade.crowds[0].sizes), -1)]
+    return [torch.cat(pieces, 1).flatten(0, 1) for pieces in _shares(received, trade, batch)]
+
+
+def _from_rows(rows_RW: Sequence[Tensor], trade: Trade, batch: int) -> Tensor:
+    if batch == 1 and len(trade.crowds) == 1:
+        return rows_RW[0].reshape(-1)
+    send = rows_RW[0].new_empty(sum(trade.received(batch)))
+    for rows, crowd, places in zip(rows_RW, trade.crowds, _shares(send, trade, batch)):
+        whole_BTW = rows.unflatten(0, (batch, sum(crowd.sizes)))
+        for place_BSW, piece in zip(places, whole_BTW.split(crowd.sizes, 1)):
+            place_BSW.copy_(piece)
+    return send
+
+
+@trade_tokens_for_heads.register_fake
+def _(xs_BSHD: Sequence[Tensor], trade: Trade) -> list[Tensor]:
+    batch = xs_BSHD[0].shape[0]
+    return [xs_BSHD[0].new_empty(batch * sum(crowd.sizes), sum(crowd.widths(trade.rank))) for crowd in trade.crowds]
+
+
+@trade_heads_for_tokens.register_fake
+def _(rows_RW: Sequence[Tensor], trade: Trade, batch: int) -> list[Tensor]:
+    return [
+        rows_RW[0].new_empty(batch, crowd.sizes[trade.rank], crowd.counts(t), dim)
+        for crowd in trade.crowds
+        for t, dim in enumerate(crowd.dims)
+    ]
+
+
+def _keep_trade(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.trade, ctx.batch = inputs[1], inputs[0][0].shape[0]
+
+
+def _keep_trade_and_batch(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, ctx.trade, ctx.batch = inputs
+
+
+def _back_to_tokens(ctx: Any, grads_RW: list[Tensor]) -> tuple[list[Tensor], None]:
+    return trade_heads_for_tokens(grads_RW, ctx.trade, ctx.batch), None
+
+
+def _back_to_heads(ctx: Any, grads_BSHD: list[Tensor]) -> tuple[list[Tensor], None, None]:
+    return trade_tokens_for_heads(grads_BSHD, ctx.trade), None, None
+
+
+trade_tokens_for_heads.register_autograd(_back_to_tokens, setup_context=_keep_trade)
+trade_heads_for_tokens.register_autograd(_back_to_heads, setup_context=_keep_trade_and_batch)

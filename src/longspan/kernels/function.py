@@ -1,0 +1,44 @@
+"""A user's own attention function as a kernel: it returns only its output, so autograd runs it once more for the gradients.
+
+    forward    function(q, k, v, bands=..., scale=...)                       without a graph
+    backward   the same again with a graph, then torch.autograd.grad
+
+Without a log-sum-exp its results cannot be merged: a ring and sinks refuse it. A ``Kernel``, a pair, has neither limit.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from longspan.masks import Band
+from torch import Tensor
+
+from longspan.kernels import BoundBias
+
+KernelFunction = Callable[..., Tensor]
+"""``function(q, k, v, *, bands, scale) -> out [queries, heads, v_dim]``: q [queries, heads, dim], k, v [keys, kv, dim]."""
+
+
+class FunctionKernel:
+    """``function`` as the forward and the backward of a Kernel; its lse means nothing."""
+
+    def __init__(self, function: KernelFunction) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", repr(function))
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bands: Sequence[Band], scale: float,
+        *, softcap: float | None = None, bias: BoundBias | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        with torch.no_grad():
+            out = self.function(q, k, v, bands=bands, scale=scale)
+        return out, out.new_zeros(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bands: Sequence[Band], scale: float,
+        *, softcap: float | None = None, bias: BoundBias | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            again = self.function(*inputs, bands=bands, scale=scale)
+        dq, dk, dv = torch.autograd.grad(again, inputs, dout)
+        return dq, dk, dv, []

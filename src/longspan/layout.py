@@ -1,0 +1,190 @@
+"""Who holds which tokens and computes which heads, and what that costs on the wire. Integers only: no torch, no process groups.
+
+    tokens 0 .. N-1      ring=2, ulysses=2, contiguous            ring=2, ulysses=2, zigzag
+
+      ring rank 0        |--u0--|--u1--|                           |-u0-u1-|               |-u0-u1-|
+      ring rank 1                      |--u0--|--u1--|                     |-u0-u1-|-u0-u1-|
+
+    Zigzag cuts 2R pieces and gives ring rank r the pieces r and 2R-1-r: under a causal mask an early piece is cheap and a
+    late one dear, and every rank gets one of each. Ulysses then cuts the run of a ring rank into consecutive shares.
+
+    heads 0 .. H-1       dealt as evenly as possible to the ulysses ranks, in contiguous runs; a rank also gets the key/value
+                         heads that its query heads read, so a key/value head that two ranks need is replicated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from longspan.errors import LayoutError
+
+Runs = tuple[range, ...]
+
+
+def split(count: int, parts: int) -> tuple[int, ...]:
+    """``count`` things dealt to ``parts`` as evenly as possible, the larger shares first: split(7, 3) == (3, 2, 2)."""
+    share, extra = divmod(count, parts)
+    return (share + 1,) * extra + (share,) * (parts - extra)
+
+
+def consecutive(sizes: Sequence[int]) -> Runs:
+    """The ranges that lie side by side with these sizes: consecutive((3, 2)) == (range(0, 3), range(3, 5))."""
+    stops = tuple(accumulate(sizes))
+    return tuple(range(stop - size, stop) for size, stop in zip(sizes, stops))
+
+
+def select(runs: Runs, window: range) -> Runs:
+    """What stands at the places ``window`` of the runs laid side by side, empty runs left out."""
+    offsets = consecutive([len(run) for run in runs])
+    cuts = (run[max(window.start - at.start, 0) : max(window.stop - at.start, 0)] for run, at in zip(runs, offsets))
+    return tuple(cut for cut in cuts if cut)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How ``tokens`` tokens lie on ``ring`` x ``ulysses`` ranks. Every token has one owner; shares differ by at most one.
+
+    Raises LayoutError where a rank would have no token.
+    """
+
+    tokens: int
+    ring: int = 1
+    ulysses: int = 1
+    zigzag: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tokens < self.ring * self.ulysses:
+            raise LayoutError(
+                f"tokens={self.tokens} is fewer than the {self.ring * self.ulysses} ranks of a sequence "
+                f"(ring={self.ring} x ulysses={self.ulysses}); pass at least one token a rank, or use fewer ranks a sequence"
+            )
+
+    def runs(self, ring_rank: int) -> Runs:
+        """The positions that the ulysses ranks of this ring rank hold together, in their order."""
+        if not self.zigzag:
+            return (consecutive(split(self.tokens, self.ring))[ring_rank],)
+        pieces = consecutive(split(self.tokens, 2 * self.ring))
+        return tuple(piece for piece in (pieces[ring_rank], pieces[2 * self.ring - 1 - ring_rank]) if piece)
+
+    def sizes(self, ring_rank: int) -> tuple[int, ...]:
+        """How many tokens each ulysses rank of this ring rank holds."""
+        return split(sum(map(len, self.runs(ring_rank))), self.ulysses)
+
+    def mine(self, ring_rank: int, ulysses_rank: int) -> Runs:
+        """The positions that one rank holds, in its order: this is its ``position_ids``."""
+        return select(self.runs(ring_rank), consecutive(self.sizes(ring_rank))[ulysses_rank])
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How ``query`` query heads and ``kv`` key/value heads are dealt to ``ulysses`` ranks.
+
+    Raises LayoutError where a rank would have no query head, or the query heads do not share the key/value heads evenly.
+    """
+
+    query: int
+    kv: int
+    ulysses: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kv < 1 or self.query % self.kv:
+            raise LayoutError(
+                f"{self.query} query heads cannot share {self.kv} key/value heads evenly; "
+                f"the query heads must be a multiple of the key/value heads"
+            )
+        if self.ulysses > self.query:
+            raise LayoutError(
+                f"ulysses={self.ulysses} exceeds the {self.query} query heads; "
+                f"{self._instead()} (or any ulysses up to {self.query}, with ring to match)"
+            )
+
+    def _instead(self) -> str:
+        divisors = [d for d in range(1, self.query + 1) if self.ulysses % d == 0]
+        best = max(divisors, key=lambda d: (self.query % d == 0, d))
+        return f"use ulysses={best} ring={self.ulysses // best}"
+
+    def query_of(self, ulysses_rank: int) -> range:
+        """The query heads that a rank computes."""
+        return consecutive(split(self.query, self.ulysses))[ulysses_rank]
+
+    def kv_of(self, ulysses_rank: int) -> range:
+        """The key/value heads that a rank's query heads read."""
+        mine, group = self.query_of(ulysses_rank), self.query // self.kv
+        return range(mine.start // group, (mine.stop - 1) // group + 1)
+
+    def groups(self, ulysses_rank: int) -> tuple[tuple[slice, slice], ...]:
+        """A rank's heads as (query heads, key/value heads) in which every key/value head serves equally many query heads.
+
+        Kernels know only regular groups. 28 query heads over 4 key/value heads on 8 ranks give rank 1 the query heads 4-7:
+        three of them read key/value head 0 and one reads head 1, so it has two groups. Indices are the rank's own.
+        """
+        mine, kv, group = self.query_of(ulysses_rank), self.kv_of(ulysses_rank), self.query // self.kv
+        readers = [min(mine.stop, (head + 1) * group) - max(mine.start, head * group) for head in kv]
+        regular: list[tuple[int, int]] = []  # (readers of each head, how many heads)
+        for count in readers:
+            same = bool(regular) and regular[-1][0] == count
+            regular[-1:] = [(count, regular[-1][1] + 1)] if same else [*regular[-1:], (count, 1)]
+        queries = consecutive([count * heads for count, heads in regular])
+        keys = consecutive([heads for _, heads in regular])
+        return tuple((slice(q.start, q.stop), slice(k.start, k.stop)) for q, k in zip(queries, keys))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank sends to the others: how many collectives, and how many bytes that are not for itself."""
+
+    collectives: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.collectives + other.collectives, self.bytes + other.bytes)
+
+
+def tokens_to_heads_elements(sizes: Sequence[int], widths: Sequence[int], rank: int) -> int:
+    """Elements that ``rank`` sends when tokens are traded for heads: to each other rank, my tokens of the heads it computes.
+
+    ``sizes[p]`` tokens are held by rank p, whose heads are ``widths[p]`` elements wide. The way back sends
+    ``heads_to_tokens_elements``: to each other rank, its tokens of my heads.
+    """
+    return sizes[rank] * (sum(widths) - widths[rank])
+
+
+def heads_to_tokens_elements(sizes: Sequence[int], widths: Sequence[int], rank: int) -> int:
+    """Elements that ``rank`` sends when heads are traded for tokens (see ``tokens_to_heads_elements``)."""
+    return (sum(sizes) - sizes[rank]) * widths[rank]
+
+
+def attention_traffic(
+    heads: Heads,
+    sizes: Sequence[int],
+    key_sizes: Sequence[int],
+    ulysses_rank: int,
+    *,
+    rows: int = 1,
+    qk_dim: int,
+    v_dim: int,
+    itemsize: int,
+) -> tuple[Traffic, Traffic]:
+    """(forward, backward) of one attention layer on the ulysses axis: one exchange for q, k, v, one for the output, each way.
+
+    With equal shares and equal heads a rank sends 4·N·h/P · (P-1)/P elements each way: DeepSpeed-Ulysses
+    (arXiv:2309.14509, section 3.2) states 4·N·h/P for large P. ``sizes`` and ``key_sizes`` are those of the rank's ring rank.
+    """
+    if heads.ulysses == 1:
+        return Traffic(), Traffic()
+    ranks = range(heads.ulysses)
+    q_widths = [len(heads.query_of(p)) * qk_dim for p in ranks]
+    kv_widths = [len(heads.kv_of(p)) * (qk_dim + v_dim) for p in ranks]
+    out_widths = [len(heads.query_of(p)) * v_dim for p in ranks]
+    unit = rows * itemsize
+    forward = (
+        tokens_to_heads_elements(sizes, q_widths, ulysses_rank)
+        + tokens_to_heads_elements(key_sizes, kv_widths, ulysses_rank)
+        + heads_to_tokens_elements(sizes, out_widths, ulysses_rank)
+    )
+    backward = (
+        tokens_to_heads_elements(sizes, out_widths, ulysses_rank)
+        + heads_to_tokens_elements(sizes, q_widths, ulysses_rank)
+        + heads_to_tokens_elements(key_sizes, kv_widths, ulysses_rank)
+    )
+    return Traffic(2, forward * unit), Traffic(2, backward * unit)
