@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -41,6 +41,7 @@ from longspan.mesh import ParallelMesh, Place
 from longspan.ring import Hop, Ring
 
 
+@runtime_checkable
 class Bias(Protocol):
     """What is added to the scores, asked tile by tile: ALiBi, T5's table. Differentiable in its ``parameters``.
 

@@ -9,7 +9,7 @@ copy of what one sends: anything else is off by a factor that depends on the lay
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,14 @@ from torch import Tensor
 from longspan.layout import Traffic
 
 
+@runtime_checkable
 class Arrival(Protocol):
     """What is on its way: ``wait()`` returns the received elements, and may be called once."""
 
     def wait(self) -> Shaped[Tensor, " received"]: ...
 
 
+@runtime_checkable
 class Transport(Protocol):
     """Moves bytes between the ranks of a group. Replace it to use NVLink or symmetric-memory libraries.
 

@@ -12,7 +12,6 @@ Parameters are the same on all of data x ring x ulysses, and their gradients are
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -56,7 +55,7 @@ class ParallelMesh:
         ring: int = 1,
         tensor: int = 1,
         pipeline: int = 1,
-        layout: Literal["contiguous", "zigzag"] | None = None,
+        layout: str | None = None,
         device: torch.device | str | None = None,
         transport: Transport | None = None,
     ) -> None:

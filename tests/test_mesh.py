@@ -1,0 +1,60 @@
+"""A mesh cuts the world as asked, leaves the rest to data, and refuses what does not divide on every rank alike."""
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from ranks import on_ranks
+
+from longspan.errors import LayoutError
+from longspan.mesh import ParallelMesh
+
+
+def test_what_is_left_is_data_parallel(tmp_path: Path) -> None:
+    places = on_ranks(4, _place, {"ulysses": 2}, tmp_path=tmp_path)
+    assert [(p.data, p.ulysses, p.data_rank, p.ulysses_rank) for p in places] == [(2, 2, d, u) for d in (0, 1) for u in (0, 1)]
+
+
+def test_neighbours_share_ulysses_then_ring(tmp_path: Path) -> None:
+    places = on_ranks(4, _place, {"ulysses": 2, "ring": 2}, tmp_path=tmp_path)
+    assert [(p.ring_rank, p.ulysses_rank) for p in places] == [(r, u) for r in (0, 1) for u in (0, 1)]
+    assert all(p.zigzag for p in places)
+
+
+def _place(degrees: dict[str, int]):  # type: ignore[no-untyped-def]
+    mesh = ParallelMesh(**degrees)
+    place = mesh.place
+    assert mesh.degree == dist.get_world_size()
+    assert mesh.mean_group.size() == mesh.fsdp_mesh.size() == mesh.degree
+    assert mesh.sequence_group.size() == place.ring * place.ulysses
+    assert mesh.sequence_group.rank() == place.ring_rank * place.ulysses + place.ulysses_rank
+    return place
+
+
+@pytest.mark.parametrize(
+    ("degrees", "text"),
+    [
+        ({"ulysses": 3}, r"ulysses=3 x ring=1 does not divide the world of 2 ranks; their product may be 1, 2"),
+        ({"ulysses": 0}, r"ulysses=0 and ring=1 must be at least 1"),
+        ({"tensor": 2}, r"tensor=2 is not supported yet; use tensor=1"),
+        ({"layout": "diagonal"}, r"layout='diagonal' is unknown; legal are 'contiguous' and 'zigzag'"),
+    ],
+)
+def test_refusals_say_what_is_legal(degrees: dict[str, int], text: str, tmp_path: Path) -> None:
+    on_ranks(2, _refused, degrees, text, tmp_path=tmp_path)
+
+
+def _refused(degrees: dict[str, int], text: str) -> None:
+    with pytest.raises(LayoutError, match=text):
+        ParallelMesh(**degrees)
+
+
+def test_a_plain_process_is_a_world_of_one(tmp_path: Path) -> None:
+    on_ranks(1, _world_of_one, tmp_path=tmp_path)
+
+
+def _world_of_one() -> None:
+    dist.destroy_process_group()
+    mesh = ParallelMesh()
+    assert mesh.degree == 1
+    assert repr(mesh) == "ParallelMesh(data=1, ring=1, ulysses=1, device='cpu')"
