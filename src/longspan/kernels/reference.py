@@ -1,0 +1,117 @@
+"""The oracle: attention as a dense matrix in fp64, whatever the input. Knows nothing of tiles or fused operators.
+
+Memory is heads x queries x keys: for tests and for small inputs on which every number must be above doubt.
+
+Q queries  K keys  H heads  D head dim
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
+from longspan.masks import Band
+
+
+def visible(bands: Sequence[Band], queries: int, keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
+    """True where a band shows the key to the query."""
+    q = torch.arange(queries, device=device)[:, None]
+    k = torch.arange(keys, device=device)
+    seen = torch.zeros(queries, keys, dtype=torch.bool, device=device)
+    for band in bands:
+        rectangle = (q >= band.q_start) & (q < band.q_stop) & (k >= band.k_start) & (k < band.k_stop)
+        seen |= rectangle & (k - q >= band.lo) & (k - q <= band.hi)
+    return seen
+
+
+class Reference:
+    """softmax(scale * q @ k.T, capped, + bias, at the visible keys) @ v, in fp64."""
+
+    name = "reference"
+
+    def lacks(self, need: Need) -> str | None:
+        """It lacks nothing but speed."""
+        return None
+
+    def forward(
+        self,
+        q: Float[Tensor, "queries heads qk_dim"],
+        k: Float[Tensor, "keys kv_heads qk_dim"],
+        v: Float[Tensor, "keys kv_heads v_dim"],
+        bands: Sequence[Band],
+        scale: float,
+        *,
+        softcap: float | None = None,
+        bias: BoundBias | None = None,
+    ) -> Partial:
+        scores, _ = _scores(q, k, bands, scale, softcap, bias)
+        lse = torch.logsumexp(scores, 2) if k.shape[0] else scores.new_full(scores.shape[:2], -torch.inf)
+        out = torch.einsum("HQK,KHD->QHD", _weights(scores, lse), _heads(v, q))
+        dtype = result_dtype(q.dtype)
+        return out.to(dtype), lse.to(dtype)
+
+    def backward(
+        self,
+        dout: Float[Tensor, "queries heads v_dim"],
+        q: Float[Tensor, "queries heads qk_dim"],
+        k: Float[Tensor, "keys kv_heads qk_dim"],
+        v: Float[Tensor, "keys kv_heads v_dim"],
+        out: Float[Tensor, "queries heads v_dim"],
+        lse: Float[Tensor, "heads queries"],
+        bands: Sequence[Band],
+        scale: float,
+        *,
+        softcap: float | None = None,
+        bias: BoundBias | None = None,
+    ) -> Gradients:
+        scores, slope = _scores(q, k, bands, scale, softcap, bias)
+        weights = _weights(scores, lse.double())
+        dout, out = dout.double(), out.double()
+        dweights = torch.einsum("QHD,KHD->HQK", dout, _heads(v, q))
+        dscores = weights * (dweights - (dout * out).sum(2).T.unsqueeze(2))
+        dbias = _bias_gradients(bias, dscores, q.shape[0], k.shape[0])
+        dscores = dscores * slope * scale
+        dq = torch.einsum("HQK,KHD->QHD", dscores, _heads(k, q))
+        dk = torch.einsum("HQK,QHD->KHD", dscores, q.double())
+        dv = torch.einsum("HQK,QHD->KHD", weights, dout)
+        dtype, kv_heads = result_dtype(q.dtype), k.shape[1]
+        dk, dv = (x.reshape(len(x), kv_heads, -1, x.shape[2]).sum(2) for x in (dk, dv))
+        return dq.to(dtype), dk.to(dtype), dv.to(dtype), dbias
+
+
+def _heads(x_KHD: Tensor, q: Tensor) -> Tensor:
+    """Keys or values in fp64, each head repeated for the query heads that read it."""
+    return x_KHD.double().repeat_interleave(q.shape[1] // x_KHD.shape[1], 1)
+
+
+def _scores(
+    q: Tensor, k: Tensor, bands: Sequence[Band], scale: float, softcap: float | None, bias: BoundBias | None
+) -> tuple[Tensor, Tensor | float]:
+    """The scores [H, Q, K], -inf where nothing is visible, and the slope of the cap at each of them."""
+    scores: Tensor = torch.einsum("QHD,KHD->HQK", q.double(), _heads(k, q)) * scale
+    slope: Tensor | float = 1.0
+    if softcap is not None:
+        tanh = torch.tanh(scores / softcap)
+        scores, slope = softcap * tanh, 1 - tanh**2
+    if bias is not None:
+        with torch.no_grad():
+            scores = scores + bias(*_indices(q.shape[0], k.shape[0], q.device))
+    return scores.masked_fill(~visible(bands, q.shape[0], k.shape[0], q.device), -torch.inf), slope
+
+
+def _weights(scores_HQK: Tensor, lse_HQ: Tensor) -> Tensor:
+    return torch.exp(scores_HQK - lse_HQ.masked_fill(lse_HQ == -torch.inf, 0).unsqueeze(2))
+
+
+def _indices(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.arange(queries, device=device), torch.arange(keys, device=device)
+
+
+def _bias_gradients(bias: BoundBias | None, dscores_HQK: Tensor, queries: int, keys: int) -> list[Tensor]:
+    if bias is None:
+        return []
+    with torch.enable_grad():
+        values = bias(*_indices(queries, keys, dscores_HQK.device))
+    return list(torch.autograd.grad(values, bias.parameters, dscores_HQK.to(values.dtype)))

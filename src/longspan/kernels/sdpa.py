@@ -1,0 +1,150 @@
+"""Walk the bands over fused flash attention. Knows nothing of how bands become tiles, nor of the operators' ways.
+
+    bands --plan--> stacks of tiles --flash--> partial results --write--> rows that no earlier stack touched
+                                                               --merge--> rows that have a result already
+
+Time grows with the area of the bands, memory with the tokens: big stacks are computed a chunk at a time, and only the chunk's
+overlapping keys and values ever exist as copies. Merging and the sums of gradients are in fp32 (fp64 for fp64).
+
+N all tokens  H heads  D head dim  T tiles of a stack  S tokens of a tile
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from longspan.errors import KernelError
+from longspan.kernels import flash
+from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
+from longspan.kernels.tiles import Stack, plan
+from longspan.masks import Band
+
+CHUNK = 2**21  # elements of q, k and v that one call is given, where one tile alone is not larger
+
+
+class SDPA:
+    """``F.scaled_dot_product_attention`` under any bands, with its log-sum-exp and with memory that stays linear."""
+
+    name = "sdpa"
+
+    def lacks(self, need: Need) -> str | None:
+        """Why this kernel cannot do it, or None."""
+        if need.softcap or need.bias:
+            return f"PyTorch's fused attention has no {'softcap' if need.softcap else 'bias'}"
+        if need.qk_dim != need.v_dim:
+            return f"PyTorch's fused attention wants equal query/key and value dims, not {need.qk_dim} and {need.v_dim}"
+        return flash.lacks(need.device_type, need.dtype, need.qk_dim)
+
+    def forward(
+        self,
+        q: Float[Tensor, "queries heads qk_dim"],
+        k: Float[Tensor, "keys kv_heads qk_dim"],
+        v: Float[Tensor, "keys kv_heads v_dim"],
+        bands: Sequence[Band],
+        scale: float,
+        *,
+        softcap: float | None = None,
+        bias: BoundBias | None = None,
+    ) -> Partial:
+        _refuse(softcap, bias)
+        dtype = result_dtype(q.dtype)
+        stacks = plan(bands)
+        if _is_one_call(stacks, q):
+            part, part_lse = flash.forward(stacks[0].shape, *_tiles_of(stacks[0], q, k, v), scale)
+            return part[0].transpose(0, 1).to(dtype), part_lse[0]
+        out = q.new_zeros(q.shape, dtype=dtype)
+        lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype)
+        for stack in _chunked(stacks, q, k):
+            part, part_lse = flash.forward(stack.shape, *_tiles_of(stack, q, k, v), scale)
+            out_tiles, lse_tiles = _queries(stack, out), _queries(stack, lse.T.unsqueeze(2)).squeeze(3)
+            if stack.fresh:
+                out_tiles.copy_(part)
+                lse_tiles.copy_(part_lse)
+            else:
+                _merge(out_tiles, lse_tiles, part, part_lse)
+        return out, lse
+
+    def backward(
+        self,
+        dout: Float[Tensor, "queries heads v_dim"],
+        q: Float[Tensor, "queries heads qk_dim"],
+        k: Float[Tensor, "keys kv_heads qk_dim"],
+        v: Float[Tensor, "keys kv_heads v_dim"],
+        out: Float[Tensor, "queries heads v_dim"],
+        lse: Float[Tensor, "heads queries"],
+        bands: Sequence[Band],
+        scale: float,
+        *,
+        softcap: float | None = None,
+        bias: BoundBias | None = None,
+    ) -> Gradients:
+        _refuse(softcap, bias)
+        dtype = result_dtype(q.dtype)
+        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+        for stack in _chunked(plan(bands), q, k):
+            dout_tiles, out_tiles = (_queries(stack, x).to(q.dtype) for x in (dout, out))
+            lse_tiles = _queries(stack, lse.T.unsqueeze(2)).squeeze(3)
+            q_tiles, k_tiles, v_tiles = _tiles_of(stack, q, k, v)
+            parts = flash.backward(stack.shape, dout_tiles, q_tiles, k_tiles, v_tiles, out_tiles, lse_tiles, scale)
+            _queries(stack, dq).add_(parts[0])
+            _add_keys(stack, dk, parts[1])
+            _add_keys(stack, dv, parts[2])
+        return dq, dk, dv, []
+
+
+def _refuse(softcap: float | None, bias: BoundBias | None) -> None:
+    if softcap is not None or bias is not None:
+        raise KernelError("kernel='sdpa' has neither softcap nor bias; use kernel='online' or 'auto'")
+
+
+def _is_one_call(stacks: Sequence[Stack], q: Tensor) -> bool:
+    return len(stacks) == 1 and stacks[0].count == 1 and stacks[0].rows == q.shape[0]
+
+
+def _chunked(stacks: Sequence[Stack], q: Tensor, k: Tensor) -> list[Stack]:
+    (_, heads, dim), kv_heads = q.shape, k.shape[1]
+    chunks: list[Stack] = []
+    for stack in stacks:
+        tile = (stack.rows * heads + 2 * stack.keys * kv_heads) * dim
+        chunks.extend(stack.chunks(max(1, CHUNK // tile)))
+    return chunks
+
+
+def _tiles(x_NHD: Tensor, start: int, size: int, count: int, step: int) -> Tensor:
+    """A view [T, H, S, D] of ``count`` runs of ``size`` tokens, ``step`` apart; runs may overlap."""
+    token, head, element = x_NHD.stride()
+    shape = (count, x_NHD.shape[1], size, x_NHD.shape[2])
+    return x_NHD.as_strided(shape, (step * token, head, token, element), x_NHD.storage_offset() + start * token)
+
+
+def _queries(stack: Stack, x_NHD: Tensor) -> Tensor:
+    return _tiles(x_NHD, stack.q_start, stack.rows, stack.count, stack.q_step)
+
+
+def _keys(stack: Stack, x_NHD: Tensor) -> Tensor:
+    return _tiles(x_NHD, stack.k_start, stack.keys, stack.count, stack.k_step)
+
+
+def _tiles_of(stack: Stack, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _queries(stack, q), _keys(stack, k), _keys(stack, v)
+
+
+def _merge(out_THSD: Tensor, lse_THS: Tensor, part_THSD: Tensor, part_lse_THS: Tensor) -> None:
+    """Softmax over the keys of both, in place. A row without a result has lse = -inf and weight 0."""
+    both = torch.logaddexp(lse_THS, part_lse_THS)
+    out_THSD.mul_((lse_THS - both).exp_().unsqueeze(3)).add_(part_THSD * (part_lse_THS - both).exp_().unsqueeze(3))
+    lse_THS.copy_(both)
+
+
+def _add_keys(stack: Stack, total_NHD: Tensor, part_THSD: Tensor) -> None:
+    """Add the tiles' gradients where their keys lie. An in-place add on overlapping views would lose terms: go by steps."""
+    if stack.count == 1 or stack.k_step >= stack.keys:
+        _keys(stack, total_NHD).add_(part_THSD)
+    elif stack.k_step == 0:
+        total_NHD[stack.k_start : stack.k_start + stack.keys].add_(part_THSD.sum(0, dtype=total_NHD.dtype).transpose(0, 1))
+    else:
+        for at in range(0, stack.keys, stack.k_step):
+            piece = part_THSD[:, :, at : at + stack.k_step]
+            _tiles(total_NHD, stack.k_start + at, piece.shape[2], stack.count, stack.k_step).add_(piece)
