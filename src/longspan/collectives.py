@@ -8,7 +8,8 @@ Every rank computes the same global loss, so the adjoint of a sum over ranks is 
 copy of what one sends: anything else is off by a factor that depends on the layout. Knows groups, not meshes or models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -58,6 +59,27 @@ class TorchTransport:
         received = send.new_empty(sum(recv_splits))
         work = dist.all_to_all_single(received, send, list(recv_splits), list(send_splits), group=group, async_op=True)
         return _Receiving(send, received, work)
+
+
+class Scratch:
+    """Memory that an exchange packs into and no longer needs once it is done: kept for the next one.
+
+    On a CPU touching fresh pages costs more than the copy into them (four times at 256 MiB); a GPU's caching allocator
+    would keep the block all the same. It holds as much as the largest exchange sends.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[torch.device, Tensor] = {}
+
+    @contextmanager
+    def lend(self, elements: int, like: Tensor) -> Iterator[Shaped[Tensor, " elements"]]:
+        """A flat buffer of ``elements`` of the dtype and device of ``like``, to be given back when the block ends."""
+        needed = elements * like.element_size()
+        buffer = self._free.pop(like.device, None)
+        if buffer is None or buffer.numel() < needed:
+            buffer = torch.empty(needed, dtype=torch.uint8, device=like.device)
+        yield buffer[:needed].view(like.dtype)
+        self._free[like.device] = buffer
 
 
 class _Receiving:

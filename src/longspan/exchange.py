@@ -29,7 +29,7 @@ from torch import Tensor
 from torch._library.opaque_object import register_opaque_type
 from torch._opaque_base import OpaqueBase
 
-from longspan.collectives import Transport
+from longspan.collectives import Scratch, Transport
 from longspan.errors import LayoutError
 from longspan.layout import Heads
 from longspan.mesh import ParallelMesh
@@ -57,10 +57,12 @@ class Crowd:
 
 
 class Trade(OpaqueBase):
-    """One exchange, planned: crowds of tensors on the ranks of a group, and the transport that carries it."""
+    """One exchange, planned: crowds of tensors on the ranks of a group, what carries it, and what it packs into."""
 
-    def __init__(self, crowds: Sequence[Crowd], group: dist.ProcessGroup, transport: Transport) -> None:
-        self.crowds, self.group, self.transport = tuple(crowds), group, transport
+    def __init__(
+        self, crowds: Sequence[Crowd], group: dist.ProcessGroup, transport: Transport, scratch: Scratch
+    ) -> None:
+        self.crowds, self.group, self.transport, self.scratch = tuple(crowds), group, transport, scratch
         self.rank, self.ranks = group.rank(), range(group.size())
 
     def sent(self, rows: int) -> list[int]:
@@ -126,7 +128,7 @@ def plan_trade(
     else:
         key_sizes = _sizes(shapes[1], mesh, key_tokens)
         crowds = [Crowd(sizes, tuple(heads[:1]), tuple(dims[:1])), Crowd(key_sizes, tuple(heads[1:]), tuple(dims[1:]))]
-    return Trade(crowds, mesh.ulysses_group, mesh.transport)
+    return Trade(crowds, mesh.ulysses_group, mesh.transport, mesh.scratch)
 
 
 def _sizes(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> tuple[int, ...]:
@@ -145,16 +147,18 @@ def _sizes(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> tuple[i
 def trade_tokens_for_heads(xs_BSHD: Sequence[Tensor], trade: Trade) -> list[Tensor]:
     """Rows [batch * every token, widths of my heads] of each crowd, from its tensors [batch, my tokens, heads, dim]."""
     batch = xs_BSHD[0].shape[0]
-    send = _pack(xs_BSHD, trade)
-    received = trade.transport.all_to_all(send, trade.sent(batch), trade.received(batch), trade.group).wait()
+    with trade.scratch.lend(sum(trade.sent(batch)), xs_BSHD[0]) as send:
+        _pack(xs_BSHD, send, trade)
+        received = trade.transport.all_to_all(send, trade.sent(batch), trade.received(batch), trade.group).wait()
     return _as_rows(received, trade, batch)
 
 
 @torch.library.custom_op("longspan::trade_heads_for_tokens", mutates_args=())
 def trade_heads_for_tokens(rows_RW: Sequence[Tensor], trade: Trade, batch: int) -> list[Tensor]:
     """The adjoint: tensors [batch, my tokens, heads, dim] from the rows of each crowd; replicated heads are summed."""
-    send = _from_rows(rows_RW, trade, batch)
-    received = trade.transport.all_to_all(send, trade.received(batch), trade.sent(batch), trade.group).wait()
+    with trade.scratch.lend(sum(trade.received(batch)), rows_RW[0]) as scratch:
+        send = _from_rows(rows_RW, scratch, trade, batch)
+        received = trade.transport.all_to_all(send, trade.received(batch), trade.sent(batch), trade.group).wait()
     return _unpack(received, trade, batch)
 
 
@@ -177,15 +181,13 @@ def _blocks(flat: Tensor, trade: Trade, batch: int) -> list[list[list[Tensor]]]:
     return blocks
 
 
-def _pack(xs_BSHD: Sequence[Tensor], trade: Trade) -> Tensor:
+def _pack(xs_BSHD: Sequence[Tensor], send: Tensor, trade: Trade) -> None:
     batch = xs_BSHD[0].shape[0]
-    send = xs_BSHD[0].new_empty(sum(trade.sent(batch)))
     for p, block in zip(trade.ranks, _blocks(send, trade, batch)):
         tensors = iter(xs_BSHD)
         for share, crowd in zip(block, trade.crowds):
             for place_BSGD, heads in zip(share, crowd.heads):
                 place_BSGD.copy_(next(tensors)[:, :, heads[p].start : heads[p].stop])
-    return send
 
 
 def _unpack(received: Tensor, trade: Trade, batch: int) -> list[Tensor]:
@@ -225,10 +227,10 @@ def _as_rows(received: Tensor, trade: Trade, batch: int) -> list[Tensor]:
     return [torch.cat(pieces, 1).flatten(0, 1) for pieces in _shares(received, trade, batch)]
 
 
-def _from_rows(rows_RW: Sequence[Tensor], trade: Trade, batch: int) -> Tensor:
-    if batch == 1 and len(trade.crowds) == 1:
-        return rows_RW[0].reshape(-1)
-    send = rows_RW[0].new_empty(sum(trade.received(batch)))
+def _from_rows(rows_RW: Sequence[Tensor], send: Tensor, trade: Trade, batch: int) -> Tensor:
+    """What heads_to_tokens sends: the rows as they are where they already lie so, else copied into ``send``."""
+    if batch == 1 and len(trade.crowds) == 1 and rows_RW[0].is_contiguous():
+        return rows_RW[0].view(-1)
     for rows, crowd, places in zip(rows_RW, trade.crowds, _shares(send, trade, batch)):
         whole_BTW = rows.unflatten(0, (batch, sum(crowd.sizes)))
         for place_BSW, piece in zip(places, whole_BTW.split(crowd.sizes, 1)):

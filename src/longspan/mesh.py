@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from longspan.collectives import TorchTransport, Transport
+from longspan.collectives import Scratch, TorchTransport, Transport
 from longspan.errors import LayoutError
 from longspan.layout import Layout
 
@@ -73,6 +73,7 @@ class ParallelMesh:
             data, ring, ulysses, *(self.device_mesh.get_local_rank(axis) for axis in axes), zigzag=_zigzag(layout, ring)
         )
         self.transport: Transport = transport or TorchTransport()
+        self.scratch = Scratch()
         self.ulysses_group = self.device_mesh.get_group("ulysses")
         self.ring_group = self.device_mesh.get_group("ring")
         self.sequence_group = self.device_mesh["ring", "ulysses"]._flatten("sequence").get_group()
