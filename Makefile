@@ -1,0 +1,45 @@
+# make train      install into .venv and train on this machine        make test        every check, as CI runs it
+# make test-long  the full product of shapes and layouts              make clean       remove .venv and caches, not runs/
+#
+# PyTorch's default wheel brings CUDA (gigabytes). For the CPU alone:
+#     make train TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX_URL ?=
+ARGS ?=
+
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
+
+.PHONY: train test test-long clean
+
+train: .venv/installed
+	$(BIN)/longspan train $(ARGS)
+
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -n 2 -m "not long"
+
+test-long: .venv/installed-dev
+	$(BIN)/pytest -m long
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'longspan needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...' >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing into .venv (the first time only; PyTorch is large) ...'
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'Installing into .venv with what the tests need (the first time only) ...'
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch .venv/installed $@
