@@ -1,0 +1,234 @@
+"""A plain decoder that is given its attention and its loss. Knows nothing of ranks, groups or how it is sharded.
+
+    ids --embed--> x --[ block ]-- ... --[ block ]--norm--head--> logits --cross_entropy--> loss
+                        |
+                        x + out(mix(query(n), key(n), value(n)))        n = RMSNorm(x)
+                        x + down(silu(gate(n)) * up(n))
+
+``mix`` is the one place where a token meets another: it turns queries and keys by their position (RoPE) and calls
+``model.attention``. All else works token by token, so a model that holds a part of the tokens is this same code.
+
+    B rows   S my tokens   M hidden   H heads   K key/value heads   D head dim
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from longspan.attention import attend
+from longspan.batch import Step
+from longspan.errors import ModelError
+from longspan.layout import Heads
+from longspan.loss import cross_entropy
+from longspan.masks import Causal
+
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [B, S, H, D], k [B, S, K, D], v [B, S, K, D]) -> [B, S, H, D]"""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder. Raises ModelError or LayoutError for a shape that cannot be built."""
+
+    vocab: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    rope_theta: float = 500_000.0
+    tied: bool = False
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.head_dim % 2:
+            raise ModelError(f"head_dim={self.head_dim} must be even: RoPE turns pairs of dimensions")
+        Heads(self.heads, self.kv_heads)
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters the decoder has; equals ``sum(p.numel() for p in Decoder(config).parameters())``."""
+        norms = (2 * self.layers + 1) * self.hidden
+        embedding = 0 if self.tied else self.vocab * self.hidden
+        return self._matmul_parameters + embedding + norms
+
+    def flops_per_token(self, tokens: int) -> float:
+        """Floating-point operations that one token of a causal row of ``tokens`` costs in training, forward and backward.
+
+        6 for each parameter that is multiplied with, and 12 for each dimension of each head and each key the token sees, of
+        which there are (tokens + 1) / 2 on average. Recomputation is not counted.
+        """
+        attention = 12 * self.layers * self.heads * self.head_dim * (tokens + 1) / 2
+        return 6 * self._matmul_parameters + attention
+
+    @property
+    def _matmul_parameters(self) -> int:
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.ffn) + self.vocab * self.hidden
+
+
+PRESETS: dict[str, DecoderConfig] = {
+    "tiny": DecoderConfig(vocab=256, layers=4, hidden=128, heads=4, kv_heads=4, head_dim=32, ffn=384, rope_theta=10_000.0),
+    "small": DecoderConfig(vocab=256, layers=12, hidden=768, heads=12, kv_heads=4, head_dim=64, ffn=2_048),
+    "llama-1b": DecoderConfig(
+        vocab=128_256, layers=16, hidden=2_048, heads=32, kv_heads=8, head_dim=64, ffn=8_192, tied=True
+    ),
+    "llama-8b": DecoderConfig(vocab=128_256, layers=32, hidden=4_096, heads=32, kv_heads=8, head_dim=128, ffn=14_336),
+    "llama-70b": DecoderConfig(vocab=128_256, layers=80, hidden=8_192, heads=64, kv_heads=8, head_dim=128, ffn=28_672),
+}
+"""``tiny`` learns on a laptop's CPU in minutes; ``llama-*`` are the published shapes of Llama 3.2 1B, 3.1 8B and 3.1 70B."""
+
+
+class Output(NamedTuple):
+    """What a forward gives: ``loss`` is the global mean where there are labels, ``logits`` are those of my tokens."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+class Decoder(nn.Module):
+    """A causal language model: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+    ``attention`` and ``cross_entropy`` are those of one device until ``parallelize`` replaces them. The parameters depend on
+    (config, seed) alone: they are equal on every rank, whatever the layout.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        seed: int = 0,
+        attention: Callable[..., Tensor] = attend,
+        cross_entropy: Callable[..., Tensor] = cross_entropy,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.attention = attention
+        self.cross_entropy = cross_entropy
+        self.embed = nn.Embedding(config.vocab, config.hidden)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.hidden, config.norm_eps)
+        self.head = nn.Linear(config.hidden, config.vocab, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        self.initialize(seed)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draw every weight from N(0, 0.02²), what is added to the residual stream scaled by 1/sqrt(2·layers); norms are 1.
+
+        Drawn in fp32 on the CPU, so that the dtype and the device of the parameters do not change them.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1 or parameter.is_meta:
+                continue
+            shrink = math.sqrt(2 * self.config.layers) if name.endswith(("out.weight", "down.weight")) else 1.0
+            drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
+            parameter.copy_(drawn.mul_(0.02 / shrink))
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "rows my_tokens"],
+        labels: Int[Tensor, "rows my_tokens"] | None = None,
+        shift_labels: Int[Tensor, "rows my_tokens"] | None = None,
+        position_ids: Int[Tensor, "rows my_tokens"] | None = None,
+        longspan: Step | None = None,
+    ) -> Output:
+        """``model(**shard(batch, mesh))`` on a rank, ``model(input_ids=ids, labels=ids)`` on one device.
+
+        ``labels`` are the ids themselves and are shifted here; a rank that has only a part of a row needs ``shift_labels``
+        (shifted on the whole row, which ``shard`` does). ``position_ids`` are global and count from 0 by default.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
+        x_BSM = self.embed(input_ids)
+        mix = self._mix(position_ids, x_BSM.dtype, longspan)
+        for block in self.blocks:
+            x_BSM = block(x_BSM, mix)
+        logits = self.head(self.norm(x_BSM))
+        targets = _targets(labels, shift_labels, longspan)
+        if targets is None:
+            return Output(None, logits)
+        return Output(self.cross_entropy(logits, targets, labelled=longspan.labelled if longspan else None), logits)
+
+    def _mix(self, position_ids: Tensor, dtype: torch.dtype, step: Step | None) -> Mix:
+        cos, sin = rope(position_ids, self.config.head_dim, self.config.rope_theta, dtype)
+        mask = Causal() if step is None or step.mask is None else step.mask
+        tokens = None if step is None else step.tokens
+
+        def mix(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
+            return self.attention(turn(q_BSHD, cos, sin), turn(k_BSKD, cos, sin), v_BSKD, mask=mask, tokens=tokens)
+
+        return mix
+
+
+class Block(nn.Module):
+    """Attention, then a gated feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.attention_norm = nn.RMSNorm(config.hidden, config.norm_eps)
+        self.query = nn.Linear(config.hidden, heads, bias=False)
+        self.key = nn.Linear(config.hidden, kv_heads, bias=False)
+        self.value = nn.Linear(config.hidden, kv_heads, bias=False)
+        self.out = nn.Linear(heads, config.hidden, bias=False)
+        self.ffn_norm = nn.RMSNorm(config.hidden, config.norm_eps)
+        self.gate = nn.Linear(config.hidden, config.ffn, bias=False)
+        self.up = nn.Linear(config.hidden, config.ffn, bias=False)
+        self.down = nn.Linear(config.ffn, config.hidden, bias=False)
+
+    def forward(self, x_BSM: Tensor, mix: Mix) -> Tensor:
+        n_BSM = self.attention_norm(x_BSM)
+        q, k, v = (project(n_BSM).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value))
+        x_BSM = x_BSM + self.out(mix(q, k, v).flatten(-2))
+        n_BSM = self.ffn_norm(x_BSM)
+        fed: Tensor = self.down(F.silu(self.gate(n_BSM)) * self.up(n_BSM))
+        return x_BSM + fed
+
+
+def rope(
+    position_ids: Int[Tensor, "rows my_tokens"], head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Float[Tensor, "rows my_tokens 1 half"], Float[Tensor, "rows my_tokens 1 half"]]:
+    """cos and sin of each position times each frequency (arXiv:2104.09864), in fp32, or fp64 for an fp64 model.
+
+    The angles are formed in fp64: at position 1,000,000 an fp32 product is off by 0.06 rad.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float64) / head_dim
+    angles = position_ids[..., None, None].double() * theta**-exponent
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return angles.cos().to(wide), angles.sin().to(wide)
+
+
+def turn(
+    x_BSHD: Float[Tensor, "rows my_tokens heads head_dim"],
+    cos: Float[Tensor, "rows my_tokens 1 half"],
+    sin: Float[Tensor, "rows my_tokens 1 half"],
+) -> Float[Tensor, "rows my_tokens heads head_dim"]:
+    """Each pair (i, i + head_dim/2) of dimensions turned by its angle: the dot product of two turned vectors depends on the
+    difference of their positions alone. Keeps the dtype, computes in that of ``cos``."""
+    first, second = x_BSHD.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHD.dtype)
+
+
+def _targets(labels: Tensor | None, shift_labels: Tensor | None, step: Step | None) -> Tensor | None:
+    if shift_labels is not None or labels is None:
+        return shift_labels
+    if step is not None:
+        raise ModelError(
+            "the decoder predicts the next token, but its batch was cut with shift=False, and labels cannot be shifted after "
+            "the cut; use shard(batch, mesh, shift=True)"
+        )
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
