@@ -125,8 +125,9 @@ def attention_backward(
     sinks: Tensor | None, parameters: Sequence[Tensor], plan: Plan,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, of the sinks if there are any, and of the bias' parameters."""
+    leaves = tuple(parameter.detach().requires_grad_() for parameter in parameters)
     dq, dk, dv, dparameters = ring.backward(
-        dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, lse, plan.local, plan.ring, tuple(parameters)
+        dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, lse, plan.local, plan.ring, leaves
     )
     grads = [dq.to(q_RGD.dtype), dk.to(q_RGD.dtype), dv.to(q_RGD.dtype)]
     if sinks is not None:

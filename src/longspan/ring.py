@@ -83,6 +83,8 @@ def forward(
     """(out [queries, heads, v_dim], lse [heads, queries]) over every piece of keys; one piece is given as it is."""
     result: tuple[Tensor, Tensor] | None = None
     for hop, k_piece, v_piece in _pieces(k, v, ring):
+        if result is not None and not hop.bands:
+            continue  # this hop serves other ranks
         part = local.forward(q, k_piece, v_piece, hop.bands, hop.arriving, parameters)
         result = part if result is None else _merge(*result, *part)
     assert result is not None
@@ -97,13 +99,16 @@ def backward(
     total: tuple[Tensor, Tensor, Tensor, list[Tensor]] | None = None
     going_home: tuple[Hop, Arrival] | None = None  # one at a time: each holds a piece in fp32
     for hop, k_piece, v_piece in _pieces(k, v, ring):
-        dq, dk, dv, dparameters = local.backward(dout, q, k_piece, v_piece, out, lse, hop.bands, hop.arriving, parameters)
         if total is None:
-            total = (dq, dk, dv, dparameters)
+            total = local.backward(dout, q, k_piece, v_piece, out, lse, hop.bands, hop.arriving, parameters)
             continue
-        total[0].add_(dq)
-        for sum_, part in zip(total[3], dparameters):
-            sum_.add_(part)
+        dk, dv = k_piece.to(total[1].dtype), v_piece.to(total[2].dtype)  # no rows, where this hop serves other ranks
+        if hop.bands:
+            dq, dk, dv, dparameters = local.backward(
+                dout, q, k_piece, v_piece, out, lse, hop.bands, hop.arriving, parameters
+            )
+            for sum_, part in zip([total[0], *total[3]], [dq, *dparameters]):
+                sum_.add_(part)
         _add_returned(going_home, total[1], total[2])
         going_home = (hop, _send_home(dk, dv, hop, ring))
     assert total is not None

@@ -1,7 +1,7 @@
-"""A user's own attention function as a kernel: it returns only its output, so autograd runs it once more for the gradients.
+"""A user's own attention function as a kernel: it returns only its output, so it runs once more for the gradients.
 
-    forward    function(q, k, v, bands=..., scale=...)                       without a graph
-    backward   the same again with a graph, then torch.autograd.grad
+    forward    function(q, k, v, bands=..., scale=...)
+    backward   the same again under torch.func.vjp
 
 Without a log-sum-exp its results cannot be merged: a ring and sinks refuse it. A ``Kernel``, a pair, has neither limit.
 """
@@ -37,8 +37,5 @@ class FunctionKernel:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bands: Sequence[Band], scale: float,
         *, softcap: float | None = None, bias: BoundBias | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        with torch.enable_grad():
-            again = self.function(*inputs, bands=bands, scale=scale)
-        dq, dk, dv = torch.autograd.grad(again, inputs, dout)
-        return dq, dk, dv, []
+        _, pull = torch.func.vjp(lambda *inputs: self.function(*inputs, bands=bands, scale=scale), q, k, v)
+        return *pull(dout.to(out.dtype)), []

@@ -1,0 +1,271 @@
+"""Law 1 for ``attend``: every shape, mask and layout gives the numbers of one device, gradients included, on real ranks."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from ranks import Ranks
+
+from longspan.attention import attend
+from longspan.collectives import CountingTransport, TorchTransport
+from longspan.kernels.reference import Reference
+from longspan.masks import (
+    BlockSparse,
+    Causal,
+    Chunked,
+    Documents,
+    Full,
+    Mask,
+    Only,
+    PrefixLM,
+    Sinks,
+    Window,
+)
+from longspan.masks import rows as bands_of_rows
+from longspan.mesh import ParallelMesh, Place
+
+
+# beartype looks at a random item of each list that it checks
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
+
+
+class Case(NamedTuple):
+    """One attention: what is asked of every rank, and of one device."""
+
+    ulysses: int
+    ring: int
+    zigzag: bool
+    batch: int
+    tokens: int
+    key_tokens: int
+    heads: int
+    kv_heads: int
+    qk_dim: int
+    v_dim: int
+    mask: Mask | tuple[Mask, ...]
+    softcap: float | None = None
+    sinks: bool = False
+    bias: bool = False
+    dtype: torch.dtype = torch.float64
+    kernel: str = "auto"
+    seed: int = 0
+
+
+class Slopes:
+    """A bias that is learned: one slope a head times the distance, ALiBi's shape."""
+
+    def __init__(self, slopes: torch.Tensor) -> None:
+        self.parameters = (slopes,)
+
+    def __call__(self, heads: range, q_positions: torch.Tensor, k_positions: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        distance = (q_positions.unsqueeze(1) - k_positions).abs()
+        return -parameters[0][heads.start : heads.stop, None, None] * distance
+
+
+def whole_inputs(case: Case) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
+
+    inputs = {
+        "q": draw(case.batch, case.tokens, case.heads, case.qk_dim),
+        "k": draw(case.batch, case.key_tokens, case.kv_heads, case.qk_dim),
+        "v": draw(case.batch, case.key_tokens, case.kv_heads, case.v_dim),
+        "dout": draw(case.batch, case.tokens, case.heads, case.v_dim),
+    }
+    if case.sinks:
+        inputs["sinks"] = draw(case.heads)
+    if case.bias:
+        inputs["slopes"] = draw(case.heads).abs() / 8
+    return inputs
+
+
+def oracle(case: Case) -> dict[str, torch.Tensor]:
+    """One device, dense, fp64, autograd: scores, cap, bias, mask, softmax with sinks."""
+    x = {name: value.double().requires_grad_() for name, value in whole_inputs(case).items()}
+    group = case.heads // case.kv_heads
+    k, v = (x[name].repeat_interleave(group, 2) for name in "kv")
+    scores = torch.einsum("bshd,bthd->bhst", x["q"], k) / case.qk_dim**0.5
+    if case.softcap is not None:
+        scores = case.softcap * (scores / case.softcap).tanh()
+    if case.bias:
+        distance = (torch.arange(case.tokens).unsqueeze(1) - torch.arange(case.key_tokens)).abs()
+        scores = scores - x["slopes"][:, None, None] * distance
+    scores = scores.masked_fill(~seen(case).unsqueeze(1), -torch.inf)
+    if case.sinks:
+        scores = torch.cat([scores, x["sinks"][None, :, None, None].expand(*scores.shape[:3], 1)], 3)
+    blind = (scores == -torch.inf).all(3, keepdim=True)
+    weights = scores.masked_fill(blind, 0.0).softmax(3).masked_fill(blind, 0.0)[..., : case.key_tokens]
+    out = torch.einsum("bhst,bthd->bshd", weights, v)
+    (out * x["dout"]).sum().backward()
+    return {"out": out.detach()} | {name: x[name].grad for name in x if name != "dout"}  # type: ignore[dict-item]
+
+
+def seen(case: Case) -> torch.Tensor:
+    """[batch, tokens, key tokens]: who sees whom, from the bands, which test_masks.py checks against their definitions."""
+    dense = torch.zeros(case.batch * case.tokens, case.batch * case.key_tokens, dtype=torch.bool)
+    for band in bands_of_rows(case.mask, case.batch, case.tokens, case.key_tokens):
+        q = torch.arange(band.q_start, band.q_stop).unsqueeze(1)
+        k = torch.arange(band.k_start, band.k_stop)
+        dense[band.q_start : band.q_stop, band.k_start : band.k_stop] |= (k - q >= band.lo) & (k - q <= band.hi)
+    blocks = dense.view(case.batch, case.tokens, case.batch, case.key_tokens)
+    return torch.stack([blocks[row, :, row] for row in range(case.batch)])
+
+
+_meshes: dict[tuple[int, int, bool], ParallelMesh] = {}
+
+
+def mesh_of(case: Case) -> ParallelMesh:
+    key = (case.ulysses, case.ring, case.zigzag)
+    if key not in _meshes:
+        layout = "zigzag" if case.zigzag else "contiguous"
+        _meshes[key] = ParallelMesh(case.ulysses, case.ring, layout=layout, transport=CountingTransport(TorchTransport()))
+    return _meshes[key]
+
+
+def on_this_rank(case: Case) -> dict[str, torch.Tensor]:
+    """What ``attend`` gives this rank, and its gradients."""
+    mesh = mesh_of(case)
+    x = {name: value.requires_grad_() for name, value in mine(whole_inputs(case), case, mesh.place).items()}
+    out = attend(
+        x["q"], x["k"], x["v"], mask=case.mask, mesh=mesh, tokens=case.tokens, key_tokens=case.key_tokens,
+        softcap=case.softcap, sinks=x.get("sinks"), bias=Slopes(x["slopes"]) if case.bias else None, kernel=case.kernel,
+    )  # fmt: skip
+    (out * x["dout"].detach()).sum().backward()
+    return {"out": out.detach()} | {name: x[name].grad for name in x if name != "dout"}  # type: ignore[dict-item]
+
+
+def mine(whole: dict[str, torch.Tensor], case: Case, place: Place) -> dict[str, torch.Tensor]:
+    """A rank's tokens of everything that has tokens."""
+    cut = {}
+    for name, value in whole.items():
+        if name in ("sinks", "slopes"):
+            cut[name] = value.clone()
+        else:
+            length = case.key_tokens if name in ("k", "v") else case.tokens
+            runs = place.layout(length).mine(place.ring_rank, place.ulysses_rank)
+            cut[name] = torch.cat([value[:, run.start : run.stop] for run in runs], 1)
+    return cut
+
+
+def gathered(case: Case, parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The ranks' pieces put together in the order of the tokens; what is replicated is summed."""
+    whole = {}
+    for name in parts[0]:
+        if name in ("sinks", "slopes"):
+            whole[name] = torch.stack([part[name].double() for part in parts]).sum(0)
+            continue
+        length = case.key_tokens if name in ("k", "v") else case.tokens
+        places = [Place(1, case.ring, case.ulysses, 0, r, u, case.zigzag) for r in range(case.ring) for u in range(case.ulysses)]
+        order = [p for place in places for run in place.layout(length).mine(place.ring_rank, place.ulysses_rank) for p in run]
+        together = torch.cat([part[name].double() for part in parts], 1)
+        whole[name] = together[:, torch.tensor(order).argsort()]
+    return whole
+
+
+def run(case: Case, pool: Callable[[int], Ranks]) -> dict[str, torch.Tensor]:
+    return gathered(case, pool(case.ulysses * case.ring).run(on_this_rank, case))
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+    pools: dict[int, Ranks] = {}
+
+    def of(ranks: int) -> Ranks:
+        if ranks not in pools:
+            pools[ranks] = Ranks(ranks, tmp_path_factory.mktemp("ranks"))
+        return pools[ranks]
+
+    yield of
+    for ranks in pools.values():
+        ranks.close()
+
+
+def assert_law(case: Case, got: dict[str, torch.Tensor], tol: float) -> None:
+    want = oracle(case)
+    total = torch.stack([value.norm() for name, value in want.items() if name != "out"]).norm()
+    for name, value in want.items():
+        floor = 1e-3 * total if name != "out" else torch.tensor(1e-3)
+        scale = max(value.abs().max().item() if value.numel() else 0.0, floor.item())
+        error = (got[name] - value).abs().max().item() if value.numel() else 0.0
+        assert error <= tol * scale, f"{name} differs by {error / scale:.2e} in {case}"
+
+
+@st.composite
+def a_mask(draw: st.DrawFn, tokens: int, key_tokens: int) -> Mask:
+    kinds: list[Callable[[], Mask]] = [Causal, Full, lambda: Window(draw(st.integers(0, tokens)), draw(st.integers(0, 3)))]
+    kinds.append(lambda: PrefixLM(draw(st.integers(0, key_tokens))))
+    kinds.append(lambda: (Window(draw(st.integers(0, 4))) | Sinks(draw(st.integers(0, key_tokens)))) & Causal())
+    if tokens == key_tokens:
+        kinds.append(lambda: Documents(draw(_lengths(tokens))) & Causal())
+        kinds.append(lambda: Documents(draw(_lengths(tokens))))
+        kinds.append(lambda: Chunked(draw(st.integers(1, tokens))) & Causal())
+        kinds.append(lambda: Only(0, draw(st.integers(1, tokens))) & Causal())
+        kinds.append(lambda: Only(draw(st.integers(0, tokens - 1)), tokens))
+        block = max(1, -(-tokens // 4))
+        blocks = -(-tokens // block)
+        layout = st.lists(st.lists(st.booleans(), min_size=blocks, max_size=blocks), min_size=blocks, max_size=blocks)
+        if tokens % block == 0:
+            kinds.append(lambda: BlockSparse(block, draw(layout)))
+    return draw(st.sampled_from(kinds))()
+
+
+@st.composite
+def _lengths(draw: st.DrawFn, tokens: int) -> list[int]:
+    cuts = sorted(draw(st.sets(st.integers(1, tokens), max_size=4)) - {tokens})
+    return [b - a for a, b in zip([0, *cuts], [*cuts, tokens])]
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
+    ulysses = draw(st.integers(1, 8))
+    ring = draw(st.integers(1, 8 // ulysses))
+    ranks = ulysses * ring
+    kv_heads = draw(st.integers(1, 10))
+    group = draw(st.integers(-(-ulysses // kv_heads), max(40 // kv_heads, -(-ulysses // kv_heads))))
+    tokens = draw(st.one_of(st.integers(ranks, ranks + 24), st.sampled_from([31, 37, 61, 64, 97])))
+    key_tokens = tokens if draw(st.integers(0, 3)) else draw(st.integers(ranks, ranks + 40))
+    batch = draw(st.integers(1, 3))
+    qk_dim = draw(st.sampled_from([1, 2, 4, 8, 16]))
+    v_dim = qk_dim if draw(st.booleans()) else draw(st.sampled_from([1, 3, 8]))
+    mask: Mask | tuple[Mask, ...] = draw(a_mask(tokens, key_tokens))
+    if draw(st.booleans()):
+        mask = tuple(draw(a_mask(tokens, key_tokens)) for _ in range(batch))
+    return Case(
+        ulysses, ring, draw(st.booleans()), batch, tokens, key_tokens, kv_heads * group, kv_heads, qk_dim, v_dim, mask,
+        softcap=draw(st.sampled_from([None, None, 5.0])), sinks=draw(st.booleans()), bias=False,
+        dtype=dtype, seed=draw(st.integers(0, 2**16)),
+    )  # fmt: skip
+
+
+BRIEF = settings(
+    max_examples=200, deadline=None, derandomize=True, print_blob=True, phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
+
+
+@BRIEF
+@given(case=cases())
+def test_attend_is_one_device_in_fp64(case: Case, pool: Callable[[int], Ranks]) -> None:
+    assert_law(case, run(case, pool), 1e-10)
+
+
+KEPT: list[Case] = []
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_what_once_failed(case: Case, pool: Callable[[int], Ranks]) -> None:
+    assert_law(case, run(case, pool), 1e-10)
+
+
+def test_the_oracle_is_the_reference_kernel_on_one_row() -> None:
+    case = Case(1, 1, False, 1, 13, 13, 4, 2, 8, 8, Causal())
+    x = whole_inputs(case)
+    bands = bands_of_rows(case.mask, 1, 13, 13)
+    out, _ = Reference().forward(x["q"][0], x["k"][0], x["v"][0], bands, 8**-0.5)
+    torch.testing.assert_close(out, oracle(case)["out"][0], rtol=1e-12, atol=1e-12)
+
