@@ -1,0 +1,262 @@
+"""Texts, from where they lie, one document after the other, always in the same order. Knows nothing of tokens.
+
+    notes.txt  src/*.py                     a file is a document
+    books.jsonl(.gz, .zst)                  a line is a document: {"text": "..."}          -->  Document, Document, ...
+    wiki.parquet                            a row is a document: column "text"
+    folder/                                 every such file below it, sorted by path
+    (nothing)                               the source of Python's own standard library
+
+A text is bytes, as it lies on the disk: nothing is decoded here, so nothing can be undecodable.
+"""
+
+import glob
+import gzip
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from longspan.errors import DataError
+
+STANDARD_LIBRARY = "the Python standard library"
+"""What is read where no source is named: real, long, and on every machine."""
+
+NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+"""Folders of the standard library that are left out: tests, and what others installed."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. ``read`` counts the bytes of all sources, as they lie on the disk, up to its end: for a progress bar."""
+
+    name: str
+    text: bytes
+    read: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was asked for, and the files that it means."""
+
+    asked: str
+    files: tuple[Path, ...]
+
+
+def documents(sources: Sequence[str], text_field: str = "text") -> Iterator[Document]:
+    """Every text of ``sources`` (files, folders, globs; none: the standard library), in their order; files sorted by path.
+
+    Empty texts (an empty file, ``""`` or ``null``) are no documents. A named file or a glob may hold only kinds that are
+    known; in a folder files of other kinds and hidden ones are passed over.
+
+    Raises DataError for a source that does not exist, cannot be read or holds no text, and for a line or row without
+    ``text_field``.
+    """
+    return documents_of(find(sources), text_field)
+
+
+def documents_of(found: Sequence[Source], text_field: str) -> Iterator[Document]:
+    """``documents`` of the files that ``find`` found."""
+    behind = 0
+    for source in found:
+        empty = True
+        for path in source.files:
+            for document in _read(path, text_field):
+                if document.text:
+                    empty = False
+                    yield Document(document.name, document.text, behind + document.read)
+            behind += size(path)
+        if empty:
+            raise DataError(
+                f"the data {source.asked!r} holds no text: {_count(len(source.files), 'file')}, nothing in it; "
+                f"name files that hold some"
+            )
+
+
+def size(path: Path) -> int:
+    """Bytes of a file on the disk."""
+    with readable(path):
+        return path.stat().st_size
+
+
+def find(sources: Sequence[str]) -> list[Source]:
+    """The files that ``sources`` mean. Raises DataError as ``documents`` does, but opens none of them."""
+    if not sources:
+        return [_standard_library()]
+    return [_find_one(source) for source in sources]
+
+
+def _standard_library() -> Source:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = tuple(path for path in _below(root, NOT_LIBRARY) if path.suffix == ".py")
+    if not files:
+        raise DataError(f"{STANDARD_LIBRARY} has no source in {root}, so there is no default text; name files with --data")
+    return Source(STANDARD_LIBRARY, files)
+
+
+def _find_one(asked: str) -> Source:
+    path = Path(asked).expanduser()
+    if path.is_dir():
+        return Source(asked, _texts_below(path))
+    if path.is_file():
+        return Source(asked, (_known(path),))
+    if not glob.has_magic(asked):
+        raise DataError(f"the data {asked!r} does not exist; name a file, a folder or a glob of {_KINDS}")
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    files = [file for match in matches for file in (_texts_below(match) if match.is_dir() else (_known(match),))]
+    if not files:
+        raise DataError(f"the glob {asked!r} matches nothing; name a file, a folder or a glob of {_KINDS}")
+    return Source(asked, tuple(dict.fromkeys(files)))  # "**" meets a file once by itself and once in its folder
+
+
+def _texts_below(folder: Path) -> tuple[Path, ...]:
+    files = tuple(path for path in _below(folder, frozenset()) if kind(path))
+    if not files:
+        raise DataError(f"the folder '{folder}' holds no file of {_KINDS}; name another one")
+    return files
+
+
+def _below(folder: Path, left_out: frozenset[str]) -> list[Path]:
+    """The files below a folder by path, without hidden ones; a folder that cannot be listed is an error, not empty."""
+    paths = []
+    with readable(folder):
+        for parent, folders, names in os.walk(folder, onerror=_raise):
+            folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]
+            paths += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(paths, key=lambda path: path.parts)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _known(path: Path) -> Path:
+    if not kind(path):
+        raise DataError(f"the file '{path}' is of an unknown kind; legal are {_KINDS}")
+    return path
+
+
+def kind(path: Path) -> str:
+    return next((ending for ending in _READERS if path.name.lower().endswith(ending)), "")
+
+
+def _read(path: Path, text_field: str) -> Iterator[Document]:
+    with readable(path):
+        yield from _READERS[kind(path)](path, text_field)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"the data '{path}' cannot be read: {_first_line(error)}; mend it, or leave it out") from error
+
+
+def _first_line(error: Exception) -> str:
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (said.splitlines() or [type(error).__name__])[0]
+
+
+def _read_text(path: Path, text_field: str) -> Iterator[Document]:
+    text = path.read_bytes()
+    yield Document(str(path), text, len(text))
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
+    with path.open("rb") as file:
+        yield from _lines(path, file, file, text_field)
+
+
+def _read_jsonl_gz(path: Path, text_field: str) -> Iterator[Document]:
+    with path.open("rb") as file, gzip.GzipFile(fileobj=file) as lines:
+        yield from _lines(path, file, lines, text_field)
+
+
+def _read_jsonl_zst(path: Path, text_field: str) -> Iterator[Document]:
+    pyarrow = _pyarrow(path)
+    with path.open("rb") as file, pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd") as lines:
+        yield from _lines(path, file, lines, text_field)
+
+
+def _lines(path: Path, file: IO[bytes], lines: Any, text_field: str) -> Iterator[Document]:
+    """A document a line of ``lines``, which are those of ``file`` or what it decompresses to."""
+    for number, line in enumerate(lines, 1):
+        if line.isspace():
+            continue
+        where = f"{path}, line {number}"
+        yield Document(where, _text_of_line(line, text_field, where), file.tell())
+
+
+def _text_of_line(line: bytes, text_field: str, where: str) -> bytes:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not valid JSON: {_first_line(error)}; mend the line, or remove it") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{where} holds a JSON {type(record).__name__}; it must hold an object with the field {text_field!r}")
+    if text_field not in record:
+        raise _no_field(where, "field", text_field, record)
+    return _as_bytes(record[text_field], where, text_field)
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
+    pyarrow = _pyarrow(path)
+    from pyarrow import parquet
+
+    size, row = path.stat().st_size, 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            if text_field not in file.schema_arrow.names:
+                raise _no_field(str(path), "column", text_field, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    where = f"{path}, row {row}"
+                    yield Document(where, _as_bytes(text, where, text_field), size * row // file.metadata.num_rows)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"the data '{path}' cannot be read: {_first_line(error)}; mend it, or leave it out") from error
+
+
+def _as_bytes(text: Any, where: str, text_field: str) -> bytes:
+    if text is None:
+        return b""
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where} holds a {type(text).__name__} in {text_field!r}, not text; choose another one with --text-field"
+        )
+    return text.encode(errors="replace")  # JSON can escape half a surrogate pair, which UTF-8 cannot write
+
+
+def _no_field(where: str, what: str, asked: str, there: Sequence[str] | dict[str, Any]) -> DataError:
+    listed = f"there are {', '.join(there)}" if there else "there is none"
+    return DataError(f"{where} has no {what} {asked!r}; {listed}: choose with --text-field")
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise DataError(f"the data '{path}' needs pyarrow, which is not here; pip install longspan[data]") from error
+    return pyarrow
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".py": _read_text,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl_gz,
+    ".jsonl.zst": _read_jsonl_zst,
+    ".parquet": _read_parquet,
+}
+
+_KINDS = ", ".join(list(_READERS)[:-1]) + f" or {list(_READERS)[-1]}"

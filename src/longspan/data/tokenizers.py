@@ -1,0 +1,175 @@
+"""Text to token ids and back. Knows one text at a time; nothing of files of text, streams or sequences.
+
+    "bytes"                      "abc"  ->  97 98 99              256 bytes, and 256 for the end of a document
+    path/to/tokenizer.json       "abc"  ->  39305                 a file of the ``tokenizers`` library
+    path/to/folder/              "abc"  ->  39305                 a Hugging Face tokenizer, from the disk only
+
+An end-of-document token that a tokenizer does not have is added behind its vocabulary.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Integer
+
+from longspan.errors import DataError
+
+Ids = Integer[np.ndarray, "tokens"]
+
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+"""What tokenizers of well-known models call the end of a document, tried in this order where a file does not say."""
+
+
+class Tokenizer(Protocol):
+    """What turns text into ids below ``vocab_size``; ``eos`` ends a document; ``fingerprint`` names what it does."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, text: str | bytes) -> Ids:
+        """The ids of a text, without ``eos``."""
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
+        """``[encode(text) for text in texts]``, on as many threads as there are."""
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        """The text of ids, ``eos`` left out."""
+
+
+def load(name: str) -> Tokenizer:
+    """The tokenizer that is called ``bytes``, or lies in a ``tokenizers`` JSON file or a Hugging Face folder.
+
+    Raises DataError where there is no such file or folder, or it holds something else.
+    """
+    if name == Bytes.name:
+        return Bytes()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_file(path)
+    raise DataError(
+        f"the tokenizer {name!r} is unknown; legal are 'bytes', the path of a tokenizers JSON file, and the folder of a "
+        f"Hugging Face tokenizer"
+    )
+
+
+class Bytes:
+    """A token is a byte: no training, no unknown words, and a loss that is nats per byte."""
+
+    name = "bytes"
+    vocab_size = 257
+    eos = 256
+    fingerprint = "bytes"
+
+    def encode(self, text: str | bytes) -> Ids:
+        return np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8)
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        return bytes(i for i in np.asarray(ids).tolist() if i != self.eos).decode(errors="replace")
+
+
+class Fast:
+    """A ``tokenizers.Tokenizer``. Equals its own ``encode(text, add_special_tokens=False).ids``, never cut or padded.
+
+    Bytes that are not UTF-8 are read as U+FFFD.
+    """
+
+    def __init__(self, name: str, backend: Any, eos: int | None) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.name = name
+        self._backend = backend
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        self.eos, self.vocab_size = _end(eos, max(ids, default=-1) + 1)
+        self.fingerprint = _hash(f"{self.eos} {backend.to_str()}")
+
+    def encode(self, text: str | bytes) -> Ids:
+        return self.encode_batch([text.encode() if isinstance(text, str) else text])[0]
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
+        read = [text.decode(errors="replace") for text in texts]
+        encodings = self._backend.encode_batch_fast(read, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        return str(self._backend.decode([i for i in np.asarray(ids).tolist() if i != self.eos], skip_special_tokens=False))
+
+
+class Slow:
+    """A Hugging Face tokenizer that is not one of the ``tokenizers`` library. Equals its own ``encode``, as ``Fast`` does."""
+
+    def __init__(self, name: str, backend: Any) -> None:
+        self.name = name
+        self._backend = backend
+        vocabulary = backend.get_vocab()
+        self.eos, self.vocab_size = _end(backend.eos_token_id, max(vocabulary.values(), default=-1) + 1)
+        self.fingerprint = _hash(f"{self.eos} {type(backend).__name__} {sorted(vocabulary.items())} {backend.init_kwargs}")
+
+    def encode(self, text: str | bytes) -> Ids:
+        read = text if isinstance(text, str) else text.decode(errors="replace")
+        return np.array(self._backend.encode(read, add_special_tokens=False, verbose=False), np.int64)
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        return str(self._backend.decode([i for i in np.asarray(ids).tolist() if i != self.eos]))
+
+
+def _from_file(path: Path) -> Tokenizer:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise DataError(f"the tokenizer '{path}' needs tokenizers, which is not here; pip install longspan[hf]") from error
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(
+            f"the tokenizer '{path}' is not a file of the tokenizers library: {_first_line(error)}; legal are 'bytes', such a "
+            f"JSON file, and the folder of a Hugging Face tokenizer"
+        ) from error
+    known = (backend.token_to_id(end) for end in ENDS)
+    return Fast(str(path), backend, next((i for i in known if i is not None), None))
+
+
+def _from_folder(path: Path) -> Tokenizer:
+    try:
+        import transformers
+    except ImportError as error:
+        raise DataError(f"the tokenizer '{path}' needs transformers, which is not here; pip install longspan[hf]") from error
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # whatever a folder of something else makes it stumble over
+        raise DataError(
+            f"the folder '{path}' holds no Hugging Face tokenizer: {_first_line(error)}; legal are 'bytes', a tokenizers JSON "
+            f"file, and a folder that save_pretrained wrote"
+        ) from error
+    if tokenizer.is_fast:
+        return Fast(str(path), tokenizer.backend_tokenizer, tokenizer.eos_token_id)
+    return Slow(str(path), tokenizer)
+
+
+def _end(eos: int | None, vocabulary: int) -> tuple[int, int]:
+    """The end-of-document token and the size of the vocabulary with it."""
+    return (vocabulary, vocabulary + 1) if eos is None else (eos, max(vocabulary, eos + 1))
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
