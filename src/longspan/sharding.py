@@ -13,7 +13,7 @@ wrong on all of them.
 import hashlib
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ from longspan.mesh import ParallelMesh
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def parallelize(model: Model, mesh: ParallelMesh, zero: Literal[0, 3] = 0) -> Model:
+def parallelize(model: Model, mesh: ParallelMesh, zero: int = 0) -> Model:
     """Change ``model`` in place so that law 1 holds on ``mesh``, and return it: loss and gradients are those of one device.
 
     Every rank calls it, with equal parameters (the same seed, or the same checkpoint), before it builds its optimizer;
@@ -133,7 +133,8 @@ def _hash(tensor: Tensor) -> str:
 
 def _refuse_differences(everyone: list[dict[str, str]]) -> None:
     for rank, held in enumerate(everyone):
-        for name in everyone[0] | held:
+        # What one rank lacks comes first: it explains why the rest differs.
+        for name in sorted(everyone[0] | held, key=lambda name: name in everyone[0] and name in held):
             first, other = everyone[0].get(name, "nothing"), held.get(name, "nothing")
             if first != other:
                 raise ModelError(
