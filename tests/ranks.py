@@ -45,7 +45,11 @@ class Ranks:
             pipe.send((body, args))
         results: dict[int, Any] = {}
         while len(results) < self.ranks:
-            for pipe in wait([p for rank, p in enumerate(self.pipes) if rank not in results]):
+            answered = wait([p for rank, p in enumerate(self.pipes) if rank not in results], timeout=self.seconds)
+            if not answered:
+                self.close()
+                raise AssertionError(f"of {self.ranks} ranks only {sorted(results)} answered within {self.seconds:g} s")
+            for pipe in answered:
                 rank = self.pipes.index(pipe)  # type: ignore[arg-type]
                 try:
                     failure, results[rank] = pipe.recv()  # type: ignore[union-attr]

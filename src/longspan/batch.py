@@ -12,7 +12,8 @@ so that every rank raises the same text and none waits for another.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,6 +168,17 @@ def take(x: Num[Tensor, "*whole"], runs: Runs, dim: int) -> Num[Tensor, "*part"]
     return torch.cat([x.narrow(dim, run.start, len(run)) for run in runs], dim)
 
 
+@contextmanager
+def together(mesh: ParallelMesh) -> Iterator[None]:
+    """What fails in the block on one rank is raised on every rank, with the text of the first. The block has no collective."""
+    error: LongspanError | None = None
+    try:
+        yield
+    except LongspanError as found:
+        error = found
+    agree_on_error(error, mesh)
+
+
 def agree_on_error(error: LongspanError | None, mesh: ParallelMesh) -> None:
     """Raise on every rank what any rank brings: the text of the first one that has an error. Every rank must call it."""
     mine = (int(error is not None), 0, 0, 0, 0, 0)
@@ -192,10 +204,11 @@ def _learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) 
 
 
 def _refuse_blind_labels(learned: Tensor | None, mask: Mask | tuple[Mask, ...] | None, rows: int, tokens: int) -> None:
-    if learned is None or mask is None:
+    if mask is None:
         return
-    flat = learned.flatten()
-    for run in masks.blind_rows(masks.rows(mask, rows, tokens, tokens), rows * tokens):
+    bands = masks.rows(mask, rows, tokens, tokens)  # refuses a mask of another length, labels or none
+    flat = torch.full((0,), IGNORE) if learned is None else learned.flatten()
+    for run in masks.blind_rows(bands, rows * tokens):
         if bool((flat[run.start : run.stop] != IGNORE).any()):
             row, first = divmod(run.start, tokens)
             raise BatchError(

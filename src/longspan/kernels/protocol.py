@@ -39,6 +39,7 @@ class Need:
     bias: bool = False
 
 
+@runtime_checkable
 class BoundBias(Protocol):
     """What is added to the scores, asked one tile at a time, differentiable in its own parameters."""
 
