@@ -19,6 +19,7 @@ R rows: batch * every token   H every head   G my heads   D head size
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
@@ -55,14 +56,27 @@ class Bias(Protocol):
     ) -> Float[Tensor, "some_heads queries keys"]: ...
 
 
-class Plan(OpaqueBase):
-    """One attention of one rank, decided on integers: all that the tensors need to be told on their way."""
+class Core(OpaqueBase):
+    """What the operator needs beside its tensors: the kernel as it is bound here, and the hops of the ring."""
 
-    def __init__(self, there: Trade | None, back: Trade | None, local: Local, ring: Ring, heads: range) -> None:
-        self.there, self.back, self.local, self.ring, self.heads = there, back, local, ring, heads
+    def __init__(self, local: Local, ring: Ring) -> None:
+        self.local, self.ring = local, ring
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Core":
+        return self  # torch.compile copies its graphs; what names process groups is the same in all of them
 
 
-register_opaque_type(Plan, typ="reference")
+register_opaque_type(Core, typ="reference")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One attention of one rank, decided on integers: how q, k, v come to their heads, what happens there, and the way back."""
+
+    there: Trade | None
+    core: Core
+    back: Trade | None
+    heads: range
 
 
 def attend(
@@ -103,16 +117,16 @@ def attend(
     q_RGD, k_RGD, v_RGD = _to_rows(q, k, v, plan.there)
     my_sinks = None if sinks is None else sinks[plan.heads.start : plan.heads.stop]
     parameters = [] if bias is None else list(bias.parameters)
-    out_RGD, _ = attention(q_RGD, k_RGD, v_RGD, my_sinks, parameters, plan)
+    out_RGD, _ = attention(q_RGD, k_RGD, v_RGD, my_sinks, parameters, plan.core)
     return _to_tokens(out_RGD, plan.back, q.shape[0])
 
 
 @torch.library.custom_op("longspan::attention", mutates_args=())
 def attention(
-    q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], plan: Plan
+    q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], core: Core
 ) -> tuple[Tensor, Tensor]:
     """(out [rows, my heads, v_dim] of q's dtype, lse [my heads, rows]) of my heads, sinks included."""
-    out, lse = ring.forward(q_RGD, k_RGD, v_RGD, plan.local, plan.ring, tuple(parameters))
+    out, lse = ring.forward(q_RGD, k_RGD, v_RGD, core.local, core.ring, tuple(parameters))
     if sinks is not None:
         lse_of_keys, lse = lse, torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(1))
         out = out * (lse_of_keys - lse).exp().T.unsqueeze(2)
@@ -122,12 +136,12 @@ def attention(
 @torch.library.custom_op("longspan::attention_backward", mutates_args=())
 def attention_backward(
     dout_RGD: Tensor, q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, out_RGD: Tensor, lse: Tensor,
-    sinks: Tensor | None, parameters: Sequence[Tensor], plan: Plan,
+    sinks: Tensor | None, parameters: Sequence[Tensor], core: Core,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, of the sinks if there are any, and of the bias' parameters."""
     leaves = tuple(parameter.detach().requires_grad_() for parameter in parameters)
     dq, dk, dv, dparameters = ring.backward(
-        dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, lse, plan.local, plan.ring, leaves
+        dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, lse, core.local, core.ring, leaves
     )
     grads = [dq.to(q_RGD.dtype), dk.to(q_RGD.dtype), dv.to(q_RGD.dtype)]
     if sinks is not None:
@@ -138,7 +152,7 @@ def attention_backward(
 
 @attention.register_fake
 def _(
-    q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], plan: Plan
+    q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], core: Core
 ) -> tuple[Tensor, Tensor]:
     rows, heads, _ = q_RGD.shape
     lse = q_RGD.new_empty(heads, rows, dtype=torch.promote_types(q_RGD.dtype, torch.float32))
@@ -148,21 +162,21 @@ def _(
 @attention_backward.register_fake
 def _(
     dout_RGD: Tensor, q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, out_RGD: Tensor, lse: Tensor,
-    sinks: Tensor | None, parameters: Sequence[Tensor], plan: Plan,
+    sinks: Tensor | None, parameters: Sequence[Tensor], core: Core,
 ) -> list[Tensor]:  # fmt: skip
     inputs = [q_RGD, k_RGD, v_RGD, *([] if sinks is None else [sinks]), *parameters]
     return [x.new_empty(x.shape) for x in inputs]
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q_RGD, k_RGD, v_RGD, sinks, parameters, ctx.plan = inputs
+    q_RGD, k_RGD, v_RGD, sinks, parameters, ctx.core = inputs
     ctx.save_for_backward(q_RGD, k_RGD, v_RGD, *output, sinks, *parameters)
 
 
 def _back_through_attention(ctx: Any, dout_RGD: Tensor, _: Tensor) -> tuple[Any, ...]:
     *tensors, sinks = ctx.saved_tensors[:6]
     parameters = list(ctx.saved_tensors[6:])
-    dq, dk, dv, *rest = attention_backward(dout_RGD, *tensors, sinks, parameters, ctx.plan)
+    dq, dk, dv, *rest = attention_backward(dout_RGD, *tensors, sinks, parameters, ctx.core)
     dsinks = None if sinks is None else rest.pop(0)
     return dq, dk, dv, dsinks, rest, None
 
@@ -197,12 +211,14 @@ def _plan(
     bind = None if bias is None else partial(_TileBias, bias, mine, tokens, key_tokens, my_queries)
     local = Local(chosen, heads.groups(place.ulysses_rank), scale, softcap, bind)
     if mesh is None:
-        return Plan(None, None, local, Ring(hops), mine)
+        return Plan(None, Core(local, Ring(hops)), None, mine)
     out_shape = torch.Size((*q_shape[:3], v_shape[3]))
     return Plan(
-        plan_trade([q_shape, k_shape, v_shape], mesh, tokens, key_tokens), plan_trade([out_shape], mesh, tokens),
-        local, Ring(hops, mesh.ring_group, mesh.transport), mine,
-    )  # fmt: skip
+        plan_trade([q_shape, k_shape, v_shape], mesh, tokens, key_tokens),
+        Core(local, Ring(hops, mesh.ring_group, mesh.transport)),
+        plan_trade([out_shape], mesh, tokens),
+        mine,
+    )
 
 
 @lru_cache(maxsize=256)
@@ -278,7 +294,7 @@ def _to_rows(q: Tensor, k: Tensor, v: Tensor, there: Trade | None) -> tuple[Tens
     if there is None:
         return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     rows = trade_tokens_for_heads([q, k, v], there)
-    columns = chain.from_iterable(x.split(crowd.widths(there.rank), 1) for x, crowd in zip(rows, there.crowds))
+    columns = chain.from_iterable(x.split(widths, 1) for x, widths in zip(rows, there.columns))
     q_RGD, k_RGD, v_RGD = (x.unflatten(1, (-1, whole.shape[3])) for x, whole in zip(columns, (q, k, v)))
     return q_RGD, k_RGD, v_RGD
 

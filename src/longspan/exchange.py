@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
-from torch._library.opaque_object import register_opaque_type
+from torch._library.opaque_object import MemberType, register_opaque_type
 from torch._opaque_base import OpaqueBase
 
 from longspan.collectives import Scratch, Transport
@@ -64,6 +64,10 @@ class Trade(OpaqueBase):
     ) -> None:
         self.crowds, self.group, self.transport, self.scratch = tuple(crowds), group, transport, scratch
         self.rank, self.ranks = group.rank(), range(group.size())
+        self.columns = tuple(crowd.widths(self.rank) for crowd in self.crowds)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Trade":
+        return self  # torch.compile copies its graphs, and a plan that names process groups is the same in all of them
 
     def sent(self, rows: int) -> list[int]:
         """Elements that tokens_to_heads sends to each rank: my tokens, its heads."""
@@ -74,7 +78,7 @@ class Trade(OpaqueBase):
         return [rows * sum(crowd.sizes[p] * sum(crowd.widths(self.rank)) for crowd in self.crowds) for p in self.ranks]
 
 
-register_opaque_type(Trade, typ="reference")
+register_opaque_type(Trade, typ="reference", members={name: MemberType.USE_REAL for name in ("crowds", "rank", "columns")})
 
 
 def tokens_to_heads(

@@ -1,0 +1,47 @@
+"""Compile one decoder block over 1 and 2 ranks as a full graph and compare it with eager, gradients included (see test_compile.py)."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from ranks import on_ranks
+
+from longspan import Causal, ParallelMesh, attend
+from longspan.models.decoder import Block, DecoderConfig
+
+CONFIG = DecoderConfig(vocab=16, layers=1, hidden=48, heads=6, kv_heads=2, head_dim=8, ffn=64)
+TOKENS = 13
+
+
+def compiled_is_eager() -> None:
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    mesh = ParallelMesh(ulysses=torch.distributed.get_world_size())
+    place = mesh.place
+    mine = sum(map(len, place.layout(TOKENS).mine(place.ring_rank, place.ulysses_rank)))
+    torch.manual_seed(place.ulysses_rank)
+    block = Block(CONFIG).double()
+    x, weight = torch.randn(2, 2, mine, CONFIG.hidden, dtype=torch.float64)
+
+    def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend(q, k, v, mask=Causal(), mesh=mesh, tokens=TOKENS)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return block(x, mix)
+
+    results = []
+    for function in (forward, torch.compile(forward, fullgraph=True)):
+        block.zero_grad()
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        (out * weight).sum().backward()
+        results.append([out.detach(), leaf.grad, *(p.grad.clone() for p in block.parameters())])
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-12)
+
+
+if __name__ == "__main__":
+    for ranks in (1, 2):
+        on_ranks(ranks, compiled_is_eager, tmp_path=Path(sys.argv[1]), seconds=240)
+        print(ranks, "exact")
