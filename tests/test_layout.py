@@ -5,7 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longspan.errors import LayoutError
-from longspan.layout import Heads, Layout, Traffic, attention_traffic, consecutive, select, split
+from longspan.layout import (
+    Heads,
+    Layout,
+    Traffic,
+    attention_traffic,
+    causal_keys_sent,
+    choose_degrees,
+    consecutive,
+    select,
+    split,
+)
+from longspan.masks import Causal
+from longspan.ring import plan_hops
 
 degrees = st.integers(1, 8)
 
@@ -40,7 +52,7 @@ def test_every_token_has_one_owner_and_shares_differ_by_one(ring: int, ulysses: 
 
 
 def test_zigzag_gives_a_ring_rank_an_early_and_a_late_piece() -> None:
-    assert Layout(16, ring=2, zigzag=True).runs(0) == (range(0, 4), range(12, 16))
+    assert Layout(16, ring=2, zigzag=True).runs(0) == (range(4), range(12, 16))
     assert Layout(16, ring=2, zigzag=True).runs(1) == (range(4, 8), range(8, 12))
 
 
@@ -90,4 +102,30 @@ def test_refusals_say_what_is_legal(ask, text: str) -> None:  # type: ignore[no-
 
 
 def test_consecutive_ranges_lie_side_by_side() -> None:
-    assert consecutive((3, 0, 2)) == (range(0, 3), range(3, 3), range(3, 5))
+    assert consecutive((3, 0, 2)) == (range(3), range(3, 3), range(3, 5))
+
+
+@given(st.integers(1, 6), st.booleans(), st.integers(0, 60))
+def test_a_causal_ring_sends_what_the_closed_form_says(ring: int, zigzag: bool, extra: int) -> None:
+    layout = Layout(2 * ring + extra, ring, 1, zigzag)
+    held = [layout.runs(rank) for rank in range(ring)]
+    for rank in range(ring):
+        hops = plan_hops(Causal().bands(layout.tokens, layout.tokens), held, held, rank)
+        assert sum(len(run) for hop in hops[1:] for run in hop.leaving) == causal_keys_sent(layout, rank)
+
+
+@pytest.mark.parametrize(
+    ("ask", "chosen"),
+    [
+        ((8, 32, 8, 8), (8, 1)),
+        ((16, 32, 8, 8), (8, 2)),
+        ((8, 28, 4, 8), (4, 2)),
+        ((8, 3, 3, 8), (1, 8)),
+        ((6, 3, 1, 8), (3, 2)),
+        ((7, 40, 8, 8), (7, 1)),
+    ],
+)
+def test_degrees_are_chosen_from_heads_and_nodes(ask: tuple[int, int, int, int], chosen: tuple[int, int]) -> None:
+    degrees = choose_degrees(*ask)
+    assert (degrees.ulysses, degrees.ring) == chosen
+    assert f"ulysses={chosen[0]}" in degrees.why

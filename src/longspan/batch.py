@@ -80,14 +80,14 @@ def shard(
     Raises the same error on every rank: BatchError for a batch that cannot be cut or that differs between the ranks of a
     sequence, LayoutError for fewer tokens than ranks, MaskError for a mask of another length.
     """
-    several = not isinstance(batch, Mapping)
+    micro_batches = [batch] if isinstance(batch, Mapping) else batch
     try:
-        parts = [cut(one, mesh.place, shift=shift, mask=mask, dims=dims) for one in (batch if several else [batch])]
+        parts = [cut(one, mesh.place, shift=shift, mask=mask, dims=dims) for one in micro_batches]
     except Exception as error:
         agree_on_error(error if isinstance(error, LongspanError) else BatchError(f"{type(error).__name__}: {error}"), mesh)
         raise
     agreed = agree(parts, mesh)
-    return agreed if several else agreed[0]
+    return agreed[0] if isinstance(batch, Mapping) else agreed
 
 
 def cut(

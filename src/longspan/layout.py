@@ -188,3 +188,54 @@ def attention_traffic(
         + heads_to_tokens_elements(key_sizes, kv_widths, ulysses_rank)
     )
     return Traffic(2, forward * unit), Traffic(2, backward * unit)
+
+
+def ring_traffic(
+    leaving: Sequence[int], arriving: Sequence[int], width: int, *, itemsize: int, grad_itemsize: int
+) -> tuple[Traffic, Traffic]:
+    """(forward, backward) of one attention layer on the ring axis, from the keys that leave and arrive at each hop.
+
+    ``width`` is the elements of one key and its value over this rank's heads. Keys and values pass once in the forward and
+    once again in the backward; their gradients go home in fp32 (``grad_itemsize``). A hop that no rank needs is no collective.
+    """
+    passed = sum(leaving) * width * itemsize
+    home = sum(arriving) * width * grad_itemsize
+    return Traffic(len(leaving), passed), Traffic(2 * len(leaving), passed + home)
+
+
+def causal_keys_sent(layout: Layout, ring_rank: int) -> int:
+    """The keys that a ring rank sends in one pass under a causal mask of one row: only what a later query sees.
+
+    Zigzag: everyone needs my early piece, and only the ranks before me my late one. Contiguous: the ranks behind me need all.
+    """
+    behind = layout.ring - 1 - ring_rank
+    if not layout.zigzag:
+        return behind * sum(map(len, layout.runs(ring_rank)))
+    pieces = split(layout.tokens, 2 * layout.ring)
+    return (layout.ring - 1) * pieces[ring_rank] + ring_rank * pieces[2 * layout.ring - 1 - ring_rank]
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """A choice of ulysses x ring, and the sentence that says why."""
+
+    ulysses: int
+    ring: int
+    why: str
+
+
+def choose_degrees(ranks: int, query_heads: int, kv_heads: int, ranks_per_node: int) -> Degrees:
+    """How ``ranks`` ranks should share a sequence: ulysses inside a node as far as the heads reach, the ring for the rest.
+
+    Ulysses sends every element once and its traffic falls with the ranks, so it is taken as far as it goes: not beyond the
+    query heads, not across nodes (an all-to-all is as fast as its slowest link; a ring hides behind the kernel), and by
+    preference to a degree that gives the fullest rank at most a tenth more than its share of the heads: it sets the pace.
+    """
+    Heads(query_heads, kv_heads)
+    fits = [d for d in range(1, ranks + 1) if ranks % d == 0 and d <= query_heads and d <= max(ranks_per_node, 1)]
+    ulysses = max(fits, key=lambda d: (10 * max(split(query_heads, d)) * d <= 11 * query_heads, d))
+    ring = ranks // ulysses
+    limit = "the ranks" if ulysses == ranks else f"what {query_heads} query heads and nodes of {ranks_per_node} ranks allow"
+    copies = "" if ulysses <= kv_heads else f", so each key/value head is held by about {ulysses / kv_heads:.3g} ranks"
+    rest = "no ring is needed" if ring == 1 else f"ring={ring} takes the rest"
+    return Degrees(ulysses, ring, f"ulysses={ulysses} is {limit}{copies}; {rest}")
