@@ -7,13 +7,16 @@
 import torch
 
 from longspan.errors import KernelError
+from longspan.kernels.flex import Flex
+from longspan.kernels.online import Online
 from longspan.kernels.protocol import BoundBias, Kernel, Need, result_dtype
 from longspan.kernels.reference import Reference
 from longspan.kernels.sdpa import SDPA
 
 __all__ = ["KERNELS", "BoundBias", "Kernel", "Need", "choose", "result_dtype"]
 
-KERNELS = {kernel.name: kernel for kernel in (SDPA(), Reference())}
+# "auto" takes the first that can: order is preference
+KERNELS = {kernel.name: kernel for kernel in (SDPA(), Online(), Flex(), Reference())}
 
 
 def choose(

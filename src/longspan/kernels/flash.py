@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longspan.kernels.tiles import Shape
+from longspan.kernels import cuda
+from longspan.kernels.tiles import Shape, Stack
 
 FlashPartial = tuple[Float[Tensor, "tiles heads rows dim"], Float[Tensor, "tiles heads rows"]]
 FlashGradients = tuple[
@@ -21,29 +22,35 @@ _forward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.defaul
 _backward_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
+def on_cuda(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def lacks(device_type: str, dtype: torch.dtype, dim: int) -> str | None:
     """Why the operators of this device cannot do it, or None."""
-    if device_type != "cpu":
-        return f"no fused attention is known here for {device_type}"
-    return None
+    if device_type == "cuda":
+        return cuda.lacks(dtype, dim)
+    return None if device_type == "cpu" else f"PyTorch's flash operators are for cpu and cuda, not {device_type}"
 
 
 def forward(
-    shape: Shape,
+    stack: Stack,
     q: Float[Tensor, "tiles heads rows dim"],
     k: Float[Tensor, "tiles kv_heads keys dim"],
     v: Float[Tensor, "tiles kv_heads keys dim"],
     scale: float,
 ) -> FlashPartial:
     """Every query of a tile sees a key: the operator's lse of a fully masked row (0.0, not -inf) cannot occur."""
-    if shape is Shape.UPPER:
-        out, lse = forward(Shape.LOWER, q.flip(2), k.flip(2), v.flip(2), scale)
-        return out.flip(2), lse.flip(2)
-    return _forward_cpu(q, k, v, 0.0, shape is Shape.LOWER, attn_mask=_mask(shape, q, k), scale=scale)  # type: ignore[no-any-return]
+    if on_cuda(q):
+        return cuda.forward(stack, q, k, v, scale)
+    if stack.shape is Shape.UPPER:
+        q, k, v = (x.flip(2) for x in (q, k, v))
+    out, lse = _forward_cpu(q, k, v, 0.0, _is_causal(stack), attn_mask=_mask(stack, q.dtype), scale=scale)
+    return (out.flip(2), lse.flip(2)) if stack.shape is Shape.UPPER else (out, lse)
 
 
 def backward(
-    shape: Shape,
+    stack: Stack,
     dout: Float[Tensor, "tiles heads rows dim"],
     q: Float[Tensor, "tiles heads rows dim"],
     k: Float[Tensor, "tiles kv_heads keys dim"],
@@ -52,18 +59,24 @@ def backward(
     lse: Float[Tensor, "tiles heads rows"],
     scale: float,
 ) -> FlashGradients:
-    if shape is Shape.UPPER:
+    """dq, dk, dv of each tile; tiles that share keys each give their own part."""
+    if on_cuda(q):
+        return cuda.backward(stack, dout, q, k, v, out, lse, scale)
+    if stack.shape is Shape.UPPER:
         dout, q, k, v, out, lse = (x.flip(2) for x in (dout, q, k, v, out, lse))
-        dq, dk, dv = backward(Shape.LOWER, dout, q, k, v, out, lse, scale)
-        return dq.flip(2), dk.flip(2), dv.flip(2)
-    causal = shape is Shape.LOWER
-    return _backward_cpu(dout, q, k, v, out, lse, 0.0, causal, attn_mask=_mask(shape, q, k), scale=scale)  # type: ignore[no-any-return]
+    causal, mask = _is_causal(stack), _mask(stack, q.dtype)
+    dq, dk, dv = _backward_cpu(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    return (dq.flip(2), dk.flip(2), dv.flip(2)) if stack.shape is Shape.UPPER else (dq, dk, dv)
 
 
-def _mask(shape: Shape, q: Tensor, k: Tensor) -> Tensor | None:
+def _is_causal(stack: Stack) -> bool:
+    """LOWER, and UPPER once it is read backwards."""
+    return stack.shape in (Shape.LOWER, Shape.UPPER)
+
+
+def _mask(stack: Stack, dtype: torch.dtype) -> Tensor | None:
     """For a BAND: query i sees keys i to i + keys - rows. The operator wants a float mask of q's dtype, and broadcasts it."""
-    if shape is not Shape.BAND:
+    if stack.shape is not Shape.BAND:
         return None
-    rows, keys = q.shape[2], k.shape[2]
-    away = torch.arange(keys, device=q.device) - torch.arange(rows, device=q.device)[:, None]
-    return torch.zeros_like(away, dtype=q.dtype).masked_fill_((away < 0) | (away > keys - rows), -torch.inf)
+    away = torch.arange(stack.keys) - torch.arange(stack.rows)[:, None]
+    return torch.zeros(away.shape, dtype=dtype).masked_fill_((away < 0) | (away > stack.keys - stack.rows), -torch.inf)

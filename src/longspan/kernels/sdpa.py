@@ -17,8 +17,9 @@ from torch import Tensor
 
 from longspan.errors import KernelError
 from longspan.kernels import flash
+from longspan.kernels.flash import on_cuda
 from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
-from longspan.kernels.tiles import Stack, plan
+from longspan.kernels.tiles import Stack, corners, plan
 from longspan.masks import Band
 
 CHUNK = 2**21  # elements of q, k and v that one call is given, where one tile alone is not larger
@@ -50,14 +51,14 @@ class SDPA:
     ) -> Partial:
         _refuse(softcap, bias)
         dtype = result_dtype(q.dtype)
-        stacks = plan(bands)
+        stacks = _plan(bands, q)
         if _is_one_call(stacks, q):
-            part, part_lse = flash.forward(stacks[0].shape, *_tiles_of(stacks[0], q, k, v), scale)
+            part, part_lse = flash.forward(stacks[0], *_tiles_of(stacks[0], q, k, v), scale)
             return part[0].transpose(0, 1).to(dtype), part_lse[0]
         out = q.new_zeros(q.shape, dtype=dtype)
         lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype)
         for stack in _chunked(stacks, q, k):
-            part, part_lse = flash.forward(stack.shape, *_tiles_of(stack, q, k, v), scale)
+            part, part_lse = flash.forward(stack, *_tiles_of(stack, q, k, v), scale)
             out_tiles, lse_tiles = _queries(stack, out), _queries(stack, lse.T.unsqueeze(2)).squeeze(3)
             if stack.fresh:
                 out_tiles.copy_(part)
@@ -83,11 +84,11 @@ class SDPA:
         _refuse(softcap, bias)
         dtype = result_dtype(q.dtype)
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
-        for stack in _chunked(plan(bands), q, k):
+        for stack in _chunked(_plan(bands, q), q, k):
             dout_tiles, out_tiles = (_queries(stack, x).to(q.dtype) for x in (dout, out))
             lse_tiles = _queries(stack, lse.T.unsqueeze(2)).squeeze(3)
             q_tiles, k_tiles, v_tiles = _tiles_of(stack, q, k, v)
-            parts = flash.backward(stack.shape, dout_tiles, q_tiles, k_tiles, v_tiles, out_tiles, lse_tiles, scale)
+            parts = flash.backward(stack, dout_tiles, q_tiles, k_tiles, v_tiles, out_tiles, lse_tiles, scale)
             _queries(stack, dq).add_(parts[0])
             _add_keys(stack, dk, parts[1])
             _add_keys(stack, dv, parts[2])
@@ -97,6 +98,10 @@ class SDPA:
 def _refuse(softcap: float | None, bias: BoundBias | None) -> None:
     if softcap is not None or bias is not None:
         raise KernelError("kernel='sdpa' has neither softcap nor bias; use kernel='online' or 'auto'")
+
+
+def _plan(bands: Sequence[Band], q: Tensor) -> tuple[Stack, ...]:
+    return corners(plan(bands)) if on_cuda(q) else plan(bands)
 
 
 def _is_one_call(stacks: Sequence[Stack], q: Tensor) -> bool:

@@ -20,8 +20,12 @@ from itertools import groupby
 
 from longspan.masks import Band
 
-NARROW = 64  # a band of fewer keys is walked as masked tiles: squares as small as the band would be all overhead
-NARROW_ROWS = 64  # the height of a masked tile
+NARROW = 1024  # keys; up to here a few masked rows at a time are faster than squares of the band's width, from here slower
+
+
+def masked_rows(width: int) -> int:
+    """The height of a masked tile. It computes rows + width - 1 keys a row, but the operator is slow on very few rows."""
+    return 128 if width >= 128 else 64
 
 
 class Shape(Enum):
@@ -36,6 +40,7 @@ class Stack:
     """``count`` tiles of ``rows`` queries and ``keys`` keys, each one step from the one before.
 
     Tiles of a stack never share a query (they may share keys). ``fresh``: no query of this stack is in an earlier one.
+    ``documents`` are the (rows, keys) of tiles of unequal sizes that lie corner to corner and fill this one (see ``corners``).
     """
 
     shape: Shape
@@ -47,6 +52,7 @@ class Stack:
     q_step: int = 0
     k_step: int = 0
     fresh: bool = True
+    documents: tuple[tuple[int, int], ...] = ()
 
     @property
     def q_stop(self) -> int:
@@ -66,6 +72,27 @@ def plan(bands: Sequence[Band]) -> tuple[Stack, ...]:
         stacks.append(replace(stack, fresh=stack.q_start >= reach))
         reach = max(reach, stack.q_stop)
     return tuple(stacks)
+
+
+def corners(stacks: Sequence[Stack]) -> tuple[Stack, ...]:
+    """The same, with tiles of one shape that touch at their corners, as packed documents do, as one stack of count 1."""
+    chains: list[list[Stack]] = []
+    for stack in stacks:
+        if chains and _touch(chains[-1][-1], stack):
+            chains[-1].append(stack)
+        else:
+            chains.append([stack])
+    return tuple(chain[0] if len(chain) == 1 else _documents(chain) for chain in chains)
+
+
+def _touch(a: Stack, b: Stack) -> bool:
+    alike = a.shape is b.shape and a.fresh == b.fresh and a.count == b.count == 1
+    return alike and (b.q_start, b.k_start) == (a.q_start + a.rows, a.k_start + a.keys)
+
+
+def _documents(chain: Sequence[Stack]) -> Stack:
+    lengths = tuple((tile.rows, tile.keys) for tile in chain)
+    return replace(chain[0], rows=sum(rows for rows, _ in lengths), keys=sum(keys for _, keys in lengths), documents=lengths)
 
 
 def _cut(band: Band) -> Iterator[Stack]:
@@ -104,7 +131,7 @@ def _walk(band: Band, start: int, stop: int) -> Iterator[Stack]:
     """The rows start to stop, all of which see the band's full width."""
     width = band.hi - band.lo + 1
     narrow = width < NARROW
-    height = NARROW_ROWS if narrow else width
+    height = masked_rows(width) if narrow else width
     count, rest = divmod(stop - start, height)
     at, key = start + count * height, start + band.lo
     if narrow:

@@ -1,0 +1,175 @@
+"""FlexAttention over bands, compiled for CUDA. Knows nothing of how blocks are computed. It has never run on a GPU.
+
+    bands  ->  the key intervals of each query  ->  BlockMask  ->  flex_attention, compiled
+
+          query   interval 0   interval 1          A query sees as many intervals as bands meet its row, most often one or two:
+            0      [0, 1)        -                 memory is tokens x that number.
+            1      [0, 2)      [7, 9)
+
+Its backward belongs to autograd and knows only its own keys, so it is given the gradient of merging them with the others:
+with w = exp(lse_part - lse), dout_part = w * dout and dlse_part = w * (dout · (out_part - out)).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from longspan.errors import KernelError
+from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
+from longspan.masks import Band
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import AuxOutput, BlockMask
+
+
+class Flex:
+    """``flex_attention`` under any bands, with softcap and value dims of its own."""
+
+    name = "flex"
+
+    def lacks(self, need: Need) -> str | None:
+        """Why this kernel cannot do it, or None."""
+        if need.device_type != "cuda":
+            return f"flex_attention has no backward on {need.device_type}, only on cuda"
+        if need.dtype == torch.float64:
+            return "flex_attention is compiled for fp32, bf16 and fp16, not for fp64"
+        if need.bias:
+            return "flex_attention asks a bias one score at a time, not one tile at a time"
+        return None
+
+    def forward(
+        self,
+        q: Float[Tensor, "queries heads qk_dim"],
+        k: Float[Tensor, "keys kv_heads qk_dim"],
+        v: Float[Tensor, "keys kv_heads v_dim"],
+        bands: Sequence[Band],
+        scale: float,
+        *,
+        softcap: float | None = None,
+        bias: BoundBias | None = None,
+    ) -> Partial:
+        self._refuse(q, v, softcap, bias)
+        dtype = result_dtype(q.dtype)
+        if not bands:
+            out = q.new_zeros((*q.shape[:2], v.shape[2]), dtype=dtype)
+            return out, out.new_full((q.shape[1], q.shape[0]), -torch.inf)
+        out, lse = _attend(q, k, v, bands, scale, softcap)
+        return out.to(dtype), lse.to(dtype)
+
+    def backward(
+        self,
+        dout: Float[Tensor, "queries heads v_dim"],
+        q: Float[Tensor, "queries heads qk_dim"],
+        k: Float[Tensor, "keys kv_heads qk_dim"],
+        v: Float[Tensor, "keys kv_heads v_dim"],
+        out: Float[Tensor, "queries heads v_dim"],
+        lse: Float[Tensor, "heads queries"],
+        bands: Sequence[Band],
+        scale: float,
+        *,
+        softcap: float | None = None,
+        bias: BoundBias | None = None,
+    ) -> Gradients:
+        self._refuse(q, v, softcap, bias)
+        dtype = result_dtype(q.dtype)
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        if not bands:
+            dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+            return dq, dk, dv, []
+        with torch.enable_grad():
+            part, part_lse = _attend(inputs[0], inputs[1], inputs[2], bands, scale, softcap)
+        dpart, dpart_lse = merge_gradients(dout, out, lse, part.detach(), part_lse.detach())
+        grads = torch.autograd.grad([part, part_lse], inputs, [dpart.to(part.dtype), dpart_lse.to(part_lse.dtype)])
+        dq, dk, dv = (x.to(dtype) for x in grads)
+        return dq, dk, dv, []
+
+    def _refuse(self, q: Tensor, v: Tensor, softcap: float | None, bias: BoundBias | None) -> None:
+        need = Need(q.device.type, q.dtype, q.shape[2], v.shape[2], softcap=softcap is not None, bias=bias is not None)
+        if (reason := self.lacks(need)) is not None:
+            raise KernelError(f"kernel='flex' cannot do this: {reason}; use kernel='auto'")
+
+
+def merge_gradients(
+    dout: Float[Tensor, "queries heads v_dim"],
+    out: Float[Tensor, "queries heads v_dim"],
+    lse: Float[Tensor, "heads queries"],
+    part: Float[Tensor, "queries heads v_dim"],
+    part_lse: Float[Tensor, "heads queries"],
+) -> Partial:
+    """The gradients of (part, part_lse), given that of ``out``, into which lse merged this part of the keys."""
+    share = torch.where(part_lse == -torch.inf, 0.0, part_lse - lse).exp().masked_fill(part_lse == -torch.inf, 0)
+    dpart = dout * share.T.unsqueeze(2)
+    return dpart, (dpart * (part - out)).sum(2).T
+
+
+Intervals = tuple[Int[Tensor, "layers queries"], Int[Tensor, "layers queries"]]
+
+
+def intervals(bands: Sequence[Band], queries: int, device: torch.device) -> Intervals:
+    """(first, stop): the keys that each query sees are those of [first[i], stop[i]) for all i; unused ones are empty."""
+    layers: list[tuple[int, list[Band]]] = []  # the query behind the last band of a layer, and its bands: first fit
+    for band in sorted(bands):
+        free = next((i for i, (stop, _) in enumerate(layers) if stop <= band.q_start), len(layers))
+        layers[free:] = [(band.q_stop, [*layers[free][1], band] if free < len(layers) else [band]), *layers[free + 1 :]]
+    first, stop = torch.zeros(2, max(1, len(layers)), queries, dtype=torch.int32)
+    for i, (_, held) in enumerate(layers):
+        for band in held:
+            rows = torch.arange(band.q_start, band.q_stop, dtype=torch.int32)
+            first[i, band.q_start : band.q_stop] = (rows + band.lo).clamp(min=band.k_start)
+            stop[i, band.q_start : band.q_stop] = (rows + band.hi + 1).clamp(max=band.k_stop)
+    return first.to(device), stop.to(device)
+
+
+def mask_mod(bands: Sequence[Band], queries: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The bands as flex_attention asks for them: one query, one key."""
+    first, stop = intervals(bands, queries, device)
+
+    def sees(batch: Tensor, head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        seen = (k_index >= first[0, q_index]) & (k_index < stop[0, q_index])
+        for i in range(1, first.shape[0]):
+            seen = seen | ((k_index >= first[i, q_index]) & (k_index < stop[i, q_index]))
+        return seen
+
+    return sees
+
+
+@lru_cache(maxsize=8)
+def _block_mask(bands: tuple[Band, ...], queries: int, keys: int, device: torch.device) -> "BlockMask":
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    # compiled, because eager would build the dense queries x keys mask first
+    create: Callable[..., BlockMask] = torch.compile(create_block_mask)
+    return create(mask_mod(bands, queries, device), None, None, queries, keys, device=device)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> "Callable[..., tuple[Tensor, AuxOutput]]":
+    # imported late: it takes seconds, and only this kernel needs it
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bands: Sequence[Band], scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)  # type: ignore[operator]
+
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, aux = _compiled()(
+        q, k, v,
+        score_mod=None if softcap is None else capped,
+        block_mask=_block_mask(tuple(bands), q.shape[2], k.shape[2], q.device),
+        scale=scale,
+        enable_gqa=True,
+        return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    assert aux.lse is not None, "asked for"
+    return out[0].transpose(0, 1), aux.lse[0]

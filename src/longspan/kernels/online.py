@@ -1,0 +1,195 @@
+r"""Blocked online softmax in plain PyTorch, for what fused operators lack. Knows nothing of devices, ranks or positions.
+
+      keys ->  |  1024   |  1024   |      A cell is where a tile of the grid meets the bands, drawn as tight as they reach.
+     queries   |\--------+---------|      Cells that no band reaches do not exist; a cell that one band fills needs no mask.
+     a few     |#\       |         |      Each cell is one partial softmax, merged into its queries by log-sum-exp.
+     hundred   |##\      |         |      The backward computes each cell again from the lse of the whole row.
+
+Softcap, a bias asked one cell at a time and differentiable in its parameters, value dims of any size. All sums are in fp32
+(fp64 for fp64), and memory beyond inputs and results is that of one cell.
+
+N tokens  S queries of a cell  T its keys  H heads  K kv heads  G query heads a kv head  D dim
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
+from longspan.masks import Band, rectangle, shift, trim
+
+CELL_KEYS = 1024
+CELL_SCORES = 2**22  # heads x queries x keys of one cell
+
+
+class Cell(NamedTuple):
+    """Queries and keys whose scores are computed together; ``bands`` are those inside it, counted from its corner."""
+
+    queries: slice
+    keys: slice
+    bands: tuple[Band, ...]
+
+
+class Online:
+    """softmax(scale * q @ k.T, capped, + bias, at the visible keys) @ v, a cell at a time."""
+
+    name = "online"
+
+    def lacks(self, need: Need) -> str | None:
+        """It lacks nothing but the speed of fused operators."""
+        return None
+
+    def forward(
+        self,
+        q: Float[Tensor, "queries heads qk_dim"],
+        k: Float[Tensor, "keys kv_heads qk_dim"],
+        v: Float[Tensor, "keys kv_heads v_dim"],
+        bands: Sequence[Band],
+        scale: float,
+        *,
+        softcap: float | None = None,
+        bias: BoundBias | None = None,
+    ) -> Partial:
+        heads = q.shape[1]
+        out_HND = q.new_zeros((heads, q.shape[0], v.shape[2]), dtype=result_dtype(q.dtype))
+        lse_HN = out_HND.new_full(out_HND.shape[:2], -torch.inf)
+        for cell in cells(bands, heads):
+            scores = _Scores(q, k, cell, scale, softcap, None if bias is None else _ask(bias, cell, q.device))
+            part_lse = scores.masked.logsumexp(2)
+            weights = (scores.masked - _finite(part_lse)).exp_()
+            part = _by_kv_head(weights, k.shape[1]) @ _heads_first(v[cell.keys], weights.dtype)
+            _merge(out_HND[:, cell.queries], lse_HN[:, cell.queries], part.view(heads, -1, v.shape[2]), part_lse)
+        return out_HND.transpose(0, 1), lse_HN
+
+    def backward(
+        self,
+        dout: Float[Tensor, "queries heads v_dim"],
+        q: Float[Tensor, "queries heads qk_dim"],
+        k: Float[Tensor, "keys kv_heads qk_dim"],
+        v: Float[Tensor, "keys kv_heads v_dim"],
+        out: Float[Tensor, "queries heads v_dim"],
+        lse: Float[Tensor, "heads queries"],
+        bands: Sequence[Band],
+        scale: float,
+        *,
+        softcap: float | None = None,
+        bias: BoundBias | None = None,
+    ) -> Gradients:
+        dtype, heads, kv_heads = result_dtype(q.dtype), q.shape[1], k.shape[1]
+        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+        dbias = [] if bias is None else [torch.zeros_like(p, dtype=result_dtype(p.dtype)) for p in bias.parameters]
+        for cell in cells(bands, heads):
+            with torch.enable_grad():
+                asked = None if bias is None else bias(*_indices(cell, q.device))
+            scores = _Scores(q, k, cell, scale, softcap, None if asked is None else asked.detach())
+            weights = scores.masked.sub_(_finite(lse[:, cell.queries])).exp_()
+            dout_HSD, out_HSD = (_heads_first(x[cell.queries], dtype) for x in (dout, out))
+            dout_KGD = _by_kv_head(dout_HSD, kv_heads)
+            dweights = (dout_KGD @ _heads_first(v[cell.keys], dtype).mT).view_as(weights)
+            dscores = weights * dweights.sub_((dout_HSD * out_HSD).sum(2, keepdim=True))
+            if bias is not None and asked is not None:
+                _add_bias_gradients(dbias, bias.parameters, asked, dscores)
+            dscores_KGT = _by_kv_head(dscores.mul_(scores.slope).mul_(scale), kv_heads)
+            dq_HSD = (dscores_KGT @ _heads_first(k[cell.keys], dtype)).view(heads, -1, q.shape[2])
+            dq[cell.queries] += dq_HSD.transpose(0, 1)
+            dk[cell.keys] += (dscores_KGT.mT @ scores.q_KGD).transpose(0, 1)
+            dv[cell.keys] += (_by_kv_head(weights, kv_heads).mT @ dout_KGD).transpose(0, 1)
+        return dq, dk, dv, dbias
+
+
+def cells(bands: Sequence[Band], heads: int) -> Iterator[Cell]:
+    """The cells of a grid that the bands reach, each with the pieces of the bands in it."""
+    rows, keys = min(512, max(32, CELL_SCORES // (CELL_KEYS * heads))), CELL_KEYS
+    grid: dict[tuple[int, int], list[Band]] = defaultdict(list)
+    for band in bands:
+        for i in range(band.q_start // rows, (band.q_stop - 1) // rows + 1):
+            # of these rows the band reaches only keys near its diagonal: the strip is trimmed before it meets the columns
+            strip = trim(max(band.q_start, i * rows), min(band.q_stop, (i + 1) * rows), *band[2:])
+            assert strip is not None, "every query of a canonical band sees a key"
+            for j in range(strip.k_start // keys, (strip.k_stop - 1) // keys + 1):
+                piece = trim(*strip[:2], max(strip.k_start, j * keys), min(strip.k_stop, (j + 1) * keys), *strip[4:])
+                if piece is not None:
+                    grid[i, j].append(piece)
+    for pieces in grid.values():
+        q_start, q_stop = min(p.q_start for p in pieces), max(p.q_stop for p in pieces)
+        k_start, k_stop = min(p.k_start for p in pieces), max(p.k_stop for p in pieces)
+        yield Cell(slice(q_start, q_stop), slice(k_start, k_stop), tuple(shift(p, -q_start, -k_start) for p in pieces))
+
+
+class _Scores:
+    """The scores of a cell: ``masked`` [H, S, T], the ``slope`` of the cap at each of them, and q as they used it."""
+
+    def __init__(self, q: Tensor, k: Tensor, cell: Cell, scale: float, softcap: float | None, bias: Tensor | None) -> None:
+        dtype, heads = result_dtype(q.dtype), q.shape[1]
+        self.q_KGD = _by_kv_head(_heads_first(q[cell.queries], dtype), k.shape[1])
+        k_KTD = _heads_first(k[cell.keys], dtype)
+        scores = (self.q_KGD @ k_KTD.mT).mul_(scale).view(heads, -1, k_KTD.shape[1])
+        self.slope: Tensor | float = 1.0
+        if softcap is not None:
+            tanh = scores.div_(softcap).tanh_()
+            self.slope = 1 - tanh * tanh
+            scores = tanh.mul_(softcap)
+        if bias is not None:
+            scores.add_(bias)
+        hidden = _hidden(cell, q.device)
+        self.masked = scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
+
+
+def _hidden(cell: Cell, device: torch.device) -> Tensor | None:
+    """True [S, T] where no band shows the key to the query; None where every key is shown."""
+    queries, keys = cell.queries.stop - cell.queries.start, cell.keys.stop - cell.keys.start
+    if cell.bands == (rectangle(0, queries, 0, keys),):
+        return None
+    hidden = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    for band in cell.bands:
+        rows = torch.arange(band.q_start, band.q_stop, device=device)[:, None]
+        away = torch.arange(band.k_start, band.k_stop, device=device) - rows
+        hidden[band.q_start : band.q_stop, band.k_start : band.k_stop] &= (away < band.lo) | (away > band.hi)
+    return hidden
+
+
+def _heads_first(x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
+    return x_SHD.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
+
+
+def _by_kv_head(x_HSD: Tensor, kv_heads: int) -> Tensor:
+    """The queries of all heads that read one kv head, behind one another: [K, G * S, D]."""
+    return x_HSD.reshape(kv_heads, -1, x_HSD.shape[2])
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """[..., 1] to subtract from scores: a row that sees nothing has scores of -inf, whose weight is exp(-inf - 0) = 0."""
+    return lse.masked_fill(lse == -torch.inf, 0).unsqueeze(2)
+
+
+def _merge(out_HSD: Tensor, lse_HS: Tensor, part_HSD: Tensor, part_lse_HS: Tensor) -> None:
+    """Softmax over the keys of both, in place."""
+    both = torch.logaddexp(lse_HS, part_lse_HS)
+    share, part_share = ((lse.unsqueeze(2) - _finite(both)).exp_() for lse in (lse_HS, part_lse_HS))
+    out_HSD.mul_(share).add_(part_HSD.mul_(part_share))
+    lse_HS.copy_(both)
+
+
+def _indices(cell: Cell, device: torch.device) -> tuple[Tensor, Tensor]:
+    q_index, k_index = (torch.arange(x.start, x.stop, device=device) for x in (cell.queries, cell.keys))
+    return q_index, k_index
+
+
+def _ask(bias: BoundBias, cell: Cell, device: torch.device) -> Tensor:
+    with torch.no_grad():
+        return bias(*_indices(cell, device))
+
+
+def _add_bias_gradients(totals: list[Tensor], parameters: Sequence[Tensor], asked: Tensor, dscores: Tensor) -> None:
+    """Of the parameters that learn and that this cell asked for."""
+    learning = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
+    if not asked.requires_grad:
+        return
+    found = torch.autograd.grad(asked, [parameters[i] for i in learning], dscores.to(asked.dtype), allow_unused=True)
+    for i, gradient in zip(learning, found):
+        if gradient is not None:
+            totals[i] += gradient
