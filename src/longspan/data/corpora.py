@@ -11,6 +11,7 @@ A text is bytes, as it lies on the disk: nothing is decoded here, so nothing can
 
 import glob
 import gzip
+import io
 import json
 import os
 import sysconfig
@@ -179,8 +180,8 @@ def _read_jsonl_gz(path: Path, text_field: str) -> Iterator[Document]:
 
 def _read_jsonl_zst(path: Path, text_field: str) -> Iterator[Document]:
     pyarrow = _pyarrow(path)
-    with path.open("rb") as file, pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd") as lines:
-        yield from _lines(path, file, lines, text_field)
+    with path.open("rb") as file, pyarrow.CompressedInputStream(pyarrow.PythonFile(file), "zstd") as decompressed:
+        yield from _lines(path, file, io.BufferedReader(decompressed), text_field)
 
 
 def _lines(path: Path, file: IO[bytes], lines: Any, text_field: str) -> Iterator[Document]:

@@ -13,7 +13,7 @@ on how many ranks there are. Knows nothing of models.
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int64
@@ -25,6 +25,7 @@ from longspan.layout import Runs, consecutive, split
 from longspan.mesh import Place
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Tokens that can be read anywhere: a ``packing.Split``."""
 

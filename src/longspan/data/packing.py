@@ -49,8 +49,8 @@ SETTLED_SECONDS = 2.0
 QUIET_SECONDS = 0.5
 """Work that is shorter needs no progress bar."""
 
-Bounds = Int64[np.ndarray, "documents 2"]
-"""Where documents start and stop."""
+Bounds = Int64[np.ndarray, "_ 2"]
+"""Where documents start and stop, a row each."""
 
 
 class Split:
@@ -75,8 +75,8 @@ class Split:
         return int(self.documents[-1, 1])
 
     def read(self, start: int, stop: int) -> Int64[Tensor, "tokens"]:
-        """The tokens at ``start`` .. ``stop - 1``; nothing else of the stream is touched."""
-        assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
+        """The tokens at ``start`` .. ``stop - 1``, at least one; nothing else of the stream is touched."""
+        assert 0 <= start < stop <= self.tokens, (start, stop, self.tokens)
         first, last = np.searchsorted(self._run_starts, [start, stop - 1], side="right") - 1
         cuts = [start, *self._run_starts[first + 1 : last + 1].tolist(), stop]
         shifts = self._run_shifts[first : last + 1].tolist()
@@ -166,7 +166,7 @@ def _open(path: Path) -> Corpus:
             Split(name, stream, np.load(path / f"{name}.npy"), f"{path.name} {name}") for name in ("whole", "train", "held_out")
         )
         known = {name: facts[name] for name in ("tokenizer", "vocab_size", "eos", "text_bytes", "byte_entropy")}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError) as error:
         raise DataError(f"the cached tokens in '{path}' are damaged; remove that folder and run again") from error
     return Corpus(fingerprint=path.name, **known, whole=whole, train=train, held_out=held_out)
 

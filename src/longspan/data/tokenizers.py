@@ -10,7 +10,7 @@ An end-of-document token that a tokenizer does not have is added behind its voca
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer
@@ -23,6 +23,7 @@ ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP
 """What tokenizers of well-known models call the end of a document, tried in this order where a file does not say."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What turns text into ids below ``vocab_size``; ``eos`` ends a document; ``fingerprint`` names what it does."""
 
