@@ -149,13 +149,20 @@ def full_disk(*args: object) -> None:
 CACHE = r"the token cache '.*/cache' cannot be written: {}; make room there, .* another disk with XDG_CACHE_HOME=FOLDER"
 
 
-def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["longspan.data.cache.sync", "os.rename", "numpy.save", "os.fsync"])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(
+    where: str, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "sync", full_disk)
+        patch.setattr(where, full_disk)
         with pytest.raises(DataError) as caught:
             tokenize([str(data)], Bytes(), folder=tmp_path / "cache")
     assert re.fullmatch(CACHE.format("No space left on device"), str(caught.value))
     assert kept(tmp_path / "cache") == []
+    tokenize([str(data)], Bytes(), folder=tmp_path / "cache")
+
+
+def test_a_file_that_the_kernel_stops_is_a_sentence_and_leaves_nothing(tmp_path: Path, data: Path) -> None:
     with file_size_limit(100), pytest.raises(DataError) as caught:
         tokenize([str(data)], Bytes(), folder=tmp_path / "cache")
     assert re.fullmatch(CACHE.format("File too large"), str(caught.value))

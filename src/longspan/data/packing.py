@@ -185,7 +185,8 @@ def _write(draft: Path, found: Sequence[Source], text_field: str, tokenizer: Tok
             file.write(np.concatenate(pieces, dtype=dtype, casting="unsafe").data)
             lengths.extend(len(ids) + 1 for ids in encoded)
             hashes.extend(_document_hash(text) for text in texts)
-            frequencies += np.bincount(np.frombuffer(b"".join(texts), np.uint8), minlength=256)
+            together = torch.frombuffer(bytearray().join(texts), dtype=torch.uint8)
+            frequencies += torch.bincount(together, minlength=256).numpy()  # NumPy's widens each byte to eight first
             show(batch[-1].read)
         cache.sync(file)
     ends = np.frombuffer(lengths, np.int64).cumsum()
