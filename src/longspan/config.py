@@ -1,0 +1,249 @@
+"""What each verb can be asked: frozen, flat, one meaning for the whole run, checked at birth.
+
+    flags  --\\
+    FILE   ---+-->  Train(ranks=2, ulysses=2, tokens=8192, ...)  --json-->  runs/NAME/config.json  --json-->  --resume NAME
+    default -/
+
+A number is that of the whole run, never of one rank: ``rows_per_step`` counts the rows of all replicas and micro-batches. Knows
+names and legal values; nothing of processes or tensors.
+"""
+
+import json
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from tyro.conf import Positional
+
+from longspan.errors import RunError
+
+Preset = Literal["tiny", "small", "llama-1b", "llama-8b", "llama-70b"]
+"""The names of ``models.decoder.PRESETS``, which this file does not import: ``--help`` need not wait for torch."""
+
+LATEST = "latest"
+"""What ``--resume`` and ``evaluate`` take where no run is named."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where a verb runs: what all verbs have in common."""
+
+    ranks: int | None = None
+    """Ranks to start on this machine (default: as many as one sequence needs). Under torchrun it joins those that are there."""
+    debug: bool = False
+    """Show the traceback of an error, not only its sentence."""
+
+    def __post_init__(self) -> None:
+        _legal_choices(self)
+        _at_least(self, 1, "ranks")
+
+    @property
+    def local_ranks(self) -> int:
+        """How many ranks to start where no launcher did."""
+        return self.ranks if self.ranks is not None else 2
+
+    @property
+    def after_a_death(self) -> str:
+        """What to do when a rank died, to be said after what happened."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Layout(Ranks):
+    """How the ranks share the work."""
+
+    ulysses: int = 2
+    """Ranks that hold one sequence together and trade tokens for heads. The other ranks are data replicas."""
+    zero: Literal[0, 3] = 0
+    """0: every rank holds every parameter. 3: parameters, gradients and optimizer states are sharded over all ranks (FSDP2)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "ulysses")
+
+    @property
+    def local_ranks(self) -> int:
+        return self.ranks if self.ranks is not None else self.ulysses
+
+
+@dataclass(frozen=True)
+class Train(Layout):
+    """A training run."""
+
+    preset: Preset = "tiny"
+    """Shape of the decoder; its vocabulary is the tokenizer's."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the forward and backward compute in. Parameters, gradients and optimizer states are fp32 with both."""
+    data: tuple[str, ...] = ()
+    """Files, folders or globs of .txt, .md, .py, .jsonl(.gz, .zst) and .parquet. Default: Python's own standard library."""
+    text_field: str = "text"
+    """The field of .jsonl and the column of .parquet that holds the text."""
+    tokenizer: str = "bytes"
+    """bytes, a tokenizers JSON file, or the folder of a Hugging Face tokenizer."""
+    tokens: int = 8_192
+    """Tokens of one sequence."""
+    rows_per_step: int = 1
+    """Sequences of one optimizer step, over all data replicas and micro-batches."""
+    micro_batches: int = 1
+    """Forwards and backwards that one optimizer step is accumulated from."""
+    steps: int = 100
+    """Optimizer steps of the whole run."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW (betas 0.9 and 0.95), or SGD without momentum."""
+    learning_rate: float = 3e-3
+    """Peak of the schedule: linear warm-up, then a cosine down to a tenth."""
+    warmup_steps: int = 10
+    """Steps until the peak."""
+    weight_decay: float = 0.1
+    """Of matrices; norms are not decayed."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    eval_every_steps: int = 50
+    """Steps between two evaluations on held-out text (0: only at the end)."""
+    eval_rows: int = 4
+    """Sequences of one evaluation."""
+    checkpoint_every_steps: int = 50
+    """Steps between two checkpoints (0: only at the end)."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay; the oldest goes when a newer one is complete."""
+    seed: int = 0
+    """Of the first parameters and of the order of the data."""
+    run: str = ""
+    """Name of the run's folder. Default: the next free of train-001, train-002, ..."""
+    runs_folder: str = "runs"
+    """Where the folders of runs are."""
+    resume: str | None = None
+    """Go on with this run (alone: the latest) from its newest checkpoint, with its settings where no flag says otherwise."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "rows_per_step", "micro_batches", "steps", "eval_rows", "keep_checkpoints")
+        _at_least(self, 2, "tokens")
+        _at_least(self, 0, "warmup_steps", "eval_every_steps", "checkpoint_every_steps", "weight_decay", "seed")
+        _above(self, 0, "learning_rate", "clip_norm")
+        if self.rows_per_step < self.micro_batches:
+            raise RunError(
+                f"rows_per_step={self.rows_per_step} is fewer than micro_batches={self.micro_batches}; "
+                f"every micro-batch needs a row: use --micro-batches {self.rows_per_step} or fewer"
+            )
+        if Path(self.run).name != self.run:
+            raise RunError(f"run={self.run!r} is not a plain name; put the folder of the runs into --runs-folder")
+
+
+    @property
+    def after_a_death(self) -> str:
+        elsewhere = f" --runs-folder {self.runs_folder}" if self.runs_folder != "runs" else ""
+        return f"; go on from its last checkpoint with: longspan train --resume {self.run}".rstrip() + elsewhere
+
+
+@dataclass(frozen=True)
+class Evaluate(Ranks):
+    """An evaluation of a checkpoint on whole documents."""
+
+    checkpoint: Positional[str] = LATEST
+    """A run's name or folder, a checkpoint's folder, or ``latest``."""
+    data: tuple[str, ...] = ()
+    """Files, folders or globs to evaluate on. Default: the held-out documents of the run."""
+    text_field: str = "text"
+    """The field of .jsonl and the column of .parquet that holds the text."""
+    max_tokens: int = 16_384
+    """A longer document is cut to its first this many tokens."""
+    documents: int = 8
+    """How many documents, the longest first. Each is one forward over all ranks."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the forward computes in."""
+    runs_folder: str = "runs"
+    """Where the folders of runs are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "documents")
+        _at_least(self, 2, "max_tokens")
+
+
+@dataclass(frozen=True)
+class Check(Layout):
+    """A test of law 1 on this machine."""
+
+    dtype: Literal["fp64", "fp32", "bf16"] = "fp64"
+    """fp64, fp32: every gradient against one device's. bf16: the error pooled over 8 seeds against one device's own."""
+    preset: Preset = "tiny"
+    """Shape of the decoder, of which the next flags change parts."""
+    layers: int | None = None
+    """Layers, where not those of the preset."""
+    heads: int | None = None
+    """Query heads, where not those of the preset."""
+    kv_heads: int | None = None
+    """Key/value heads, where not those of the preset."""
+    tokens: int = 1_024
+    """Tokens of one sequence."""
+    rows: int = 2
+    """Sequences of the batch, over all data replicas."""
+    seed: int = 0
+    """Of parameters and batch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "layers", "heads", "kv_heads", "rows")
+        _at_least(self, 2, "tokens")
+        _at_least(self, 0, "seed")
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """The settings in a JSON or TOML file, by name. Raises RunError for a file that is neither."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.endswith(".toml") else json.loads(text)
+    except OSError as error:
+        raise RunError(f"the config {path} cannot be read: {error.strerror}; name a JSON or TOML file that exists") from error
+    except ValueError as error:
+        raise RunError(f"the config {path} is not valid {'TOML' if path.endswith('.toml') else 'JSON'}: {error}") from error
+    if not isinstance(values, dict):
+        raise RunError(f"the config {path} holds a {type(values).__name__}; it must hold names and values")
+    return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def settings_of_run(runs_folder: str, name: str) -> tuple[str, dict[str, Any]]:
+    """The name of a run (``latest``: the one that was started last) and the settings it was started with."""
+    folder = Path(runs_folder)
+    try:
+        name = (folder / LATEST).read_text().strip() if name == LATEST else name
+        return name, read_file(str(folder / name / "config.json"))
+    except (OSError, RunError) as error:
+        there = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        which = f"there are {', '.join(there)}" if there else "there is none; start one with: longspan train"
+        raise RunError(f"no run {name!r} in the folder {runs_folder}: {which}") from error
+
+
+def known(kind: type[Ranks], values: dict[str, Any], where: str) -> dict[str, Any]:
+    """``values`` whose names are all fields of ``kind``; else a RunError that names the others."""
+    names = [field.name for field in fields(kind)]
+    if strange := sorted(set(values) - set(names)):
+        raise RunError(f"{where} sets {', '.join(strange)}, unknown to {kind.__name__.lower()}; legal are {', '.join(names)}")
+    return values
+
+
+def as_json(config: Ranks) -> str:
+    """What ``read_file`` gives back: the settings of a run, kept beside its results."""
+    return json.dumps(asdict(config), indent=2) + "\n"
+
+
+def _legal_choices(config: Ranks) -> None:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            raise RunError(f"{field.name}={value!r} is unknown; legal are {', '.join(map(str, get_args(field.type)))}")
+
+
+def _at_least(config: Ranks, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise RunError(f"{name}={value} must be at least {least}")
+
+
+def _above(config: Ranks, bound: int, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > bound:
+            raise RunError(f"{name}={getattr(config, name)} must be above {bound}")

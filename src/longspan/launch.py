@@ -1,0 +1,159 @@
+r"""Start the ranks of a run on this machine, or join those that a launcher started. Knows nothing of what they compute.
+
+    longspan train --ranks 3                            torchrun --nproc-per-node 3 --no-python longspan train
+       |            \                                             |
+       |             fork server: imports torch once      RANK and WORLD_SIZE in the environment
+    torch's           /     |     \                        |       |       |
+    elastic agent   rank   rank   rank                    rank    rank    rank
+
+Ranks are forked from a process that has no thread: the agent's own threads hold locks at any moment, and a rank forked from
+it would wait for them for ever. Whatever ends one rank ends all of them, and the caller meets one exception: the
+LongspanError that the ranks raised, or RankDied, which says which rank was lost.
+"""
+
+import hashlib
+import importlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from multiprocessing import forkserver
+from typing import TYPE_CHECKING, Any
+
+from longspan import errors
+from longspan.errors import LongspanError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+SECONDS_TO_BE_ENDED = 10.0
+
+
+class RankDied(RuntimeError):
+    """A rank was killed, or met an error that is not a refusal. ``trace`` is its traceback, where it left one."""
+
+    def __init__(self, text: str, trace: str = "") -> None:
+        super().__init__(text)
+        self.trace = trace
+
+
+def run(work: str, config: Any, ranks: int) -> int:
+    """The exit code of ``work`` on ``ranks`` local ranks, or on the ranks that torchrun, Slurm or Ray started.
+
+    ``work`` names a function as ``module:function``; it is given the config (picklable) on every rank and returns the exit code
+    of the run. Raises the ranks' LongspanError, or RankDied.
+    """
+    if joins():
+        return _work_as_a_rank(work, config)
+    return _start(work, config, ranks)
+
+
+def joins() -> bool:
+    """Whether a launcher started this process as one rank of a world."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def speaks_for_all(error: Exception) -> bool:
+    """Whether this rank is the first to report this error, so that ranks started by a launcher print it once."""
+    if not joins():
+        return True
+    from torch._C._distributed_c10d import TCPStore
+
+    with suppress(Exception):  # the store may be gone with the rank that held it: better said twice than not at all
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        return store.add(f"longspan/{hashlib.sha1(str(error).encode()).hexdigest()}", 1) == 1
+    return True
+
+
+def _start(work: str, config: Any, ranks: int) -> int:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // ranks))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    multiprocessing.set_forkserver_preload([work.partition(":")[0]])
+    forkserver.ensure_running()  # it imports torch while this process does
+
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _silence_the_agent()
+    with tempfile.TemporaryDirectory(prefix="longspan-") as folder:
+        agent = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id="longspan",
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.05,
+            start_method="forkserver",
+            shutdown_timeout=5,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            codes: dict[int, int] = elastic_launch(agent, _work_as_a_rank)(work, config)
+        except ChildFailedError as failed:
+            raise _what_happened(*failed.get_first_failure()) from None
+        except SignalException as stopped:
+            raise RankDied(f"stopped by {stopped.sigval.name}; the ranks were ended") from None
+    return max(codes.values())
+
+
+def _work_as_a_rank(work: str, config: Any) -> int:
+    import torch
+    import torch.distributed as dist
+
+    # The agent's own handlers only run once Python is back from a collective, which may never end.
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_DFL)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    module, _, function = work.partition(":")
+    try:
+        code: int = getattr(importlib.import_module(module), function)(config)
+    except LongspanError:
+        raise
+    except RuntimeError:
+        # A rank that lost its peer must not be found dead before the peer is: the agent ends this one while it sleeps.
+        if dist.is_torchelastic_launched():
+            time.sleep(SECONDS_TO_BE_ENDED)
+        raise
+    dist.destroy_process_group()
+    return code
+
+
+def _what_happened(rank: int, failure: "ProcessFailure") -> Exception:
+    if failure.exitcode < 0:
+        hint = " (the system does this when memory runs out)" if failure.exitcode == -signal.SIGKILL else ""
+        return RankDied(f"rank {rank} was ended by {failure.signal_name()}{hint}, and the other ranks with it")
+    message = failure.error_file_data.get("message", {})
+    if not isinstance(message, dict):
+        return RankDied(f"rank {rank} ended with exit code {failure.exitcode} and left no message")
+    kind, _, text = message["message"].partition(": ")
+    trace = message["extraInfo"]["py_callstack"]
+    refusal = getattr(errors, kind, None)
+    if refusal is None:
+        return RankDied(f"rank {rank} failed with {kind}: {text.strip().splitlines()[0] if text.strip() else ''}", trace)
+    error: LongspanError = refusal(text)
+    error.add_note(trace)
+    return error
+
+
+def _silence_the_agent() -> None:
+    """What the agent logs of a rank's end, the caller says in one sentence."""
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logger = logging.getLogger(name)
+        logger.propagate = False
+        logger.addHandler(logging.NullHandler())
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
