@@ -1,3 +1,5 @@
+from itertools import permutations
+
 import pytest
 import torch
 from torch import nn
@@ -83,16 +85,38 @@ def test_what_no_rank_used_has_no_gradient_and_what_some_used_is_equal_on_all(tm
     assert torch.equal(first["odd.weight"], second["odd.weight"])
 
 
+def test_a_reentrant_backward_inside_a_backward_is_averaged_too(tmp_path):
+    expected = [_reentrant(Toy(), ids) for ids in (_ids(0, 0), _ids(1, 0))]
+    for found in on_ranks(2, _reentrant_on_ranks, tmp_path=tmp_path):
+        for name, grad in found.items():
+            if grad is not None:
+                torch.testing.assert_close(grad, (expected[0][name] + expected[1][name]) / 2, rtol=1e-13, atol=1e-14)
+
+
+def _reentrant(toy, ids):
+    """The embedding is used outside the checkpoint and inside: two backwards, one in the other, bring its gradient."""
+    x = checkpoint(lambda y: toy.first(y) @ toy.embed.weight.T, toy.embed(ids), use_reentrant=True)
+    (toy.second(x[..., :6]).tanh().sum()).backward()
+    return _grads(toy)
+
+
+def _reentrant_on_ranks():
+    toy, mesh = Toy(), ParallelMesh()
+    MeanGradients(toy, mesh)
+    return _reentrant(toy, _ids(mesh.place.data_rank, 0))
+
+
 def test_half_gradients_are_averaged_in_fp32(tmp_path):
     for found in on_ranks(4, _half_mean, tmp_path=tmp_path):
         assert found.dtype == torch.bfloat16
-        assert found.tolist() == [65.0, 65.0]  # the mean of 256, 1, 1, 2 in bf16 sums would be 64.5 or less
+        assert found.tolist() == [0.5] * 24  # in bf16 256 + 1 is 256: whatever the order of a sum, some of them would be lost
 
 
 def _half_mean():
-    model, mesh = nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]), ParallelMesh()
+    model, mesh = nn.ParameterList([nn.Parameter(torch.ones(24, dtype=torch.bfloat16))]), ParallelMesh()
     MeanGradients(model, mesh)
-    (model[0] * (256, 1, 1, 2)[mesh.place.data_rank]).sum().backward()
+    mine = [order[mesh.place.data_rank] for order in permutations((256.0, 1.0, 1.0, -256.0))]
+    (model[0] * torch.tensor(mine, dtype=torch.bfloat16)).sum().backward()
     return model[0].grad
 
 

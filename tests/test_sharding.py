@@ -1,4 +1,5 @@
 from copy import deepcopy
+from itertools import permutations
 
 import pytest
 import torch
@@ -76,6 +77,44 @@ def _held():
     model = parallelize(_decoder(), ParallelMesh(), zero=3)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     return sum(parameter.to_local().numel() for parameter in model.parameters())
+
+
+class Scaled(nn.Module):
+    """What parallelize needs of a model, around parameters whose gradient is the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.attention, self.cross_entropy = CONFIG, max, max
+        self.blocks = nn.ModuleList(_Scale() for _ in range(2))
+
+    def forward(self, x):
+        return self.blocks[0](x).sum() + self.blocks[1](x).sum()
+
+
+class _Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(24, dtype=torch.bfloat16))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_half_gradients_are_averaged_in_fp32(zero, tmp_path):
+    for grads in on_ranks(4, _half_means, zero, tmp_path=tmp_path):
+        for grad in grads:
+            assert grad.dtype == torch.bfloat16
+            assert grad.tolist() == [0.5] * 24  # in bf16 256 + 1 is 256: in any order of a sum, some would be lost
+
+
+def _half_means(zero):
+    mesh = ParallelMesh()
+    model = parallelize(Scaled(), mesh, zero=zero)
+    mine = [order[mesh.place.data_rank] for order in permutations((256.0, 1.0, 1.0, -256.0))]
+    model(torch.tensor(mine, dtype=torch.bfloat16)).backward()
+    grads = [parameter.grad for parameter in model.parameters()]
+    return [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
 
 
 def test_two_layouts_and_a_reference_live_in_one_process(tmp_path):
