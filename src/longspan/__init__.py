@@ -4,27 +4,44 @@
     model = parallelize(model, mesh)                 attention, loss and gradients over the mesh, in place
     part  = shard({"input_ids": ids, "labels": ids}, mesh)
     loss  = model(**part).loss; loss.backward()      the loss, and every gradient, of one device
+
+Names are imported when they are asked for: ``longspan --help`` need not wait for torch.
 """
 
-from longspan.attention import attend
-from longspan.batch import Step, agree, cut, shard, unshard
-from longspan.errors import (
-    BatchError,
-    DataError,
-    KernelError,
-    LayoutError,
-    LongspanError,
-    MaskError,
-    ModelError,
-    RunError,
-)
-from longspan.exchange import heads_to_tokens, tokens_to_heads
-from longspan.loss import cross_entropy
-from longspan.masks import BlockSparse, Causal, Chunked, Documents, Full, Mask, Only, PrefixLM, Sinks, Window
-from longspan.mesh import ParallelMesh
-from longspan.sharding import parallelize, unparallelize
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longspan.attention import attend
+    from longspan.batch import Step, agree, cut, shard, unshard
+    from longspan.errors import (
+        BatchError,
+        DataError,
+        KernelError,
+        LayoutError,
+        LongspanError,
+        MaskError,
+        ModelError,
+        RunError,
+    )
+    from longspan.exchange import heads_to_tokens, tokens_to_heads
+    from longspan.loss import cross_entropy
+    from longspan.masks import BlockSparse, Causal, Chunked, Documents, Full, Mask, Only, PrefixLM, Sinks, Window
+    from longspan.mesh import ParallelMesh
+    from longspan.sharding import parallelize, unparallelize
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "attention": ("attend",),
+    "batch": ("Step", "agree", "cut", "shard", "unshard"),
+    "errors": ("BatchError", "DataError", "KernelError", "LayoutError", "LongspanError", "MaskError", "ModelError", "RunError"),
+    "exchange": ("heads_to_tokens", "tokens_to_heads"),
+    "loss": ("cross_entropy",),
+    "masks": ("BlockSparse", "Causal", "Chunked", "Documents", "Full", "Mask", "Only", "PrefixLM", "Sinks", "Window"),
+    "mesh": ("ParallelMesh",),
+    "sharding": ("parallelize", "unparallelize"),
+}
 
 __all__ = [
     "BatchError",
@@ -58,3 +75,10 @@ __all__ = [
     "unparallelize",
     "unshard",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'longspan' has no attribute {name!r}")
+    return getattr(import_module(f"longspan.{home}"), name)
