@@ -1,5 +1,37 @@
 """Check the shapes of public signatures while the tests run (jaxtyping + beartype); compile tests unload it themselves."""
 
+import os
+import signal
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("longspan", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def _fork_server() -> Iterator[None]:
+    """One for all tests, which has imported what their ranks need: a rank then starts in a tenth of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        verbs = [f"longspan.commands.{verb}" for verb in ("train", "evaluate", "check")]
+        forkserver.set_forkserver_preload([*verbs, "pytest"])
+        forkserver.ensure_running()
+        yield
+
+
+@pytest.fixture
+def launcher(_fork_server: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests that start ranks as a user does: the environment and the signal handlers are as before when they end."""
+    for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+        monkeypatch.delenv(name)
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = [signal.getsignal(number) for number in signals]
+    yield
+    for number, handler in zip(signals, handlers):
+        signal.signal(number, handler)

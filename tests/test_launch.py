@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,24 +14,18 @@ import torch.distributed as dist
 from longspan import launch
 from longspan.errors import LongspanError, RunError
 
-
-@pytest.fixture(autouse=True)
-def _leave_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The agent catches signals, and ranks inherit the environment."""
-    for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "TORCHELASTIC_SIGNALS_TO_HANDLE"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
-        monkeypatch.delenv(name)
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-    handlers = [signal.getsignal(number) for number in signals]
-    yield
-    for number, handler in zip(signals, handlers):
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("launcher")
 
 
 def count_off(folder: str) -> int:
     total = torch.tensor(dist.get_rank() + 1)
     dist.all_reduce(total)
     Path(folder, f"rank{dist.get_rank()}").write_text(f"{int(total)} of {dist.get_world_size()}")
+    return 0
+
+
+def name_the_parent(folder: str) -> int:
+    Path(folder, f"parent{dist.get_rank()}").write_text(str(os.getppid()))
     return 0
 
 
@@ -69,17 +62,24 @@ def _wait_for_ever() -> int:
 
 
 def test_ranks_form_one_world(tmp_path: Path) -> None:
-    assert launch.run(count_off, str(tmp_path), 3) == 0
+    assert launch.run("test_launch:count_off", str(tmp_path), 3) == 0
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(3)] == ["6 of 3"] * 3
 
 
+def test_ranks_are_not_forked_from_the_process_that_has_the_agent_s_threads(tmp_path: Path) -> None:
+    assert launch.run("test_launch:name_the_parent", str(tmp_path), 2) == 0
+    parents = {(tmp_path / f"parent{rank}").read_text() for rank in range(2)}
+    assert len(parents) == 1
+    assert str(os.getpid()) not in parents
+
+
 def test_the_exit_code_is_that_of_the_worst_rank() -> None:
-    assert launch.run(one_gives_up, 1, 2) == 1
+    assert launch.run("test_launch:one_gives_up", 1, 2) == 1
 
 
 def test_a_refusal_of_all_ranks_is_raised_once_word_for_word() -> None:
     with pytest.raises(RunError) as error:
-        launch.run(all_refuse, "no: it cannot be; do that: so", 2)
+        launch.run("test_launch:all_refuse", "no: it cannot be; do that: so", 2)
     assert str(error.value) == "no: it cannot be; do that: so"
     assert "in all_refuse" in "".join(error.value.__notes__)
 
@@ -87,19 +87,19 @@ def test_a_refusal_of_all_ranks_is_raised_once_word_for_word() -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_refusal_of_one_rank_ends_the_others(rank: int) -> None:
     with pytest.raises(LongspanError, match=f"rank {rank} cannot: so"):
-        launch.run(one_refuses, rank, 2)
+        launch.run("test_launch:one_refuses", rank, 2)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_is_named_and_ends_the_others(rank: int, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(launch.RankDied, match=f"rank {rank} was ended by SIGKILL"):
-        launch.run(one_is_killed, rank, 3)
+        launch.run("test_launch:one_is_killed", rank, 3)
     assert capfd.readouterr().err == ""
 
 
 def test_a_bug_is_named_with_its_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(launch.RankDied, match="rank 1 failed with KeyError: 'a bug'") as died:
-        launch.run(one_has_a_bug, 1, 2)
+        launch.run("test_launch:one_has_a_bug", 1, 2)
     assert "in one_has_a_bug" in died.value.trace
     assert capfd.readouterr().err == ""
 
@@ -109,11 +109,11 @@ def test_under_torchrun_it_joins(tmp_path: Path) -> None:
     program.write_text(f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_launch import count_off
 from longspan import launch
-sys.exit(launch.run(count_off, {str(tmp_path)!r}, 7))
+sys.exit(launch.run("test_launch:count_off", {str(tmp_path)!r}, 7))
 """)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", *"--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0".split()]
+    flags = ["--local-addr", "127.0.0.1", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run([*torchrun, str(program)], check=True, env=environment, capture_output=True)
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["3 of 2"] * 2
