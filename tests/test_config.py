@@ -93,7 +93,7 @@ def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, name: str, con
 
 
 def test_unknown_names_are_refused_by_name() -> None:
-    with pytest.raises(RunError, match="the config x sets tokns, unknown to train; legal are ranks, ulysses, "):
+    with pytest.raises(RunError, match="the config x sets tokns, unknown to train; legal are ranks, debug, ulysses, "):
         known(Train, {"tokns": 1, "tokens": 2}, "the config x")
 
 

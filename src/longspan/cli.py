@@ -9,7 +9,6 @@ Flags win over ``--config FILE``, and that wins over the settings of a run that 
 
 import contextlib
 import io
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -83,9 +82,8 @@ def _run(verb: str, flags: Sequence[str]) -> int:
 
 def _say(error: LongspanError | OSError, debug: bool) -> None:
     """One line, once: under a launcher every rank meets the error, and the first one speaks."""
-    if "RANK" in os.environ:
-        if not launch.speaks_for_all(error):
-            return
+    if not launch.speaks_for_all(error):
+        return
     if debug:
         traceback.print_exception(error)
     print(f"longspan: {' '.join(str(error).split())}", file=sys.stderr)
