@@ -112,10 +112,8 @@ def find(name: str, runs_folder: str) -> Path:
     """The checkpoint that is meant: its folder, the newest of a run (by name or folder), or of the latest run."""
     if (Path(name) / FACTS).is_file():
         return Path(name)
-    if (Path(name) / "config.json").is_file():
-        run = Path(name)
-    else:
-        run = Path(runs_folder, settings_of_run(runs_folder, name)[0])
+    is_run = (Path(name) / "config.json").is_file()
+    run = Path(name) if is_run else Path(runs_folder, settings_of_run(runs_folder, name)[0])
     path = newest(run)
     if path is None:
         raise RunError(f"the run {run} has no checkpoint yet; go on with it: longspan train --resume {run.name}")
