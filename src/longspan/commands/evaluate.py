@@ -17,7 +17,7 @@ from longspan import checkpoint
 from longspan.batch import agree, together
 from longspan.config import Evaluate
 from longspan.data import Corpus, Split, bits, load_tokenizer, part, tokenize
-from longspan.errors import DataError, RunError
+from longspan.errors import DataError, LayoutError, RunError
 from longspan.mesh import ParallelMesh
 from longspan.models.decoder import Decoder, DecoderConfig
 from longspan.sharding import parallelize
@@ -45,6 +45,7 @@ def work(config: Evaluate) -> int:
         text = corpus.whole if config.data else corpus.held_out
         shape = DecoderConfig(**facts["model"])
         _refuse_another_vocabulary(corpus, shape)
+        _refuse_more_ranks_than_heads(shape, mesh)
         chosen = _longest(text, config, mesh)
     model = parallelize(Decoder(shape).to(mesh.device), mesh)
     checkpoint.load(path, model)
@@ -70,16 +71,26 @@ def _longest(text: Split, config: Evaluate, mesh: ParallelMesh) -> list[tuple[in
         if tokens < least:
             raise DataError(
                 f"document {number} has {tokens} tokens, fewer than the {least} that {mesh.degree} ranks need; "
-                f"use --documents {sum(length >= least for _, _, length in chosen)}, fewer --ranks, or longer documents"
+                f"use fewer --documents (the longest come first), fewer --ranks, or longer text"
             )
+    if config.max_tokens < least:
+        raise DataError(f"max_tokens={config.max_tokens} is too few for {mesh.degree} ranks; use --max-tokens {least} or more")
     return [(number, start, min(tokens, config.max_tokens)) for number, start, tokens in chosen]
 
 
 def _refuse_another_vocabulary(corpus: Corpus, shape: DecoderConfig) -> None:
     if corpus.vocab_size != shape.vocab:
         raise RunError(
-            f"the tokenizer {corpus.tokenizer} has {corpus.vocab_size} tokens now, and the checkpoint was trained with {shape.vocab}; "
-            f"bring back the tokenizer that it was trained with"
+            f"the tokenizer {corpus.tokenizer} has {corpus.vocab_size} tokens now, and the checkpoint was trained with "
+            f"{shape.vocab}; bring back the tokenizer that it was trained with"
+        )
+
+
+def _refuse_more_ranks_than_heads(shape: DecoderConfig, mesh: ParallelMesh) -> None:
+    if mesh.degree > shape.heads:
+        raise LayoutError(
+            f"{mesh.degree} ranks cannot share the model's {shape.heads} query heads, and each document lies on all ranks; "
+            f"use --ranks {shape.heads} or fewer"
         )
 
 
