@@ -171,6 +171,7 @@ def test_the_bands_of_a_mask_are_its_definition(case: tuple[Mask, int, int]) -> 
 
 @settings(max_examples=100, deadline=None)
 @given(asked())
+@example((Sinks(1) | Only(1, 3), 5, 5))
 def test_blind_rows_are_the_queries_that_see_nothing(case: tuple[Mask, int, int]) -> None:
     mask, tokens, key_tokens = case
     runs = blind_rows(mask.bands(tokens, key_tokens), tokens)
@@ -193,6 +194,9 @@ def test_the_simple_masks_are_one_band() -> None:
 def test_blocks_are_joined() -> None:
     assert BlockSparse(2, [[True, True], [True, True]]).bands(4, 4) == Full().bands(4, 4)
     assert BlockSparse(1, [[k <= q for k in range(6)] for q in range(6)]).bands(6, 6) == Causal().bands(6, 6)
+    columns, lines = [[True, False, True]] * 4, [[True] * 4, [False] * 4, [True] * 4]
+    assert BlockSparse(2, columns).bands(8, 6) == (rectangle(0, 8, 0, 2), rectangle(0, 8, 4, 6))
+    assert BlockSparse(2, lines).bands(6, 8) == (rectangle(0, 2, 0, 8), rectangle(4, 6, 0, 8))
 
 
 def test_masks_are_values() -> None:

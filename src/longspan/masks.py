@@ -23,6 +23,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import merge
 from itertools import accumulate
 from operator import itemgetter
 from typing import NamedTuple
@@ -83,7 +84,7 @@ def subtract(bands: Iterable[Band], holes: Iterable[Band]) -> tuple[Band, ...]:
     """The pairs of ``bands`` that are in none of ``holes``, sorted; disjoint if ``bands`` are."""
     bands = sorted(bands)
     cut_by: dict[Band, list[Band]] = {band: [] for band in bands}
-    for band, hole in _meetings(bands, holes):
+    for band, hole in _meetings(bands, sorted(holes)):
         cut_by[band].append(hole)
     return tuple(sorted(piece for band, cuts in cut_by.items() for piece in _without(band, cuts)))
 
@@ -190,9 +191,9 @@ def _over(places: list[tuple[range, int]], start: int, stop: int) -> list[tuple[
 
 
 def _meetings(left: Iterable[Band], right: Iterable[Band]) -> Iterator[tuple[Band, Band]]:
-    """Every (band of left, band of right) that share a query, in one sweep down the queries."""
+    """Every (band of left, band of right) that share a query, in one sweep down the queries. Both are sorted."""
     going: dict[bool, list[Band]] = {True: [], False: []}  # what the sweep has entered and, as far as anyone asked, not left
-    for band, is_left in sorted([*((band, True) for band in left), *((band, False) for band in right)]):
+    for band, is_left in merge(((band, True) for band in left), ((band, False) for band in right)):
         others = going[not is_left] = [other for other in going[not is_left] if other.q_stop > band.q_start]
         for other in others:
             yield (band, other) if is_left else (other, band)
