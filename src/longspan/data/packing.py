@@ -75,9 +75,9 @@ class Split:
         return int(self.documents[-1, 1])
 
     def read(self, start: int, stop: int) -> Int64[Tensor, "tokens"]:
-        """The tokens at ``start`` .. ``stop - 1``, at least one; nothing else of the stream is touched."""
-        assert 0 <= start < stop <= self.tokens, (start, stop, self.tokens)
-        first, last = np.searchsorted(self._run_starts, [start, stop - 1], side="right") - 1
+        """The tokens at ``start`` .. ``stop - 1``; nothing else of the stream is touched."""
+        assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
+        first, last = np.searchsorted(self._run_starts, [start, stop], side="right") - 1
         cuts = [start, *self._run_starts[first + 1 : last + 1].tolist(), stop]
         shifts = self._run_shifts[first : last + 1].tolist()
         pieces = [self._stream[a + shift : b + shift] for a, b, shift in zip(cuts, cuts[1:], shifts)]
