@@ -25,7 +25,7 @@ HEADS, DIM = 16, 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, nargs="+", default=[16, 64, 256], help="bytes that a rank exchanges, q, k and v together")
+    parser.add_argument("--mib", type=int, nargs="+", default=[16, 64, 256], help="what a rank exchanges, q, k and v together")
     parser.add_argument("--pairs", type=int, default=11, help="how many pairs are timed, after two that are not")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,8 @@ def _rank(rank: int, folder: str, sizes: list[int], pairs: int) -> None:
         low, middle, high = quantiles([ours / theirs for theirs, ours in times], n=4)
         theirs, ours = (sorted(column)[pairs // 2] * 1e3 for column in zip(*times))
         if rank == 0:
-            print(f"{mib:4d} MiB   bare {theirs:7.1f} ms   exchange {ours:7.1f} ms   ratio {middle:.2f} ({low:.2f} to {high:.2f})")
+            spread = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+            print(f"{mib:4d} MiB   bare {theirs:7.1f} ms   exchange {ours:7.1f} ms   ratio {spread}")
     dist.destroy_process_group()
 
 

@@ -1,14 +1,14 @@
-"""Compile one decoder block over 1 and 2 ranks as a full graph and compare it with eager, gradients included (see test_compile.py)."""
+"""Compile one decoder block over 1 and 2 ranks as a full graph; compare it with eager, gradients too (test_compile.py)."""
 
 import sys
 import warnings
 from pathlib import Path
 
 import torch
-from ranks import on_ranks
 
 from longspan import Causal, ParallelMesh, attend
 from longspan.models.decoder import Block, DecoderConfig
+from ranks import on_ranks
 
 CONFIG = DecoderConfig(vocab=16, layers=1, hidden=48, heads=6, kv_heads=2, head_dim=8, ffn=64)
 TOKENS = 13

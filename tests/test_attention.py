@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from ranks import Ranks
 
 from longspan.attention import attend
 from longspan.collectives import CountingTransport, TorchTransport
@@ -26,7 +25,7 @@ from longspan.masks import (
 )
 from longspan.masks import rows as bands_of_rows
 from longspan.mesh import ParallelMesh, Place
-
+from ranks import Ranks
 
 # beartype looks at a random item of each list that it checks
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
@@ -60,7 +59,9 @@ class Slopes:
     def __init__(self, slopes: torch.Tensor) -> None:
         self.parameters = (slopes,)
 
-    def __call__(self, heads: range, q_positions: torch.Tensor, k_positions: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def __call__(
+        self, heads: range, q_positions: torch.Tensor, k_positions: torch.Tensor, parameters: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
         distance = (q_positions.unsqueeze(1) - k_positions).abs()
         return -parameters[0][heads.start : heads.stop, None, None] * distance
 
@@ -160,7 +161,8 @@ def gathered(case: Case, parts: list[dict[str, torch.Tensor]]) -> dict[str, torc
             whole[name] = torch.stack([part[name].double() for part in parts]).sum(0)
             continue
         length = case.key_tokens if name in ("k", "v") else case.tokens
-        places = [Place(1, case.ring, case.ulysses, 0, r, u, case.zigzag) for r in range(case.ring) for u in range(case.ulysses)]
+        spots = [(r, u) for r in range(case.ring) for u in range(case.ulysses)]
+        places = [Place(1, case.ring, case.ulysses, 0, r, u, case.zigzag) for r, u in spots]
         order = [p for place in places for run in place.layout(length).mine(place.ring_rank, place.ulysses_rank) for p in run]
         together = torch.cat([part[name].double() for part in parts], 1)
         whole[name] = together[:, torch.tensor(order).argsort()]
@@ -237,7 +239,8 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
         mask = tuple(draw(a_mask(tokens, key_tokens)) for _ in range(batch))
     return Case(
         ulysses, ring, draw(st.booleans()), batch, tokens, key_tokens, kv_heads * group, kv_heads, qk_dim, v_dim, mask,
-        softcap=draw(st.sampled_from([None, None, 5.0])), sinks=draw(st.booleans()), bias=False,
+        softcap=draw(st.sampled_from([None, None, 5.0])), sinks=draw(st.booleans()),
+        bias=draw(st.sampled_from([False, False, True])),
         dtype=dtype, seed=draw(st.integers(0, 2**16)),
     )  # fmt: skip
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
 
 from longspan.batch import IGNORE, agree, agree_on_error, cut, shard, unshard
 from longspan.errors import BatchError, LayoutError, LongspanError, MaskError
 from longspan.masks import Causal, Documents, Only
 from longspan.mesh import ParallelMesh, Place
+from ranks import on_ranks
 
 LAYOUTS = [(1, 1, False), (2, 1, False), (3, 1, False), (1, 2, True), (2, 2, True), (2, 2, False)]
 
@@ -63,7 +63,7 @@ IDS = torch.zeros(2, 8, dtype=torch.long)
     ("batch", "keywords", "error", "text"),
     [
         ({"labels": IDS}, {}, BatchError, r"no input_ids of shape \[batch, tokens\]"),
-        ({"input_ids": IDS, "pixels": torch.zeros(2, 8)}, {}, BatchError, r"tensor 'pixels' of shape \[2, 8\] is unknown; .* dims="),
+        ({"input_ids": IDS, "pixels": IDS}, {}, BatchError, r"tensor 'pixels' of shape \[2, 8\] is unknown; .* dims="),
         ({"input_ids": IDS, "token_type_ids": torch.zeros(2, 7)}, {}, BatchError, r"does not have the row's 8 tokens in dim 1"),
         ({"input_ids": IDS[:, :1]}, {}, LayoutError, r"tokens=1 is fewer than the 2 ranks"),
         ({"input_ids": IDS}, {"mask": Documents((3, 4))}, MaskError, r"7"),

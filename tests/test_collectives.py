@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
 
 from longspan.collectives import CountingTransport, TorchTransport, all_gather, all_reduce_sum
 from longspan.layout import Traffic
+from ranks import on_ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_ranks
 
 from longspan.collectives import CountingTransport, TorchTransport
 from longspan.exchange import heads_to_tokens, plan_trade, tokens_to_heads, trade_heads_for_tokens, trade_tokens_for_heads
 from longspan.layout import Heads, Layout, Traffic, attention_traffic
 from longspan.mesh import ParallelMesh
+from ranks import on_ranks
 
 # batch, tokens, key tokens, query heads, key/value heads, qk dim, v dim
 SHAPES = [

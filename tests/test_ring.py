@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from ranks import Ranks
-from test_attention import BRIEF, Case, cases, gathered, mesh_of, mine, on_this_rank, oracle, pool, whole_inputs
 
 from longspan import masks
 from longspan.attention import attend
@@ -15,6 +13,8 @@ from longspan.collectives import CountingTransport
 from longspan.layout import Heads, Layout, Traffic, attention_traffic, ring_traffic
 from longspan.masks import Causal, Documents, Full, Mask, Window, area, localize
 from longspan.ring import plan_hops
+from ranks import Ranks
+from test_attention import BRIEF, Case, cases, gathered, mesh_of, mine, on_this_rank, oracle, pool, whole_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 __all__ = ["pool"]
@@ -93,7 +93,7 @@ LAYOUTS = [(8, 1, False), (1, 8, True), (4, 2, True), (2, 4, False)]
 
 
 def test_bf16_is_as_exact_as_one_device(pool: Callable[[int], Ranks]) -> None:
-    pooled = {layout: 0.0 for layout in LAYOUTS}
+    pooled = dict.fromkeys(LAYOUTS, 0.0)
     one_device = 0.0
     for seed in range(8):
         case = Case(1, 1, False, 1, 200, 200, 8, 4, 32, 32, Causal(), dtype=torch.bfloat16, seed=seed)

@@ -27,7 +27,7 @@ def choose(
     qk_dim: int,
     v_dim: int,
     softcap: float | None = None,
-    bias: BoundBias | None = None,
+    bias: object | None = None,
 ) -> Kernel:
     """The kernel of this name, or the fastest that can do it for "auto"; a kernel object is returned as it is.
 

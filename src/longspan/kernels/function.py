@@ -9,10 +9,10 @@ Without a log-sum-exp its results cannot be merged: a ring and sinks refuse it. 
 from collections.abc import Callable, Sequence
 
 import torch
-from longspan.masks import Band
 from torch import Tensor
 
 from longspan.kernels import BoundBias
+from longspan.masks import Band
 
 KernelFunction = Callable[..., Tensor]
 """``function(q, k, v, *, bands, scale) -> out [queries, heads, v_dim]``: q [queries, heads, dim], k, v [keys, kv, dim]."""

@@ -8,14 +8,15 @@ Knows nothing of ranks: it sees rows of tokens and the bands that say who looks 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from longspan.masks import Band
 from torch import Tensor
 
 from longspan.kernels import BoundBias, Kernel
 from longspan.layout import Runs
+from longspan.masks import Band
 
 Groups = tuple[tuple[slice, slice], ...]
 BindBias = Callable[[slice, Runs, tuple[Tensor, ...]], BoundBias]
@@ -50,13 +51,14 @@ class Local:
         bands: Sequence[Band], key_rows: Runs, parameters: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
         """(dq, dk, dv, gradients of the bias' parameters), as ``Kernel.backward``: out and lse are of the whole row of keys."""
-        parts = [
-            self.kernel.backward(
-                dout[:, heads], q[:, heads], k[:, kv], v[:, kv], out[:, heads], lse[heads], bands, self.scale,
-                softcap=self.softcap, bias=self._bind(heads, key_rows, parameters),
-            )
-            for heads, kv in self.groups
-        ]  # fmt: skip
+        with _autograd_below_autograd():
+            parts = [
+                self.kernel.backward(
+                    dout[:, heads], q[:, heads], k[:, kv], v[:, kv], out[:, heads], lse[heads], bands, self.scale,
+                    softcap=self.softcap, bias=self._bind(heads, key_rows, parameters),
+                )
+                for heads, kv in self.groups
+            ]  # fmt: skip
         dq = _join([part[0] for part in parts], 1)
         if len(parts) == 1:
             return dq, *parts[0][1:]
@@ -68,6 +70,15 @@ class Local:
 
     def _bind(self, heads: slice, key_rows: Runs, parameters: tuple[Tensor, ...]) -> BoundBias | None:
         return None if self.bias is None else self.bias(heads, key_rows, parameters)
+
+
+def _autograd_below_autograd() -> AbstractContextManager[None]:
+    """Let a kernel ask autograd for the gradients of a bias, in an operator, where the dispatcher has switched it off."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther):
+        exclude = exclude.remove(key)
+    guard: AbstractContextManager[None] = torch._C._ForceDispatchKeyGuard(include, exclude)
+    return guard
 
 
 def _join(parts: list[Tensor], dim: int) -> Tensor:
