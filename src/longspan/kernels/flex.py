@@ -127,14 +127,14 @@ def intervals(bands: Sequence[Band], queries: int, device: torch.device) -> Inte
 def mask_mod(bands: Sequence[Band], queries: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The bands as flex_attention asks for them: one query, one key."""
     first, stop = intervals(bands, queries, device)
+    return lambda batch, head, q_index, k_index: _within(first, stop, q_index, k_index)
 
-    def sees(batch: Tensor, head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        seen = (k_index >= first[0, q_index]) & (k_index < stop[0, q_index])
-        for i in range(1, first.shape[0]):
-            seen = seen | ((k_index >= first[i, q_index]) & (k_index < stop[i, q_index]))
-        return seen
 
-    return sees
+def _within(first: Tensor, stop: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+    seen = (k_index >= first[0, q_index]) & (k_index < stop[0, q_index])
+    for i in range(1, first.shape[0]):
+        seen = seen | ((k_index >= first[i, q_index]) & (k_index < stop[i, q_index]))
+    return seen
 
 
 @lru_cache(maxsize=8)
@@ -159,13 +159,10 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.flex_attention import AuxRequest
 
-    def capped(score: Tensor, batch: Tensor, head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)  # type: ignore[operator]
-
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out, aux = _compiled()(
         q, k, v,
-        score_mod=None if softcap is None else capped,
+        score_mod=None if softcap is None else lambda score, batch, head, q, k: softcap * torch.tanh(score / softcap),
         block_mask=_block_mask(tuple(bands), q.shape[2], k.shape[2], q.device),
         scale=scale,
         enable_gqa=True,

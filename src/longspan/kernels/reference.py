@@ -76,8 +76,8 @@ class Reference:
         dq = torch.einsum("HQK,KHD->QHD", dscores, _heads(k, q))
         dk = torch.einsum("HQK,QHD->KHD", dscores, q.double())
         dv = torch.einsum("HQK,QHD->KHD", weights, dout)
-        dtype, kv_heads = result_dtype(q.dtype), k.shape[1]
-        dk, dv = (x.reshape(len(x), kv_heads, -1, x.shape[2]).sum(2) for x in (dk, dv))
+        dtype, kv_heads, group = result_dtype(q.dtype), k.shape[1], q.shape[1] // k.shape[1]
+        dk, dv = (x.reshape(len(x), kv_heads, group, x.shape[2]).sum(2) for x in (dk, dv))
         return dq.to(dtype), dk.to(dtype), dv.to(dtype), dbias
 
 

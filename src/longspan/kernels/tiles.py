@@ -118,13 +118,16 @@ def _trapezoid(band: Band, start: int, stop: int) -> Iterator[Stack]:
         return
     left = max(band.k_start, start + band.lo), max(band.k_start, stop - 1 + band.lo)  # of the first row, of the last
     right = min(band.k_stop, start + band.hi + 1), min(band.k_stop, stop + band.hi)
-    slanted = right[1] > right[0]
-    if left[1] > left[0]:
-        yield Stack(Shape.UPPER, start, left[0], rows - 1, rows - 1)
-    if right[0] - slanted > left[1]:
-        yield Stack(Shape.RECTANGLE, start, left[1], rows, right[0] - slanted - left[1])
-    if slanted:
-        yield Stack(Shape.LOWER, start, right[0] - 1, rows, rows)
+    first, stop_key = left[1], right[0]  # what every row sees, less the column that a square has on its edge
+    if right[1] > right[0]:
+        stop_key -= 1
+        yield Stack(Shape.LOWER, start, stop_key, rows, rows)
+    elif left[1] > left[0]:
+        first += 1
+    if first > left[0]:
+        yield Stack(Shape.UPPER, start, left[0], first - left[0], first - left[0])
+    if stop_key > first:
+        yield Stack(Shape.RECTANGLE, start, first, rows, stop_key - first)
 
 
 def _walk(band: Band, start: int, stop: int) -> Iterator[Stack]:
