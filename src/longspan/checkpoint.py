@@ -76,7 +76,10 @@ def save(
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Read the weights of a checkpoint into ``model``; with an ``optimizer``, all that training needs to go on bit by bit."""
+    """Read the weights of a checkpoint into ``model``; with an ``optimizer``, all that training needs to go on bit by bit.
+
+    Every rank calls it; one process without ranks may, too. Raises RunError for a checkpoint that is damaged.
+    """
     tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
         tensors |= {"optimizer": get_optimizer_state_dict(model, optimizer), "random": torch.get_rng_state()}

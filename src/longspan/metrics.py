@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -138,7 +137,7 @@ class Display:
         if self._lead:
             self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Display":
         self._progress.start()
         return self
 
