@@ -46,18 +46,13 @@ def counted_and_expected(case: Case) -> tuple[tuple[Traffic, Traffic], tuple[Tra
     exchange = attention_traffic(
         heads, sizes, key_sizes, place.ulysses_rank, rows=case.batch, qk_dim=case.qk_dim, v_dim=case.v_dim, itemsize=8
     )
-    queries, keys = ([_held(layout, case.batch, rank) for rank in range(case.ring)] for layout in layouts)
+    queries, keys = ([layout.batch_runs(rank, case.batch) for rank in range(case.ring)] for layout in layouts)
     bands = masks.rows(case.mask, case.batch, case.tokens, case.key_tokens)
     hops = plan_hops(bands, queries, keys, place.ring_rank)[1:]
     width = len(heads.kv_of(place.ulysses_rank)) * (case.qk_dim + case.v_dim)
     leaving, arriving = ([sum(map(len, getattr(hop, name))) for hop in hops] for name in ("leaving", "arriving"))
     passed = ring_traffic(leaving, arriving, width, itemsize=8, grad_itemsize=8)
     return (forward, transport.traffic), (exchange[0] + passed[0], exchange[1] + passed[1])
-
-
-def _held(layout: Layout, rows: int, ring_rank: int) -> tuple[range, ...]:
-    runs = layout.runs(ring_rank)
-    return tuple(range(run.start + row * layout.tokens, run.stop + row * layout.tokens) for row in range(rows) for run in runs)
 
 
 @pytest.mark.parametrize("ring", [2, 3, 4, 8])

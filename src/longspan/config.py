@@ -55,16 +55,18 @@ class Layout(Ranks):
 
     ulysses: int = 2
     """Ranks that hold one sequence together and trade tokens for heads. The other ranks are data replicas."""
+    ring: int = 1
+    """Rings of such ranks that hold one sequence together, where the heads are fewer than the ranks."""
     zero: Literal[0, 3] = 0
     """0: every rank holds every parameter. 3: parameters, gradients and optimizer states are sharded over all ranks (FSDP2)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "ulysses")
+        _at_least(self, 1, "ulysses", "ring")
 
     @property
     def local_ranks(self) -> int:
-        return self.ranks if self.ranks is not None else self.ulysses
+        return self.ranks if self.ranks is not None else self.ulysses * self.ring
 
 
 @dataclass(frozen=True)

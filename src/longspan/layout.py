@@ -66,6 +66,11 @@ class Layout:
         pieces = consecutive(split(self.tokens, 2 * self.ring))
         return tuple(piece for piece in (pieces[ring_rank], pieces[2 * self.ring - 1 - ring_rank]) if piece)
 
+    def batch_runs(self, ring_rank: int, rows: int) -> Runs:
+        """The same of a batch of ``rows``, laid out as one row: row b stands behind b * tokens others."""
+        runs = self.runs(ring_rank)
+        return tuple(range(run.start + b * self.tokens, run.stop + b * self.tokens) for b in range(rows) for run in runs)
+
     def sizes(self, ring_rank: int) -> tuple[int, ...]:
         """How many tokens each ulysses rank of this ring rank holds."""
         return split(sum(map(len, self.runs(ring_rank))), self.ulysses)

@@ -18,13 +18,16 @@ from rich.table import Table
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from longspan import masks
 from longspan.batch import IGNORE, Part, shard
 from longspan.collectives import CountingTransport, TorchTransport
 from longspan.config import Check
 from longspan.gradients import norm
-from longspan.layout import Heads, Traffic, attention_traffic, consecutive, split
+from longspan.layout import Heads, Traffic, attention_traffic, consecutive, ring_traffic, split
+from longspan.masks import Causal
 from longspan.mesh import ParallelMesh
 from longspan.models.decoder import PRESETS, Decoder, DecoderConfig
+from longspan.ring import plan_hops
 from longspan.sharding import parallelize
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
@@ -60,7 +63,7 @@ class Outcome:
 
 def work(config: Check) -> int:
     """Print the verdict on the lead rank; 0 where the law holds, 1 where it does not."""
-    mesh = ParallelMesh(ulysses=config.ulysses, transport=CountingTransport(TorchTransport()))
+    mesh = ParallelMesh(config.ulysses, config.ring, transport=CountingTransport(TorchTransport()))
     shape = _shape(config)
     lines = _pooled(config, shape, mesh) if config.dtype == "bf16" else _exact(config, shape, mesh)
     lines = _of_the_worst_rank(lines, mesh)
@@ -193,20 +196,20 @@ def _minus(after: Traffic, before: Traffic) -> Traffic:
 def _traffic_lines(
     config: Check, shape: DecoderConfig, mesh: ParallelMesh, found: tuple[Traffic, Traffic], itemsize: int
 ) -> list[Line]:
-    place = mesh.place
-    sizes = place.layout(config.tokens).sizes(place.ring_rank)
-    expected = attention_traffic(
-        Heads(shape.heads, shape.kv_heads, place.ulysses),
-        sizes,
-        sizes,
-        place.ulysses_rank,
-        rows=split(config.rows, place.data)[place.data_rank],
-        qk_dim=shape.head_dim,
-        v_dim=shape.head_dim,
-        itemsize=itemsize,
+    place, layout = mesh.place, mesh.place.layout(config.tokens)
+    heads, rows = Heads(shape.heads, shape.kv_heads, place.ulysses), split(config.rows, place.data)[place.data_rank]
+    sizes, dim = layout.sizes(place.ring_rank), shape.head_dim
+    exchanged = attention_traffic(
+        heads, sizes, sizes, place.ulysses_rank, rows=rows, qk_dim=dim, v_dim=dim, itemsize=itemsize
     )
+    held = [layout.batch_runs(rank, rows) for rank in range(place.ring)]
+    bands = masks.rows(Causal(), rows, config.tokens, config.tokens)
+    hops = plan_hops(bands, held, held, place.ring_rank)[1:]
+    leaving, arriving = ([sum(map(len, getattr(hop, keys))) for hop in hops] for keys in ("leaving", "arriving"))
+    width = 2 * dim * len(heads.kv_of(place.ulysses_rank))
+    passed = ring_traffic(leaving, arriving, width, itemsize=itemsize, grad_itemsize=max(itemsize, 4))
     lines = []
-    for way, counted, formula in zip(("forward", "backward"), found, expected):
+    for way, counted, formula in zip(("forward", "backward"), found, (exchanged[0] + passed[0], exchanged[1] + passed[1])):
         for what in ("collectives", "bytes"):
             a_layer, law = getattr(counted, what) / shape.layers, getattr(formula, what)
             lines.append(Line(f"{what} a layer, {way}", f"{a_layer:,.10g}", f"{law:,}", abs(a_layer - law), 0.0))
@@ -229,7 +232,8 @@ def _print(config: Check, shape: DecoderConfig, mesh: ParallelMesh, lines: list[
         table.add_row(line.what, line.found, line.expected, f"{line.error:.2g}", f"{line.bound:.2g}", verdict)
     console = Console(width=None if Console().is_terminal else 140)
     console.print(
-        f"{mesh.degree} ranks = data {place.data} x ulysses {place.ulysses}, zero={config.zero}, {config.dtype}: "
+        f"{mesh.degree} ranks = data {place.data} x ring {place.ring} x ulysses {place.ulysses}, zero={config.zero}, "
+        f"{config.dtype}: "
         f"{config.rows} rows of {config.tokens:,} tokens, {shape.layers} layers, {shape.heads} query and {shape.kv_heads} "
         f"key/value heads of {shape.head_dim}, {shape.parameters:,} parameters",
         highlight=False,

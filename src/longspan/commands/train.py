@@ -43,7 +43,7 @@ LAST_STEPS = 10
 def work(config: Train) -> int:
     """One rank of a run, from its text to its last checkpoint. Raises on every rank alike what stops the run."""
     transport = CountingTransport(TorchTransport())
-    mesh = ParallelMesh(ulysses=config.ulysses, transport=transport)
+    mesh = ParallelMesh(config.ulysses, config.ring, transport=transport)
     lead = dist.get_rank() == 0
     with together(mesh):
         corpus = tokenize(config.data, load_tokenizer(config.tokenizer), text_field=config.text_field)
@@ -260,7 +260,8 @@ def _opening(model: Decoder, corpus: Corpus, config: Train, mesh: ParallelMesh, 
     place = mesh.place
     share = config.tokens // (place.ring * place.ulysses)
     return (
-        f"{mesh.degree} ranks = data {place.data} x ulysses {place.ulysses}; {model.config.parameters:,} parameters; "
+        f"{mesh.degree} ranks = data {place.data} x ring {place.ring} x ulysses {place.ulysses}; "
+        f"{model.config.parameters:,} parameters; "
         f"{corpus.train.tokens:,} tokens of text; {config.tokens:,} tokens a sequence, {share:,} of them a rank"
         + (f"; going on after step {done}" if done else "")
     )
@@ -284,6 +285,6 @@ def _closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, c
         f"Kept in {run}",
         f"  checkpoints/step-{config.steps:06d}, metrics.jsonl, config.json, TensorBoard events",
         "Next",
-        f"  {ours} evaluate {run.name} --ranks {config.ulysses}{where}",
+        f"  {ours} evaluate {run.name} --ranks {config.ulysses * config.ring}{where}",
         f"  {Path(ours).with_name('tensorboard')} --logdir {config.runs_folder}",
     ])
