@@ -51,6 +51,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float64
     kernel: str = "auto"
     seed: int = 0
+    head_chunks: int = 1
 
 
 class Slopes:
@@ -135,6 +136,7 @@ def on_this_rank(case: Case) -> dict[str, torch.Tensor]:
     out = attend(
         x["q"], x["k"], x["v"], mask=case.mask, mesh=mesh, tokens=case.tokens, key_tokens=case.key_tokens,
         softcap=case.softcap, sinks=x.get("sinks"), bias=Slopes(x["slopes"]) if case.bias else None, kernel=case.kernel,
+        head_chunks=case.head_chunks,
     )  # fmt: skip
     (out * x["dout"].detach()).sum().backward()
     return {"out": out.detach()} | {name: x[name].grad for name in x if name != "dout"}  # type: ignore[dict-item]
@@ -241,8 +243,13 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
         ulysses, ring, draw(st.booleans()), batch, tokens, key_tokens, kv_heads * group, kv_heads, qk_dim, v_dim, mask,
         softcap=draw(st.sampled_from([None, None, 5.0])), sinks=draw(st.booleans()),
         bias=draw(st.sampled_from([False, False, True])),
-        dtype=dtype, seed=draw(st.integers(0, 2**16)),
+        dtype=dtype, seed=draw(st.integers(0, 2**16)), head_chunks=draw(_chunks(kv_heads * group // ulysses)),
     )  # fmt: skip
+
+
+@st.composite
+def _chunks(draw: st.DrawFn, most: int) -> int:
+    return draw(st.integers(1, most)) if draw(st.booleans()) else 1
 
 
 BRIEF = settings(

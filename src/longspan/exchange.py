@@ -18,9 +18,10 @@ return is summed: the two functions are each other's adjoint, and inverses only 
 B batch   S my tokens   T every token   H every head   G my heads   D head size   R rows: B * T   W widths of my heads
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,18 +43,12 @@ class Crowd:
     sizes: tuple[int, ...]
     heads: tuple[tuple[range, ...], ...]  # [tensor][rank]
     dims: tuple[int, ...]  # head size of each tensor
+    counts: tuple[int, ...]  # heads of each tensor in all
+    summed: tuple[bool, ...]  # whether some head of the tensor comes home more than once, from other ranks or in other trades
 
     def widths(self, rank: int) -> tuple[int, ...]:
         """How many elements of one token each tensor sends to ``rank``."""
         return tuple(len(heads[rank]) * dim for heads, dim in zip(self.heads, self.dims))
-
-    def counts(self, tensor: int) -> int:
-        """How many heads a tensor has in all."""
-        return max(heads.stop for heads in self.heads[tensor])
-
-    def replicates(self, tensor: int) -> bool:
-        """Whether some head of a tensor is computed by more than one rank."""
-        return sum(map(len, self.heads[tensor])) > self.counts(tensor)
 
 
 class Trade(OpaqueBase):
@@ -65,6 +60,7 @@ class Trade(OpaqueBase):
         self.crowds, self.group, self.transport, self.scratch = tuple(crowds), group, transport, scratch
         self.rank, self.ranks = group.rank(), range(group.size())
         self.columns = tuple(crowd.widths(self.rank) for crowd in self.crowds)
+        self.dims = tuple(dim for crowd in self.crowds for dim in crowd.dims)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Trade":
         return self  # torch.compile copies its graphs, and a plan that names process groups is the same in all of them
@@ -78,7 +74,8 @@ class Trade(OpaqueBase):
         return [rows * sum(crowd.sizes[p] * sum(crowd.widths(self.rank)) for crowd in self.crowds) for p in self.ranks]
 
 
-register_opaque_type(Trade, typ="reference", members={name: MemberType.USE_REAL for name in ("crowds", "rank", "columns")})
+_READ = ("crowds", "rank", "columns", "dims")
+register_opaque_type(Trade, typ="reference", members=dict.fromkeys(_READ, MemberType.USE_REAL))
 
 
 def tokens_to_heads(
@@ -119,20 +116,54 @@ def plan_trade(
     The first has the query heads, the others the key/value heads; ``key_tokens`` is the length of k and v where it is not
     that of q.
     """
-    place = mesh.place
-    sizes = _sizes(shapes[0], mesh, tokens)
-    dealt = [Heads(shapes[0][2], shape[2], place.ulysses) for shape in shapes]
-    if place.ulysses == 1:
-        return None
-    ranks = range(place.ulysses)
-    heads = [tuple(d.query_of(p) if i == 0 else d.kv_of(p) for p in ranks) for i, d in enumerate(dealt)]
-    dims = [shape[3] for shape in shapes]
-    if key_tokens is None or key_tokens == tokens:
-        crowds = [Crowd(sizes, tuple(heads), tuple(dims))]
-    else:
-        key_sizes = _sizes(shapes[1], mesh, key_tokens)
-        crowds = [Crowd(sizes, tuple(heads[:1]), tuple(dims[:1])), Crowd(key_sizes, tuple(heads[1:]), tuple(dims[1:]))]
-    return Trade(crowds, mesh.ulysses_group, mesh.transport, mesh.scratch)
+    heads = Heads(shapes[0][2], shapes[-1][2], mesh.place.ulysses)
+    (trade,) = plan_trades(shapes[:1], shapes[1:], heads, mesh, tokens, key_tokens)
+    return trade
+
+
+def plan_trades(
+    queries: Sequence[torch.Size],
+    keys: Sequence[torch.Size],
+    heads: Heads,
+    mesh: ParallelMesh,
+    tokens: int | None,
+    key_tokens: int | None = None,
+) -> tuple[Trade | None, ...]:
+    """One exchange for each chunk of the heads: of tensors that have the query heads, then of those that have the keys'."""
+    shares = [_Share(shape, heads.query_of, False) for shape in queries]
+    key_shares = [_Share(shape, heads.kv_of, heads.replicated) for shape in keys]
+    crowds = [(_sizes(queries[0], mesh, tokens), shares)]
+    if keys:
+        key_sizes = _sizes(keys[0], mesh, tokens if key_tokens is None else key_tokens)
+        same = key_sizes == crowds[0][0]
+        crowds = [(key_sizes, shares + key_shares)] if same else [*crowds, (key_sizes, key_shares)]
+    if heads.ulysses == 1:
+        return (None,) * heads.chunks
+    return tuple(
+        Trade(
+            [_crowd(sizes, shares, heads.ulysses, chunk) for sizes, shares in crowds],
+            mesh.ulysses_group, mesh.transport, mesh.scratch,
+        )
+        for chunk in range(heads.chunks)
+    )  # fmt: skip
+
+
+class _Share(NamedTuple):
+    """A tensor, which of its heads (rank, chunk) gets, and whether some head is got more than once."""
+
+    shape: torch.Size
+    dealt: Callable[[int, int], range]
+    summed: bool
+
+
+def _crowd(sizes: tuple[int, ...], shares: Sequence[_Share], ranks: int, chunk: int) -> Crowd:
+    return Crowd(
+        sizes,
+        tuple(tuple(share.dealt(rank, chunk) for rank in range(ranks)) for share in shares),
+        tuple(share.shape[3] for share in shares),
+        tuple(share.shape[2] for share in shares),
+        tuple(share.summed for share in shares),
+    )
 
 
 def _sizes(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> tuple[int, ...]:
@@ -150,20 +181,64 @@ def _sizes(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> tuple[i
 @torch.library.custom_op("longspan::trade_tokens_for_heads", mutates_args=())
 def trade_tokens_for_heads(xs_BSHD: Sequence[Tensor], trade: Trade) -> list[Tensor]:
     """Rows [batch * every token, widths of my heads] of each crowd, from its tensors [batch, my tokens, heads, dim]."""
-    batch = xs_BSHD[0].shape[0]
-    with trade.scratch.lend(sum(trade.sent(batch)), xs_BSHD[0]) as send:
-        _pack(xs_BSHD, send, trade)
-        received = trade.transport.all_to_all(send, trade.sent(batch), trade.received(batch), trade.group).wait()
-    return _as_rows(received, trade, batch)
+    return start_tokens_for_heads(xs_BSHD, trade)()
 
 
 @torch.library.custom_op("longspan::trade_heads_for_tokens", mutates_args=())
 def trade_heads_for_tokens(rows_RW: Sequence[Tensor], trade: Trade, batch: int) -> list[Tensor]:
     """The adjoint: tensors [batch, my tokens, heads, dim] from the rows of each crowd; replicated heads are summed."""
-    with trade.scratch.lend(sum(trade.received(batch)), rows_RW[0]) as scratch:
+    homes = [
+        new_home((batch, crowd.sizes[trade.rank], count, dim), summed, rows_RW[0])
+        for crowd in trade.crowds
+        for count, dim, summed in zip(crowd.counts, crowd.dims, crowd.summed)
+    ]
+    start_heads_for_tokens(rows_RW, trade, homes)()
+    return [home.to(rows_RW[0].dtype) for home in homes]
+
+
+def start_tokens_for_heads(xs_BSHD: Sequence[Tensor], trade: Trade) -> Callable[[], list[Tensor]]:
+    """Send what ``trade_tokens_for_heads`` sends, and return at once: call the result, once, for the rows."""
+    batch = xs_BSHD[0].shape[0]
+    with ExitStack() as stack:
+        send = stack.enter_context(trade.scratch.lend(sum(trade.sent(batch)), xs_BSHD[0]))
+        _pack(xs_BSHD, send, trade)
+        arrival = trade.transport.all_to_all(send, trade.sent(batch), trade.received(batch), trade.group)
+        lent = stack.pop_all()
+
+    def finish() -> list[Tensor]:
+        with lent:
+            received = arrival.wait()
+        return _as_rows(received, trade, batch)
+
+    return finish
+
+
+def start_heads_for_tokens(rows_RW: Sequence[Tensor], trade: Trade, homes: Sequence[Tensor]) -> Callable[[], None]:
+    """Send what ``trade_heads_for_tokens`` sends, and return at once: call the result, once, to bring the heads home.
+
+    Each tensor's home [batch, my tokens, heads, dim] gets the heads that this trade moves: added to what is there where heads
+    are ``summed``, else written over it.
+    """
+    batch = homes[0].shape[0]
+    with ExitStack() as stack:
+        scratch = stack.enter_context(trade.scratch.lend(sum(trade.received(batch)), rows_RW[0]))
         send = _from_rows(rows_RW, scratch, trade, batch)
-        received = trade.transport.all_to_all(send, trade.received(batch), trade.sent(batch), trade.group).wait()
-    return _unpack(received, trade, batch)
+        arrival = trade.transport.all_to_all(send, trade.received(batch), trade.sent(batch), trade.group)
+        lent = stack.pop_all()
+
+    def finish() -> None:
+        with lent:
+            received = arrival.wait()
+        _unpack(received, trade, homes)
+
+    return finish
+
+
+def new_home(shape: Sequence[int], summed: bool, like: Tensor) -> Tensor:
+    """Memory for heads that come home: in fp32 at least and at 0 where they are summed, so that they are rounded once."""
+    if summed:
+        return like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
+    return like.new_empty(shape)
 
 
 def _blocks(flat: Tensor, trade: Trade, batch: int) -> list[list[list[Tensor]]]:
@@ -194,24 +269,16 @@ def _pack(xs_BSHD: Sequence[Tensor], send: Tensor, trade: Trade) -> None:
                 place_BSGD.copy_(next(tensors)[:, :, heads[p].start : heads[p].stop])
 
 
-def _unpack(received: Tensor, trade: Trade, batch: int) -> list[Tensor]:
-    blocks = _blocks(received, trade, batch)
-    xs = []
-    for c, crowd in enumerate(trade.crowds):
-        for t, dim in enumerate(crowd.dims):
-            shape = (batch, crowd.sizes[trade.rank], crowd.counts(t), dim)
-            pieces = [(crowd.heads[t][p], blocks[p][c][t]) for p in trade.ranks]
-            xs.append(_summed(pieces, shape) if crowd.replicates(t) else torch.cat([piece for _, piece in pieces], 2))
-    return xs
-
-
-def _summed(pieces: list[tuple[range, Tensor]], shape: tuple[int, ...]) -> Tensor:
-    """Replicated heads come back from several ranks: summed in fp32 at least, rounded once."""
-    dtype = pieces[0][1].dtype
-    x_BSHD = pieces[0][1].new_zeros(shape, dtype=torch.promote_types(dtype, torch.float32))
-    for heads, piece in pieces:
-        x_BSHD[:, :, heads.start : heads.stop] += piece
-    return x_BSHD.to(dtype)
+def _unpack(received: Tensor, trade: Trade, homes: Sequence[Tensor]) -> None:
+    for p, block in zip(trade.ranks, _blocks(received, trade, homes[0].shape[0])):
+        places = iter(homes)
+        for share, crowd in zip(block, trade.crowds):
+            for piece_BSGD, heads, summed in zip(share, crowd.heads, crowd.summed):
+                place_BSGD = next(places)[:, :, heads[p].start : heads[p].stop]
+                if summed:
+                    place_BSGD.add_(piece_BSGD)
+                else:
+                    place_BSGD.copy_(piece_BSGD)
 
 
 def _shares(flat: Tensor, trade: Trade, batch: int) -> list[list[Tensor]]:
@@ -251,9 +318,9 @@ def _(xs_BSHD: Sequence[Tensor], trade: Trade) -> list[Tensor]:
 @trade_heads_for_tokens.register_fake
 def _(rows_RW: Sequence[Tensor], trade: Trade, batch: int) -> list[Tensor]:
     return [
-        rows_RW[0].new_empty(batch, crowd.sizes[trade.rank], crowd.counts(t), dim)
+        rows_RW[0].new_empty(batch, crowd.sizes[trade.rank], count, dim)
         for crowd in trade.crowds
-        for t, dim in enumerate(crowd.dims)
+        for count, dim in zip(crowd.counts, crowd.dims)
     ]
 
 

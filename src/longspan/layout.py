@@ -82,14 +82,19 @@ class Layout:
 
 @dataclass(frozen=True)
 class Heads:
-    """How ``query`` query heads and ``kv`` key/value heads are dealt to ``ulysses`` ranks.
+    """How ``query`` query heads and ``kv`` key/value heads are dealt to ``ulysses`` ranks, and by each cut into ``chunks``.
 
-    Raises LayoutError where a rank would have no query head, or the query heads do not share the key/value heads evenly.
+    Chunk j is the j-th share of every rank's heads, so that all ranks work on every chunk: 8 heads on 2 ranks in 2 chunks
+    are 0 1 | 4 5 and then 2 3 | 6 7. A key/value head that several ranks *or chunks* read is sent to each of them.
+
+    Raises LayoutError where a rank would have no query head, or no query head of some chunk, or the query heads do not
+    share the key/value heads evenly.
     """
 
     query: int
     kv: int
     ulysses: int = 1
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         if self.kv < 1 or self.query % self.kv:
@@ -102,28 +107,43 @@ class Heads:
                 f"ulysses={self.ulysses} exceeds the {self.query} query heads; "
                 f"{self._instead()} (or any ulysses up to {self.query}, with ring to match)"
             )
+        fewest = self.query // self.ulysses
+        if not 1 <= self.chunks <= fewest:
+            raise LayoutError(
+                f"head_chunks={self.chunks} cannot cut the {fewest} query head{'s' * (fewest > 1)} that some rank computes "
+                f"({self.query} on ulysses={self.ulysses}); use head_chunks={fewest}, or any from 1 to it"
+            )
 
     def _instead(self) -> str:
         divisors = [d for d in range(1, self.query + 1) if self.ulysses % d == 0]
         best = max(divisors, key=lambda d: (self.query % d == 0, d))
         return f"use ulysses={best} ring={self.ulysses // best}"
 
-    def query_of(self, ulysses_rank: int) -> range:
-        """The query heads that a rank computes."""
-        return consecutive(split(self.query, self.ulysses))[ulysses_rank]
+    def query_of(self, ulysses_rank: int, chunk: int | None = None) -> range:
+        """The query heads that a rank computes: all of them, or those of one chunk."""
+        mine = consecutive(split(self.query, self.ulysses))[ulysses_rank]
+        if chunk is None:
+            return mine
+        share = consecutive(split(len(mine), self.chunks))[chunk]
+        return mine[share.start : share.stop]
 
-    def kv_of(self, ulysses_rank: int) -> range:
-        """The key/value heads that a rank's query heads read."""
-        mine, group = self.query_of(ulysses_rank), self.query // self.kv
+    def kv_of(self, ulysses_rank: int, chunk: int | None = None) -> range:
+        """The key/value heads that these query heads read."""
+        mine, group = self.query_of(ulysses_rank, chunk), self.query // self.kv
         return range(mine.start // group, (mine.stop - 1) // group + 1)
 
-    def groups(self, ulysses_rank: int) -> tuple[tuple[slice, slice], ...]:
-        """A rank's heads as (query heads, key/value heads) in which every key/value head serves equally many query heads.
+    @property
+    def replicated(self) -> bool:
+        """Whether some key/value head is read by several ranks or chunks, so that its gradients must be summed."""
+        return sum(len(self.kv_of(p, j)) for p in range(self.ulysses) for j in range(self.chunks)) > self.kv
+
+    def groups(self, ulysses_rank: int, chunk: int | None = None) -> tuple[tuple[slice, slice], ...]:
+        """These heads as (query heads, key/value heads) in which every key/value head serves equally many query heads.
 
         Kernels know only regular groups. 28 query heads over 4 key/value heads on 8 ranks give rank 1 the query heads 4-7:
-        three of them read key/value head 0 and one reads head 1, so it has two groups. Indices are the rank's own.
+        three of them read key/value head 0 and one reads head 1, so it has two groups. Indices count from these heads.
         """
-        mine, kv, group = self.query_of(ulysses_rank), self.kv_of(ulysses_rank), self.query // self.kv
+        mine, kv, group = self.query_of(ulysses_rank, chunk), self.kv_of(ulysses_rank, chunk), self.query // self.kv
         readers = [min(mine.stop, (head + 1) * group) - max(mine.start, head * group) for head in kv]
         regular: list[tuple[int, int]] = []  # (readers of each head, how many heads)
         for count in readers:
@@ -177,22 +197,53 @@ def attention_traffic(
     """
     if heads.ulysses == 1:
         return Traffic(), Traffic()
-    ranks = range(heads.ulysses)
-    q_widths = [len(heads.query_of(p)) * qk_dim for p in ranks]
-    kv_widths = [len(heads.kv_of(p)) * (qk_dim + v_dim) for p in ranks]
-    out_widths = [len(heads.query_of(p)) * v_dim for p in ranks]
+    there, out_there, home, out_home = _elements(heads, None, sizes, key_sizes, ulysses_rank, qk_dim, v_dim)
     unit = rows * itemsize
-    forward = (
-        tokens_to_heads_elements(sizes, q_widths, ulysses_rank)
-        + tokens_to_heads_elements(key_sizes, kv_widths, ulysses_rank)
-        + heads_to_tokens_elements(sizes, out_widths, ulysses_rank)
+    return Traffic(2, (there + out_home) * unit), Traffic(2, (out_there + home) * unit)
+
+
+def kept_attention_traffic(
+    heads: Heads,
+    sizes: Sequence[int],
+    key_sizes: Sequence[int],
+    ulysses_rank: int,
+    *,
+    rows: int = 1,
+    qk_dim: int,
+    v_dim: int,
+    itemsize: int,
+) -> tuple[Traffic, Traffic]:
+    """(forward, backward) where q, k and v are not kept on the heads' side: the backward brings them there again.
+
+    Per chunk, one exchange for q, k, v and one for the output; back, one for q, k, v, the output and its gradient, and one for
+    the gradients of q, k, v. Recomputation sends nothing. With equal heads, where no chunks share a key/value head, the
+    forward sends what ``attention_traffic`` says, and the backward (8 instead of 4)·N·h/P · (P-1)/P elements.
+    """
+    if heads.ulysses == 1:
+        return Traffic(), Traffic()
+    forward = backward = 0
+    for chunk in range(heads.chunks):
+        there, out_there, home, out_home = _elements(heads, chunk, sizes, key_sizes, ulysses_rank, qk_dim, v_dim)
+        forward += there + out_home
+        backward += there + 2 * out_there + home
+    unit = rows * itemsize
+    return Traffic(2 * heads.chunks, forward * unit), Traffic(2 * heads.chunks, backward * unit)
+
+
+def _elements(
+    heads: Heads, chunk: int | None, sizes: Sequence[int], key_sizes: Sequence[int], rank: int, qk_dim: int, v_dim: int
+) -> tuple[int, int, int, int]:
+    """What ``rank`` sends of one row: q, k, v to the heads; the output there; q, k, v to the tokens; the output there."""
+    ranks = range(heads.ulysses)
+    q_widths = [len(heads.query_of(p, chunk)) * qk_dim for p in ranks]
+    kv_widths = [len(heads.kv_of(p, chunk)) * (qk_dim + v_dim) for p in ranks]
+    out_widths = [len(heads.query_of(p, chunk)) * v_dim for p in ranks]
+    return (
+        tokens_to_heads_elements(sizes, q_widths, rank) + tokens_to_heads_elements(key_sizes, kv_widths, rank),
+        tokens_to_heads_elements(sizes, out_widths, rank),
+        heads_to_tokens_elements(sizes, q_widths, rank) + heads_to_tokens_elements(key_sizes, kv_widths, rank),
+        heads_to_tokens_elements(sizes, out_widths, rank),
     )
-    backward = (
-        tokens_to_heads_elements(sizes, out_widths, ulysses_rank)
-        + heads_to_tokens_elements(sizes, q_widths, ulysses_rank)
-        + heads_to_tokens_elements(key_sizes, kv_widths, ulysses_rank)
-    )
-    return Traffic(2, forward * unit), Traffic(2, backward * unit)
 
 
 def ring_traffic(
