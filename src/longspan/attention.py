@@ -102,7 +102,7 @@ def attend(
     q_RGD, k_RGD, v_RGD = _to_rows(q, k, v, plan.part.there)
     my_sinks = None if sinks is None else sinks[plan.part.heads.start : plan.part.heads.stop]
     out_RGD, _ = attention(q_RGD, k_RGD, v_RGD, my_sinks, parameters, plan.part.core)
-    return _to_tokens(out_RGD, plan.part.back, q.shape[0])
+    return _to_tokens(out_RGD, plan.part.back, q.shape[:2])
 
 
 def prepare(
@@ -234,8 +234,8 @@ def _to_rows(q: Tensor, k: Tensor, v: Tensor, there: Trade | None) -> tuple[Tens
     return q_RGD, k_RGD, v_RGD
 
 
-def _to_tokens(out_RGD: Tensor, back: Trade | None, batch: int) -> Tensor:
+def _to_tokens(out_RGD: Tensor, back: Trade | None, batch_and_tokens: torch.Size) -> Tensor:
     if back is None:
-        return out_RGD.unflatten(0, (batch, -1))
-    (out_BSHD,) = trade_heads_for_tokens([out_RGD.flatten(1)], back, batch)
+        return out_RGD.unflatten(0, batch_and_tokens)
+    (out_BSHD,) = trade_heads_for_tokens([out_RGD.flatten(1)], back, batch_and_tokens[0])
     return out_BSHD

@@ -284,9 +284,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _back_through(backward: Callable[..., list[Tensor]], ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
-    *tensors, sinks = ctx.saved_tensors[:6]
-    parameters = list(ctx.saved_tensors[6:])
-    dq, dk, dv, *rest = backward(dout, *tensors, sinks, parameters, ctx.plan)
+    q, k, v, out, lse, sinks, *parameters = ctx.saved_tensors  # read once: a checkpoint gives them out once
+    dq, dk, dv, *rest = backward(dout, q, k, v, out, lse, sinks, parameters, ctx.plan)
     dsinks = None if sinks is None else rest.pop(0)
     return dq, dk, dv, dsinks, rest, None
 
