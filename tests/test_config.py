@@ -58,6 +58,7 @@ def test_choices_are_checked_at_birth(config: Ranks, name: str, value: object, t
 def test_one_sequence_decides_how_many_ranks_start() -> None:
     assert Train().local_ranks == 2
     assert Train(ulysses=4).local_ranks == 4
+    assert Train(ulysses=2, ring=3).local_ranks == 6
     assert Train(ulysses=1, ranks=3).local_ranks == 3
 
 

@@ -112,7 +112,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from longspan import launch
 sys.exit(launch.run("test_launch:count_off", {str(tmp_path)!r}, 7))
 """)
-    flags = ["--local-addr", "127.0.0.1", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    flags = ["--local-addr=127.0.0.1", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run([*torchrun, str(program)], check=True, env=environment, capture_output=True)

@@ -19,6 +19,8 @@ from longspan import checkpoint, cli, launch, metrics
 from longspan.commands import train
 from longspan.config import Train
 from longspan.errors import RunError
+from longspan.layout import Heads, attention_traffic
+from longspan.models.decoder import PRESETS
 
 pytestmark = pytest.mark.usefixtures("launcher")
 
@@ -146,16 +148,16 @@ def test_a_run_leaves_what_it_says(text: str, tmp_path: Path) -> None:
     for name in ("loss, last 5 steps", "loss, held-out text", "byte frequencies alone"):
         assert re.search(rf"{name} +\d\.\d{{4}} nats a token +\d\.\d{{4}} bits a byte", said)
     assert f"evaluate train-002 --ranks 2 --runs-folder {tmp_path}" in said
-    figures = r"loss \d\.\d{4}  [\d.]+k? tokens/s  \d+% of [\d.]+ [GT]FLOP/s  \d+ MiB a rank  256 KiB exchanged  0:00 left"
+    figures = r"loss \d\.\d{4}  [\d.]+k? tokens/s  \d+% of [\d.]+ [GT]FLOP/s  \d+ MiB a rank  \d+ KiB exchanged  0:00 left"
     assert re.search(f"train-002  step 5/5  {figures}", said)
 
 
 def test_the_exchanged_bytes_are_the_formula_s(text: str, tmp_path: Path) -> None:
     (record, *_) = run(small(text, tmp_path, steps=1, rows_per_step=3))
-    tiny = train.PRESETS["tiny"]
-    elements = 4 * 64 * tiny.heads * tiny.head_dim // 2 // 2  # 4·N·h/P, and half of it stays here; q, k, v alike
-    assert tiny.kv_heads == tiny.heads
-    assert record["exchanged_bytes"] == 2 * tiny.layers * 3 * elements * 4
+    tiny = PRESETS["tiny"]
+    heads = Heads(tiny.heads, tiny.kv_heads, ulysses=2)
+    ways = attention_traffic(heads, (32, 32), (32, 32), 0, rows=3, qk_dim=tiny.head_dim, v_dim=tiny.head_dim, itemsize=4)
+    assert record["exchanged_bytes"] == tiny.layers * sum(way.bytes for way in ways)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
@@ -210,7 +212,7 @@ def test_a_checkpoint_of_another_model_or_text_is_refused_by_field(
     resume = ["--resume", "--runs-folder", str(tmp_path), "--steps", "3"]
     kept = sorted(tmp_path.rglob("*"))
     assert re.search(
-        r"step-000002 is of another model: layers is 4, not 12, hidden is 128, not 768, .*; ask for its own model, or start ",
+        r"step-000002 is of another model: layers is 2, not 12, hidden is 256, not 768, .*; ask for its own model, or start ",
         refuses(capfd, *resume, "--preset", "small"),
     )
     assert "is of another text: seed is 0, not 1; ask for its own text" in refuses(capfd, *resume, "--seed", "1")
