@@ -98,7 +98,8 @@ def attend(
         q, k, v, mask, mesh, tokens, key_tokens, scale, softcap, sinks, bias, kernel, head_chunks
     )
     if head_chunks > 1:
-        return kept_attention(q, k, v, sinks, parameters, plan.chunks)[0]
+        kept: Tensor = kept_attention(q, k, v, sinks, parameters, plan.chunks)[0]
+        return kept
     q_RGD, k_RGD, v_RGD = _to_rows(q, k, v, plan.part.there)
     my_sinks = None if sinks is None else sinks[plan.part.heads.start : plan.part.heads.stop]
     out_RGD, _ = attention(q_RGD, k_RGD, v_RGD, my_sinks, parameters, plan.part.core)
@@ -236,6 +237,6 @@ def _to_rows(q: Tensor, k: Tensor, v: Tensor, there: Trade | None) -> tuple[Tens
 
 def _to_tokens(out_RGD: Tensor, back: Trade | None, batch_and_tokens: torch.Size) -> Tensor:
     if back is None:
-        return out_RGD.unflatten(0, batch_and_tokens)
-    (out_BSHD,) = trade_heads_for_tokens([out_RGD.flatten(1)], back, batch_and_tokens[0])
+        return torch.unflatten(out_RGD, 0, batch_and_tokens)
+    out_BSHD: Tensor = trade_heads_for_tokens([out_RGD.flatten(1)], back, batch_and_tokens[0])[0]
     return out_BSHD

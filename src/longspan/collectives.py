@@ -114,7 +114,8 @@ def all_reduce_sum(x: Num[Tensor, "*shape"], group: dist.ProcessGroup) -> Num[Te
     """The sum of ``x`` over the ranks of ``group``, on every rank. Its adjoint is itself."""
     if group.size() == 1:
         return x
-    return functional.all_reduce(x, "sum", group)
+    total: Num[Tensor, "*shape"] = functional.all_reduce(x, "sum", group)
+    return total
 
 
 def all_gather(
@@ -126,7 +127,9 @@ def all_gather(
     """
     if group.size() == 1:
         return x
-    gathered: Num[Tensor, "*whole"] = _AllGather.apply(x, group, transport, dim, tuple(sizes))
+    gathered: Num[Tensor, "*whole"] = _AllGather.apply(  # type: ignore[no-untyped-call]
+        x, group, transport, dim, tuple(sizes)
+    )
     return gathered
 
 
@@ -143,7 +146,7 @@ class _AllGather(torch.autograd.Function):
         return received.view(sum(sizes), *first.shape[1:]).movedim(0, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         first = grad.movedim(ctx.dim, 0)
         mine = ctx.sizes[ctx.group.rank()]
         row = first.shape[1:].numel()

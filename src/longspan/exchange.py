@@ -89,7 +89,7 @@ def tokens_to_heads(
     trade = plan_trade([x_BSHD.shape], mesh, tokens)
     if trade is None:
         return x_BSHD
-    (rows_RW,) = trade_tokens_for_heads([x_BSHD], trade)
+    rows_RW: Tensor = trade_tokens_for_heads([x_BSHD], trade)[0]
     return rows_RW.view(x_BSHD.shape[0], sum(trade.crowds[0].sizes), -1, x_BSHD.shape[3])
 
 
@@ -104,7 +104,7 @@ def heads_to_tokens(
     trade = plan_trade([torch.Size((batch, mine, heads, dim))], mesh, whole)
     if trade is None:
         return x_BTGD
-    (x_BSHD,) = trade_heads_for_tokens([x_BTGD.reshape(batch * held, -1)], trade, batch)
+    x_BSHD: Tensor = trade_heads_for_tokens([x_BTGD.reshape(batch * held, -1)], trade, batch)[0]
     return x_BSHD
 
 
@@ -221,8 +221,11 @@ def start_heads_for_tokens(rows_RW: Sequence[Tensor], trade: Trade, homes: Seque
     """
     batch = homes[0].shape[0]
     with ExitStack() as stack:
-        scratch = stack.enter_context(trade.scratch.lend(sum(trade.received(batch)), rows_RW[0]))
-        send = _from_rows(rows_RW, scratch, trade, batch)
+        if batch == 1 and len(rows_RW) == 1 and rows_RW[0].is_contiguous():
+            send = rows_RW[0].view(-1)  # they lie as they are sent
+        else:
+            send = stack.enter_context(trade.scratch.lend(sum(trade.received(batch)), rows_RW[0]))
+            _lay(rows_RW, send, trade, batch)
         arrival = trade.transport.all_to_all(send, trade.received(batch), trade.sent(batch), trade.group)
         lent = stack.pop_all()
 
@@ -298,15 +301,12 @@ def _as_rows(received: Tensor, trade: Trade, batch: int) -> list[Tensor]:
     return [torch.cat(pieces, 1).flatten(0, 1) for pieces in _shares(received, trade, batch)]
 
 
-def _from_rows(rows_RW: Sequence[Tensor], send: Tensor, trade: Trade, batch: int) -> Tensor:
-    """What heads_to_tokens sends: the rows as they are where they already lie so, else copied into ``send``."""
-    if batch == 1 and len(trade.crowds) == 1 and rows_RW[0].is_contiguous():
-        return rows_RW[0].view(-1)
+def _lay(rows_RW: Sequence[Tensor], send: Tensor, trade: Trade, batch: int) -> None:
+    """Copy the rows of each crowd to where heads_to_tokens sends them from."""
     for rows, crowd, places in zip(rows_RW, trade.crowds, _shares(send, trade, batch)):
         whole_BTW = rows.unflatten(0, (batch, sum(crowd.sizes)))
         for place_BSW, piece in zip(places, whole_BTW.split(crowd.sizes, 1)):
             place_BSW.copy_(piece)
-    return send
 
 
 @trade_tokens_for_heads.register_fake

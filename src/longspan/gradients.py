@@ -47,7 +47,7 @@ class MeanGradients:
         # On one rank the mean is what is there already.
         hooked = self._parameters if mesh.degree > 1 else []
         self._handles: list[RemovableHandle] = [
-            parameter.register_hook(partial(self._keep, index))  # type: ignore[no-untyped-call]
+            parameter.register_hook(partial(self._keep, index))
             for index, parameter in enumerate(hooked)
         ]
 

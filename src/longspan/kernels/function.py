@@ -7,6 +7,7 @@ Without a log-sum-exp its results cannot be merged: a ring and sinks refuse it. 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,5 +38,6 @@ class FunctionKernel:
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bands: Sequence[Band], scale: float,
         *, softcap: float | None = None, bias: BoundBias | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-        _, pull = torch.func.vjp(lambda *inputs: self.function(*inputs, bands=bands, scale=scale), q, k, v)
-        return *pull(dout.to(out.dtype)), []
+        pull: Any = torch.func.vjp(lambda *inputs: self.function(*inputs, bands=bands, scale=scale), q, k, v)[1]
+        dq, dk, dv = pull(dout.to(out.dtype))
+        return dq, dk, dv, []
