@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,9 @@ def test_a_terminal_gets_one_line_that_is_redrawn() -> None:
         for step in (1, 2, 3):
             display.show(record(step), 3.4e11)
         display.say("a line that stays")
-    assert "step 3/3  loss 2.5000" in file.getvalue()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    assert "step 3/3 0:00:00" in shown
+    assert "loss 2.5000  12.3k tokens/s  50% of 340 GFLOP/s  1 GiB a rank  1.5 KiB exchanged" in shown
     assert "a line that stays\n" in file.getvalue()
     assert "0:00 left" not in file.getvalue()
 

@@ -101,6 +101,9 @@ def _start(work: str, config: Any, ranks: int) -> int:
             raise _what_happened(*failed.get_first_failure()) from None
         except SignalException as stopped:
             raise RankDied(f"stopped by {stopped.sigval.name}; the ranks were ended") from None
+        finally:
+            if sys.stdout.isatty():
+                print("\x1b[?25h", end="")  # a rank that is ended while it draws leaves the cursor hidden
     return max(codes.values())
 
 

@@ -1,13 +1,16 @@
 """What a run says while it runs: to a file, to TensorBoard, to the terminal. Knows numbers and units, not where they come from.
 
     record {"step": 42, "loss": 2.31, ...}  --Journal-->  runs/NAME/metrics.jsonl, events.out.tfevents.*
-                                            --Display-->  train-001 ━━━━━╸━━━━  step 42/100  loss 2.3100  11.2k tokens/s ...
+                                            --Display-->  train-001 ━━━━━╸━━━━━━━ step 42/100 0:00:48
+                                                          loss 2.3100  11.2k tokens/s  48% of 170 GFLOP/s ...
 
 The lead rank writes and shows; the others hold the same objects, which do nothing there.
 """
 
+import errno
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -16,8 +19,10 @@ from types import TracebackType
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -48,7 +53,7 @@ class Journal:
             path = folder / METRICS
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
             path.write_text("".join(kept))
-            self._file = path.open("a")
+            self._file = path.open("ab", buffering=0)
             self._events = _Events(folder, step + 1)
         except OSError as error:
             self._keep(error)
@@ -58,8 +63,7 @@ class Journal:
         if not self._lead or self.fault is not None:
             return
         try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            self._append(json.dumps(record).encode() + b"\n")
             self._events.write(record)
         except OSError as error:
             self._keep(error)
@@ -73,6 +77,14 @@ class Journal:
             self._events.close()
         except OSError as error:
             self._keep(error)
+
+    def _append(self, line: bytes) -> None:
+        """The whole line, or none of it: a disk that is nearly full takes a part."""
+        whole = self._file.tell()
+        written = self._file.write(line)
+        if written != len(line):
+            self._file.truncate(whole)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _keep(self, error: OSError) -> None:
         self.fault = RunError(
@@ -105,32 +117,28 @@ class _Events:
 
 
 class Display:
-    """The state of a run on one line that is redrawn on a terminal, or on a few plain lines where there is none."""
+    """The state of a run, redrawn in place on a terminal, or as a few plain lines where there is none."""
 
     def __init__(self, name: str, steps: int, done: int, lead: bool, console: Console | None = None) -> None:
         self._name, self._steps, self._lead = name, steps, lead
         self._console = console or Console()
-        self._live = lead and self._console.is_terminal
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(compact=True),
-            console=self._console,
-            disable=not self._live,
-        )
-        self._task = self._progress.add_task(name, total=steps, completed=done, state="")
+        self._redraws = lead and self._console.is_terminal
+        steps_of = TextColumn("step {task.completed}/{task.total}")
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), steps_of, TimeRemainingColumn())
+        self._task = self._bar.add_task(name, total=steps, completed=done)
+        self._live = Live(console=self._console, refresh_per_second=4)
         self._every = max(1, steps // PLAIN_LINES)
         self._started, self._done = time.monotonic(), done
 
     def show(self, record: Record, peak_flops: float) -> None:
         """Redraw, or print a line where it is due."""
-        step = int(record["step"])
-        state = _state(record, self._steps, peak_flops)
-        self._progress.update(self._task, completed=step, state=state)
-        if self._lead and not self._live and (step % self._every == 0 or step in (self._done + 1, self._steps)):
-            per_step = (time.monotonic() - self._started) / (step - self._done)
-            self.say(f"{self._name}  {state}  {clock(per_step * (self._steps - step))} left")
+        step, state = int(record["step"]), _state(record, peak_flops)
+        self._bar.update(self._task, completed=step)
+        if self._redraws:
+            self._live.update(Group(self._bar, Text(state)))
+        elif step % self._every == 0 or step in (self._done + 1, self._steps):
+            left = (time.monotonic() - self._started) / (step - self._done) * (self._steps - step)
+            self.say(f"{self._name}  step {step}/{self._steps}  {state}  {clock(left)} left")
 
     def say(self, line: str) -> None:
         """A line that stays, above the one that is redrawn."""
@@ -138,11 +146,12 @@ class Display:
             self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def __enter__(self) -> "Display":
-        self._progress.start()
+        if self._redraws:
+            self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._progress.stop()
+        self._live.stop()
 
 
 def measured_peak_flops(mesh: ParallelMesh, dtype: torch.dtype, seconds: float = 0.3) -> float:
@@ -175,9 +184,8 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _state(record: Record, steps: int, peak_flops: float) -> str:
+def _state(record: Record, peak_flops: float) -> str:
     return "  ".join((
-        f"step {int(record['step'])}/{steps}",
         f"loss {record['loss']:.4f}",
         f"{short(record['tokens_per_s'])} tokens/s",
         f"{record['peak_share']:.0%} of {short(peak_flops)}FLOP/s",

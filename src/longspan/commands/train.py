@@ -98,9 +98,9 @@ def work(config: Train) -> int:
             if _is_due(step, config.checkpoint_every_steps, config):
                 facts = _facts(step, model, corpus, config)
                 checkpoint.save(run, step, model, optimizer, facts, mesh, config.keep_checkpoints)
-        journal.close()
-        agree_on_error(journal.fault, mesh)
-        display.say(_closing(run, losses[-LAST_STEPS:], eval_loss, corpus, config))
+    journal.close()
+    agree_on_error(journal.fault, mesh)
+    display.say(_closing(run, losses[-LAST_STEPS:], eval_loss, corpus, config))
     return 0
 
 
