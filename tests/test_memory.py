@@ -1,7 +1,11 @@
 """What is kept is kept once and what is computed again is the same: gradients, collectives, bytes, kernel calls, memory."""
 
 import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from longspan import masks
 from longspan.attention import attend
 from longspan.collectives import CountingTransport, TorchTransport
+from longspan.errors import LayoutError, ModelError
 from longspan.kernels.online import Online
 from longspan.layout import Heads, Layout, Traffic, attention_traffic, kept_attention_traffic, ring_traffic
-from longspan.masks import Band, Causal
+from longspan.masks import Causal
 from longspan.memory import attend_once, keep_attention
 from longspan.mesh import ParallelMesh
 from longspan.models.decoder import Block, DecoderConfig
@@ -199,3 +204,74 @@ def recomputed_is_exact(case: Case) -> None:
 
 def test_attend_once_takes_what_attend_takes() -> None:
     assert str(inspect.signature(attend_once)) == str(inspect.signature(attend))
+
+
+def test_what_is_really_held(tmp_path: Path) -> None:
+    """In hidden states of the rank's tokens; the shapes are those of attention_memory.py."""
+    command = [sys.executable, str(Path(__file__).with_name("attention_memory.py")), str(tmp_path)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    held = {tuple(words[:2]): [float(word) for word in words[2:]] for words in map(str.split, result.stdout.splitlines())}
+    once, again = held["kept", "0"]
+    assert 1.0 <= once <= 1.1  # one copy of out, and one number a head and token
+    assert again <= 0.05
+    assert held["block", "1"][0] >= 5 * held["block", "8"][0]
+    assert max(held["exchanged", "8"]) <= 0.35 * min(held["exchanged", "1"])  # of eight parts two are there at a time
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("attention", [attend, attend_once])
+def test_a_block_in_head_chunks_is_the_block(ranks: int, attention: Attention, pool: Callable[[int], Ranks]) -> None:
+    pool(ranks).run(chunked_is_whole, attention)
+
+
+def chunked_is_whole(attention: Callable[..., Tensor]) -> None:
+    ranks, tokens = dist.get_world_size(), 11
+    transport, kernel = CountingTransport(TorchTransport()), Counting()
+    mesh = ParallelMesh(ranks, transport=transport)
+    positions = [p for run in mesh.place.layout(tokens).mine(0, mesh.place.ulysses_rank) for p in run]
+    for heads, kv_heads, head_chunks in ((12, 4, 4), (12, 2, 3), (9, 3, 3), (12, 12, 3), (6, 1, 2), (12, 4, 1)):
+        config = DecoderConfig(8, 1, 12, heads, kv_heads, HEAD_DIM, ffn=16)
+        torch.manual_seed(0)
+        whole, chunked = Block(config).double(), Block(config, head_chunks).double()
+        chunked.load_state_dict(whole.state_dict())
+        x, weight = torch.randn(2, 2, tokens, 12, dtype=torch.float64)
+        every = x.clone().requires_grad_()
+        out = whole(every, attend)
+        grads = torch.autograd.grad((out * weight).sum(), [every, *whole.parameters()])
+        want = [out.detach()[:, positions], grads[0][:, positions], *grads[1:]]
+
+        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v, mesh=mesh, tokens=tokens, kernel=kernel)
+
+        for outer in (False, True):
+            mine = x[:, positions].clone().requires_grad_()
+            chunked.zero_grad()
+            transport.traffic, kernel.calls = Traffic(), 0
+            out = checkpoint(chunked, mine, mix, use_reentrant=False) if outer else chunked(mine, mix)
+            forward_calls = kernel.calls
+            (out * weight[:, positions]).sum().backward()
+            for parameter in chunked.parameters():
+                dist.all_reduce(parameter.grad)
+            assert_exact([out.detach(), mine.grad, *(parameter.grad for parameter in chunked.parameters())], want)
+            if not outer:
+                again = 0 if head_chunks == 1 or attention is attend_once else 1
+                assert kernel.calls == (1 + again) * forward_calls
+                expected = (4 + 2 * again) * head_chunks if ranks > 1 else 0
+                assert transport.traffic.collectives == expected
+
+
+def test_chunks_that_cannot_be_are_refused(pool: Callable[[int], Ranks]) -> None:
+    with pytest.raises(ModelError, match=r"head_chunks=3 does not cut 12 query heads over 4 .*; use 1, 2, 4, 5, 6"):
+        Block(DecoderConfig(8, 1, 12, 12, 4, HEAD_DIM, ffn=16), 3)
+    pool(3).run(too_many_chunks)
+
+
+def too_many_chunks() -> None:
+    transport = CountingTransport(TorchTransport())
+    mesh = ParallelMesh(3, transport=transport)
+    q, k = torch.randn(1, 4, 8, 4), torch.randn(1, 4, 2, 4)
+    with pytest.raises(LayoutError, match=r"head_chunks=3 cannot cut the 2 query heads .*; use head_chunks=2"):
+        attend(q, k, k, mesh=mesh, head_chunks=3)
+    assert transport.traffic == Traffic()

@@ -8,7 +8,7 @@
 ``mix`` is the one place where a token meets another: it turns queries and keys by their position (RoPE) and calls
 ``model.attention``. All else works token by token, so a model that holds a part of the tokens is this same code.
 
-    B rows   S my tokens   M hidden   H heads   K key/value heads   D head dim
+    B rows   S my tokens   R B * S   M hidden   H heads   K key/value heads   D head dim
 """
 
 import math
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longspan.attention import attend
 from longspan.batch import Step
@@ -27,6 +28,7 @@ from longspan.errors import ModelError
 from longspan.layout import Heads
 from longspan.loss import cross_entropy
 from longspan.masks import Causal
+from longspan.memory import keep_attention
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, S, H, D], k [B, S, K, D], v [B, S, K, D]) -> [B, S, H, D]"""
@@ -175,11 +177,17 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a gated feed-forward, each added to the residual stream."""
+    """Attention, then a gated feed-forward, each added to the residual stream.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    With ``head_chunks`` a share of the heads at a time is projected, attends and is projected back, and is computed again in
+    the backward pass (attention too, unless ``mix`` is by ``attend_once``): attention holds one share instead of all.
+    Raises ModelError for chunks in which the query heads do not share the key/value heads evenly.
+    """
+
+    def __init__(self, config: DecoderConfig, head_chunks: int = 1) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.chunks = _chunk_rows(config, head_chunks)
         heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.attention_norm = nn.RMSNorm(config.hidden, config.norm_eps)
         self.query = nn.Linear(config.hidden, heads, bias=False)
@@ -193,11 +201,52 @@ class Block(nn.Module):
 
     def forward(self, x_BSM: Tensor, mix: Mix) -> Tensor:
         n_BSM = self.attention_norm(x_BSM)
-        q, k, v = (project(n_BSM).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value))
-        x_BSM = x_BSM + self.out(mix(q, k, v).flatten(-2))
+        x_BSM = x_BSM + (self._attend(n_BSM, mix) if len(self.chunks) == 1 else self._attend_in_chunks(n_BSM, mix))
         n_BSM = self.ffn_norm(x_BSM)
         fed: Tensor = self.down(F.silu(self.gate(n_BSM)) * self.up(n_BSM))
         return x_BSM + fed
+
+    def _attend(self, n_BSM: Tensor, mix: Mix) -> Tensor:
+        q, k, v = (project(n_BSM).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value))
+        out: Tensor = self.out(mix(q, k, v).flatten(-2))
+        return out
+
+    def _attend_in_chunks(self, n_BSM: Tensor, mix: Mix) -> Tensor:
+        n_RM = n_BSM.flatten(0, 1)  # autograd sums the chunks' gradients of n in place only where they are no views
+        sum_RM = torch.zeros_like(n_RM)
+        for chunk in self.chunks:
+            sum_RM += checkpoint(
+                self._attend_chunk, n_RM, mix, n_BSM.shape[:2], *chunk, use_reentrant=False, context_fn=keep_attention
+            )
+        return sum_RM.view(n_BSM.shape)
+
+    def _attend_chunk(self, n_RM: Tensor, mix: Mix, shape: torch.Size, rows: slice, kv_rows: slice) -> Tensor:
+        weights = (self.query.weight[rows], self.key.weight[kv_rows], self.value.weight[kv_rows])
+        projected = F.linear(n_RM, torch.cat(weights))  # at once: the way back makes one gradient of n, not three
+        widths = [len(weight) for weight in weights]
+        q, k, v = (x.view(*shape, x.shape[1] // self.head_dim, self.head_dim) for x in projected.split(widths, 1))
+        return F.linear(mix(q, k, v).flatten(2).flatten(0, 1), self.out.weight[:, rows])
+
+
+def _chunk_rows(config: DecoderConfig, head_chunks: int) -> tuple[tuple[slice, slice], ...]:
+    """For each chunk the rows of the query weight and of the key and value weights: heads are dealt to chunks as to ranks."""
+
+    def is_regular(chunks: int) -> bool:
+        dealt = Heads(config.heads, config.kv_heads, chunks)
+        return all(len(dealt.groups(chunk)) == 1 for chunk in range(chunks))
+
+    if not 1 <= head_chunks <= config.heads or not is_regular(head_chunks):
+        legal = ", ".join(str(chunks) for chunks in range(1, config.heads + 1) if is_regular(chunks))
+        raise ModelError(
+            f"head_chunks={head_chunks} does not cut {config.heads} query heads over {config.kv_heads} key/value heads into "
+            f"chunks that share theirs evenly; use {legal}"
+        )
+    dealt = Heads(config.heads, config.kv_heads, head_chunks)
+    dim = config.head_dim
+    return tuple(
+        (slice(heads.start * dim, heads.stop * dim), slice(kv_heads.start * dim, kv_heads.stop * dim))
+        for heads, kv_heads in ((dealt.query_of(chunk), dealt.kv_of(chunk)) for chunk in range(head_chunks))
+    )
 
 
 def rope(
