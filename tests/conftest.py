@@ -16,7 +16,7 @@ install_import_hook("longspan", "beartype.beartype")
 def _fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One for all tests, which has imported what their ranks need: a rank then starts in a tenth of a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         verbs = [f"longspan.commands.{verb}" for verb in ("train", "evaluate", "check")]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tokenizers as library
 import transformers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from longspan.data import load_tokenizer
 from longspan.errors import DataError
@@ -53,6 +53,7 @@ def test_bytes_are_ids_and_come_back() -> None:
 
 def test_a_file_gives_the_ids_of_its_library_never_cut_or_padded(tmp_path: Path) -> None:
     backend = trained("<|endoftext|>")
+    backend.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     expected = backend.encode(TEXT, add_special_tokens=False).ids
     backend.enable_truncation(3)
     backend.enable_padding(length=999)
