@@ -89,6 +89,8 @@ def attend(
     ``tokens`` (and ``key_tokens``) is the whole length; without it every rank holds equally many. A sequence of masks has
     one per row of the batch. ``mesh=None`` is one device. ``scale`` defaults to 1/sqrt(qk_dim); ``softcap`` c turns a score
     s into c·tanh(s/c); ``sinks`` are logits that take part in each head's softmax and have no value.
+    ``head_chunks`` c exchanges and attends a c-th of each rank's heads at a time, the next on its way meanwhile, and exchanges
+    again in the backward pass: 2 c collectives each way, and the copies on the heads' side are those of two parts of c.
 
     Raises, before anything is sent: LayoutError (heads or tokens that do not fit the mesh), MaskError (a mask of another
     length), KernelError (mixed dtypes or devices, an unknown kernel, or one that lacks what is asked).
