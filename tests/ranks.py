@@ -25,7 +25,7 @@ import torch._dynamo  # 500 modules that torch.testing.assert_close would import
 import torch.distributed as dist
 
 
-def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, tmp_path: Path, seconds: float = 60.0) -> list[Any]:
+def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, tmp_path: Path, seconds: float = 240.0) -> list[Any]:
     with Ranks(ranks, tmp_path, seconds) as pool:
         return pool.run(body, *args)
 
@@ -33,7 +33,7 @@ def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, tmp_path: Path, s
 class Ranks:
     """``ranks`` forked processes in one process group; a failure ends them, and the next run forks new ones."""
 
-    def __init__(self, ranks: int, tmp_path: Path, seconds: float = 60.0) -> None:
+    def __init__(self, ranks: int, tmp_path: Path, seconds: float = 240.0) -> None:
         self.ranks, self.tmp_path, self.seconds = ranks, tmp_path, seconds
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []

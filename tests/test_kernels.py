@@ -593,8 +593,8 @@ def peaks(*sizes: int) -> dict[str, list[float]]:
     """MiB that forward and backward add, for each kernel, mask and number of tokens (1 head x 16)."""
     # without the threshold glibc keeps what was freed, and the peak shows nothing
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-", json.dumps(sizes)]
-    done = subprocess.run(command, input=_PEAK, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", _PEAK, json.dumps(sizes)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, list[float]] = json.loads(done.stdout)
     return found

@@ -118,8 +118,8 @@ def test_numbers_as_people_read_them(show, number, text) -> None:
 def test_the_fullest_rank_is_found_by_all(tmp_path: Path) -> None:
     found = on_ranks(2, _fullest, tmp_path=tmp_path)
     (full, before, after), (other, *_) = found
-    assert full == other == after
-    assert after >= before + 60 * 2**20
+    assert full == other  # what is found is the same on both, and the peak of the one that took most
+    assert before + 60 * 2**20 <= full <= after
 
 
 def _fullest():

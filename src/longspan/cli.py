@@ -30,10 +30,29 @@ class Verb(NamedTuple):
     example: str
 
 
+TRAINED = """$ longspan train --steps 100
+2 ranks = data 1 x ring 1 x ulysses 2; 11,734,872 tokens of text
+
+train-001  step 100/100  loss 2.2745  683 MiB a rank  6 MiB exchanged
+
+  loss, held-out text      2.4199 nats a token   3.4914 bits a byte"""
+
+EVALUATED = """$ longspan evaluate train-001 --ranks 2
+document  begins                             tokens  nats a token  perplexity
+
+10        #! /usr/bin/env python3 import s   16,384        2.5057      12.252
+
+all: 3.6834 bits a byte; byte frequencies alone: 4.6691 bits a byte"""
+
+CHECKED = """$ longspan check --ranks 4 --ulysses 4 --heads 7 --kv-heads 7
+worst gradient of 21: blocks.0.key.weight  error 1.5e-15  bound 1e-10  holds
+
+The law holds."""
+
 VERBS = {
-    "train": Verb(Train, "Train a decoder on long sequences of text.", "longspan train"),
-    "evaluate": Verb(Evaluate, "Loss and perplexity of whole documents under a checkpoint.", "longspan evaluate"),
-    "check": Verb(Check, "Compare loss, gradients, norm and traffic of a layout with one device.", "longspan check"),
+    "train": Verb(Train, "Train a decoder on long sequences of text.", TRAINED),
+    "evaluate": Verb(Evaluate, "Loss and perplexity of whole documents under a checkpoint.", EVALUATED),
+    "check": Verb(Check, "Compare loss, gradients, norm and traffic of a layout with one device.", CHECKED),
 }
 
 

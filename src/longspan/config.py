@@ -89,7 +89,7 @@ class Train(Layout):
     """Sequences of one optimizer step, over all data replicas and micro-batches."""
     micro_batches: int = 1
     """Forwards and backwards that one optimizer step is accumulated from."""
-    steps: int = 70
+    steps: int = 50
     """Optimizer steps of the whole run."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW (betas 0.9 and 0.95), or SGD without momentum."""
