@@ -89,23 +89,23 @@ class Train(Layout):
     """Sequences of one optimizer step, over all data replicas and micro-batches."""
     micro_batches: int = 1
     """Forwards and backwards that one optimizer step is accumulated from."""
-    steps: int = 50
+    steps: int = 55
     """Optimizer steps of the whole run."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW (betas 0.9 and 0.95), or SGD without momentum."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """Peak of the schedule: linear warm-up, then a cosine down to a tenth."""
-    warmup_steps: int = 10
+    warmup_steps: int = 6
     """Steps until the peak."""
     weight_decay: float = 0.1
     """Of matrices; norms are not decayed."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
-    eval_every_steps: int = 50
+    eval_every_steps: int = 25
     """Steps between two evaluations on held-out text (0: only at the end)."""
     eval_rows: int = 4
     """Sequences of one evaluation."""
-    checkpoint_every_steps: int = 50
+    checkpoint_every_steps: int = 25
     """Steps between two checkpoints (0: only at the end)."""
     keep_checkpoints: int = 2
     """How many checkpoints stay; the oldest goes when a newer one is complete."""
