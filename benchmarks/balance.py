@@ -8,8 +8,9 @@ add on the ulysses axis is a factor of its own, printed below: the query heads o
 import argparse
 import random
 
+from longspan.bands import area, localize
 from longspan.layout import Heads, Layout
-from longspan.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Sinks, Window, area, localize
+from longspan.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Sinks, Window
 from longspan.ring import plan_hops
 
 

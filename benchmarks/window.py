@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import torch
 
+from longspan.bands import Band, area
 from longspan.kernels.sdpa import SDPA
-from longspan.masks import Band, Causal, Window, area
+from longspan.masks import Causal, Window
 
 
 def seconds(tensors: Sequence[torch.Tensor], bands: Sequence[Band]) -> float:

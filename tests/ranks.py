@@ -9,6 +9,7 @@ A body runs inside an initialised process group with one thread a rank. When a r
 and the test fails with that rank's traceback, so a dead-lock shows as the error that caused it.
 """
 
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -87,6 +88,7 @@ class Ranks:
 
 
 def _rank(rank: int, ranks: int, pipe: Connection, folder: str, seconds: float) -> None:
+    gc.freeze()  # garbage of the parent, such as a store whose thread was not forked, would hang whoever collects it here
     torch.set_num_threads(1)
     os.environ.update(GLOO_SOCKET_IFNAME="lo")
     store = dist.FileStore(f"{folder}/rendezvous", ranks)

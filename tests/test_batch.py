@@ -67,8 +67,14 @@ IDS = torch.zeros(2, 8, dtype=torch.long)
         ({"input_ids": IDS, "token_type_ids": torch.zeros(2, 7)}, {}, BatchError, r"does not have the row's 8 tokens in dim 1"),
         ({"input_ids": IDS[:, :1]}, {}, LayoutError, r"tokens=1 is fewer than the 2 ranks"),
         ({"input_ids": IDS}, {"mask": Documents((3, 4))}, MaskError, r"7"),
-        ({"input_ids": IDS, "labels": IDS}, {"mask": Only(0, 4)}, BatchError, r"row 0 has a label at token 4"),
-        ({"input_ids": IDS, "attention_mask": torch.eye(8)[:2]}, {}, BatchError, r"attention_mask"),
+        ({"input_ids": IDS, "labels": IDS}, {"mask": Only(0, 4)}, BatchError, r"token 4 of row 0 .* set labels\[0, 5\] to -100"),
+        ({"input_ids": IDS, "attention_mask": 1 - torch.eye(8)[3:5]}, {}, BatchError, r"attention_mask has a hole in row 0"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 8, 8)}, {}, BatchError, r"must be \[2, 8\] like input_ids"),
+        ({"input_ids": IDS, "attention_mask": torch.arange(8).expand(2, 8)}, {}, BatchError, r"1 for a token and 0 for pad"),
+        (
+            {"input_ids": IDS, "labels": IDS, "attention_mask": (torch.arange(8) > 1).repeat(2, 1)}, {}, BatchError,
+            r"token 0 of row 0 is asked for a prediction, but sees nothing",
+        ),
     ],
 )
 def test_refusals_say_what_is_legal(batch: Any, keywords: Any, error: type[LongspanError], text: str) -> None:

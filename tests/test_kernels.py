@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longspan.bands import Band, area, localize
 from longspan.errors import KernelError
 from longspan.kernels import KERNELS, choose, cuda, flex
 from longspan.kernels.online import Online, cells
@@ -25,7 +26,6 @@ from longspan.kernels.reference import Reference, visible
 from longspan.kernels.sdpa import SDPA
 from longspan.kernels.tiles import Shape, Stack, corners, plan
 from longspan.masks import (
-    Band,
     BlockSparse,
     Causal,
     Chunked,
@@ -36,8 +36,6 @@ from longspan.masks import (
     PrefixLM,
     Sinks,
     Window,
-    area,
-    localize,
 )
 
 # beartype looks at a random item of each list that it checks

@@ -5,18 +5,17 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from functools import cache
-from itertools import accumulate, chain, pairwise, product
+from itertools import chain, product
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from longspan import masks
+from longspan.bands import Band, area, blind_rows, rectangle
 from longspan.errors import MaskError
-from longspan.layout import Layout
 from longspan.masks import (
     And,
-    Band,
+    Bands,
     BlockSparse,
     Causal,
     Chunked,
@@ -28,17 +27,8 @@ from longspan.masks import (
     PrefixLM,
     Sinks,
     Window,
-    area,
-    blind_rows,
-    intersect,
-    join,
-    localize,
-    rectangle,
     rows,
-    shift,
-    subtract,
-    trim,
-)  # fmt: skip
+)
 
 # beartype, which checks signatures in the tests, picks the item that it checks by the random module
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
@@ -67,6 +57,8 @@ def sees(mask: Mask, q: int, k: int) -> bool:
             return start <= q < stop and start <= k < stop
         case BlockSparse(block, layout):
             return layout[q // block][k // block]
+        case Bands(given):
+            return any((q, k) in of_one(band) for band in given)
         case And(left, right):
             return sees(left, q, k) and sees(right, q, k)
         case Or(left, right):
@@ -109,9 +101,6 @@ def around(some: Iterable[tuple[int, int]]) -> Band:
 
 LENGTHS = st.one_of(st.sampled_from([1, 2, 3, 5, 7, 11, 13, 17, 19, 23]), st.integers(1, 26))
 SMALL = st.integers(0, 30)
-SPANS = st.tuples(st.integers(-3, 12), st.integers(-3, 12), st.integers(-3, 12), st.integers(-3, 12))
-DRAWN_BANDS = st.lists(st.tuples(st.integers(-3, 12), st.integers(-3, 12)), min_size=1, max_size=4).map(around)
-
 
 @st.composite
 def partitions(draw: st.DrawFn, tokens: int, parts: int | None = None) -> tuple[int, ...]:
@@ -134,6 +123,16 @@ def block_sparse(draw: st.DrawFn, tokens: int, key_tokens: int) -> BlockSparse:
     return BlockSparse(block, draw(st.lists(row, min_size=-(-tokens // block), max_size=-(-tokens // block))))
 
 
+@st.composite
+def written_bands(draw: st.DrawFn, tokens: int, key_tokens: int) -> Bands:
+    """Loose ones, whose rectangle is wider than what they hold, in any order."""
+    loose = st.tuples(st.integers(0, tokens), st.integers(0, key_tokens), st.integers(-9, 9), st.integers(-9, 9))
+    drawn = sorted(draw(st.lists(loose, max_size=4)))
+    stops = [*(q for q, _, _, _ in drawn[1:]), tokens]
+    bands = [Band(q, stop, k, key_tokens, lo, hi) for (q, k, lo, hi), stop in zip(drawn, stops)]
+    return Bands(draw(st.permutations(bands)))
+
+
 def some_mask(tokens: int, key_tokens: int) -> st.SearchStrategy[Mask]:
     bounds = st.tuples(st.integers(0, min(tokens, key_tokens)), st.integers(0, min(tokens, key_tokens)))
     reach = st.none() | SMALL
@@ -141,6 +140,7 @@ def some_mask(tokens: int, key_tokens: int) -> st.SearchStrategy[Mask]:
         st.just(Causal()), st.just(Full()), st.builds(Window, reach, reach), documents(tokens, key_tokens),
         st.builds(PrefixLM, SMALL), st.builds(Chunked, st.integers(1, 30)), st.builds(Sinks, SMALL),
         bounds.map(lambda pair: Only(*sorted(pair))), block_sparse(tokens, key_tokens),
+        written_bands(tokens, key_tokens),
     )  # fmt: skip
     return st.recursive(one, lambda inner: st.builds(And, inner, inner) | st.builds(Or, inner, inner), max_leaves=4)
 
@@ -167,17 +167,6 @@ def test_the_bands_of_a_mask_are_its_definition(case: tuple[Mask, int, int]) -> 
     bands = mask.bands(tokens, key_tokens)
     assert pairs(bands) == dense(mask, tokens, key_tokens)
     assert area(bands) == len(dense(mask, tokens, key_tokens))
-
-
-@settings(max_examples=100, deadline=None)
-@given(asked())
-@example((Sinks(1) | Only(1, 3), 5, 5))
-def test_blind_rows_are_the_queries_that_see_nothing(case: tuple[Mask, int, int]) -> None:
-    mask, tokens, key_tokens = case
-    runs = blind_rows(mask.bands(tokens, key_tokens), tokens)
-    seeing = {q for q, _ in dense(mask, tokens, key_tokens)}
-    assert [q for run in runs for q in run] == [q for q in range(tokens) if q not in seeing]
-    assert all(before.stop < run.start for before, run in pairwise(runs))
 
 
 def test_the_simple_masks_are_one_band() -> None:
@@ -237,122 +226,6 @@ def test_one_mask_holds_for_every_row() -> None:
     assert blind_rows(padded, 8) == (range(3, 5),)
 
 
-# ---- cutting to a rank
-
-
-@st.composite
-def cuts(draw: st.DrawFn) -> tuple[Mask, int, Layout, Layout]:
-    """A mask, a number of rows, and how queries and keys lie on 1 to 8 ranks."""
-    ring, zigzag = draw(st.integers(1, 8)), draw(st.booleans())
-    tokens = draw(st.integers(ring, 26))
-    key_tokens = draw(st.integers(ring, 26)) if draw(st.booleans()) else tokens
-    return (
-        draw(some_mask(tokens, key_tokens)), draw(st.integers(1, 2)),
-        Layout(tokens, ring=ring, zigzag=zigzag), Layout(key_tokens, ring=ring, zigzag=zigzag),
-    )  # fmt: skip
-
-
-def held(layout: Layout, batch: int, rank: int) -> tuple[range, ...]:
-    starts = [row * layout.tokens for row in range(batch)]
-    return tuple(range(run.start + start, run.stop + start) for start in starts for run in layout.runs(rank))
-
-
-def indexed(whole: Pairs, q_runs: tuple[range, ...], k_runs: tuple[range, ...]) -> Pairs:
-    """The dense mask at the rank's queries and keys, in its own places."""
-    queries, keys = list(chain(*q_runs)), list(chain(*k_runs))
-    return {(i, j) for i, q in enumerate(queries) for j, k in enumerate(keys) if (q, k) in whole}
-
-
-@settings(max_examples=200, deadline=None)
-@given(cuts())
-def test_the_local_mask_is_the_whole_mask_indexed(case: tuple[Mask, int, Layout, Layout]) -> None:
-    mask, batch, of_queries, of_keys = case
-    bands = rows(mask, batch, of_queries.tokens, of_keys.tokens)
-    whole, done = pairs(bands), 0
-    for rank, source in product(range(of_queries.ring), range(of_queries.ring)):
-        q_runs, k_runs = held(of_queries, batch, rank), held(of_keys, batch, source)
-        local = localize(bands, q_runs, k_runs)
-        assert pairs(local) == indexed(whole, q_runs, k_runs)
-        done += area(local)
-    assert done == area(bands)
-
-
-@st.composite
-def shuffled_runs(draw: st.DrawFn, tokens: int) -> tuple[range, ...]:
-    """Some of the pieces of a row, in any order: what a ring asks of another rank."""
-    stops = list(accumulate(draw(partitions(tokens))))
-    pieces = draw(st.permutations([range(start, stop) for start, stop in zip([0, *stops], stops)]))
-    return tuple(pieces[: draw(st.integers(0, len(pieces)))])
-
-
-@settings(max_examples=200, deadline=None)
-@given(asked(), st.data())
-def test_runs_may_lie_in_any_order(case: tuple[Mask, int, int], data: st.DataObject) -> None:
-    mask, tokens, key_tokens = case
-    q_runs, k_runs = data.draw(shuffled_runs(tokens)), data.draw(shuffled_runs(key_tokens))
-    local = localize(mask.bands(tokens, key_tokens), q_runs, k_runs)
-    assert pairs(local) == indexed(dense(mask, tokens, key_tokens), q_runs, k_runs)
-
-
-@pytest.mark.parametrize("tokens", [16, 37, 128])
-@pytest.mark.parametrize("ring", range(1, 9))
-def test_pieces_that_are_one_band_again_are_joined(tokens: int, ring: int) -> None:
-    zigzag, contiguous = Layout(tokens, ring=ring, zigzag=True), Layout(tokens, ring=ring)
-    for rank in range(ring):
-        runs, size = zigzag.runs(rank), sum(zigzag.sizes(rank))
-        assert localize(Causal().bands(tokens, tokens), runs, runs) == Causal().bands(size, size)
-        assert localize(Full().bands(tokens, tokens), runs, runs) == Full().bands(size, size)
-        mine = contiguous.runs(rank)
-        for source in range(ring):
-            keys = contiguous.runs(source)
-            expected = Full().bands(len(mine[0]), len(keys[0]))
-            assert localize(Full().bands(tokens, tokens), mine, keys) == expected
-    fives = tuple(range(start, min(start + 5, tokens)) for start in range(0, tokens, 5))
-    for mask in (Causal(), Window(3), Window(0), Window(9, 2), Full()):
-        assert localize(mask.bands(tokens, tokens), fives, fives) == mask.bands(tokens, tokens)
-    halves = (range(tokens // 2), range(tokens // 2, tokens))
-    sinks = (Causal() & (Window(3) | Sinks(2))).bands(tokens, tokens)
-    assert localize(sinks, halves, halves) == sinks
-
-
-def test_zigzag_cuts_few_documents() -> None:
-    packed, runs = Documents((7, 9, 4, 20, 8, 16)), Layout(64, ring=4, zigzag=True).runs(1)
-    assert runs == (range(8, 16), range(48, 56))
-    assert localize(packed.bands(64, 64), runs, runs) == (Band(0, 8, 0, 8, -7, 7), Band(8, 16, 8, 16, -7, 7))
-
-
-# ---- the algebra
-
-
-@settings(max_examples=300, deadline=None)
-@given(SPANS, st.integers(-14, 14), st.integers(-14, 14))
-def test_trim_keeps_the_pairs_and_tightens_the_numbers(span: tuple[int, int, int, int], lo: int, hi: int) -> None:
-    expected = list(of_one(Band(*span, lo, hi)))
-    assert trim(*span, lo, hi) == (around(expected) if expected else None)
-    everything = list(of_one(Band(*span, -99, 99)))
-    assert rectangle(*span) == (around(everything) if everything else None)
-
-
-@settings(max_examples=500, deadline=None)
-@given(DRAWN_BANDS, DRAWN_BANDS, st.integers(-9, 9), st.integers(-9, 9))
-def test_intersect_subtract_shift(a: Band, b: Band, dq: int, dk: int) -> None:
-    both = intersect(a, b)
-    assert pairs([both] if both else []) == pairs([a]) & pairs([b])
-    assert pairs(subtract([a], [b])) == pairs([a]) - pairs([b])
-    assert pairs([shift(a, dq, dk)]) == {(q + dq, k + dk) for q, k in of_one(a)}
-
-
-@settings(max_examples=200, deadline=None)
-@given(asked(), st.lists(DRAWN_BANDS, max_size=6))
-def test_subtract_and_join_many(case: tuple[Mask, int, int], holes: list[Band]) -> None:
-    mask, tokens, key_tokens = case
-    bands = mask.bands(tokens, key_tokens)
-    left = subtract(bands, holes)
-    assert pairs(left) == pairs(bands) - set(chain(*map(of_one, holes)))
-    assert pairs(join(left)) == pairs(left)
-    assert len(join(left)) <= len(left)
-
-
 # ---- refusals
 
 
@@ -370,6 +243,9 @@ def test_subtract_and_join_many(case: tuple[Mask, int, int], holes: list[Band]) 
         (lambda: Only(-1, 4), r"start is -1"),
         (lambda: Only(5, 4), r"stop is 4, but it counts tokens; it must be 5 or more$"),
         (lambda: BlockSparse(0, [[True]]), r"block is 0, but it counts tokens; it must be 1 or more$"),
+        (lambda: Bands([Band(0, 4, 0, 4, -3, 0), Band(2, 6, 0, 3, -9, 9)]), r"overlap, in Band\(q_start=2, q_stop=4, .*pass"),
+        (lambda: Bands([Band(0, 4, 0, 4, -3, 0)] * 2), r"overlap"),
+        (lambda: Bands([Band(-1, 4, 0, 4, -3, 0)]), r"is -1, but it counts tokens"),
         (lambda: BlockSparse(4, [[True], [True, False]]), r"its rows have \[1, 2\] flags; each needs one flag per block"),
     ],
 )
@@ -386,6 +262,7 @@ def test_nonsense_is_refused_at_birth(build: object, text: str) -> None:
         (Documents((3, 4), (4, 4)), 7, 7, r"holds 7 queries and 8 keys, but is asked for 7 and 7"),
         (Only(2, 9), 8, 10, r"^Only\(start=2, stop=9\) reaches behind the last of 8 queries and 10 keys; stop may be at"),
         (Only(2, 9), 10, 8, r"stop may be at most 8$"),
+        (Bands([Band(0, 4, 0, 4, -3, 0)]), 3, 4, r"reaches behind the last of 3 queries and 4 keys; cut it there"),
         (BlockSparse(4, [[True]]), 5, 4, r"is a layout of 1 x 1 blocks, but 5 queries and 4 keys are 2 x 1 blocks of 4; pass"),
         (BlockSparse(4, [[True]]), 4, 5, r"5 keys are 1 x 2 blocks of 4"),
         (Causal() & (Sinks(1) | Documents((3, 4))), 8, 8, r"^Documents\(\(3, 4\)\) holds 7 queries"),
@@ -403,35 +280,6 @@ def test_a_row_without_a_mask_is_refused() -> None:
 
 
 # ---- time
-
-
-def packed(count: int, stride: int) -> Documents:
-    """``count`` documents of uneven lengths that no other ``stride`` repeats, and one that makes them 8 tokens each."""
-    lengths = [1 + index * stride % 13 for index in range(count - 1)]
-    return Documents((*lengths, 8 * count - sum(lengths)))
-
-
-def test_the_work_grows_with_the_bands_and_not_with_their_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-
-    def counted(a: Band, b: Band) -> Band | None:
-        nonlocal calls
-        calls += 1
-        return intersect(a, b)
-
-    monkeypatch.setattr(masks, "intersect", counted)
-    count, tokens = 2_000, 16_000
-    first, second = packed(count, 5), packed(count, 7)
-    for work in (
-        lambda: (first & second).bands(tokens, tokens),
-        lambda: (first | second).bands(tokens, tokens),
-        lambda: (Causal() | first).bands(tokens, tokens),
-        lambda: (first | Causal()).bands(tokens, tokens),
-        lambda: localize(rows(first & Causal(), 4, tokens, tokens), *[held(Layout(tokens, 4, zigzag=True), 4, 1)] * 2),
-    ):
-        calls = 0
-        work()
-        assert 0 < calls < 8 * count
 
 
 def test_a_hundred_thousand_documents_take_half_a_second() -> None:

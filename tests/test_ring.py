@@ -5,54 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
 
-from longspan import masks
-from longspan.attention import attend
-from longspan.collectives import CountingTransport
-from longspan.layout import Heads, Layout, Traffic, attention_traffic, ring_traffic
-from longspan.masks import Causal, Documents, Full, Mask, Window, area, localize
+from longspan.bands import area, localize
+from longspan.layout import Layout
+from longspan.masks import Causal, Documents, Full, Mask, Window
 from longspan.ring import plan_hops
 from ranks import Ranks
-from test_attention import BRIEF, Case, cases, gathered, mesh_of, mine, on_this_rank, oracle, pool, whole_inputs
+from test_attention import Case, oracle, pool, run, squared_error, whole_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 __all__ = ["pool"]
-
-
-@settings(BRIEF, max_examples=80)
-@given(case=cases())
-def test_traffic_is_the_closed_form(case: Case, pool: Callable[[int], Ranks]) -> None:
-    for counted, expected in pool(case.ulysses * case.ring).run(counted_and_expected, case):
-        assert counted == expected, case
-
-
-def counted_and_expected(case: Case) -> tuple[tuple[Traffic, Traffic], tuple[Traffic, Traffic]]:
-    """(forward, backward) of one attention: what passed the Transport, and the formulas of layout.py."""
-    mesh = mesh_of(case)
-    transport, place = mesh.transport, mesh.place
-    assert isinstance(transport, CountingTransport)
-    x = {name: value.requires_grad_() for name, value in mine(whole_inputs(case), case, place).items()}
-    transport.traffic = Traffic()
-    out = attend(
-        x["q"], x["k"], x["v"], mask=case.mask, mesh=mesh, tokens=case.tokens, key_tokens=case.key_tokens, softcap=case.softcap
-    )
-    forward, transport.traffic = transport.traffic, Traffic()
-    (out * x["dout"].detach()).sum().backward()
-
-    heads = Heads(case.heads, case.kv_heads, case.ulysses)
-    layouts = [Layout(n, case.ring, case.ulysses, case.zigzag) for n in (case.tokens, case.key_tokens)]
-    sizes, key_sizes = (layout.sizes(place.ring_rank) for layout in layouts)
-    exchange = attention_traffic(
-        heads, sizes, key_sizes, place.ulysses_rank, rows=case.batch, qk_dim=case.qk_dim, v_dim=case.v_dim, itemsize=8
-    )
-    queries, keys = ([layout.batch_runs(rank, case.batch) for rank in range(case.ring)] for layout in layouts)
-    bands = masks.rows(case.mask, case.batch, case.tokens, case.key_tokens)
-    hops = plan_hops(bands, queries, keys, place.ring_rank)[1:]
-    width = len(heads.kv_of(place.ulysses_rank)) * (case.qk_dim + case.v_dim)
-    leaving, arriving = ([sum(map(len, getattr(hop, name))) for hop in hops] for name in ("leaving", "arriving"))
-    passed = ring_traffic(leaving, arriving, width, itemsize=8, grad_itemsize=8)
-    return (forward, transport.traffic), (exchange[0] + passed[0], exchange[1] + passed[1])
 
 
 @pytest.mark.parametrize("ring", [2, 3, 4, 8])
@@ -93,10 +55,10 @@ def test_bf16_is_as_exact_as_one_device(pool: Callable[[int], Ranks]) -> None:
     for seed in range(8):
         case = Case(1, 1, False, 1, 200, 200, 8, 4, 32, 32, Causal(), dtype=torch.bfloat16, seed=seed)
         want = oracle(case)
-        one_device += _error(_one_device(case), want)
+        one_device += squared_error(_one_device(case), want)
         for ulysses, ring, zigzag in LAYOUTS:
             spread = case._replace(ulysses=ulysses, ring=ring, zigzag=zigzag)
-            pooled[ulysses, ring, zigzag] += _error(gathered(spread, pool(8).run(on_this_rank, spread)), want)
+            pooled[ulysses, ring, zigzag] += squared_error(run(spread, pool), want)
     for layout, error in pooled.items():
         assert (error / one_device) ** 0.5 <= 1.2, f"{layout}: {(error / one_device) ** 0.5:.3f} x"
 
@@ -108,7 +70,3 @@ def _one_device(case: Case) -> dict[str, torch.Tensor]:
     (out * x["dout"].detach()).sum().backward()
     return {"out": out.detach()} | {name: x[name].grad for name in "qkv"}  # type: ignore[dict-item]
 
-
-def _error(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
-    """Squared, each tensor relative to its own size so that none drowns the others."""
-    return sum(float((got[name].double() - want[name]).square().sum() / want[name].square().sum()) for name in want)

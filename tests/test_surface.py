@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 NAMES = [
-    "BatchError", "BlockSparse", "Causal", "Chunked", "DataError", "Documents", "Full", "KernelError", "LayoutError",
-    "LongspanError", "Mask", "MaskError", "ModelError", "Only", "ParallelMesh", "PrefixLM", "RunError", "Sinks", "Step",
+    "Band", "Bands", "BatchError", "BlockSparse", "Causal", "Chunked", "DataError", "Documents", "Full", "KernelError",
+    "LayoutError", "LongspanError", "Mask", "MaskError", "ModelError", "Only", "ParallelMesh", "PrefixLM", "RunError", "Sinks", "Step",
     "Window", "agree", "attend", "cross_entropy", "cut", "heads_to_tokens", "parallelize", "shard", "tokens_to_heads",
     "unparallelize", "unshard",
 ]  # fmt: skip

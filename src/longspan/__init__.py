@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longspan.attention import attend
+    from longspan.bands import Band
     from longspan.batch import Step, agree, cut, shard, unshard
     from longspan.errors import (
         BatchError,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     )
     from longspan.exchange import heads_to_tokens, tokens_to_heads
     from longspan.loss import cross_entropy
-    from longspan.masks import BlockSparse, Causal, Chunked, Documents, Full, Mask, Only, PrefixLM, Sinks, Window
+    from longspan.masks import Bands, BlockSparse, Causal, Chunked, Documents, Full, Mask, Only, PrefixLM, Sinks, Window
     from longspan.mesh import ParallelMesh
     from longspan.sharding import parallelize, unparallelize
 
@@ -34,16 +35,21 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "attention": ("attend",),
+    "bands": ("Band",),
     "batch": ("Step", "agree", "cut", "shard", "unshard"),
     "errors": ("BatchError", "DataError", "KernelError", "LayoutError", "LongspanError", "MaskError", "ModelError", "RunError"),
     "exchange": ("heads_to_tokens", "tokens_to_heads"),
     "loss": ("cross_entropy",),
-    "masks": ("BlockSparse", "Causal", "Chunked", "Documents", "Full", "Mask", "Only", "PrefixLM", "Sinks", "Window"),
+    "masks": (
+        "Bands", "BlockSparse", "Causal", "Chunked", "Documents", "Full", "Mask", "Only", "PrefixLM", "Sinks", "Window",
+    ),
     "mesh": ("ParallelMesh",),
     "sharding": ("parallelize", "unparallelize"),
 }
 
 __all__ = [
+    "Band",
+    "Bands",
     "BatchError",
     "BlockSparse",
     "Causal",

@@ -76,7 +76,7 @@ def attend(
     key_tokens: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    sinks: Float[Tensor, " heads"] | None = None,
+    sinks: Float[Tensor, " sink_heads"] | None = None,
     bias: Bias | None = None,
     kernel: str | Kernel | KernelFunction = "auto",
     head_chunks: int = 1,

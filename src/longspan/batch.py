@@ -24,10 +24,11 @@ from jaxtyping import Num
 from torch import Tensor
 
 from longspan import masks
+from longspan.bands import blind_rows
 from longspan.collectives import all_gather
 from longspan.errors import BatchError, LongspanError
 from longspan.layout import Runs
-from longspan.masks import Mask
+from longspan.masks import Full, Mask, Only
 from longspan.mesh import ParallelMesh, Place
 
 IGNORE = -100
@@ -51,16 +52,26 @@ class Step:
     """What one forward must know of the whole batch, and cannot see in a rank's part of it.
 
     ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``mask`` (None: what the model
-    says itself; a tuple has one mask a row), ``labelled`` tokens that are learned from (by agreement: over all replicas and
-    micro-batches of the step), ``digest`` of the whole content, equal on the ranks that share a sequence.
+    says itself; a tuple has one mask a row), ``padding`` (None, or for each row the tokens that are none), ``labelled`` tokens
+    that are learned from (by agreement: over all replicas and micro-batches of the step), ``digest`` of the whole content,
+    equal on the ranks that share a sequence.
     """
 
     tokens: int
     rows: int
     positions: Runs
     mask: Mask | tuple[Mask, ...] | None
+    padding: tuple[Only, ...] | None
     labelled: int
     digest: int
+
+    def mask_for(self, own: Mask) -> Mask | tuple[Mask, ...]:
+        """Who may look at whom in a layer whose model says ``own``: that, or the mask of the step, but no padding."""
+        mask = own if self.mask is None else self.mask
+        if self.padding is None:
+            return mask
+        each = [mask] * self.rows if isinstance(mask, Mask) else mask
+        return tuple(of_row & real for of_row, real in zip(each, self.padding, strict=True))
 
 
 def shard(
@@ -109,14 +120,15 @@ def cut(
     rows, tokens = ids.shape[:2]
     positions = place.layout(tokens).mine(place.ring_rank, place.ulysses_rank)
     whole = dict(batch)
-    step_mask = _mask_of(whole.pop("attention_mask", None), mask, rows, tokens)
+    step_mask = mask if isinstance(mask, Mask) or mask is None else tuple(mask)
+    padding = _padding(whole.pop("attention_mask", None), rows, tokens)
     whole.setdefault("position_ids", torch.arange(tokens, device=ids.device).expand(rows, tokens))
     learned = _learned_labels(whole, rows, tokens, shift)
-    _refuse_blind_labels(learned, step_mask, rows, tokens)
     declared = TOKEN_DIM | {"shift_labels": 1} | dict(dims or {})
     part: Part = {name: _cut_one(name, value, declared, tokens, positions) for name, value in whole.items()}
     labelled = 0 if learned is None else int((learned != IGNORE).sum())
-    part["longspan"] = Step(tokens, rows, positions, step_mask, labelled, _digest(batch, step_mask))
+    part["longspan"] = step = Step(tokens, rows, positions, step_mask, padding, labelled, _digest(batch, step_mask))
+    _refuse_blind_labels(learned, step, shift)
     return part
 
 
@@ -185,12 +197,26 @@ def agree_on_error(error: LongspanError | None, mesh: ParallelMesh) -> None:
     _raise_the_first_error(_exchange_facts(mine, mesh), error, mesh)
 
 
-def _mask_of(
-    attention_mask: Tensor | None, mask: Mask | Sequence[Mask] | None, rows: int, tokens: int
-) -> Mask | tuple[Mask, ...] | None:
-    if attention_mask is None or bool((attention_mask != 0).all()):
-        return mask if isinstance(mask, Mask) or mask is None else tuple(mask)
-    raise BatchError("attention_mask with padding is not supported yet; pass rows without padding")
+def _padding(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Only, ...] | None:
+    """For each row the one run of tokens that are not padding; None where none is. Padding may be left, right or both."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != (rows, tokens) or bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+        raise BatchError(
+            f"attention_mask of shape {list(attention_mask.shape)} must be [{rows}, {tokens}] like input_ids, 1 for a token "
+            f"and 0 for padding; say anything else by shard(batch, mesh, mask=...)"
+        )
+    if bool(attention_mask.all()):
+        return None
+    counts = attention_mask.sum(1).tolist()
+    starts = attention_mask.int().argmax(1).tolist()
+    for row, (start, count) in enumerate(zip(starts, counts)):
+        if not attention_mask[row, start : start + int(count)].all():
+            raise BatchError(
+                f"attention_mask has a hole in row {row}: its {int(count)} tokens are not one run; padding may stand before "
+                f"and behind them, and documents in one row are said by mask=Documents(lengths) & Causal()"
+            )
+    return tuple(Only(start, start + int(count)) for start, count in zip(starts, counts))
 
 
 def _learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) -> Tensor | None:
@@ -203,17 +229,20 @@ def _learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) 
     return whole["shift_labels"] if shift else labels
 
 
-def _refuse_blind_labels(learned: Tensor | None, mask: Mask | tuple[Mask, ...] | None, rows: int, tokens: int) -> None:
-    if mask is None:
+def _refuse_blind_labels(learned: Tensor | None, step: Step, shift: bool) -> None:
+    if step.mask is None and step.padding is None:
         return
-    bands = masks.rows(mask, rows, tokens, tokens)  # refuses a mask of another length, labels or none
-    flat = torch.full((0,), IGNORE) if learned is None else learned.flatten()
-    for run in masks.blind_rows(bands, rows * tokens):
-        if bool((flat[run.start : run.stop] != IGNORE).any()):
-            row, first = divmod(run.start, tokens)
+    bands = masks.rows(step.mask_for(Full()), step.rows, step.tokens, step.tokens)  # refuses a mask of another length too
+    if learned is None:
+        return
+    flat = learned.flatten()
+    for run in blind_rows(bands, step.rows * step.tokens):
+        asked = (flat[run.start : run.stop] != IGNORE).nonzero()
+        if len(asked):
+            row, token = divmod(run.start + int(asked[0]), step.tokens)
             raise BatchError(
-                f"row {row} has a label at token {first} or behind it, but the mask lets that token see nothing; "
-                f"set its label to {IGNORE}, or let it see itself"
+                f"token {token} of row {row} is asked for a prediction, but sees nothing, itself included; "
+                f"set labels[{row}, {token + shift}] to {IGNORE}, or let it see itself"
             )
 
 

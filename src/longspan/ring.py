@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.bands import Band, localize
 from longspan.collectives import Arrival, Transport
 from longspan.kernels.local import Local
 from longspan.layout import Runs, consecutive, select
-from longspan.masks import Band, localize
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,17 @@ def plan_hops(
     ``bands`` are those of the whole row; ``query_rows[r]`` and ``key_rows[r]`` are what ring rank r holds of it.
     """
     ranks = range(len(query_rows))
-    own = Hop(0, localize(bands, query_rows[rank], key_rows[rank]), key_rows[rank], ())
-    hops = [own]
+    every_key = (range(max((run.stop for runs in key_rows for run in runs), default=0)),)
+    sees = [localize(bands, runs, every_key) for runs in query_rows]  # first to the few bands of each rank's queries
+    places = [(range(_rows(runs)),) for runs in query_rows]
+    hops = [Hop(0, localize(sees[rank], places[rank], key_rows[rank]), key_rows[rank], ())]
     for offset in ranks[1:]:
-        needed = {
-            source: _seen(localize(bands, query_rows[(source + offset) % len(ranks)], key_rows[source])) for source in ranks
-        }
-        if any(needed.values()):
+        asking = [(source + offset) % len(ranks) for source in ranks]
+        needed = [_seen(localize(sees[asks], places[asks], key_rows[source])) for source, asks in zip(ranks, asking)]
+        if any(needed):
             source = (rank - offset) % len(ranks)
             arriving = tuple(chain.from_iterable(select(key_rows[source], run) for run in needed[source]))
-            hops.append(Hop(offset, localize(bands, query_rows[rank], arriving), arriving, needed[rank]))
+            hops.append(Hop(offset, localize(sees[rank], places[rank], arriving), arriving, needed[rank]))
     return tuple(hops)
 
 

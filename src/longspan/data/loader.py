@@ -110,6 +110,7 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             rows=len(rows),
             positions=positions,
             mask=None,
+            padding=None,
             labelled=len(rows) * (tokens - 1),
             digest=_digest(f"{stream.fingerprint} {starts} {tokens}"),
         ),

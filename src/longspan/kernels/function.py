@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.bands import Band
 from longspan.kernels import BoundBias
-from longspan.masks import Band
 
 KernelFunction = Callable[..., Tensor]
 """``function(q, k, v, *, bands, scale) -> out [queries, heads, v_dim]``: q [queries, heads, dim], k, v [keys, kv, dim]."""

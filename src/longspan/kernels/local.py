@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longspan.bands import Band
 from longspan.kernels import BoundBias, Kernel
 from longspan.layout import Runs
-from longspan.masks import Band
 
 Groups = tuple[tuple[slice, slice], ...]
 BindBias = Callable[[slice, Runs, tuple[Tensor, ...]], BoundBias]

@@ -102,8 +102,8 @@ class Output(NamedTuple):
 class Decoder(nn.Module):
     """A causal language model: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-    ``attention`` and ``cross_entropy`` are those of one device until ``parallelize`` replaces them. The parameters depend on
-    (config, seed) alone: they are equal on every rank, whatever the layout.
+    ``attention`` and ``cross_entropy`` are those of one device until ``parallelize`` replaces them; ``head_chunks`` are those
+    of each ``Block``. The parameters depend on (config, seed) alone: they are equal on every rank, whatever the layout.
     """
 
     def __init__(
@@ -113,13 +113,14 @@ class Decoder(nn.Module):
         seed: int = 0,
         attention: Callable[..., Tensor] = attend,
         cross_entropy: Callable[..., Tensor] = cross_entropy,
+        head_chunks: int = 1,
     ) -> None:
         super().__init__()
         self.config = config
         self.attention = attention
         self.cross_entropy = cross_entropy
         self.embed = nn.Embedding(config.vocab, config.hidden)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, head_chunks) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden, config.norm_eps)
         self.head = nn.Linear(config.hidden, config.vocab, bias=False)
         if config.tied:
@@ -167,7 +168,7 @@ class Decoder(nn.Module):
 
     def _mix(self, position_ids: Tensor, dtype: torch.dtype, step: Step | None) -> Mix:
         cos, sin = rope(position_ids, self.config.head_dim, self.config.rope_theta, dtype)
-        mask = Causal() if step is None or step.mask is None else step.mask
+        mask = Causal() if step is None else step.mask_for(Causal())
         tokens = None if step is None else step.tokens
 
         def mix(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+r"""Who may look at whom, as a list of bands, and their algebra. Integers only: no torch, no ranks, no kernels.
+
+           keys ->                      A band is what a rectangle and a diagonal strip have in common: query q of
+           k_start       k_stop         [q_start, q_stop) sees key k of [k_start, k_stop) exactly if lo <= k - q <= hi.
+    q_start  ####\         .
+             #####\  hi    .            Causal, a window, a document, a full rectangle: each is one band. What two bands
+             .#####\       .            share is a band, and so is what a rank's queries and keys cut from one. So every
+             . \####\      .            question below is answered in integers, without ever visiting a token.
+          lo .  \####\     .
+             .   \####\    .
+    q_stop
+
+Every band that leaves this file is canonical: all six numbers are as tight as its pairs (query, key) allow. Two bands hold
+the same pairs exactly if they are equal, and each query of a band sees at least one of its keys.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import merge
+from itertools import accumulate
+from operator import itemgetter
+from typing import NamedTuple
+
+
+class Band(NamedTuple):
+    """Inside the rectangle [q_start, q_stop) x [k_start, k_stop), query q sees key k exactly if lo <= k - q <= hi."""
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+    lo: int
+    hi: int
+
+
+def trim(q_start: int, q_stop: int, k_start: int, k_stop: int, lo: int, hi: int) -> Band | None:
+    """The canonical band of the pairs within these bounds; None if there are none.
+
+    Two of q, k and k - q bound the third; each bound that follows is taken once, and with three quantities that is enough.
+    """
+    tight = Band(
+        max(q_start, k_start - hi), min(q_stop, k_stop - lo),
+        max(k_start, q_start + lo), min(k_stop, q_stop + hi),
+        max(lo, k_start - q_stop + 1), min(hi, k_stop - 1 - q_start),
+    )  # fmt: skip
+    return tight if tight.q_start < tight.q_stop and tight.k_start < tight.k_stop and tight.lo <= tight.hi else None
+
+
+def rectangle(q_start: int, q_stop: int, k_start: int, k_stop: int) -> Band | None:
+    """The canonical band in which every query sees every key; None if there are none."""
+    if q_start >= q_stop or k_start >= k_stop:
+        return None
+    return Band(q_start, q_stop, k_start, k_stop, k_start - q_stop + 1, k_stop - 1 - q_start)
+
+
+def shift(band: Band, dq: int, dk: int) -> Band:
+    """The band with every query moved by ``dq`` and every key by ``dk``."""
+    q_start, q_stop, k_start, k_stop, lo, hi = band
+    return Band(q_start + dq, q_stop + dq, k_start + dk, k_stop + dk, lo + dk - dq, hi + dk - dq)
+
+
+def intersect(a: Band, b: Band) -> Band | None:
+    """The pairs that are in both; None if there are none."""
+    return trim(
+        max(a.q_start, b.q_start), min(a.q_stop, b.q_stop),
+        max(a.k_start, b.k_start), min(a.k_stop, b.k_stop),
+        max(a.lo, b.lo), min(a.hi, b.hi),
+    )  # fmt: skip
+
+
+def subtract(bands: Iterable[Band], holes: Iterable[Band]) -> tuple[Band, ...]:
+    """The pairs of ``bands`` that are in none of ``holes``, sorted; disjoint if ``bands`` are."""
+    bands = sorted(bands)
+    cut_by: dict[Band, list[Band]] = {band: [] for band in bands}
+    for band, hole in meetings(bands, sorted(holes)):
+        cut_by[band].append(hole)
+    return tuple(sorted(piece for band, cuts in cut_by.items() for piece in _without(band, cuts)))
+
+
+def _without(band: Band, holes: Sequence[Band]) -> Iterator[Band]:
+    """What ``holes``, sorted, leave of one band. A piece that ends before a hole begins meets no later hole either."""
+    pieces = [band]
+    for hole in holes:
+        yield from (piece for piece in pieces if piece.q_stop <= hole.q_start)
+        pieces = [rest for piece in pieces if piece.q_stop > hole.q_start for rest in _around(piece, hole)]
+    yield from pieces
+
+
+def _around(band: Band, hole: Band) -> Iterator[Band]:
+    """The band without the hole: the queries before and behind what they share, beside it the keys left and right, and
+    inside its rectangle the diagonals below and above."""
+    shared = intersect(band, hole)
+    if shared is None:
+        yield band
+        return
+    beside = band._replace(q_start=shared.q_start, q_stop=shared.q_stop)
+    inside = beside._replace(k_start=shared.k_start, k_stop=shared.k_stop)
+    for piece in (
+        band._replace(q_stop=shared.q_start), band._replace(q_start=shared.q_stop),
+        beside._replace(k_stop=shared.k_start), beside._replace(k_start=shared.k_stop),
+        inside._replace(hi=shared.lo - 1), inside._replace(lo=shared.hi + 1),
+    ):  # fmt: skip
+        if rest := trim(*piece):
+            yield rest
+
+
+def join(bands: Iterable[Band]) -> tuple[Band, ...]:
+    """The same pairs in fewer bands, sorted: neighbours that are one band together become one. ``bands`` are disjoint.
+
+    Neighbours are those in the order of queries, then of keys, then of diagonals: enough to undo a cut, and n log n.
+    """
+    for order in (itemgetter(0, 2), itemgetter(2, 0), itemgetter(5, 0)):
+        joined: list[Band] = []
+        for band in sorted(bands, key=order):
+            joined.append(band)
+            while len(joined) > 1 and (union := _union(joined[-2], joined[-1])):
+                joined[-2:] = [union]
+        bands = joined
+    return tuple(sorted(bands))
+
+
+def _union(a: Band, b: Band) -> Band | None:
+    """Two disjoint bands as one: the smallest band around them, if it has no more pairs than they have."""
+    around = Band(
+        min(a.q_start, b.q_start), max(a.q_stop, b.q_stop),
+        min(a.k_start, b.k_start), max(a.k_stop, b.k_stop),
+        min(a.lo, b.lo), max(a.hi, b.hi),
+    )  # fmt: skip
+    return around if area([around]) == area([a, b]) else None
+
+
+def area(bands: Iterable[Band]) -> int:
+    """How many pairs (query, key) the bands hold: the work of attention, up to a constant. Equals the dense mask's sum.
+
+    A band is its rectangle less the two corners outside the strip: triangles, whole ones because the band is canonical.
+    """
+    pairs = 0
+    for q_start, q_stop, k_start, k_stop, lo, hi in bands:
+        below, above = lo - (k_start - q_stop + 1), (k_stop - 1 - q_start) - hi
+        pairs += (q_stop - q_start) * (k_stop - k_start) - below * (below + 1) // 2 - above * (above + 1) // 2
+    return pairs
+
+
+def blind_rows(bands: Iterable[Band], tokens: int) -> tuple[range, ...]:
+    """The queries of [0, tokens) that see nothing, as runs. Their attention is 0, and a label there cannot be learnt."""
+    bands = sorted(bands)
+    reached = accumulate((band.q_stop for band in bands), max, initial=0)
+    starts = (*(band.q_start for band in bands), tokens)
+    return tuple(range(stop, start) for stop, start in zip(reached, starts) if stop < start)
+
+
+def localize(bands: Iterable[Band], q_runs: tuple[range, ...], k_runs: tuple[range, ...]) -> tuple[Band, ...]:
+    """The bands between the queries and the keys that a rank holds, in the rank's own places, sorted.
+
+    The runs are disjoint and lie side by side in the rank's memory, in the order given. Equals
+    ``dense[concat(q_runs)][:, concat(k_runs)]`` of the dense mask. Pieces that are one band again in the rank's places
+    are joined: what zigzag leaves of Causal on one rank is one causal band.
+    """
+    queries, keys = _places(q_runs), _places(k_runs)
+    cells = (
+        (band, Band(q_run.start, q_run.stop, k_run.start, k_run.stop, band.lo, band.hi), dq, dk)
+        for band in bands
+        for q_run, dq in _over(queries, band.q_start, band.q_stop)
+        for k_run, dk in _over(keys, band.k_start, band.k_stop)
+    )
+    return join(shift(piece, dq, dk) for band, cell, dq, dk in cells if (piece := intersect(band, cell)))
+
+
+def _places(runs: tuple[range, ...]) -> list[tuple[range, int]]:
+    """The runs in the order of the whole, each with its distance to the place where the rank keeps it."""
+    at = accumulate(map(len, runs), initial=0)
+    return sorted(((run, start - run.start) for run, start in zip(runs, at) if run), key=lambda place: place[0].start)
+
+
+def _over(places: list[tuple[range, int]], start: int, stop: int) -> list[tuple[range, int]]:
+    """The places whose runs share something with [start, stop)."""
+    first = bisect_right(places, start, key=lambda place: place[0].stop)
+    return places[first : bisect_left(places, stop, key=lambda place: place[0].start)]
+
+
+def meetings(left: Iterable[Band], right: Iterable[Band]) -> Iterator[tuple[Band, Band]]:
+    """Every (band of left, band of right) that share a query, in one sweep down the queries. Both are sorted."""
+    going: dict[bool, list[Band]] = {True: [], False: []}  # what the sweep has entered and, as far as anyone asked, not left
+    for band, is_left in merge(((band, True) for band in left), ((band, False) for band in right)):
+        others = going[not is_left] = [other for other in going[not is_left] if other.q_stop > band.q_start]
+        for other in others:
+            yield (band, other) if is_left else (other, band)
+        going[is_left].append(band)
