@@ -1,32 +1,29 @@
-"""How much faster a window is than full causal attention: the kernel alone, forward and backward, CPU seconds of one thread.
+"""How much faster a window is than full causal attention: forward and backward, the kernel alone and ``attend`` on 2 ranks.
 
     python benchmarks/window.py --help
     python benchmarks/window.py --tokens 32768 --heads 8 --dim 64 --windows 255 1023 4095 --dtypes float32 bfloat16
 
-The causal run is long, so it is timed on one head between the windows' runs and multiplied by the heads, which the operator
-treats one after another; --whole times all heads. "ideal" is the ratio of the areas: what a kernel without any overhead gets.
+The kernel is timed in CPU seconds of one thread, and attend, exchanges included, in seconds until both of its ranks are done.
+Causal and the windows take turns; the figures are medians and the ratios those of one turn, with their spread. "ideal" is the
+ratio of the areas: what a kernel without any overhead gets.
 """
 
 import argparse
-import statistics
+import os
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from statistics import median
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
-from longspan.bands import Band, area
+from longspan import Causal, Mask, ParallelMesh, Window, attend
+from longspan.bands import area
 from longspan.kernels.sdpa import SDPA
-from longspan.masks import Causal, Window
 
-
-def seconds(tensors: Sequence[torch.Tensor], bands: Sequence[Band]) -> float:
-    """CPU seconds of one forward and backward: one thread's own time, whatever else the machine does."""
-    q, k, v, dout = tensors
-    kernel, scale = SDPA(), q.shape[2] ** -0.5
-    start = time.process_time()
-    out, lse = kernel.forward(q, k, v, bands, scale)
-    kernel.backward(dout, q, k, v, out, lse, bands, scale)
-    return time.process_time() - start
+Timed = Callable[[Mask, torch.dtype], float]
 
 
 def main() -> None:
@@ -36,31 +33,62 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--windows", type=int, nargs="+", default=[255, 1023, 4095], help="keys to the left of a query")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=3, help="medians are printed; causal and windows take turns")
-    parser.add_argument("--whole", action="store_true", help="time causal on all heads")
-    args = parser.parse_args()
+    parser.add_argument("--turns", type=int, default=3, help="how often everything is timed")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    causal = Causal().bands(args.tokens, args.tokens)
-    windows = {left: Window(left).bands(args.tokens, args.tokens) for left in args.windows}
-    causal_heads = args.heads if args.whole else 1
-    shape = f"{args.tokens} tokens, {args.heads} heads x {args.dim}"
-    print(f"{shape}, one thread, torch {torch.__version__}; causal on {causal_heads} of the heads")
-    print("| dtype | mask | CPU seconds | x faster than causal | ideal |")
-    print("| --- | --- | --- | --- | --- |")
-    for dtype in args.dtypes:
-        tensors = torch.randn(4, args.tokens, args.heads, args.dim).to(getattr(torch, dtype)).unbind()
-        part = [x[:, :causal_heads] for x in tensors]
-        times: dict[int | None, list[float]] = {None: [], **{left: [] for left in windows}}
-        for _ in range(args.repeats):
-            times[None].append(seconds(part, causal) * args.heads / causal_heads)
-            for left, bands in windows.items():
-                times[left].append(seconds(tensors, bands))
-        whole = statistics.median(times[None])
-        print(f"| {dtype} | Causal() | {whole:.2f} | 1.0 | 1.0 |", flush=True)
-        for left, bands in windows.items():
-            took = statistics.median(times[left])
-            ideal = area(causal) / area(bands)
-            print(f"| {dtype} | Window({left}) | {took:.2f} | {whole / took:.1f} | {ideal:.1f} |", flush=True)
+    print(f"{arguments.tokens} tokens, {arguments.heads} heads x {arguments.dim}, torch {torch.__version__}")
+    print("| what | dtype | mask | seconds | x faster than causal | ideal |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    _table("kernel", arguments, lambda mask, dtype: _kernel(mask, dtype, arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_rank, (folder, arguments), nprocs=2, start_method="fork")
+
+
+def _rank(rank: int, folder: str, arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/rendezvous", 2), rank=rank, world_size=2)
+    mesh = ParallelMesh(ulysses=2)
+    _table("attend, 2 ranks", arguments, lambda mask, dtype: _attend(mask, dtype, arguments, mesh), silent=rank > 0)
+    dist.destroy_process_group()
+
+
+def _table(what: str, arguments: argparse.Namespace, timed: Timed, silent: bool = False) -> None:
+    windows = [Window(left) for left in arguments.windows]
+    tokens, causal = arguments.tokens, Causal()
+    for name in arguments.dtypes:
+        dtype = getattr(torch, name)
+        turns = [[timed(mask, dtype) for mask in [causal, *windows]] for _ in range(arguments.turns)]
+        if silent:
+            continue
+        print(f"| {what} | {name} | Causal() | {median(turn[0] for turn in turns):.2f} | 1 | 1 |", flush=True)
+        for index, window in enumerate(windows, 1):
+            ideal = area(causal.bands(tokens, tokens)) / area(window.bands(tokens, tokens))
+            took, ratios = median(turn[index] for turn in turns), sorted(turn[0] / turn[index] for turn in turns)
+            spread = f"{median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f})"
+            print(f"| {what} | {name} | Window({window.left}) | {took:.2f} | {spread} | {ideal:.1f} |", flush=True)
+
+
+def _kernel(mask: Mask, dtype: torch.dtype, arguments: argparse.Namespace) -> float:
+    """CPU seconds of one forward and backward: one thread's own time, whatever else the machine does."""
+    q, k, v, dout = torch.randn(4, arguments.tokens, arguments.heads, arguments.dim).to(dtype)
+    bands, kernel, scale = mask.bands(len(q), len(q)), SDPA(), q.shape[2] ** -0.5
+    start = time.process_time()
+    out, lse = kernel.forward(q, k, v, bands, scale)
+    kernel.backward(dout, q, k, v, out, lse, bands, scale)
+    return time.process_time() - start
+
+
+def _attend(mask: Mask, dtype: torch.dtype, arguments: argparse.Namespace, mesh: ParallelMesh) -> float:
+    """Seconds of one forward and backward of ``attend`` on the ranks of the mesh, until the last is done."""
+    mine = (4, 1, arguments.tokens // mesh.degree, arguments.heads, arguments.dim)
+    q, k, v, dout = (x.to(dtype).requires_grad_() for x in torch.randn(mine))
+    dist.barrier()
+    start = time.perf_counter()
+    out = attend(q, k, v, mask=mask, mesh=mesh)
+    out.backward(dout.detach())
+    dist.barrier()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ README = (ROOT / "README.md").read_text()
 
 NAMES = [
     "Band", "Bands", "BatchError", "BlockSparse", "Causal", "Chunked", "DataError", "Documents", "Full", "KernelError",
-    "LayoutError", "LongspanError", "Mask", "MaskError", "ModelError", "Only", "ParallelMesh", "PrefixLM", "RunError", "Sinks", "Step",
+    "LayoutError", "LongspanError", "Mask", "MaskError", "ModelError", "Only", "ParallelMesh", "PrefixLM", "RunError",
+    "Sinks", "Step",
     "Window", "agree", "attend", "cross_entropy", "cut", "heads_to_tokens", "parallelize", "shard", "tokens_to_heads",
     "unparallelize", "unshard",
 ]  # fmt: skip

@@ -197,6 +197,16 @@ def agree_on_error(error: LongspanError | None, mesh: ParallelMesh) -> None:
     _raise_the_first_error(_exchange_facts(mine, mesh), error, mesh)
 
 
+def refuse_difference(what: str, mine: str, mesh: ParallelMesh, remedy: str) -> None:
+    """Raise on every rank alike where ``mine`` is not the same text on all of them. Every rank must call it."""
+    found = [mine] * mesh.degree
+    if mesh.degree > 1:
+        dist.all_gather_object(found, mine, group=mesh.agreement_group)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise BatchError(f"{what} differs between ranks: {found[0]} on rank 0 and {other} on rank {rank}; {remedy}")
+
+
 def _padding(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Only, ...] | None:
     """For each row the one run of tokens that are not padding; None where none is. Padding may be left, right or both."""
     if attention_mask is None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from longspan import checkpoint
-from longspan.batch import Part, agree, agree_on_error, together
+from longspan.batch import Part, agree, agree_on_error, refuse_difference, together
 from longspan.collectives import CountingTransport, TorchTransport
 from longspan.config import LATEST, Train, as_json
 from longspan.data import Corpus, Loader, bits, load_tokenizer, tokenize
@@ -49,6 +49,7 @@ def work(config: Train) -> int:
         corpus = tokenize(config.data, load_tokenizer(config.tokenizer), text_field=config.text_field)
         loader = _loader(corpus, config, mesh)
         held_out = _held_out(corpus, config, mesh)
+    refuse_difference("the text", corpus.fingerprint, mesh, "give every machine the same files and tokenizer")
     model = Decoder(replace(PRESETS[config.preset], vocab=corpus.vocab_size), seed=config.seed).to(mesh.device)
     parallelize(model, mesh, config.zero)
     optimizer = _optimizer(model, config)
