@@ -30,22 +30,22 @@ class Verb(NamedTuple):
     example: str
 
 
-TRAINED = """$ longspan train --steps 100
+TRAINED = """$ longspan train
 2 ranks = data 1 x ring 1 x ulysses 2; 11,734,872 tokens of text
 
-train-001  step 100/100  loss 2.2745  683 MiB a rank  6 MiB exchanged
+train-001  step 55/55  loss 2.4264  670 MiB a rank  6 MiB exchanged
 
-  loss, held-out text      2.4199 nats a token   3.4914 bits a byte"""
+  loss, held-out text      2.4619 nats a token   3.5520 bits a byte"""
 
 EVALUATED = """$ longspan evaluate train-001 --ranks 2
 document  begins                             tokens  nats a token  perplexity
 
-10        #! /usr/bin/env python3 import s   16,384        2.5057      12.252
+10        #! /usr/bin/env python3 import s   16,384        2.5556      12.879
 
-all: 3.6834 bits a byte; byte frequencies alone: 4.6691 bits a byte"""
+all: 3.7403 bits a byte; byte frequencies alone: 4.6691 bits a byte"""
 
 CHECKED = """$ longspan check --ranks 4 --ulysses 4 --heads 7 --kv-heads 7
-worst gradient of 21: blocks.0.key.weight  error 1.5e-15  bound 1e-10  holds
+worst gradient of 21: blocks.0.out.weight  error 1.4e-15  bound 1e-10  holds
 
 The law holds."""
 
