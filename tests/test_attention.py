@@ -55,6 +55,7 @@ class Case(NamedTuple):
     kernel: str = "auto"
     seed: int = 0
     head_chunks: int = 1
+    stored: tuple[int, int, int, int] = (0, 1, 2, 3)  # the order in memory of the dims of q, k, v and of the gradient
 
 
 class Slopes:
@@ -138,16 +139,24 @@ def on_this_rank(case: Case) -> tuple[dict[str, torch.Tensor], tuple[Traffic, Tr
     transport = mesh.transport
     assert isinstance(transport, CountingTransport)
     transport.traffic = Traffic()
-    x = {name: value.requires_grad_() for name, value in mine(whole_inputs(case), case, mesh.place).items()}
+    cut = mine(whole_inputs(case), case, mesh.place)
+    x = {name: stored(value, case.stored).requires_grad_() for name, value in cut.items()}
     out = attend(
         x["q"], x["k"], x["v"], mask=case.mask, mesh=mesh, tokens=case.tokens, key_tokens=case.key_tokens,
         softcap=case.softcap, sinks=x.get("sinks"), bias=Slopes(x["slopes"]) if case.bias else None, kernel=case.kernel,
         head_chunks=case.head_chunks,
     )  # fmt: skip
     forward, transport.traffic = transport.traffic, Traffic()
-    (out * x["dout"].detach()).sum().backward()
+    out.backward(x["dout"].detach())
     results = {"out": out.detach()} | {name: x[name].grad for name in x if name != "dout"}
     return results, (forward, transport.traffic)  # type: ignore[return-value]
+
+
+def stored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """The same tensor, whose dims lie in memory in this order."""
+    if x.ndim < 4:
+        return x
+    return x.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
 
 
 def mine(whole: dict[str, torch.Tensor], case: Case, place: Place) -> dict[str, torch.Tensor]:
@@ -295,6 +304,7 @@ def cases(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Case:
         softcap=draw(st.sampled_from([None, None, 5.0])), sinks=draw(st.booleans()),
         bias=draw(st.sampled_from([False, False, True])),
         dtype=dtype, seed=draw(st.integers(0, 2**16)), head_chunks=draw(_chunks(kv_heads * group // ulysses)),
+        stored=draw(st.one_of(st.just((0, 1, 2, 3)), st.permutations(range(4)).map(tuple))),
     )  # fmt: skip
 
 
@@ -347,6 +357,8 @@ NAMED = {
     "3 heads on 2 ranks": Case(2, 1, False, 3, 31, 31, 3, 3, 8, 8, Causal()),
     "MLA: query/key dim 24, value dim 16": Case(4, 1, False, 1, 31, 31, 4, 4, 24, 16, Causal()),
     "cross-attention": Case(2, 2, False, 2, 19, 45, 4, 2, 8, 8, Full()),
+    "stored heads first": Case(1, 3, False, 1, 31, 31, 4, 2, 8, 8, Causal(), head_chunks=2, stored=(3, 2, 1, 0)),
+    "stored heads first, one rank": Case(1, 1, False, 2, 31, 31, 4, 2, 8, 8, Causal(), stored=(0, 3, 2, 1)),
     "as many tokens as ranks": Case(2, 4, True, 1, 8, 8, 2, 2, 4, 4, Causal()),
 }
 
@@ -429,6 +441,30 @@ def squared_error(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -
     """Each tensor relative to its own size, so that none drowns the others."""
     sizes = {name: float(value.square().sum()) for name, value in want.items()}
     return sum(float((got[name] - want[name]).square().sum()) / size for name, size in sizes.items() if size)
+
+
+def test_a_gradient_that_is_one_number_everywhere() -> None:
+    """``out.sum().backward()`` hands the kernel a gradient without memory of its own."""
+    q, k, v = (torch.randn(1, 31, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    found = torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
+    expected = torch.autograd.grad(attend(q, k, v), (q, k, v), torch.ones(1, 31, 4, 8, dtype=torch.float64))
+    for mine, theirs in zip(found, expected):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("extras", [{"softcap": 20.0}, {"kernel": "online"}, {}])
+def test_autocast_casts_the_inputs_and_nothing_else(extras: dict[str, object]) -> None:
+    q, k, v = (torch.randn(1, 64, 4, 16, requires_grad=True) for _ in range(3))
+    dout = torch.randn(1, 64, 4, 16)
+    halves = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    expected = attend(*halves, **extras)  # type: ignore[arg-type]
+    expected.backward(dout.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(q, k, v, **extras)  # type: ignore[arg-type]
+    found.backward(dout.bfloat16())
+    assert torch.equal(found, expected)
+    for mine, theirs in zip((q, k, v), halves):
+        assert torch.equal(mine.grad.bfloat16(), theirs.grad)  # type: ignore[union-attr]
 
 
 def test_the_oracle_is_the_reference_kernel_on_one_row() -> None:

@@ -170,6 +170,18 @@ def _one_disk_is_full(rank: int) -> None:
     agree_on_error(BatchError("the disk of rank 1 is full") if rank == 1 else None, ParallelMesh(ulysses=2))
 
 
+def _another_of_many_documents(rank: int) -> None:
+    shard({"input_ids": IDS}, ParallelMesh(ulysses=2), mask=Documents((1,) * 6 + ((2, 0) if rank else (1, 1))))
+
+
+def _another_shift(rank: int) -> None:
+    shard({"input_ids": IDS}, ParallelMesh(ulysses=2), shift=rank == 0)
+
+
+def _no_micro_batch(rank: int) -> None:
+    shard([] if rank else [{"input_ids": IDS}], ParallelMesh(ulysses=2))
+
+
 def _another_text(rank: int) -> None:
     refuse_difference("the text", f"f{rank}", ParallelMesh(), "give every machine the same files")
 
@@ -185,6 +197,9 @@ def _part_of_another_step(rank: int) -> None:
         (_cut_differently, "ranks 0 and 1 share a sequence but were given different batches: 1 rows of 8 tokens"),
         (_other_content, "ranks 0 and 1 share a sequence but were given different batches"),
         (_other_mask, "ranks 0 and 1 share a sequence but were given different batches"),
+        (_another_of_many_documents, "ranks 0 and 1 share a sequence but were given different batches"),
+        (_another_shift, "ranks 0 and 1 share a sequence but were given different batches"),
+        (_no_micro_batch, "shard was given no micro-batch; pass at least one"),
         (_other_count, "ranks were given different numbers of micro-batches (1, 2)"),
         (_one_is_wrong, "the batch's tensor 'odd' of shape [2, 8] is unknown"),
         (_one_breaks, "RuntimeError: the storage is gone"),

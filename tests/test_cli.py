@@ -124,8 +124,8 @@ def test_a_dead_rank_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert cli.main(["check"]) == 1
     first, second, trace, third = capsys.readouterr().err.splitlines()
     died = "longspan: rank 1 was ended by SIGKILL"
-    assert first == f"{died}; go on from its last checkpoint with: longspan train --resume --runs-folder elsewhere"
-    assert second == f"{died}; go on from its last checkpoint with: longspan train --resume mine"
+    assert first == f"{died}; if it had made a checkpoint, go on from it with: longspan train --resume --runs-folder elsewhere"
+    assert second == f"{died}; if it had made a checkpoint, go on from it with: longspan train --resume mine"
     assert trace == "the traceback"
     assert third == died
 

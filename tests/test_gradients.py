@@ -1,3 +1,4 @@
+from copy import deepcopy
 from itertools import permutations
 
 import pytest
@@ -162,14 +163,22 @@ def test_what_cannot_be_averaged_is_refused(tmp_path):
 
 def _refusals():
     toy, mesh = Toy(), ParallelMesh()
-    MeanGradients(toy, mesh)
+    gradients_of_toy = MeanGradients(toy, mesh)
     with pytest.raises(ModelError, match=r"read \.grad"):
         torch.autograd.grad(toy.penalty(), toy.first.weight)
     with pytest.raises(ModelError, match=r"read \.grad"):
         toy.penalty().backward(create_graph=True)
+    with pytest.raises(ModelError, match="a parallel model cannot be copied"):
+        deepcopy(gradients_of_toy)
     toy.frozen.requires_grad_()
     with pytest.raises(ModelError, match="'frozen' was unfrozen or replaced"):
         toy.penalty().backward()
+    decoder = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    MeanGradients(decoder, mesh)
+    decoder[0].requires_grad_(False)
+    decoder[1].requires_grad_()
+    with pytest.raises(ModelError, match=r"'1.weight' was unfrozen or replaced"):
+        decoder(torch.ones(1, 2))
 
 
 def test_on_one_rank_norm_and_clip_are_torchs():

@@ -86,9 +86,10 @@ def attend(
     Equals ``F.scaled_dot_product_attention`` on the whole q, k, v with the mask, cut to this rank's tokens; so do the
     gradients of q, k and v. The gradient of ``sinks`` and of a bias' parameters is this rank's share of the sum.
 
-    ``tokens`` (and ``key_tokens``) is the whole length; without it every rank holds equally many. A sequence of masks has
-    one per row of the batch. ``mesh=None`` is one device. ``scale`` defaults to 1/sqrt(qk_dim); ``softcap`` c turns a score
-    s into c·tanh(s/c); ``sinks`` are logits that take part in each head's softmax and have no value.
+    ``tokens`` is the whole length; without it every rank must hold equally many. ``key_tokens`` is that of k and v where it
+    is another one: with ``tokens`` it is needed. A sequence of masks has one per row of the batch. ``mesh=None`` is one
+    device. ``scale`` defaults to 1/sqrt(qk_dim); ``softcap`` c turns a score s into c·tanh(s/c); ``sinks`` are logits that
+    take part in each head's softmax and have no value.
     ``head_chunks`` c exchanges and attends a c-th of each rank's heads at a time, the next on its way meanwhile, and exchanges
     again in the backward pass: 2 c collectives each way, and the copies on the heads' side are those of two parts of c.
 
@@ -132,9 +133,10 @@ def _plan(
 ) -> Plan:  # fmt: skip
     place = mesh.place if mesh is not None else Place()
     ranks = place.ring * place.ulysses
+    equal_pieces = tokens is None
     tokens = q_shape[1] * ranks if tokens is None else tokens
-    if key_tokens is None:
-        key_tokens = tokens if k_shape[1] == q_shape[1] else k_shape[1] * ranks
+    if key_tokens is None:  # decided by what was said, which is the same on every rank, not by this rank's share
+        key_tokens = k_shape[1] * ranks if equal_pieces else tokens
     heads = Heads(q_shape[2], k_shape[2], place.ulysses, head_chunks)
     hops = _plan_hops(mask, q_shape[0], tokens, key_tokens, place)
     held = Ring(hops) if mesh is None else Ring(hops, mesh.ring_group, mesh.transport)

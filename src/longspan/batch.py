@@ -28,7 +28,7 @@ from longspan.bands import blind_rows
 from longspan.collectives import all_gather
 from longspan.errors import BatchError, LongspanError
 from longspan.layout import Runs
-from longspan.masks import Full, Mask, Only
+from longspan.masks import Documents, Full, Mask, Only
 from longspan.mesh import ParallelMesh, Place
 
 IGNORE = -100
@@ -51,27 +51,37 @@ Part = dict[str, Any]
 class Step:
     """What one forward must know of the whole batch, and cannot see in a rank's part of it.
 
-    ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``mask`` (None: what the model
-    says itself; a tuple has one mask a row), ``padding`` (None, or for each row the tokens that are none), ``labelled`` tokens
-    that are learned from (by agreement: over all replicas and micro-batches of the step), ``digest`` of the whole content,
-    equal on the ranks that share a sequence.
+    ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``last_position`` (the largest
+    of the batch's ``position_ids``), ``mask`` (None: what the model
+    says itself; a tuple has one mask a row), ``padding`` (None, or for each row the tokens that are none), ``restarts`` (None,
+    or for each row the documents between which the caller's ``position_ids`` begin anew), ``labelled`` tokens that are learned
+    from (by agreement: over all replicas and micro-batches of the step), ``digest`` of the whole content, equal on the ranks
+    that share a sequence.
     """
 
     tokens: int
     rows: int
     positions: Runs
+    last_position: int
     mask: Mask | tuple[Mask, ...] | None
     padding: tuple[Only, ...] | None
+    restarts: tuple[Documents, ...] | None
     labelled: int
     digest: int
 
-    def mask_for(self, own: Mask) -> Mask | tuple[Mask, ...]:
-        """Who may look at whom in a layer whose model says ``own``: that, or the mask of the step, but no padding."""
+    def mask_for(self, own: Mask, restarts: bool = False) -> Mask | tuple[Mask, ...]:
+        """Who may look at whom in a layer whose model says ``own``: that, or the mask of the step, but no padding.
+
+        For a model to which positions that begin anew mean packed documents (``restarts``), no other document either.
+        """
         mask = own if self.mask is None else self.mask
-        if self.padding is None:
+        narrower = [rows for rows in (self.padding, self.restarts if restarts else None) if rows is not None]
+        if not narrower:
             return mask
-        each = [mask] * self.rows if isinstance(mask, Mask) else mask
-        return tuple(of_row & real for of_row, real in zip(each, self.padding, strict=True))
+        each = (mask,) * self.rows if isinstance(mask, Mask) else mask
+        for rows in narrower:
+            each = tuple(of_row & narrow for of_row, narrow in zip(each, rows, strict=True))
+        return each
 
 
 def shard(
@@ -93,6 +103,8 @@ def shard(
     """
     micro_batches = [batch] if isinstance(batch, Mapping) else batch
     try:
+        if not micro_batches:
+            raise BatchError("shard was given no micro-batch; pass at least one, without rows one of shape [0, tokens]")
         parts = [cut(one, mesh.place, shift=shift, mask=mask, dims=dims) for one in micro_batches]
     except Exception as error:
         agree_on_error(error if isinstance(error, LongspanError) else BatchError(f"{type(error).__name__}: {error}"), mesh)
@@ -121,13 +133,19 @@ def cut(
     positions = place.layout(tokens).mine(place.ring_rank, place.ulysses_rank)
     whole = dict(batch)
     step_mask = mask if isinstance(mask, Mask) or mask is None else tuple(mask)
-    padding = _padding(whole.pop("attention_mask", None), rows, tokens)
+    padding = _padding(whole.get("attention_mask"), rows, tokens)
+    restarts = None if "attention_mask" in whole or mask is not None else _restarts(whole.get("position_ids"), rows, tokens)
+    whole.pop("attention_mask", None)
     whole.setdefault("position_ids", torch.arange(tokens, device=ids.device).expand(rows, tokens))
+    last_position = int(whole["position_ids"].max()) if rows else tokens - 1
     learned = _learned_labels(whole, rows, tokens, shift)
     declared = TOKEN_DIM | {"shift_labels": 1} | dict(dims or {})
     part: Part = {name: _cut_one(name, value, declared, tokens, positions) for name, value in whole.items()}
     labelled = 0 if learned is None else int((learned != IGNORE).sum())
-    part["longspan"] = step = Step(tokens, rows, positions, step_mask, padding, labelled, _digest(batch, step_mask))
+    part["longspan"] = step = Step(
+        tokens, rows, positions, last_position, step_mask, padding, restarts, labelled,
+        _digest(batch, step_mask, shift, dims),
+    )  # fmt: skip
     _refuse_blind_labels(learned, step, shift)
     return part
 
@@ -229,6 +247,17 @@ def _padding(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Onl
     return tuple(Only(start, start + int(count)) for start, count in zip(starts, counts))
 
 
+def _restarts(position_ids: Tensor | None, rows: int, tokens: int) -> tuple[Documents, ...] | None:
+    """For each row the runs of positions that count on by one; None where every row is one run."""
+    if position_ids is None or position_ids.shape != (rows, tokens):
+        return None
+    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
+    if int(starts.sum()) == rows:
+        return None
+    firsts = [row.nonzero().flatten().tolist() for row in starts]
+    return tuple(Documents([b - a for a, b in zip(row, [*row[1:], tokens])]) for row in firsts)
+
+
 def _learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) -> Tensor | None:
     """The labels that the loss will see, on the whole row; adds ``shift_labels`` to the batch where they are shifted."""
     labels = whole.get("labels")
@@ -273,8 +302,11 @@ def _cut_one(name: str, value: Any, declared: Mapping[str, int], tokens: int, po
     return take(value, positions, dim)
 
 
-def _digest(batch: Mapping[str, Any], mask: Mask | tuple[Mask, ...] | None) -> int:
-    content = hashlib.blake2b(repr((sorted(batch), mask)).encode(), digest_size=7)
+def _digest(
+    batch: Mapping[str, Any], mask: Mask | tuple[Mask, ...] | None, shift: bool, dims: Mapping[str, int] | None
+) -> int:
+    said = (sorted(batch), masks.spelled(mask), shift, sorted((dims or {}).items()))
+    content = hashlib.blake2b(repr(said).encode(), digest_size=7)
     for name in sorted(batch):
         value = batch[name]
         if isinstance(value, Tensor):

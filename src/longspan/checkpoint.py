@@ -71,8 +71,12 @@ def save(
             shutil.rmtree(final, ignore_errors=True)
             os.replace(written, final)
             _write(folder / LATEST, final.name + "\n")
-            for old in sorted(folder.glob("step-*"))[:-keep]:
+            for old in sorted(folder.glob("step-*"), key=_step_of)[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -148,6 +148,7 @@ def _name_the_latest(arguments: Sequence[str]) -> list[str]:
 
 
 def _take_config_out(flags: list[str]) -> tuple[list[str], str | None]:
+    flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
     if "--config" not in flags:
         return flags, None
     at = flags.index("--config")

@@ -129,14 +129,14 @@ class Train(Layout):
                 f"rows_per_step={self.rows_per_step} is fewer than micro_batches={self.micro_batches}; "
                 f"every micro-batch needs a row: use --micro-batches {self.rows_per_step} or fewer"
             )
-        if Path(self.run).name != self.run:
+        if Path(self.run).name != self.run or self.run == LATEST:
             raise RunError(f"run={self.run!r} is not a plain name; put the folder of the runs into --runs-folder")
 
 
     @property
     def after_a_death(self) -> str:
         elsewhere = f" --runs-folder {self.runs_folder}" if self.runs_folder != "runs" else ""
-        return f"; go on from its last checkpoint with: longspan train --resume {self.run}".rstrip() + elsewhere
+        return f"; if it had made a checkpoint, go on from it with: longspan train --resume {self.run}".rstrip() + elsewhere
 
 
 @dataclass(frozen=True)

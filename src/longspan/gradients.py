@@ -47,9 +47,15 @@ class MeanGradients:
         # On one rank the mean is what is there already.
         hooked = self._parameters if mesh.degree > 1 else []
         self._handles: list[RemovableHandle] = [
-            parameter.register_hook(partial(self._keep, index))
-            for index, parameter in enumerate(hooked)
+            model.register_forward_pre_hook(self._refuse_what_changed),
+            *(parameter.register_hook(partial(self._keep, index)) for index, parameter in enumerate(hooked)),
         ]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "MeanGradients":
+        raise ModelError(
+            "a parallel model cannot be copied: the gradients of the copy would not be averaged; copy it before parallelize, "
+            "or copy its state_dict into a model that was built anew"
+        )
 
     def remove(self) -> None:
         """Let ``backward`` do again what it does on one rank."""
@@ -80,6 +86,10 @@ class MeanGradients:
                 "torch.autograd.grad and create_graph=True would give this rank's part of a parameter's gradient; "
                 "call loss.backward() and read .grad, which is the mean over the ranks"
             )
+        self._refuse_what_changed()
+
+    def _refuse_what_changed(self, *_: object) -> None:
+        """Before each forward too: where every hooked parameter was frozen or replaced, no hook would be there to see it."""
         known = set(map(id, self._parameters))
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad and id(parameter) not in known:

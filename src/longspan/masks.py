@@ -7,7 +7,7 @@ A mask knows no length; asked for one it gives disjoint bands, the list that ker
 
 import reprlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
 
@@ -51,6 +51,16 @@ def rows(mask: Mask | Sequence[Mask], rows: int, tokens: int, key_tokens: int) -
         for row, row_mask in enumerate(masks)
         for band in row_mask.bands(tokens, key_tokens)
     )
+
+
+def spelled(mask: object) -> str:
+    """All that a mask, or a tuple of masks, says: its repr, which people read, leaves out most of many documents."""
+    if isinstance(mask, Mask):
+        said = ", ".join(spelled(getattr(mask, field.name)) for field in fields(mask))  # type: ignore[arg-type]
+        return f"{type(mask).__name__}({said})"
+    if isinstance(mask, tuple) and any(isinstance(item, Mask) for item in mask):
+        return f"({', '.join(map(spelled, mask))})"
+    return repr(mask)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ class Place:
 class ParallelMesh:
     """``data x ring x ulysses`` ranks; what the degrees leave of the world is data parallel.
 
-    Joins the process group that exists (torchrun's environment included); in a plain Python process it is a world of one.
+    Joins the process group that exists, or that torchrun's environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
+    whoever sets it); in a plain Python process it is a world of one.
     ``ulysses="auto"`` shares each sequence among the whole world, and chooses ulysses x ring from ``heads`` = (query heads,
     key/value heads) and the ranks of a node; ``why`` is then the reason in a sentence. ``layout`` is "contiguous" or
     "zigzag", by default zigzag where ring > 1. ``device`` defaults to this rank's CUDA device, or the CPU. ``transport``
@@ -86,6 +87,9 @@ class ParallelMesh:
         self.fsdp_mesh: DeviceMesh = self.device_mesh[axes]._flatten("mean")
         self.mean_group = self.fsdp_mesh.get_group()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "ParallelMesh":
+        return self  # process groups are what they are; a copied model stands in the same world
+
     @property
     def degree(self) -> int:
         """How many ranks hold the same parameters: the number that a mean over ranks divides by."""
@@ -108,7 +112,7 @@ def _join_world(device: torch.device) -> None:
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if dist.is_torchelastic_launched():
+    if dist.is_torchelastic_launched() or os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

@@ -51,7 +51,7 @@ class Journal:
             return
         try:
             path = folder / METRICS
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+            kept = [line for line in _lines(path) if _is_up_to(step, line)]
             path.write_text("".join(kept))
             self._file = path.open("ab", buffering=0)
             self._events = _Events(folder, step + 1)
@@ -211,6 +211,14 @@ def clock(seconds: int | float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _is_up_to(step: int, line: str) -> bool:
+    """Whether a line is a record of this step or of one before; a damaged line is none."""
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _lines(path: Path) -> list[str]:

@@ -209,11 +209,17 @@ def _of(sinks: Tensor | None, part: Part) -> Tensor | None:
 def _forward(
     q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], core: Core
 ) -> tuple[Tensor, Tensor]:
-    out, lse = ring.forward(q_RGD, k_RGD, v_RGD, core.local, core.ring, tuple(parameters))
+    with _exactly(q_RGD):
+        out, lse = ring.forward(q_RGD, k_RGD, v_RGD, core.local, core.ring, tuple(parameters))
     if sinks is not None:
         lse_of_keys, lse = lse, torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(1))
         out = out * (lse_of_keys - lse).exp().T.unsqueeze(2)
     return out.to(q_RGD.dtype), lse
+
+
+def _exactly(like: Tensor) -> torch.autocast:
+    """Autocast has had its say on q, k and v: what a kernel forms in fp32 must not become half again."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]
@@ -225,9 +231,10 @@ def _backward(
     sinks: Tensor | None, parameters: Sequence[Tensor], core: Core,
 ) -> Gradients:  # fmt: skip
     leaves = tuple(parameter.detach().requires_grad_() for parameter in parameters)
-    dq, dk, dv, dparameters = ring.backward(
-        dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, lse, core.local, core.ring, leaves
-    )
+    with _exactly(q_RGD):
+        dq, dk, dv, dparameters = ring.backward(
+            dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, lse, core.local, core.ring, leaves
+        )
     if sinks is None:
         return dq, dk, dv, None, dparameters
     flow = (dout_RGD.to(lse.dtype) * out_RGD).sum(-1).T

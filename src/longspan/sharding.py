@@ -1,19 +1,21 @@
-"""Make a model parallel from the outside: its attention, its loss, its gradients, its parameters. Knows no model by name.
+"""Make a model parallel from the outside: its attention, its loss, its gradients, its parameters.
 
     what the model offers          what it is given
-    model.attention                the same, over the mesh: tokens are traded for heads and back
-    model.cross_entropy            the same, over the mesh: the mean over the labels of all ranks
-    model.parameters()             zero=0  each rank keeps all; MeanGradients after every backward
-    model.blocks                   zero=3  each rank keeps 1/P of every block (FSDP2), gathered while the block computes
+    attention, cross_entropy       the same, over the mesh: tokens are traded for heads and back, labels of all ranks counted
+                                   (a Hugging Face model offers them by models/transformers.py, which proves it first)
+    parameters                     zero=0  each rank keeps all; MeanGradients after every backward
+    blocks                         zero=3  each rank keeps 1/P of every block (FSDP2), gathered while the block computes
 
 All ranks first exchange what they hold, in one small agreement: a model that differs on one rank would train on, and be
 wrong on all of them.
 """
 
 import hashlib
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -38,17 +40,15 @@ def parallelize(model: Model, mesh: ParallelMesh, zero: int = 0) -> Model:
     Raises on every rank alike: LayoutError (fewer heads than ulysses ranks), ModelError (a model that offers no attention, that
     is parallel already, or whose parameters differ between the ranks; an unknown ``zero``).
     """
-    _agree(model, mesh, zero)
-    offers: Any = model
-    state = offers._longspan = _Parallel(offers.attention, offers.cross_entropy)
-    offers.attention = partial(state.attention, mesh=mesh)
-    offers.cross_entropy = partial(state.cross_entropy, mesh=mesh)
-    if mesh.place.ring * mesh.place.ulysses > 1:
-        state.guard = model.register_forward_pre_hook(_refuse_what_is_not_cut, prepend=True, with_kwargs=True)
+    offer = _offer(model)
+    _agree(model, offer, mesh, zero)
+    offer.install(mesh)
+    state = _Parallel(offer)
     if zero == 3:
-        _shard_parameters(model, mesh)
+        _shard_parameters(model, offer.blocks(), mesh)
     else:
         state.gradients = MeanGradients(model, mesh)
+    vars(model)["_longspan"] = state
     return model
 
 
@@ -66,30 +66,84 @@ def unparallelize(model: Model) -> Model:
             "load a checkpoint of this one"
         )
     state.gradients.remove()
-    if state.guard is not None:
-        state.guard.remove()
-    offers: Any = model
-    offers.attention, offers.cross_entropy = state.attention, state.cross_entropy
-    del offers._longspan
+    state.offer.undo()
+    del vars(model)["_longspan"]
     return model
+
+
+@runtime_checkable
+class Offer(Protocol):
+    """A kind of model, as ``parallelize`` wants it."""
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """What FSDP2 gathers one after the other."""
+        ...
+
+    def prove(self, mesh: ParallelMesh) -> None:
+        """Raise what stands against the mesh. Changes nothing, and has no collective."""
+        ...
+
+    def install(self, mesh: ParallelMesh) -> None: ...
+
+    def undo(self) -> None: ...
 
 
 @dataclass
 class _Parallel:
     """What parallelize changed, for the way back."""
 
-    attention: Any
-    cross_entropy: Any
+    offer: Offer
     gradients: MeanGradients | None = None
-    guard: RemovableHandle | None = None
 
 
-def _agree(model: nn.Module, mesh: ParallelMesh, zero: int) -> None:
+class _Given:
+    """A model that is given its attention and its loss, as the Decoder is."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.guard: RemovableHandle | None = None
+
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.model.blocks)
+
+    def prove(self, mesh: ParallelMesh) -> None:
+        missing = [name for name in ("attention", "cross_entropy", "blocks", "config") if not hasattr(self.model, name)]
+        if missing:
+            raise ModelError(
+                f"{type(self.model).__name__} offers no {', '.join(missing)}, so its attention cannot be made parallel; use "
+                f"a Hugging Face model, the Decoder, or a model with attention, cross_entropy, blocks and config as attributes"
+            )
+        Heads(self.model.config.heads, self.model.config.kv_heads, mesh.place.ulysses)
+
+    def install(self, mesh: ParallelMesh) -> None:
+        self.attention, self.cross_entropy = self.model.attention, self.model.cross_entropy
+        self.model.attention = partial(self.attention, mesh=mesh)
+        self.model.cross_entropy = partial(self.cross_entropy, mesh=mesh)
+        if mesh.place.ring * mesh.place.ulysses > 1:
+            self.guard = self.model.register_forward_pre_hook(_refuse_what_is_not_cut, prepend=True, with_kwargs=True)
+
+    def undo(self) -> None:
+        if self.guard is not None:
+            self.guard.remove()
+        self.model.attention, self.model.cross_entropy = self.attention, self.cross_entropy
+
+
+def _offer(model: nn.Module) -> Offer:
+    library = sys.modules.get("transformers")  # whoever has such a model has imported it
+    if library is not None and isinstance(model, library.PreTrainedModel):
+        from longspan.models.transformers import Pretrained
+
+        return Pretrained(model)
+    return _Given(model)
+
+
+def _agree(model: nn.Module, offer: Offer, mesh: ParallelMesh, zero: int) -> None:
     """Raise on every rank what any rank finds: one exchange of each rank's error and of what it holds."""
     error: LongspanError | None = None
     facts: dict[str, str] = {}
     try:
-        _refuse_what_cannot_be(model, mesh, zero)
+        _refuse_what_cannot_be(model, zero)
+        offer.prove(mesh)
         facts = {"zero": str(zero)} | _fingerprints(model)
     except LongspanError as found:
         error = found
@@ -103,19 +157,11 @@ def _agree(model: nn.Module, mesh: ParallelMesh, zero: int) -> None:
     _refuse_differences([held for _, held in everyone])
 
 
-def _refuse_what_cannot_be(model: nn.Module, mesh: ParallelMesh, zero: int) -> None:
+def _refuse_what_cannot_be(model: nn.Module, zero: int) -> None:
     if zero not in (0, 3):
         raise ModelError(f"zero={zero} is not supported; legal are zero=0 (every rank keeps all) and zero=3 (each a share)")
-    missing = [name for name in ("attention", "cross_entropy", "blocks", "config") if not hasattr(model, name)]
-    if missing:
-        raise ModelError(
-            f"{type(model).__name__} offers no {', '.join(missing)}, so its attention cannot be made parallel; use longspan's "
-            f"Decoder, or a model with the attributes attention, cross_entropy, blocks and config"
-        )
     if hasattr(model, "_longspan"):
         raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
-    config: Any = model.config
-    Heads(config.heads, config.kv_heads, mesh.place.ulysses)
 
 
 def _fingerprints(model: nn.Module) -> dict[str, str]:
@@ -151,10 +197,9 @@ def _refuse_what_is_not_cut(model: nn.Module, args: tuple[Any, ...], kwargs: dic
         )
 
 
-def _shard_parameters(model: nn.Module, mesh: ParallelMesh) -> None:
+def _shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: ParallelMesh) -> None:
     exact = any(parameter.dtype == torch.float64 for parameter in model.parameters())
     policy = MixedPrecisionPolicy() if exact else MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    blocks: Any = model.blocks
     for block in blocks:
         fully_shard(block, mesh=mesh.fsdp_mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh.fsdp_mesh, mp_policy=policy)

@@ -286,6 +286,6 @@ def _closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, c
         f"Kept in {run}",
         f"  checkpoints/step-{config.steps:06d}, metrics.jsonl, config.json, TensorBoard events",
         "Next",
-        f"  {ours} evaluate {run.name} --ranks {config.ulysses * config.ring}{where}",
+        f"  {ours} evaluate {run.name} --ranks {config.ulysses}{where}",
         f"  {Path(ours).with_name('tensorboard')} --logdir {config.runs_folder}",
     ])

@@ -41,6 +41,7 @@ def forward(
     scale: float,
 ) -> FlashPartial:
     """Every query of a tile sees a key: the operator's lse of a fully masked row (0.0, not -inf) cannot occur."""
+    q, k, v = (_readable(x) for x in (q, k, v))
     if on_cuda(q):
         return cuda.forward(stack, q, k, v, scale)
     if stack.shape is Shape.UPPER:
@@ -60,6 +61,7 @@ def backward(
     scale: float,
 ) -> FlashGradients:
     """dq, dk, dv of each tile; tiles that share keys each give their own part."""
+    dout, q, k, v, out = (_readable(x) for x in (dout, q, k, v, out))
     if on_cuda(q):
         return cuda.backward(stack, dout, q, k, v, out, lse, scale)
     if stack.shape is Shape.UPPER:
@@ -67,6 +69,11 @@ def backward(
     causal, mask = _is_causal(stack), _mask(stack, q.dtype)
     dq, dk, dv = _backward_cpu(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     return (dq.flip(2), dk.flip(2), dv.flip(2)) if stack.shape is Shape.UPPER else (dq, dk, dv)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """The operators read the elements of a head side by side, whatever the stride says; a gradient may be expanded."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _is_causal(stack: Stack) -> bool:

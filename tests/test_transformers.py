@@ -1,0 +1,378 @@
+"""Law 1 for Hugging Face models as they are: logits, loss, every gradient and three steps against one device, or a refusal.
+
+The reference is the untouched model with its own attention. Dense models are compared in fp64; those whose experts or own
+attention compute in fp32 say so by their tolerance.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.masking_utils import and_masks, causal_mask_function, chunked_causal_mask_function
+
+from longspan import LongspanError, ModelError, ParallelMesh, cross_entropy, parallelize, shard, unparallelize, unshard
+from longspan.batch import IGNORE
+from longspan.masks import Causal, Chunked, Full, Window
+from longspan.models.transformers import Pretrained, as_mask
+from ranks import Ranks
+
+transformers.logging.set_verbosity_error()
+
+BASE = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "attention_dropout": 0.0,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16,
+    "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+}  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """A model's classes by their name in Transformers, what its config adds to BASE, and how exact its reference is."""
+
+    config: str
+    model: str
+    settings: Mapping[str, Any] = MappingProxyType({})
+    dtype: torch.dtype = torch.float64
+    tolerance: float = 1e-10
+    base: bool = True
+
+
+FP32: dict[str, Any] = {"dtype": torch.float32, "tolerance": 1e-5}
+KINDS = {
+    "llama": Kind("LlamaConfig", "LlamaForCausalLM"),
+    "llama, dynamic rope": Kind(
+        "LlamaConfig", "LlamaForCausalLM",
+        {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    ),
+    "qwen2": Kind(
+        "Qwen2Config", "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    ),
+    "qwen3": Kind("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 8}),
+    "mistral": Kind("MistralConfig", "MistralForCausalLM", {"sliding_window": 5}),
+    "gemma2": Kind(
+        "Gemma2Config", "Gemma2ForCausalLM",
+        {"head_dim": 8, "sliding_window": 5, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0},
+        **FP32,  # its own attention with softcap is the eager one, whose softmax is fp32
+    ),
+    "gemma3": Kind(
+        "Gemma3TextConfig", "Gemma3ForCausalLM", {"head_dim": 8, "sliding_window": 5, "num_hidden_layers": 3,
+        "sliding_window_pattern": 2}, **FP32,
+    ),
+    "gpt_oss": Kind(
+        "GptOssConfig", "GptOssForCausalLM",
+        {"head_dim": 8, "sliding_window": 5, "num_local_experts": 4, "num_experts_per_tok": 2}, **FP32,
+    ),
+    "phi3, longrope": Kind(
+        "Phi3Config", "Phi3ForCausalLM", {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE}
+    ),
+    "mixtral": Kind("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}, **FP32),
+    "qwen3_moe": Kind("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {"head_dim": 8, **EXPERTS}, **FP32),
+    "deepseek_v3": Kind(
+        "DeepseekV3Config", "DeepseekV3ForCausalLM",
+        {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+         "v_head_dim": 8, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+         "n_shared_experts": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 16}, **FP32,
+    ),
+    "olmo2": Kind("Olmo2Config", "Olmo2ForCausalLM"),
+    "starcoder2": Kind(
+        "Starcoder2Config", "Starcoder2ForCausalLM", {"residual_dropout": 0.0, "embedding_dropout": 0.0}
+    ),
+    "gpt_neox": Kind("GPTNeoXConfig", "GPTNeoXForCausalLM", {"hidden_dropout": 0.0}),
+    "gpt2": Kind(
+        "GPT2Config", "GPT2LMHeadModel",
+        {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0,
+         "embd_pdrop": 0.0, "resid_pdrop": 0.0}, base=False,
+    ),
+    "bert": Kind("BertConfig", "BertForMaskedLM", NO_DROPOUT),
+    "modernbert": Kind(
+        "ModernBertConfig", "ModernBertForMaskedLM", {"local_attention": 8, "global_attn_every_n_layers": 2}
+    ),
+}  # fmt: skip
+FEW_KEYS = {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", "phi3, longrope", "mixtral", "qwen3_moe",
+            "olmo2", "starcoder2"}  # fmt: skip
+"""Those that can be built with one key/value head."""
+TOKENS = 24
+
+
+def build(name: str, **more: Any) -> Any:
+    kind = KINDS[name]
+    torch.manual_seed(0)
+    settings = {**(BASE if kind.base else {}), **kind.settings, **more}
+    model = getattr(transformers, kind.model)(getattr(transformers, kind.config)(**deepcopy(settings)))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model.to(kind.dtype).train()
+
+
+def in_place(model: Any) -> bool:
+    return type(model).__name__.endswith("ForMaskedLM")
+
+
+def batches(batch: str, encoder: bool) -> dict[str, Tensor]:
+    """What the user has, for two rows: the same for one device and, cut, for the ranks."""
+    tokens = 23 if batch == "odd length" else TOKENS
+    ids = torch.randint(3, 97, (2, tokens), generator=torch.Generator().manual_seed(1))
+    labels, whole = ids.clone(), {"input_ids": ids}
+    if batch == "left padding":
+        whole["attention_mask"] = torch.ones_like(ids)
+        whole["attention_mask"][0, :5] = 0
+        labels[0, : 5 + (not encoder)] = IGNORE
+    if batch == "right padding":
+        whole["attention_mask"] = torch.ones_like(ids)
+        whole["attention_mask"][1, -7:] = 0
+        labels[1, -7:] = IGNORE
+    if batch == "packed":
+        lengths = ((7, 12, 5), (3, 20, 1))
+        whole["position_ids"] = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    if batch == "a rank without labels":
+        labels[:, tokens // 2 :] = IGNORE
+    return whole | {"labels": labels}
+
+
+BATCHES = ["even", "odd length", "packed", "left padding", "right padding", "a rank without labels", "one key/value head"]
+
+
+def targets(labels: Tensor, encoder: bool) -> Tensor:
+    return labels if encoder else F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def forward_alone(model: Any, whole: dict[str, Tensor], encoder: bool) -> tuple[Tensor, Tensor]:
+    given = {name: value for name, value in whole.items() if name != "labels"}
+    logits = model(**given, **({} if encoder else {"use_cache": False})).logits
+    return cross_entropy(logits, targets(whole["labels"], encoder)), logits
+
+
+def forward_cut(model: Any, whole: dict[str, Tensor], encoder: bool, mesh: ParallelMesh, knows_loss: bool) -> tuple[Any, Any]:
+    part = shard(whole, mesh, shift=not encoder)
+    wanted = part["labels" if encoder else "shift_labels"]
+    if not knows_loss:
+        part = {name: value for name, value in part.items() if "labels" not in name}
+    output = model(**part)
+    loss = output.loss if knows_loss else cross_entropy(output.logits, wanted, mesh=mesh, labelled=part["longspan"].labelled)
+    return loss, unshard(output.logits, mesh, tokens=part["longspan"].tokens)
+
+
+def compare(name: str, batch: str, ulysses: int, ring: int, zero: int = 0, steps: int = 0, checkpointing: bool = False) -> None:
+    kind = KINDS[name]
+    mesh = ParallelMesh(ulysses, ring)
+    reference = build(name, **({"num_key_value_heads": 1} if batch == "one key/value head" else {}))
+    model, encoder = deepcopy(reference), in_place(reference)
+    whole = batches(batch, encoder)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    parallelize(model, mesh, zero)
+    knows_loss = model._longspan.offer.loss_type is not None
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (reference, model)]
+    for step in range(1 + steps):
+        expected, logits = forward_alone(reference, whole, encoder)
+        expected.backward()
+        found, mine = forward_cut(model, whole, encoder, mesh, knows_loss)
+        found.backward()
+        tolerance = kind.tolerance if step == 0 else max(kind.tolerance, 1e-6)  # a true gradient of 0 has the sign of rounding
+        assert abs(found.item() - expected.item()) <= tolerance * abs(expected.item()), f"loss of step {step}"
+        if step == 0:
+            real = whole.get("attention_mask", torch.ones_like(whole["input_ids"])).bool()
+            scale = logits[real].abs().max().item()
+            assert (mine - logits)[real].abs().max().item() <= kind.tolerance * scale, "logits"
+            assert_gradients(model, reference, kind.tolerance)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    if zero == 0:
+        unparallelize(model)
+        assert not [key for key in vars(model) if "longspan" in key or key == "_loss_function"]
+        assert model.config._attn_implementation == reference.config._attn_implementation
+        alone, _ = forward_alone(model, whole, encoder)
+        assert torch.isfinite(alone)
+
+
+def assert_gradients(model: Any, reference: Any, tolerance: float) -> None:
+    total = torch.stack([p.grad.norm() for p in reference.parameters() if p.grad is not None]).norm().item()
+    for (name, mine), theirs in zip(model.named_parameters(), reference.parameters()):
+        want = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+        got = torch.zeros_like(theirs) if mine.grad is None else mine.grad
+        got = got.full_tensor() if isinstance(got, DTensor) else got
+        error = (got - want).norm().item()
+        assert error <= tolerance * max(want.norm().item(), 1e-3 * total), f"{name} is off by {error:.1e}"
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+    pools: dict[int, Ranks] = {}
+
+    def of(ranks: int) -> Ranks:
+        if ranks not in pools:
+            pools[ranks] = Ranks(ranks, tmp_path_factory.mktemp("ranks"))
+        return pools[ranks]
+
+    yield of
+    for ranks in pools.values():
+        ranks.close()
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_group_behind() -> Iterator[None]:
+    """Ranks that are forked later would inherit the world of one that a ``ParallelMesh()`` makes here."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pairs() -> list[tuple[str, str]]:
+    return [(name, batch) for name in KINDS for batch in BATCHES if batch != "one key/value head" or name in FEW_KEYS]
+
+
+LAYOUTS = [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]
+
+
+@pytest.mark.parametrize(("name", "batch"), pairs())
+def test_every_pair_of_model_and_batch_under_one_layout(name: str, batch: str, pool: Callable[[int], Ranks]) -> None:
+    """Ulysses 2 for the even batch, with three steps of AdamW; for the others the layouts in turn."""
+    ulysses, ring = LAYOUTS[0] if batch == "even" else LAYOUTS[pairs().index((name, batch)) % len(LAYOUTS)]
+    pool(ulysses * ring).run(compare, name, batch, ulysses, ring, 0, 3 if batch == "even" else 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS)
+@pytest.mark.parametrize(("name", "batch"), pairs())
+def test_every_pair_under_every_layout(name: str, batch: str, ulysses: int, ring: int, pool: Callable[[int], Ranks]) -> None:
+    pool(ulysses * ring).run(compare, name, batch, ulysses, ring, 0, 3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
+def test_sharded_parameters_and_checkpointing(name: str, pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(compare, name, "odd length", 2, 1, 3)
+    pool(2).run(compare, name, "odd length", 2, 1, 0, 0, True)
+
+
+# ---- what a model says of itself
+
+
+@pytest.mark.parametrize(
+    ("name", "masks"),
+    [
+        ("llama", [Causal(), Causal()]),
+        ("qwen2", [Causal(), Window(4)]),
+        ("mistral", [Window(4), Window(4)]),
+        ("gemma2", [Window(4), Causal()]),
+        ("bert", [Full(), Full()]),
+        ("modernbert", [Full(), Window(4, 4)]),
+    ],
+)
+def test_a_layer_s_own_mask_is_read_from_the_model(name: str, masks: list[Any]) -> None:
+    offer = Pretrained(build(name))
+    offer.prove(ParallelMesh())
+    assert [layer.own for _, layer in offer.layers] == masks
+
+
+def test_chunked_masks_are_read() -> None:
+
+
+    assert as_mask(chunked_causal_mask_function(8, torch.zeros(1, dtype=torch.long))) == Chunked(8) & Causal()
+    assert as_mask(and_masks(causal_mask_function, lambda b, h, q, k: k % 3 == 0)) is None
+
+
+# ---- refusals
+
+
+def refused(build_it: Callable[[], Any]) -> str:
+    model = build_it()
+    before = deepcopy({name: parameter.detach() for name, parameter in model.named_parameters()})
+    with pytest.raises(LongspanError) as error:
+        parallelize(model, ParallelMesh())
+    assert "_longspan" not in vars(model)
+    assert model.config._attn_implementation != "longspan"
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    return str(error.value)
+
+
+def small(config: str, model: str, **settings: Any) -> Callable[[], Any]:
+    return lambda: getattr(transformers, model)(getattr(transformers, config)(**settings))
+
+
+HYBRID = {
+    **BASE, "head_dim": 8, **EXPERTS, "shared_expert_intermediate_size": 16, "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("build_it", "text"),
+    [
+        (small("BloomConfig", "BloomForCausalLM", vocab_size=97, hidden_size=32, n_layer=2, n_head=4), "BloomForCausalLM"),
+        (small("T5Config", "T5ForConditionalGeneration", vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4),
+         "encoder-decoder, not supported yet"),
+        (small("MambaConfig", "MambaForCausalLM", vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=8),
+         "no layer of MambaForCausalLM attends"),
+        (small("Qwen3NextConfig", "Qwen3NextForCausalLM", **HYBRID), "linear_attn.* mixes tokens outside attention"),
+        (small("RobertaConfig", "RobertaForMaskedLM", **BASE), "does not count its positions 0, 1, 2"),
+        (small("LlamaConfig", "LlamaForSequenceClassification", **BASE), "mixes tokens outside attention"),
+        (small("MixtralConfig", "MixtralForCausalLM", **BASE, output_router_logits=True), "config.output_router_logits is on"),
+    ],
+)  # fmt: skip
+def test_what_would_be_wrong_is_refused_by_name(build_it: Callable[[], Any], text: str) -> None:
+    assert re.search(text, refused(build_it), re.DOTALL)
+
+
+def test_calls_that_mean_the_whole_sequence_are_refused() -> None:
+    mesh = ParallelMesh()
+    model = parallelize(build("llama"), mesh)
+    part = shard({"input_ids": torch.ones(1, 8, dtype=torch.long)}, mesh)
+    for call, text in [
+        (lambda: model(input_ids=part["input_ids"]), r"call model\(\*\*shard\(batch, mesh\)\)"),
+        (lambda: model.generate(part["input_ids"], max_new_tokens=1), r"to generate, unparallelize\(model\) first"),
+        (lambda: model(**part, use_cache=True), "use_cache= means the whole sequence"),
+        (lambda: model(**part, logits_to_keep=1), "logits_to_keep= means the whole sequence"),
+        (lambda: model(**part, output_attentions=True), "output_attentions= means the whole sequence"),
+    ]:
+        with pytest.raises(ModelError, match=text):
+            call()
+
+
+def test_labels_cut_for_another_kind_of_model_are_refused() -> None:
+    mesh, ids = ParallelMesh(), torch.ones(1, 8, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids}
+    model = parallelize(build("llama"), mesh)
+    with pytest.raises(ModelError, match="shift=True"):
+        model(**shard(batch, mesh, shift=False))
+    model = parallelize(build("modernbert"), mesh)
+    with pytest.raises(ModelError, match="shift=False"):
+        model(**shard(batch, mesh))
+    model = parallelize(build("bert"), mesh)
+    with pytest.raises(ModelError, match="computes its loss from labels by itself"):
+        model(**shard(batch, mesh, shift=False))
+
+
+def test_attention_dropout_is_refused_by_its_field() -> None:
+    mesh = ParallelMesh()
+    model = parallelize(build("llama", attention_dropout=0.1), mesh)
+    part = shard({"input_ids": torch.ones(1, 8, dtype=torch.long)}, mesh)
+    with pytest.raises(ModelError, match=r"layers.0.self_attn' asks for attention dropout, .*; set config.attention_dropout"):
+        model(**part)
+    model.eval()(**part)
+
+
+def test_a_model_beside_it_that_shares_the_config_is_untouched() -> None:
+    config = transformers.LlamaConfig(**BASE)
+    beside, model = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
+    ids = torch.randint(3, 97, (1, 9))
+    before = beside(input_ids=ids).logits
+    parallelize(model, ParallelMesh())
+    assert config._attn_implementation != "longspan"
+    assert torch.equal(beside(input_ids=ids).logits, before)
