@@ -134,6 +134,9 @@ def _unshard(ulysses: int, ring: int) -> None:
     assert torch.equal(together, whole)
     (together * asks[dist.get_rank()]).sum().backward()
     torch.testing.assert_close(x.grad, part["asked"], rtol=1e-12, atol=1e-12)
+    one = torch.ones(1, part["input_ids"].shape[1], dtype=torch.float64, requires_grad=True)
+    unshard(one, mesh, tokens=11).sum(1).sum().backward()  # a gradient without memory of its own
+    assert torch.equal(one.grad, torch.full_like(one, ulysses * ring))
 
 
 def _cut_differently(rank: int) -> None:

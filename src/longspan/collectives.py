@@ -141,7 +141,7 @@ class _AllGather(torch.autograd.Function):
         ctx.group, ctx.transport, ctx.dim, ctx.sizes = group, transport, dim, sizes
         first = x.movedim(dim, 0)
         row = first.shape[1:].numel()
-        send = first.expand(group.size(), *first.shape).reshape(-1)
+        send = first.expand(group.size(), *first.shape).reshape(-1).contiguous()
         received = transport.all_to_all(send, [first.numel()] * group.size(), [size * row for size in sizes], group).wait()
         return received.view(sum(sizes), *first.shape[1:]).movedim(0, dim)
 
@@ -151,7 +151,7 @@ class _AllGather(torch.autograd.Function):
         mine = ctx.sizes[ctx.group.rank()]
         row = first.shape[1:].numel()
         received = ctx.transport.all_to_all(
-            first.reshape(-1), [size * row for size in ctx.sizes], [mine * row] * ctx.group.size(), ctx.group
+            first.reshape(-1).contiguous(), [size * row for size in ctx.sizes], [mine * row] * ctx.group.size(), ctx.group
         ).wait()
         pieces = received.view(ctx.group.size(), mine, *first.shape[1:])
         return pieces.sum(0).movedim(0, ctx.dim), None, None, None, None
