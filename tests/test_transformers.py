@@ -7,6 +7,7 @@ attention compute in fp32 say so by their tolerance.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -167,9 +168,15 @@ def forward_cut(model: Any, whole: dict[str, Tensor], encoder: bool, mesh: Paral
     return loss, unshard(output.logits, mesh, tokens=part["longspan"].tokens)
 
 
+@cache
+def mesh_of(ulysses: int, ring: int) -> ParallelMesh:
+    """One for all cases of a rank: groups cost time and threads."""
+    return ParallelMesh(ulysses, ring)
+
+
 def compare(name: str, batch: str, ulysses: int, ring: int, zero: int = 0, steps: int = 0, checkpointing: bool = False) -> None:
     kind = KINDS[name]
-    mesh = ParallelMesh(ulysses, ring)
+    mesh = mesh_of(ulysses, ring)
     reference = build(name, **({"num_key_value_heads": 1} if batch == "one key/value head" else {}))
     model, encoder = deepcopy(reference), in_place(reference)
     whole = batches(batch, encoder)
