@@ -249,14 +249,38 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], R
         ranks.close()
 
 
-def assert_law(case: Case, got: dict[str, torch.Tensor], tol: float) -> None:
-    want = oracle(case)
-    total = torch.stack([value.norm() for name, value in want.items() if name != "out"]).norm()
+class Off(NamedTuple):
+    """By how much a tensor differs, and the size that the law measures it by."""
+
+    error: float
+    scale: float
+
+
+def differences(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, Off]:
+    total = torch.stack([value.norm() for name, value in want.items() if name != "out"]).norm().item()
+    found = {}
     for name, value in want.items():
-        floor = 1e-3 * total if name != "out" else torch.tensor(1e-3)
-        scale = max(value.abs().max().item() if value.numel() else 0.0, floor.item())
-        error = (got[name] - value).abs().max().item() if value.numel() else 0.0
+        if not value.numel():
+            continue
+        floor = 1e-3 * total if name != "out" else 1e-3
+        found[name] = Off((got[name] - value).abs().max().item(), max(value.abs().max().item(), floor))
+    return found
+
+
+def assert_law(case: Case, got: dict[str, torch.Tensor], tol: float) -> None:
+    for name, (error, scale) in differences(got, oracle(case)).items():
         assert error <= tol * scale, f"{name} differs by {error / scale:.2e} in {case}"
+
+
+def assert_law_in_fp32(case: Case, pool: Callable[[int], Ranks]) -> None:
+    """Against fp64; where that asks for more than fp32 can give (a gradient that is truly 0), against one device in fp32."""
+    want = oracle(case)
+    found = differences(run(case, pool), want)
+    if all(error <= 1e-5 * scale for error, scale in found.values()):
+        return
+    alone = differences(run(case._replace(ulysses=1, ring=1, zigzag=False, head_chunks=1), pool), want)
+    for name, (error, scale) in found.items():
+        assert error <= max(1e-5 * scale, 2 * alone[name].error), f"{name} differs by {error / scale:.2e} in {case}"
 
 
 @st.composite
@@ -328,10 +352,20 @@ def test_attend_is_one_device_in_fp64(case: Case, pool: Callable[[int], Ranks]) 
     assert_law(case, run(case, pool), 1e-10)
 
 
-@settings(BRIEF, max_examples=60)
+@settings(BRIEF, max_examples=30)
 @given(case=cases(torch.float32))
 def test_attend_is_one_device_in_fp32(case: Case, pool: Callable[[int], Ranks]) -> None:
-    assert_law(case, run(case, pool), 1e-5)
+    assert_law_in_fp32(case, pool)
+
+
+KEPT = [  # once failed: queries that see one key alone, whose gradient is 0 up to rounding
+    Case(3, 2, False, 2, 6, 6, 28, 4, 2, 8, Only(0, 1) & Causal(), dtype=torch.float32, seed=799, head_chunks=2),
+]
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_what_once_failed(case: Case, pool: Callable[[int], Ranks]) -> None:
+    assert_law_in_fp32(case, pool)
 
 
 @pytest.mark.long
@@ -345,7 +379,7 @@ def test_attend_is_one_device_in_fp64_for_thousands(case: Case, pool: Callable[[
 @LONG
 @given(case=cases(torch.float32))
 def test_attend_is_one_device_in_fp32_for_thousands(case: Case, pool: Callable[[int], Ranks]) -> None:
-    assert_law(case, run(case, pool), 1e-5)
+    assert_law_in_fp32(case, pool)
 
 
 NAMED = {

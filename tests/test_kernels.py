@@ -557,6 +557,7 @@ def test_packed_documents_are_one_call_on_cuda() -> None:
 _PEAK = """
 import json, re, sys, torch
 from longspan.kernels import KERNELS
+from longspan.bands import Band
 from longspan.masks import *
 torch.set_num_threads(1)
 
@@ -578,7 +579,8 @@ for tokens in sizes:
     sparse = BlockSparse(512, [[j in (0, i) or (i * 7 + j * 3) % 31 == 0 for j in range(blocks)] for i in range(blocks)])
     documents = Documents([tokens // 16 - 3, tokens // 16 + 3, *[tokens // 128] * 112]) & Causal()
     for mask in (Causal(), Full(), Window(255), Window(4095), Window(63, 63), documents, PrefixLM(tokens // 3),
-                 Chunked(1000), Sinks(64), Causal() & (Window(255) | Sinks(64)), Only(100, tokens // 4), sparse):
+                 Chunked(1000), Sinks(64), Causal() & (Window(255) | Sinks(64)), Only(100, tokens // 4), sparse,
+                 Bands([Band(0, tokens, 0, tokens, -999, -500)])):
         for kernel in ("sdpa", "online"):
             if kernel == "sdpa" or tokens <= 2**13:
                 name = f"{kernel} {re.sub(r'[0-9]{4,}.*', '', repr(mask))}"

@@ -1,11 +1,14 @@
 """The surface is pinned: the public names, the README's code, and its tree of the files."""
 
+import contextlib
+import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
+
 import longspan
+from ranks import on_ranks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,28 +28,20 @@ def test_the_public_names() -> None:
 
 
 def test_the_readme_s_code_runs_on_one_rank_and_on_two_alike(tmp_path: Path) -> None:
-    script = tmp_path / "example.py"
-    script.write_text("\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL)))
-    losses = re.compile(r"^\d \d\.\d+$", re.MULTILINE)
-    alone = _run([sys.executable, str(script)])
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 --local-ranks-filter 0"
-    launcher = [sys.executable, *torchrun.split()]
-    together = _run([*launcher, str(_first_block(tmp_path))])
-    one, two = ([float(line.split()[1]) for line in losses.findall(text)] for text in (alone, together))
-    assert len(one) == len(two) == 3
-    assert all(abs(mine - other) < 1e-5 * mine for mine, other in zip(one, two))
+    """Its blocks are one program, but for the last, which asks for a whole sequence on one rank."""
+    *blocks, last = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (alone,) = on_ranks(1, _printed, "\n".join([*blocks, last]), tmp_path=tmp_path)
+    losses = re.compile(r"^\d (\d\.\d+)$", re.MULTILINE)
+    one = [float(loss) for loss in losses.findall(alone)]
+    assert len(one) == 3
+    for printed in on_ranks(2, _printed, "\n".join(blocks), tmp_path=tmp_path):
+        assert [float(loss) for loss in losses.findall(printed)] == pytest.approx(one, rel=1e-5)
 
 
-def _first_block(folder: Path) -> Path:
-    script = folder / "first.py"
-    script.write_text(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0])
-    return script
-
-
-def _run(command: list[str]) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+def _printed(code: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(code, "README.md", "exec"), {})
+    return out.getvalue()
 
 
 def test_the_readme_s_tree_is_the_package() -> None:

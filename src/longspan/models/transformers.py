@@ -43,7 +43,7 @@ TOKENS = 14
 IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
 """Losses whose labels stand where they are predicted."""
 SHIFTED = ("ForCausalLM",)
-RESULT = "the model's own output"
+OUTPUT = "output "
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Of the proof, relative to the largest value; other dtypes get ``COARSE``."""
 COARSE = 5e-2
@@ -248,8 +248,8 @@ def _evaluating(model: nn.Module) -> Any:
             module.training = was
 
 
-def _ask(model: Any, tokens: slice = slice(0, TOKENS), probe: _Probe | None = None, **more: Any) -> Tensor:
-    """What the model gives for some of the tokens of the proof: its first output."""
+def _ask(model: Any, tokens: slice = slice(0, TOKENS), probe: _Probe | None = None, **more: Any) -> dict[str, Tensor]:
+    """What the model gives for some of the tokens of the proof, by name."""
     config = model.config.get_text_config()
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
     ids = [i for i in range(config.vocab_size) if i not in special][3 : 3 + 3 * TOKENS : 3]
@@ -267,8 +267,7 @@ def _ask(model: Any, tokens: slice = slice(0, TOKENS), probe: _Probe | None = No
             f"{type(model).__name__} cannot be proven: a forward of {len(ids[tokens])} tokens with {', '.join(sorted(given))} "
             f"fails with {type(error).__name__}: {error}"
         ) from error
-    first: Tensor = output["logits"] if "logits" in output else output[0]
-    return first
+    return {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
 
 
 def _prove_attention(model: Any, mesh: ParallelMesh) -> list[tuple[Any, Layer]]:
@@ -326,14 +325,16 @@ def _prove_tokens(model: nn.Module) -> None:
     try:
         for tokens in (slice(0, TOKENS), slice(0, TOKENS // 2), slice(TOKENS // 2, TOKENS)):
             outputs.append({})
-            outputs[-1][RESULT] = _ask(model, tokens)
+            given = _ask(model, tokens)
+            outputs[-1] |= {f"{OUTPUT}{name}": value for name, value in given.items()}
     finally:
         for handle in handles:
             handle.remove()
-    if _is_cut(RESULT, *outputs):
+    wrong = [name for name in outputs[0] if name.startswith(OUTPUT) and not _is_cut(name, *outputs)]
+    if not wrong:
         return
     # Modules write down their outputs in the order in which they finish: the first that differs is the cause.
-    name = next((name for name in outputs[0] if _is_cut(name, *outputs) is False), RESULT)
+    name = next((name for name in outputs[0] if _is_cut(name, *outputs) is False), wrong[0])
     module = dict(model.named_modules()).get(name, model)
     raise ModelError(
         f"{type(module).__name__} '{name}' mixes tokens outside attention, or counts positions in its own way: over a part of "
@@ -358,10 +359,14 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return float((a.double() - b.double()).abs().max()) <= TOLERANCE.get(a.dtype, COARSE) * scale
 
 
+def _all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
+
+
 def _prove_positions(model: Any) -> bool:
     """Positions count from 0 where none are given; True where the model counts them from padding, if there is some."""
     given = _ask(model)
-    if not _equal(given, _ask(model, position_ids=None)):
+    if not _all_equal(given, _ask(model, position_ids=None)):
         raise ModelError(
             f"{type(model).__name__} does not count its positions 0, 1, 2, ..., which shard gives it; such a model is not "
             f"supported yet"
@@ -371,7 +376,8 @@ def _prove_positions(model: Any) -> bool:
     padded = torch.ones(1, TOKENS, dtype=torch.long, device=model.device)
     padded[:, :3] = 0
     counted = _ask(model, position_ids=None, attention_mask=padded)
-    return not _equal(given[:, 3:], counted[:, 3:])
+    real = slice(3, None)
+    return not _all_equal({name: x[:, real] for name, x in given.items()}, {name: x[:, real] for name, x in counted.items()})
 
 
 def _prove_loss(model: Any) -> str | None:
