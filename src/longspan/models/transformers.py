@@ -248,10 +248,15 @@ def _evaluating(model: nn.Module) -> Any:
             module.training = was
 
 
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _ask(model: Any, tokens: slice = slice(0, TOKENS), probe: _Probe | None = None, **more: Any) -> dict[str, Tensor]:
     """What the model gives for some of the tokens of the proof, by name."""
     config = model.config.get_text_config()
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")}
+    named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
+    special = [token for tokens_of_kind in named for token in _as_list(tokens_of_kind)]
     ids = [i for i in range(config.vocab_size) if i not in special][3 : 3 + 3 * TOKENS : 3]
     batch = {
         "input_ids": torch.tensor([ids[tokens]], device=model.device),
@@ -263,6 +268,11 @@ def _ask(model: Any, tokens: slice = slice(0, TOKENS), probe: _Probe | None = No
     except LongspanError:
         raise
     except Exception as error:
+        if _Said.__name__ in str(error):
+            raise ModelError(
+                f"{type(model).__name__} works on its attention mask in its own code, not through Transformers' attention "
+                f"registry: it would see this rank's tokens only; such a model is not supported"
+            ) from error
         raise ModelError(
             f"{type(model).__name__} cannot be proven: a forward of {len(ids[tokens])} tokens with {', '.join(sorted(given))} "
             f"fails with {type(error).__name__}: {error}"
