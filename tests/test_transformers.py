@@ -24,7 +24,8 @@ from transformers.masking_utils import and_masks, causal_mask_function, chunked_
 from longspan import LongspanError, ModelError, ParallelMesh, cross_entropy, parallelize, shard, unparallelize, unshard
 from longspan.batch import IGNORE
 from longspan.masks import Causal, Chunked, Full, Window
-from longspan.models.transformers import Pretrained, as_mask
+from longspan.models.proof import as_mask
+from longspan.models.transformers import Pretrained
 from ranks import Ranks
 
 transformers.logging.set_verbosity_error()
@@ -184,7 +185,7 @@ def compare(name: str, batch: str, ulysses: int, ring: int, zero: int = 0, steps
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     parallelize(model, mesh, zero)
-    knows_loss = model._longspan.offer.loss_type is not None
+    knows_loss = model._longspan.offer.proof.loss_type is not None
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (reference, model)]
     for step in range(1 + steps):
         expected, logits = forward_alone(reference, whole, encoder)
@@ -319,7 +320,7 @@ def embedding_error(folder: str) -> float:
 def test_a_layer_s_own_mask_is_read_from_the_model(name: str, masks: list[Any]) -> None:
     offer = Pretrained(build(name))
     offer.prove(ParallelMesh())
-    assert [layer.own for _, layer in offer.layers] == masks
+    assert [layer.own for _, layer in offer.proof.layers] == masks
 
 
 def test_chunked_masks_are_read() -> None:

@@ -1,0 +1,315 @@
+"""Prove, on one rank and before anything is changed, that a Hugging Face model can hold its sequence on several.
+
+    whole       t0 t1 t2 t3 t4 t5 t6  --model, no token sees another-->  y0 y1 y2 y3 y4 y5 y6
+    in halves   t0 t1 t2 | t3 t4 ...  --the same-------------------->    y0 y1 y2 | y3 y4 ...          must be equal
+
+For the time of the proof attention gives each token its own values. What is left must not let tokens meet: whatever mixes them
+outside attention (a convolution, a state space, a pooling head), or counts positions its own way, gives something else in
+halves, in any architecture, and is refused by the name of the first module that differs. The same forwards show whether every
+attention layer goes through Transformers' registry, what each says about who may look at whom, and how the loss is formed.
+
+B batch   S my tokens   H heads   K key/value heads   D head dim
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import LongspanError, ModelError
+from longspan.layout import Heads
+from longspan.masks import Causal, Chunked, Full, Mask, Window
+from longspan.mesh import ParallelMesh
+
+TOKENS = 14
+"""Of the proof: few, even, and no usual width of a model."""
+IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
+"""Losses whose labels stand where they are predicted."""
+SHIFTED = ("ForCausalLM",)
+OUTPUT = "output "
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Of the proof, relative to the largest value; other dtypes get ``COARSE``."""
+COARSE = 5e-2
+
+
+class Layer(NamedTuple):
+    """What hangs on an attention module: the mesh, who may look at whom, what users call it.
+
+    ``packs``: positions that begin anew mean another document to it, as they do to most decoders.
+    """
+
+    mesh: ParallelMesh
+    own: Mask
+    name: str
+    packs: bool
+
+
+class Said:
+    """What the model says about who may look at whom: its mask function, asked when it is needed."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+
+    @cached_property
+    def mask(self) -> Mask | None:
+        """The same as a mask, or None where it is none of the kinds that Transformers builds."""
+        return as_mask(self.function)
+
+
+def as_mask(function: Callable[..., Tensor], tokens: int = 2**21) -> Mask | None:
+    """One of Transformers' mask functions, which are closures, as a mask; None where it is of no kind that it builds.
+
+    Its first column says how far it reaches; the kind that this allows is then compared with it at rows and keys of interest:
+    where rows begin and end, and a few hundred others.
+    """
+    every, zero = torch.arange(tokens), torch.zeros((), dtype=torch.long)
+    reach = int(function(zero, zero, every, zero).expand(tokens).sum())
+    kinds: list[tuple[Mask, Callable[[int], tuple[int, int]]]] = [
+        (Full(), lambda q: (0, tokens)),
+        (Causal(), lambda q: (0, q + 1)),
+        (Window(reach - 1), lambda q: (max(0, q - reach + 1), q + 1)),
+        (Window(reach - 1, reach - 1), lambda q: (max(0, q - reach + 1), min(tokens, q + reach))),
+        (Chunked(reach) & Causal(), lambda q: (q // reach * reach, q + 1)),
+    ]
+    rows = sorted({0, 1, 2, reach - 1, reach, reach + 1, tokens // 3, tokens // 2, tokens - 1} & set(range(tokens)))
+    some = {*range(64), *range(0, tokens, tokens // 256)}
+
+    def fits(row: Callable[[int], tuple[int, int]]) -> bool:
+        for q in rows:
+            start, stop = row(q)
+            edges = {k + near for k in (start, stop, q) for near in (-2, -1, 0, 1, 2)}
+            keys = torch.tensor(sorted(k for k in some | edges if 0 <= k < tokens))
+            seen = function(zero, zero, torch.tensor(q), keys).expand(len(keys))
+            if not torch.equal(seen, (keys >= start) & (keys < stop)):
+                return False
+        return True
+
+    return next((mask for mask, row in kinds if fits(row)), None) if reach else None
+
+
+@dataclass
+class Probe:
+    """The attention of a proof: no token sees another, and what comes to it is written down."""
+
+    calls: list[tuple[nn.Module, int, int, Any]] = field(default_factory=list)
+
+    def note(self, module: nn.Module, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, said: Any) -> Tensor:
+        """Each token's own values, and a trace of its query, which has been turned by the token's position."""
+        self.calls.append((module, q_BSHD.shape[2], k_BSKD.shape[2], said))
+        return v_BSKD.repeat_interleave(q_BSHD.shape[2] // k_BSKD.shape[2], 2) + q_BSHD.mean(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found: each attention module's layer, whether padding moves the model's own positions, and the kind of its loss
+    (None where it forms the loss by itself)."""
+
+    layers: tuple[tuple[Any, Layer], ...]
+    positions_from_padding: bool
+    loss_type: str | None
+
+
+def prove(model: Any, mesh: ParallelMesh) -> Proof:
+    """The proof of a model whose configs name our attention. Raises ModelError by name for what cannot be parallel, and
+    LayoutError for heads that do not fit the mesh. Changes nothing."""
+    with _evaluating(model), torch.no_grad():
+        layers = _prove_attention(model, mesh)
+        _prove_tokens(model)
+        return Proof(tuple(layers), _prove_positions(model), _prove_loss(model))
+
+
+def refuse_by_config(model: Any) -> None:
+    config = model.config.get_text_config()
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(f"{type(model).__name__} is on the meta device; give it weights before parallelize, which proves it")
+    if getattr(config, "output_router_logits", False):
+        raise ModelError(
+            "config.output_router_logits is on, whose balance loss would be that of one rank's tokens; set it to False"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder, not supported yet; use a decoder or an encoder")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _ask(model: Any, tokens: slice = slice(0, TOKENS), probe: Probe | None = None, **more: Any) -> dict[str, Tensor]:
+    """What the model gives for some of the tokens of the proof, by name."""
+    config = model.config.get_text_config()
+    named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
+    special = [token for tokens_of_kind in named for token in _as_list(tokens_of_kind)]
+    ids = [i for i in range(config.vocab_size) if i not in special][3 : 3 + 3 * TOKENS : 3]
+    batch = {
+        "input_ids": torch.tensor([ids[tokens]], device=model.device),
+        "position_ids": torch.arange(TOKENS, device=model.device)[None, tokens],
+    } | more
+    given = {name: value for name, value in batch.items() if value is not None}
+    try:
+        output = model(**given, longspan=probe or Probe(), return_dict=True)
+    except LongspanError:
+        raise
+    except Exception as error:
+        if Said.__name__ in str(error):
+            raise ModelError(
+                f"{type(model).__name__} works on its attention mask in its own code, not through Transformers' attention "
+                f"registry: it would see this rank's tokens only; such a model is not supported"
+            ) from error
+        raise ModelError(
+            f"{type(model).__name__} cannot be proven: a forward of {len(ids[tokens])} tokens with {', '.join(sorted(given))} "
+            f"fails with {type(error).__name__}: {error}"
+        ) from error
+    return {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
+
+
+def _prove_attention(model: Any, mesh: ParallelMesh) -> list[tuple[Any, Layer]]:
+    """Every attention layer reached our function once, with heads that fit the mesh and a mask that can be said in bands."""
+    probe, anew = Probe(), Probe()
+    _ask(model, probe=probe)
+    _ask(model, probe=anew, position_ids=(torch.arange(TOKENS, device=model.device) % (TOKENS // 2)).unsqueeze(0))
+    names = {module: name for name, module in model.named_modules()}
+    reached = [module for module, *_ in probe.calls]
+    for name, module in model.named_modules():
+        if reached.count(module) > 1:
+            raise ModelError(
+                f"{type(module).__name__} '{name}' attends {reached.count(module)} times in a forward; once is supported"
+            )
+        alien = not any(_is_within(name, names[other]) or _is_within(names[other], name) for other in reached)
+        if "Attention" in type(module).__name__ and alien and any(True for _ in module.parameters()):
+            raise ModelError(
+                f"{type(module).__name__} '{name}' did not reach longspan: it does not attend through Transformers' attention "
+                f"registry and would see this rank's tokens only; such a model is not supported"
+            )
+    if not reached:
+        raise ModelError(f"no layer of {type(model).__name__} attends through Transformers' attention registry")
+    layers = []
+    for (module, heads, kv_heads, said), (*_, said_anew) in zip(probe.calls, anew.calls):
+        Heads(heads, kv_heads, mesh.place.ulysses)
+        name = f"{type(module).__name__} '{names[module]}'"
+        own = said.mask if isinstance(said, Said) else None
+        if own is None:
+            raise ModelError(
+                f"{name} was given a mask that is none of causal, full, sliding or chunked: what it lets tokens see cannot "
+                f"be said in bands, and such a layer is not supported"
+            )
+        first = torch.tensor(TOKENS // 2)  # of the second document: does it see the last token of the first one?
+        packs = not bool(said_anew.function(torch.tensor(0), torch.tensor(0), first, first - 1))
+        if packs and "Chunked" in repr(own):
+            raise ModelError(f"{name} counts its chunks anew in each packed document, which is not supported; pass one a row")
+        layers.append((module, Layer(mesh, own, name, packs)))
+    return layers
+
+
+def _is_within(name: str, other: str) -> bool:
+    return name == other or name.startswith(f"{other}.") or not other
+
+
+def _prove_tokens(model: nn.Module) -> None:
+    """With an attention that lets no token see another, two halves give what the whole gives."""
+    outputs: list[dict[str, Tensor]] = []
+
+    def remember(name: str, module: nn.Module, _: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, Tensor):
+            outputs[-1][name] = first
+
+    handles = [module.register_forward_hook(partial(remember, name)) for name, module in model.named_modules()]
+    try:
+        for tokens in (slice(0, TOKENS), slice(0, TOKENS // 2), slice(TOKENS // 2, TOKENS)):
+            outputs.append({})
+            given = _ask(model, tokens)
+            outputs[-1] |= {f"{OUTPUT}{name}": value for name, value in given.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+    wrong = [name for name in outputs[0] if name.startswith(OUTPUT) and not _is_cut(name, *outputs)]
+    if not wrong:
+        return
+    # Modules write down their outputs in the order in which they finish: the first that differs is the cause.
+    name = next((name for name in outputs[0] if _is_cut(name, *outputs) is False), wrong[0])
+    module = dict(model.named_modules()).get(name, model)
+    raise ModelError(
+        f"{type(module).__name__} '{name}' mixes tokens outside attention, or counts positions in its own way: over a part of "
+        f"the tokens it gives something else than over all of them; such layers (convolutions, state spaces, pooling) are "
+        f"not supported"
+    )
+
+
+def _is_cut(name: str, whole: dict[str, Tensor], left: dict[str, Tensor], right: dict[str, Tensor]) -> bool | None:
+    """Whether a module gave the same in two parts; None where its output has no token dimension (experts sort their tokens)."""
+    if name not in left or name not in right:
+        return None
+    sizes = zip(whole[name].shape, left[name].shape, right[name].shape)
+    dims = [dim for dim, found in enumerate(sizes) if found == (TOKENS, TOKENS // 2, TOKENS // 2)]
+    return _equal(whole[name], torch.cat([left[name], right[name]], dims[0])) if dims else None
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not a.is_floating_point():
+        return a.shape == b.shape and bool((a == b).all())
+    scale = max(float(a.abs().max()), 1e-30)
+    return float((a.double() - b.double()).abs().max()) <= TOLERANCE.get(a.dtype, COARSE) * scale
+
+
+def _all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
+
+
+def _prove_positions(model: Any) -> bool:
+    """Positions count from 0 where none are given; True where the model counts them from padding, if there is some."""
+    given = _ask(model)
+    if not _all_equal(given, _ask(model, position_ids=None)):
+        raise ModelError(
+            f"{type(model).__name__} does not count its positions 0, 1, 2, ..., which shard gives it; such a model is not "
+            f"supported yet"
+        )
+    if "attention_mask" not in inspect.signature(model.forward).parameters:
+        return False
+    padded = torch.ones(1, TOKENS, dtype=torch.long, device=model.device)
+    padded[:, :3] = 0
+    counted = _ask(model, position_ids=None, attention_mask=padded)
+    real = slice(3, None)
+    return not _all_equal({name: x[:, real] for name, x in given.items()}, {name: x[:, real] for name, x in counted.items()})
+
+
+def _prove_loss(model: Any) -> str | None:
+    """The kind of the model's loss, where it computes one through its ``loss_function``; None where it does so by itself."""
+    if "labels" not in inspect.signature(model.forward).parameters:
+        return None
+    calls = []
+
+    def note(logits: Tensor, labels: Tensor, *args: Any, **keywords: Any) -> Tensor:
+        calls.append(keywords.get("longspan"))
+        return logits.sum() * 0
+
+    labels = torch.zeros(1, TOKENS, dtype=torch.long, device=model.device)
+    had = vars(model).get("_loss_function")
+    model._loss_function = note
+    try:
+        _ask(model, labels=labels, shift_labels=labels)
+    except ModelError:
+        return None
+    finally:
+        if had is None:
+            del model._loss_function
+        else:
+            model._loss_function = had
+    kind: str | None = getattr(model, "loss_type", None)
+    knows_the_step = len(calls) == 1 and isinstance(calls[0], Probe)
+    return kind if knows_the_step and had is None and kind in (*IN_PLACE, *SHIFTED) else None
