@@ -368,6 +368,7 @@ HYBRID = {
         (small("RobertaConfig", "RobertaForMaskedLM", **BASE), "does not count its positions 0, 1, 2"),
         (small("LlamaConfig", "LlamaForSequenceClassification", **BASE), "mixes tokens outside attention"),
         (small("BertConfig", "BertModel", **BASE), "'output pooler_output' mixes tokens outside attention"),
+        (small("LlamaConfig", "LlamaForCausalLM", **BASE, index_topk=512), "config.index_topk says .* selects"),
         (small("MixtralConfig", "MixtralForCausalLM", **BASE, output_router_logits=True), "config.output_router_logits is on"),
     ],
 )  # fmt: skip

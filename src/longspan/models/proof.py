@@ -31,6 +31,8 @@ TOKENS = 14
 IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
 """Losses whose labels stand where they are predicted."""
 SHIFTED = ("ForCausalLM",)
+SELECTING = ("index_topk", "index_block", "index_n_heads", "compress_rate")
+"""How fields are named that select keys by content. On rows as short as those of the proof such layers see every key."""
 OUTPUT = "output "
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Of the proof, relative to the largest value; other dtypes get ``COARSE``."""
@@ -130,6 +132,12 @@ def refuse_by_config(model: Any) -> None:
     if getattr(config, "output_router_logits", False):
         raise ModelError(
             "config.output_router_logits is on, whose balance loss would be that of one rank's tokens; set it to False"
+        )
+    selecting = sorted(name for name in vars(config) if name.startswith(SELECTING))
+    if selecting:
+        raise ModelError(
+            f"config.{selecting[0]} says that {type(model).__name__} selects or compresses keys by their content on long rows, "
+            f"which it would do among this rank's tokens; such a model is not supported"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} is an encoder-decoder, not supported yet; use a decoder or an encoder")
