@@ -2,14 +2,31 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
 
+from ranks import Ranks
+
 install_import_hook("longspan", "beartype.beartype")
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+    """The same ranks for all tests of a file, by their number."""
+    pools: dict[int, Ranks] = {}
+
+    def of(ranks: int) -> Ranks:
+        if ranks not in pools:
+            pools[ranks] = Ranks(ranks, tmp_path_factory.mktemp("ranks"))
+        return pools[ranks]
+
+    yield of
+    for ranks in pools.values():
+        ranks.close()
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,8 @@ class Ranks:
     def _fork(self) -> None:
         folder = tempfile.mkdtemp(dir=self.tmp_path)
         context = mp.get_context("fork")
+        gc.collect()
+        gc.freeze()  # a rank that collected what it inherits would meet process groups whose threads were not forked
         for rank in range(self.ranks):
             mine, theirs = context.Pipe()
             process = context.Process(target=_rank, args=(rank, self.ranks, theirs, folder, self.seconds), daemon=True)
@@ -85,10 +87,10 @@ class Ranks:
             theirs.close()
             self.processes.append(process)
             self.pipes.append(mine)
+        gc.unfreeze()
 
 
 def _rank(rank: int, ranks: int, pipe: Connection, folder: str, seconds: float) -> None:
-    gc.freeze()  # garbage of the parent, such as a store whose thread was not forked, would hang whoever collects it here
     torch.set_num_threads(1)
     os.environ.update(GLOO_SOCKET_IFNAME="lo")
     store = dist.FileStore(f"{folder}/rendezvous", ranks)

@@ -1,7 +1,7 @@
 """Law 1 for ``attend``: every shape, mask and layout gives the numbers of one device, gradients included, on real ranks."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -235,20 +235,6 @@ def closed_form(case: Case, place: Place, needed: dict[tuple[int, int], int]) ->
     return forward, backward
 
 
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
-    pools: dict[int, Ranks] = {}
-
-    def of(ranks: int) -> Ranks:
-        if ranks not in pools:
-            pools[ranks] = Ranks(ranks, tmp_path_factory.mktemp("ranks"))
-        return pools[ranks]
-
-    yield of
-    for ranks in pools.values():
-        ranks.close()
-
-
 class Off(NamedTuple):
     """By how much a tensor differs, and the size that the law measures it by."""
 
@@ -423,6 +409,7 @@ Q, KV = torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, 2, 4)
         ((2, 1), {"tokens": 1}, LayoutError, "tokens=1 is fewer than the 2 ranks of a sequence"),
         ((2, 1), {"tokens": 19}, LayoutError, "this rank passed 8 tokens, but holds .* of tokens=19"),
         ((2, 1), {"k": KV[:, :7], "v": KV[:, :7], "key_tokens": 16}, LayoutError, "this rank passed 7 tokens, but holds 8"),
+        ((2, 1), {"k": KV[:, :7], "v": KV[:, :7], "tokens": 16}, LayoutError, "this rank passed 7 tokens, but holds 8"),
         ((2, 1), {"k": KV.half()}, KernelError, "k is torch.float16 on cpu.*: kernels need one dtype and one device"),
         ((2, 1), {"v": KV.to("meta")}, KernelError, "v is torch.float32 on meta: kernels need one dtype and one device"),
         ((2, 1), {"k": KV[:, :, :, :2]}, LayoutError, "do not fit; .* q and k share batch and dim"),

@@ -104,6 +104,12 @@ def test_a_fault_of_any_rank_fails_the_law(work: str, fails: list[str], tmp_path
     assert "The law FAILS on this machine." in (tmp_path / "said0").read_text()
 
 
+def test_the_smallest_batch_has_a_label(tmp_path: Path) -> None:
+    code, lines = verdict(replace(SMALL, tokens=2, rows=1), tmp_path, "into_a_file")
+    assert code == 0
+    assert float(lines["loss"][0]) > 1
+
+
 def test_a_layout_that_cannot_be_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "--heads", "6", "--kv-heads", "4"]) == 2
     assert cli.main(["check", "--ulysses", "3", "--heads", "2"]) == 2

@@ -90,6 +90,19 @@ def test_the_newest_stay_and_a_draft_of_a_killed_run_goes(tmp_path: Path) -> Non
     assert checkpoint.facts(folder / "step-000003") == {"step": 3}
 
 
+def _save_around_a_million(folder: Path) -> None:
+    model, optimizer, mesh = _trained(0)
+    for step in (999_999, 1_000_000):
+        checkpoint.save(folder, step, model, optimizer, {"step": step}, mesh, keep=1)
+
+
+def test_the_millionth_step_is_newer_than_the_one_before(tmp_path: Path) -> None:
+    on_ranks(1, _save_around_a_million, tmp_path, tmp_path=tmp_path)
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None
+    assert checkpoint.facts(newest) == {"step": 1_000_000}
+
+
 def _save_where_only_rank_0_can(folder: Path) -> str:
     model, optimizer, mesh = _trained(3)
     if mesh.place.data_rank == 1:

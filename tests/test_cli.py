@@ -55,6 +55,7 @@ def test_flags_win_over_a_file_and_a_file_over_the_record_of_a_run(tmp_path: Pat
 def test_a_file_names_the_checkpoint_too(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"checkpoint": "x", "documents": 2}')
     assert cli.parse("evaluate", ["--config", str(tmp_path / "a.json")]) == Evaluate(checkpoint="x", documents=2)
+    assert cli.parse("evaluate", [f"--config={tmp_path / 'a.json'}"]) == Evaluate(checkpoint="x", documents=2)
     assert cli.parse("evaluate", ["y", "--config", str(tmp_path / "a.json")]) == Evaluate(checkpoint="y", documents=2)
 
 

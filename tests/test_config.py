@@ -93,6 +93,11 @@ def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, name: str, con
         read_file(str(tmp_path / name))
 
 
+def test_a_run_may_not_be_called_latest() -> None:
+    with pytest.raises(RunError, match="run='latest' is not a plain name"):
+        Train(run="latest")
+
+
 def test_unknown_names_are_refused_by_name() -> None:
     with pytest.raises(RunError, match="the config x sets tokns, unknown to train; legal are ranks, debug, ulysses, "):
         known(Train, {"tokns": 1, "tokens": 2}, "the config x")

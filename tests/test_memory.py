@@ -4,7 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,20 +63,6 @@ class Counting(Online):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.calls += 1
         return super().forward(*args, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
-    pools: dict[int, Ranks] = {}
-
-    def of(ranks: int) -> Ranks:
-        if ranks not in pools:
-            pools[ranks] = Ranks(ranks, tmp_path_factory.mktemp("ranks"))
-        return pools[ranks]
-
-    yield of
-    for ranks in pools.values():
-        ranks.close()
 
 
 Attention = Callable[..., Tensor]

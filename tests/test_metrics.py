@@ -28,7 +28,7 @@ def test_a_journal_keeps_every_record_and_drops_what_lies_behind_the_step_it_goe
         first.write(record(step, loss=float(step)))
     first.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')  # a run that is killed leaves half a line
+        file.write('rubbish\n{"loss": 1.0}\n{"step": 4, "lo')  # damage, and half a line of a run that was killed
     second = Journal(tmp_path, 2, lead=True)
     second.write(record(3, loss=30.0))
     second.close()

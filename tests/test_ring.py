@@ -11,10 +11,9 @@ from longspan.layout import Layout
 from longspan.masks import Causal, Documents, Full, Mask, Window
 from longspan.ring import plan_hops
 from ranks import Ranks
-from test_attention import Case, oracle, pool, run, squared_error, whole_inputs
+from test_attention import Case, oracle, run, squared_error, whole_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
-__all__ = ["pool"]
 
 
 @pytest.mark.parametrize("ring", [2, 3, 4, 8])

@@ -51,17 +51,18 @@ Part = dict[str, Any]
 class Step:
     """What one forward must know of the whole batch, and cannot see in a rank's part of it.
 
-    ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``last_position`` (the largest
-    of the batch's ``position_ids``), ``mask`` (None: what the model
-    says itself; a tuple has one mask a row), ``padding`` (None, or for each row the tokens that are none), ``restarts`` (None,
-    or for each row the documents between which the caller's ``position_ids`` begin anew), ``labelled`` tokens that are learned
-    from (by agreement: over all replicas and micro-batches of the step), ``digest`` of the whole content, equal on the ranks
-    that share a sequence.
+    ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``counted`` (whether the batch
+    came without ``position_ids``, so that they are these), ``last_position`` (the largest ``position_ids`` of the batch),
+    ``mask`` (None: what the model says itself; a tuple has one mask a row), ``padding`` (None, or for each row the run of
+    tokens that are real), ``restarts`` (None, or for each row the documents between which the caller's ``position_ids`` begin
+    anew), ``labelled`` tokens that are learned from (by agreement: over all replicas and micro-batches of the step),
+    ``digest`` of the whole content, equal on the ranks that share a sequence.
     """
 
     tokens: int
     rows: int
     positions: Runs
+    counted: bool
     last_position: int
     mask: Mask | tuple[Mask, ...] | None
     padding: tuple[Only, ...] | None
@@ -143,7 +144,7 @@ def cut(
     part: Part = {name: _cut_one(name, value, declared, tokens, positions) for name, value in whole.items()}
     labelled = 0 if learned is None else int((learned != IGNORE).sum())
     part["longspan"] = step = Step(
-        tokens, rows, positions, last_position, step_mask, padding, restarts, labelled,
+        tokens, rows, positions, "position_ids" not in batch, last_position, step_mask, padding, restarts, labelled,
         _digest(batch, step_mask, shift, dims),
     )  # fmt: skip
     _refuse_blind_labels(learned, step, shift)
@@ -249,8 +250,9 @@ def _padding(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Onl
 
 def _restarts(position_ids: Tensor | None, rows: int, tokens: int) -> tuple[Documents, ...] | None:
     """For each row the runs of positions that count on by one; None where every row is one run."""
-    if position_ids is None or position_ids.shape != (rows, tokens):
+    if position_ids is None or position_ids.shape not in ((rows, tokens), (1, tokens)):
         return None
+    position_ids = position_ids.expand(rows, tokens)  # Transformers takes one row of positions for all
     starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
     if int(starts.sum()) == rows:
         return None

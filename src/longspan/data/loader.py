@@ -109,6 +109,7 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             tokens=tokens,
             rows=len(rows),
             positions=positions,
+            counted=True,
             last_position=tokens - 1,
             mask=None,
             padding=None,

@@ -28,6 +28,8 @@ from longspan.mesh import ParallelMesh
 
 TOKENS = 14
 """Of the proof: few, even, and no usual width of a model."""
+LEFT = 3
+"""Tokens of padding on the left, where the proof has some."""
 IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
 """Losses whose labels stand where they are predicted."""
 SHIFTED = ("ForCausalLM",)
@@ -54,22 +56,27 @@ class Layer(NamedTuple):
 class Said:
     """What the model says about who may look at whom: its mask function, asked when it is needed."""
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+        self.function, self.device = function, device
+
+    def sees(self, q: int, k: int) -> bool:
+        """Whether query q of the first row sees key k."""
+        row, head, query, key = torch.tensor([0, 0, q, k], device=self.device)
+        return bool(self.function(row, head, query, key))
 
     @cached_property
     def mask(self) -> Mask | None:
         """The same as a mask, or None where it is none of the kinds that Transformers builds."""
-        return as_mask(self.function)
+        return as_mask(self.function, self.device)
 
 
-def as_mask(function: Callable[..., Tensor], tokens: int = 2**21) -> Mask | None:
+def as_mask(function: Callable[..., Tensor], device: torch.device, tokens: int = 2**21) -> Mask | None:
     """One of Transformers' mask functions, which are closures, as a mask; None where it is of no kind that it builds.
 
     Its first column says how far it reaches; the kind that this allows is then compared with it at rows and keys of interest:
     where rows begin and end, and a few hundred others.
     """
-    every, zero = torch.arange(tokens), torch.zeros((), dtype=torch.long)
+    every, zero = torch.arange(tokens, device=device), torch.zeros((), dtype=torch.long, device=device)
     reach = int(function(zero, zero, every, zero).expand(tokens).sum())
     kinds: list[tuple[Mask, Callable[[int], tuple[int, int]]]] = [
         (Full(), lambda q: (0, tokens)),
@@ -85,8 +92,8 @@ def as_mask(function: Callable[..., Tensor], tokens: int = 2**21) -> Mask | None
         for q in rows:
             start, stop = row(q)
             edges = {k + near for k in (start, stop, q) for near in (-2, -1, 0, 1, 2)}
-            keys = torch.tensor(sorted(k for k in some | edges if 0 <= k < tokens))
-            seen = function(zero, zero, torch.tensor(q), keys).expand(len(keys))
+            keys = torch.tensor(sorted(k for k in some | edges if 0 <= k < tokens), device=device)
+            seen = function(zero, zero, zero + q, keys).expand(len(keys))
             if not torch.equal(seen, (keys >= start) & (keys < stop)):
                 return False
         return True
@@ -108,11 +115,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found: each attention module's layer, whether padding moves the model's own positions, and the kind of its loss
-    (None where it forms the loss by itself)."""
+    """What was found: each attention module's layer, whether the model's own positions begin behind padding, and the kind of
+    its loss (None where it forms the loss by itself)."""
 
     layers: tuple[tuple[Any, Layer], ...]
-    positions_from_padding: bool
+    positions_behind_padding: bool
     loss_type: str | None
 
 
@@ -126,6 +133,7 @@ def prove(model: Any, mesh: ParallelMesh) -> Proof:
 
 
 def refuse_by_config(model: Any) -> None:
+    """Raise ModelError, naming the field, for what the config already says cannot be."""
     config = model.config.get_text_config()
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"{type(model).__name__} is on the meta device; give it weights before parallelize, which proves it")
@@ -216,8 +224,7 @@ def _prove_attention(model: Any, mesh: ParallelMesh) -> list[tuple[Any, Layer]]:
                 f"{name} was given a mask that is none of causal, full, sliding or chunked: what it lets tokens see cannot "
                 f"be said in bands, and such a layer is not supported"
             )
-        first = torch.tensor(TOKENS // 2)  # of the second document: does it see the last token of the first one?
-        packs = not bool(said_anew.function(torch.tensor(0), torch.tensor(0), first, first - 1))
+        packs = not said_anew.sees(TOKENS // 2, TOKENS // 2 - 1)  # the first token of a document, the last of the one before
         if packs and "Chunked" in repr(own):
             raise ModelError(f"{name} counts its chunks anew in each packed document, which is not supported; pass one a row")
         layers.append((module, Layer(mesh, own, name, packs)))
@@ -280,7 +287,7 @@ def _all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def _prove_positions(model: Any) -> bool:
-    """Positions count from 0 where none are given; True where the model counts them from padding, if there is some."""
+    """Positions count from 0 where none are given; True where they begin anew behind padding on the left (OPT)."""
     given = _ask(model)
     if not _all_equal(given, _ask(model, position_ids=None)):
         raise ModelError(
@@ -289,11 +296,19 @@ def _prove_positions(model: Any) -> bool:
         )
     if "attention_mask" not in inspect.signature(model.forward).parameters:
         return False
-    padded = torch.ones(1, TOKENS, dtype=torch.long, device=model.device)
-    padded[:, :3] = 0
-    counted = _ask(model, position_ids=None, attention_mask=padded)
-    real = slice(3, None)
-    return not _all_equal({name: x[:, real] for name, x in given.items()}, {name: x[:, real] for name, x in counted.items()})
+    places = torch.arange(TOKENS, device=model.device).unsqueeze(0)
+    padding = (places >= LEFT).long()
+    counted = _behind_padding(_ask(model, position_ids=None, attention_mask=padding))
+    if _all_equal(_behind_padding(given), counted):
+        return False
+    moved = _ask(model, position_ids=(places - LEFT).clamp(min=0), attention_mask=padding)
+    if not _all_equal(_behind_padding(moved), counted):
+        raise ModelError(f"{type(model).__name__} counts its positions from padding in its own way, which is not supported yet")
+    return True
+
+
+def _behind_padding(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x[:, LEFT:] for name, x in given.items()}
 
 
 def _prove_loss(model: Any) -> str | None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from longspan.attention import attend
-from longspan.batch import Step
+from longspan.batch import IGNORE, Step
 from longspan.errors import ModelError
 from longspan.loss import cross_entropy
 from longspan.mesh import ParallelMesh
@@ -69,9 +69,9 @@ def _refuse_dropout(module: nn.Module, layer: Layer) -> None:
     )
 
 
-def _mask(*_: Any, mask_function: Callable[..., Tensor], **__: Any) -> Said:
+def _mask(*_: Any, mask_function: Callable[..., Tensor], device: torch.device, **__: Any) -> Said:
     """The mask that Transformers asks for by name. Padding and documents are the Step's; this is what the layer itself is."""
-    return Said(mask_function)
+    return Said(mask_function, device)
 
 
 AttentionInterface.register(NAME, _attention)
@@ -105,7 +105,11 @@ class Pretrained:
             module._longspan = layer
         if self.proof.loss_type is not None:
             self.model._loss_function = partial(_loss, mesh=mesh, in_place=self.proof.loss_type in IN_PLACE)
-        self._handles = [self.model.register_forward_pre_hook(partial(_check_call, self.proof), prepend=True, with_kwargs=True)]
+        self._handles = [
+            self.model.register_forward_pre_hook(_stand_in, with_kwargs=True),
+            self.model.register_forward_pre_hook(partial(_check_call, self.proof), with_kwargs=True),
+            self.model.register_forward_hook(_take_out, with_kwargs=True),
+        ]
         for name, rotary in self.model.named_modules():
             if _chooses_by_length(rotary):
                 self._handles.append(rotary.register_forward_pre_hook(partial(_lengthen, name), with_kwargs=True))
@@ -155,7 +159,7 @@ def _loss(
 
 
 def _check_call(proof: Proof, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Refuse what a forward on a part of the tokens cannot honour, and write the last position of all on the positions."""
+    """Refuse what a part of the tokens cannot honour; begin positions where the model does, and write the last one on them."""
     step = kwargs.get("longspan")
     if step is None:
         raise ModelError(
@@ -171,14 +175,41 @@ def _check_call(proof: Proof, model: nn.Module, args: tuple[Any, ...], kwargs: d
             f"{type(model).__name__} computes its loss from labels by itself, over this rank's tokens; leave labels out of "
             f"the call, and use longspan.cross_entropy(outputs.logits, labels, mesh=mesh, labelled=part['longspan'].labelled)"
         )
-    if proof.positions_from_padding and any(row.start for row in step.padding or ()):
-        raise ModelError(
-            f"{type(model).__name__} counts positions from the padding mask, which is not supported yet; pad on the right"
-        )
-    if isinstance(kwargs.get("position_ids"), Tensor):
-        kwargs["position_ids"] = kwargs["position_ids"].view_as(kwargs["position_ids"])
-        kwargs["position_ids"]._longspan_last = step.last_position
+    positions = kwargs.get("position_ids")
+    if isinstance(positions, Tensor):
+        if proof.positions_behind_padding and step.counted and step.padding is not None:
+            starts = torch.tensor([row.start for row in step.padding], device=positions.device)
+            positions = (positions - starts.unsqueeze(1)).clamp(min=0)
+        kwargs["position_ids"] = positions = positions.view_as(positions)
+        positions._longspan_last = step.last_position  # type: ignore[attr-defined]
     return args, kwargs
+
+
+class StandIn(Step):
+    """The step of a replica without rows: its model computes one row that nobody learns from, since layers reshape by -1."""
+
+
+def _stand_in(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let a replica without rows join every collective of the others."""
+    step = kwargs.get("longspan")
+    if step is None or step.rows:
+        return args, kwargs
+    row = {
+        name: value.new_full((1, *value.shape[1:]), IGNORE if "labels" in name else 0)
+        for name, value in kwargs.items()
+        if isinstance(value, Tensor) and value.shape[:1] == (0,)
+    }
+    alone = vars(step) | {"rows": 1, "mask": None, "padding": None, "restarts": None}
+    return args, kwargs | row | {"longspan": StandIn(**alone)}
+
+
+def _take_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """No row was given, so none is returned."""
+    if isinstance(kwargs["longspan"], StandIn):
+        for name, value in output.items():
+            if isinstance(value, Tensor) and value.ndim:
+                output[name] = value[:0]
+    return output
 
 
 def _chooses_by_length(module: nn.Module) -> bool:
