@@ -399,7 +399,8 @@ def embedding_error(folder: str) -> float:
     ],
 )
 def test_a_layer_s_own_mask_is_read_from_the_model(name: str, masks: list[Any]) -> None:
-    offer = Pretrained(build(name))
+    model = build(name)
+    offer = Pretrained(model, model)
     offer.prove(ParallelMesh())
     assert [layer.own for _, layer in offer.proof.layers] == masks
 

@@ -123,13 +123,15 @@ class Proof:
     loss_type: str | None
 
 
-def prove(model: Any, mesh: ParallelMesh) -> Proof:
-    """The proof of a model whose configs name our attention. Raises ModelError by name for what cannot be parallel, and
-    LayoutError for heads that do not fit the mesh. Changes nothing."""
-    with _evaluating(model), torch.no_grad():
+def prove(model: Any, base: Any, mesh: ParallelMesh) -> Proof:
+    """The proof of a model whose configs name our attention; ``base`` is the one inside an adapter's wrapper, or the same.
+
+    Raises ModelError by name for what cannot be parallel, and LayoutError for heads that do not fit the mesh. Changes nothing.
+    """
+    with _evaluating(model), _awake(model), torch.no_grad():
         layers = _prove_attention(model, mesh)
         _prove_tokens(model)
-        return Proof(tuple(layers), _prove_positions(model), _prove_loss(model))
+        return Proof(tuple(layers), _prove_positions(model, base), _prove_loss(model, base))
 
 
 def refuse_by_config(model: Any) -> None:
@@ -160,6 +162,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, was in training.items():
             module.training = was
+
+
+@contextmanager
+def _awake(model: nn.Module) -> Iterator[None]:
+    """Parameters of zeros hide what they multiply, as those of a new adapter do: for the proof they are random."""
+    asleep = [(p, p.data) for p in model.parameters() if p.is_floating_point() and not p.any()]
+    own = torch.Generator().manual_seed(0)
+    try:
+        for parameter, zeros in asleep:
+            parameter.data = (torch.randn(zeros.shape, generator=own) * 0.1).to(zeros)
+        yield
+    finally:
+        for parameter, zeros in asleep:
+            parameter.data = zeros
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -286,7 +302,7 @@ def _all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
 
 
-def _prove_positions(model: Any) -> bool:
+def _prove_positions(model: Any, base: Any) -> bool:
     """Positions count from 0 where none are given; True where they begin anew behind padding on the left (OPT)."""
     given = _ask(model)
     if not _all_equal(given, _ask(model, position_ids=None)):
@@ -294,7 +310,7 @@ def _prove_positions(model: Any) -> bool:
             f"{type(model).__name__} does not count its positions 0, 1, 2, ..., which shard gives it; such a model is not "
             f"supported yet"
         )
-    if "attention_mask" not in inspect.signature(model.forward).parameters:
+    if "attention_mask" not in inspect.signature(base.forward).parameters:
         return False
     places = torch.arange(TOKENS, device=model.device).unsqueeze(0)
     padding = (places >= LEFT).long()
@@ -311,9 +327,9 @@ def _behind_padding(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x[:, LEFT:] for name, x in given.items()}
 
 
-def _prove_loss(model: Any) -> str | None:
+def _prove_loss(model: Any, base: Any) -> str | None:
     """The kind of the model's loss, where it computes one through its ``loss_function``; None where it does so by itself."""
-    if "labels" not in inspect.signature(model.forward).parameters:
+    if "labels" not in inspect.signature(base.forward).parameters:
         return None
     calls = []
 
@@ -322,17 +338,17 @@ def _prove_loss(model: Any) -> str | None:
         return logits.sum() * 0
 
     labels = torch.zeros(1, TOKENS, dtype=torch.long, device=model.device)
-    had = vars(model).get("_loss_function")
-    model._loss_function = note
+    had = vars(base).get("_loss_function")
+    base._loss_function = note
     try:
         _ask(model, labels=labels, shift_labels=labels)
     except ModelError:
         return None
     finally:
         if had is None:
-            del model._loss_function
+            del base._loss_function
         else:
-            model._loss_function = had
-    kind: str | None = getattr(model, "loss_type", None)
+            base._loss_function = had
+    kind: str | None = getattr(base, "loss_type", None)
     knows_the_step = len(calls) == 1 and isinstance(calls[0], Probe)
     return kind if knows_the_step and had is None and kind in (*IN_PLACE, *SHIFTED) else None

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from longspan.batch import IGNORE, Step
 from longspan.errors import ModelError
 from longspan.loss import cross_entropy
 from longspan.mesh import ParallelMesh
+from longspan.models.adapters import refuse_adapters
 from longspan.models.proof import IN_PLACE, Layer, Probe, Proof, Said, prove, refuse_by_config
 
 NAME = "longspan"
@@ -79,11 +80,14 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 class Pretrained:
-    """A Transformers model as ``parallelize`` wants it: proven, with its blocks, and the way to give it a mesh and back."""
+    """A Transformers model as ``parallelize`` wants it: proven, with its blocks, and the way to give it a mesh and back.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model: Any = model
-        configured = [module for module in model.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)]
+    ``called`` is what the user calls: the model, or peft's wrapper of it.
+    """
+
+    def __init__(self, called: nn.Module, model: PreTrainedModel) -> None:
+        self.called, self.model = called, cast(Any, model)
+        configured = [module for module in called.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)]
         self.configs: list[tuple[Any, Any]] = [(module, module.config) for module in configured]
         self._handles: list[Any] = []
 
@@ -95,8 +99,9 @@ class Pretrained:
     def prove(self, mesh: ParallelMesh) -> None:
         """Raise ModelError by name for what cannot be parallel, LayoutError for heads that do not fit. Changes nothing."""
         refuse_by_config(self.model)
+        refuse_adapters(self.called, self.model)
         with self._renamed():
-            self.proof: Proof = prove(self.model, mesh)
+            self.proof: Proof = prove(self.called, self.model, mesh)
 
     def install(self, mesh: ParallelMesh) -> None:
         """Give the model its mesh: copies of its configs, its attention layers' mesh, its loss, its hooks."""
