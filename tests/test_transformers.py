@@ -452,7 +452,6 @@ HYBRID = {
         (small("LlamaConfig", "LlamaForSequenceClassification", **BASE), "mixes tokens outside attention"),
         (small("BertConfig", "BertModel", **BASE), "'output pooler_output' mixes tokens outside attention"),
         (small("LlamaConfig", "LlamaForCausalLM", **BASE, index_topk=512), "config.index_topk says .* selects"),
-        (small("MixtralConfig", "MixtralForCausalLM", **BASE, output_router_logits=True), "config.output_router_logits is on"),
     ],
 )  # fmt: skip
 def test_what_would_be_wrong_is_refused_by_name(build_it: Callable[[], Any], text: str) -> None:

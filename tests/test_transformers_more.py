@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from longspan import ModelError, ParallelMesh, parallelize, shard, unparallelize
+from longspan import ModelError, ParallelMesh, cross_entropy, parallelize, shard, unparallelize
 from ranks import Ranks
-from test_transformers import assert_gradients, batches, build, forward_alone, mesh_of
+from test_transformers import KINDS, assert_gradients, batches, build, forward_alone, mesh_of, targets
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +93,57 @@ def test_a_new_adapter_whose_zeros_hide_what_it_mixes_is_refused() -> None:
 def test_adapters_that_mean_the_whole_sequence_are_refused(config: Any, text: str) -> None:
     with pytest.raises(ModelError, match=text):
         parallelize(peft.get_peft_model(build("llama"), config), ParallelMesh())
+
+
+# ---- the balance loss of experts
+
+
+BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "ulysses", "ring", "zero"),
+    [
+        ("mixtral", "odd length", 2, 1, 3),
+        ("qwen3_moe", "left padding", 1, 2, 0),
+        ("gpt_oss", "right padding", 2, 1, 0),
+        ("mixtral", "left padding", 1, 1, 0),
+    ],
+)
+def test_the_balance_loss_is_that_of_every_token(
+    name: str, batch: str, ulysses: int, ring: int, zero: int, pool: Callable[[int], Ranks]
+) -> None:
+    """On one mesh of each kind; where the ranks are replicas, each has one of the two rows."""
+    pool(2).run(balance, name, batch, ulysses, ring, zero)
+
+
+def balance(name: str, batch: str, ulysses: int, ring: int, zero: int, empty: bool = False) -> None:
+    mesh, reference, whole = mesh_of(ulysses, ring), build(name, **BALANCED), batches(batch, False)
+    output = reference(**{key: value for key, value in whole.items() if key != "labels"}, use_cache=False)
+    expected = cross_entropy(output.logits, targets(whole["labels"], False)) + 0.5 * output.aux_loss
+    expected.backward()
+    model = parallelize(build(name, **BALANCED), mesh, zero)
+    rows = slice(mesh.place.data_rank, mesh.place.data_rank + 1) if mesh.place.data > 1 else slice(0, 2)
+    if empty:
+        rows = slice(0, 2) if mesh.place.data_rank == 0 else slice(0, 0)
+    found = model(**shard({key: value[rows] for key, value in whole.items()}, mesh))
+    found.loss.backward()
+    assert found.aux_loss.item() == pytest.approx(output.aux_loss.item(), rel=1e-6)
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert {len(logits) for logits in found.router_logits} == {found.logits.shape[:2].numel() or whole["input_ids"].shape[1]}
+    assert_gradients(model, reference, KINDS[name].tolerance)
+
+
+def test_a_replica_without_a_row_has_no_routes(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(balance, "qwen3_moe", "right padding", 1, 1, 0, True)
+
+
+def test_a_balance_loss_of_anything_else_is_refused() -> None:
+    model = build("mixtral", **BALANCED)
+    model.register_forward_hook(lambda module, args, out: out | {"aux_loss": out.logits.mean()} if "aux_loss" in out else out)
+    with pytest.raises(ModelError, match="the balance loss of MixtralForCausalLM is not its own function of all tokens"):
+        parallelize(model, ParallelMesh())
+    mesh = ParallelMesh()
+    model = parallelize(build("mixtral"), mesh)
+    with pytest.raises(ModelError, match=r"set config\.output_router_logits before parallelize"):
+        model(**shard(batches("even", False), mesh), output_router_logits=True)
