@@ -6,12 +6,13 @@ import re
 import runpy
 from pathlib import Path
 
+import peft
 import pytest
 from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 
 from ranks import on_ranks
 
-IMPORTED = (LlamaForCausalLM, Qwen3ForCausalLM)  # here, once, and not by every rank of every example
+IMPORTED = (peft, LlamaForCausalLM, Qwen3ForCausalLM)  # here, once, and not by every rank of every example
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 

@@ -399,7 +399,8 @@ def embedding_error(folder: str) -> float:
     ],
 )
 def test_a_layer_s_own_mask_is_read_from_the_model(name: str, masks: list[Any]) -> None:
-    offer = Pretrained(build(name))
+    model = build(name)
+    offer = Pretrained(model, model)
     offer.prove(ParallelMesh())
     assert [layer.own for _, layer in offer.proof.layers] == masks
 
@@ -452,7 +453,6 @@ HYBRID = {
         (small("DebertaConfig", "DebertaForMaskedLM", **BASE), "Attention 'deberta.* did not reach longspan"),
         (small("BertConfig", "BertModel", **BASE), "'output pooler_output' mixes tokens outside attention"),
         (small("LlamaConfig", "LlamaForCausalLM", **BASE, index_topk=512), "config.index_topk says .* selects"),
-        (small("MixtralConfig", "MixtralForCausalLM", **BASE, output_router_logits=True), "config.output_router_logits is on"),
     ],
 )  # fmt: skip
 def test_what_would_be_wrong_is_refused_by_name(build_it: Callable[[], Any], text: str) -> None:

@@ -129,11 +129,13 @@ class _Given:
 
 
 def _offer(model: nn.Module) -> Offer:
-    library = sys.modules.get("transformers")  # whoever has such a model has imported it
-    if library is not None and isinstance(model, library.PreTrainedModel):
+    if "transformers" in sys.modules:  # whoever has such a model has imported it
+        from longspan.models.adapters import inner
         from longspan.models.transformers import Pretrained
 
-        return Pretrained(model)
+        base = inner(model)
+        if base is not None:
+            return Pretrained(model, base)
     return _Given(model)
 
 

@@ -123,13 +123,15 @@ class Proof:
     loss_type: str | None
 
 
-def prove(model: Any, mesh: ParallelMesh) -> Proof:
-    """The proof of a model whose configs name our attention. Raises ModelError by name for what cannot be parallel, and
-    LayoutError for heads that do not fit the mesh. Changes nothing."""
-    with _evaluating(model), torch.no_grad():
+def prove(model: Any, base: Any, mesh: ParallelMesh) -> Proof:
+    """The proof of a model whose configs name our attention; ``base`` is the one inside an adapter's wrapper, or the same.
+
+    Raises ModelError by name for what cannot be parallel, and LayoutError for heads that do not fit the mesh. Changes nothing.
+    """
+    with proving(model):
         layers = _prove_attention(model, mesh)
         _prove_tokens(model)
-        return Proof(tuple(layers), _prove_positions(model), _prove_loss(model))
+        return Proof(tuple(layers), _prove_positions(model, base), _prove_loss(model, base))
 
 
 def refuse_by_config(model: Any) -> None:
@@ -137,10 +139,6 @@ def refuse_by_config(model: Any) -> None:
     config = model.config.get_text_config()
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"{type(model).__name__} is on the meta device; give it weights before parallelize, which proves it")
-    if getattr(config, "output_router_logits", False):
-        raise ModelError(
-            "config.output_router_logits is on, whose balance loss would be that of one rank's tokens; set it to False"
-        )
     selecting = sorted(name for name in vars(config) if name.startswith(SELECTING))
     if selecting:
         raise ModelError(
@@ -149,6 +147,27 @@ def refuse_by_config(model: Any) -> None:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} is an encoder-decoder, not supported yet; use a decoder or an encoder")
+
+
+@contextmanager
+def proving(model: nn.Module) -> Iterator[None]:
+    """In evaluation, without gradients, and with no parameter that hides what it multiplies."""
+    with _evaluating(model), _awake(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def losing(base: Any, loss: Callable[..., Tensor]) -> Iterator[None]:
+    """With another loss function than the model's own."""
+    had = vars(base).get("_loss_function")
+    base._loss_function = loss
+    try:
+        yield
+    finally:
+        if had is None:
+            del base._loss_function
+        else:
+            base._loss_function = had
 
 
 @contextmanager
@@ -162,11 +181,25 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was
 
 
+@contextmanager
+def _awake(model: nn.Module) -> Iterator[None]:
+    """Parameters of zeros hide what they multiply, as those of a new adapter do: for the proof they are random."""
+    asleep = [(p, p.data) for p in model.parameters() if p.is_floating_point() and not p.any()]
+    own = torch.Generator().manual_seed(0)
+    try:
+        for parameter, zeros in asleep:
+            parameter.data = (torch.randn(zeros.shape, generator=own) * 0.1).to(zeros)
+        yield
+    finally:
+        for parameter, zeros in asleep:
+            parameter.data = zeros
+
+
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _ask(model: Any, tokens: slice = slice(0, TOKENS), probe: Probe | None = None, **more: Any) -> dict[str, Tensor]:
+def ask(model: Any, tokens: slice = slice(0, TOKENS), probe: Probe | None = None, **more: Any) -> dict[str, Tensor]:
     """What the model gives for some of the tokens of the proof, by name."""
     config = model.config.get_text_config()
     named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
@@ -197,8 +230,8 @@ def _ask(model: Any, tokens: slice = slice(0, TOKENS), probe: Probe | None = Non
 def _prove_attention(model: Any, mesh: ParallelMesh) -> list[tuple[Any, Layer]]:
     """Every attention layer reached our function once, with heads that fit the mesh and a mask that can be said in bands."""
     probe, anew = Probe(), Probe()
-    _ask(model, probe=probe)
-    _ask(model, probe=anew, position_ids=(torch.arange(TOKENS, device=model.device) % (TOKENS // 2)).unsqueeze(0))
+    ask(model, probe=probe)
+    ask(model, probe=anew, position_ids=(torch.arange(TOKENS, device=model.device) % (TOKENS // 2)).unsqueeze(0))
     names = {module: name for name, module in model.named_modules()}
     reached = [module for module, *_ in probe.calls]
     for name, module in model.named_modules():
@@ -248,7 +281,7 @@ def _prove_tokens(model: nn.Module) -> None:
     try:
         for tokens in (slice(0, TOKENS), slice(0, TOKENS // 2), slice(TOKENS // 2, TOKENS)):
             outputs.append({})
-            given = _ask(model, tokens)
+            given = ask(model, tokens)
             outputs[-1] |= {f"{OUTPUT}{name}": value for name, value in given.items()}
     finally:
         for handle in handles:
@@ -282,27 +315,27 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return float((a.double() - b.double()).abs().max()) <= TOLERANCE.get(a.dtype, COARSE) * scale
 
 
-def _all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+def all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
 
 
-def _prove_positions(model: Any) -> bool:
+def _prove_positions(model: Any, base: Any) -> bool:
     """Positions count from 0 where none are given; True where they begin anew behind padding on the left (OPT)."""
-    given = _ask(model)
-    if not _all_equal(given, _ask(model, position_ids=None)):
+    given = ask(model)
+    if not all_equal(given, ask(model, position_ids=None)):
         raise ModelError(
             f"{type(model).__name__} does not count its positions 0, 1, 2, ..., which shard gives it; such a model is not "
             f"supported yet"
         )
-    if "attention_mask" not in inspect.signature(model.forward).parameters:
+    if "attention_mask" not in inspect.signature(base.forward).parameters:
         return False
     places = torch.arange(TOKENS, device=model.device).unsqueeze(0)
     padding = (places >= LEFT).long()
-    counted = _behind_padding(_ask(model, position_ids=None, attention_mask=padding))
-    if _all_equal(_behind_padding(given), counted):
+    counted = _behind_padding(ask(model, position_ids=None, attention_mask=padding))
+    if all_equal(_behind_padding(given), counted):
         return False
-    moved = _ask(model, position_ids=(places - LEFT).clamp(min=0), attention_mask=padding)
-    if not _all_equal(_behind_padding(moved), counted):
+    moved = ask(model, position_ids=(places - LEFT).clamp(min=0), attention_mask=padding)
+    if not all_equal(_behind_padding(moved), counted):
         raise ModelError(f"{type(model).__name__} counts its positions from padding in its own way, which is not supported yet")
     return True
 
@@ -311,9 +344,9 @@ def _behind_padding(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x[:, LEFT:] for name, x in given.items()}
 
 
-def _prove_loss(model: Any) -> str | None:
+def _prove_loss(model: Any, base: Any) -> str | None:
     """The kind of the model's loss, where it computes one through its ``loss_function``; None where it does so by itself."""
-    if "labels" not in inspect.signature(model.forward).parameters:
+    if "labels" not in inspect.signature(base.forward).parameters:
         return None
     calls = []
 
@@ -322,17 +355,12 @@ def _prove_loss(model: Any) -> str | None:
         return logits.sum() * 0
 
     labels = torch.zeros(1, TOKENS, dtype=torch.long, device=model.device)
-    had = vars(model).get("_loss_function")
-    model._loss_function = note
+    already = "_loss_function" in vars(base)
     try:
-        _ask(model, labels=labels, shift_labels=labels)
+        with losing(base, note):
+            ask(model, labels=labels, shift_labels=labels)
     except ModelError:
         return None
-    finally:
-        if had is None:
-            del model._loss_function
-        else:
-            model._loss_function = had
-    kind: str | None = getattr(model, "loss_type", None)
+    kind: str | None = getattr(base, "loss_type", None)
     knows_the_step = len(calls) == 1 and isinstance(calls[0], Probe)
-    return kind if knows_the_step and had is None and kind in (*IN_PLACE, *SHIFTED) else None
+    return kind if knows_the_step and not already and kind in (*IN_PLACE, *SHIFTED) else None

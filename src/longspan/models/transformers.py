@@ -19,18 +19,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from longspan.attention import attend
-from longspan.batch import IGNORE, Step
+from longspan.batch import Step
 from longspan.errors import ModelError
 from longspan.loss import cross_entropy
 from longspan.mesh import ParallelMesh
+from longspan.models.adapters import refuse_adapters
+from longspan.models.balance import gather_routers, prove_balance
 from longspan.models.proof import IN_PLACE, Layer, Probe, Proof, Said, prove, refuse_by_config
+from longspan.models.stand_in import stand_in, take_out
 
 NAME = "longspan"
 """The attention that a parallel model's config names."""
@@ -79,11 +82,14 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 class Pretrained:
-    """A Transformers model as ``parallelize`` wants it: proven, with its blocks, and the way to give it a mesh and back."""
+    """A Transformers model as ``parallelize`` wants it: proven, with its blocks, and the way to give it a mesh and back.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model: Any = model
-        configured = [module for module in model.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)]
+    ``called`` is what the user calls: the model, or peft's wrapper of it.
+    """
+
+    def __init__(self, called: nn.Module, model: PreTrainedModel) -> None:
+        self.called, self.model = called, cast(Any, model)
+        configured = [module for module in called.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)]
         self.configs: list[tuple[Any, Any]] = [(module, module.config) for module in configured]
         self._handles: list[Any] = []
 
@@ -95,8 +101,11 @@ class Pretrained:
     def prove(self, mesh: ParallelMesh) -> None:
         """Raise ModelError by name for what cannot be parallel, LayoutError for heads that do not fit. Changes nothing."""
         refuse_by_config(self.model)
+        refuse_adapters(self.called, self.model)
+        balanced = any(getattr(config, "output_router_logits", False) for _, config in self.configs)
         with self._renamed():
-            self.proof: Proof = prove(self.model, mesh)
+            self.proof: Proof = prove(self.called, self.model, mesh)
+            self.routers = prove_balance(self.called, self.model, self.proof.loss_type) if balanced else None
 
     def install(self, mesh: ParallelMesh) -> None:
         """Give the model its mesh: copies of its configs, its attention layers' mesh, its loss, its hooks."""
@@ -106,10 +115,13 @@ class Pretrained:
         if self.proof.loss_type is not None:
             self.model._loss_function = partial(_loss, mesh=mesh, in_place=self.proof.loss_type in IN_PLACE)
         self._handles = [
-            self.model.register_forward_pre_hook(_stand_in, with_kwargs=True),
+            self.model.register_forward_pre_hook(stand_in, with_kwargs=True),
             self.model.register_forward_pre_hook(partial(_check_call, self.proof), with_kwargs=True),
-            self.model.register_forward_hook(_take_out, with_kwargs=True),
+            self.model.register_forward_pre_hook(partial(_check_routers, self.routers), with_kwargs=True),
+            self.model.register_forward_hook(take_out, with_kwargs=True),
         ]
+        if self.routers is not None:
+            self._handles += gather_routers(self.routers, self.model, mesh)
         for name, rotary in self.model.named_modules():
             if _chooses_by_length(rotary):
                 self._handles.append(rotary.register_forward_pre_hook(partial(_lengthen, name), with_kwargs=True))
@@ -138,7 +150,11 @@ class Pretrained:
 
     @contextmanager
     def _renamed(self) -> Iterator[None]:
+        """For the proof, in which a loss of all tokens together would be one that lets tokens meet."""
         self._rename()
+        for module, _ in self.configs:
+            if hasattr(module.config, "output_router_logits"):
+                module.config.output_router_logits = False
         try:
             yield
         finally:
@@ -185,31 +201,12 @@ def _check_call(proof: Proof, model: nn.Module, args: tuple[Any, ...], kwargs: d
     return args, kwargs
 
 
-class StandIn(Step):
-    """The step of a replica without rows: its model computes one row that nobody learns from, since layers reshape by -1."""
-
-
-def _stand_in(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Let a replica without rows join every collective of the others."""
-    step = kwargs.get("longspan")
-    if step is None or step.rows:
-        return args, kwargs
-    row = {
-        name: value.new_full((1, *value.shape[1:]), IGNORE if "labels" in name else 0)
-        for name, value in kwargs.items()
-        if isinstance(value, Tensor) and value.shape[:1] == (0,)
-    }
-    alone = vars(step) | {"rows": 1, "mask": None, "padding": None, "restarts": None}
-    return args, kwargs | row | {"longspan": StandIn(**alone)}
-
-
-def _take_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """No row was given, so none is returned."""
-    if isinstance(kwargs["longspan"], StandIn):
-        for name, value in output.items():
-            if isinstance(value, Tensor) and value.ndim:
-                output[name] = value[:0]
-    return output
+def _check_routers(routers: nn.Module | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_router_logits") and routers is None:
+        raise ModelError(
+            "output_router_logits= was not proven for this model, and its balance loss would be that of this rank's tokens; "
+            "set config.output_router_logits before parallelize"
+        )
 
 
 def _chooses_by_length(module: nn.Module) -> bool:

@@ -1,0 +1,149 @@
+"""Law 1 for what people put on and around Hugging Face models: adapters, balance losses, compilers, half precision."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from longspan import ModelError, ParallelMesh, cross_entropy, parallelize, shard, unparallelize
+from ranks import Ranks
+from test_transformers import KINDS, assert_gradients, batches, build, forward_alone, mesh_of, targets
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_group_behind() -> Iterator[None]:
+    """Ranks that are forked later would inherit the world of one that a ``ParallelMesh()`` makes here."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- adapters
+
+
+def adapted(config: Any) -> Any:
+    """A tiny llama in peft's wrapper, its base frozen and its new adapters not at zero."""
+    torch.manual_seed(1)
+    model = peft.get_peft_model(build("llama"), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def lora(**more: Any) -> Any:
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **more)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_lora_on_a_frozen_base_is_one_device(zero: int, pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(adapters, zero)
+
+
+def adapters(zero: int) -> None:
+    """Two steps of AdamW on the adapters and a head that is trained whole, then back to one device."""
+    mesh, whole = mesh_of(2, 1), batches("odd length", False)
+    reference = adapted(lora(modules_to_save=["lm_head"]))
+    model = parallelize(deepcopy(reference), mesh, zero)
+    trained = [[p for p in m.parameters() if p.requires_grad] for m in (reference, model)]
+    optimizers = [torch.optim.AdamW(parameters, lr=1e-2) for parameters in trained]
+    for _ in range(2):
+        expected, _ = forward_alone(reference, whole, False)
+        expected.backward()
+        part = shard(whole, mesh)
+        found = model(**part).loss
+        found.backward()
+        assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+        assert_gradients(model, reference, 1e-9)
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+            name for name, p in reference.named_parameters() if p.requires_grad
+        }
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    if zero == 0:
+        alone, _ = forward_alone(unparallelize(model), whole, False)
+        assert alone.item() == pytest.approx(forward_alone(reference, whole, False)[0].item(), rel=1e-9)
+        assert model.config._attn_implementation == model.get_base_model().config._attn_implementation != "longspan"
+
+
+def test_a_new_adapter_whose_zeros_hide_what_it_mixes_is_refused() -> None:
+    model = peft.get_peft_model(build("llama"), lora())
+    mixing = model.base_model.model.model.layers[1].self_attn.v_proj.lora_A["default"]
+    mixing.register_forward_hook(lambda module, args, output: output.cumsum(1))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ModelError, match=r"layers.1.self_attn.v_proj.lora_A.default' mixes tokens"):
+        parallelize(model, ParallelMesh())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "puts learned tokens before the sequence"),
+        (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "puts learned tokens before the sequence"),
+        (lora(alora_invocation_tokens=[5, 6]), "looks for in the whole sequence"),
+    ],
+)
+def test_adapters_that_mean_the_whole_sequence_are_refused(config: Any, text: str) -> None:
+    with pytest.raises(ModelError, match=text):
+        parallelize(peft.get_peft_model(build("llama"), config), ParallelMesh())
+
+
+# ---- the balance loss of experts
+
+
+BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "ulysses", "ring", "zero"),
+    [
+        ("mixtral", "odd length", 2, 1, 3),
+        ("qwen3_moe", "left padding", 1, 2, 0),
+        ("gpt_oss", "right padding", 2, 1, 0),
+        ("mixtral", "left padding", 1, 1, 0),
+    ],
+)
+def test_the_balance_loss_is_that_of_every_token(
+    name: str, batch: str, ulysses: int, ring: int, zero: int, pool: Callable[[int], Ranks]
+) -> None:
+    """On one mesh of each kind; where the ranks are replicas, each has one of the two rows."""
+    pool(2).run(balance, name, batch, ulysses, ring, zero)
+
+
+def balance(name: str, batch: str, ulysses: int, ring: int, zero: int, empty: bool = False) -> None:
+    mesh, reference, whole = mesh_of(ulysses, ring), build(name, **BALANCED), batches(batch, False)
+    output = reference(**{key: value for key, value in whole.items() if key != "labels"}, use_cache=False)
+    expected = cross_entropy(output.logits, targets(whole["labels"], False)) + 0.5 * output.aux_loss
+    expected.backward()
+    model = parallelize(build(name, **BALANCED), mesh, zero)
+    rows = slice(mesh.place.data_rank, mesh.place.data_rank + 1) if mesh.place.data > 1 else slice(0, 2)
+    if empty:
+        rows = slice(0, 2) if mesh.place.data_rank == 0 else slice(0, 0)
+    found = model(**shard({key: value[rows] for key, value in whole.items()}, mesh))
+    found.loss.backward()
+    assert found.aux_loss.item() == pytest.approx(output.aux_loss.item(), rel=1e-6)
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert {len(logits) for logits in found.router_logits} == {found.logits.shape[:2].numel() or whole["input_ids"].shape[1]}
+    assert_gradients(model, reference, KINDS[name].tolerance)
+
+
+def test_a_replica_without_a_row_has_no_routes(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(balance, "qwen3_moe", "right padding", 1, 1, 0, True)
+
+
+def test_a_balance_loss_of_anything_else_is_refused() -> None:
+    model = build("mixtral", **BALANCED)
+    model.register_forward_hook(lambda module, args, out: out | {"aux_loss": out.logits.mean()} if "aux_loss" in out else out)
+    with pytest.raises(ModelError, match="the balance loss of MixtralForCausalLM is not its own function of all tokens"):
+        parallelize(model, ParallelMesh())
+    mesh = ParallelMesh()
+    model = parallelize(build("mixtral"), mesh)
+    with pytest.raises(ModelError, match=r"set config\.output_router_logits before parallelize"):
+        model(**shard(batches("even", False), mesh), output_router_logits=True)
