@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longspan.attention import attend
 from longspan.errors import LongspanError, ModelError
 from longspan.layout import Heads
 from longspan.masks import Causal, Chunked, Full, Mask, Window
@@ -42,15 +43,15 @@ COARSE = 5e-2
 
 
 class Layer(NamedTuple):
-    """What hangs on an attention module: the mesh, who may look at whom, what users call it.
+    """What hangs on an attention module: who may look at whom, what users call it, how it attends.
 
     ``packs``: positions that begin anew mean another document to it, as they do to most decoders.
     """
 
-    mesh: ParallelMesh
     own: Mask
     name: str
     packs: bool
+    attend: Callable[..., Tensor]
 
 
 class Said:
@@ -123,13 +124,13 @@ class Proof:
     loss_type: str | None
 
 
-def prove(model: Any, base: Any, mesh: ParallelMesh) -> Proof:
+def prove(model: Any, base: Any, mesh: ParallelMesh, head_chunks: int = 1) -> Proof:
     """The proof of a model whose configs name our attention; ``base`` is the one inside an adapter's wrapper, or the same.
 
     Raises ModelError by name for what cannot be parallel, and LayoutError for heads that do not fit the mesh. Changes nothing.
     """
     with proving(model):
-        layers = _prove_attention(model, mesh)
+        layers = _prove_attention(model, mesh, head_chunks)
         _prove_tokens(model)
         return Proof(tuple(layers), _prove_positions(model, base), _prove_loss(model, base))
 
@@ -227,7 +228,7 @@ def ask(model: Any, tokens: slice = slice(0, TOKENS), probe: Probe | None = None
     return {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
 
 
-def _prove_attention(model: Any, mesh: ParallelMesh) -> list[tuple[Any, Layer]]:
+def _prove_attention(model: Any, mesh: ParallelMesh, head_chunks: int) -> list[tuple[Any, Layer]]:
     """Every attention layer reached our function once, with heads that fit the mesh and a mask that can be said in bands."""
     probe, anew = Probe(), Probe()
     ask(model, probe=probe)
@@ -249,7 +250,7 @@ def _prove_attention(model: Any, mesh: ParallelMesh) -> list[tuple[Any, Layer]]:
         raise ModelError(f"no layer of {type(model).__name__} attends through Transformers' attention registry")
     layers = []
     for (module, heads, kv_heads, said), (*_, said_anew) in zip(probe.calls, anew.calls):
-        Heads(heads, kv_heads, mesh.place.ulysses)
+        Heads(heads, kv_heads, mesh.place.ulysses, head_chunks)
         name = f"{type(module).__name__} '{names[module]}'"
         own = said.mask if isinstance(said, Said) else None
         if own is None:
@@ -260,7 +261,7 @@ def _prove_attention(model: Any, mesh: ParallelMesh) -> list[tuple[Any, Layer]]:
         packs = not said_anew.sees(TOKENS // 2, TOKENS // 2 - 1)  # the first token of a document, the last of the one before
         if packs and "Chunked" in repr(own):
             raise ModelError(f"{name} counts its chunks anew in each packed document, which is not supported; pass one a row")
-        layers.append((module, Layer(mesh, own, name, packs)))
+        layers.append((module, Layer(own, name, packs, attend)))
     return layers
 
 

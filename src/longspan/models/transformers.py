@@ -29,11 +29,14 @@ from longspan.attention import attend
 from longspan.batch import Step
 from longspan.errors import ModelError
 from longspan.loss import cross_entropy
+from longspan.memory import Tools, attend_once
 from longspan.mesh import ParallelMesh
 from longspan.models.adapters import refuse_adapters
 from longspan.models.balance import gather_routers, prove_balance
 from longspan.models.proof import IN_PLACE, Layer, Probe, Proof, Said, prove, refuse_by_config
 from longspan.models.stand_in import stand_in, take_out
+from longspan.models.without_logits import forward_without_logits, refuse_without_logits
+from longspan.tiling import routes_to_experts
 
 NAME = "longspan"
 """The attention that a parallel model's config names."""
@@ -56,8 +59,8 @@ def _attention(
         )
     if dropout:
         _refuse_dropout(module, layer)
-    out = attend(
-        q, k, v, mask=longspan.mask_for(layer.own, restarts=layer.packs), mesh=layer.mesh, tokens=longspan.tokens,
+    out = layer.attend(
+        q, k, v, mask=longspan.mask_for(layer.own, restarts=layer.packs), tokens=longspan.tokens,
         scale=scaling, softcap=softcap, sinks=s_aux,
     )  # fmt: skip
     return out, None
@@ -98,22 +101,34 @@ class Pretrained:
         kinds = set(self.model._no_split_modules or ())
         return [module for module in self.model.modules() if type(module).__name__ in kinds]
 
-    def prove(self, mesh: ParallelMesh) -> None:
+    def feed_forwards(self) -> list[nn.Module]:
+        """The children of the layers that take one tensor, hold two matrices or more, do not attend and have no experts."""
+        attending = {module for module, _ in self.proof.layers}
+        children = [child for block in self.blocks() for child in block.children()]
+        return [child for child in children if not attending & set(child.modules()) and _is_feed_forward(child)]
+
+    def prove(self, mesh: ParallelMesh, tools: Tools) -> None:
         """Raise ModelError by name for what cannot be parallel, LayoutError for heads that do not fit. Changes nothing."""
         refuse_by_config(self.model)
         refuse_adapters(self.called, self.model)
         balanced = any(getattr(config, "output_router_logits", False) for _, config in self.configs)
         with self._renamed():
-            self.proof: Proof = prove(self.called, self.model, mesh)
+            self.proof: Proof = prove(self.called, self.model, mesh, tools.head_chunks)
             self.routers = prove_balance(self.called, self.model, self.proof.loss_type) if balanced else None
+            if not tools.return_logits:
+                refuse_without_logits(self.model, self.called, self.proof.loss_type)
 
-    def install(self, mesh: ParallelMesh) -> None:
+    def install(self, mesh: ParallelMesh, tools: Tools) -> None:
         """Give the model its mesh: copies of its configs, its attention layers' mesh, its loss, its hooks."""
         self._rename()
+        chosen = attend_once if tools.recompute == "keep attention" else attend
         for module, layer in self.proof.layers:
-            module._longspan = layer
+            module._longspan = layer._replace(attend=partial(chosen, mesh=mesh, head_chunks=tools.head_chunks))
+        in_place = self.proof.loss_type in IN_PLACE
         if self.proof.loss_type is not None:
-            self.model._loss_function = partial(_loss, mesh=mesh, in_place=self.proof.loss_type in IN_PLACE)
+            self.model._loss_function = partial(_loss, mesh=mesh, in_place=in_place)
+        if not tools.return_logits:
+            self.model.forward = partial(forward_without_logits, self.model, mesh, in_place)
         self._handles = [
             self.model.register_forward_pre_hook(stand_in, with_kwargs=True),
             self.model.register_forward_pre_hook(partial(_check_call, self.proof), with_kwargs=True),
@@ -133,6 +148,7 @@ class Pretrained:
             handle.remove()
         for module, _ in self.proof.layers:
             del module._longspan
+        vars(self.model).pop("forward", None)
         if self.proof.loss_type is not None:
             del self.model._loss_function
         for module, config in self.configs:
@@ -207,6 +223,12 @@ def _check_routers(routers: nn.Module | None, model: nn.Module, args: tuple[Any,
             "output_router_logits= was not proven for this model, and its balance loss would be that of this rank's tokens; "
             "set config.output_router_logits before parallelize"
         )
+
+
+def _is_feed_forward(module: nn.Module) -> bool:
+    matrices = sum(parameter.ndim > 1 for parameter in module.parameters())
+    asked = [name for name, each in inspect.signature(module.forward).parameters.items() if each.default is each.empty]
+    return matrices > 1 and len(asked) == 1 and not routes_to_experts(module)
 
 
 def _chooses_by_length(module: nn.Module) -> bool:
