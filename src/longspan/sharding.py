@@ -12,7 +12,7 @@ wrong on all of them.
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -20,7 +20,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from longspan.errors import LongspanError, ModelError
@@ -35,19 +36,24 @@ def parallelize(model: Model, mesh: ParallelMesh, zero: int = 0) -> Model:
     """Change ``model`` in place so that law 1 holds on ``mesh``, and return it: loss and gradients are those of one device.
 
     Every rank calls it, with equal parameters (the same seed, or the same checkpoint), before it builds its optimizer;
-    afterwards each calls ``model(**shard(batch, mesh))``. ``zero=0`` keeps all parameters on each rank, ``zero=3`` a share.
+    afterwards each calls ``model(**shard(batch, mesh))``. ``zero=0`` keeps all parameters on each rank, ``zero=3`` a share. A
+    model whose weights are still on the disk (``models.pretrained.load``) is sharded first, then each rank reads its share.
 
     Raises on every rank alike: LayoutError (fewer heads than ulysses ranks), ModelError (a model that offers no attention, that
     is parallel already, or whose parameters differ between the ranks; an unknown ``zero``).
     """
     offer = _offer(model)
-    _agree(model, offer, mesh, zero)
+    unread: Unread | None = vars(model).get("_longspan_unread")
+    if unread is not None:
+        _agree(mesh, lambda: _refuse_what_cannot_be(model, zero) | unread.facts(model))
+        _read(model, unread, offer, mesh, zero)
+    _agree(mesh, lambda: _look(model, offer, mesh, zero, read_alike=unread is not None))
     offer.install(mesh)
     state = _Parallel(offer)
-    if zero == 3:
-        _shard_parameters(model, offer.blocks(), mesh)
-    else:
+    if zero == 0:
         state.gradients = MeanGradients(model, mesh)
+    elif unread is None:
+        _shard_parameters(model, offer.blocks(), mesh)
     vars(model)["_longspan"] = state
     return model
 
@@ -80,12 +86,25 @@ class Offer(Protocol):
         ...
 
     def prove(self, mesh: ParallelMesh) -> None:
-        """Raise what stands against the mesh. Changes nothing, and has no collective."""
+        """Raise what stands against the mesh. Changes nothing; its forwards gather the shares of a model that is sharded."""
         ...
 
     def install(self, mesh: ParallelMesh) -> None: ...
 
     def undo(self) -> None: ...
+
+
+@runtime_checkable
+class Unread(Protocol):
+    """The weights of a model on the meta device, wherever they wait until it is sharded."""
+
+    def facts(self, model: Any) -> dict[str, str]:
+        """What all ranks must have alike. Raises ModelError for weights that are not the model's; has no collective."""
+        ...
+
+    def read_into(self, model: Any, device: torch.device) -> None:
+        """Give the model, sharded or not, its weights. Every rank calls it."""
+        ...
 
 
 @dataclass
@@ -137,14 +156,12 @@ def _offer(model: nn.Module) -> Offer:
     return _Given(model)
 
 
-def _agree(model: nn.Module, offer: Offer, mesh: ParallelMesh, zero: int) -> None:
+def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
     """Raise on every rank what any rank finds: one exchange of each rank's error and of what it holds."""
     error: LongspanError | None = None
     facts: dict[str, str] = {}
     try:
-        _refuse_what_cannot_be(model, zero)
-        offer.prove(mesh)
-        facts = {"zero": str(zero)} | _fingerprints(model)
+        facts = look()
     except LongspanError as found:
         error = found
     everyone: list[Any] = [(error, facts)]
@@ -157,11 +174,29 @@ def _agree(model: nn.Module, offer: Offer, mesh: ParallelMesh, zero: int) -> Non
     _refuse_differences([held for _, held in everyone])
 
 
-def _refuse_what_cannot_be(model: nn.Module, zero: int) -> None:
+def _refuse_what_cannot_be(model: nn.Module, zero: int) -> dict[str, str]:
     if zero not in (0, 3):
         raise ModelError(f"zero={zero} is not supported; legal are zero=0 (every rank keeps all) and zero=3 (each a share)")
     if hasattr(model, "_longspan"):
         raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
+    return {"zero": str(zero)}
+
+
+def _look(model: nn.Module, offer: Offer, mesh: ParallelMesh, zero: int, read_alike: bool) -> dict[str, str]:
+    """Prove the model, and say what it holds, unless all ranks have read their shares of the same."""
+    facts = _refuse_what_cannot_be(model, zero)
+    offer.prove(mesh)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # FSDP2 keeps the outermost parameters gathered after a forward: an optimizer would take these
+    return facts if read_alike else facts | _fingerprints(model)
+
+
+def _read(model: nn.Module, unread: Unread, offer: Offer, mesh: ParallelMesh, zero: int) -> None:
+    """Shard a model that has no weights yet, then let each rank read its own."""
+    del vars(model)["_longspan_unread"]
+    if zero == 3:
+        _shard_parameters(model, offer.blocks(), mesh)
+    unread.read_into(model, mesh.device)
 
 
 def _fingerprints(model: nn.Module) -> dict[str, str]:
@@ -171,6 +206,8 @@ def _fingerprints(model: nn.Module) -> dict[str, str]:
 
 
 def _hash(tensor: Tensor) -> str:
+    if isinstance(tensor, DTensor):
+        raise ModelError("the model is sharded already; give it to parallelize whole, which shards it with zero=3")
     if tensor.is_meta:
         raise ModelError("the model is on the meta device; give it weights first: model.to_empty(device=...), then initialize")
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
