@@ -15,7 +15,7 @@ wrong on all of them.
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -23,6 +23,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from longspan.attention import attend
@@ -54,7 +56,8 @@ def parallelize(
     """Change ``model`` in place so that law 1 holds on ``mesh``, and return it: loss and gradients are those of one device.
 
     Every rank calls it, with equal parameters (the same seed, or the same checkpoint), before it builds its optimizer;
-    afterwards each calls ``model(**shard(batch, mesh))``.
+    afterwards each calls ``model(**shard(batch, mesh))``. A model whose weights are still on the disk
+    (``models.pretrained.load``), or a Decoder on the meta device, is sharded first; then each rank reads or draws its share.
 
     What each rank keeps of the parameters: ``zero=0`` all; ``zero=2`` a share of gradients and optimizer states, and all
     parameters from their first use in a step to its end (``zero=1`` is the same: FSDP2 has no smaller step); ``zero=3`` a share
@@ -74,13 +77,17 @@ def parallelize(
     tools = Tools(recompute, tile_tokens, head_chunks, offload_activations, return_logits)
     shares = Shares(zero, dtype, offload_parameters, shard_ranks)
     offer = _offer(model)
-    _agree(model, offer, mesh, tools, shares)
+    unread = _unread(model)
+    if unread is not None:
+        _agree(mesh, lambda: _refuse_what_cannot_be(model, mesh, tools, shares) | unread.facts(model))
+        _read(model, unread, offer, mesh, shares)
+    _agree(mesh, lambda: _look(model, offer, mesh, tools, shares, read_alike=unread is not None))
     offer.install(mesh, tools)
     state = _Parallel(offer, _equip(offer, tools))
-    if zero:
-        shard_parameters(model, offer.blocks(), mesh, shares)
-    else:
+    if zero == 0:
         state.gradients = MeanGradients(model, mesh)
+    elif unread is None:
+        shard_parameters(model, offer.blocks(), mesh, shares)
     vars(model)["_longspan"] = state
     return model
 
@@ -127,6 +134,19 @@ class Offer(Protocol):
         ...
 
     def undo(self) -> None: ...
+
+
+@runtime_checkable
+class Unread(Protocol):
+    """The weights of a model on the meta device, wherever they wait until it is sharded."""
+
+    def facts(self, model: Any) -> dict[str, str]:
+        """What all ranks must have alike. Raises ModelError for weights that are not the model's; has no collective."""
+        ...
+
+    def read_into(self, model: Any, device: torch.device) -> None:
+        """Give the model, sharded or not, its weights. Every rank calls it."""
+        ...
 
 
 @dataclass
@@ -202,17 +222,12 @@ def _offer(model: nn.Module) -> Offer:
     return _Given(model)
 
 
-def _agree(model: nn.Module, offer: Offer, mesh: ParallelMesh, tools: Tools, shares: Shares) -> None:
+def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
     """Raise on every rank what any rank finds: one exchange of each rank's error and of what it holds."""
     error: LongspanError | None = None
     facts: dict[str, str] = {}
     try:
-        if hasattr(model, "_longspan"):
-            raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
-        refuse_what_cannot_be(shares, model, mesh)
-        offer.prove(mesh, tools)
-        _refuse_tools(tools, offer)
-        facts = {"parallelize": f"{tools} {shares}"} | _fingerprints(model)
+        facts = look()
     except LongspanError as found:
         error = found
     everyone: list[Any] = [(error, facts)]
@@ -225,18 +240,62 @@ def _agree(model: nn.Module, offer: Offer, mesh: ParallelMesh, tools: Tools, sha
     _refuse_differences([held for _, held in everyone])
 
 
-def _refuse_tools(tools: Tools, offer: Offer) -> None:
+def _refuse_what_cannot_be(model: nn.Module, mesh: ParallelMesh, tools: Tools, shares: Shares) -> dict[str, str]:
+    if hasattr(model, "_longspan"):
+        raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
+    refuse_what_cannot_be(shares, model, mesh)
     refuse_unknown(tools.recompute)
-    if tools.tile_tokens is None:
-        return
-    feeds = offer.feed_forwards()
+    return {name: str(value) for name, value in (vars(tools) | vars(shares)).items()}
+
+
+def _look(
+    model: nn.Module, offer: Offer, mesh: ParallelMesh, tools: Tools, shares: Shares, read_alike: bool
+) -> dict[str, str]:
+    """Prove the model, and say what it holds, unless all ranks have read their shares of the same."""
+    facts = _refuse_what_cannot_be(model, mesh, tools, shares)
+    offer.prove(mesh, tools)
+    if tools.tile_tokens is not None:
+        _refuse_to_tile(offer.feed_forwards(), tools.tile_tokens)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # FSDP2 keeps the outermost parameters gathered after a forward: an optimizer would take these
+    return facts if read_alike else facts | _fingerprints(model)
+
+
+def _refuse_to_tile(feeds: Sequence[nn.Module], tokens: int) -> None:
     if not feeds:
         raise ModelError(
-            f"tile_tokens={tools.tile_tokens} finds no feed-forward that works token by token in one tensor (experts do not); "
-            f"leave it out, or change modules of your own by longspan.tiled(module, tokens)"
+            f"tile_tokens={tokens} finds no feed-forward that works token by token in one tensor (experts do not); leave it "
+            f"out, or change modules of your own by longspan.tiled(module, tokens)"
         )
     for module in feeds:
-        refuse_to_tile(module, tools.tile_tokens)
+        refuse_to_tile(module, tokens)
+
+
+def _unread(model: nn.Module) -> "Unread | None":
+    """Where the weights wait of a model that has none yet."""
+    waiting: Unread | None = vars(model).get("_longspan_unread")
+    if waiting is None and hasattr(model, "initialize") and any(parameter.is_meta for parameter in model.parameters()):
+        return _Seed()
+    return waiting
+
+
+class _Seed:
+    """The weights of a model that draws them itself, as the Decoder does."""
+
+    def facts(self, model: Any) -> dict[str, str]:
+        return {"the seed": str(model.seed)}
+
+    def read_into(self, model: Any, device: torch.device) -> None:
+        model.to_empty(device=device)
+        model.initialize(model.seed)
+
+
+def _read(model: nn.Module, unread: Unread, offer: Offer, mesh: ParallelMesh, shares: Shares) -> None:
+    """Shard a model that has no weights yet, then let each rank read its own."""
+    vars(model).pop("_longspan_unread", None)
+    if shares.zero:
+        shard_parameters(model, offer.blocks(), mesh, shares)
+    unread.read_into(model, mesh.device)
 
 
 def _fingerprints(model: nn.Module) -> dict[str, str]:
@@ -246,6 +305,8 @@ def _fingerprints(model: nn.Module) -> dict[str, str]:
 
 
 def _hash(tensor: Tensor) -> str:
+    if isinstance(tensor, DTensor):
+        raise ModelError("the model is sharded already; give it to parallelize whole, which shards it with zero=3")
     if tensor.is_meta:
         raise ModelError("the model is on the meta device; give it weights first: model.to_empty(device=...), then initialize")
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

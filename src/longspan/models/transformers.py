@@ -84,6 +84,24 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 
 
+def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers that the model's class says not to split, by name; of those that lie in another one, the outer.
+
+    Without those that share a parameter with the rest (BERT's embeddings with its head): FSDP2 gathers shared ones together.
+    """
+    kinds = set(model._no_split_modules or ())
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inner = any(name.startswith(f"{outer}.") for outer in found)
+        shares = any(not other.startswith(f"{name}.") for parameter in module.parameters() for other in names[parameter])
+        if type(module).__name__ in kinds and not inner and not shares:
+            found[name] = module
+    return found
+
+
 class Pretrained:
     """A Transformers model as ``parallelize`` wants it: proven, with its blocks, and the way to give it a mesh and back.
 
@@ -98,8 +116,7 @@ class Pretrained:
 
     def blocks(self) -> list[nn.Module]:
         """The layers that FSDP2 shards one by one."""
-        kinds = set(self.model._no_split_modules or ())
-        return [module for module in self.model.modules() if type(module).__name__ in kinds]
+        return list(blocks(self.model).values())
 
     def feed_forwards(self) -> list[nn.Module]:
         """The children of the layers that take one tensor, hold two matrices or more, do not attend and have no experts."""
