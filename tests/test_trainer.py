@@ -1,0 +1,228 @@
+"""Transformers' Trainer over a mesh against the stock one on one rank with the equal global batch: losses, weights, files.
+
+The reference is the untouched library. 4 ranks are data 2 x ulysses 2 unless a test says otherwise.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from longspan import ParallelMesh
+from longspan.batch import IGNORE
+from longspan.integrations.trainer import LongTrainer
+from ranks import Ranks
+
+transformers.logging.set_verbosity_error()
+
+ROWS = 41
+"""Of the dataset: its last batch has one row, none for the second replica; its last accumulated step, one batch."""
+
+
+def model(**more: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, **more,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def dataset(rows: int = ROWS) -> list[dict[str, Tensor]]:
+    """Rows of unequal lengths, whose first few tokens, unequally many, are not learned from."""
+    random = torch.Generator().manual_seed(1)
+    items = []
+    for _ in range(rows):
+        tokens, prompt = (int(torch.randint(*bounds, (), generator=random)) for bounds in ((6, 24), (0, 5)))
+        ids = torch.randint(3, 97, (tokens,), generator=random)
+        items.append({"input_ids": ids, "labels": torch.cat([torch.full((prompt,), IGNORE), ids[prompt:]])})
+    return items
+
+
+def pad(items: list[dict[str, Tensor]], left: bool = False) -> dict[str, Tensor]:
+    longest = max(len(item["input_ids"]) for item in items)
+
+    def side(row: Tensor, value: int) -> Tensor:
+        empty = row.new_full((longest - len(row),), value)
+        return torch.cat([empty, row] if left else [row, empty])
+
+    return {
+        "input_ids": torch.stack([side(item["input_ids"], 0) for item in items]),
+        "labels": torch.stack([side(item["labels"], IGNORE) for item in items]),
+        "attention_mask": torch.stack([side(torch.ones_like(item["input_ids"]), 0) for item in items]),
+    }
+
+
+def pad_left(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The first token of a row is not asked for: what stands before it would predict it, and padding sees nothing."""
+    batch = pad(items, left=True)
+    firsts = batch["attention_mask"].argmax(1)
+    batch["labels"][torch.arange(len(items)), firsts] = IGNORE
+    return batch
+
+
+def arguments(folder: Path, **more: Any) -> TrainingArguments:
+    settings = {
+        "output_dir": str(folder), "max_steps": 20, "learning_rate": 1e-3, "logging_steps": 1, "report_to": "none",
+        "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "dataloader_pin_memory": False,
+        "logging_nan_inf_filter": False,
+    }  # fmt: skip
+    return TrainingArguments(**(settings | more))
+
+
+def build(
+    folder: Path, rows: int, mesh: dict[str, int] | None, settings: Mapping[str, Any], of: Mapping[str, Any], zero: int = 0
+) -> Trainer:
+    """Stock for ``mesh=None``; ``rows`` a device or a data replica."""
+    given: dict[str, Any] = {"model": model(), "train_dataset": dataset(), "eval_dataset": dataset(11), "data_collator": pad}
+    args = arguments(folder, per_device_train_batch_size=rows, per_device_eval_batch_size=rows, **settings)
+    trainer = (
+        Trainer(args=args, **(given | of))
+        if mesh is None
+        else LongTrainer(args=args, mesh=ParallelMesh(**mesh), zero=zero, **(given | of))
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+TIMES = ("runtime", "per_second", "total_flos")
+
+
+def told(trainer: Trainer) -> list[dict[str, float]]:
+    """What was logged, but for what depends on the clock."""
+    return [{name: x for name, x in line.items() if not any(t in name for t in TIMES)} for line in trainer.state.log_history]
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    held = trainer.model.state_dict()
+    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).clone() for name, x in held.items()}
+
+
+def train(
+    folder: Path, rows: int, mesh: dict[str, int] | None = None, settings: Mapping[str, Any] | None = None,
+    of: Mapping[str, Any] | None = None, zero: int = 0, launched: bool = False,
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:  # fmt: skip
+    with environment(launched):
+        trainer = build(folder, rows, mesh, settings or {}, of or {}, zero)
+        trainer.train()
+        return told(trainer), weights(trainer)
+
+
+class environment:
+    """As torchrun sets it, so that accelerate knows of several processes; or as it is."""
+
+    def __init__(self, launched: bool) -> None:
+        rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
+        self.names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "OMP_NUM_THREADS": "1"}
+        self.names = self.names if launched else {}
+
+    def __enter__(self) -> None:
+        os.environ.update(self.names)
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.names:
+            del os.environ[name]
+
+
+def assert_equal(one: Any, other: Any, tolerance: float = 1e-5) -> None:
+    (lines, parameters), (their_lines, their_parameters) = one, other
+    assert len(lines) == len(their_lines)
+    for line, their_line in zip(lines, their_lines):
+        assert their_line == pytest.approx(line, rel=tolerance, abs=tolerance)
+    assert parameters.keys() == their_parameters.keys()
+    for name, value in parameters.items():
+        torch.testing.assert_close(their_parameters[name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+Pool = Callable[[int], Ranks]
+HYBRID = {"ulysses": 2}
+CASES = {
+    "sgd": ({"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}, 0),
+    "adamw, accumulated, clipped": ({"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}, 0),
+    "adamw, sharded": ({}, 3),
+}
+"""Settings, and zero."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_twenty_steps_are_those_of_one_device(case: str, pool: Pool, tmp_path: Path) -> None:
+    settings, zero = CASES[case]
+    (alone,) = pool(1).run(train, tmp_path / "one", 4, None, settings)
+    assert len([line for line in alone[0] if "loss" in line]) == 20
+    for theirs in pool(4).run(train, tmp_path / "four", 2, HYBRID, settings, None, zero, True):
+        assert_equal(alone, theirs)
+
+
+def accuracy(given: Any) -> dict[str, float]:
+    """Asks for every logit of every row: the share of the tokens that are right, and a sum that tells rows and tokens apart."""
+    predicted, labels = given.predictions[:, :-1], given.label_ids[:, 1:]
+    right = (predicted.argmax(-1) == labels)[labels != IGNORE]
+    there = torch.tensor(labels) != IGNORE
+    places = there.cumsum(1) * torch.arange(1, len(there) + 1).unsqueeze(1)
+    weighed = (torch.tensor(predicted).double().pow(2).sum(-1) * places)[there].sum() / places[there].sum()
+    return {"accuracy": float(right.mean()), "weighed": float(weighed), "rows": float(len(labels))}
+
+
+WITH_EVALUATION = {
+    "max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "include_num_input_tokens_seen": "non_padding",
+    "train_sampling_strategy": "group_by_length", "activation_checkpointing": True,
+}  # fmt: skip
+
+
+def test_evaluation_is_that_of_one_device(pool: Pool, tmp_path: Path) -> None:
+    """11 rows in batches of 4: Trainer's eval_loss weighs the mean of each batch by its rows, and so does this one."""
+    of = {"compute_metrics": accuracy, "data_collator": pad_left}
+    (alone,) = pool(1).run(train, tmp_path / "one", 4, None, WITH_EVALUATION, of)
+    evaluated = [line for line in alone[0] if "eval_loss" in line]
+    assert [line["eval_rows"] for line in evaluated] == [11, 11]
+    assert alone[0][-1]["num_input_tokens_seen"] > 0
+    for theirs in pool(4).run(train, tmp_path / "four", 2, HYBRID, WITH_EVALUATION, of):
+        assert_equal(alone, theirs)
+    for theirs in pool(4).run(train, tmp_path / "ring", 1, {"ring": 1}, WITH_EVALUATION, of, 3, True):  # four replicas
+        assert_equal(alone, theirs)
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10, "gradient_accumulation_steps": 2}
+SAVING |= {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True, "save_total_limit": 2}
+
+
+def resume(
+    folder: Path, rows: int, mesh: dict[str, int] | None, settings: Mapping[str, Any], zero: int = 0
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """From the checkpoint after 5 steps, in a trainer whose own weights are others."""
+    trainer = build(folder, rows, mesh, settings, {}, zero)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(1.5)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
+    return told(trainer)[:-1], weights(trainer)  # the last line is the mean loss of this call alone
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_checkpoint_is_that_of_one_device(zero: int, pool: Pool, tmp_path: Path) -> None:
+    """Four ranks go on from their own and from one device's, one device from theirs; each as if nothing had happened."""
+    (alone,) = pool(1).run(train, tmp_path / "one", 4, None, SAVING)
+    for theirs in pool(4).run(train, tmp_path / "four", 2, HYBRID, SAVING, None, zero):
+        assert_equal(alone, theirs)
+    alone = (alone[0][:-1], alone[1])
+    files = sorted(path.name for path in (tmp_path / "one" / "checkpoint-5").iterdir())
+    assert sorted(path.name for path in (tmp_path / "four" / "checkpoint-5").iterdir()) == files
+    assert_equal(alone, pool(1).run(resume, tmp_path / "four", 4, None, SAVING)[0])
+    for folder in ("one", "four"):
+        for theirs in pool(4).run(resume, tmp_path / folder, 2, HYBRID, SAVING, zero):
+            assert_equal(alone, theirs)
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "four" / "checkpoint-10")
+    assert saved.config._attn_implementation == "sdpa"
+    assert "longspan" not in (tmp_path / "four" / "checkpoint-10" / "config.json").read_text()
+    expected = LlamaForCausalLM.from_pretrained(tmp_path / "one" / "checkpoint-10").state_dict()
+    for name, value in saved.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
