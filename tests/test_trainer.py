@@ -4,7 +4,8 @@ The reference is the untouched library. 4 ranks are data 2 x ulysses 2 unless a 
 """
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,19 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from torch.utils.data import IterableDataset
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
-from longspan import ParallelMesh
+from longspan import LongspanError, ParallelMesh, parallelize
 from longspan.batch import IGNORE
 from longspan.integrations.trainer import LongTrainer
 from ranks import Ranks
@@ -226,3 +236,181 @@ def test_a_checkpoint_is_that_of_one_device(zero: int, pool: Pool, tmp_path: Pat
     expected = LlamaForCausalLM.from_pretrained(tmp_path / "one" / "checkpoint-10").state_dict()
     for name, value in saved.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+class Stream(IterableDataset[dict[str, Tensor]]):
+    """Without a length: only its end says where it ends."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(dataset(21))
+
+
+PACKED = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+"""Collates its rows into one, whose documents it tells three times."""
+
+
+@pytest.mark.parametrize("of", [{"data_collator": PACKED}, {"train_dataset": Stream()}], ids=["packed", "a stream"])
+def test_other_data(of: dict[str, Any], pool: Pool, tmp_path: Path) -> None:
+    settings = {"max_steps": 8, "include_num_input_tokens_seen": "all" if "data_collator" in of else "no"}
+    (alone,) = pool(1).run(train, tmp_path, 4, None, settings, of | {"data_collator": pad} if "train_dataset" in of else ALONE)
+    for theirs in pool(4).run(train, tmp_path, 2, HYBRID, settings, of):
+        assert_equal(alone, theirs)
+
+
+ALONE = {"data_collator": DataCollatorWithFlattening()}
+"""Stock Trainer hands a varlen kernel's keywords on to models, and the model here runs without one."""
+
+
+def draw(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Masks at random, as collators for masked language models do."""
+    batch = pad(items)
+    batch["labels"][torch.rand(batch["labels"].shape) < 0.5] = IGNORE
+    return batch
+
+
+def draw_beside_dropout(folder: Path) -> list[dict[str, float]]:
+    torch.manual_seed(0)
+    config = Starcoder2Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, residual_dropout=0.1,
+    )  # fmt: skip
+    of = {"model": Starcoder2ForCausalLM(config), "data_collator": draw}
+    return train(folder, 2, {"ulysses": 2}, {"max_steps": 3}, of)[0]
+
+
+def test_what_is_drawn_for_the_data_is_drawn_alike_whatever_dropout_draws(pool: Pool, tmp_path: Path) -> None:
+    first, second = pool(2).run(draw_beside_dropout, tmp_path)
+    assert first == second
+
+
+class Half(Trainer):
+    """Stands for trainers of other libraries that compute their loss from logits."""
+
+    def compute_loss(self, *args: Any, **keywords: Any) -> Any:
+        raise AssertionError("these are the logits of one rank")
+
+
+class SFTTrainer(Trainer):
+    """As TRL's: it forms the plain cross-entropy by itself."""
+
+    def compute_loss(self, *args: Any, **keywords: Any) -> Any:
+        raise AssertionError("these are the logits of one rank")
+
+    def training_step(self, *args: Any, **keywords: Any) -> Tensor:
+        self.stepped = True
+        return super().training_step(*args, **keywords)
+
+
+class LongSFT(LongTrainer, SFTTrainer):
+    pass
+
+
+class Penalised(LongTrainer):
+    """A loss of one's own stands in front."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss = loss + 0.01 * sum(parameter.square().sum() for parameter in model.parameters())
+        return (loss, outputs) if return_outputs else loss
+
+
+def class_chain(folder: Path, kind: type[LongTrainer]) -> list[dict[str, float]]:
+    args = arguments(folder, max_steps=2, per_device_train_batch_size=4)
+    trainer = kind(model=model(), args=args, train_dataset=dataset(), data_collator=pad, mesh=ParallelMesh(ulysses=2))
+    trainer.train()
+    assert getattr(trainer, "stepped", True)
+    return told(trainer)
+
+
+def test_it_stands_in_front_of_another_trainer_and_behind_a_loss_of_one_s_own(pool: Pool, tmp_path: Path) -> None:
+    (alone,) = pool(1).run(train, tmp_path, 4, None, {"max_steps": 2})
+    for theirs in pool(2).run(class_chain, tmp_path, LongSFT):
+        assert theirs[0] == pytest.approx(alone[0][0], rel=1e-5)
+    penalised = pool(2).run(class_chain, tmp_path, Penalised)
+    assert penalised[0] == penalised[1]
+    assert penalised[0][0]["loss"] > alone[0][0]["loss"] + 0.01
+
+
+class Broken(list[Any]):
+    """A row cannot be read on one rank."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+
+def what_stops(folder: Path, what: str) -> str:
+    """The one sentence that a rank stops with."""
+    settings: dict[str, Any] = {"max_steps": 1}
+    of: dict[str, Any] = {}
+    if what == "a row":
+        of["train_dataset"] = Broken(dataset())
+    if what == "the disk":
+        settings |= {"save_strategy": "steps", "save_steps": 1}
+        (folder / "out").mkdir(exist_ok=True)
+        (folder / "out" / "checkpoint-1").write_text("in the way")
+    try:
+        trainer = build(folder / "out", 2, {"ulysses": 2}, settings, of)
+        trainer.train(resume_from_checkpoint=str(folder / str(dist.get_rank())) if what == "the checkpoint" else None)
+    except LongspanError as error:
+        return str(error)
+    return "nothing"
+
+
+STOPS = {
+    "a row": "OSError: the disk is gone",
+    "the disk": "writing the model to .*checkpoint-1 failed: ",
+    "the checkpoint": "the checkpoint to resume from differs between ranks: .*; let every rank read the same folder",
+}
+
+
+@pytest.mark.parametrize("what", STOPS)
+def test_what_fails_on_one_rank_stops_all_with_one_sentence(what: str, pool: Pool, tmp_path: Path) -> None:
+    first, second = pool(2).run(what_stops, tmp_path, what)
+    assert first == second
+    assert re.search(STOPS[what], first)
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "label_smoothing_factor": {"label_smoothing_factor": 0.1},
+    "auto_find_batch_size": {"auto_find_batch_size": True},
+    "bf16_full_eval": {"bf16_full_eval": True},
+    "torch_compile": {"torch_compile": True},
+    "neftune_noise_alpha": {"neftune_noise_alpha": 5.0},
+    "use_liger_kernel": {"use_liger_kernel": True},
+    "eval_use_gather_object": {"eval_use_gather_object": True},
+    "optim='lomo'": {"optim": "lomo"},
+    "split_batches": {"accelerator_config": {"split_batches": True}},
+    "include_for_metrics": {"include_for_metrics": ["inputs"]},
+}
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    mesh = ParallelMesh()
+
+    def said(kind: type[LongTrainer] = LongTrainer, settings: Mapping[str, Any] | None = None, **of: Any) -> str:
+        try:
+            kind(**({"model": model(), "args": arguments(folder, **(settings or {})), "mesh": mesh} | of))
+        except LongspanError as error:
+            return str(error)
+        return "nothing"
+
+    class LongHalf(LongTrainer, Half):
+        pass
+
+    found = {name: said(settings=settings) for name, settings in REFUSED.items()}
+    optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
+    return found | {
+        "Half.compute_loss": said(LongHalf),
+        "compute_loss_func": said(compute_loss_func=lambda *_: None),
+        "optimizers=": said(optimizers=(optimizer, None), zero=3),
+        "args=TrainingArguments": said(args=None),
+        "parallel already": said(model=parallelize(model(), mesh)),
+    }
+
+
+def test_what_does_not_go_with_a_mesh_is_refused_by_name(pool: Pool, tmp_path: Path) -> None:
+    (found,) = pool(1).run(refusals, tmp_path)
+    for name, text in found.items():
+        assert name in text

@@ -9,7 +9,7 @@ several ranks is done in the forward and the backward. Knows nothing of models, 
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from longspan.errors import BatchError, RunError
+from longspan.gradients import clip
 from longspan.mesh import ParallelMesh, Place
 
 WAY_OUT = {
@@ -115,17 +116,19 @@ class OneProcess:
 
 
 class OneDevice(Accelerator):  # type: ignore[misc]
-    """An Accelerator that wraps, gathers and deals out nothing among ranks, whatever the process was started by.
+    """An Accelerator that wraps and gathers nothing among ranks, whatever started the process; it clips by the true norm.
 
-    ``told`` turns one that is there into it.
+    A DataLoader that it prepares has batches of the rows of all data replicas, and gives each its own.
     """
 
     place: Place
 
     @classmethod
-    def told(cls, accelerator: Accelerator, place: Place) -> "OneDevice":
+    def over(cls, accelerator: Accelerator, mesh: ParallelMesh) -> "OneDevice":
+        """``accelerator`` itself, from now on one of these; before it prepares anything."""
         accelerator.__class__ = cls
-        accelerator.place = place
+        accelerator.place = mesh.place
+        accelerator.step_scheduler_with_optimizer = False  # else a prepared scheduler steps once for every process
         return accelerator  # type: ignore[no-any-return]
 
     @property
@@ -164,6 +167,11 @@ class OneDevice(Accelerator):  # type: ignore[misc]
 
     def pad_across_processes(self, tensor: Any, *_: Any, **__: Any) -> Any:
         return tensor
+
+    def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
+        if norm_type != 2:
+            raise RunError(f"norm_type={norm_type} is not supported over a mesh; the norm of sharded gradients is the 2-norm")
+        return clip(parameters, max_norm)
 
     def prepare_data_loader(self, data_loader: DataLoader[Any], *args: Any, **keywords: Any) -> Any:
         if self.place.data > 1 and data_loader.batch_size is None and data_loader.batch_sampler is None:

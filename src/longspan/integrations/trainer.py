@@ -2,7 +2,7 @@
 
     get_batch_samples   micro-batches of this replica's rows  --shard-->  this rank's tokens, labels counted once for all
     training_step       forward, backward over the mesh (parallelize); the loss is one device's, so nothing is scaled
-    _clip_grad_norm     the true norm                     prediction_step   the loss; logits, where asked for, put together
+    prediction_step     the same loss; logits, where they are asked for, put together
     _save, _load        one rank writes what one device would write; every rank reads it, and keeps its part
 
 Each rank runs the loop of one device (one_device.py), so a step that the ranks take together is a step of that device.
@@ -25,13 +25,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from longspan.batch import IGNORE, agree, agree_on_error, refuse_difference, shard, unshard
 from longspan.collectives import all_gather
 from longspan.errors import BatchError, LongspanError, RunError
-from longspan.gradients import clip, norm
 from longspan.integrations.one_device import OneDevice, as_one_device, refuse, refuse_undealt, said_by_positions
 from longspan.integrations.whole import read_whole_weights, spread_optimizer, whole
 from longspan.mesh import ParallelMesh
 from longspan.sharding import parallelize
 
-REPLACED = ("compute_loss", "prediction_step", "_clip_grad_norm", "_get_grad_norm", "_get_num_items_in_batch")
+REPLACED = ("compute_loss", "prediction_step", "_get_num_items_in_batch")
 """What is done here in place of the base class, not around it."""
 WRAPPED = (
     "create_accelerator_and_postprocess", "call_model_init", "get_batch_samples", "training_step", "evaluation_loop",
@@ -84,7 +83,7 @@ class LongTrainer(Base):  # type: ignore[misc]
         _refuse_by_keywords(keywords, zero)
         super().__init__(*positional, args=as_one_device(args, mesh), **keywords)
         self._refuse_other_ranks()
-        if not hasattr(self.model, "_longspan"):
+        if self.model_init is None:
             self._parallelize(self.model)
 
     def _refuse_other_ranks(self) -> None:
@@ -110,7 +109,7 @@ class LongTrainer(Base):  # type: ignore[misc]
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        self.accelerator = OneDevice.told(self.accelerator, self.mesh.place)
+        self.accelerator = OneDevice.over(self.accelerator, self.mesh)
         self.gather_function = self.accelerator.gather_for_metrics
 
     def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
@@ -159,12 +158,6 @@ class LongTrainer(Base):  # type: ignore[misc]
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The model's own loss over the mesh, whatever a class behind this one would do with one rank's logits."""
         return Trainer.compute_loss(self, model, inputs, return_outputs)
-
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        return clip(model.parameters(), self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        return float(norm(model.parameters()) if grad_norm is None else grad_norm)
 
     # ---- What is counted
 
@@ -313,7 +306,7 @@ def _alone(values: tuple[Any, ...] | None) -> Any:
 
 
 def _refuse_other_losses(trainer: type, args: TrainingArguments) -> None:
-    """A class behind this one that computes its own loss or norm would do so from one rank's tokens."""
+    """A class behind this one that computes its own loss would do so from one rank's tokens."""
     missing = [name for name in (*REPLACED, *WRAPPED) if not hasattr(Trainer, name)]
     if missing:
         raise RunError(f"this version of Transformers has no Trainer.{missing[0]}; use the one this is tested with, 5.23")
