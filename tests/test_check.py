@@ -61,7 +61,7 @@ def one_gradient_is_off(job: Any) -> int:
 
     def off(model: Any, *args: Any) -> Any:
         if dist.get_rank() == 1:
-            model.blocks[1].up.weight.register_hook(lambda grad: grad * (1 + 1e-8))
+            model.blocks[1].feed.up.weight.register_hook(lambda grad: grad * (1 + 1e-8))
         return parallelize(model, *args)
 
     check.parallelize = off
@@ -89,7 +89,7 @@ def the_loss_of_one_rank_is_nan(job: Any) -> int:
 @pytest.mark.parametrize(
     ("work", "fails"),
     [
-        ("one_gradient_is_off", ["worst gradient of 21: blocks.1.up.weight"]),
+        ("one_gradient_is_off", ["worst gradient of 21: blocks.1.feed.up.weight"]),
         (
             "something_is_sent_twice",
             [f"{what} a layer, {way}" for way in ("forward", "backward") for what in ("collectives", "bytes")],

@@ -55,15 +55,16 @@ def _written_out(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
             heads.append(scores.softmax(-1) @ (n @ block["value.weight"][kv].T))
         x = x + torch.cat(heads, -1) @ block["out.weight"].T
         n = norm(x, block["ffn_norm.weight"])
-        gate = n @ block["gate.weight"].T
-        x = x + (gate * gate.sigmoid() * (n @ block["up.weight"].T)) @ block["down.weight"].T
+        gate = n @ block["feed.gate.weight"].T
+        x = x + (gate * gate.sigmoid() * (n @ block["feed.up.weight"].T)) @ block["feed.down.weight"].T
     return norm(x, weights["norm.weight"]) @ weights["embed.weight" if config.tied else "head.weight"].T
 
 
 @pytest.mark.parametrize("changes", [{}, {"tied": True}, {"heads": 3, "kv_heads": 1}, {"kv_heads": 4, "rope_theta": 100.0}])
 def test_it_is_the_textbook_decoder(changes):
     decoder, ids = _decoder(**changes), _ids()
-    loss, logits = decoder(ids, labels=ids)
+    output = decoder(ids, labels=ids)
+    loss, logits = output.loss, output.logits
     expected = _written_out(decoder, ids)
     torch.testing.assert_close(logits, expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(loss, F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
@@ -80,7 +81,8 @@ def test_the_loss_predicts_the_next_token_of_its_own_row():
     decoder, ids = _decoder(), _ids()
     mine = ids.clone()
     mine[0, :4] = -100
-    loss, logits = decoder(ids, labels=mine)
+    output = decoder(ids, labels=mine)
+    loss, logits = output.loss, output.logits
     rows = [F.cross_entropy(logits[row, :-1], mine[row, 1:], reduction="sum") for row in range(2)]
     torch.testing.assert_close(loss, sum(rows) / (5 + 8))
     assert decoder(ids).loss is None
@@ -160,7 +162,7 @@ def test_flops_are_those_that_pytorch_counts(tied):
     decoder = Decoder(DecoderConfig(**{**vars(CONFIG), "tied": tied}), attention=dense)
     ids = _ids(1, tokens)
     with FlopCounterMode(display=False) as counter:
-        decoder(ids, labels=ids).loss.backward()
+        F.cross_entropy(decoder(ids).logits.flatten(0, 1), ids.flatten()).backward()
     # Dense attention computes every pair of tokens; a causal one sees (tokens + 1) / 2 keys, so twice the tokens, less one.
     assert counter.get_total_flops() == tokens * decoder.config.flops_per_token(2 * tokens - 1)
 
@@ -172,9 +174,9 @@ def test_it_calls_the_attention_and_the_loss_it_is_given():
         calls.append((tuple(q.shape), tuple(k.shape), keywords))
         return attend(q, k, v, **keywords)
 
-    def loss(logits, labels, *, labelled):
+    def loss(hidden, weight, labels, *, labelled):
         calls.append(labelled)
-        return logits.sum() * 0 + 7
+        return hidden.sum() * 0 + 7
 
     decoder = Decoder(CONFIG, attention=attention)
     decoder.cross_entropy = loss
@@ -203,9 +205,10 @@ def _checkpointed(forward):
 
 def test_a_batch_without_rows_has_zero_loss_and_zero_gradients():
     decoder = _decoder()
-    loss, logits = decoder(_ids(0), labels=_ids(0))
+    output = decoder(_ids(0), labels=_ids(0))
+    loss = output.loss
     loss.backward()
-    assert logits.shape == (0, 9, CONFIG.vocab)
+    assert output.logits.shape == (0, 9, CONFIG.vocab)
     assert loss.item() == 0
     assert all(torch.equal(parameter.grad, torch.zeros_like(parameter)) for parameter in decoder.parameters())
 
@@ -213,7 +216,8 @@ def test_a_batch_without_rows_has_zero_loss_and_zero_gradients():
 def test_autocast_trains_in_bfloat16():
     decoder = Decoder(CONFIG)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, logits = decoder(_ids(), labels=_ids())
+        output = decoder(_ids(), labels=_ids())
+        loss, logits = output.loss, output.logits
     loss.backward()
     assert (loss.dtype, logits.dtype, decoder.embed.weight.grad.dtype) == (torch.float32, torch.bfloat16, torch.float32)
     torch.testing.assert_close(loss, Decoder(CONFIG)(_ids(), labels=_ids()).loss, rtol=1e-2, atol=0)

@@ -56,8 +56,8 @@ class Probed(Decoder):
         self.initialize(seed)
 
     def forward(self, *, extras=(), **batch):
-        loss, logits = super().forward(**batch)
-        return loss, logits, sum(extra(self, logits) for extra in extras)
+        output = super().forward(**batch)
+        return output.loss, output.logits, sum(extra(self, output.logits) for extra in extras)
 
 
 def build(case: Case) -> Probed:

@@ -1,8 +1,12 @@
+"""The loss of one device: from logits, and from hidden states tile by tile, on one rank and on several."""
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from longspan.loss import cross_entropy
+from longspan import loss as losses_of
+from longspan.loss import cross_entropy, linear_cross_entropy
 from longspan.mesh import ParallelMesh
 from ranks import on_ranks
 
@@ -90,3 +94,102 @@ def _no_label():
     loss = cross_entropy(logits, torch.full((1, 4), -100), mesh=ParallelMesh())
     loss.backward()
     return loss.item(), logits.grad.abs().sum().item()
+
+
+# ---- from hidden states, tile by tile
+
+
+@pytest.fixture
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr(losses_of, "TILE_BYTES", 3 * 4 * VOCAB)  # three tokens
+
+
+SAYINGS = [
+    {}, {"bias": True}, {"scale": 0.25}, {"softcap": 1.5}, {"label_smoothing": 0.1}, {"z_loss": 0.05}, {"ignore_index": 3},
+    {"bias": True, "scale": 0.5, "softcap": 2.0, "label_smoothing": 0.2, "z_loss": 0.01, "ignore_index": 3},
+]  # fmt: skip
+
+
+def _written_out(hidden, weight, labels, bias=None, scale=1.0, softcap=None, z_loss=0.0, **more):
+    logits = scale * F.linear(hidden.flatten(0, -2), weight, bias)
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    wanted = labels.flatten() != more.get("ignore_index", -100)
+    z = logits.logsumexp(1)[wanted].square().sum() / wanted.sum()
+    return F.cross_entropy(logits, labels.flatten(), **more) + z_loss * z
+
+
+@pytest.mark.parametrize("saying", SAYINGS, ids=str)
+@pytest.mark.usefixtures("_small_tiles")
+def test_a_tiled_loss_is_the_whole_one(saying):
+    hidden, labels = _tokens(2)
+    keywords = dict(saying)
+    labels = labels.where(labels >= 0, keywords.get("ignore_index", -100))
+    labels[0, 3] = 3
+    if keywords.pop("bias", False):
+        keywords["bias"] = torch.randn(VOCAB, dtype=torch.float64).requires_grad_()
+    leaves = [hidden.requires_grad_(), _weight().T.detach().requires_grad_(), *filter(torch.is_tensor, keywords.values())]
+    expected = torch.autograd.grad(_written_out(hidden, leaves[1], labels, **keywords) * 3, leaves)
+    found = linear_cross_entropy(hidden, leaves[1], labels, **keywords)
+    torch.testing.assert_close(found, _written_out(hidden, leaves[1], labels, **keywords), rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(found * 3, leaves), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_a_tiled_loss_sums_the_gradient_of_a_half_precision_head_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 999, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(VOCAB, (1, 999), generator=generator)
+    errors = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        weight = _weight(dtype).T.detach().requires_grad_()
+        linear_cross_entropy(hidden.to(dtype), weight, labels).backward()
+        errors[dtype] = weight.grad.double()
+    whole = _weight(torch.bfloat16).T.detach().requires_grad_()
+    cross_entropy(hidden.bfloat16() @ whole.T, labels).backward()
+    tiled, untiled = ((grad.double() - errors[torch.float64]).norm() for grad in (errors[torch.bfloat16], whole.grad))
+    assert tiled <= 1.5 * untiled
+
+
+def test_under_autocast_a_tiled_loss_computes_in_its_dtype():
+    hidden, labels = _tokens(2, torch.float32)
+    weight = _weight(torch.float32).T.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(hidden, weight, labels)
+        expected = cross_entropy(F.linear(hidden, weight), labels)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    found.backward()
+    assert weight.grad.dtype == torch.float32
+    assert not torch.equal(found, linear_cross_entropy(hidden, weight, labels))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)])
+def test_a_tiled_loss_without_a_label_is_zero_with_zero_gradients(shape):
+    hidden, weight = torch.randn(*shape, 6, requires_grad=True), _weight().T.detach().float().requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, torch.full(shape, -100))
+    loss.backward()
+    assert loss.item() == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.usefixtures("_small_tiles")
+def test_over_ranks_a_tiled_loss_is_that_of_one_device(sharded, tmp_path):
+    everyone = [_tokens(rank) for rank in range(3)]
+    weight = _weight()
+    hidden, labels = (torch.cat(pieces, 1) for pieces in zip(*everyone))
+    expected = F.cross_entropy((hidden @ weight).flatten(0, 1), labels.flatten())
+    expected.backward()
+    losses, gradients = zip(*on_ranks(3, _tiled_over_ranks, sharded, tmp_path=tmp_path))
+    assert losses == pytest.approx([expected.item()] * 3, rel=1e-14)
+    mean = gradients[0] if sharded else sum(gradients) / 3
+    torch.testing.assert_close(mean, weight.grad.T, rtol=1e-13, atol=1e-15)
+
+
+def _tiled_over_ranks(sharded):
+    mesh, weight = ParallelMesh(), _weight().T.detach()
+    weight = (distribute_tensor(weight, mesh.fsdp_mesh, [Shard(0)]) if sharded else weight).requires_grad_()
+    hidden, labels = _tokens(mesh.place.data_rank)
+    loss = linear_cross_entropy(hidden, weight, labels, mesh=mesh)
+    loss.backward()
+    return loss.item(), weight.grad.full_tensor() if sharded else weight.grad

@@ -17,8 +17,8 @@ NAMES = [
     "Band", "Bands", "BatchError", "BlockSparse", "Causal", "Chunked", "DataError", "Documents", "Full", "KernelError",
     "LayoutError", "LongspanError", "Mask", "MaskError", "ModelError", "Only", "ParallelMesh", "PrefixLM", "RunError",
     "Sinks", "Step",
-    "Window", "agree", "attend", "cross_entropy", "cut", "heads_to_tokens", "parallelize", "shard", "tokens_to_heads",
-    "unparallelize", "unshard",
+    "Window", "agree", "attend", "cross_entropy", "cut", "heads_to_tokens", "linear_cross_entropy", "parallelize", "shard",
+    "tiled", "tokens_to_heads", "unparallelize", "unshard",
 ]  # fmt: skip
 
 

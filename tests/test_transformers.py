@@ -450,6 +450,7 @@ HYBRID = {
         (small("Qwen3NextConfig", "Qwen3NextForCausalLM", **HYBRID), "linear_attn.* mixes tokens outside attention"),
         (small("RobertaConfig", "RobertaForMaskedLM", **BASE), "does not count its positions 0, 1, 2"),
         (small("LlamaConfig", "LlamaForSequenceClassification", **BASE), "mixes tokens outside attention"),
+        (small("DebertaConfig", "DebertaForMaskedLM", **BASE), "Attention 'deberta.* did not reach longspan"),
         (small("BertConfig", "BertModel", **BASE), "'output pooler_output' mixes tokens outside attention"),
         (small("LlamaConfig", "LlamaForCausalLM", **BASE, index_topk=512), "config.index_topk says .* selects"),
     ],

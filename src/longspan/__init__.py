@@ -26,10 +26,11 @@ if TYPE_CHECKING:
         RunError,
     )
     from longspan.exchange import heads_to_tokens, tokens_to_heads
-    from longspan.loss import cross_entropy
+    from longspan.loss import cross_entropy, linear_cross_entropy
     from longspan.masks import Bands, BlockSparse, Causal, Chunked, Documents, Full, Mask, Only, PrefixLM, Sinks, Window
     from longspan.mesh import ParallelMesh
     from longspan.sharding import parallelize, unparallelize
+    from longspan.tiling import tiled
 
 __version__ = "0.1.0"
 
@@ -39,12 +40,13 @@ _HOMES = {
     "batch": ("Step", "agree", "cut", "shard", "unshard"),
     "errors": ("BatchError", "DataError", "KernelError", "LayoutError", "LongspanError", "MaskError", "ModelError", "RunError"),
     "exchange": ("heads_to_tokens", "tokens_to_heads"),
-    "loss": ("cross_entropy",),
+    "loss": ("cross_entropy", "linear_cross_entropy"),
     "masks": (
         "Bands", "BlockSparse", "Causal", "Chunked", "Documents", "Full", "Mask", "Only", "PrefixLM", "Sinks", "Window",
     ),
     "mesh": ("ParallelMesh",),
     "sharding": ("parallelize", "unparallelize"),
+    "tiling": ("tiled",),
 }
 
 __all__ = [
@@ -75,8 +77,10 @@ __all__ = [
     "cross_entropy",
     "cut",
     "heads_to_tokens",
+    "linear_cross_entropy",
     "parallelize",
     "shard",
+    "tiled",
     "tokens_to_heads",
     "unparallelize",
     "unshard",

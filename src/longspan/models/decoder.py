@@ -1,9 +1,9 @@
 """A plain decoder that is given its attention and its loss. Knows nothing of ranks, groups or how it is sharded.
 
-    ids --embed--> x --[ block ]-- ... --[ block ]--norm--head--> logits --cross_entropy--> loss
+    ids --embed--> x --[ block ]-- ... --[ block ]--norm--> hidden --head, cross-entropy, tile by tile--> loss
                         |
                         x + out(mix(query(n), key(n), value(n)))        n = RMSNorm(x)
-                        x + down(silu(gate(n)) * up(n))
+                        x + feed(n)
 
 ``mix`` is the one place where a token meets another: it turns queries and keys by their position (RoPE) and calls
 ``model.attention``. All else works token by token, so a model that holds a part of the tokens is this same code.
@@ -26,7 +26,7 @@ from longspan.attention import attend
 from longspan.batch import Step
 from longspan.errors import ModelError
 from longspan.layout import Heads
-from longspan.loss import cross_entropy
+from longspan.loss import linear_cross_entropy
 from longspan.masks import Causal
 from longspan.memory import keep_attention
 
@@ -93,17 +93,25 @@ PRESETS: dict[str, DecoderConfig] = {
 
 
 class Output(NamedTuple):
-    """What a forward gives: ``loss`` is the global mean where there are labels, ``logits`` are those of my tokens."""
+    """What a forward gives: ``loss`` is the global mean where there are labels, ``hidden`` what the head is given."""
 
     loss: Tensor | None
-    logits: Tensor
+    hidden: Tensor
+    head: nn.Linear
+
+    @property
+    def logits(self) -> Tensor:
+        """Those of my tokens [rows, my tokens, vocab], formed when they are asked for: the loss does without."""
+        logits: Tensor = self.head(self.hidden)
+        return logits
 
 
 class Decoder(nn.Module):
     """A causal language model: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-    ``attention`` and ``cross_entropy`` are those of one device until ``parallelize`` replaces them; ``head_chunks`` are those
-    of each ``Block``. The parameters depend on (config, seed) alone: they are equal on every rank, whatever the layout.
+    ``attention`` and ``cross_entropy`` (of hidden states, the head's weight and labels) are those of one device until
+    ``parallelize`` replaces them; ``head_chunks`` are those of each ``Block``. The parameters depend on (config, seed) alone:
+    they are equal on every rank, whatever the layout.
     """
 
     def __init__(
@@ -112,7 +120,7 @@ class Decoder(nn.Module):
         *,
         seed: int = 0,
         attention: Callable[..., Tensor] = attend,
-        cross_entropy: Callable[..., Tensor] = cross_entropy,
+        cross_entropy: Callable[..., Tensor] = linear_cross_entropy,
         head_chunks: int = 1,
     ) -> None:
         super().__init__()
@@ -160,11 +168,12 @@ class Decoder(nn.Module):
         mix = self._mix(position_ids, x_BSM.dtype, longspan)
         for block in self.blocks:
             x_BSM = block(x_BSM, mix)
-        logits = self.head(self.norm(x_BSM))
+        hidden = self.norm(x_BSM)
         targets = _targets(labels, shift_labels, longspan)
         if targets is None:
-            return Output(None, logits)
-        return Output(self.cross_entropy(logits, targets, labelled=longspan.labelled if longspan else None), logits)
+            return Output(None, hidden, self.head)
+        labelled = longspan.labelled if longspan else None
+        return Output(self.cross_entropy(hidden, self.head.weight, targets, labelled=labelled), hidden, self.head)
 
     def _mix(self, position_ids: Tensor, dtype: torch.dtype, step: Step | None) -> Mix:
         cos, sin = rope(position_ids, self.config.head_dim, self.config.rope_theta, dtype)
@@ -196,15 +205,12 @@ class Block(nn.Module):
         self.value = nn.Linear(config.hidden, kv_heads, bias=False)
         self.out = nn.Linear(heads, config.hidden, bias=False)
         self.ffn_norm = nn.RMSNorm(config.hidden, config.norm_eps)
-        self.gate = nn.Linear(config.hidden, config.ffn, bias=False)
-        self.up = nn.Linear(config.hidden, config.ffn, bias=False)
-        self.down = nn.Linear(config.ffn, config.hidden, bias=False)
+        self.feed = FeedForward(config)
 
     def forward(self, x_BSM: Tensor, mix: Mix) -> Tensor:
         n_BSM = self.attention_norm(x_BSM)
         x_BSM = x_BSM + (self._attend(n_BSM, mix) if len(self.chunks) == 1 else self._attend_in_chunks(n_BSM, mix))
-        n_BSM = self.ffn_norm(x_BSM)
-        fed: Tensor = self.down(F.silu(self.gate(n_BSM)) * self.up(n_BSM))
+        fed: Tensor = self.feed(self.ffn_norm(x_BSM))
         return x_BSM + fed
 
     def _attend(self, n_BSM: Tensor, mix: Mix) -> Tensor:
@@ -227,6 +233,20 @@ class Block(nn.Module):
         widths = [len(weight) for weight in weights]
         q, k, v = (x.view(*shape, x.shape[1] // self.head_dim, self.head_dim) for x in projected.split(widths, 1))
         return F.linear(mix(q, k, v).flatten(2).flatten(0, 1), self.out.weight[:, rows])
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, token by token: down(silu(gate(n)) * up(n)); arXiv:2002.05202."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden, config.ffn, bias=False)
+        self.up = nn.Linear(config.hidden, config.ffn, bias=False)
+        self.down = nn.Linear(config.ffn, config.hidden, bias=False)
+
+    def forward(self, n_BSM: Tensor) -> Tensor:
+        fed: Tensor = self.down(F.silu(self.gate(n_BSM)) * self.up(n_BSM))
+        return fed
 
 
 def _chunk_rows(config: DecoderConfig, head_chunks: int) -> tuple[tuple[slice, slice], ...]:
