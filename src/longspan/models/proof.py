@@ -184,8 +184,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _awake(model: nn.Module) -> Iterator[None]:
-    """Parameters of zeros hide what they multiply, as those of a new adapter do: for the proof they are random."""
-    asleep = [(p, p.data) for p in model.parameters() if p.is_floating_point() and not p.any()]
+    """Trained parameters of zeros hide what they multiply, as a new adapter's do: for the proof they are random."""
+    asleep = [(p, p.data) for p in model.parameters() if p.requires_grad and not p.any()]
     own = torch.Generator().manual_seed(0)
     try:
         for parameter, zeros in asleep:

@@ -59,11 +59,18 @@ def _attention(
         )
     if dropout:
         _refuse_dropout(module, layer)
-    out = layer.attend(
-        q, k, v, mask=longspan.mask_for(layer.own, restarts=layer.packs), tokens=longspan.tokens,
-        scale=scaling, softcap=softcap, sinks=s_aux,
-    )  # fmt: skip
-    return out, None
+    plain = longspan.mask is None and longspan.padding is None and longspan.restarts is None
+    go = _attend if plain else _attend_uncompiled
+    return go(q, k, v, layer, longspan, {"scale": scaling, "softcap": softcap, "sinks": s_aux}), None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, layer: Layer, step: Step, more: dict[str, Any]) -> Tensor:
+    mask = step.mask_for(layer.own, restarts=layer.packs)
+    return layer.attend(q, k, v, mask=mask, tokens=step.tokens, **more)
+
+
+# A mask that is another at each step would make torch.compile begin anew at each step: between its graphs it is left alone.
+_attend_uncompiled = torch.compiler.disable(_attend, reason="the mask is another at each step")
 
 
 def _refuse_dropout(module: nn.Module, layer: Layer) -> None:
