@@ -7,6 +7,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from jaxtyping import install_import_hook
 
 from ranks import Ranks
@@ -27,6 +28,14 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], R
     yield of
     for ranks in pools.values():
         ranks.close()
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_group_behind() -> Iterator[None]:
+    """Ranks that are forked later would inherit the world of one that a ``ParallelMesh()`` makes here."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -230,7 +230,6 @@ def test_a_tool_that_cannot_be_is_refused_and_nothing_is_changed(asked: dict[str
     ("build_it", "asked", "text"),
     [
         (small("BertConfig", "BertForMaskedLM", **BASE), {"return_logits": False}, "computes its loss by itself"),
-        (small("BertConfig", "BertForMaskedLM", **BASE), {"tile_tokens": 4}, "finds no feed-forward"),
     ],
 )
 def test_a_hugging_face_model_that_cannot_be_given_a_tool_is_refused(build_it: Any, asked: dict[str, Any], text: str) -> None:

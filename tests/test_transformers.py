@@ -6,7 +6,7 @@ attention compute in fp32 say so by their tolerance.
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache
 from types import MappingProxyType
@@ -222,14 +222,6 @@ def assert_gradients(model: Any, reference: Any, tolerance: float) -> None:
         got = got.full_tensor() if isinstance(got, DTensor) else got
         error = (got - want).norm().item()
         assert error <= tolerance * max(want.norm().item(), 1e-3 * total), f"{name} is off by {error:.1e}"
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_group_behind() -> Iterator[None]:
-    """Ranks that are forked later would inherit the world of one that a ``ParallelMesh()`` makes here."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def pairs() -> list[tuple[str, str]]:

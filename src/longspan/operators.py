@@ -68,6 +68,9 @@ class Chunks(OpaqueBase):
         return self
 
 
+Send = Callable[[], Callable[[], None]]
+"""Starts to take the results of a part home, and returns how to end it."""
+
 register_opaque_type(Core, typ="reference")
 register_opaque_type(Chunks, typ="reference", members=dict.fromkeys(("heads", "tokens"), MemberType.USE_REAL))
 
@@ -101,10 +104,10 @@ def kept_attention(
     def bring(part: Part) -> Callable[[], list[Tensor]]:
         return _bring([q_BSHD], [k_BSKD, v_BSKD], part, part.there)
 
-    def attend(part: Part, rows: list[Tensor]) -> Callable[[], None]:
+    def attend(part: Part, rows: list[Tensor]) -> Send:
         out_RGD, lse = _forward(rows[0], rows[1], rows[2], _of(sinks, part), parameters, part.core)
         lses.append(lse)
-        return _send_home([out_RGD], [(out_BSHD, part.heads, False)], part.back)
+        return partial(_send_home, [out_RGD], [(out_BSHD, part.heads, False)], part.back)
 
     _in_turn(chunks.parts, bring, attend)
     return out_BSHD, torch.cat(lses)
@@ -125,18 +128,14 @@ def kept_attention_backward(
     def bring(part: Part) -> Callable[[], list[Tensor]]:
         return _bring([q_BSHD, out_BSHD, dout_BSHD], [k_BSKD, v_BSKD], part, part.again)
 
-    def attend(part: Part, rows: list[Tensor]) -> Callable[[], None]:
-        q_RGD, out_RGD, dout_RGD, k_RGD, v_RGD = rows
-        dq_RGD, dk_RGD, dv_RGD, dsinks_G, shares = _backward(
-            dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, next(lses), _of(sinks, part), parameters, part.core
-        )
+    def attend(part: Part, rows: list[Tensor]) -> Send:
+        *grads, dsinks_G, shares = _backward_of_rows(rows, next(lses), _of(sinks, part), parameters, part.core)
         if dsinks is not None and dsinks_G is not None:
             dsinks[part.heads.start : part.heads.stop] = dsinks_G
         for total, share in zip(dparameters, shares):
             total += share
         keys = (part.kv_heads, chunks.replicated)
-        homes = [(dq, part.heads, False), (dk, *keys), (dv, *keys)]
-        return _send_home([x.to(dq.dtype) for x in (dq_RGD, dk_RGD, dv_RGD)], homes, part.there)
+        return partial(_send_home, grads, [(dq, part.heads, False), (dk, *keys), (dv, *keys)], part.there)
 
     _in_turn(chunks.parts, bring, attend)
     return _as_inputs((dq, dk, dv, dsinks, dparameters), [q_BSHD, k_BSKD, v_BSKD], sinks, parameters)
@@ -145,24 +144,28 @@ def kept_attention_backward(
 def _in_turn(
     parts: Sequence[Part],
     bring: Callable[[Part], Callable[[], list[Tensor]]],
-    attend: Callable[[Part, list[Tensor]], Callable[[], None]],
+    attend: Callable[[Part, list[Tensor]], Send],
 ) -> None:
     """Bring each part its rows, attend, and take the results home, with exchanges under way while kernels work.
 
-    Two parts are there at a time, one at work and one arriving; what a part was brought is let go before the next but one.
+    While one part is at work the next arrives and the one before goes home; whatever has had its turn is let go at once.
     """
-    arriving, leaving = bring(parts[0]), None
+    arriving: Callable[[], list[Tensor]] | None = bring(parts[0])
+    leaving: Callable[[], None] = _nothing
     for part, following in zip(parts, [*parts[1:], None]):
+        assert arriving is not None
         rows = arriving()
-        if following is not None:
-            arriving = bring(following)
-        results = attend(part, rows)
-        del rows
-        if leaving is not None:
-            leaving()
-        leaving = results
-    assert leaving is not None
+        arriving = None if following is None else bring(following)
+        send = attend(part, rows)
+        rows.clear()
+        leaving()
+        leaving = send()
+        del send
     leaving()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _bring(
@@ -178,18 +181,22 @@ def _bring(
 
 
 def _send_home(
-    xs_RGD: Sequence[Tensor], homes: Sequence[tuple[Tensor, range, bool]], trade: Trade | None
+    xs_RGD: list[Tensor], homes: Sequence[tuple[Tensor, range, bool]], trade: Trade | None
 ) -> Callable[[], None]:
-    """Start to take rows home to (tensor of every head, which of them, whether they are summed): call the result to end it."""
+    """Start to take rows home to (tensor of every head, which of them, whether they are summed): call the result to end it.
+
+    They travel in the dtype of the first home, and ``xs_RGD`` is left empty.
+    """
     if trade is not None:
-        xs = iter(xs_RGD)
-        rows = [_side_by_side([next(xs).flatten(1) for _ in crowd.dims]) for crowd in trade.crowds]
+        dtype = homes[0][0].dtype
+        rows = [_side_by_side([xs_RGD.pop(0).flatten(1) for _ in crowd.dims], dtype) for crowd in trade.crowds]
         return start_heads_for_tokens(rows, trade, [home for home, _, _ in homes])
     for x_RGD, (home, heads, summed) in zip(xs_RGD, homes):
         place_BSGD = home[:, :, heads.start : heads.stop]
         x_BSGD = x_RGD.reshape(place_BSGD.shape)
         place_BSGD.copy_(place_BSGD + x_BSGD if summed else x_BSGD)
-    return lambda: None
+    xs_RGD.clear()
+    return _nothing
 
 
 def columns(rows_RW: Sequence[Tensor], trade: Trade) -> list[Tensor]:
@@ -198,8 +205,11 @@ def columns(rows_RW: Sequence[Tensor], trade: Trade) -> list[Tensor]:
     return [x.unflatten(1, (-1, dim)) for x, dim in zip(xs_RW, trade.dims)]
 
 
-def _side_by_side(xs_RW: list[Tensor]) -> Tensor:
-    return xs_RW[0] if len(xs_RW) == 1 else torch.cat(xs_RW, 1)
+def _side_by_side(xs_RW: list[Tensor], dtype: torch.dtype) -> Tensor:
+    if len(xs_RW) == 1:
+        return xs_RW[0].to(dtype)
+    side_by_side = xs_RW[0].new_empty(len(xs_RW[0]), sum(x.shape[1] for x in xs_RW), dtype=dtype)
+    return torch.cat(xs_RW, 1, out=side_by_side)
 
 
 def _of(sinks: Tensor | None, part: Part) -> Tensor | None:
@@ -220,6 +230,14 @@ def _forward(
 def _exactly(like: Tensor) -> torch.autocast:
     """Autocast has had its say on q, k and v: what a kernel forms in fp32 must not become half again."""
     return torch.autocast(like.device.type, enabled=False)
+
+
+def _backward_of_rows(
+    rows: Sequence[Tensor], lse: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], core: Core
+) -> "Gradients":
+    """``_backward`` of what ``Part.again`` brings, which none but the caller then still holds."""
+    q_RGD, out_RGD, dout_RGD, k_RGD, v_RGD = rows
+    return _backward(dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, lse, sinks, parameters, core)
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]

@@ -7,7 +7,7 @@
     blocks                         zero=2  each rank keeps 1/P of gradients and optimizer states, of parameters between steps
                                    zero=3  of parameters always: a block is gathered while it computes (both by FSDP2)
                                    recomputation, what they keep put away on the host
-    feed-forwards                  tiles
+    feed-forwards, norms           tiles
 
 All ranks first exchange what they hold, in one small agreement: a model that differs on one rank would train on, and be
 wrong on all of them.
@@ -33,6 +33,7 @@ from longspan.gradients import MeanGradients
 from longspan.layout import Heads
 from longspan.memory import Recompute, Tools, attend_once, put_away, recompute, refuse_unknown
 from longspan.mesh import ParallelMesh
+from longspan.models.decoder import FeedForward
 from longspan.tiling import refuse_to_tile, tiled
 from longspan.zero import Shares, refuse_what_cannot_be, shard_parameters
 
@@ -66,9 +67,9 @@ def parallelize(
     ``offload_parameters`` keeps them and the optimizer's states on the host.
 
     What a step needs beside them: ``recompute`` "full" or "keep attention" (see ``memory``), ``tile_tokens`` for each tile of
-    the feed-forwards, ``head_chunks`` shares of the heads to exchange one after the other, ``offload_activations`` for what all
-    blocks but the last keep, and ``return_logits=False`` for a loss of a Hugging Face model that never forms all of them. No
-    tool changes a number.
+    feed-forwards and norms, ``head_chunks`` shares of the heads to exchange one after the other, ``offload_activations`` for
+    what all blocks but the last keep, and ``return_logits=False`` for a loss of a Hugging Face model that never forms all
+    logits. No tool changes a number.
 
     Raises on every rank alike: LayoutError (fewer heads than ulysses ranks), ModelError (a model that offers no attention, that
     is parallel already, or whose parameters differ between the ranks; an optimizer that was built before; a tool that it
@@ -121,7 +122,7 @@ class Offer(Protocol):
         """What computes one after the other: what FSDP2 gathers, and recomputation computes again."""
         ...
 
-    def feed_forwards(self) -> Sequence[nn.Module]:
+    def token_wise(self) -> Sequence[nn.Module]:
         """What works token by token and may do so in tiles."""
         ...
 
@@ -162,7 +163,7 @@ def _equip(offer: Offer, tools: Tools) -> list[nn.Module]:
     """Give blocks and feed-forwards their tools; returns those whose forward was changed."""
     equipped: list[nn.Module] = []
     if tools.tile_tokens is not None:
-        equipped += [tiled(module, tools.tile_tokens) for module in offer.feed_forwards()]
+        equipped += [tiled(module, tools.tile_tokens) for module in offer.token_wise()]
     blocks = offer.blocks()
     for block in blocks:
         recompute(block, tools.recompute)
@@ -182,8 +183,8 @@ class _Given:
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.blocks)
 
-    def feed_forwards(self) -> Sequence[nn.Module]:
-        return [block.feed for block in self.model.blocks if hasattr(block, "feed")]
+    def token_wise(self) -> Sequence[nn.Module]:
+        return [module for module in self.model.modules() if type(module) in (FeedForward, nn.RMSNorm)]
 
     def prove(self, mesh: ParallelMesh, tools: Tools) -> None:
         missing = [name for name in ("attention", "cross_entropy", "blocks", "config") if not hasattr(self.model, name)]
@@ -255,7 +256,7 @@ def _look(
     facts = _refuse_what_cannot_be(model, mesh, tools, shares)
     offer.prove(mesh, tools)
     if tools.tile_tokens is not None:
-        _refuse_to_tile(offer.feed_forwards(), tools.tile_tokens)
+        _refuse_to_tile(offer.token_wise(), tools.tile_tokens)
     if isinstance(model, FSDPModule):
         model.reshard()  # FSDP2 keeps the outermost parameters gathered after a forward: an optimizer would take these
     return facts if read_alike else facts | _fingerprints(model)
@@ -264,8 +265,8 @@ def _look(
 def _refuse_to_tile(feeds: Sequence[nn.Module], tokens: int) -> None:
     if not feeds:
         raise ModelError(
-            f"tile_tokens={tokens} finds no feed-forward that works token by token in one tensor (experts do not); leave it "
-            f"out, or change modules of your own by longspan.tiled(module, tokens)"
+            f"tile_tokens={tokens} finds no feed-forward or norm that works token by token in one tensor (experts do not); "
+            f"leave it out, or change modules of your own by longspan.tiled(module, tokens)"
         )
     for module in feeds:
         refuse_to_tile(module, tokens)

@@ -14,7 +14,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ from longspan.loss import linear_cross_entropy
 from longspan.masks import Causal
 from longspan.memory import keep_attention
 
+TURNED_TOKENS = 16_384
+"""Of each row at a time: what they need in fp32 is small beside the row."""
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, S, H, D], k [B, S, K, D], v [B, S, K, D]) -> [B, S, H, D]"""
 
@@ -295,9 +297,33 @@ def turn(
     sin: Float[Tensor, "rows my_tokens 1 half"],
 ) -> Float[Tensor, "rows my_tokens heads head_dim"]:
     """Each pair (i, i + head_dim/2) of dimensions turned by its angle: the dot product of two turned vectors depends on the
-    difference of their positions alone. Keeps the dtype, computes in that of ``cos``."""
-    first, second = x_BSHD.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHD.dtype)
+    difference of their positions alone. Keeps the dtype, computes in that of ``cos``, a tile of tokens at a time."""
+    turned: Tensor = _Turn.apply(x_BSHD, cos, sin)  # type: ignore[no-untyped-call]
+    return turned
+
+
+class _Turn(torch.autograd.Function):
+    """Keeps the angles alone; what is turned back is turned by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x_BSHD, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, dx_BSHD: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(dx_BSHD, cos, -sin), None, None
+
+
+def _turned(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned = torch.empty(x_BSHD.shape, dtype=x_BSHD.dtype, device=x_BSHD.device)
+    tiles = (x.split(TURNED_TOKENS, 1) for x in (x_BSHD, turned, cos, sin))
+    for x, out, of_cos, of_sin in zip(*tiles):
+        (first, second), half = x.to(cos.dtype).chunk(2, dim=-1), x.shape[-1] // 2
+        out[..., :half] = first * of_cos - second * of_sin
+        out[..., half:] = second * of_cos + first * of_sin
+    return turned
 
 
 def _share(whole: Tensor, like: DTensor) -> DTensor:

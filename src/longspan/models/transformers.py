@@ -125,11 +125,14 @@ class Pretrained:
         """The layers that FSDP2 shards one by one."""
         return list(blocks(self.model).values())
 
-    def feed_forwards(self) -> list[nn.Module]:
-        """The children of the layers that take one tensor, hold two matrices or more, do not attend and have no experts."""
+    def token_wise(self) -> list[nn.Module]:
+        """The norms and the feed-forwards of the layers, but those of attention and experts."""
         attending = {module for module, _ in self.proof.layers}
+        inside = {part for module in attending for part in module.modules()}
+        norms = [module for module in self.model.modules() if "Norm" in type(module).__name__ and module not in inside]
         children = [child for block in self.blocks() for child in block.children()]
-        return [child for child in children if not attending & set(child.modules()) and _is_feed_forward(child)]
+        feeds = [child for child in children if _is_feed_forward(child) and not attending & set(child.modules())]
+        return [module for module in (*norms, *feeds) if _takes_one(module)]
 
     def prove(self, mesh: ParallelMesh, tools: Tools) -> None:
         """Raise ModelError by name for what cannot be parallel, LayoutError for heads that do not fit. Changes nothing."""
@@ -250,9 +253,12 @@ def _check_routers(routers: nn.Module | None, model: nn.Module, args: tuple[Any,
 
 
 def _is_feed_forward(module: nn.Module) -> bool:
-    matrices = sum(parameter.ndim > 1 for parameter in module.parameters())
-    asked = [name for name, each in inspect.signature(module.forward).parameters.items() if each.default is each.empty]
-    return matrices > 1 and len(asked) == 1 and not routes_to_experts(module)
+    return sum(parameter.ndim > 1 for parameter in module.parameters()) > 1 and not routes_to_experts(module)
+
+
+def _takes_one(module: nn.Module) -> bool:
+    asked = inspect.signature(module.forward).parameters.values()
+    return sum(each.default is each.empty for each in asked) == 1
 
 
 def _chooses_by_length(module: nn.Module) -> bool:
