@@ -250,12 +250,16 @@ PACKED = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_id
 """Collates its rows into one, whose documents it tells three times."""
 
 
+def fresh() -> LlamaForCausalLM:
+    return model()
+
+
 PLAIN = DataCollatorWithFlattening()
 """The same for the reference, which would hand a varlen kernel's keywords on to a model that runs without one."""
 GIVEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "packed": ({"data_collator": PLAIN}, {"data_collator": PACKED}),
     "a stream": ({"train_dataset": Stream()}, {"train_dataset": Stream()}),
-    "model_init": ({"model": None, "model_init": model}, {"model": None, "model_init": model}),
+    "model_init": ({"model": None, "model_init": fresh}, {"model": None, "model_init": fresh}),
 }
 
 
