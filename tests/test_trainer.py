@@ -6,6 +6,7 @@ The reference is the untouched library. 4 ranks are data 2 x ulysses 2 unless a 
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,12 @@ def arguments(folder: Path, **more: Any) -> TrainingArguments:
     return TrainingArguments(**(settings | more))
 
 
+@cache
+def mesh_of(ulysses: int = 1, ring: int = 1) -> ParallelMesh:
+    """One for all tests of a rank: groups cost time and threads."""
+    return ParallelMesh(ulysses, ring)
+
+
 def build(
     folder: Path, rows: int, mesh: dict[str, int] | None, settings: Mapping[str, Any], of: Mapping[str, Any], zero: int = 0
 ) -> Trainer:
@@ -98,7 +105,7 @@ def build(
     trainer = (
         Trainer(args=args, **(given | of))
         if mesh is None
-        else LongTrainer(args=args, mesh=ParallelMesh(**mesh), zero=zero, **(given | of))
+        else LongTrainer(args=args, mesh=mesh_of(**mesh), zero=zero, **(given | of))
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -158,16 +165,16 @@ HYBRID = {"ulysses": 2}
 CASES = {
     "sgd": ({"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}, 0),
     "adamw, accumulated, clipped": ({"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}, 0),
-    "adamw, sharded": ({}, 3),
+    "adamw, sharded, over an epoch's end": ({"max_steps": 12}, 3),
 }
-"""Settings, and zero."""
+"""Settings, 20 steps where they do not say so, and zero."""
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_twenty_steps_are_those_of_one_device(case: str, pool: Pool, tmp_path: Path) -> None:
     settings, zero = CASES[case]
     (alone,) = pool(1).run(train, tmp_path / "one", 4, None, settings)
-    assert len([line for line in alone[0] if "loss" in line]) == 20
+    assert len([line for line in alone[0] if "loss" in line]) == settings.get("max_steps", 20)
     for theirs in pool(4).run(train, tmp_path / "four", 2, HYBRID, settings, None, zero, True):
         assert_equal(alone, theirs)
 
@@ -201,39 +208,40 @@ def test_evaluation_is_that_of_one_device(pool: Pool, tmp_path: Path) -> None:
         assert_equal(alone, theirs)
 
 
-SAVING = {"save_strategy": "steps", "save_steps": 5, "max_steps": 10, "gradient_accumulation_steps": 2}
-SAVING |= {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True, "save_total_limit": 2}
+SAVING = {
+    "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "eval_strategy": "steps",
+    "eval_steps": 3, "load_best_model_at_end": True,
+}  # fmt: skip
 
 
 def resume(
     folder: Path, rows: int, mesh: dict[str, int] | None, settings: Mapping[str, Any], zero: int = 0
 ) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """From the checkpoint after 5 steps, in a trainer whose own weights are others."""
+    """From the checkpoint after 3 steps, in a trainer whose own weights are others."""
     trainer = build(folder, rows, mesh, settings, {}, zero)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.mul_(1.5)
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     return told(trainer)[:-1], weights(trainer)  # the last line is the mean loss of this call alone
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.long), 3])
 def test_a_checkpoint_is_that_of_one_device(zero: int, pool: Pool, tmp_path: Path) -> None:
-    """Four ranks go on from their own and from one device's, one device from theirs; each as if nothing had happened."""
+    """Four ranks go on from it, and so does one device; each as if nothing had happened."""
     (alone,) = pool(1).run(train, tmp_path / "one", 4, None, SAVING)
     for theirs in pool(4).run(train, tmp_path / "four", 2, HYBRID, SAVING, None, zero):
         assert_equal(alone, theirs)
     alone = (alone[0][:-1], alone[1])
-    files = sorted(path.name for path in (tmp_path / "one" / "checkpoint-5").iterdir())
-    assert sorted(path.name for path in (tmp_path / "four" / "checkpoint-5").iterdir()) == files
+    files = sorted(path.name for path in (tmp_path / "one" / "checkpoint-3").iterdir())
+    assert sorted(path.name for path in (tmp_path / "four" / "checkpoint-3").iterdir()) == files
     assert_equal(alone, pool(1).run(resume, tmp_path / "four", 4, None, SAVING)[0])
-    for folder in ("one", "four"):
-        for theirs in pool(4).run(resume, tmp_path / folder, 2, HYBRID, SAVING, zero):
-            assert_equal(alone, theirs)
-    saved = LlamaForCausalLM.from_pretrained(tmp_path / "four" / "checkpoint-10")
+    for theirs in pool(4).run(resume, tmp_path / "four", 2, HYBRID, SAVING, zero):
+        assert_equal(alone, theirs)
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "four" / "checkpoint-6")
     assert saved.config._attn_implementation == "sdpa"
-    assert "longspan" not in (tmp_path / "four" / "checkpoint-10" / "config.json").read_text()
-    expected = LlamaForCausalLM.from_pretrained(tmp_path / "one" / "checkpoint-10").state_dict()
+    assert "longspan" not in (tmp_path / "four" / "checkpoint-6" / "config.json").read_text()
+    expected = LlamaForCausalLM.from_pretrained(tmp_path / "one" / "checkpoint-6").state_dict()
     for name, value in saved.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
 
@@ -249,16 +257,26 @@ PACKED = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_id
 """Collates its rows into one, whose documents it tells three times."""
 
 
-@pytest.mark.parametrize("of", [{"data_collator": PACKED}, {"train_dataset": Stream()}], ids=["packed", "a stream"])
-def test_other_data(of: dict[str, Any], pool: Pool, tmp_path: Path) -> None:
-    settings = {"max_steps": 8, "include_num_input_tokens_seen": "all" if "data_collator" in of else "no"}
-    (alone,) = pool(1).run(train, tmp_path, 4, None, settings, of | {"data_collator": pad} if "train_dataset" in of else ALONE)
-    for theirs in pool(4).run(train, tmp_path, 2, HYBRID, settings, of):
-        assert_equal(alone, theirs)
+def fresh() -> LlamaForCausalLM:
+    return model()
 
 
-ALONE = {"data_collator": DataCollatorWithFlattening()}
-"""Stock Trainer hands a varlen kernel's keywords on to models, and the model here runs without one."""
+PLAIN = DataCollatorWithFlattening()
+"""The same for the reference, which would hand a varlen kernel's keywords on to a model that runs without one."""
+GIVEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "packed": ({"data_collator": PLAIN}, {"data_collator": PACKED}),
+    "a stream": ({"train_dataset": Stream()}, {"train_dataset": Stream()}),
+    "model_init": ({"model": None, "model_init": fresh}, {"model": None, "model_init": fresh}),
+}
+
+
+@pytest.mark.parametrize("what", GIVEN)
+def test_other_data_and_models(what: str, pool: Pool, tmp_path: Path) -> None:
+    settings = {"max_steps": 7, "include_num_input_tokens_seen": "all" if what == "packed" else "no"}
+    alone, mine = GIVEN[what]
+    (expected,) = pool(1).run(train, tmp_path, 4, None, settings, alone)
+    for theirs in pool(4).run(train, tmp_path, 2, HYBRID, settings, mine):
+        assert_equal(expected, theirs)
 
 
 def draw(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -316,7 +334,7 @@ class Penalised(LongTrainer):
 
 def class_chain(folder: Path, kind: type[LongTrainer]) -> list[dict[str, float]]:
     args = arguments(folder, max_steps=2, per_device_train_batch_size=4)
-    trainer = kind(model=model(), args=args, train_dataset=dataset(), data_collator=pad, mesh=ParallelMesh(ulysses=2))
+    trainer = kind(model=model(), args=args, train_dataset=dataset(), data_collator=pad, mesh=mesh_of(2))
     trainer.train()
     assert getattr(trainer, "stepped", True)
     return told(trainer)
