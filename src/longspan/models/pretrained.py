@@ -215,8 +215,9 @@ def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None
     """Write a parallel model, sharded or not, as a Hugging Face folder: config.json and *.safetensors. Every rank calls it.
 
     ``from_pretrained(folder)`` gives its parameters, equal in every bit. Each rank writes what it holds, and the first one puts
-    the pieces together on the disk, one tensor at a time; all ranks must see the same disk. An older folder is replaced
-    when the new one is whole. Raises ModelError on every rank alike where one of them cannot write.
+    the pieces together on the disk, one tensor at a time; all ranks must see the same disk, and a rank needs memory for two
+    more copies of its share. An older folder is replaced when the new one is whole. Raises ModelError on every rank alike
+    where one of them cannot write.
     """
     final = Path(folder)
     draft = final.with_name(f".{final.name}")
