@@ -46,7 +46,8 @@ def _fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         verbs = [f"longspan.commands.{verb}" for verb in ("train", "evaluate", "check")]
-        forkserver.set_forkserver_preload([*verbs, "pytest"])
+        library = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "mixtral", "bert")]
+        forkserver.set_forkserver_preload([*verbs, "longspan.models.folder", *library, "pytest"])
         forkserver.ensure_running()
         yield
 

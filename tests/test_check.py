@@ -1,6 +1,7 @@
 """The verdict on law 1: it holds for every layout, and it fails where something is off."""
 
 import contextlib
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,55 @@ def test_the_law_holds(config: Check, tmp_path: Path) -> None:
         assert {lines[f"collectives a layer, {way}"][0] for way in ("forward", "backward")} == {exchanges}
     for way in ("forward", "backward"):
         assert lines[f"bytes a layer, {way}"][0] == lines[f"bytes a layer, {way}"][1]
+
+
+def hugging_face(folder: Path, model: str, **more: Any) -> str:
+    """A folder with a config alone."""
+    settings: dict[str, Any] = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "model_type": model, **more,
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    return f"hf:{folder}"
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "settings", "parameters"),
+    [
+        ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}, {"layers": 2}, 21),
+        ("bert", {"architectures": ["BertForMaskedLM"]}, {"zero": 3, "ranks": 4, "dtype": "fp32"}, 58),
+        ("llama", {"num_key_value_heads": 1}, {"dtype": "bf16", "tokens": 64, "layers": 1}, 0),
+    ],
+)
+def test_the_law_holds_for_a_hugging_face_model(
+    model: str, more: Any, settings: Any, parameters: int, tmp_path: Path
+) -> None:
+    config = replace(SMALL, layers=None, model=hugging_face(tmp_path / "model", model, **more))
+    code, lines = verdict(replace(config, **settings), tmp_path)
+    assert {words[-1] for words in lines.values()} == {"holds"}
+    assert code == 0
+    assert not parameters or any(what.startswith(f"worst gradient of {parameters}: ") for what in lines)
+    assert len(lines) == (3 if parameters else 2)
+
+
+def test_a_hugging_face_model_that_cannot_be_checked_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    llama = hugging_face(tmp_path / "llama", "llama")
+    classifier = hugging_face(tmp_path / "classifier", "llama", architectures=["LlamaForSequenceClassification"])
+    mamba = hugging_face(tmp_path / "mamba", "mamba", architectures=["MambaForCausalLM"])
+    for flags, sentence in [
+        ([llama, "--heads", "2"], "are those of its config.json; leave out --heads and --kv-heads"),
+        ([llama, "--layers", "4"], "layers=4 is more than the 3 of "),
+        ([llama, "--ulysses", "5"], "ulysses=5 exceeds the 4 query heads; "),
+        ([classifier], "is a LlamaForSequenceClassification, which is no language model; name the folder of "),
+        ([mamba], "no layer of MambaForCausalLM attends through Transformers' attention registry"),
+        ([f"hf:{tmp_path}"], "has no config.json; name one that a Hugging Face model's save_pretrained wrote"),
+    ]:
+        capfd.readouterr()
+        assert cli.main(["check", "--tokens", "19", "--model", *flags]) == 2
+        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("longspan: ")]
+        assert len(said) == 1
+        assert sentence in said[0]
 
 
 def one_gradient_is_off(job: Any) -> int:

@@ -15,12 +15,12 @@ from longspan.errors import RunError
 
 FLAGS = {
     "train": """
-        ranks debug ulysses ring zero preset dtype data text_field tokenizer tokens rows_per_step micro_batches steps optimizer
+        ranks debug ulysses ring zero model dtype data text_field tokenizer tokens rows_per_step micro_batches steps optimizer
         learning_rate warmup_steps weight_decay clip_norm eval_every_steps eval_rows checkpoint_every_steps keep_checkpoints
         seed run runs_folder resume
     """,
     "evaluate": "ranks debug checkpoint data text_field max_tokens documents dtype runs_folder",
-    "check": "ranks debug ulysses ring zero dtype preset layers heads kv_heads tokens rows seed",
+    "check": "ranks debug ulysses ring zero dtype model layers heads kv_heads tokens rows seed",
 }
 
 

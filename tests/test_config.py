@@ -3,17 +3,18 @@
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from longspan.config import Check, Evaluate, Preset, Ranks, Train, as_json, known, read_file, settings_of_run
+from longspan.config import PRESETS, Check, Evaluate, Ranks, Train, as_json, known, read_file, settings_of_run
 from longspan.errors import RunError
-from longspan.models.decoder import PRESETS
+from longspan.models import decoder
+
+MODELS = "legal are tiny, small, llama-1b, llama-8b, llama-70b, and hf:FOLDER for a Hugging Face model"
 
 
 def test_presets_that_flags_name_are_those_of_the_decoder() -> None:
-    assert get_args(Preset) == tuple(PRESETS)
+    assert tuple(decoder.PRESETS) == PRESETS
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,8 @@ def test_settings_are_checked_at_birth(kind: type[Ranks], settings: dict[str, ob
     ("config", "name", "value", "text"),
     [
         (Train(), "zero", 2, "zero=2 is unknown; legal are 0, 3"),
-        (Train(), "preset", "huge", "preset='huge' is unknown; legal are tiny, small, llama-1b, llama-8b, llama-70b"),
+        (Train(), "model", "huge", f"model='huge' is unknown; {MODELS}"),
+        (Check(), "model", "hf", f"model='hf' is unknown; {MODELS}"),
         (Check(), "dtype", "fp8", "dtype='fp8' is unknown; legal are fp64, fp32, bf16"),
     ],
 )

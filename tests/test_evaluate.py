@@ -119,7 +119,7 @@ def test_another_tokenizer_of_the_same_name_is_refused(run: Path, tmp_path: Path
     path = checkpoint.newest(run)
     assert path is not None
     facts: dict[str, Any] = checkpoint.facts(path)
-    facts["model"]["vocab"] = 300
+    facts["text"]["vocab"] = 300
     (tmp_path / "run.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="the tokenizer bytes has 257 tokens now, and the checkpoint was trained with 300; "):
         launch.run("longspan.commands.evaluate:work", Evaluate(checkpoint=str(tmp_path)), 1)

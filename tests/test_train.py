@@ -6,14 +6,18 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.filesystem as storage
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from longspan import checkpoint, cli, launch, metrics
 from longspan.commands import train
@@ -213,7 +217,7 @@ def test_a_checkpoint_of_another_model_or_text_is_refused_by_field(
     kept = sorted(tmp_path.rglob("*"))
     assert re.search(
         r"step-000002 is of another model: layers is 2, not 12, hidden is 256, not 768, .*; ask for its own model, or start ",
-        refuses(capfd, *resume, "--preset", "small"),
+        refuses(capfd, *resume, "--model", "small"),
     )
     assert "is of another text: seed is 0, not 1; ask for its own text" in refuses(capfd, *resume, "--seed", "1")
     assert "is of another optimizer: optimizer is adamw, not sgd; " in refuses(capfd, *resume, "--optimizer", "sgd")
@@ -222,6 +226,73 @@ def test_a_checkpoint_of_another_model_or_text_is_refused_by_field(
     assert sorted(tmp_path.rglob("*")) == kept
     assert cli.main(["train", *resume]) == 0
     assert column(records(small(text, tmp_path)), "step") == [1, 2, 3]
+
+
+# ---- a Hugging Face model, from its folder and back
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama with weights in several files."""
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    model.save_pretrained(path, max_shard_size="20KB")
+    return path
+
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def test_a_hugging_face_model_trains_in_shares_goes_on_and_is_written_back(folder: Path, text: str, tmp_path: Path) -> None:
+    config = small(text, tmp_path, model=f"hf:{folder}", steps=7, checkpoint_every_steps=2, learning_rate=1e-2)
+    one = run(replace(config, run="one", ulysses=1))
+    whole = run(replace(config, run="whole", zero=3))
+    assert column(whole, "loss") == pytest.approx(column(one, "loss"), rel=1e-5)
+    assert column(whole, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-5)
+    assert whole[-1]["loss"] < whole[0]["loss"] - 0.5
+
+    with pytest.raises(launch.RankDied):
+        launch.run("test_train:killed_at_step_6", replace(config, run="killed", zero=3), 2)
+    assert cli.main(["train", "--resume", "killed", "--runs-folder", str(tmp_path)]) == 0
+    assert column(records(replace(config, run="killed")), "loss") == column(whole, "loss")
+
+    newest = checkpoint.newest(tmp_path / "whole")
+    assert newest is not None
+    trained = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads, which is meant
+        checkpoint.load(newest, trained)
+    for name in ("whole", "killed"):
+        exported = AutoModelForCausalLM.from_pretrained(tmp_path / name / "export")
+        for (what, mine), theirs in zip(exported.named_parameters(), trained.parameters(), strict=True):
+            assert torch.equal(mine, theirs), what
+    shutil.rmtree(tmp_path / "killed")
+    assert cli.main(["evaluate", "whole", "--documents", "1", "--runs-folder", str(tmp_path), "--ranks", "2"]) == 0
+
+
+def test_a_hugging_face_model_that_cannot_be_trained_is_refused(
+    folder: Path, text: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def config(name: str, **fields: Any) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**LLAMA, "model_type": "llama", **fields}))
+        return f"hf:{tmp_path / name}"
+
+    runs = tmp_path / "runs"
+    base = ["--runs-folder", str(runs), "--tokens", "64", "--data", text]
+    for model, sentence in [
+        ("hf:/nowhere", "the folder '/nowhere' does not exist; name one that"),
+        (config("klingon", model_type="klingon"), "is of no model that Transformers "),
+        (config("narrow", vocab_size=256), "the tokenizer bytes has 257 tokens, more than the 256 that LlamaForCausalLM "),
+        (config("drops", attention_dropout=0.1), "would drop activations in training (config.attention_dropout), differently"),
+        (config("bert", model_type="bert", architectures=["BertForMaskedLM"]), "BertForMaskedLM predicts masked tokens, and"),
+    ]:
+        assert sentence in refuses(capfd, *base, "--model", model)
+    assert not runs.exists()
 
 
 def diverges(config: Train) -> int:

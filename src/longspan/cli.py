@@ -35,7 +35,9 @@ TRAINED = """$ longspan train
 
 train-001  step 55/55  loss 2.4264  670 MiB a rank  6 MiB exchanged
 
-  loss, held-out text      2.4619 nats a token   3.5520 bits a byte"""
+  loss, held-out text      2.4619 nats a token   3.5520 bits a byte
+
+A Hugging Face model, written back to runs/NAME/export:  longspan train --model hf:FOLDER --data FILES --zero 3"""
 
 EVALUATED = """$ longspan evaluate train-001 --ranks 2
 document  begins                             tokens  nats a token  perplexity
@@ -47,10 +49,12 @@ all: 3.7403 bits a byte; byte frequencies alone: 4.6691 bits a byte"""
 CHECKED = """$ longspan check --ranks 4 --ulysses 4 --heads 7 --kv-heads 7
 worst gradient of 21: blocks.0.out.weight  error 1.4e-15  bound 1e-10  holds
 
-The law holds."""
+The law holds.
+
+A Hugging Face model of your own:  longspan check --model hf:FOLDER --layers 2"""
 
 VERBS = {
-    "train": Verb(Train, "Train a decoder on long sequences of text.", TRAINED),
+    "train": Verb(Train, "Train a decoder, or a Hugging Face model, on long sequences of text.", TRAINED),
     "evaluate": Verb(Evaluate, "Loss and perplexity of whole documents under a checkpoint.", EVALUATED),
     "check": Verb(Check, "Compare loss, gradients, norm and traffic of a layout with one device.", CHECKED),
 }

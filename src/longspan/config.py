@@ -18,7 +18,7 @@ from tyro.conf import Positional
 
 from longspan.errors import RunError
 
-Preset = Literal["tiny", "small", "llama-1b", "llama-8b", "llama-70b"]
+PRESETS = ("tiny", "small", "llama-1b", "llama-8b", "llama-70b")
 """The names of ``models.decoder.PRESETS``, which this file does not import: ``--help`` need not wait for torch."""
 
 LATEST = "latest"
@@ -73,16 +73,16 @@ class Layout(Ranks):
 class Train(Layout):
     """A training run."""
 
-    preset: Preset = "tiny"
-    """Shape of the decoder; its vocabulary is the tokenizer's."""
+    model: str = "tiny"
+    """tiny, small, llama-1b, llama-8b or llama-70b: a decoder of that shape. hf:FOLDER: the Hugging Face model in FOLDER."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What the forward and backward compute in. Parameters, gradients and optimizer states are fp32 with both."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .txt, .md, .py, .jsonl(.gz, .zst) and .parquet. Default: Python's own standard library."""
     text_field: str = "text"
     """The field of .jsonl and the column of .parquet that holds the text."""
-    tokenizer: str = "bytes"
-    """bytes, a tokenizers JSON file, or the folder of a Hugging Face tokenizer."""
+    tokenizer: str = ""
+    """bytes, a tokenizers JSON file, or the folder of a Hugging Face tokenizer. Default: the model's own, where it has one."""
     tokens: int = 8_192
     """Tokens of one sequence."""
     rows_per_step: int = 1
@@ -120,6 +120,7 @@ class Train(Layout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _legal_model(self.model)
         _at_least(self, 1, "rows_per_step", "micro_batches", "steps", "eval_rows", "keep_checkpoints")
         _at_least(self, 2, "tokens")
         _at_least(self, 0, "warmup_steps", "eval_every_steps", "checkpoint_every_steps", "weight_decay", "seed")
@@ -170,14 +171,14 @@ class Check(Layout):
 
     dtype: Literal["fp64", "fp32", "bf16"] = "fp64"
     """fp64, fp32: every gradient against one device's. bf16: the error pooled over 8 seeds against one device's own."""
-    preset: Preset = "tiny"
-    """Shape of the decoder, of which the next flags change parts."""
+    model: str = "tiny"
+    """tiny, small, llama-1b, llama-8b or llama-70b: a decoder of that shape. hf:FOLDER: the Hugging Face model in FOLDER."""
     layers: int | None = None
-    """Layers, where not those of the preset."""
+    """Layers, where not all of the model's own."""
     heads: int | None = None
-    """Query heads, where not those of the preset."""
+    """Query heads of a decoder, where not its own."""
     kv_heads: int | None = None
-    """Key/value heads, where not those of the preset."""
+    """Key/value heads of a decoder, where not its own."""
     tokens: int = 1_024
     """Tokens of one sequence."""
     rows: int = 2
@@ -187,6 +188,7 @@ class Check(Layout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _legal_model(self.model)
         _at_least(self, 1, "layers", "heads", "kv_heads", "rows")
         _at_least(self, 2, "tokens")
         _at_least(self, 0, "seed")
@@ -236,6 +238,11 @@ def _legal_choices(config: Ranks) -> None:
         value = getattr(config, field.name)
         if get_origin(field.type) is Literal and value not in get_args(field.type):
             raise RunError(f"{field.name}={value!r} is unknown; legal are {', '.join(map(str, get_args(field.type)))}")
+
+
+def _legal_model(name: str) -> None:
+    if name not in PRESETS and not name.startswith("hf:"):
+        raise RunError(f"model={name!r} is unknown; legal are {', '.join(PRESETS)}, and hf:FOLDER for a Hugging Face model")
 
 
 def _at_least(config: Ranks, least: int, *names: str) -> None:

@@ -1,32 +1,39 @@
 """Law 1 on this machine: the loss, every gradient, the norm and the traffic of a layout, beside those of one device.
 
     batch of random ids, unequally labelled
-        |-- whole, on every rank, one device's decoder ------------>  loss, gradients, norm
-        |-- cut, over the ranks, the same decoder parallelized ---->  loss, gradients, norm, traffic
+        |-- whole, on every rank, one device's model -------------->  loss, gradients, norm
+        |-- cut, over the ranks, the same model parallelized ------>  loss, gradients, norm, traffic (of a decoder)
                                                                           each line: found, expected, error, bound, verdict
+
+Dropout is off: the law is stated without. One device's loss is ``cross_entropy`` of its logits: a Hugging Face model would
+compute its own in fp32.
 """
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from longspan import masks
-from longspan.batch import IGNORE, Part, shard
+from longspan.batch import IGNORE, Part, shard, together
 from longspan.collectives import CountingTransport, TorchTransport
 from longspan.config import Check
 from longspan.gradients import norm
 from longspan.layout import Heads, Traffic, attention_traffic, consecutive, ring_traffic, split
+from longspan.loss import cross_entropy
 from longspan.masks import Causal
 from longspan.mesh import ParallelMesh
-from longspan.models.decoder import PRESETS, Decoder, DecoderConfig
+from longspan.models import recipes
+from longspan.models.decoder import DecoderConfig
+from longspan.models.recipes import DecoderRecipe, Recipe
 from longspan.ring import plan_hops
 from longspan.sharding import parallelize
 
@@ -64,29 +71,20 @@ class Outcome:
 def work(config: Check) -> int:
     """Print the verdict on the lead rank; 0 where the law holds, 1 where it does not."""
     mesh = ParallelMesh(config.ulysses, config.ring, transport=CountingTransport(TorchTransport()))
-    shape = _shape(config)
-    lines = _pooled(config, shape, mesh) if config.dtype == "bf16" else _exact(config, shape, mesh)
+    with together(mesh):
+        recipe = recipes.named(config.model, config.layers, config.heads, config.kv_heads)
+    lines = _pooled(config, recipe, mesh) if config.dtype == "bf16" else _exact(config, recipe, mesh)
     lines = _of_the_worst_rank(lines, mesh)
     holds = all(line.holds for line in lines)
     if dist.get_rank() == 0:
-        _print(config, shape, mesh, lines, holds)
+        _print(config, recipe, mesh, lines, holds)
     return 0 if holds else 1
 
 
-def _shape(config: Check) -> DecoderConfig:
-    preset = PRESETS[config.preset]
-    return replace(
-        preset,
-        layers=config.layers or preset.layers,
-        heads=config.heads or preset.heads,
-        kv_heads=config.kv_heads or config.heads or preset.kv_heads,
-    )
-
-
-def _exact(config: Check, shape: DecoderConfig, mesh: ParallelMesh) -> list[Line]:
+def _exact(config: Check, recipe: Recipe, mesh: ParallelMesh) -> list[Line]:
     dtype = torch.float64 if config.dtype == "fp64" else torch.float32
-    one = _one_device(config, shape, config.seed, dtype, mesh)
-    ours, traffic = _parallel(config, shape, config.seed, dtype, mesh)
+    ours, traffic = _parallel(config, recipe, config.seed, dtype, mesh)  # first: it refuses what cannot be
+    one = _one_device(config, recipe, config.seed, dtype, mesh)
     worst = max(ours.grads, key=lambda name: _relative(ours.grads[name], one.grads[name], one.norm))
     bound = TOLERANCE[config.dtype]
     return [
@@ -99,18 +97,18 @@ def _exact(config: Check, shape: DecoderConfig, mesh: ParallelMesh) -> list[Line
             bound,
         ),
         Line("norm of all gradients", f"{ours.norm:.12g}", f"{one.norm:.12g}", abs(ours.norm - one.norm) / one.norm, bound),
-        *_traffic_lines(config, shape, mesh, traffic, dtype.itemsize),
+        *_traffic_lines(config, recipe, mesh, traffic, dtype.itemsize),
     ]
 
 
-def _pooled(config: Check, shape: DecoderConfig, mesh: ParallelMesh) -> list[Line]:
+def _pooled(config: Check, recipe: Recipe, mesh: ParallelMesh) -> list[Line]:
     """The error against fp64 of this layout in bf16 and of one device in bf16, over all parameters and seeds."""
     ours_squared = one_squared = 0.0
     loss_error = 0.0
     for seed in range(config.seed, config.seed + BF16_SEEDS):
-        truth = _one_device(config, shape, seed, torch.float64, mesh)
-        one = _one_device(config, shape, seed, torch.bfloat16, mesh)
-        ours, traffic = _parallel(config, shape, seed, torch.bfloat16, mesh)
+        truth = _one_device(config, recipe, seed, torch.float64, mesh)
+        one = _one_device(config, recipe, seed, torch.bfloat16, mesh)
+        ours, traffic = _parallel(config, recipe, seed, torch.bfloat16, mesh)
         ours_squared += _squared_error(ours, truth)
         one_squared += _squared_error(one, truth)
         loss_error = max(loss_error, abs(ours.loss - one.loss) / abs(one.loss))
@@ -124,49 +122,64 @@ def _pooled(config: Check, shape: DecoderConfig, mesh: ParallelMesh) -> list[Lin
             ratio,
             BF16_RATIO,
         ),
-        *_traffic_lines(config, shape, mesh, traffic, torch.bfloat16.itemsize),
+        *_traffic_lines(config, recipe, mesh, traffic, torch.bfloat16.itemsize),
     ]
 
 
-def _one_device(config: Check, shape: DecoderConfig, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> Outcome:
-    model = _decoder(shape, seed, dtype, mesh)
-    batch = _batch(config, shape, seed, mesh.device)
+def _one_device(config: Check, recipe: Recipe, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> Outcome:
+    model = _model(recipe, seed, dtype, mesh)
+    batch = _batch(config, recipe, seed, mesh.device)
+    labels = batch["labels"] if recipe.in_place else F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     with _compute_in(dtype, mesh):
-        loss = model(**batch).loss
+        loss = cross_entropy(model(input_ids=batch["input_ids"]).logits, labels)
     loss.backward()
     return _outcome(model, loss)
 
 
 def _parallel(
-    config: Check, shape: DecoderConfig, seed: int, dtype: torch.dtype, mesh: ParallelMesh
+    config: Check, recipe: Recipe, seed: int, dtype: torch.dtype, mesh: ParallelMesh
 ) -> tuple[Outcome, tuple[Traffic, Traffic]]:
     assert isinstance(mesh.transport, CountingTransport)
-    model = parallelize(_decoder(shape, seed, dtype, mesh), mesh, config.zero)
+    model = parallelize(_model(recipe, seed, dtype, mesh), mesh, config.zero)
     mine = consecutive(split(config.rows, mesh.place.data))[mesh.place.data_rank]
-    whole = _batch(config, shape, seed, mesh.device)
-    part: Part = shard({name: rows[mine.start : mine.stop] for name, rows in whole.items()}, mesh)
+    whole = _batch(config, recipe, seed, mesh.device)
+    rows = {name: tensor[mine.start : mine.stop] for name, tensor in whole.items()}
+    part: Part = shard(rows, mesh, shift=not recipe.in_place)
     before = mesh.transport.traffic
     with _compute_in(dtype, mesh):
-        loss = model(**part).loss
+        loss = _loss(model, part, mesh)
     between = mesh.transport.traffic
     loss.backward()
     after = mesh.transport.traffic
     return _outcome(model, loss), (_minus(between, before), _minus(after, between))
 
 
-def _decoder(shape: DecoderConfig, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> Decoder:
+def _loss(model: Any, part: Part, mesh: ParallelMesh) -> Tensor:
+    """The model's own loss over all ranks; of one that would compute it from this rank's tokens (BERT), that of its logits."""
+    proof = getattr(model._longspan.offer, "proof", None)
+    if proof is None or proof.loss_type is not None:
+        loss: Tensor = model(**part).loss
+        return loss
+    labels = part["shift_labels" if "shift_labels" in part else "labels"]
+    inputs = {name: value for name, value in part.items() if "labels" not in name}
+    return cross_entropy(model(**inputs).logits, labels, mesh=mesh, labelled=part["longspan"].labelled)
+
+
+def _model(recipe: Recipe, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> nn.Module:
     """Parameters are fp64 for fp64, else fp32: bf16 is what the forward and backward compute in, as in training."""
-    return Decoder(shape, seed=seed).to(mesh.device, torch.float64 if dtype == torch.float64 else torch.float32)
+    model = recipe.build(seed, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return model.to(mesh.device).eval()
 
 
 def _compute_in(dtype: torch.dtype, mesh: ParallelMesh) -> AbstractContextManager[object]:
     return torch.autocast(mesh.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
-def _batch(config: Check, shape: DecoderConfig, seed: int, device: torch.device) -> dict[str, Tensor]:
+def _batch(config: Check, recipe: Recipe, seed: int, device: torch.device) -> dict[str, Tensor]:
     """Random ids, of which each row has another share labelled, the last row none in its second half, and one always."""
     random = torch.Generator().manual_seed(seed)
-    ids = torch.randint(shape.vocab, (config.rows, config.tokens), generator=random)
+    plain = torch.tensor([token for token in range(recipe.vocab) if token not in recipe.special])
+    ids = plain[torch.randint(len(plain), (config.rows, config.tokens), generator=random)]
     share = (1 + torch.arange(config.rows)[:, None]) / config.rows
     labels = ids.where(torch.rand(ids.shape, generator=random) < share, IGNORE)
     labels[-1, (config.tokens + 1) // 2 :] = IGNORE
@@ -174,11 +187,11 @@ def _batch(config: Check, shape: DecoderConfig, seed: int, device: torch.device)
     return {"input_ids": ids.to(device), "labels": labels.to(device)}
 
 
-def _outcome(model: Decoder, loss: Tensor) -> Outcome:
+def _outcome(model: nn.Module, loss: Tensor) -> Outcome:
     grads = {}
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        grads[name] = (parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad).double()
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # BERT's pooler is not used
+        grads[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).double()
     return Outcome(loss.item(), grads, norm(model.parameters()).item())
 
 
@@ -195,6 +208,13 @@ def _minus(after: Traffic, before: Traffic) -> Traffic:
 
 
 def _traffic_lines(
+    config: Check, recipe: Recipe, mesh: ParallelMesh, found: tuple[Traffic, Traffic], itemsize: int
+) -> list[Line]:
+    """Of a decoder, whose layers are alike and causal: the closed form needs to know them."""
+    return _decoder_traffic(config, recipe.config, mesh, found, itemsize) if isinstance(recipe, DecoderRecipe) else []
+
+
+def _decoder_traffic(
     config: Check, shape: DecoderConfig, mesh: ParallelMesh, found: tuple[Traffic, Traffic], itemsize: int
 ) -> list[Line]:
     place, layout = mesh.place, mesh.place.layout(config.tokens)
@@ -225,7 +245,7 @@ def _of_the_worst_rank(lines: list[Line], mesh: ParallelMesh) -> list[Line]:
     return [max(same, key=lambda line: math.inf if math.isnan(line.error) else line.error) for same in zip(*everyone)]
 
 
-def _print(config: Check, shape: DecoderConfig, mesh: ParallelMesh, lines: list[Line], holds: bool) -> None:
+def _print(config: Check, recipe: Recipe, mesh: ParallelMesh, lines: list[Line], holds: bool) -> None:
     place = mesh.place
     table = Table("", "found", "expected", "error", "bound", "verdict", box=None, pad_edge=False)
     for line in lines:
@@ -235,8 +255,7 @@ def _print(config: Check, shape: DecoderConfig, mesh: ParallelMesh, lines: list[
     console.print(
         f"{mesh.degree} ranks = data {place.data} x ring {place.ring} x ulysses {place.ulysses}, zero={config.zero}, "
         f"{config.dtype}: "
-        f"{config.rows} rows of {config.tokens:,} tokens, {shape.layers} layers, {shape.heads} query and {shape.kv_heads} "
-        f"key/value heads of {shape.head_dim}, {shape.parameters:,} parameters",
+        f"{config.rows} rows of {config.tokens:,} tokens, {recipe.summary}",
         highlight=False,
     )
     console.print(table, highlight=False)

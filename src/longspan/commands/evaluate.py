@@ -5,7 +5,7 @@
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,8 @@ from longspan.config import Evaluate
 from longspan.data import Corpus, Split, bits, load_tokenizer, part, tokenize
 from longspan.errors import DataError, LayoutError, RunError
 from longspan.mesh import ParallelMesh
-from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.models import recipes
+from longspan.models.recipes import Recipe
 from longspan.sharding import parallelize
 
 
@@ -43,11 +44,11 @@ def work(config: Evaluate) -> int:
         tokenizer = load_tokenizer(trained["tokenizer"])
         corpus = tokenize(config.data or trained["data"], tokenizer, text_field=config.text_field)
         text = corpus.whole if config.data else corpus.held_out
-        shape = DecoderConfig(**facts["model"])
-        _refuse_another_vocabulary(corpus, shape)
-        _refuse_more_ranks_than_heads(shape, mesh)
+        recipe = recipes.from_description(facts["model"])
+        _refuse_another_vocabulary(corpus, facts["text"])
+        _refuse_more_ranks_than_heads(recipe, mesh)
         chosen = _longest(text, config, mesh)
-    model = parallelize(Decoder(shape).to(mesh.device), mesh)
+    model = parallelize(recipe.build(0).to(mesh.device), mesh)
     checkpoint.load(path, model)
 
     judged = []
@@ -78,19 +79,19 @@ def _longest(text: Split, config: Evaluate, mesh: ParallelMesh) -> list[tuple[in
     return [(number, start, min(tokens, config.max_tokens)) for number, start, tokens in chosen]
 
 
-def _refuse_another_vocabulary(corpus: Corpus, shape: DecoderConfig) -> None:
-    if corpus.vocab_size != shape.vocab:
+def _refuse_another_vocabulary(corpus: Corpus, text: dict[str, Any]) -> None:
+    if corpus.vocab_size != text["vocab"]:
         raise RunError(
             f"the tokenizer {corpus.tokenizer} has {corpus.vocab_size} tokens now, and the checkpoint was trained with "
-            f"{shape.vocab}; bring back the tokenizer that it was trained with"
+            f"{text['vocab']}; bring back the tokenizer that it was trained with"
         )
 
 
-def _refuse_more_ranks_than_heads(shape: DecoderConfig, mesh: ParallelMesh) -> None:
-    if mesh.degree > shape.heads:
+def _refuse_more_ranks_than_heads(recipe: Recipe, mesh: ParallelMesh) -> None:
+    if mesh.degree > recipe.heads:
         raise LayoutError(
-            f"{mesh.degree} ranks cannot share the model's {shape.heads} query heads, and each document lies on all ranks; "
-            f"use --ranks {shape.heads} or fewer"
+            f"{mesh.degree} ranks cannot share the model's {recipe.heads} query heads, and each document lies on all ranks; "
+            f"use --ranks {recipe.heads} or fewer"
         )
 
 

@@ -1,8 +1,9 @@
-"""Train a decoder: each step, a rank's tokens forward and backward, the mean gradient of all ranks, one update.
+"""Train a model: each step, a rank's tokens forward and backward, the mean gradient of all ranks, one update.
 
     text -> my tokens of a step -> agreed by all -> forward, backward (for each micro-batch) -> clip -> update -> record
                                                                                                            |
                                       runs/NAME/  config.json  metrics.jsonl  events.*  checkpoints/  <----+
+                                                  export/, where the model came from a Hugging Face folder
 
 Order, learning rate and evaluation are functions of the step, so a run that goes on from a checkpoint is the run that never
 stopped, bit by bit.
@@ -30,7 +31,8 @@ from longspan.errors import LongspanError, RunError
 from longspan.gradients import clip
 from longspan.mesh import ParallelMesh
 from longspan.metrics import Display, Journal, Record, fullest_rank_bytes, measured_peak_flops
-from longspan.models.decoder import PRESETS, Decoder
+from longspan.models import recipes
+from longspan.models.recipes import Recipe
 from longspan.sharding import parallelize
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,21 +48,24 @@ def work(config: Train) -> int:
     mesh = ParallelMesh(config.ulysses, config.ring, transport=transport)
     lead = dist.get_rank() == 0
     with together(mesh):
+        recipe = recipes.named(config.model)
+        config = replace(config, tokenizer=config.tokenizer or recipe.tokenizer)
         corpus = tokenize(config.data, load_tokenizer(config.tokenizer), text_field=config.text_field)
+        recipe = recipe.for_text(config.tokenizer, corpus.vocab_size)
         loader = _loader(corpus, config, mesh)
         held_out = _held_out(corpus, config, mesh)
     refuse_difference("the text", corpus.fingerprint, mesh, "give every machine the same files and tokenizer")
-    model = Decoder(replace(PRESETS[config.preset], vocab=corpus.vocab_size), seed=config.seed).to(mesh.device)
-    parallelize(model, mesh, config.zero)
+    model = parallelize(_on(mesh, recipe.build(config.seed, config.zero)), mesh, config.zero)
     optimizer = _optimizer(model, config)
     run = _open_run(config, mesh)
-    done = _resume(run, model, optimizer, corpus, config, mesh)
+    done = _resume(run, model, optimizer, recipe, corpus, config, mesh)
+    flops_per_token = recipe.flops_per_token(config.tokens)
     peak_flops = measured_peak_flops(mesh, DTYPE[config.dtype])
     journal = Journal(run, done, lead)
     losses, eval_loss = [], math.nan
 
     with Display(run.name, config.steps, done, lead) as display:
-        display.say(_opening(model, corpus, config, mesh, done))
+        display.say(_opening(recipe, corpus, config, mesh, done))
         for step in range(done + 1, config.steps + 1):
             started, sent_before = time.perf_counter(), transport.traffic.bytes
             loss = 0.0
@@ -85,7 +90,7 @@ def work(config: Train) -> int:
                 "grad_norm": grad_norm,
                 "learning_rate": rate,
                 "tokens_per_s": tokens_per_s,
-                "peak_share": tokens_per_s * model.config.flops_per_token(config.tokens) / peak_flops,
+                "peak_share": tokens_per_s * flops_per_token / peak_flops,
                 "memory_bytes": fullest_rank_bytes(mesh),
                 "exchanged_bytes": transport.traffic.bytes - sent_before,
             }
@@ -97,11 +102,12 @@ def work(config: Train) -> int:
                 journal.write({"step": step, "eval_loss": eval_loss})
                 display.say(f"{run.name}  step {step}: held-out loss {eval_loss:.4f}")
             if _is_due(step, config.checkpoint_every_steps, config):
-                facts = _facts(step, model, corpus, config)
+                facts = _facts(step, recipe, corpus, config)
                 checkpoint.save(run, step, model, optimizer, facts, mesh, config.keep_checkpoints)
     journal.close()
     agree_on_error(journal.fault, mesh)
-    display.say(_closing(run, losses[-LAST_STEPS:], eval_loss, corpus, config))
+    exported = recipe.export(model, run / "export", config.tokenizer, mesh)
+    display.say(_closing(run, losses[-LAST_STEPS:], eval_loss, corpus, config, exported))
     return 0
 
 
@@ -156,6 +162,11 @@ def _parts(loader: Loader, step: int, journal: Journal, mesh: ParallelMesh) -> l
 
 def _on_device(part: Part, mesh: ParallelMesh) -> Part:
     return {name: value.to(mesh.device) if isinstance(value, torch.Tensor) else value for name, value in part.items()}
+
+
+def _on(mesh: ParallelMesh, model: nn.Module) -> nn.Module:
+    """The model on its device; one that has no weights yet gets them there."""
+    return model if any(parameter.is_meta for parameter in model.parameters()) else model.to(mesh.device)
 
 
 def _computing_in(config: Train, mesh: ParallelMesh) -> torch.autocast:
@@ -224,14 +235,20 @@ def _next_free(runs: Path) -> str:
 
 
 def _resume(
-    run: Path, model: Decoder, optimizer: torch.optim.Optimizer, corpus: Corpus, config: Train, mesh: ParallelMesh
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    corpus: Corpus,
+    config: Train,
+    mesh: ParallelMesh,
 ) -> int:
     """How many steps are done; with --resume, model and optimizer are as they were then."""
     path = checkpoint.newest(run) if config.resume else None
     if path is None:
         return 0
     with together(mesh):
-        theirs, mine = checkpoint.facts(path), _facts(0, model, corpus, config)
+        theirs, mine = checkpoint.facts(path), _facts(0, recipe, corpus, config)
         for what in ("model", "text", "optimizer"):
             checkpoint.refuse_differences(path, what, theirs[what], mine[what])
         done: int = theirs["step"]
@@ -241,13 +258,14 @@ def _resume(
     return done
 
 
-def _facts(step: int, model: Decoder, corpus: Corpus, config: Train) -> dict[str, Any]:
+def _facts(step: int, recipe: Recipe, corpus: Corpus, config: Train) -> dict[str, Any]:
     """What a checkpoint says of itself beside its tensors. The position in the text is the step."""
     return {
         "step": step,
-        "model": asdict(model.config),
+        "model": recipe.described(),
         "text": {
             "corpus": corpus.fingerprint,
+            "vocab": corpus.vocab_size,
             "tokens": config.tokens,
             "rows_per_step": config.rows_per_step,
             "seed": config.seed,
@@ -257,18 +275,18 @@ def _facts(step: int, model: Decoder, corpus: Corpus, config: Train) -> dict[str
     }
 
 
-def _opening(model: Decoder, corpus: Corpus, config: Train, mesh: ParallelMesh, done: int) -> str:
+def _opening(recipe: Recipe, corpus: Corpus, config: Train, mesh: ParallelMesh, done: int) -> str:
     place = mesh.place
     share = config.tokens // (place.ring * place.ulysses)
     return (
         f"{mesh.degree} ranks = data {place.data} x ring {place.ring} x ulysses {place.ulysses}; "
-        f"{model.config.parameters:,} parameters; "
+        f"{recipe.summary}; "
         f"{corpus.train.tokens:,} tokens of text; {config.tokens:,} tokens a sequence, {share:,} of them a rank"
         + (f"; going on after step {done}" if done else "")
     )
 
 
-def _closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, config: Train) -> str:
+def _closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, config: Train, exported: bool) -> str:
     """What was learned, where it lies, what to run next."""
     per_byte = 1 / corpus.bytes_per_token
     learned = [
@@ -284,7 +302,8 @@ def _closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, c
         "Learned",
         *lines,
         f"Kept in {run}",
-        f"  checkpoints/step-{config.steps:06d}, metrics.jsonl, config.json, TensorBoard events",
+        f"  checkpoints/step-{config.steps:06d}, metrics.jsonl, config.json, TensorBoard events"
+        + ", and export/: the model for from_pretrained" * exported,
         "Next",
         f"  {ours} evaluate {run.name} --ranks {config.ulysses}{where}",
         f"  {Path(ours).with_name('tensorboard')} --logdir {config.runs_folder}",

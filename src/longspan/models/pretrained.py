@@ -37,11 +37,15 @@ from longspan.errors import ModelError
 from longspan.mesh import ParallelMesh
 from longspan.models.transformers import blocks
 
+WEIGHTS = (".safetensors", ".bin")
+"""How files of weights end; only the first kind can be read in parts."""
 FILE_BYTES = 5 * 2**30
 """Of one file of saved weights; a larger tensor has a file of its own."""
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None, seed: int = 0) -> PreTrainedModel:
+def load(
+    folder: str | Path, *, config: PreTrainedConfig | None = None, dtype: torch.dtype | None = None, seed: int = 0
+) -> PreTrainedModel:
     """The model of a folder, on the meta device until ``parallelize(load(folder), mesh, zero)`` reads each rank's share of it.
 
     Afterwards its parameters equal those of ``from_pretrained(folder, dtype=dtype)``, in the dtype that the config names where
@@ -50,8 +54,20 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, seed: int = 0)
     Raises ModelError for a folder without a config or with one that Transformers does not know, and in ``parallelize``, on
     every rank alike, for weights that are not those of the model by name and shape, or not the same on all ranks.
     """
-    model = build_empty(read_config(folder), dtype)
+    model = build_empty(config or read_config(folder), dtype)
     vars(model)["_longspan_unread"] = Unread(model, Path(folder), seed)
+    return model
+
+
+def load_whole(folder: str | Path | None, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """The same model whole on this rank: ``from_pretrained``, or random weights where there is no folder or none in it."""
+    kind: Any = class_of(config)
+    if folder is not None and any(path.suffix in WEIGHTS for path in Path(folder).iterdir()):
+        model: PreTrainedModel = kind.from_pretrained(folder, config=config, dtype=dtype)
+    else:
+        model = build_empty(config, dtype)
+        Unread(model, Path(folder or ""), seed).draw_into(model, torch.device("cpu"))
+    model.train()
     return model
 
 
@@ -119,14 +135,14 @@ class Unread:
 
     def read_into(self, model: PreTrainedModel, device: torch.device) -> None:
         """Give the model, sharded or not, its weights: each rank reads or draws what it keeps. Every rank calls it."""
+        if not _files(self.folder):
+            self.draw_into(model, device)
+        else:
+            self._read_into(model, device)
+
+    def _read_into(self, model: Any, device: torch.device) -> None:
         model.to_empty(device=device)
         model.tie_weights()
-        if _files(self.folder):
-            self._read(model)
-        else:
-            self._draw(model)
-
-    def _read(self, model: Any) -> None:
         held = set(_peek(_files(self.folder)))
         state = model.state_dict()
         wanted = {next(name for name in names if name in held): state[names[0]] for names in self.names}
@@ -140,8 +156,11 @@ class Unread:
             tensor._is_hf_initialized = name not in lacking
         model.initialize_weights()
 
-    def _draw(self, model: PreTrainedModel) -> None:
-        """One block, or one module outside the blocks, at a time: whole for as long as it takes to cut it."""
+    def draw_into(self, model: PreTrainedModel, device: torch.device) -> None:
+        """Random weights as the model's class draws them, of a block, or a module outside the blocks, at a time: whole for as
+        long as it takes to cut it."""
+        model.to_empty(device=device)
+        model.tie_weights()
         model_dtype = next(model.parameters()).dtype
         twin = build_empty(model.config, model_dtype)
         mine = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -196,8 +215,9 @@ def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None
     """Write a parallel model, sharded or not, as a Hugging Face folder: config.json and *.safetensors. Every rank calls it.
 
     ``from_pretrained(folder)`` gives its parameters, equal in every bit. Each rank writes what it holds, and the first one puts
-    the pieces together on the disk, one tensor at a time; all ranks must see the same disk. An older folder is replaced
-    when the new one is whole. Raises ModelError on every rank alike where one of them cannot write.
+    the pieces together on the disk, one tensor at a time; all ranks must see the same disk, and a rank needs memory for two
+    more copies of its share. An older folder is replaced when the new one is whole. Raises ModelError on every rank alike
+    where one of them cannot write.
     """
     final = Path(folder)
     draft = final.with_name(f".{final.name}")
@@ -268,8 +288,8 @@ def _names(model: nn.Module) -> list[list[str]]:
 
 def _files(folder: Path) -> list[Path]:
     """The files of weights. Raises ModelError where they are of a kind that cannot be read in parts."""
-    found = sorted(folder.glob("*.safetensors"))
-    if not found and (other := sorted(folder.glob("*.bin"))):
+    found, other = (sorted(folder.glob(f"*{end}")) for end in WEIGHTS)
+    if other and not found:
         raise ModelError(
             f"'{folder}' holds {other[0].name}, which cannot be read in parts; load it with from_pretrained and write it with "
             f"save_pretrained, which writes safetensors"
