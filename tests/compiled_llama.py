@@ -1,4 +1,4 @@
-"""Compile a parallel Hugging Face llama over 2 ranks: one graph where rows are plain, exact where they are packed (test_compile.py).
+"""Compile a parallel Hugging Face llama over 2 ranks: one graph for plain rows, exact for packed ones (test_compile.py).
 
 The backend traces and runs eagerly: inductor's own rounding of fp32 norms is no part of the law.
 """

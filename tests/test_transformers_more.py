@@ -8,7 +8,8 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from longspan import ModelError, ParallelMesh, cross_entropy, parallelize, shard, unparallelize
 from ranks import Ranks
@@ -147,3 +148,73 @@ def test_a_balance_loss_of_anything_else_is_refused() -> None:
     model = parallelize(build("mixtral"), mesh)
     with pytest.raises(ModelError, match=r"set config\.output_router_logits before parallelize"):
         model(**shard(batches("even", False), mesh), output_router_logits=True)
+
+
+# ---- half precision with a scaler, quantised layers
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_all_ranks_skip_a_step_whose_gradient_is_infinite_on_one(zero: int, pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(scaled, zero)
+
+
+def scaled(zero: int) -> None:
+    """fp16 autocast: two steps as on one device, then one with an infinite gradient, which rank 1 alone may hold."""
+    mesh, whole, reference = mesh_of(2, 1), batches("even", False), build("llama").float()
+    model = parallelize(deepcopy(reference), mesh, zero)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (reference, model)]
+    for step in range(3):
+        before = [local(p).clone() for p in model.parameters()]
+        with torch.autocast("cpu", torch.float16):
+            losses = [forward_alone(reference, whole, False)[0], model(**shard(whole, mesh)).loss]
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=2e-3)
+        for scaler, loss, optimizer in zip(scalers, losses, optimizers):
+            scaler.scale(loss).backward()
+            if step == 2:
+                spoiled = local(optimizer.param_groups[0]["params"][-1].grad)
+                spoiled.fill_(float("inf") if scaler is scalers[0] or zero == 0 or dist.get_rank() == 1 else 0.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert scalers[0].get_scale() == scalers[1].get_scale() == (2.0**9 if step == 2 else 2.0**10)
+        assert all(torch.equal(local(p), was) for p, was in zip(model.parameters(), before)) is (step == 2)
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Int8Linear(nn.Module):
+    """A frozen linear layer of 8-bit weights, as quantised bases have them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.scale)
+
+
+def quantised() -> Any:
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Int8Linear(layer.mlp.down_proj)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+
+
+def test_adapters_on_a_quantised_base_are_one_device(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(adapters_on_quantised)
+    with pytest.raises(ModelError, match=r"zero=3 would cut '.*layers.0.mlp.down_proj.weight' of torch.int8"):
+        parallelize(quantised(), ParallelMesh(), zero=3)
+
+
+def adapters_on_quantised() -> None:
+    mesh, whole, reference = mesh_of(2, 1), batches("odd length", False), quantised()
+    model = parallelize(deepcopy(reference), mesh)
+    forward_alone(reference, whole, False)[0].backward()
+    model(**shard(whole, mesh)).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for mine, one in zip(trained, (p for p in reference.parameters() if p.requires_grad)):
+        torch.testing.assert_close(mine.grad, one.grad, rtol=1e-9, atol=1e-12)

@@ -164,6 +164,11 @@ def _refuse_what_cannot_be(model: nn.Module, zero: int) -> None:
         raise ModelError(f"zero={zero} is not supported; legal are zero=0 (every rank keeps all) and zero=3 (each a share)")
     if hasattr(model, "_longspan"):
         raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
+    for name, parameter in model.named_parameters():
+        if zero and not (parameter.is_floating_point() or parameter.is_complex()):
+            raise ModelError(
+                f"zero={zero} would cut {name!r} of {parameter.dtype}, quantised, which its layer unpacks whole; use zero=0"
+            )
 
 
 def _fingerprints(model: nn.Module) -> dict[str, str]:
