@@ -116,6 +116,8 @@ def _build(name: str, model_name: str) -> Any:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
     return model.float().train()
 
 

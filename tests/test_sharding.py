@@ -154,12 +154,12 @@ def _there_and_back():
     assert parallelize(model, mesh) is model
     with pytest.raises(ModelError, match="not parallel"):
         unparallelize(reference)
-    with pytest.raises(ModelError, match="zero=3 cannot be made whole"):
+    with pytest.raises(ModelError, match="sharded parameters cannot be made whole"):
         unparallelize(parallelize(reference, mesh, zero=3))
 
 
 REFUSALS = {
-    "zero=1 is not supported; legal are zero=0": (ModelError, lambda mesh: parallelize(_decoder(), mesh, zero=1)),
+    "zero=4 is not supported; legal are 0": (ModelError, lambda mesh: parallelize(_decoder(), mesh, zero=4)),
     "ulysses=4 exceeds the 3 query heads": (LayoutError, lambda mesh: parallelize(_decoder(heads=3, kv_heads=3), mesh)),
     "parallel already": (ModelError, lambda mesh: parallelize(parallelize(_decoder(), mesh), mesh)),
     "Linear offers no attention, cross_entropy, blocks, config": (
@@ -180,11 +180,14 @@ REFUSALS = {
         ModelError,
         lambda mesh: parallelize(_decoder(layers=2 if mesh.place.ulysses_rank == 3 else 1), mesh),
     ),
-    "zero=2 is not supported": (
+    "zero=5 is not supported": (
         ModelError,
-        lambda mesh: parallelize(_decoder(), mesh, zero=2 if mesh.place.ulysses_rank == 1 else 0),
+        lambda mesh: parallelize(_decoder(), mesh, zero=5 if mesh.place.ulysses_rank == 1 else 0),
     ),
-    "on the meta device": (ModelError, lambda mesh: parallelize(_decoder().to("meta"), mesh)),
+    "recompute is full on rank 0 and none on rank 1": (
+        ModelError,
+        lambda mesh: parallelize(_decoder(), mesh, recompute="none" if mesh.place.ulysses_rank else "full"),
+    ),
 }
 
 

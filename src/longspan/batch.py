@@ -154,12 +154,15 @@ def cut(
 def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
     """The parts of one step with ``Step.labelled`` counted over all micro-batches and data replicas: one small all-reduce.
 
+    A rank whose data has ended passes none; then no other may have any.
+
     Raises BatchError on every rank alike where the ranks of a sequence were given different batches, or a rank another
     number of micro-batches.
     """
     steps: list[Step] = [part["longspan"] for part in parts]
     digest = _hash(repr([(step.digest, step.tokens, step.rows) for step in steps]).encode())
-    mine = (0, len(steps), steps[0].rows, steps[0].tokens, sum(step.labelled for step in steps), digest)
+    rows, tokens = (steps[0].rows, steps[0].tokens) if steps else (0, 0)
+    mine = (0, len(steps), rows, tokens, sum(step.labelled for step in steps), digest)
     table = _exchange_facts(mine, mesh)
     _raise_the_first_error(table, None, mesh)
     _refuse_disagreement(table, mesh.place)

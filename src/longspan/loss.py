@@ -155,7 +155,7 @@ class _TiledLoss(torch.autograd.Function):
         dweight_VM = torch.zeros_like(weight_VM, dtype=wide) if head else None
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         cast_VM = weight_VM.to(say.dtype)
-        lse_of_tiles = iter(lses.split(_tile_rows(len(weight_VM))))
+        lse_of_tiles = iter(lses.split(tile_rows(len(weight_VM))))
         for mine, wanted in _tiles(rows, targets, len(weight_VM)):
             lse = next(lse_of_tiles)[:, None]
             hidden_NM = hidden_RM[mine].to(say.dtype)
@@ -187,11 +187,12 @@ def _add_product(dweight_VM: Tensor, dlogits_NV: Tensor, hidden_NM: Tensor) -> N
 
 
 def _tiles(rows: Tensor, targets: Tensor, vocab: int) -> list[tuple[Tensor, Tensor]]:
-    size = _tile_rows(vocab)
+    size = tile_rows(vocab)
     return list(zip(rows.split(size), targets.split(size))) if len(rows) else []
 
 
-def _tile_rows(vocab: int) -> int:
+def tile_rows(vocab: int) -> int:
+    """How many tokens' logits are there at a time."""
     return max(1, TILE_BYTES // (4 * vocab))
 
 

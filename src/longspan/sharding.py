@@ -1,10 +1,13 @@
-"""Make a model parallel from the outside: its attention, its loss, its gradients, its parameters.
+"""Make a model parallel from the outside: its attention, its loss, its gradients, its parameters, its memory.
 
     what the model offers          what it is given
     attention, cross_entropy       the same, over the mesh: tokens are traded for heads and back, labels of all ranks counted
                                    (a Hugging Face model offers them by models/transformers.py, which proves it first)
     parameters                     zero=0  each rank keeps all; MeanGradients after every backward
-    blocks                         zero=3  each rank keeps 1/P of every block (FSDP2), gathered while the block computes
+    blocks                         zero=2  each rank keeps 1/P of gradients and optimizer states, of parameters between steps
+                                   zero=3  of parameters always: a block is gathered while it computes (both by FSDP2)
+                                   recomputation, what they keep put away on the host
+    feed-forwards                  tiles
 
 All ranks first exchange what they hold, in one small agreement: a model that differs on one rank would train on, and be
 wrong on all of them.
@@ -12,7 +15,7 @@ wrong on all of them.
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -20,34 +23,71 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from longspan.attention import attend
 from longspan.errors import LongspanError, ModelError
 from longspan.gradients import MeanGradients
 from longspan.layout import Heads
+from longspan.memory import Recompute, Tools, attend_once, put_away, recompute, refuse_unknown
 from longspan.mesh import ParallelMesh
+from longspan.tiling import refuse_to_tile, tiled
+from longspan.zero import Shares, refuse_what_cannot_be, shard_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def parallelize(model: Model, mesh: ParallelMesh, zero: int = 0) -> Model:
+def parallelize(
+    model: Model,
+    mesh: ParallelMesh,
+    zero: int = 0,
+    *,
+    recompute: Recompute = "none",
+    tile_tokens: int | None = None,
+    head_chunks: int = 1,
+    offload_activations: bool = False,
+    return_logits: bool = True,
+    dtype: torch.dtype | None = None,
+    offload_parameters: bool = False,
+    shard_ranks: int | None = None,
+) -> Model:
     """Change ``model`` in place so that law 1 holds on ``mesh``, and return it: loss and gradients are those of one device.
 
     Every rank calls it, with equal parameters (the same seed, or the same checkpoint), before it builds its optimizer;
-    afterwards each calls ``model(**shard(batch, mesh))``. ``zero=0`` keeps all parameters on each rank, ``zero=3`` a share.
+    afterwards each calls ``model(**shard(batch, mesh))``. A model whose weights are still on the disk
+    (``models.pretrained.load``), or a Decoder on the meta device, is sharded first; then each rank reads or draws its share.
+
+    What each rank keeps of the parameters: ``zero=0`` all; ``zero=2`` a share of gradients and optimizer states, and all
+    parameters from their first use in a step to its end (``zero=1`` is the same: FSDP2 has no smaller step); ``zero=3`` a share
+    of everything. For 2 and 3, ``dtype`` is what blocks compute in (parameters and their gradients keep their own),
+    ``shard_ranks`` keeps shares among so many neighbouring ranks, a node's, and copies beyond them, and
+    ``offload_parameters`` keeps them and the optimizer's states on the host.
+
+    What a step needs beside them: ``recompute`` "full" or "keep attention" (see ``memory``), ``tile_tokens`` for each tile of
+    the feed-forwards, ``head_chunks`` shares of the heads to exchange one after the other, ``offload_activations`` for what all
+    blocks but the last keep, and ``return_logits=False`` for a loss of a Hugging Face model that never forms all of them. No
+    tool changes a number.
 
     Raises on every rank alike: LayoutError (fewer heads than ulysses ranks), ModelError (a model that offers no attention, that
-    is parallel already, or whose parameters differ between the ranks; an unknown ``zero``).
+    is parallel already, or whose parameters differ between the ranks; an optimizer that was built before; a tool that it
+    cannot be given).
     """
+    tools = Tools(recompute, tile_tokens, head_chunks, offload_activations, return_logits)
+    shares = Shares(zero, dtype, offload_parameters, shard_ranks)
     offer = _offer(model)
-    _agree(model, offer, mesh, zero)
-    offer.install(mesh)
-    state = _Parallel(offer)
-    if zero == 3:
-        _shard_parameters(model, offer.blocks(), mesh)
-    else:
+    unread = _unread(model)
+    if unread is not None:
+        _agree(mesh, lambda: _refuse_what_cannot_be(model, mesh, tools, shares) | unread.facts(model))
+        _read(model, unread, offer, mesh, shares)
+    _agree(mesh, lambda: _look(model, offer, mesh, tools, shares, read_alike=unread is not None))
+    offer.install(mesh, tools)
+    state = _Parallel(offer, _equip(offer, tools))
+    if zero == 0:
         state.gradients = MeanGradients(model, mesh)
+    elif unread is None:
+        shard_parameters(model, offer.blocks(), mesh, shares)
     vars(model)["_longspan"] = state
     return model
 
@@ -55,17 +95,19 @@ def parallelize(model: Model, mesh: ParallelMesh, zero: int = 0) -> Model:
 def unparallelize(model: Model) -> Model:
     """Undo ``parallelize(model, mesh, zero=0)`` in place and return the model: it is one device's again, weights kept.
 
-    Raises ModelError for a model that is not parallel, or whose parameters are sharded (zero=3).
+    Raises ModelError for a model that is not parallel, or whose parameters are sharded (zero=2 and 3).
     """
     state = getattr(model, "_longspan", None)
     if not isinstance(state, _Parallel):
         raise ModelError("unparallelize was given a model that is not parallel; call parallelize(model, mesh) first")
     if state.gradients is None:
         raise ModelError(
-            "a model with zero=3 cannot be made whole in place: FSDP2 does not undo its sharding; build the model anew and "
+            "a model with sharded parameters cannot be made whole in place: FSDP2 does not undo it; build the model anew and "
             "load a checkpoint of this one"
         )
     state.gradients.remove()
+    for module in state.equipped:
+        vars(module).pop("forward", None)
     state.offer.undo()
     del vars(model)["_longspan"]
     return model
@@ -76,16 +118,35 @@ class Offer(Protocol):
     """A kind of model, as ``parallelize`` wants it."""
 
     def blocks(self) -> Sequence[nn.Module]:
-        """What FSDP2 gathers one after the other."""
+        """What computes one after the other: what FSDP2 gathers, and recomputation computes again."""
         ...
 
-    def prove(self, mesh: ParallelMesh) -> None:
-        """Raise what stands against the mesh. Changes nothing, and has no collective."""
+    def feed_forwards(self) -> Sequence[nn.Module]:
+        """What works token by token and may do so in tiles."""
         ...
 
-    def install(self, mesh: ParallelMesh) -> None: ...
+    def prove(self, mesh: ParallelMesh, tools: Tools) -> None:
+        """Raise what stands against the mesh or the tools. Changes nothing, and has no collective."""
+        ...
+
+    def install(self, mesh: ParallelMesh, tools: Tools) -> None:
+        """Give the model its attention and its loss."""
+        ...
 
     def undo(self) -> None: ...
+
+
+@runtime_checkable
+class Unread(Protocol):
+    """The weights of a model on the meta device, wherever they wait until it is sharded."""
+
+    def facts(self, model: Any) -> dict[str, str]:
+        """What all ranks must have alike. Raises ModelError for weights that are not the model's; has no collective."""
+        ...
+
+    def read_into(self, model: Any, device: torch.device) -> None:
+        """Give the model, sharded or not, its weights. Every rank calls it."""
+        ...
 
 
 @dataclass
@@ -93,7 +154,22 @@ class _Parallel:
     """What parallelize changed, for the way back."""
 
     offer: Offer
+    equipped: Sequence[nn.Module]
     gradients: MeanGradients | None = None
+
+
+def _equip(offer: Offer, tools: Tools) -> list[nn.Module]:
+    """Give blocks and feed-forwards their tools; returns those whose forward was changed."""
+    equipped: list[nn.Module] = []
+    if tools.tile_tokens is not None:
+        equipped += [tiled(module, tools.tile_tokens) for module in offer.feed_forwards()]
+    blocks = offer.blocks()
+    for block in blocks:
+        recompute(block, tools.recompute)
+    if tools.put_away:
+        for block in blocks[:-1]:  # the last block's backward comes first
+            put_away(block)
+    return [*equipped, *blocks]
 
 
 class _Given:
@@ -106,18 +182,25 @@ class _Given:
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.blocks)
 
-    def prove(self, mesh: ParallelMesh) -> None:
+    def feed_forwards(self) -> Sequence[nn.Module]:
+        return [block.feed for block in self.model.blocks if hasattr(block, "feed")]
+
+    def prove(self, mesh: ParallelMesh, tools: Tools) -> None:
         missing = [name for name in ("attention", "cross_entropy", "blocks", "config") if not hasattr(self.model, name)]
         if missing:
             raise ModelError(
                 f"{type(self.model).__name__} offers no {', '.join(missing)}, so its attention cannot be made parallel; use "
                 f"a Hugging Face model, the Decoder, or a model with attention, cross_entropy, blocks and config as attributes"
             )
-        Heads(self.model.config.heads, self.model.config.kv_heads, mesh.place.ulysses)
+        Heads(self.model.config.heads, self.model.config.kv_heads, mesh.place.ulysses, tools.head_chunks)
 
-    def install(self, mesh: ParallelMesh) -> None:
+    def install(self, mesh: ParallelMesh, tools: Tools) -> None:
         self.attention, self.cross_entropy = self.model.attention, self.model.cross_entropy
-        self.model.attention = partial(self.attention, mesh=mesh)
+        attention = self.attention
+        if attention is attend and tools.recompute == "keep attention":
+            attention = attend_once
+        chunks = {"head_chunks": tools.head_chunks} if tools.head_chunks > 1 else {}
+        self.model.attention = partial(attention, mesh=mesh, **chunks)
         self.model.cross_entropy = partial(self.cross_entropy, mesh=mesh)
         if mesh.place.ring * mesh.place.ulysses > 1:
             self.guard = self.model.register_forward_pre_hook(_refuse_what_is_not_cut, prepend=True, with_kwargs=True)
@@ -139,14 +222,12 @@ def _offer(model: nn.Module) -> Offer:
     return _Given(model)
 
 
-def _agree(model: nn.Module, offer: Offer, mesh: ParallelMesh, zero: int) -> None:
+def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
     """Raise on every rank what any rank finds: one exchange of each rank's error and of what it holds."""
     error: LongspanError | None = None
     facts: dict[str, str] = {}
     try:
-        _refuse_what_cannot_be(model, zero)
-        offer.prove(mesh)
-        facts = {"zero": str(zero)} | _fingerprints(model)
+        facts = look()
     except LongspanError as found:
         error = found
     everyone: list[Any] = [(error, facts)]
@@ -159,16 +240,62 @@ def _agree(model: nn.Module, offer: Offer, mesh: ParallelMesh, zero: int) -> Non
     _refuse_differences([held for _, held in everyone])
 
 
-def _refuse_what_cannot_be(model: nn.Module, zero: int) -> None:
-    if zero not in (0, 3):
-        raise ModelError(f"zero={zero} is not supported; legal are zero=0 (every rank keeps all) and zero=3 (each a share)")
+def _refuse_what_cannot_be(model: nn.Module, mesh: ParallelMesh, tools: Tools, shares: Shares) -> dict[str, str]:
     if hasattr(model, "_longspan"):
         raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
-    for name, parameter in model.named_parameters():
-        if zero and not (parameter.is_floating_point() or parameter.is_complex()):
-            raise ModelError(
-                f"zero={zero} would cut {name!r} of {parameter.dtype}, quantised, which its layer unpacks whole; use zero=0"
-            )
+    refuse_what_cannot_be(shares, model, mesh)
+    refuse_unknown(tools.recompute)
+    return {name: str(value) for name, value in (vars(tools) | vars(shares)).items()}
+
+
+def _look(
+    model: nn.Module, offer: Offer, mesh: ParallelMesh, tools: Tools, shares: Shares, read_alike: bool
+) -> dict[str, str]:
+    """Prove the model, and say what it holds, unless all ranks have read their shares of the same."""
+    facts = _refuse_what_cannot_be(model, mesh, tools, shares)
+    offer.prove(mesh, tools)
+    if tools.tile_tokens is not None:
+        _refuse_to_tile(offer.feed_forwards(), tools.tile_tokens)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # FSDP2 keeps the outermost parameters gathered after a forward: an optimizer would take these
+    return facts if read_alike else facts | _fingerprints(model)
+
+
+def _refuse_to_tile(feeds: Sequence[nn.Module], tokens: int) -> None:
+    if not feeds:
+        raise ModelError(
+            f"tile_tokens={tokens} finds no feed-forward that works token by token in one tensor (experts do not); leave it "
+            f"out, or change modules of your own by longspan.tiled(module, tokens)"
+        )
+    for module in feeds:
+        refuse_to_tile(module, tokens)
+
+
+def _unread(model: nn.Module) -> "Unread | None":
+    """Where the weights wait of a model that has none yet."""
+    waiting: Unread | None = vars(model).get("_longspan_unread")
+    if waiting is None and hasattr(model, "initialize") and any(parameter.is_meta for parameter in model.parameters()):
+        return _Seed()
+    return waiting
+
+
+class _Seed:
+    """The weights of a model that draws them itself, as the Decoder does."""
+
+    def facts(self, model: Any) -> dict[str, str]:
+        return {"the seed": str(model.seed)}
+
+    def read_into(self, model: Any, device: torch.device) -> None:
+        model.to_empty(device=device)
+        model.initialize(model.seed)
+
+
+def _read(model: nn.Module, unread: Unread, offer: Offer, mesh: ParallelMesh, shares: Shares) -> None:
+    """Shard a model that has no weights yet, then let each rank read its own."""
+    vars(model).pop("_longspan_unread", None)
+    if shares.zero:
+        shard_parameters(model, offer.blocks(), mesh, shares)
+    unread.read_into(model, mesh.device)
 
 
 def _fingerprints(model: nn.Module) -> dict[str, str]:
@@ -178,6 +305,8 @@ def _fingerprints(model: nn.Module) -> dict[str, str]:
 
 
 def _hash(tensor: Tensor) -> str:
+    if isinstance(tensor, DTensor):
+        raise ModelError("the model is sharded already; give it to parallelize whole, which shards it with zero=3")
     if tensor.is_meta:
         raise ModelError("the model is on the meta device; give it weights first: model.to_empty(device=...), then initialize")
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
@@ -202,11 +331,3 @@ def _refuse_what_is_not_cut(model: nn.Module, args: tuple[Any, ...], kwargs: dic
             "each sequence of this model lies on several ranks, but the batch was not cut: its positions and labels would be "
             "wrong; call model(**shard(batch, mesh))"
         )
-
-
-def _shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: ParallelMesh) -> None:
-    exact = any(parameter.dtype == torch.float64 for parameter in model.parameters())
-    policy = MixedPrecisionPolicy() if exact else MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for block in blocks:
-        fully_shard(block, mesh=mesh.fsdp_mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh.fsdp_mesh, mp_policy=policy)

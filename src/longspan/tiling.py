@@ -45,11 +45,16 @@ def refuse_to_tile(module: nn.Module, tokens: int) -> None:
     """Raise ModelError for what ``tiled`` cannot change so."""
     if tokens < 1:
         raise ModelError(f"tiles of {tokens} tokens are not possible; use at least 1")
-    if any("Router" in type(part).__name__ or hasattr(part, "experts") for part in module.modules()):
+    if routes_to_experts(module):
         raise ModelError(
             f"{type(module).__name__} routes tokens to experts: its balance loss wants the routes of all tokens at once, so it "
             f"cannot be tiled; tile the feed-forwards beside it"
         )
+
+
+def routes_to_experts(module: nn.Module) -> bool:
+    """Whether it is, or has, a mixture of experts."""
+    return any("Router" in type(part).__name__ or hasattr(part, "experts") for part in module.modules())
 
 
 def untiled(module: Module) -> Module:

@@ -38,7 +38,7 @@ def gather_routers(module: nn.Module, base: nn.Module, mesh: ParallelMesh) -> li
     as it has this rank's logits. Returns the handles of the hooks on it and on ``module``, where the logits come from."""
 
     def gather(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if output.get("router_logits"):
+        if output.get("router_logits") and not isinstance(output["router_logits"], _Whole):
             output["router_logits"] = _of_all_ranks(output["router_logits"], kwargs["longspan"], mesh)
         return output
 

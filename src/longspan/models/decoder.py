@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from longspan.attention import attend
@@ -124,7 +125,7 @@ class Decoder(nn.Module):
         head_chunks: int = 1,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.seed = config, seed
         self.attention = attention
         self.cross_entropy = cross_entropy
         self.embed = nn.Embedding(config.vocab, config.hidden)
@@ -139,15 +140,20 @@ class Decoder(nn.Module):
     def initialize(self, seed: int) -> None:
         """Draw every weight from N(0, 0.02²), what is added to the residual stream scaled by 1/sqrt(2·layers); norms are 1.
 
-        Drawn in fp32 on the CPU, so that the dtype and the device of the parameters do not change them.
+        Drawn in fp32 on the CPU, one whole parameter at a time, so that neither dtype nor device nor how a parameter is sharded
+        changes it.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 1 or parameter.is_meta:
+            if parameter.is_meta:
+                continue
+            if parameter.ndim == 1:
+                parameter.fill_(1)
                 continue
             shrink = math.sqrt(2 * self.config.layers) if name.endswith(("out.weight", "down.weight")) else 1.0
             drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
-            parameter.copy_(drawn.mul_(0.02 / shrink))
+            drawn.mul_(0.02 / shrink)
+            parameter.copy_(_share(drawn.to(parameter.device), parameter) if isinstance(parameter, DTensor) else drawn)
 
     def forward(
         self,
@@ -292,6 +298,11 @@ def turn(
     difference of their positions alone. Keeps the dtype, computes in that of ``cos``."""
     first, second = x_BSHD.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSHD.dtype)
+
+
+def _share(whole: Tensor, like: DTensor) -> DTensor:
+    """What this rank keeps of a tensor that every rank has drawn."""
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _targets(labels: Tensor | None, shift_labels: Tensor | None, step: Step | None) -> Tensor | None:

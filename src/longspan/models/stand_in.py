@@ -35,5 +35,5 @@ def take_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
     if isinstance(kwargs["longspan"], StandIn):
         for name, value in output.items():
             if isinstance(value, Tensor) and value.ndim:
-                output[name] = value[:0]
+                output[name] = value[:0].clone()  # FSDP2 hooks outputs, and wants none to be a view
     return output

@@ -15,7 +15,7 @@ B batch   H heads   K key/value heads   S my tokens   D head dim
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -29,11 +29,15 @@ from longspan.attention import attend
 from longspan.batch import Step
 from longspan.errors import ModelError
 from longspan.loss import cross_entropy
+from longspan.memory import Tools, attend_once
 from longspan.mesh import ParallelMesh
 from longspan.models.adapters import refuse_adapters
 from longspan.models.balance import gather_routers, prove_balance
+from longspan.models.positions import lengthen_tables, place
 from longspan.models.proof import IN_PLACE, Layer, Probe, Proof, Said, prove, refuse_by_config
 from longspan.models.stand_in import stand_in, take_out
+from longspan.models.without_logits import forward_without_logits, refuse_without_logits
+from longspan.tiling import routes_to_experts
 
 NAME = "longspan"
 """The attention that a parallel model's config names."""
@@ -63,7 +67,7 @@ def _attention(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layer: Layer, step: Step, more: dict[str, Any]) -> Tensor:
     mask = step.mask_for(layer.own, restarts=layer.packs)
-    return attend(q, k, v, mask=mask, mesh=layer.mesh, tokens=step.tokens, **more)
+    return layer.attend(q, k, v, mask=mask, tokens=step.tokens, **more)
 
 
 # A mask that is another at each step would make torch.compile begin anew at each step: between its graphs it is left alone.
@@ -88,6 +92,24 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 
 
+def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The layers that the model's class says not to split, by name; of those that lie in another one, the outer.
+
+    Without those that share a parameter with the rest (BERT's embeddings with its head): FSDP2 gathers shared ones together.
+    """
+    kinds = set(model._no_split_modules or ())
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inner = any(name.startswith(f"{outer}.") for outer in found)
+        shares = any(not other.startswith(f"{name}.") for parameter in module.parameters() for other in names[parameter])
+        if type(module).__name__ in kinds and not inner and not shares:
+            found[name] = module
+    return found
+
+
 class Pretrained:
     """A Transformers model as ``parallelize`` wants it: proven, with its blocks, and the way to give it a mesh and back.
 
@@ -102,37 +124,45 @@ class Pretrained:
 
     def blocks(self) -> list[nn.Module]:
         """The layers that FSDP2 shards one by one."""
-        kinds = set(self.model._no_split_modules or ())
-        return [module for module in self.model.modules() if type(module).__name__ in kinds]
+        return list(blocks(self.model).values())
 
-    def prove(self, mesh: ParallelMesh) -> None:
+    def feed_forwards(self) -> list[nn.Module]:
+        """The children of the layers that take one tensor, hold two matrices or more, do not attend and have no experts."""
+        attending = {module for module, _ in self.proof.layers}
+        children = [child for block in self.blocks() for child in block.children()]
+        return [child for child in children if not attending & set(child.modules()) and _is_feed_forward(child)]
+
+    def prove(self, mesh: ParallelMesh, tools: Tools) -> None:
         """Raise ModelError by name for what cannot be parallel, LayoutError for heads that do not fit. Changes nothing."""
         refuse_by_config(self.model)
         refuse_adapters(self.called, self.model)
         balanced = any(getattr(config, "output_router_logits", False) for _, config in self.configs)
         with self._renamed():
-            self.proof: Proof = prove(self.called, self.model, mesh)
+            self.proof: Proof = prove(self.called, self.model, mesh, tools.head_chunks)
             self.routers = prove_balance(self.called, self.model, self.proof.loss_type) if balanced else None
+            if not tools.return_logits:
+                refuse_without_logits(self.model, self.called, self.proof.loss_type)
 
-    def install(self, mesh: ParallelMesh) -> None:
+    def install(self, mesh: ParallelMesh, tools: Tools) -> None:
         """Give the model its mesh: copies of its configs, its attention layers' mesh, its loss, its hooks."""
         self._rename()
+        chosen = attend_once if tools.recompute == "keep attention" else attend
         for module, layer in self.proof.layers:
-            module._longspan = layer
+            module._longspan = layer._replace(attend=partial(chosen, mesh=mesh, head_chunks=tools.head_chunks))
+        in_place = self.proof.loss_type in IN_PLACE
         if self.proof.loss_type is not None:
-            self.model._loss_function = partial(_loss, mesh=mesh, in_place=self.proof.loss_type in IN_PLACE)
+            self.model._loss_function = partial(_loss, mesh=mesh, in_place=in_place)
+        if not tools.return_logits:
+            self.model.forward = partial(forward_without_logits, self.model, mesh, in_place)
         self._handles = [
             self.model.register_forward_pre_hook(stand_in, with_kwargs=True),
-            self.model.register_forward_pre_hook(partial(_check_call, self.proof), with_kwargs=True),
+            self.model.register_forward_pre_hook(partial(_check_call, self.proof, mesh), with_kwargs=True),
             self.model.register_forward_pre_hook(partial(_check_routers, self.routers), with_kwargs=True),
             self.model.register_forward_hook(take_out, with_kwargs=True),
         ]
         if self.routers is not None:
             self._handles += gather_routers(self.routers, self.model, mesh)
-        for name, rotary in self.model.named_modules():
-            if _chooses_by_length(rotary):
-                self._handles.append(rotary.register_forward_pre_hook(partial(_lengthen, name), with_kwargs=True))
-                self._handles.append(rotary.register_forward_hook(_shorten))
+        self._handles += lengthen_tables(self.model)
 
     def undo(self) -> None:
         """Take away everything that ``install`` gave."""
@@ -140,6 +170,7 @@ class Pretrained:
             handle.remove()
         for module, _ in self.proof.layers:
             del module._longspan
+        vars(self.model).pop("forward", None)
         if self.proof.loss_type is not None:
             del self.model._loss_function
         for module, config in self.configs:
@@ -181,8 +212,8 @@ def _loss(
     return cross_entropy(logits, targets, mesh=mesh, labelled=longspan.labelled)
 
 
-def _check_call(proof: Proof, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Refuse what a part of the tokens cannot honour; begin positions where the model does, and write the last one on them."""
+def _check_call(proof: Proof, mesh: ParallelMesh, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Refuse what a part of the tokens cannot honour; give positions as the model counts them."""
     step = kwargs.get("longspan")
     if step is None:
         raise ModelError(
@@ -198,14 +229,8 @@ def _check_call(proof: Proof, model: nn.Module, args: tuple[Any, ...], kwargs: d
             f"{type(model).__name__} computes its loss from labels by itself, over this rank's tokens; leave labels out of "
             f"the call, and use longspan.cross_entropy(outputs.logits, labels, mesh=mesh, labelled=part['longspan'].labelled)"
         )
-    positions = kwargs.get("position_ids")
-    if isinstance(positions, Tensor):
-        if proof.positions_behind_padding and step.counted and step.padding is not None:
-            starts = torch.tensor([row.start for row in step.padding], device=positions.device)
-            positions = (positions - starts.unsqueeze(1)).clamp(min=0)
-        kwargs["position_ids"] = positions = positions.view_as(positions)
-        positions._longspan_last = step.last_position  # type: ignore[attr-defined]
-    return args, kwargs
+    positions = place(kwargs, step, proof.positions_behind_padding, proof.padding_id, mesh)
+    return args, kwargs if positions is None else kwargs | {"position_ids": positions}
 
 
 def _check_routers(routers: nn.Module | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -216,23 +241,7 @@ def _check_routers(routers: nn.Module | None, model: nn.Module, args: tuple[Any,
         )
 
 
-def _chooses_by_length(module: nn.Module) -> bool:
-    """Whether a rotary table depends on the longest position: dynamic and longrope do."""
-    kinds = getattr(module, "rope_type", None)
-    named = kinds.values() if isinstance(kinds, dict) else [kinds or ""]
-    return any("dynamic" in kind or kind == "longrope" for kind in named)
-
-
-def _lengthen(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Let a rotary module see the largest position of the whole batch behind this rank's."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    positions = bound["position_ids"]
-    last_position = getattr(positions, "_longspan_last", None)
-    if last_position is None:
-        raise ModelError(f"'{name}' chooses its table by the longest position, but was not given the step's position_ids")
-    last = positions.new_full((*positions.shape[:-1], 1), last_position)
-    return (), bound | {"position_ids": torch.cat([positions, last], -1)}
-
-
-def _shorten(module: nn.Module, args: Any, output: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(table[..., :-1, :] for table in output)
+def _is_feed_forward(module: nn.Module) -> bool:
+    matrices = sum(parameter.ndim > 1 for parameter in module.parameters())
+    asked = [name for name, each in inspect.signature(module.forward).parameters.items() if each.default is each.empty]
+    return matrices > 1 and len(asked) == 1 and not routes_to_experts(module)

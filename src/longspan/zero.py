@@ -1,0 +1,97 @@
+"""Each rank keeps a share of parameters, gradients and optimizer states: ZeRO, by PyTorch's FSDP2. Knows nothing of attention.
+
+                     zero=2                                    zero=3
+    a block's turn   gather its parameters                     gather its parameters
+    after it         keep them for the backward                let them go, gather again in the backward
+    its backward     mean of the ranks' gradients, to each its share, in fp32            (both)
+    the optimizer    my shares alone                                                     (both)
+
+Every rank's loss is the global one, so FSDP2's mean over all ranks is the gradient of one device.
+Source: ZeRO, arXiv:1910.02054.
+"""
+
+import gc
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from longspan.errors import ModelError
+from longspan.mesh import ParallelMesh
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What a rank keeps. ``dtype``: what blocks compute in (None: the parameters'); ``ranks``: how many share (None: all)."""
+
+    zero: int
+    dtype: torch.dtype | None = None
+    on_host: bool = False
+    ranks: int | None = None
+
+
+def refuse_what_cannot_be(shares: Shares, model: nn.Module, mesh: ParallelMesh) -> None:
+    """Raise ModelError for shares that FSDP2 or this mesh cannot give, and for an optimizer that would train nothing."""
+    if shares.zero not in (0, 1, 2, 3):
+        raise ModelError(
+            f"zero={shares.zero} is not supported; legal are 0 (every rank keeps all), 2 (a share of gradients and optimizer "
+            f"states) and 3 (of parameters too)"
+        )
+    if shares.zero == 0:
+        asked = {"dtype": shares.dtype, "offload_parameters": shares.on_host or None, "shard_ranks": shares.ranks}
+        for name, value in asked.items():
+            if value is not None:
+                instead = "torch.autocast, or " if name == "dtype" else ""
+                raise ModelError(f"{name}={value} is for sharded parameters; use {instead}zero=2 or zero=3")
+        return
+    for name, parameter in model.named_parameters():
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            raise ModelError(
+                f"zero={shares.zero} would cut {name!r} of {parameter.dtype}, a quantised weight that its layer unpacks whole; "
+                f"use zero=0"
+            )
+    if shares.dtype is not None and not shares.dtype.is_floating_point:
+        raise ModelError(f"dtype={shares.dtype} is nothing to compute in; use torch.bfloat16, or leave it out")
+    if shares.ranks is not None and (shares.ranks < 1 or mesh.degree % shares.ranks):
+        legal = ", ".join(str(ranks) for ranks in range(1, mesh.degree + 1) if mesh.degree % ranks == 0)
+        raise ModelError(f"shard_ranks={shares.ranks} does not divide the {mesh.degree} ranks; use {legal}")
+    _refuse_earlier_optimizers(model)
+
+
+def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: ParallelMesh, shares: Shares) -> None:
+    """Shard every block, then what is left, in place. A parameter that a rank does not use counts as zero there."""
+    if shares.zero == 1:
+        logging.getLogger(__name__).warning("zero=1 is what FSDP2 does with zero=2: gradients are sharded too")
+    exact = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    policy = MixedPrecisionPolicy(shares.dtype, None if exact else torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if shares.on_host else OffloadPolicy()
+    where = _where(mesh, shares.ranks)
+    for module in (*blocks, model):
+        again = shares.zero == 3 and module is not model  # what is outside the blocks begins the backward: it stays
+        fully_shard(module, mesh=where, reshard_after_forward=again, mp_policy=policy, offload_policy=offload)
+    assert isinstance(model, FSDPModule)
+    model.set_reduce_scatter_unused_params(True)
+
+
+def _where(mesh: ParallelMesh, ranks: int | None) -> DeviceMesh:
+    """Over all ranks, or over each ``ranks`` neighbours with a copy in every such group."""
+    if ranks is None or ranks == mesh.degree:
+        return mesh.fsdp_mesh
+    return init_device_mesh(mesh.device.type, (mesh.degree // ranks, ranks), mesh_dim_names=("copies", "shares"))
+
+
+def _refuse_earlier_optimizers(model: nn.Module) -> None:
+    """Sharding puts new parameters in the place of the old, which an optimizer would go on to update, to no effect."""
+    mine = {id(parameter) for parameter in model.parameters()}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.optim.Optimizer):
+            held = (parameter for group in found.param_groups for parameter in group["params"])
+            if any(id(parameter) in mine for parameter in held):
+                raise ModelError(
+                    f"{type(found).__name__} was built before the parameters are sharded, and would train nothing; call "
+                    f"parallelize first, then build the optimizer"
+                )

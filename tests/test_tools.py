@@ -1,0 +1,262 @@
+"""Every tool that saves memory, alone and with all others, on our decoder and on Hugging Face models: law 1, norm included."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
+
+from longspan import LongspanError, ModelError, ParallelMesh, memory, parallelize, shard, unparallelize
+from longspan import loss as losses
+from longspan.batch import IGNORE
+from longspan.gradients import norm
+from longspan.models.decoder import Decoder, DecoderConfig
+from ranks import Ranks
+from test_transformers import BASE, assert_gradients, batches, build, forward_alone, mesh_of, small
+
+ALL: dict[str, Any] = {
+    "recompute": "keep attention", "tile_tokens": 5, "head_chunks": 2, "offload_activations": True, "return_logits": False,
+}  # fmt: skip
+TOOLS: dict[str, dict[str, Any]] = {
+    "recompute all": {"recompute": "full"},
+    "keep attention": {"recompute": "keep attention"},
+    "tiles": {"tile_tokens": 5},
+    "head chunks": {"head_chunks": 2},
+    "offload": {"offload_activations": True},
+    "no logits": {"return_logits": False},
+    "zero 2": {"zero": 2},
+    "zero 3": {"zero": 3},
+    "zero 3 in pairs, on the host": {"zero": 3, "shard_ranks": 1, "offload_parameters": True},
+    "all": ALL,
+    "all, zero 3": ALL | {"zero": 3},
+}
+MODELS = {"decoder": {}, "llama": {}, "qwen3_moe": {"decoder_sparse_step": 2}, "gemma2": {}}
+SHAPE = DecoderConfig(vocab=97, layers=3, hidden=32, heads=4, kv_heads=2, head_dim=8, ffn=48)
+TOLERANCE = {"decoder": 1e-10, "llama": 1e-10, "qwen3_moe": 1e-5, "gemma2": 1e-5}
+
+
+def model_of(name: str) -> Any:
+    if name != "decoder":
+        return build(name, **MODELS[name])
+    model = Decoder(SHAPE).double()
+    for parameter in model.parameters():
+        parameter.data.mul_(5 if parameter.ndim > 1 else 1)  # else attention is uniform
+    return model
+
+
+def alone(model: Any, name: str, whole: dict[str, torch.Tensor]) -> torch.Tensor:
+    if name != "decoder":
+        return forward_alone(model, whole, False)[0]
+    logits = model(whole["input_ids"]).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), whole["labels"][:, 1:].flatten())
+
+
+def with_tools(name: str, ulysses: int, ring: int, tools: dict[str, Any], batch: str = "odd length") -> None:
+    mesh, reference = mesh_of(ulysses, ring), model_of(name)
+    whole, tolerance = batches(batch, False), TOLERANCE[name]
+    model = parallelize(deepcopy(reference), mesh, **tools)
+    expected = alone(reference, name, whole)
+    expected.backward()
+    saved = memory.AWAY_BYTES, losses.TILE_BYTES
+    memory.AWAY_BYTES, losses.TILE_BYTES = 0, 4 * 4 * 97  # four tokens a tile
+    try:
+        output = model(**shard(whole, mesh))
+        output.loss.backward()
+    finally:
+        memory.AWAY_BYTES, losses.TILE_BYTES = saved
+    assert abs(output.loss.item() - expected.item()) <= tolerance * expected.item()
+    if not tools.get("return_logits", True) and name != "decoder":
+        assert output.logits is None
+    assert_gradients(model, reference, tolerance)
+    total = norm(reference.parameters()).item()
+    assert abs(norm(model.parameters()).item() - total) <= tolerance * total
+    if not tools.get("zero"):
+        unparallelize(model)
+        assert not [module for module in model.modules() if {"forward", "_longspan"} & set(vars(module))]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_tool_changes_no_number(name: str, tool: str, pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(with_tools, name, 2 - (tool == "head chunks"), 1 + (tool == "head chunks"), TOOLS[tool])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch", ["left padding", "a rank without labels"])
+def test_all_tools_together_on_four_ranks(name: str, batch: str, pool: Callable[[int], Ranks]) -> None:
+    if name == "decoder" and batch == "left padding":
+        batch = "even"  # its reference here is plain
+    pool(4).run(with_tools, name, 2, 2, ALL | {"zero": 3, "shard_ranks": 2}, batch)
+
+
+def test_a_balance_loss_beside_a_loss_without_logits(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(balanced)
+
+
+def balanced() -> None:
+    mesh, reference = mesh_of(2, 1), build("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    ids = batches("odd length", False)["input_ids"]
+    expected = reference(input_ids=ids, labels=ids, use_cache=False)
+    expected.loss.backward()
+    model = parallelize(build("mixtral", output_router_logits=True, router_aux_loss_coef=0.5), mesh, return_logits=False)
+    found = model(**shard({"input_ids": ids, "labels": ids}, mesh))
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert found.aux_loss.item() == pytest.approx(expected.aux_loss.item(), rel=1e-5)
+    assert_gradients(model, reference, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["decoder", "llama", "gemma2"])
+def test_in_bf16_the_error_is_near_that_of_one_device(name: str, pool: Callable[[int], Ranks]) -> None:
+    """Tiles sum their gradients in fp32; the bound with tiles is 1.5."""
+    for ours, theirs in pool(2).run(half_errors, name):
+        assert (ours / theirs) ** 0.5 <= 1.5
+
+
+def half_errors(name: str) -> tuple[float, float]:
+    mesh, ours, theirs = mesh_of(2, 1), 0.0, 0.0
+    for seed in range(8):
+        exact = model_of(name)
+        ids = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(seed))
+        whole = {"input_ids": ids, "labels": ids}
+        half = deepcopy(exact).bfloat16()
+        model = parallelize(deepcopy(half), mesh, **ALL)
+        alone(exact, name, whole).backward()
+        logits = half(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
+        F.cross_entropy(logits, ids[:, 1:].flatten()).backward()
+        model(**shard(whole, mesh)).loss.backward()
+        for mine, one, true in zip(model.parameters(), half.parameters(), exact.parameters()):
+            ours += (mine.grad - true.grad).square().sum().item()
+            theirs += (one.grad - true.grad).square().sum().item()
+    return ours, theirs
+
+
+# ---- ZeRO
+
+
+def test_blocks_compute_in_the_dtype_they_are_given_and_keep_fp32_gradients(pool: Callable[[int], Ranks]) -> None:
+    for loss, dtypes, computed in pool(2).run(in_half):
+        assert dtypes == {torch.float32}
+        assert computed == torch.bfloat16
+        assert loss == pytest.approx(4.6, abs=0.3)
+
+
+def in_half() -> tuple[float, set[torch.dtype], torch.dtype]:
+    mesh, seen = mesh_of(2, 1), []
+    model = parallelize(Decoder(SHAPE), mesh, zero=2, dtype=torch.bfloat16)
+    model.blocks[0].feed.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    ids = batches("odd length", False)["input_ids"]
+    loss = model(**shard({"input_ids": ids, "labels": ids}, mesh)).loss
+    loss.backward()
+    return loss.item(), {parameter.grad.dtype for parameter in model.parameters()}, seen[0]
+
+
+def test_a_parameter_that_one_rank_does_not_use_counts_as_zero_there(pool: Callable[[int], Ranks]) -> None:
+    for error in pool(2).run(unused_on_one_rank):
+        assert error <= 1e-12
+
+
+class Odd(Decoder):
+    """Its second block's feed-forward works on rank 0 alone."""
+
+    def __init__(self, everywhere: bool) -> None:
+        super().__init__(SHAPE)
+        self.everywhere = everywhere
+        feed = self.blocks[1].feed
+        feed.forward = lambda n: type(feed).forward(feed, n) * (1 if everywhere else 2) if self.uses() else n * 0
+
+    def uses(self) -> bool:
+        return self.everywhere or torch.distributed.get_rank() == 0
+
+
+def unused_on_one_rank() -> float:
+    """Two replicas of one row: where the second does not use the feed-forward its gradient there is zero."""
+    mesh, model = mesh_of(1, 1), Odd(False).double()
+    parallelize(model, mesh, zero=3)
+    ids = batches("even", False)["input_ids"]
+    one = ids[mesh.place.data_rank : mesh.place.data_rank + 1]
+    model(**shard({"input_ids": one, "labels": one}, mesh)).loss.backward()
+    grad = model.blocks[1].feed.up.weight.grad.full_tensor()
+    if torch.distributed.get_rank() != 0:
+        return 0.0
+    reference = Odd(False).double()
+    logits = reference(ids[:1]).logits[:, :-1].flatten(0, 1)
+    (F.cross_entropy(logits, ids[0, 1:], reduction="sum") / (2 * (ids.shape[1] - 1))).backward()
+    wanted = reference.blocks[1].feed.up.weight.grad
+    return ((grad - wanted).norm() / wanted.norm()).item()
+
+
+def test_a_decoder_without_memory_is_made_share_by_share(pool: Callable[[int], Ranks]) -> None:
+    for equal in pool(2).run(from_meta):
+        assert equal
+
+
+def from_meta() -> bool:
+    mesh, whole = mesh_of(2, 1), Decoder(SHAPE, seed=3)
+    with torch.device("meta"):
+        model = Decoder(SHAPE, seed=3)
+    parallelize(model, mesh, zero=3)
+    assert isinstance(model, FSDPModule)
+    pairs = zip(model.parameters(), whole.parameters(), strict=True)
+    return all(torch.equal(mine.full_tensor(), theirs) for mine, theirs in pairs)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ({"zero": 4}, "zero=4 is not supported"),
+        ({"dtype": torch.bfloat16}, r"dtype=torch.bfloat16 is for sharded parameters; use torch.autocast, or zero=2"),
+        ({"zero": 3, "dtype": torch.int8}, "nothing to compute in"),
+        ({"offload_parameters": True}, "offload_parameters=True is for sharded parameters"),
+        ({"zero": 3, "shard_ranks": 3}, "shard_ranks=3 does not divide the 1 ranks; use 1"),
+        ({"tile_tokens": 0}, "tiles of 0 tokens"),
+        ({"head_chunks": 9}, "9"),
+    ],
+)
+def test_a_tool_that_cannot_be_is_refused_and_nothing_is_changed(asked: dict[str, Any], text: str) -> None:
+    model = Decoder(SHAPE)
+    with pytest.raises(LongspanError, match=text):
+        parallelize(model, ParallelMesh(), **asked)
+    assert "_longspan" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("build_it", "asked", "text"),
+    [
+        (small("BertConfig", "BertForMaskedLM", **BASE), {"return_logits": False}, "computes its loss by itself"),
+        (small("BertConfig", "BertForMaskedLM", **BASE), {"tile_tokens": 4}, "finds no feed-forward"),
+    ],
+)
+def test_a_hugging_face_model_that_cannot_be_given_a_tool_is_refused(build_it: Any, asked: dict[str, Any], text: str) -> None:
+    with pytest.raises(ModelError, match=text):
+        parallelize(build_it(), ParallelMesh(), **asked)
+
+
+def test_an_optimizer_that_would_train_nothing_is_refused() -> None:
+    model, mesh = Decoder(SHAPE), ParallelMesh()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ModelError, match="SGD was built before the parameters are sharded"):
+        parallelize(model, mesh, zero=3)
+    parallelize(model, mesh)  # without shares it keeps its parameters
+    ids = torch.full((1, 9), 5)
+    model(**shard({"input_ids": ids, "labels": ids.where(ids > 0, IGNORE)}, mesh)).loss.backward()
+    before = model.head.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, model.head.weight)
+
+
+def test_an_unknown_word_for_recomputation_is_refused() -> None:
+    """By itself: in the tests ``parallelize`` checks the types of its arguments first."""
+    with pytest.raises(ModelError, match="recompute='some' is unknown; legal are 'none', 'full', 'keep attention'"):
+        memory.refuse_unknown("some")
+
+
+def test_zero_1_says_what_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    parallelize(Decoder(SHAPE), ParallelMesh(), zero=1)
+    assert "zero=1 is what FSDP2 does with zero=2" in caplog.text
