@@ -55,7 +55,7 @@ def _attention(
     layer: Any = getattr(module, "_longspan", None)
     if layer is None or longspan is None:
         raise ModelError(
-            f"the attention 'longspan' of {type(module).__name__} was not handed a step: its model passes no keywords on to it, "
+            f"the attention 'longspan' of {type(module).__name__} was not handed a step: its model hands it no keywords, "
             f"and is not supported, or was not called by model(**shard(batch, mesh)) after parallelize(model, mesh)"
         )
     if dropout:
