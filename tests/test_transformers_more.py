@@ -10,10 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
-from longspan import ModelError, ParallelMesh, cross_entropy, parallelize, shard, unparallelize
+from longspan import BatchError, ModelError, ParallelMesh, cross_entropy, parallelize, shard, unparallelize, unshard
+from longspan.collectives import all_reduce_sum
 from ranks import Ranks
-from test_transformers import KINDS, assert_gradients, batches, build, forward_alone, mesh_of, targets
+from test_transformers import BASE, KINDS, assert_gradients, batches, build, forward_alone, mesh_of, targets
 
 
 @pytest.fixture(autouse=True)
@@ -218,3 +221,41 @@ def adapters_on_quantised() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     for mine, one in zip(trained, (p for p in reference.parameters() if p.requires_grad)):
         torch.testing.assert_close(mine.grad, one.grad, rtol=1e-9, atol=1e-12)
+
+
+# ---- positions of text, height and width
+
+
+def test_three_rows_of_positions_are_one_device(pool: Callable[[int], Ranks]) -> None:
+    """[3, batch, tokens], as qwen2_vl has them; on a ring, in zigzag, and with a replica that has no row."""
+    pool(2).run(three_rows, 1, 2, False)
+    pool(2).run(three_rows, 1, 1, True)
+
+
+def three_rows(ulysses: int, ring: int, replicas: bool) -> None:
+    mesh, reference = mesh_of(ulysses, ring), vision_text()
+    model = parallelize(deepcopy(reference), mesh)
+    drawn = torch.Generator().manual_seed(3)
+    ids, positions = torch.randint(3, 97, (2, 13), generator=drawn), torch.randint(0, 13, (3, 2, 13), generator=drawn)
+    weights = torch.randn(2, 13, 32, generator=drawn, dtype=torch.float64)
+    out = reference(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    (out * weights).sum().backward()
+    rows = slice(0, 2) if not replicas or mesh.place.data_rank == 0 else slice(0, 0)
+    part = shard({"input_ids": ids[rows], "position_ids": positions[:, rows]}, mesh)
+    mine = unshard(model(**part).last_hidden_state, mesh, tokens=13)
+    torch.testing.assert_close(mine, out[rows], rtol=1e-10, atol=1e-10)
+    (all_reduce_sum((mine * weights[rows]).sum(), mesh.mean_group) / (1 if replicas else mesh.degree)).backward()
+    assert_gradients(model, reference, 1e-10)
+
+
+def vision_text() -> Any:
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    config = Qwen2VLTextConfig(**{**BASE, "rope_parameters": rope})
+    return Qwen2VLTextModel(config).double().train()
+
+
+def test_a_row_of_positions_that_only_some_models_take_for_documents_is_refused() -> None:
+    positions = torch.cat([torch.arange(5), torch.arange(8)]).expand(4, 1, 13)
+    with pytest.raises(BatchError, match=r"begin anew in their first row.*mask=Documents"):
+        shard({"input_ids": torch.ones(1, 13, dtype=torch.long), "position_ids": positions}, ParallelMesh())
