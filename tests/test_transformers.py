@@ -24,6 +24,7 @@ from transformers.masking_utils import and_masks, causal_mask_function, chunked_
 from longspan import LongspanError, ModelError, ParallelMesh, cross_entropy, parallelize, shard, unparallelize, unshard
 from longspan.batch import IGNORE
 from longspan.masks import Causal, Chunked, Full, Window
+from longspan.memory import Tools
 from longspan.models.proof import as_mask
 from longspan.models.transformers import Pretrained
 from ranks import Ranks
@@ -402,7 +403,7 @@ def embedding_error(folder: str) -> float:
 def test_a_layer_s_own_mask_is_read_from_the_model(name: str, masks: list[Any]) -> None:
     model = build(name)
     offer = Pretrained(model, model)
-    offer.prove(ParallelMesh())
+    offer.prove(ParallelMesh(), Tools())
     assert [layer.own for _, layer in offer.proof.layers] == masks
 
 
