@@ -8,11 +8,15 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
-from longspan import ModelError, ParallelMesh, cross_entropy, parallelize, shard, unparallelize
+from longspan import BatchError, ModelError, ParallelMesh, cross_entropy, parallelize, shard, unparallelize, unshard
+from longspan.collectives import all_reduce_sum
 from ranks import Ranks
-from test_transformers import KINDS, assert_gradients, batches, build, forward_alone, mesh_of, targets
+from test_transformers import BASE, KINDS, assert_gradients, batches, build, forward_alone, mesh_of, targets
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +151,111 @@ def test_a_balance_loss_of_anything_else_is_refused() -> None:
     model = parallelize(build("mixtral"), mesh)
     with pytest.raises(ModelError, match=r"set config\.output_router_logits before parallelize"):
         model(**shard(batches("even", False), mesh), output_router_logits=True)
+
+
+# ---- half precision with a scaler, quantised layers
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_all_ranks_skip_a_step_whose_gradient_is_infinite_on_one(zero: int, pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(scaled, zero)
+
+
+def scaled(zero: int) -> None:
+    """fp16 autocast: two steps as on one device, then one with an infinite gradient, which rank 1 alone may hold."""
+    mesh, whole, reference = mesh_of(2, 1), batches("even", False), build("llama").float()
+    model = parallelize(deepcopy(reference), mesh, zero)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2)]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (reference, model)]
+    for step in range(3):
+        before = [local(p).clone() for p in model.parameters()]
+        with torch.autocast("cpu", torch.float16):
+            losses = [forward_alone(reference, whole, False)[0], model(**shard(whole, mesh)).loss]
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=2e-3)
+        for scaler, loss, optimizer in zip(scalers, losses, optimizers):
+            scaler.scale(loss).backward()
+            if step == 2:
+                spoiled = local(optimizer.param_groups[0]["params"][-1].grad)
+                spoiled.fill_(float("inf") if scaler is scalers[0] or zero == 0 or dist.get_rank() == 1 else 0.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert scalers[0].get_scale() == scalers[1].get_scale() == (2.0**9 if step == 2 else 2.0**10)
+        assert all(torch.equal(local(p), was) for p, was in zip(model.parameters(), before)) is (step == 2)
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Int8Linear(nn.Module):
+    """A frozen linear layer of 8-bit weights, as quantised bases have them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.scale)
+
+
+def quantised() -> Any:
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Int8Linear(layer.mlp.down_proj)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+
+
+def test_adapters_on_a_quantised_base_are_one_device(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(adapters_on_quantised)
+    with pytest.raises(ModelError, match=r"zero=3 would cut '.*layers.0.mlp.down_proj.weight' of torch.int8"):
+        parallelize(quantised(), ParallelMesh(), zero=3)
+
+
+def adapters_on_quantised() -> None:
+    mesh, whole, reference = mesh_of(2, 1), batches("odd length", False), quantised()
+    model = parallelize(deepcopy(reference), mesh)
+    forward_alone(reference, whole, False)[0].backward()
+    model(**shard(whole, mesh)).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for mine, one in zip(trained, (p for p in reference.parameters() if p.requires_grad)):
+        torch.testing.assert_close(mine.grad, one.grad, rtol=1e-9, atol=1e-12)
+
+
+# ---- positions of text, height and width
+
+
+def test_three_rows_of_positions_are_one_device(pool: Callable[[int], Ranks]) -> None:
+    """[3, batch, tokens], as qwen2_vl has them; on a ring, in zigzag, and with a replica that has no row."""
+    pool(2).run(three_rows, 1, 2, False)
+    pool(2).run(three_rows, 1, 1, True)
+
+
+def three_rows(ulysses: int, ring: int, replicas: bool) -> None:
+    mesh, reference = mesh_of(ulysses, ring), vision_text()
+    model = parallelize(deepcopy(reference), mesh)
+    drawn = torch.Generator().manual_seed(3)
+    ids, positions = torch.randint(3, 97, (2, 13), generator=drawn), torch.randint(0, 13, (3, 2, 13), generator=drawn)
+    weights = torch.randn(2, 13, 32, generator=drawn, dtype=torch.float64)
+    out = reference(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    (out * weights).sum().backward()
+    rows = slice(0, 2) if not replicas or mesh.place.data_rank == 0 else slice(0, 0)
+    part = shard({"input_ids": ids[rows], "position_ids": positions[:, rows]}, mesh)
+    mine = unshard(model(**part).last_hidden_state, mesh, tokens=13)
+    torch.testing.assert_close(mine, out[rows], rtol=1e-10, atol=1e-10)
+    (all_reduce_sum((mine * weights[rows]).sum(), mesh.mean_group) / (1 if replicas else mesh.degree)).backward()
+    assert_gradients(model, reference, 1e-10)
+
+
+def vision_text() -> Any:
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    config = Qwen2VLTextConfig(**{**BASE, "rope_parameters": rope})
+    return Qwen2VLTextModel(config).double().train()
+
+
+def test_a_row_of_positions_that_only_some_models_take_for_documents_is_refused() -> None:
+    positions = torch.cat([torch.arange(5), torch.arange(8)]).expand(4, 1, 13)
+    with pytest.raises(BatchError, match=r"begin anew in their first row.*mask=Documents"):
+        shard({"input_ids": torch.ones(1, 13, dtype=torch.long), "position_ids": positions}, ParallelMesh())

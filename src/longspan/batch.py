@@ -41,7 +41,8 @@ TOKEN_DIM = {
     "token_type_ids": 1,
     "inputs_embeds": 1,
 }
-"""Which dimension of the batch's well-known tensors is the tokens; others are declared by ``dims=``."""
+"""Which dimension of the batch's well-known tensors is the tokens (of ``position_ids`` with three, [3, batch, tokens], the
+last); others are declared by ``dims=``."""
 
 Part = dict[str, Any]
 """A rank's tensors by name, and under ``longspan`` the Step: ``model(**part)``."""
@@ -140,7 +141,7 @@ def cut(
     whole.setdefault("position_ids", torch.arange(tokens, device=ids.device).expand(rows, tokens))
     last_position = int(whole["position_ids"].max()) if rows else tokens - 1
     learned = _learned_labels(whole, rows, tokens, shift)
-    declared = TOKEN_DIM | {"shift_labels": 1} | dict(dims or {})
+    declared = TOKEN_DIM | {"shift_labels": 1, "position_ids": max(1, whole["position_ids"].ndim - 1)} | dict(dims or {})
     part: Part = {name: _cut_one(name, value, declared, tokens, positions) for name, value in whole.items()}
     labelled = 0 if learned is None else int((learned != IGNORE).sum())
     part["longspan"] = step = Step(
@@ -253,6 +254,12 @@ def _padding(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Onl
 
 def _restarts(position_ids: Tensor | None, rows: int, tokens: int) -> tuple[Documents, ...] | None:
     """For each row the runs of positions that count on by one; None where every row is one run."""
+    four = position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4
+    if position_ids is not None and four and bool((position_ids[0].diff(dim=1) != 1).any()):
+        raise BatchError(
+            f"position_ids of shape {list(position_ids.shape)} begin anew in their first row, which says documents to some "
+            f"models only; say them by mask=Documents(lengths) & Causal()"
+        )
     if position_ids is None or position_ids.shape not in ((rows, tokens), (1, tokens)):
         return None
     position_ids = position_ids.expand(rows, tokens)  # Transformers takes one row of positions for all

@@ -48,6 +48,12 @@ def refuse_what_cannot_be(shares: Shares, model: nn.Module, mesh: ParallelMesh) 
                 instead = "torch.autocast, or " if name == "dtype" else ""
                 raise ModelError(f"{name}={value} is for sharded parameters; use {instead}zero=2 or zero=3")
         return
+    for name, parameter in model.named_parameters():
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            raise ModelError(
+                f"zero={shares.zero} would cut {name!r} of {parameter.dtype}, a quantised weight that its layer unpacks whole; "
+                f"use zero=0"
+            )
     if shares.dtype is not None and not shares.dtype.is_floating_point:
         raise ModelError(f"dtype={shares.dtype} is nothing to compute in; use torch.bfloat16, or leave it out")
     if shares.ranks is not None and (shares.ranks < 1 or mesh.degree % shares.ranks):

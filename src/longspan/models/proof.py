@@ -26,6 +26,7 @@ from longspan.errors import LongspanError, ModelError
 from longspan.layout import Heads
 from longspan.masks import Causal, Chunked, Full, Mask, Window
 from longspan.mesh import ParallelMesh
+from longspan.models.positions import of_ids
 
 TOKENS = 14
 """Of the proof: few, even, and no usual width of a model."""
@@ -116,11 +117,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found: each attention module's layer, whether the model's own positions begin behind padding, and the kind of
-    its loss (None where it forms the loss by itself)."""
+    """What was found: each attention module's layer, whether the model's own positions begin behind padding, the id of padding
+    where they are counted from ids (else None), and the kind of its loss (None where it forms the loss by itself)."""
 
     layers: tuple[tuple[Any, Layer], ...]
     positions_behind_padding: bool
+    padding_id: int | None
     loss_type: str | None
 
 
@@ -132,7 +134,7 @@ def prove(model: Any, base: Any, mesh: ParallelMesh, head_chunks: int = 1) -> Pr
     with proving(model):
         layers = _prove_attention(model, mesh, head_chunks)
         _prove_tokens(model)
-        return Proof(tuple(layers), _prove_positions(model, base), _prove_loss(model, base))
+        return Proof(tuple(layers), *_prove_positions(model, base), _prove_loss(model, base))
 
 
 def refuse_by_config(model: Any) -> None:
@@ -200,14 +202,19 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def ask(model: Any, tokens: slice = slice(0, TOKENS), probe: Probe | None = None, **more: Any) -> dict[str, Tensor]:
-    """What the model gives for some of the tokens of the proof, by name."""
+def _ids(model: Any) -> Tensor:
+    """Tokens of the proof [TOKENS], none of them special to the model."""
     config = model.config.get_text_config()
     named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
     special = [token for tokens_of_kind in named for token in _as_list(tokens_of_kind)]
     ids = [i for i in range(config.vocab_size) if i not in special][3 : 3 + 3 * TOKENS : 3]
+    return torch.tensor(ids, device=model.device)
+
+
+def ask(model: Any, tokens: slice = slice(0, TOKENS), probe: Probe | None = None, **more: Any) -> dict[str, Tensor]:
+    """What the model gives for some of the tokens of the proof, by name."""
     batch = {
-        "input_ids": torch.tensor([ids[tokens]], device=model.device),
+        "input_ids": _ids(model)[None, tokens],
         "position_ids": torch.arange(TOKENS, device=model.device)[None, tokens],
     } | more
     given = {name: value for name, value in batch.items() if value is not None}
@@ -222,8 +229,8 @@ def ask(model: Any, tokens: slice = slice(0, TOKENS), probe: Probe | None = None
                 f"registry: it would see this rank's tokens only; such a model is not supported"
             ) from error
         raise ModelError(
-            f"{type(model).__name__} cannot be proven: a forward of {len(ids[tokens])} tokens with {', '.join(sorted(given))} "
-            f"fails with {type(error).__name__}: {error}"
+            f"{type(model).__name__} cannot be proven: a forward of {len(range(TOKENS)[tokens])} tokens with "
+            f"{', '.join(sorted(given))} fails with {type(error).__name__}: {error}"
         ) from error
     return {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
 
@@ -320,25 +327,38 @@ def all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
 
 
-def _prove_positions(model: Any, base: Any) -> bool:
-    """Positions count from 0 where none are given; True where they begin anew behind padding on the left (OPT)."""
+def _prove_positions(model: Any, base: Any) -> tuple[bool, int | None]:
+    """How positions are counted where none are given: from 0, or True, behind padding on the left (OPT), or from the ids,
+    whose padding is this one (RoBERTa)."""
     given = ask(model)
     if not all_equal(given, ask(model, position_ids=None)):
+        padding_id = model.config.get_text_config().pad_token_id
+        if padding_id is not None and _counts_ids(model, padding_id):
+            return False, padding_id
         raise ModelError(
             f"{type(model).__name__} does not count its positions 0, 1, 2, ..., which shard gives it; such a model is not "
             f"supported yet"
         )
     if "attention_mask" not in inspect.signature(base.forward).parameters:
-        return False
+        return False, None
     places = torch.arange(TOKENS, device=model.device).unsqueeze(0)
     padding = (places >= LEFT).long()
     counted = _behind_padding(ask(model, position_ids=None, attention_mask=padding))
     if all_equal(_behind_padding(given), counted):
-        return False
+        return False, None
     moved = ask(model, position_ids=(places - LEFT).clamp(min=0), attention_mask=padding)
     if not all_equal(_behind_padding(moved), counted):
         raise ModelError(f"{type(model).__name__} counts its positions from padding in its own way, which is not supported yet")
-    return True
+    return True, None
+
+
+def _counts_ids(model: Any, padding_id: int) -> bool:
+    """Whether the model gives the same where its positions are those of ``of_ids``, with and without a mask of padding."""
+    ids = _ids(model).unsqueeze(0)
+    ids[0, [0, 1, LEFT + 1, TOKENS - 1]] = padding_id
+    counted = ask(model, input_ids=ids, position_ids=of_ids(ids, padding_id))
+    masks: tuple[dict[str, Any], ...] = ({}, {"attention_mask": (ids != padding_id).long()})
+    return all(all_equal(counted, ask(model, input_ids=ids, position_ids=None, **mask)) for mask in masks)
 
 
 def _behind_padding(given: dict[str, Tensor]) -> dict[str, Tensor]:

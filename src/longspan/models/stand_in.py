@@ -22,9 +22,9 @@ def stand_in(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if step is None or step.rows:
         return args, kwargs
     row = {
-        name: value.new_full((1, *value.shape[1:]), IGNORE if "labels" in name else 0)
+        name: value.new_full([size or 1 for size in value.shape], IGNORE if "labels" in name else 0)
         for name, value in kwargs.items()
-        if isinstance(value, Tensor) and value.shape[:1] == (0,)
+        if isinstance(value, Tensor) and value.numel() == 0
     }
     alone = vars(step) | {"rows": 1, "mask": None, "padding": None, "restarts": None}
     return args, kwargs | row | {"longspan": StandIn(**alone)}

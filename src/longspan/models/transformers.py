@@ -15,7 +15,7 @@ B batch   H heads   K key/value heads   S my tokens   D head dim
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -33,6 +33,7 @@ from longspan.memory import Tools, attend_once
 from longspan.mesh import ParallelMesh
 from longspan.models.adapters import refuse_adapters
 from longspan.models.balance import gather_routers, prove_balance
+from longspan.models.positions import lengthen_tables, place
 from longspan.models.proof import IN_PLACE, Layer, Probe, Proof, Said, prove, refuse_by_config
 from longspan.models.stand_in import stand_in, take_out
 from longspan.models.without_logits import forward_without_logits, refuse_without_logits
@@ -54,8 +55,8 @@ def _attention(
     layer: Any = getattr(module, "_longspan", None)
     if layer is None or longspan is None:
         raise ModelError(
-            f"the attention 'longspan' of {type(module).__name__} was called without a mesh or a step; call "
-            f"parallelize(model, mesh), then model(**shard(batch, mesh))"
+            f"the attention 'longspan' of {type(module).__name__} was not handed a step: its model hands it no keywords, "
+            f"and is not supported, or was not called by model(**shard(batch, mesh)) after parallelize(model, mesh)"
         )
     if dropout:
         _refuse_dropout(module, layer)
@@ -158,16 +159,13 @@ class Pretrained:
             self.model.forward = partial(forward_without_logits, self.model, mesh, in_place)
         self._handles = [
             self.model.register_forward_pre_hook(stand_in, with_kwargs=True),
-            self.model.register_forward_pre_hook(partial(_check_call, self.proof), with_kwargs=True),
+            self.model.register_forward_pre_hook(partial(_check_call, self.proof, mesh), with_kwargs=True),
             self.model.register_forward_pre_hook(partial(_check_routers, self.routers), with_kwargs=True),
             self.model.register_forward_hook(take_out, with_kwargs=True),
         ]
         if self.routers is not None:
             self._handles += gather_routers(self.routers, self.model, mesh)
-        for name, rotary in self.model.named_modules():
-            if _chooses_by_length(rotary):
-                self._handles.append(rotary.register_forward_pre_hook(partial(_lengthen, name), with_kwargs=True))
-                self._handles.append(rotary.register_forward_hook(_shorten))
+        self._handles += lengthen_tables(self.model)
 
     def undo(self) -> None:
         """Take away everything that ``install`` gave."""
@@ -217,8 +215,8 @@ def _loss(
     return cross_entropy(logits, targets, mesh=mesh, labelled=longspan.labelled)
 
 
-def _check_call(proof: Proof, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Refuse what a part of the tokens cannot honour; begin positions where the model does, and write the last one on them."""
+def _check_call(proof: Proof, mesh: ParallelMesh, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Refuse what a part of the tokens cannot honour; give positions as the model counts them."""
     step = kwargs.get("longspan")
     if step is None:
         raise ModelError(
@@ -234,14 +232,8 @@ def _check_call(proof: Proof, model: nn.Module, args: tuple[Any, ...], kwargs: d
             f"{type(model).__name__} computes its loss from labels by itself, over this rank's tokens; leave labels out of "
             f"the call, and use longspan.cross_entropy(outputs.logits, labels, mesh=mesh, labelled=part['longspan'].labelled)"
         )
-    positions = kwargs.get("position_ids")
-    if isinstance(positions, Tensor):
-        if proof.positions_behind_padding and step.counted and step.padding is not None:
-            starts = torch.tensor([row.start for row in step.padding], device=positions.device)
-            positions = (positions - starts.unsqueeze(1)).clamp(min=0)
-        kwargs["position_ids"] = positions = positions.view_as(positions)
-        positions._longspan_last = step.last_position  # type: ignore[attr-defined]
-    return args, kwargs
+    positions = place(kwargs, step, proof.positions_behind_padding, proof.padding_id, mesh)
+    return args, kwargs if positions is None else kwargs | {"position_ids": positions}
 
 
 def _check_routers(routers: nn.Module | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -259,25 +251,3 @@ def _is_feed_forward(module: nn.Module) -> bool:
 def _takes_one(module: nn.Module) -> bool:
     asked = inspect.signature(module.forward).parameters.values()
     return sum(each.default is each.empty for each in asked) == 1
-
-
-def _chooses_by_length(module: nn.Module) -> bool:
-    """Whether a rotary table depends on the longest position: dynamic and longrope do."""
-    kinds = getattr(module, "rope_type", None)
-    named = kinds.values() if isinstance(kinds, dict) else [kinds or ""]
-    return any("dynamic" in kind or kind == "longrope" for kind in named)
-
-
-def _lengthen(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Let a rotary module see the largest position of the whole batch behind this rank's."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    positions = bound["position_ids"]
-    last_position = getattr(positions, "_longspan_last", None)
-    if last_position is None:
-        raise ModelError(f"'{name}' chooses its table by the longest position, but was not given the step's position_ids")
-    last = positions.new_full((*positions.shape[:-1], 1), last_position)
-    return (), bound | {"position_ids": torch.cat([positions, last], -1)}
-
-
-def _shorten(module: nn.Module, args: Any, output: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(table[..., :-1, :] for table in output)

@@ -1,0 +1,78 @@
+"""A model's positions where a rank has a part of the tokens: counted as the model counts them, over the whole row.
+
+    0 1 2 3 ...                       what shard gives, and most models count themselves
+    0 0 0 | 0 1 2 ...                 counted from the first token behind padding                          (OPT)
+    5 6 1 7 8 1 ...                   from padding_id + 1, and only tokens that are not padding_id         (RoBERTa)
+
+The last reads the ids of the whole row, which one exchange brings. A rotary table that is chosen by the longest position
+sees that of the whole batch behind this rank's. Knows nothing of attention or losses.
+"""
+
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan.batch import Step, take, unshard
+from longspan.errors import ModelError
+from longspan.mesh import ParallelMesh
+
+
+def of_ids(ids: Tensor, padding_id: int) -> Tensor:
+    """The positions [rows, tokens] of whole rows of ids, where padding stands still and all else counts from behind it."""
+    real = (ids != padding_id).long()
+    return real.cumsum(1) * real + padding_id
+
+
+def place(
+    kwargs: dict[str, Any], step: Step, behind_padding: bool, padding_id: int | None, mesh: ParallelMesh
+) -> Tensor | None:
+    """The ``position_ids`` of a call as the model counts them, with the last of the batch written on them."""
+    positions = kwargs.get("position_ids")
+    if not isinstance(positions, Tensor):
+        return None
+    if padding_id is not None and step.counted:
+        if kwargs.get("input_ids") is None:
+            raise ModelError("this model counts its positions from input_ids; with inputs_embeds, give shard position_ids too")
+        positions = take(of_ids(unshard(kwargs["input_ids"], mesh, tokens=step.tokens), padding_id), step.positions, 1)
+    if behind_padding and step.counted and step.padding is not None:
+        starts = torch.tensor([row.start for row in step.padding], device=positions.device)
+        positions = (positions - starts.unsqueeze(1)).clamp(min=0)
+    positions = positions.view_as(positions)
+    positions._longspan_last = step.last_position  # type: ignore[attr-defined]
+    return positions
+
+
+def lengthen_tables(model: nn.Module) -> list[Any]:
+    """Let every rotary table that depends on the longest position see that of the batch; returns the hooks' handles."""
+    handles: list[Any] = []
+    for name, rotary in model.named_modules():
+        if _chooses_by_length(rotary):
+            handles.append(rotary.register_forward_pre_hook(partial(_lengthen, name), with_kwargs=True))
+            handles.append(rotary.register_forward_hook(_shorten))
+    return handles
+
+
+def _chooses_by_length(module: nn.Module) -> bool:
+    """Whether a rotary table depends on the longest position: dynamic and longrope do."""
+    kinds = getattr(module, "rope_type", None)
+    named = kinds.values() if isinstance(kinds, dict) else [kinds or ""]
+    return any("dynamic" in kind or kind == "longrope" for kind in named)
+
+
+def _lengthen(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let a rotary module see the largest position of the whole batch behind this rank's."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    positions = bound["position_ids"]
+    last_position = getattr(positions, "_longspan_last", None)
+    if last_position is None:
+        raise ModelError(f"'{name}' chooses its table by the longest position, but was not given the step's position_ids")
+    last = positions.new_full((*positions.shape[:-1], 1), last_position)
+    return (), bound | {"position_ids": torch.cat([positions, last], -1)}
+
+
+def _shorten(module: nn.Module, args: Any, output: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(table[..., :-1, :] for table in output)
