@@ -1,5 +1,6 @@
 # make train      install into .venv and train on this machine        make test        every check, as CI runs it
 # make test-long  the full product of shapes and layouts              make clean       remove .venv and caches, not runs/
+# make bench-million   real steps on one sequence of 1,048,576 tokens, two ranks, about ten minutes a step
 #
 # PyTorch's default wheel brings CUDA (gigabytes). For the CPU alone:
 #     make train TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -12,7 +13,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
-.PHONY: train test test-long clean
+.PHONY: train test test-long bench-million clean
 
 train: .venv/installed
 	$(BIN)/longspan train $(ARGS)
@@ -25,6 +26,9 @@ test: .venv/installed-dev
 
 test-long: .venv/installed-dev
 	$(BIN)/pytest -m long
+
+bench-million: .venv/installed
+	$(BIN)/python benchmarks/million.py $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

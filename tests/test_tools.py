@@ -109,7 +109,7 @@ def balanced() -> None:
     assert_gradients(model, reference, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["decoder", "llama", "gemma2"])
+@pytest.mark.parametrize("name", ["decoder", "llama", pytest.param("gemma2", marks=pytest.mark.long)])
 def test_in_bf16_the_error_is_near_that_of_one_device(name: str, pool: Callable[[int], Ranks]) -> None:
     """Tiles sum their gradients in fp32; the bound with tiles is 1.5."""
     for ours, theirs in pool(2).run(half_errors, name):

@@ -75,8 +75,12 @@ def test_50_steps_on_two_ranks_are_those_of_one(optimizer: str, text: str, tmp_p
 
 @pytest.mark.parametrize(
     "settings",
-    [{"micro_batches": 3}, {"zero": 3, "ranks": 4}, {"ranks": 4, "micro_batches": 2}],
-    ids=["micro-batches", "zero-3", "replicas"],
+    [
+        {"micro_batches": 3, "zero": 2, "recompute": "keep attention", "tile_tokens": 10, "head_chunks": 2},
+        {"zero": 3, "ranks": 4},
+        {"ranks": 4, "micro_batches": 2},
+    ],
+    ids=["micro-batches and tools", "zero-3", "replicas"],
 )
 def test_every_layout_trains_alike(settings: dict[str, Any], text: str, tmp_path: Path) -> None:
     config = small(text, tmp_path, rows_per_step=3)
@@ -140,7 +144,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(text: str
 
 def test_a_run_leaves_what_it_says(text: str, tmp_path: Path) -> None:
     for _ in range(2):
-        config = small(text, tmp_path, steps=5, checkpoint_every_steps=1, keep_checkpoints=2)
+        config = small(text, tmp_path, steps=5, checkpoint_every_steps=1, keep_checkpoints=2, memory_report=True)
         assert launch.run("test_train:into_a_file", config, 2) == 0
     said = (tmp_path / "said0").read_text()
     assert (tmp_path / "said1").read_text() == ""
@@ -148,7 +152,9 @@ def test_a_run_leaves_what_it_says(text: str, tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "train-002\n"
     folder = tmp_path / "train-002"
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step-000004", "step-000005"]
-    assert [path.name.split(".")[0] for path in sorted(folder.iterdir())] == ["checkpoints", "config", "events", "metrics"]
+    parts = ["checkpoints", "config", "events", "memory", "metrics"]
+    assert [path.name.split(".")[0] for path in sorted(folder.iterdir())] == parts
+    assert re.search(r"Memory of rank 0 at the peak of the second step: [\d.]+ MiB\n  parameters +[\d.]+ MiB", said)
     for name in ("loss, last 5 steps", "loss, held-out text", "byte frequencies alone"):
         assert re.search(rf"{name} +\d\.\d{{4}} nats a token +\d\.\d{{4}} bits a byte", said)
     assert f"evaluate train-002 --ranks 2 --runs-folder {tmp_path}" in said

@@ -57,16 +57,32 @@ class Layout(Ranks):
     """Ranks that hold one sequence together and trade tokens for heads. The other ranks are data replicas."""
     ring: int = 1
     """Rings of such ranks that hold one sequence together, where the heads are fewer than the ranks."""
-    zero: Literal[0, 3] = 0
-    """0: every rank holds every parameter. 3: parameters, gradients and optimizer states are sharded over all ranks (FSDP2)."""
+    zero: Literal[0, 2, 3] = 0
+    """0: every rank holds all. 2: gradients and optimizer states are sharded over all ranks; 3: parameters too (FSDP2)."""
+    recompute: Literal["none", "full", "keep attention"] = "none"
+    """What a block computes again in its backward instead of keeping it: nothing, everything, or all but attention."""
+    tile_tokens: int | None = None
+    """Tokens that feed-forwards and norms work on at a time, forward and backward (default: all)."""
+    head_chunks: int = 1
+    """Shares of a rank's heads that are exchanged and attend one after the other."""
+    offload_activations: bool = False
+    """Keep on the host what blocks keep for their backward (on a GPU)."""
+    tiled_loss: bool = False
+    """Never form all logits of a hf: model at once. (Those of our decoder never are.)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "ulysses", "ring")
+        _at_least(self, 1, "ulysses", "ring", "tile_tokens", "head_chunks")
 
     @property
     def local_ranks(self) -> int:
         return self.ranks if self.ranks is not None else self.ulysses * self.ring
+
+    @property
+    def tools(self) -> dict[str, Any]:
+        """The keywords of ``parallelize``."""
+        names = ("zero", "recompute", "tile_tokens", "head_chunks", "offload_activations")
+        return {name: getattr(self, name) for name in names} | {"return_logits": not self.tiled_loss}
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,8 @@ class Train(Layout):
     """Of the first parameters and of the order of the data."""
     run: str = ""
     """Name of the run's folder. Default: the next free of train-001, train-002, ..."""
+    memory_report: bool = False
+    """Write where the memory of rank 0 went in the second step: memory.html in the run's folder, and a table."""
     runs_folder: str = "runs"
     """Where the folders of runs are."""
     resume: str | None = None

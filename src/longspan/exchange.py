@@ -29,6 +29,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch._library.opaque_object import MemberType, register_opaque_type
 from torch._opaque_base import OpaqueBase
+from torch.profiler import record_function
 
 from longspan.collectives import Scratch, Transport
 from longspan.errors import LayoutError
@@ -199,7 +200,7 @@ def trade_heads_for_tokens(rows_RW: Sequence[Tensor], trade: Trade, batch: int) 
 def start_tokens_for_heads(xs_BSHD: Sequence[Tensor], trade: Trade) -> Callable[[], list[Tensor]]:
     """Send what ``trade_tokens_for_heads`` sends, and return at once: call the result, once, for the rows."""
     batch = xs_BSHD[0].shape[0]
-    with ExitStack() as stack:
+    with record_function("longspan::exchange"), ExitStack() as stack:
         send = stack.enter_context(trade.scratch.lend(sum(trade.sent(batch)), xs_BSHD[0]))
         _pack(xs_BSHD, send, trade)
         arrival = trade.transport.all_to_all(send, trade.sent(batch), trade.received(batch), trade.group)
@@ -220,7 +221,7 @@ def start_heads_for_tokens(rows_RW: Sequence[Tensor], trade: Trade, homes: Seque
     are ``summed``, else written over it.
     """
     batch = homes[0].shape[0]
-    with ExitStack() as stack:
+    with record_function("longspan::exchange"), ExitStack() as stack:
         if batch == 1 and len(rows_RW) == 1 and rows_RW[0].is_contiguous():
             send = rows_RW[0].view(-1)  # they lie as they are sent
         else:
@@ -298,7 +299,8 @@ def _shares(flat: Tensor, trade: Trade, batch: int) -> list[list[Tensor]]:
 def _as_rows(received: Tensor, trade: Trade, batch: int) -> list[Tensor]:
     if batch == 1 and len(trade.crowds) == 1:
         return [received.view(sum(trade.crowds[0].sizes), -1)]
-    return [torch.cat(pieces, 1).flatten(0, 1) for pieces in _shares(received, trade, batch)]
+    with record_function("longspan::exchange"):
+        return [torch.cat(pieces, 1).flatten(0, 1) for pieces in _shares(received, trade, batch)]
 
 
 def _lay(rows_RW: Sequence[Tensor], send: Tensor, trade: Trade, batch: int) -> None:

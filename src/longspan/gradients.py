@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from longspan.errors import ModelError
@@ -99,6 +100,7 @@ class MeanGradients:
                 )
 
     @torch.no_grad()
+    @record_function("longspan::mean_gradients")
     def _reduce(self, arrived: "_Arrived") -> None:
         for bucket in self._buckets:
             members = [self._parameters[index] for index in bucket]

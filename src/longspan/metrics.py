@@ -27,10 +27,12 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from longspan.allocations import Timeline
 from longspan.errors import RunError
 from longspan.mesh import ParallelMesh
 
 METRICS = "metrics.jsonl"
+MEMORY = "memory.html"
 Record = dict[str, int | float]
 """A step's figures by name, units in the name; ``step`` is one of them."""
 
@@ -65,6 +67,15 @@ class Journal:
         try:
             self._append(json.dumps(record).encode() + b"\n")
             self._events.write(record)
+        except OSError as error:
+            self._keep(error)
+
+    def write_memory(self, timeline: Timeline) -> None:
+        """Write where the memory of a step went, as a page."""
+        if not self._lead or self.fault is not None:
+            return
+        try:
+            timeline.plot(self._folder / MEMORY)
         except OSError as error:
             self._keep(error)
 
@@ -226,3 +237,10 @@ def _lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def memory_table(timeline: Timeline) -> str:
+    """What was there when most was there, a line a category."""
+    peak, total = timeline.at_peak(), timeline.peak()
+    lines = [f"  {name:<14}{size / 2**20:10,.1f} MiB {size / total:7.1%}" for name, size in peak.items()]
+    return "\n".join([f"Memory of rank 0 at the peak of the second step: {total / 2**20:,.1f} MiB", *lines])

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch._library.opaque_object import MemberType, register_opaque_type
 from torch._opaque_base import OpaqueBase
+from torch.profiler import record_function
 
 from longspan import ring
 from longspan.exchange import Trade, new_home, start_heads_for_tokens, start_tokens_for_heads
@@ -208,8 +209,9 @@ def columns(rows_RW: Sequence[Tensor], trade: Trade) -> list[Tensor]:
 def _side_by_side(xs_RW: list[Tensor], dtype: torch.dtype) -> Tensor:
     if len(xs_RW) == 1:
         return xs_RW[0].to(dtype)
-    side_by_side = xs_RW[0].new_empty(len(xs_RW[0]), sum(x.shape[1] for x in xs_RW), dtype=dtype)
-    return torch.cat(xs_RW, 1, out=side_by_side)
+    with record_function("longspan::exchange"):
+        side_by_side = xs_RW[0].new_empty(len(xs_RW[0]), sum(x.shape[1] for x in xs_RW), dtype=dtype)
+        return torch.cat(xs_RW, 1, out=side_by_side)
 
 
 def _of(sinks: Tensor | None, part: Part) -> Tensor | None:

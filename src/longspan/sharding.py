@@ -14,11 +14,12 @@ wrong on all of them.
 """
 
 import hashlib
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -29,15 +30,23 @@ from torch.utils.hooks import RemovableHandle
 
 from longspan.attention import attend
 from longspan.errors import LongspanError, ModelError
+from longspan.footprint import Shape, cheapest
 from longspan.gradients import MeanGradients
 from longspan.layout import Heads
 from longspan.memory import Recompute, Tools, attend_once, put_away, recompute, refuse_unknown
 from longspan.mesh import ParallelMesh
-from longspan.models.decoder import FeedForward
+from longspan.models.decoder import DecoderConfig, FeedForward, chunk_rows
 from longspan.tiling import refuse_to_tile, tiled
 from longspan.zero import Shares, refuse_what_cannot_be, shard_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
+
+OUR_SHAPE = {name: name for name in ("vocab", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")}
+THEIR_SHAPE = {
+    "vocab": "vocab_size", "layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "ffn": "intermediate_size",
+}  # fmt: skip
+"""Where configs say the widths and counts of a model."""
 
 
 def parallelize(
@@ -53,6 +62,9 @@ def parallelize(
     dtype: torch.dtype | None = None,
     offload_parameters: bool = False,
     shard_ranks: int | None = None,
+    memory: Literal["auto"] | None = None,
+    memory_budget_gib: float | None = None,
+    tokens: int | None = None,
 ) -> Model:
     """Change ``model`` in place so that law 1 holds on ``mesh``, and return it: loss and gradients are those of one device.
 
@@ -67,14 +79,18 @@ def parallelize(
     ``offload_parameters`` keeps them and the optimizer's states on the host.
 
     What a step needs beside them: ``recompute`` "full" or "keep attention" (see ``memory``), ``tile_tokens`` for each tile of
-    feed-forwards and norms, ``head_chunks`` shares of the heads to exchange one after the other, ``offload_activations`` for
+    feed-forwards and norms, ``head_chunks`` shares of the heads to attend one after the other, ``offload_activations`` for
     what all blocks but the last keep, and ``return_logits=False`` for a loss of a Hugging Face model that never forms all
-    logits. No tool changes a number.
+    logits. No tool changes a number. ``memory="auto"`` chooses ``zero`` and these, whatever was given, so that a step on a row
+    of ``tokens`` needs at most ``memory_budget_gib`` a rank by the closed form of ``footprint``; a line of the log says why.
 
     Raises on every rank alike: LayoutError (fewer heads than ulysses ranks), ModelError (a model that offers no attention, that
     is parallel already, or whose parameters differ between the ranks; an optimizer that was built before; a tool that it
     cannot be given).
     """
+    if memory is not None:
+        chosen = _choose(model, mesh, memory_budget_gib, tokens)
+        return parallelize(model, mesh, **chosen)
     tools = Tools(recompute, tile_tokens, head_chunks, offload_activations, return_logits)
     shares = Shares(zero, dtype, offload_parameters, shard_ranks)
     offer = _offer(model)
@@ -91,6 +107,33 @@ def parallelize(
         shard_parameters(model, offer.blocks(), mesh, shares)
     vars(model)["_longspan"] = state
     return model
+
+
+def _choose(model: nn.Module, mesh: ParallelMesh, budget_gib: float | None, tokens: int | None) -> dict[str, Any]:
+    """The tools of ``memory="auto"`` as keywords of ``parallelize``."""
+    if budget_gib is None or tokens is None:
+        raise ModelError('memory="auto" needs memory_budget_gib= (of a rank) and tokens= (of the longest row)')
+    config: Any = getattr(model, "config", None)
+    ours = isinstance(config, DecoderConfig)
+    names = OUR_SHAPE if ours else THEIR_SHAPE
+    text = config if ours or config is None else config.get_text_config()
+    found = {name: getattr(text, theirs, None) for name, theirs in names.items()}
+    if found["kv_heads"] is None:
+        found["kv_heads"] = found["heads"]
+    if found["head_dim"] is None and found["heads"]:
+        found["head_dim"] = (found["hidden"] or 0) // found["heads"]
+    if missing := [names[name] for name, value in found.items() if not value]:
+        raise ModelError(f'memory="auto" finds no {", ".join(missing)} in the config of {type(model).__name__}; name the tools')
+    counts: dict[str, Any] = found | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    shape = Shape(**counts)
+    itemsize = next(model.parameters()).element_size()
+    sequence = mesh.place.ring * mesh.place.ulysses
+    choice = cheapest(
+        shape, tokens=tokens, ranks=sequence, budget=int(budget_gib * 2**30), whole_logits=not ours, itemsize=itemsize
+    )
+    if mesh.mean_group.rank() == 0:
+        logging.getLogger(__name__).warning('memory="auto" takes %s', choice.why)
+    return choice.tools
 
 
 def unparallelize(model: Model) -> Model:
@@ -193,15 +236,21 @@ class _Given:
                 f"{type(self.model).__name__} offers no {', '.join(missing)}, so its attention cannot be made parallel; use "
                 f"a Hugging Face model, the Decoder, or a model with attention, cross_entropy, blocks and config as attributes"
             )
-        Heads(self.model.config.heads, self.model.config.kv_heads, mesh.place.ulysses, tools.head_chunks)
+        Heads(self.model.config.heads, self.model.config.kv_heads, mesh.place.ulysses)
+        if tools.head_chunks > 1:
+            if not hasattr(self.model, "chunk_heads"):
+                raise ModelError(f"{type(self.model).__name__} has no chunk_heads(count); leave out head_chunks")
+            chunk_rows(self.model.config, tools.head_chunks)
 
     def install(self, mesh: ParallelMesh, tools: Tools) -> None:
         self.attention, self.cross_entropy = self.model.attention, self.model.cross_entropy
         attention = self.attention
-        if attention is attend and tools.recompute == "keep attention":
+        if attention is attend and (tools.recompute == "keep attention" or tools.head_chunks > 1):
             attention = attend_once
-        chunks = {"head_chunks": tools.head_chunks} if tools.head_chunks > 1 else {}
-        self.model.attention = partial(attention, mesh=mesh, **chunks)
+        self.chunked = tools.head_chunks > 1
+        if self.chunked:
+            self.model.chunk_heads(tools.head_chunks)
+        self.model.attention = partial(attention, mesh=mesh)
         self.model.cross_entropy = partial(self.cross_entropy, mesh=mesh)
         if mesh.place.ring * mesh.place.ulysses > 1:
             self.guard = self.model.register_forward_pre_hook(_refuse_what_is_not_cut, prepend=True, with_kwargs=True)
@@ -210,6 +259,8 @@ class _Given:
         if self.guard is not None:
             self.guard.remove()
         self.model.attention, self.model.cross_entropy = self.attention, self.cross_entropy
+        if self.chunked:
+            self.model.chunk_heads(1)
 
 
 def _offer(model: nn.Module) -> Offer:

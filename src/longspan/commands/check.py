@@ -140,7 +140,7 @@ def _parallel(
     config: Check, recipe: Recipe, seed: int, dtype: torch.dtype, mesh: ParallelMesh
 ) -> tuple[Outcome, tuple[Traffic, Traffic]]:
     assert isinstance(mesh.transport, CountingTransport)
-    model = parallelize(_model(recipe, seed, dtype, mesh), mesh, config.zero)
+    model = parallelize(_model(recipe, seed, dtype, mesh), mesh, **config.tools)
     mine = consecutive(split(config.rows, mesh.place.data))[mesh.place.data_rank]
     whole = _batch(config, recipe, seed, mesh.device)
     rows = {name: tensor[mine.start : mine.stop] for name, tensor in whole.items()}

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from longspan import checkpoint
+from longspan.allocations import Recorded
 from longspan.batch import Part, agree, agree_on_error, refuse_difference, together
 from longspan.collectives import CountingTransport, TorchTransport
 from longspan.config import LATEST, Train, as_json
@@ -30,7 +32,7 @@ from longspan.data import Corpus, Loader, bits, load_tokenizer, tokenize
 from longspan.errors import LongspanError, RunError
 from longspan.gradients import clip
 from longspan.mesh import ParallelMesh
-from longspan.metrics import Display, Journal, Record, fullest_rank_bytes, measured_peak_flops
+from longspan.metrics import Display, Journal, Record, fullest_rank_bytes, measured_peak_flops, memory_table
 from longspan.models import recipes
 from longspan.models.recipes import Recipe
 from longspan.sharding import parallelize
@@ -55,7 +57,7 @@ def work(config: Train) -> int:
         loader = _loader(corpus, config, mesh)
         held_out = _held_out(corpus, config, mesh)
     refuse_difference("the text", corpus.fingerprint, mesh, "give every machine the same files and tokenizer")
-    model = parallelize(_on(mesh, recipe.build(config.seed, config.zero)), mesh, config.zero)
+    model = parallelize(_on(mesh, recipe.build(config.seed, config.zero)), mesh, **config.tools)
     optimizer = _optimizer(model, config)
     run = _open_run(config, mesh)
     done = _resume(run, model, optimizer, recipe, corpus, config, mesh)
@@ -63,24 +65,25 @@ def work(config: Train) -> int:
     peak_flops = measured_peak_flops(mesh, DTYPE[config.dtype])
     journal = Journal(run, done, lead)
     losses, eval_loss = [], math.nan
+    watched, reported = Recorded(model, optimizer), done + 2 if config.memory_report and lead else 0
 
     with Display(run.name, config.steps, done, lead) as display:
         display.say(_opening(recipe, corpus, config, mesh, done))
         for step in range(done + 1, config.steps + 1):
             started, sent_before = time.perf_counter(), transport.traffic.bytes
-            loss = 0.0
-            for part in _parts(loader, step, journal, mesh):
-                with _computing_in(config, mesh):
-                    part_loss = model(**part).loss
-                part_loss.backward()
-                loss += part_loss.item()
-            grad_norm = clip(model.parameters(), config.clip_norm).item()
-            _refuse_divergence(step, loss, grad_norm)
-            rate = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
+            loss, rate = 0.0, learning_rate(step, config)
+            with watched if step == reported else nullcontext():
+                for part in _parts(loader, step, journal, mesh):
+                    with _computing_in(config, mesh):
+                        part_loss = model(**part).loss
+                    part_loss.backward()
+                    loss += part_loss.item()
+                grad_norm = clip(model.parameters(), config.clip_norm).item()
+                _refuse_divergence(step, loss, grad_norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad()
 
             seconds = time.perf_counter() - started
             tokens_per_s = config.rows_per_step * config.tokens / seconds
@@ -104,6 +107,9 @@ def work(config: Train) -> int:
             if _is_due(step, config.checkpoint_every_steps, config):
                 facts = _facts(step, recipe, corpus, config)
                 checkpoint.save(run, step, model, optimizer, facts, mesh, config.keep_checkpoints)
+            if step == reported:
+                journal.write_memory(watched.timeline)
+                display.say(memory_table(watched.timeline))
     journal.close()
     agree_on_error(journal.fault, mesh)
     exported = recipe.export(model, run / "export", config.tokenizer, mesh)

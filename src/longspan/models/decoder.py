@@ -138,6 +138,12 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
         self.initialize(seed)
 
+    def chunk_heads(self, head_chunks: int) -> None:
+        """Let every block project and attend a share of its heads at a time. Raises ModelError for uneven shares."""
+        chunks = chunk_rows(self.config, head_chunks)
+        for block in self.blocks:
+            vars(block)["chunks"] = chunks
+
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
         """Draw every weight from N(0, 0.02²), what is added to the residual stream scaled by 1/sqrt(2·layers); norms are 1.
@@ -205,7 +211,7 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, head_chunks: int = 1) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.chunks = _chunk_rows(config, head_chunks)
+        self.chunks = chunk_rows(config, head_chunks)
         heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.attention_norm = nn.RMSNorm(config.hidden, config.norm_eps)
         self.query = nn.Linear(config.hidden, heads, bias=False)
@@ -240,6 +246,8 @@ class Block(nn.Module):
         projected = F.linear(n_RM, torch.cat(weights))  # at once: the way back makes one gradient of n, not three
         widths = [len(weight) for weight in weights]
         q, k, v = (x.view(*shape, x.shape[1] // self.head_dim, self.head_dim) for x in projected.split(widths, 1))
+        v = v.contiguous()  # of its own, so that attention, which keeps it, does not keep all three
+        del projected
         return F.linear(mix(q, k, v).flatten(2).flatten(0, 1), self.out.weight[:, rows])
 
 
@@ -257,7 +265,7 @@ class FeedForward(nn.Module):
         return fed
 
 
-def _chunk_rows(config: DecoderConfig, head_chunks: int) -> tuple[tuple[slice, slice], ...]:
+def chunk_rows(config: DecoderConfig, head_chunks: int) -> tuple[tuple[slice, slice], ...]:
     """For each chunk the rows of the query weight and of the key and value weights: heads are dealt to chunks as to ranks."""
 
     def is_regular(chunks: int) -> bool:

@@ -1,0 +1,150 @@
+"""How much memory a training step of a decoder needs at its fullest, in closed form. Integers only, no torch; docs/memory.md.
+
+    peak  =  states            parameters, optimizer states: whole, or a share
+          +  kept              what the forward leaves for the backward, of every layer
+          +  the largest of    loss | feed-forward | attention | update         what comes on top while each is at work
+
+Sizes are in bytes of one rank that holds n of a row's tokens; a width w costs ``n * w * itemsize``. Every term is a tensor
+that can be named, so the form is a reading of the code, not a fit.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+LOSS_TILE_BYTES = 64 * 2**20
+"""Of the logits that the loss forms at a time: ``loss.TILE_BYTES``."""
+TILE_TOKENS = 4_096
+"""Of a tile, where nobody says how many: large enough to keep matrix products fast."""
+WIDE = 4
+"""Bytes of what is summed: gradients, optimizer states, partial results of kernels, logits."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a decoder: widths in elements, counts of layers, heads and parameters."""
+
+    vocab: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one rank: what is there all the time, what waits for the backward, what each phase adds."""
+
+    states: int
+    kept: int
+    phases: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The most that is there at once: what was kept is gone when the update begins."""
+        backward = max(size for name, size in self.phases.items() if name != "update")
+        return self.states + max(self.phases["update"], self.kept + backward)
+
+
+def footprint(
+    shape: Shape,
+    *,
+    tokens: int,
+    ranks: int = 1,
+    zero: int = 0,
+    recompute: str = "none",
+    tile_tokens: int | None = None,
+    head_chunks: int = 1,
+    whole_logits: bool = False,
+    itemsize: int = 4,
+) -> Footprint:
+    """Of a step of AdamW on one row of ``tokens`` over ``ranks`` ulysses ranks, activations of ``itemsize`` bytes.
+
+    Holds within 10% where heads divide evenly, causal, from the second step on: what was measured is in docs/memory.md.
+    ``whole_logits`` is for a model that forms all logits at once, as Transformers' do.
+    """
+    n = -(-tokens // ranks)
+    hidden, query, key, ffn = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.ffn
+    share = ranks if zero else 1
+    tiled = tile_tokens is not None
+    block_parameters = (shape.parameters - shape.vocab * hidden) // shape.layers if shape.layers else 0
+    outside = shape.vocab * hidden * WIDE
+
+    # What a layer keeps, by name
+    residual, norms, feed = 2 * hidden, (2 if tiled else 4) * hidden, 0 if tiled else 4 * ffn
+    exchanged, home = (query + 2 * key) + query, query  # q, k, v and the output of my heads; the output of my tokens
+    layer = residual + norms + feed + exchanged + home
+    kept_of_layer = {"none": layer, "full": hidden, "keep attention": hidden + query}[recompute]
+    angles = shape.head_dim * n * WIDE
+    lse = shape.heads * n * WIDE * (recompute != "full")
+    kept = (shape.layers * kept_of_layer + hidden + (1 if tiled else 2) * hidden) * n * itemsize + angles + shape.layers * lse
+
+    # What is there again of the last layer, while its backward runs
+    again = norms + hidden + feed + {"none": 0, "full": exchanged + home, "keep attention": query + 2 * key}[recompute]
+    again *= recompute != "none"
+    rows = min(n, LOSS_TILE_BYTES // (WIDE * shape.vocab))
+    tile = min(n, tile_tokens) if tile_tokens is not None else 0
+    weights = 2 * 3 * hidden * ffn * WIDE if tiled else 3 * hidden * ffn * WIDE
+    gathered = (2 * block_parameters * WIDE + 2 * outside) if zero == 3 else 0
+    work = tile * (6 * ffn + 2 * hidden) if tiled else n * 2 * ffn
+    feeding = ((again + 2 * hidden) * n + work) * itemsize + weights
+    phases = {
+        "loss": hidden * n * itemsize + outside + (
+            n * shape.vocab * (itemsize + 2 * WIDE) if whole_logits else rows * (WIDE * shape.vocab + 2 * hidden * itemsize)
+        ),
+        "feed-forward": feeding + outside,
+        "attention": _attending(shape, n, ranks, recompute, head_chunks, itemsize) + outside,
+        "update": shape.parameters // share * WIDE * 2,
+    }
+    states = 3 * shape.parameters // share * WIDE
+    return Footprint(states, kept + gathered, phases)
+
+
+class Choice(NamedTuple):
+    """Tools as keywords of ``parallelize``, what a step needs with them, and why it is these."""
+
+    tools: dict[str, Any]
+    needs: Footprint
+    why: str
+
+
+def cheapest(shape: Shape, *, tokens: int, ranks: int, budget: int, whole_logits: bool = False, itemsize: int = 4) -> Choice:
+    """The tools that cost least time of those with which a step fits into ``budget`` bytes a rank; the last where none does."""
+    tiles = {"tile_tokens": TILE_TOKENS} | ({"return_logits": False} if whole_logits else {})
+    kept = tiles | {"recompute": "keep attention"}
+    chunked = kept | {"head_chunks": 2} if shape.heads // ranks >= 2 else kept
+    tried: list[dict[str, Any]] = [{}, tiles, {"zero": 2} | tiles, kept]
+    tried += [{"zero": 2} | kept, {"zero": 3} | kept, {"zero": 3} | chunked]
+    choice = None
+    for tools in tried:
+        given = {name: value for name, value in tools.items() if name != "return_logits"}
+        logits = whole_logits and tools.get("return_logits", True)
+        needs = footprint(shape, tokens=tokens, ranks=ranks, whole_logits=logits, itemsize=itemsize, **given)
+        if choice is None or needs.peak < choice.needs.peak or needs.peak <= budget:
+            said = ", ".join(f"{name}={value!r}" for name, value in tools.items()) or "no tool"
+            fits = "fits into" if needs.peak <= budget else "is the nearest to"
+            gib, cap = needs.peak / 2**30, budget / 2**30
+            choice = Choice(tools, needs, f"{said}: {gib:.2f} GiB a rank for {tokens:,} tokens {fits} {cap:.2f}")
+        if needs.peak <= budget:
+            break
+    assert choice is not None
+    return choice
+
+
+def _attending(shape: Shape, n: int, ranks: int, recompute: str, chunks: int, itemsize: int) -> int:
+    """While the backward of attention runs: a chunk of my heads at a time, others on their way."""
+    hidden, query, key = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    kv_chunks = min(chunks, max(1, shape.kv_heads // ranks))
+    q, kv = query // chunks, key // kv_chunks
+    partial = (q + 2 * kv) * WIDE
+    flash = partial + q * itemsize  # its own results, and a copy of the gradient that lies as it reads it
+    if recompute != "keep attention":
+        there = 0 if recompute == "none" else 2 * hidden + (query + 2 * key) + query
+        return n * ((there + hidden + 2 * query) * itemsize + partial + flash)
+    there = hidden + query + 2 * key + hidden + query
+    homes = query * itemsize + 2 * key * (WIDE if chunks != kv_chunks else itemsize)
+    brought = (3 * q + 2 * kv) * itemsize
+    under_way = max(2 * brought, 2 * (q + 2 * kv) * itemsize) if chunks > 1 else brought
+    return n * (there * itemsize + homes + brought + under_way + partial + flash)
