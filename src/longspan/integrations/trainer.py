@@ -47,9 +47,9 @@ Base: Any = Trainer
 class LongTrainer(Base):  # type: ignore[misc]
     """``transformers.Trainer`` whose every sequence lies on ``ring x ulysses`` ranks of ``mesh``.
 
-    Takes what Trainer takes, and ``mesh``, ``zero`` (of ``parallelize``) and ``dims`` (of ``shard``). Before another trainer
-    class it does the same to that one: ``class LongSFT(LongTrainer, SFTTrainer): ...``. Every rank runs the same script;
-    ``per_device_train_batch_size`` and ``per_device_eval_batch_size`` are rows a data replica.
+    Takes what Trainer takes, and ``mesh``, ``zero`` and ``tools`` (its other keywords) of ``parallelize``, and ``dims`` of
+    ``shard``. Before another trainer class it does the same to that one: ``class LongSFT(LongTrainer, SFTTrainer): ...``.
+    Every rank runs the same script; ``per_device_train_batch_size`` and ``per_device_eval_batch_size`` are rows a data replica.
 
     Equals ``Trainer`` on one device with ``per_device_train_batch_size`` times ``mesh.place.data``: batches and their order,
     logged losses and norms, weights, ``eval_loss`` (Trainer's own: each batch's mean over its labelled tokens, weighted by
@@ -71,11 +71,12 @@ class LongTrainer(Base):  # type: ignore[misc]
         *positional: Any,
         mesh: ParallelMesh,
         zero: int = 0,
+        tools: Mapping[str, Any] | None = None,
         dims: Mapping[str, int] | None = None,
         args: TrainingArguments | None = None,
         **keywords: Any,
     ) -> None:
-        self.mesh, self.zero, self.dims = mesh, zero, dims
+        self.mesh, self.zero, self.tools, self.dims = mesh, zero, dict(tools or {}), dims
         if args is None or len(positional) > 1:
             raise RunError("LongTrainer takes all but the model by name; pass args=TrainingArguments(...) and mesh=...")
         refuse(args, mesh)
@@ -99,8 +100,8 @@ class LongTrainer(Base):  # type: ignore[misc]
             )
 
     def _parallelize(self, model: nn.Module) -> nn.Module:
-        model = parallelize(model.to(self.args.device), self.mesh, self.zero)
-        if self.zero == 3:
+        model = parallelize(model.to(self.args.device), self.mesh, self.zero, **self.tools)
+        if self.zero:
             read_whole_weights(model)
         return model
 
@@ -253,7 +254,7 @@ class LongTrainer(Base):  # type: ignore[misc]
         agree_on_error(error, self.mesh)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if state_dict is None and self.zero == 3:
+        if state_dict is None and self.zero:
             state_dict = whole(self.model.state_dict(), keep=self.args.should_save)
         with self._or_none(f"writing the model to {output_dir or self.args.output_dir}"):
             super()._save(output_dir, state_dict)
@@ -328,7 +329,8 @@ def _refuse_by_keywords(keywords: Mapping[str, Any], zero: int) -> None:
             "compute_loss_func would be given this rank's logits; write compute_loss in a class in front of LongTrainer, with "
             "longspan.cross_entropy or unshard"
         )
-    if zero == 3 and any(given is not None for given in keywords.get("optimizers", ())):
+    if zero and any(given is not None for given in keywords.get("optimizers", ())):
         raise RunError(
-            "optimizers= were built before zero=3 shards the parameters and would train nothing; pass optimizer_cls_and_kwargs"
+            f"optimizers= were built before zero={zero} shards the parameters and would train nothing; pass "
+            f"optimizer_cls_and_kwargs"
         )

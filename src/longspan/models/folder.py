@@ -123,7 +123,7 @@ class FolderRecipe:
     def build(self, seed: int, zero: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
         config = deepcopy(self.config)
         with _quietly():
-            if zero == 3 and self.folder is not None:
+            if zero and self.folder is not None:
                 return load(self.folder, config=config, dtype=dtype, seed=seed)
             model: Any = load_whole(self.folder, config, torch.float32, seed)
             model.to(dtype)
