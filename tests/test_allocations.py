@@ -43,7 +43,7 @@ def test_every_byte_has_its_category() -> None:
     gradients = max(total for category, total in running(timeline) if category == "gradients")
     assert 6 * MIB <= gradients <= 6 * MIB + 4096
     logits = max(total for category, total in running(timeline) if category == "logits")
-    assert 2 * MIB <= logits <= 6 * MIB  # log-softmax, 2 MiB, then its gradient; those of the head are activations
+    assert 2 * MIB <= logits <= 6 * MIB + 4096  # log-softmax, 2 MiB, then its gradient; those of the head are activations
     assert timeline.peak() == sum(peak.values()) >= 22 * MIB
     assert sum(change.size for change in timeline.changes if change.category == "gradients") == 0  # zero_grad let them go
 

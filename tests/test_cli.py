@@ -15,12 +15,15 @@ from longspan.errors import RunError
 
 FLAGS = {
     "train": """
-        ranks debug ulysses ring zero model dtype data text_field tokenizer tokens rows_per_step micro_batches steps optimizer
-        learning_rate warmup_steps weight_decay clip_norm eval_every_steps eval_rows checkpoint_every_steps keep_checkpoints
-        seed run runs_folder resume
+        ranks debug ulysses ring zero recompute tile_tokens head_chunks offload_activations tiled_loss model dtype data
+        text_field tokenizer tokens rows_per_step micro_batches steps optimizer learning_rate warmup_steps weight_decay
+        clip_norm eval_every_steps eval_rows checkpoint_every_steps keep_checkpoints seed run memory_report runs_folder resume
     """,
     "evaluate": "ranks debug checkpoint data text_field max_tokens documents dtype runs_folder",
-    "check": "ranks debug ulysses ring zero dtype model layers heads kv_heads tokens rows seed",
+    "check": """
+        ranks debug ulysses ring zero recompute tile_tokens head_chunks offload_activations tiled_loss dtype model layers heads
+        kv_heads tokens rows seed
+    """,
 }
 
 
@@ -66,7 +69,7 @@ def test_a_file_names_the_checkpoint_too(tmp_path: Path) -> None:
         ("train --foo", "Unrecognized options: --foo; see longspan train --help"),
         ("train --tokens x", "Error parsing --tokens: invalid literal for int() with base 10: 'x'; see longspan train --help"),
         ("train --steps", "Missing value for argument '--steps'. Expected 1 values; see longspan train --help"),
-        ("check --zero 2", "invalid choice '2' for argument '--zero'. Expected one of ('0', '3'); see longspan check --help"),
+        ("check --zero 4", "invalid choice '4' for argument '--zero'. Expected one of ('0', '2', '3'); see longspan check"),
         ("train --learning-rate -1", "learning_rate=-1.0 must be above 0"),
         ("train --config", "--config needs the name of a JSON or TOML file"),
         ("train --runs-folder /nowhere --resume", "no run 'latest' in the folder /nowhere: there is none; start one with: "),

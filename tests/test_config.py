@@ -44,7 +44,7 @@ def test_settings_are_checked_at_birth(kind: type[Ranks], settings: dict[str, ob
 @pytest.mark.parametrize(
     ("config", "name", "value", "text"),
     [
-        (Train(), "zero", 2, "zero=2 is unknown; legal are 0, 3"),
+        (Train(), "zero", 4, "zero=4 is unknown; legal are 0, 2, 3"),
         (Train(), "model", "huge", f"model='huge' is unknown; {MODELS}"),
         (Check(), "model", "hf", f"model='hf' is unknown; {MODELS}"),
         (Check(), "dtype", "fp8", "dtype='fp8' is unknown; legal are fp64, fp32, bf16"),

@@ -62,7 +62,7 @@ def footprint(
 ) -> Footprint:
     """Of a step of AdamW on one row of ``tokens`` over ``ranks`` ulysses ranks, activations of ``itemsize`` bytes.
 
-    Holds within 10% where heads divide evenly, causal, from the second step on: what was measured is in docs/memory.md.
+    Where heads divide evenly, causal, from the second step on; how near it comes is in docs/memory.md.
     ``whole_logits`` is for a model that forms all logits at once, as Transformers' do.
     """
     n = -(-tokens // ranks)
@@ -87,7 +87,7 @@ def footprint(
     rows = min(n, LOSS_TILE_BYTES // (WIDE * shape.vocab))
     tile = min(n, tile_tokens) if tile_tokens is not None else 0
     weights = 2 * 3 * hidden * ffn * WIDE if tiled else 3 * hidden * ffn * WIDE
-    gathered = (2 * block_parameters * WIDE + 2 * outside) if zero == 3 else 0
+    gathered = {2: shape.parameters * itemsize, 3: (2 * block_parameters + 2 * shape.vocab * hidden) * itemsize}.get(zero, 0)
     work = tile * (6 * ffn + 2 * hidden) if tiled else n * 2 * ffn
     feeding = ((again + 2 * hidden) * n + work) * itemsize + weights
     phases = {
@@ -134,17 +134,16 @@ def cheapest(shape: Shape, *, tokens: int, ranks: int, budget: int, whole_logits
 
 
 def _attending(shape: Shape, n: int, ranks: int, recompute: str, chunks: int, itemsize: int) -> int:
-    """While the backward of attention runs: a chunk of my heads at a time, others on their way."""
-    hidden, query, key = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    kv_chunks = min(chunks, max(1, shape.kv_heads // ranks))
-    q, kv = query // chunks, key // kv_chunks
-    partial = (q + 2 * kv) * WIDE
-    flash = partial + q * itemsize  # its own results, and a copy of the gradient that lies as it reads it
-    if recompute != "keep attention":
+    """While the backward of attention runs, a share of the heads at a time."""
+    hidden, dim = shape.hidden, shape.head_dim
+    query, key = shape.heads * dim // chunks, shape.kv_heads * dim // chunks  # of my tokens
+    mine, mine_kv = (ranks * dim * -(-heads // chunks // ranks) for heads in (shape.heads, shape.kv_heads))  # of my heads
+    partial = (mine + 2 * mine_kv) * WIDE
+    flash = partial + mine * itemsize  # its own results, and a copy of the gradient that lies as it reads it
+    if recompute != "keep attention" and chunks == 1:
         there = 0 if recompute == "none" else 2 * hidden + (query + 2 * key) + query
         return n * ((there + hidden + 2 * query) * itemsize + partial + flash)
-    there = hidden + query + 2 * key + hidden + query
-    homes = query * itemsize + 2 * key * (WIDE if chunks != kv_chunks else itemsize)
-    brought = (3 * q + 2 * kv) * itemsize
-    under_way = max(2 * brought, 2 * (q + 2 * kv) * itemsize) if chunks > 1 else brought
-    return n * (there * itemsize + homes + brought + under_way + partial + flash)
+    there = (2 + (chunks > 1)) * hidden + 2 * query + 2 * key
+    homes = query * itemsize + 2 * key * (WIDE if mine_kv > key else itemsize)
+    brought = (3 * mine + 2 * mine_kv) * itemsize
+    return n * (there * itemsize + homes + 2 * brought + partial + flash)  # what is sent lies in the scratch
