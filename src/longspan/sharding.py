@@ -27,9 +27,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from longspan.attention import attend
+from longspan.attention import attend, refuse_kernel
 from longspan.errors import LongspanError, ModelError
 from longspan.gradients import MeanGradients
+from longspan.kernels import Kernel
+from longspan.kernels.function import KernelFunction
 from longspan.layout import Heads
 from longspan.memory import Recompute, Tools, attend_once, put_away, recompute, refuse_unknown
 from longspan.mesh import ParallelMesh
@@ -53,6 +55,7 @@ def parallelize(
     dtype: torch.dtype | None = None,
     offload_parameters: bool = False,
     shard_ranks: int | None = None,
+    kernel: str | Kernel | KernelFunction = "auto",
 ) -> Model:
     """Change ``model`` in place so that law 1 holds on ``mesh``, and return it: loss and gradients are those of one device.
 
@@ -71,18 +74,23 @@ def parallelize(
     what all blocks but the last keep, and ``return_logits=False`` for a loss of a Hugging Face model that never forms all
     logits. No tool changes a number.
 
-    Raises on every rank alike: LayoutError (fewer heads than ulysses ranks), ModelError (a model that offers no attention, that
+    ``kernel`` is what attention computes with, as ``attend(kernel=)`` takes it: one of longspan's own by name, a Kernel, or a
+    function. A Hugging Face model can have one of Transformers' registry, on the whole sequence for this rank's heads:
+    "hf:sdpa", "hf:eager", "hf:flash_attention_2" (which has never been run), a hub kernel or one of yours that is registered.
+
+    Raises on every rank alike: KernelError (an unknown kernel, or one that the model or a ring cannot have), LayoutError
+    (fewer heads than ulysses ranks), ModelError (a model that offers no attention, that
     is parallel already, or whose parameters differ between the ranks; an optimizer that was built before; a tool that it
     cannot be given).
     """
     tools = Tools(recompute, tile_tokens, head_chunks, offload_activations, return_logits)
     shares = Shares(zero, dtype, offload_parameters, shard_ranks)
-    offer = _offer(model)
+    offer = _offer(model, kernel)
     unread = _unread(model)
     if unread is not None:
         _agree(mesh, lambda: _refuse_what_cannot_be(model, mesh, tools, shares) | unread.facts(model))
         _read(model, unread, offer, mesh, shares)
-    _agree(mesh, lambda: _look(model, offer, mesh, tools, shares, read_alike=unread is not None))
+    _agree(mesh, lambda: _look(model, offer, mesh, tools, shares, read_alike=unread is not None) | {"kernel": _name(kernel)})
     offer.install(mesh, tools)
     state = _Parallel(offer, _equip(offer, tools))
     if zero == 0:
@@ -176,8 +184,8 @@ def _equip(offer: Offer, tools: Tools) -> list[nn.Module]:
 class _Given:
     """A model that is given its attention and its loss, as the Decoder is."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, kernel: str | Kernel | KernelFunction) -> None:
+        self.model, self.kernel = model, kernel
         self.guard: RemovableHandle | None = None
 
     def blocks(self) -> Sequence[nn.Module]:
@@ -193,6 +201,7 @@ class _Given:
                 f"{type(self.model).__name__} offers no {', '.join(missing)}, so its attention cannot be made parallel; use "
                 f"a Hugging Face model, the Decoder, or a model with attention, cross_entropy, blocks and config as attributes"
             )
+        refuse_kernel(self.kernel, mesh.place)
         Heads(self.model.config.heads, self.model.config.kv_heads, mesh.place.ulysses, tools.head_chunks)
 
     def install(self, mesh: ParallelMesh, tools: Tools) -> None:
@@ -200,8 +209,9 @@ class _Given:
         attention = self.attention
         if attention is attend and tools.recompute == "keep attention":
             attention = attend_once
-        chunks = {"head_chunks": tools.head_chunks} if tools.head_chunks > 1 else {}
-        self.model.attention = partial(attention, mesh=mesh, **chunks)
+        asked = {"head_chunks": (tools.head_chunks, 1), "kernel": (self.kernel, "auto")}
+        more: dict[str, Any] = {name: value for name, (value, usual) in asked.items() if value != usual}
+        self.model.attention = partial(attention, mesh=mesh, **more)
         self.model.cross_entropy = partial(self.cross_entropy, mesh=mesh)
         if mesh.place.ring * mesh.place.ulysses > 1:
             self.guard = self.model.register_forward_pre_hook(_refuse_what_is_not_cut, prepend=True, with_kwargs=True)
@@ -212,15 +222,22 @@ class _Given:
         self.model.attention, self.model.cross_entropy = self.attention, self.cross_entropy
 
 
-def _offer(model: nn.Module) -> Offer:
+def _offer(model: nn.Module, kernel: str | Kernel | KernelFunction) -> Offer:
     if "transformers" in sys.modules:  # whoever has such a model has imported it
         from longspan.models.adapters import inner
         from longspan.models.transformers import Pretrained
 
         base = inner(model)
         if base is not None:
-            return Pretrained(model, base)
-    return _Given(model)
+            return Pretrained(model, base, kernel)
+    return _Given(model, kernel)
+
+
+def _name(kernel: str | Kernel | KernelFunction) -> str:
+    """The same text on every rank for the same kernel."""
+    if isinstance(kernel, str):
+        return kernel
+    return str(getattr(kernel, "name", getattr(kernel, "__name__", type(kernel).__name__)))
 
 
 def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
