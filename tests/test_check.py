@@ -109,10 +109,10 @@ def one_gradient_is_off(job: Any) -> int:
     """A rank other than the lead scales one gradient a little."""
     parallelize = check.parallelize
 
-    def off(model: Any, *args: Any) -> Any:
+    def off(model: Any, *args: Any, **tools: Any) -> Any:
         if dist.get_rank() == 1:
             model.blocks[1].feed.up.weight.register_hook(lambda grad: grad * (1 + 1e-8))
-        return parallelize(model, *args)
+        return parallelize(model, *args, **tools)
 
     check.parallelize = off
     return into_a_file(job)

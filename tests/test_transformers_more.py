@@ -10,13 +10,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import AttentionInterface
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
-from longspan import BatchError, ModelError, ParallelMesh, cross_entropy, parallelize, shard, unparallelize, unshard
+from longspan import (
+    BatchError,
+    KernelError,
+    ModelError,
+    ParallelMesh,
+    cross_entropy,
+    parallelize,
+    shard,
+    unparallelize,
+    unshard,
+)
+from longspan.attention import refuse_kernel
 from longspan.collectives import all_reduce_sum
+from longspan.masks import PrefixLM
+from longspan.mesh import Place
+from longspan.models.registered import refuse_name
 from ranks import Ranks
-from test_transformers import BASE, KINDS, assert_gradients, batches, build, forward_alone, mesh_of, targets
+from test_transformers import (
+    BASE,
+    KINDS,
+    assert_gradients,
+    batches,
+    build,
+    forward_alone,
+    forward_cut,
+    in_place,
+    mesh_of,
+    targets,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -259,3 +285,94 @@ def test_a_row_of_positions_that_only_some_models_take_for_documents_is_refused(
     positions = torch.cat([torch.arange(5), torch.arange(8)]).expand(4, 1, 13)
     with pytest.raises(BatchError, match=r"begin anew in their first row.*mask=Documents"):
         shard({"input_ids": torch.ones(1, 13, dtype=torch.long), "position_ids": positions}, ParallelMesh())
+
+
+# ---- another kernel: longspan's by name, a function, an attention of Transformers' registry
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, *, bands: Any, scale: float) -> Tensor:
+    """A kernel of the user's own: [rows, heads, dim], with the dense mask of the bands."""
+    place = torch.arange(len(q))
+    apart = place - place[:, None]
+    seen = torch.zeros(len(q), len(q), dtype=torch.bool)
+    for q_start, q_stop, k_start, k_stop, lo, hi in bands:
+        rows, keys = ((place >= start) & (place < stop) for start, stop in ((q_start, q_stop), (k_start, k_stop)))
+        seen |= rows[:, None] & keys & (apart >= lo) & (apart <= hi)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "kernel", "tools"),
+    [
+        ("llama", "even", "hf:sdpa", {}),
+        ("llama", "packed", "hf:eager", {}),
+        ("llama", "even", by_hand, {}),
+        ("llama", "odd length", "online", {}),
+        ("mistral", "left padding", "hf:sdpa", {"recompute": "keep attention"}),
+        ("mistral", "one key/value head", "hf:eager", {}),
+        ("gemma2", "right padding", "hf:eager", {}),
+        ("gpt_oss", "left padding", "hf:eager", {}),
+        ("gpt_oss", "packed", "hf:eager", {"recompute": "keep attention", "head_chunks": 2, "zero": 3}),
+        ("modernbert", "odd length", "hf:eager", {}),
+    ],
+)
+def test_another_kernel_is_one_device(
+    name: str, batch: str, kernel: Any, tools: dict[str, Any], pool: Callable[[int], Ranks]
+) -> None:
+    pool(2).run(with_kernel, name, batch, kernel, tools)
+
+
+def with_kernel(name: str, batch: str, kernel: Any, tools: dict[str, Any]) -> None:
+    mesh, reference = mesh_of(2, 1), build(name, **({"num_key_value_heads": 1} if batch == "one key/value head" else {}))
+    whole, encoder = batches(batch, in_place(reference)), in_place(reference)
+    model = parallelize(deepcopy(reference), mesh, kernel=kernel, **tools)
+    expected, logits = forward_alone(reference, whole, encoder)
+    found, mine = forward_cut(model, whole, encoder, mesh, True)
+    expected.backward()
+    found.backward()
+    real = whole.get("attention_mask", torch.ones_like(whole["input_ids"])).bool()
+    tolerance = max(KINDS[name].tolerance, 1e-5 if kernel == "hf:eager" else 0)  # its softmax is fp32
+    assert found.item() == pytest.approx(expected.item(), rel=tolerance)
+    assert (mine - logits)[real].abs().max() <= tolerance * logits[real].abs().max()
+    assert_gradients(model, reference, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "text"),
+    [
+        ("llama", "fused", r"kernel='fused' is unknown; use 'auto', 'sdpa'"),
+        ("llama", "hf:fused", r"kernel='hf:fused' is no attention of .* use 'hf:eager', .*'hf:sdpa'"),
+        ("llama", "hf:flex_attention", r"no attention of Transformers' registry that longspan can call; use .*'flex'"),
+        ("llama", "hf:longspan", "no attention of Transformers' registry"),
+        ("gpt_oss", "hf:sdpa", "kernel='hf:sdpa' cannot be used by GptOssForCausalLM"),
+    ],
+)
+def test_a_kernel_that_cannot_be_is_refused(name: str, kernel: str, text: str) -> None:
+    model = build(name)
+    with pytest.raises(KernelError, match=text):
+        parallelize(model, ParallelMesh(), kernel=kernel)
+    assert model.config._attn_implementation != "longspan"
+    assert not hasattr(model, "_longspan")
+    with pytest.raises(KernelError, match="kernel='hf:eager' returns only its output, which cannot carry a ring"):
+        refuse_name("hf:eager", model, Place(ring=2))
+    with pytest.raises(KernelError, match="kernel 'by_hand' returns only its output, which cannot carry ring"):
+        refuse_kernel(by_hand, Place(ring=2))
+
+
+def test_a_registered_attention_is_told_all_by_keywords_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that takes no mask, as flash attention: it is called once a document, and refuses what no keyword says."""
+    calls: list[tuple[int, dict[str, Any]]] = []
+
+    def like_flash(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, **said: Any) -> tuple[Tensor, None]:
+        calls.append((q.shape[2], {name: said[name] for name in ("is_causal", "sliding_window") if name in said}))
+        return v.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(1, 2), None
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "like_flash", like_flash)
+    mesh, ids = ParallelMesh(), torch.arange(3, 27)[None]
+    model = parallelize(build("mistral", num_hidden_layers=1), mesh, kernel="hf:like_flash")
+    positions = torch.cat([torch.arange(4), torch.arange(20)])[None]
+    model(**shard({"input_ids": ids, "position_ids": positions}, mesh))
+    assert calls == [(4, {"is_causal": True}), (20, {"is_causal": True, "sliding_window": 5})]
+    with pytest.raises(KernelError, match=r"takes no mask and cannot be told the mask of this step in MistralAttention"):
+        model(**shard({"input_ids": ids}, mesh, mask=PrefixLM(7)))

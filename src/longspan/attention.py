@@ -221,6 +221,14 @@ def _refuse_what_does_not_fit(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | N
         raise LayoutError(f"sinks of shape {list(sinks.shape)} do not fit {q.shape[2]} query heads; pass one logit a head")
 
 
+def refuse_kernel(kernel: str | Kernel | KernelFunction, place: Place) -> None:
+    """Raise KernelError for what no attention at this place can have as its kernel: an unknown name, a function on a ring."""
+    if callable(kernel):
+        _refuse_beside_a_function(kernel, place, {})
+    elif isinstance(kernel, str):
+        kernels.refuse_unknown(kernel)
+
+
 def _refuse_beside_a_function(function: KernelFunction, place: Place, extras: dict[str, Any]) -> None:
     name = FunctionKernel(function).name
     asked = [extra for extra, value in extras.items() if value is not None] + ["ring"] * (place.ring > 1)

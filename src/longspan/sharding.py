@@ -28,10 +28,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from longspan.attention import attend
+from longspan.attention import attend, refuse_kernel
 from longspan.errors import LongspanError, ModelError
 from longspan.footprint import Shape, cheapest
 from longspan.gradients import MeanGradients
+from longspan.kernels import Kernel
+from longspan.kernels.function import KernelFunction
 from longspan.layout import Heads
 from longspan.memory import Recompute, Tools, attend_once, put_away, recompute, refuse_unknown
 from longspan.mesh import ParallelMesh
@@ -65,6 +67,7 @@ def parallelize(
     memory: Literal["auto"] | None = None,
     memory_budget_gib: float | None = None,
     tokens: int | None = None,
+    kernel: str | Kernel | KernelFunction = "auto",
 ) -> Model:
     """Change ``model`` in place so that law 1 holds on ``mesh``, and return it: loss and gradients are those of one device.
 
@@ -84,21 +87,26 @@ def parallelize(
     logits. No tool changes a number. ``memory="auto"`` chooses ``zero`` and these, whatever was given, so that a step on a row
     of ``tokens`` needs at most ``memory_budget_gib`` a rank by the closed form of ``footprint``; a line of the log says why.
 
-    Raises on every rank alike: LayoutError (fewer heads than ulysses ranks), ModelError (a model that offers no attention, that
+    ``kernel`` is what attention computes with, as ``attend(kernel=)`` takes it: one of longspan's own by name, a Kernel, or a
+    function. A Hugging Face model can have one of Transformers' registry, on the whole sequence for this rank's heads:
+    "hf:sdpa", "hf:eager", "hf:flash_attention_2" (which has never been run), a hub kernel or one of yours that is registered.
+
+    Raises on every rank alike: KernelError (an unknown kernel, or one that the model or a ring cannot have), LayoutError
+    (fewer heads than ulysses ranks), ModelError (a model that offers no attention, that
     is parallel already, or whose parameters differ between the ranks; an optimizer that was built before; a tool that it
     cannot be given).
     """
     if memory is not None:
         chosen = _choose(model, mesh, memory_budget_gib, tokens)
-        return parallelize(model, mesh, **chosen)
+        return parallelize(model, mesh, kernel=kernel, **chosen)
     tools = Tools(recompute, tile_tokens, head_chunks, offload_activations, return_logits)
     shares = Shares(zero, dtype, offload_parameters, shard_ranks)
-    offer = _offer(model)
+    offer = _offer(model, kernel)
     unread = _unread(model)
     if unread is not None:
         _agree(mesh, lambda: _refuse_what_cannot_be(model, mesh, tools, shares) | unread.facts(model))
         _read(model, unread, offer, mesh, shares)
-    _agree(mesh, lambda: _look(model, offer, mesh, tools, shares, read_alike=unread is not None))
+    _agree(mesh, lambda: _look(model, offer, mesh, tools, shares, read_alike=unread is not None) | {"kernel": _name(kernel)})
     offer.install(mesh, tools)
     state = _Parallel(offer, _equip(offer, tools))
     if zero == 0:
@@ -219,8 +227,8 @@ def _equip(offer: Offer, tools: Tools) -> list[nn.Module]:
 class _Given:
     """A model that is given its attention and its loss, as the Decoder is."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, kernel: str | Kernel | KernelFunction) -> None:
+        self.model, self.kernel = model, kernel
         self.guard: RemovableHandle | None = None
 
     def blocks(self) -> Sequence[nn.Module]:
@@ -236,6 +244,7 @@ class _Given:
                 f"{type(self.model).__name__} offers no {', '.join(missing)}, so its attention cannot be made parallel; use "
                 f"a Hugging Face model, the Decoder, or a model with attention, cross_entropy, blocks and config as attributes"
             )
+        refuse_kernel(self.kernel, mesh.place)
         Heads(self.model.config.heads, self.model.config.kv_heads, mesh.place.ulysses)
         if tools.head_chunks > 1:
             if not hasattr(self.model, "chunk_heads"):
@@ -250,7 +259,8 @@ class _Given:
         self.chunked = tools.head_chunks > 1
         if self.chunked:
             self.model.chunk_heads(tools.head_chunks)
-        self.model.attention = partial(attention, mesh=mesh)
+        chosen: dict[str, Any] = {} if self.kernel == "auto" else {"kernel": self.kernel}
+        self.model.attention = partial(attention, mesh=mesh, **chosen)
         self.model.cross_entropy = partial(self.cross_entropy, mesh=mesh)
         if mesh.place.ring * mesh.place.ulysses > 1:
             self.guard = self.model.register_forward_pre_hook(_refuse_what_is_not_cut, prepend=True, with_kwargs=True)
@@ -263,15 +273,22 @@ class _Given:
             self.model.chunk_heads(1)
 
 
-def _offer(model: nn.Module) -> Offer:
+def _offer(model: nn.Module, kernel: str | Kernel | KernelFunction) -> Offer:
     if "transformers" in sys.modules:  # whoever has such a model has imported it
         from longspan.models.adapters import inner
         from longspan.models.transformers import Pretrained
 
         base = inner(model)
         if base is not None:
-            return Pretrained(model, base)
-    return _Given(model)
+            return Pretrained(model, base, kernel)
+    return _Given(model, kernel)
+
+
+def _name(kernel: str | Kernel | KernelFunction) -> str:
+    """The same text on every rank for the same kernel."""
+    if isinstance(kernel, str):
+        return kernel
+    return str(getattr(kernel, "name", getattr(kernel, "__name__", type(kernel).__name__)))
 
 
 def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:

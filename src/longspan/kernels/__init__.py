@@ -13,7 +13,7 @@ from longspan.kernels.protocol import BoundBias, Kernel, Need, result_dtype
 from longspan.kernels.reference import Reference
 from longspan.kernels.sdpa import SDPA
 
-__all__ = ["KERNELS", "BoundBias", "Kernel", "Need", "choose", "result_dtype"]
+__all__ = ["KERNELS", "BoundBias", "Kernel", "Need", "choose", "refuse_unknown", "result_dtype"]
 
 # "auto" takes the first that can: order is preference
 KERNELS = {kernel.name: kernel for kernel in (SDPA(), Online(), Flex(), Reference())}
@@ -35,14 +35,19 @@ def choose(
     """
     if not isinstance(kernel, str):
         return kernel
+    refuse_unknown(kernel)
     need = Need(device_type, dtype, qk_dim, v_dim, softcap=softcap is not None, bias=bias is not None)
     reasons = {name: each.lacks(need) for name, each in KERNELS.items()}
     able = [name for name, reason in reasons.items() if reason is None]
     if kernel == "auto":
         return KERNELS[able[0]]
-    if kernel not in KERNELS:
-        known = ", ".join(map(repr, ["auto", *KERNELS]))
-        raise KernelError(f"kernel={kernel!r} is unknown; use {known}, or a function of your own")
     if reasons[kernel] is not None:
         raise KernelError(f"kernel={kernel!r} cannot do this: {reasons[kernel]}; use {' or '.join(map(repr, able))}")
     return KERNELS[kernel]
+
+
+def refuse_unknown(kernel: str) -> None:
+    """Raise KernelError for a name that is none of a kernel, nor "auto"."""
+    known = ["auto", *KERNELS]
+    if kernel not in known:
+        raise KernelError(f"kernel={kernel!r} is unknown; use {', '.join(map(repr, known))}, or a function of your own")

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from longspan.attention import attend
+from longspan.attention import attend, refuse_kernel
 from longspan.batch import Step
 from longspan.errors import ModelError
+from longspan.kernels import Kernel
+from longspan.kernels.function import KernelFunction
 from longspan.loss import cross_entropy
 from longspan.memory import Tools, attend_once
 from longspan.mesh import ParallelMesh
@@ -35,6 +37,7 @@ from longspan.models.adapters import refuse_adapters
 from longspan.models.balance import gather_routers, prove_balance
 from longspan.models.positions import lengthen_tables, place
 from longspan.models.proof import IN_PLACE, Layer, Probe, Proof, Said, prove, refuse_by_config
+from longspan.models.registered import PREFIX, Registered, refuse_name
 from longspan.models.stand_in import stand_in, take_out
 from longspan.models.without_logits import forward_without_logits, refuse_without_logits
 from longspan.tiling import routes_to_experts
@@ -113,11 +116,12 @@ def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
 class Pretrained:
     """A Transformers model as ``parallelize`` wants it: proven, with its blocks, and the way to give it a mesh and back.
 
-    ``called`` is what the user calls: the model, or peft's wrapper of it.
+    ``called`` is what the user calls: the model, or peft's wrapper of it. ``kernel`` is one of ``attend``'s, or "hf:" and the
+    name of an attention in Transformers' registry.
     """
 
-    def __init__(self, called: nn.Module, model: PreTrainedModel) -> None:
-        self.called, self.model = called, cast(Any, model)
+    def __init__(self, called: nn.Module, model: PreTrainedModel, kernel: str | Kernel | KernelFunction = "auto") -> None:
+        self.called, self.model, self.kernel = called, cast(Any, model), kernel
         configured = [module for module in called.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)]
         self.configs: list[tuple[Any, Any]] = [(module, module.config) for module in configured]
         self._handles: list[Any] = []
@@ -137,11 +141,20 @@ class Pretrained:
 
     def prove(self, mesh: ParallelMesh, tools: Tools) -> None:
         """Raise ModelError by name for what cannot be parallel, LayoutError for heads that do not fit. Changes nothing."""
+        registered = isinstance(self.kernel, str) and self.kernel.startswith(PREFIX)
+        if registered:
+            refuse_name(cast(str, self.kernel), self.model, mesh.place)
+        else:
+            refuse_kernel(self.kernel, mesh.place)
         refuse_by_config(self.model)
         refuse_adapters(self.called, self.model)
         balanced = any(getattr(config, "output_router_logits", False) for _, config in self.configs)
         with self._renamed():
             self.proof: Proof = prove(self.called, self.model, mesh, tools.head_chunks)
+            self.kernels = [
+                Registered(cast(str, self.kernel), module, layer.name, layer.own) if registered else self.kernel
+                for module, layer in self.proof.layers
+            ]
             self.routers = prove_balance(self.called, self.model, self.proof.loss_type) if balanced else None
             if not tools.return_logits:
                 refuse_without_logits(self.model, self.called, self.proof.loss_type)
@@ -150,8 +163,10 @@ class Pretrained:
         """Give the model its mesh: copies of its configs, its attention layers' mesh, its loss, its hooks."""
         self._rename()
         chosen = attend_once if tools.recompute == "keep attention" else attend
-        for module, layer in self.proof.layers:
-            module._longspan = layer._replace(attend=partial(chosen, mesh=mesh, head_chunks=tools.head_chunks))
+        chosen = partial(chosen, mesh=mesh, head_chunks=tools.head_chunks)
+        for (module, layer), kernel in zip(self.proof.layers, self.kernels):
+            over_mesh = partial(kernel.attend, by=chosen) if isinstance(kernel, Registered) else partial(chosen, kernel=kernel)
+            module._longspan = layer._replace(attend=over_mesh)
         in_place = self.proof.loss_type in IN_PLACE
         if self.proof.loss_type is not None:
             self.model._loss_function = partial(_loss, mesh=mesh, in_place=in_place)
