@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from longspan import LongspanError, ModelError, ParallelMesh, memory, parallelize, shard, unparallelize
 from longspan import loss as losses
@@ -259,3 +260,16 @@ def test_an_unknown_word_for_recomputation_is_refused() -> None:
 def test_zero_1_says_what_it_is(caplog: pytest.LogCaptureFixture) -> None:
     parallelize(Decoder(SHAPE), ParallelMesh(), zero=1)
     assert "zero=1 is what FSDP2 does with zero=2" in caplog.text
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_after_a_forward_without_a_backward_an_optimizer_takes_the_shares(zero: int, pool: Callable[[int], Ranks]) -> None:
+    assert all(pool(2).run(shares_after_an_evaluation, zero))
+
+
+def shares_after_an_evaluation(zero: int) -> bool:
+    mesh, ids = mesh_of(2, 1), batches("odd length", False)["input_ids"]
+    model = parallelize(Decoder(SHAPE), mesh, zero=zero)
+    with torch.no_grad():
+        model(**shard({"input_ids": ids, "labels": ids}, mesh))
+    return all(isinstance(parameter, DTensor) for parameter in model.parameters())

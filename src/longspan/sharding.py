@@ -24,7 +24,6 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
@@ -325,8 +324,6 @@ def _look(
     offer.prove(mesh, tools)
     if tools.tile_tokens is not None:
         _refuse_to_tile(offer.token_wise(), tools.tile_tokens)
-    if isinstance(model, FSDPModule):
-        model.reshard()  # FSDP2 keeps the outermost parameters gathered after a forward: an optimizer would take these
     return facts if read_alike else facts | _fingerprints(model)
 
 

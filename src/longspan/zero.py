@@ -75,6 +75,15 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
         fully_shard(module, mesh=where, reshard_after_forward=again, mp_policy=policy, offload_policy=offload)
     assert isinstance(model, FSDPModule)
     model.set_reduce_scatter_unused_params(True)
+    model.register_forward_hook(_let_go_without_a_backward)
+
+
+def _let_go_without_a_backward(model: nn.Module, *_: object) -> None:
+    """No backward will: gathered parameters would go stale, and an optimizer that is built now would take them."""
+    if not torch.is_grad_enabled():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _where(mesh: ParallelMesh, ranks: int | None) -> DeviceMesh:

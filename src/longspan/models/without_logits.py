@@ -29,8 +29,9 @@ LEARNED = ("labels", "shift_labels")
 def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args: Any, **given: Any) -> Any:
     """``model.forward`` in place of its own: with labels, its output has the loss and no logits."""
     targets = given.get("labels" if in_place else "shift_labels")
-    if given.get("labels") is None or targets is None:
-        return type(model).forward(model, *args, **given)
+    cut_for_another_kind = in_place is (given.get("shift_labels") is not None)
+    if given.get("labels") is None or targets is None or cut_for_another_kind:
+        return type(model).forward(model, *args, **given)  # whose loss refuses labels that were cut for another kind
     base = model.base_model
     output = base(*args, **{name: value for name, value in given.items() if name not in LEARNED}, return_dict=True)
     total, wanted = _sum_of_tiles(model, output, targets, given["longspan"])
