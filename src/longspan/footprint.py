@@ -114,7 +114,7 @@ def cheapest(shape: Shape, *, tokens: int, ranks: int, budget: int, whole_logits
     """The tools that cost least time of those with which a step fits into ``budget`` bytes a rank; the last where none does."""
     tiles = {"tile_tokens": TILE_TOKENS} | ({"return_logits": False} if whole_logits else {})
     kept = tiles | {"recompute": "keep attention"}
-    chunked = kept | {"head_chunks": 2} if shape.heads // ranks >= 2 else kept
+    chunked = kept | {"head_chunks": 2} if shape.heads % 2 == shape.kv_heads % 2 == 0 and shape.heads // 2 >= ranks else kept
     tried: list[dict[str, Any]] = [{}, tiles, {"zero": 2} | tiles, kept]
     tried += [{"zero": 2} | kept, {"zero": 3} | kept, {"zero": 3} | chunked]
     choice = None

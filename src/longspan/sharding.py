@@ -14,6 +14,7 @@ wrong on all of them.
 """
 
 import hashlib
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -96,8 +97,11 @@ def parallelize(
     cannot be given).
     """
     if memory is not None:
-        chosen = _choose(model, mesh, memory_budget_gib, tokens)
-        return parallelize(model, mesh, kernel=kernel, **chosen)
+        chosen = _choose(model, mesh, memory_budget_gib, tokens, dtype)
+        return parallelize(
+            model, mesh, kernel=kernel, dtype=dtype, offload_activations=offload_activations,
+            offload_parameters=offload_parameters, shard_ranks=shard_ranks, **chosen,
+        )  # fmt: skip
     tools = Tools(recompute, tile_tokens, head_chunks, offload_activations, return_logits)
     shares = Shares(zero, dtype, offload_parameters, shard_ranks)
     offer = _offer(model, kernel)
@@ -116,7 +120,9 @@ def parallelize(
     return model
 
 
-def _choose(model: nn.Module, mesh: ParallelMesh, budget_gib: float | None, tokens: int | None) -> dict[str, Any]:
+def _choose(
+    model: nn.Module, mesh: ParallelMesh, budget_gib: float | None, tokens: int | None, dtype: torch.dtype | None
+) -> dict[str, Any]:
     """The tools of ``memory="auto"`` as keywords of ``parallelize``."""
     if budget_gib is None or tokens is None:
         raise ModelError('memory="auto" needs memory_budget_gib= (of a rank) and tokens= (of the longest row)')
@@ -133,10 +139,11 @@ def _choose(model: nn.Module, mesh: ParallelMesh, budget_gib: float | None, toke
         raise ModelError(f'memory="auto" finds no {", ".join(missing)} in the config of {type(model).__name__}; name the tools')
     counts: dict[str, Any] = found | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     shape = Shape(**counts)
-    itemsize = next(model.parameters()).element_size()
+    itemsize = (dtype or next(model.parameters()).dtype).itemsize
+    learns = not ours and "labels" in inspect.signature(model.forward).parameters
     sequence = mesh.place.ring * mesh.place.ulysses
     choice = cheapest(
-        shape, tokens=tokens, ranks=sequence, budget=int(budget_gib * 2**30), whole_logits=not ours, itemsize=itemsize
+        shape, tokens=tokens, ranks=sequence, budget=int(budget_gib * 2**30), whole_logits=learns, itemsize=itemsize
     )
     if mesh.mean_group.rank() == 0:
         logging.getLogger(__name__).warning('memory="auto" takes %s', choice.why)
@@ -157,8 +164,10 @@ def unparallelize(model: Model) -> Model:
             "load a checkpoint of this one"
         )
     state.gradients.remove()
-    for module in state.equipped:
+    for module, forward in state.equipped:
         vars(module).pop("forward", None)
+        if forward is not None:
+            vars(module)["forward"] = forward
     state.offer.undo()
     del vars(model)["_longspan"]
     return model
@@ -205,22 +214,23 @@ class _Parallel:
     """What parallelize changed, for the way back."""
 
     offer: Offer
-    equipped: Sequence[nn.Module]
+    equipped: Sequence[tuple[nn.Module, Any]]
     gradients: MeanGradients | None = None
 
 
-def _equip(offer: Offer, tools: Tools) -> list[nn.Module]:
-    """Give blocks and feed-forwards their tools; returns those whose forward was changed."""
-    equipped: list[nn.Module] = []
-    if tools.tile_tokens is not None:
-        equipped += [tiled(module, tools.tile_tokens) for module in offer.token_wise()]
+def _equip(offer: Offer, tools: Tools) -> list[tuple[nn.Module, Any]]:
+    """Give blocks and feed-forwards their tools; returns each with the forward that hung on it before."""
+    tiles = [] if tools.tile_tokens is None else list(offer.token_wise())
     blocks = offer.blocks()
+    before = [(module, vars(module).get("forward")) for module in (*tiles, *blocks)]
+    for module in tiles:
+        tiled(module, tools.tile_tokens or 0)
     for block in blocks:
         recompute(block, tools.recompute)
     if tools.put_away:
         for block in blocks[:-1]:  # the last block's backward comes first
             put_away(block)
-    return [*equipped, *blocks]
+    return before
 
 
 class _Given:

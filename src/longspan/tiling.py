@@ -45,6 +45,11 @@ def refuse_to_tile(module: nn.Module, tokens: int) -> None:
     """Raise ModelError for what ``tiled`` cannot change so."""
     if tokens < 1:
         raise ModelError(f"tiles of {tokens} tokens are not possible; use at least 1")
+    if "forward" in vars(module):
+        raise ModelError(
+            f"{type(module).__name__} has a forward of its own hung on it (by another library, or tiled before), which tiles "
+            f"would pass by; tile it first"
+        )
     if routes_to_experts(module):
         raise ModelError(
             f"{type(module).__name__} routes tokens to experts: its balance loss wants the routes of all tokens at once, so it "

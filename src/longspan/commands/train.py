@@ -65,7 +65,7 @@ def work(config: Train) -> int:
     peak_flops = measured_peak_flops(mesh, DTYPE[config.dtype])
     journal = Journal(run, done, lead)
     losses, eval_loss = [], math.nan
-    watched, reported = Recorded(model, optimizer), done + 2 if config.memory_report and lead else 0
+    watched, reported = Recorded(model, optimizer), min(done + 2, config.steps) if config.memory_report and lead else 0
 
     with Display(run.name, config.steps, done, lead) as display:
         display.say(_opening(recipe, corpus, config, mesh, done))

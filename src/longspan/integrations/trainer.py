@@ -76,6 +76,8 @@ class LongTrainer(Base):  # type: ignore[misc]
         args: TrainingArguments | None = None,
         **keywords: Any,
     ) -> None:
+        if wrong := {"zero", "memory"} & set(tools or {}):
+            raise RunError(f"tools= names {', '.join(sorted(wrong))}; pass zero= beside it, and no memory='auto'")
         self.mesh, self.zero, self.tools, self.dims = mesh, zero, dict(tools or {}), dims
         if args is None or len(positional) > 1:
             raise RunError("LongTrainer takes all but the model by name; pass args=TrainingArguments(...) and mesh=...")

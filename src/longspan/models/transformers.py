@@ -171,7 +171,9 @@ class Pretrained:
         if self.proof.loss_type is not None:
             self.model._loss_function = partial(_loss, mesh=mesh, in_place=in_place)
         if not tools.return_logits:
+            asked = inspect.signature(self.model.forward)  # trainers look at it for the columns that a model takes
             self.model.forward = partial(forward_without_logits, self.model, mesh, in_place)
+            self.model.forward.__signature__ = asked
         self._handles = [
             self.model.register_forward_pre_hook(stand_in, with_kwargs=True),
             self.model.register_forward_pre_hook(partial(_check_call, self.proof, mesh), with_kwargs=True),
@@ -188,7 +190,8 @@ class Pretrained:
             handle.remove()
         for module, _ in self.proof.layers:
             del module._longspan
-        vars(self.model).pop("forward", None)
+        if isinstance(forward := vars(self.model).get("forward"), partial) and forward.func is forward_without_logits:
+            del self.model.forward
         if self.proof.loss_type is not None:
             del self.model._loss_function
         for module, config in self.configs:

@@ -32,15 +32,14 @@ def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args
     cut_for_another_kind = in_place is (given.get("shift_labels") is not None)
     if given.get("labels") is None or targets is None or cut_for_another_kind:
         return type(model).forward(model, *args, **given)  # whose loss refuses labels that were cut for another kind
-    base = model.base_model
-    output = base(*args, **{name: value for name, value in given.items() if name not in LEARNED}, return_dict=True)
+    base, given = model.base_model, given | {"return_dict": True}
+    output = base(*args, **{name: value for name, value in given.items() if name not in LEARNED})
     total, wanted = _sum_of_tiles(model, output, targets, given["longspan"])
     loss = mean_over_ranks(total, wanted, mesh, given["longspan"].labelled)
     output.last_hidden_state = output.last_hidden_state[:, :0]
     with _giving(base, output), losing(model, lambda *_, **__: loss):
         whole = type(model).forward(model, *args, **given)
-    whole.logits = None
-    return whole
+    return type(whole)(**{name: value for name, value in whole.items() if name != "logits"})
 
 
 def refuse_without_logits(model: Any, called: nn.Module, loss_type: str | None) -> None:
