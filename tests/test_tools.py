@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from longspan import LongspanError, ModelError, ParallelMesh, memory, parallelize, shard, unparallelize
+from longspan import BatchError, LongspanError, ModelError, ParallelMesh, memory, parallelize, shard, unparallelize
 from longspan import loss as losses
 from longspan.batch import IGNORE
 from longspan.gradients import norm
 from longspan.models.decoder import Decoder, DecoderConfig
 from ranks import Ranks
-from test_transformers import BASE, assert_gradients, batches, build, forward_alone, mesh_of, small
+from test_transformers import BASE, assert_gradients, batches, build, forward_alone, mesh_of, small, squared_error
 
 ALL: dict[str, Any] = {
     "recompute": "keep attention", "tile_tokens": 5, "head_chunks": 2, "offload_activations": True, "return_logits": False,
@@ -129,9 +129,7 @@ def half_errors(name: str) -> tuple[float, float]:
         logits = half(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
         F.cross_entropy(logits, ids[:, 1:].flatten()).backward()
         model(**shard(whole, mesh)).loss.backward()
-        for mine, one, true in zip(model.parameters(), half.parameters(), exact.parameters()):
-            ours += (mine.grad - true.grad).square().sum().item()
-            theirs += (one.grad - true.grad).square().sum().item()
+        ours, theirs = ours + squared_error(model, exact), theirs + squared_error(half, exact)
     return ours, theirs
 
 
@@ -203,6 +201,60 @@ def from_meta() -> bool:
     assert isinstance(model, FSDPModule)
     pairs = zip(model.parameters(), whole.parameters(), strict=True)
     return all(torch.equal(mine.full_tensor(), theirs) for mine, theirs in pairs)
+
+
+# ---- what is given is what is taken back
+
+
+def test_unparallelize_gives_back_forwards_and_chunks_that_hung_before() -> None:
+    model = Decoder(SHAPE, head_chunks=2)
+    mine = vars(model.blocks[0])["forward"] = lambda *given: type(model.blocks[0]).forward(model.blocks[0], *given)
+    chunks = model.blocks[1].chunks
+    unparallelize(parallelize(model, ParallelMesh(), recompute="full", head_chunks=1))
+    assert vars(model.blocks[0])["forward"] is mine
+    unparallelize(parallelize(Decoder(SHAPE), ParallelMesh(), head_chunks=2))
+    assert model.blocks[1].chunks == chunks
+
+
+def test_a_tensor_that_is_saved_twice_is_put_away_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "AWAY_BYTES", 0)
+    made = []
+    away = memory._Away.__init__
+    monkeypatch.setattr(memory._Away, "__init__", lambda self, x: made.append(x.shape) or away(self, x))
+
+    class Twice(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (x * y).sum() + (x * y * y).sum()
+
+    block, x, y = Twice(), torch.randn(7, requires_grad=True), torch.randn(7, requires_grad=True)
+    expected = torch.autograd.grad(block(x, y), [x, y])
+    memory.put_away(block)
+    found = torch.autograd.grad(block(x, y), [x, y])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert len(made) == 3  # x, y and their product, of which x is saved twice and y three times
+
+
+def test_a_token_or_label_that_the_model_does_not_know_is_refused_by_every_rank(pool: Callable[[int], Ranks]) -> None:
+    first, second = pool(2).run(unknown_tokens)
+    assert first == second
+    assert first == [
+        "the step holds token or label 97, and Decoder knows 0 to 96; use the model's own tokenizer",
+        "the step holds token or label 200, and LlamaForCausalLM knows 0 to 96; use the model's own tokenizer",
+        "labels holds -1; tokens are 0 or more, and labels too, or -100",
+    ]
+
+
+def unknown_tokens() -> list[str]:
+    """Two replicas: the second alone has the token, the label, and what is negative."""
+    mesh, texts = mesh_of(1, 1), []
+    for name, key, wrong in (("decoder", "input_ids", 97), ("llama", "labels", 200), ("llama", "labels", -1)):
+        model = parallelize(model_of(name), mesh)
+        batch = {"input_ids": torch.full((1, 9), 5), "labels": torch.full((1, 9), 5)}
+        batch[key][0, 4] = wrong if mesh.place.data_rank else 5
+        with pytest.raises(BatchError) as error:
+            model(**shard(batch, mesh))
+        texts.append(str(error.value))
+    return texts
 
 
 # ---- refusals

@@ -325,10 +325,13 @@ def half_errors(autocast: bool) -> tuple[float, float]:
             alone, found = forward_alone(half, whole, False)[0], forward_cut(model, whole, False, mesh, True)[0]
         alone.backward()
         found.backward()
-        for mine, one, true in zip(model.parameters(), half.parameters(), exact.parameters()):
-            ours += (mine.grad - true.grad).square().sum().item()
-            theirs += (one.grad - true.grad).square().sum().item()
+        ours, theirs = ours + squared_error(model, exact), theirs + squared_error(half, exact)
     return ours, theirs
+
+
+def squared_error(model: Any, exact: Any) -> float:
+    """Of all gradients together."""
+    return sum((p.grad - true.grad).square().sum().item() for p, true in zip(model.parameters(), exact.parameters()))
 
 
 def test_one_row_of_positions_packs_every_row(pool: Callable[[int], Ranks]) -> None:

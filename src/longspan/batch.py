@@ -57,7 +57,8 @@ class Step:
     ``mask`` (None: what the model says itself; a tuple has one mask a row), ``padding`` (None, or for each row the run of
     tokens that are real), ``restarts`` (None, or for each row the documents between which the caller's ``position_ids`` begin
     anew), ``labelled`` tokens that are learned from (by agreement: over all replicas and micro-batches of the step),
-    ``digest`` of the whole content, equal on the ranks that share a sequence.
+    ``digest`` of the whole content, equal on the ranks that share a sequence, ``largest`` token or label (by agreement: of all
+    ranks and micro-batches), so that all ranks can refuse one that the model does not know.
     """
 
     tokens: int
@@ -70,6 +71,7 @@ class Step:
     restarts: tuple[Documents, ...] | None
     labelled: int
     digest: int
+    largest: int
 
     def mask_for(self, own: Mask, restarts: bool = False) -> Mask | tuple[Mask, ...]:
         """Who may look at whom in a layer whose model says ``own``: that, or the mask of the step, but no padding.
@@ -146,14 +148,14 @@ def cut(
     labelled = 0 if learned is None else int((learned != IGNORE).sum())
     part["longspan"] = step = Step(
         tokens, rows, positions, "position_ids" not in batch, last_position, step_mask, padding, restarts, labelled,
-        _digest(batch, step_mask, shift, dims),
+        _digest(batch, step_mask, shift, dims), _largest(batch, learned),
     )  # fmt: skip
     _refuse_blind_labels(learned, step, shift)
     return part
 
 
 def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
-    """The parts of one step with ``Step.labelled`` counted over all micro-batches and data replicas: one small all-reduce.
+    """The parts of one step with ``Step.labelled`` and ``largest`` of all micro-batches and replicas: one small all-reduce.
 
     A rank whose data has ended passes none; then no other may have any.
 
@@ -163,13 +165,22 @@ def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
     steps: list[Step] = [part["longspan"] for part in parts]
     digest = _hash(repr([(step.digest, step.tokens, step.rows) for step in steps]).encode())
     rows, tokens = (steps[0].rows, steps[0].tokens) if steps else (0, 0)
-    mine = (0, len(steps), rows, tokens, sum(step.labelled for step in steps), digest)
+    largest = max((step.largest for step in steps), default=-1)
+    mine = (0, len(steps), rows, tokens, sum(step.labelled for step in steps), digest, largest)
     table = _exchange_facts(mine, mesh)
     _raise_the_first_error(table, None, mesh)
     _refuse_disagreement(table, mesh.place)
     sequence = mesh.place.ring * mesh.place.ulysses
-    labelled = sum(row[4] for row in table[::sequence])
-    return [{**part, "longspan": replace(step, labelled=labelled)} for part, step in zip(parts, steps)]
+    labelled, largest = sum(row[4] for row in table[::sequence]), max(row[6] for row in table)
+    return [{**part, "longspan": replace(step, labelled=labelled, largest=largest)} for part, step in zip(parts, steps)]
+
+
+def refuse_unknown_tokens(step: Step, vocab: int | None, name: str) -> None:
+    """Raise BatchError, on every rank alike, if any rank holds a token or label beyond a model's ``vocab``."""
+    if vocab is not None and step.largest >= vocab:
+        raise BatchError(
+            f"the step holds token or label {step.largest}, and {name} knows 0 to {vocab - 1}; use the model's own tokenizer"
+        )
 
 
 def unshard(
@@ -216,7 +227,7 @@ def together(mesh: ParallelMesh) -> Iterator[None]:
 
 def agree_on_error(error: LongspanError | None, mesh: ParallelMesh) -> None:
     """Raise on every rank what any rank brings: the text of the first one that has an error. Every rank must call it."""
-    mine = (int(error is not None), 0, 0, 0, 0, 0)
+    mine = (int(error is not None), 0, 0, 0, 0, 0, 0)
     _raise_the_first_error(_exchange_facts(mine, mesh), error, mesh)
 
 
@@ -278,6 +289,18 @@ def _learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) 
     if shift:
         whole["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     return whole["shift_labels"] if shift else labels
+
+
+def _largest(batch: Mapping[str, Any], learned: Tensor | None) -> int:
+    """The largest token or label of the whole rows, -1 where there is none. Raises BatchError for a negative one."""
+    labels = None if learned is None else learned[learned != IGNORE]
+    found = -1
+    for name, values in {"input_ids": batch.get("input_ids"), "labels": labels}.items():
+        if isinstance(values, Tensor) and values.numel():
+            if (least := int(values.min())) < 0:
+                raise BatchError(f"{name} holds {least}; tokens are 0 or more, and labels too, or {IGNORE}")
+            found = max(found, int(values.max()))
+    return found
 
 
 def _refuse_blind_labels(learned: Tensor | None, step: Step, shift: bool) -> None:
@@ -361,7 +384,7 @@ def _refuse_disagreement(table: list[list[int]], place: Place) -> None:
     sequence = place.ring * place.ulysses
     for first in range(0, len(table), sequence):
         for rank in range(first + 1, first + sequence):
-            if table[rank] != table[first]:
+            if table[rank][:6] != table[first][:6]:
                 raise BatchError(
                     f"ranks {first} and {rank} share a sequence but were given different batches: "
                     f"{_describe(table[first])} and {_describe(table[rank])}; pass the same whole batch and mask to both"
@@ -369,5 +392,5 @@ def _refuse_disagreement(table: list[list[int]], place: Place) -> None:
 
 
 def _describe(row: list[int]) -> str:
-    _, _, rows, tokens, labelled, digest = row
+    _, _, rows, tokens, labelled, digest, _ = row
     return f"{rows} rows of {tokens} tokens, {labelled} labelled, content {digest:014x}"

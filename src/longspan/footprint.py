@@ -9,19 +9,16 @@ that can be named, so the form is a reading of the code, not a fit.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 LOSS_TILE_BYTES = 64 * 2**20
-"""Of the logits that the loss forms at a time: ``loss.TILE_BYTES``."""
-TILE_TOKENS = 4_096
-"""Of a tile, where nobody says how many: large enough to keep matrix products fast."""
+"""Of the fp32 logits that the loss forms at a time: large enough to keep the matrix products fast."""
 WIDE = 4
 """Bytes of what is summed: gradients, optimizer states, partial results of kernels, logits."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Of a decoder: widths in elements, counts of layers, heads and parameters."""
+class Sizes:
+    """Of a decoder: its widths in elements, how many layers and heads."""
 
     vocab: int
     layers: int
@@ -30,7 +27,6 @@ class Shape:
     kv_heads: int
     head_dim: int
     ffn: int
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,9 @@ class Footprint:
 
 
 def footprint(
-    shape: Shape,
+    sizes: Sizes,
     *,
+    parameters: int,
     tokens: int,
     ranks: int = 1,
     zero: int = 0,
@@ -66,78 +63,47 @@ def footprint(
     ``whole_logits`` is for a model that forms all logits at once, as Transformers' do.
     """
     n = -(-tokens // ranks)
-    hidden, query, key, ffn = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.ffn
+    hidden, query, key, ffn = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
     share = ranks if zero else 1
     tiled = tile_tokens is not None
-    block_parameters = (shape.parameters - shape.vocab * hidden) // shape.layers if shape.layers else 0
-    outside = shape.vocab * hidden * WIDE
+    block_parameters = (parameters - sizes.vocab * hidden) // sizes.layers if sizes.layers else 0
+    outside = sizes.vocab * hidden * WIDE
 
     # What a layer keeps, by name
     residual, norms, feed = 2 * hidden, (2 if tiled else 4) * hidden, 0 if tiled else 4 * ffn
     exchanged, home = (query + 2 * key) + query, query  # q, k, v and the output of my heads; the output of my tokens
     layer = residual + norms + feed + exchanged + home
     kept_of_layer = {"none": layer, "full": hidden, "keep attention": hidden + query}[recompute]
-    angles = shape.head_dim * n * WIDE
-    lse = shape.heads * n * WIDE * (recompute != "full")
-    kept = (shape.layers * kept_of_layer + hidden + (1 if tiled else 2) * hidden) * n * itemsize + angles + shape.layers * lse
+    angles = sizes.head_dim * n * WIDE
+    lse = sizes.heads * n * WIDE * (recompute != "full")
+    kept = (sizes.layers * kept_of_layer + hidden + (1 if tiled else 2) * hidden) * n * itemsize + angles + sizes.layers * lse
 
     # What is there again of the last layer, while its backward runs
     again = norms + hidden + feed + {"none": 0, "full": exchanged + home, "keep attention": query + 2 * key}[recompute]
     again *= recompute != "none"
-    rows = min(n, LOSS_TILE_BYTES // (WIDE * shape.vocab))
+    rows = min(n, LOSS_TILE_BYTES // (WIDE * sizes.vocab))
     tile = min(n, tile_tokens) if tile_tokens is not None else 0
     weights = 2 * 3 * hidden * ffn * WIDE if tiled else 3 * hidden * ffn * WIDE
-    gathered = {2: shape.parameters * itemsize, 3: (2 * block_parameters + 2 * shape.vocab * hidden) * itemsize}.get(zero, 0)
+    gathered = {2: parameters * itemsize, 3: (2 * block_parameters + 2 * sizes.vocab * hidden) * itemsize}.get(zero, 0)
     work = tile * (6 * ffn + 2 * hidden) if tiled else n * 2 * ffn
     feeding = ((again + 2 * hidden) * n + work) * itemsize + weights
     phases = {
         "loss": hidden * n * itemsize + outside + (
-            n * shape.vocab * (itemsize + 2 * WIDE) if whole_logits else rows * (WIDE * shape.vocab + 2 * hidden * itemsize)
+            n * sizes.vocab * (itemsize + 2 * WIDE) if whole_logits else rows * (WIDE * sizes.vocab + 2 * hidden * itemsize)
         ),
         "feed-forward": feeding + outside,
-        "attention": _attending(shape, n, ranks, recompute, head_chunks, itemsize) + outside,
-        "update": shape.parameters // share * WIDE * 2,
+        "attention": _attending(sizes, n, ranks, recompute, head_chunks, itemsize) + outside,
+        "update": parameters // share * WIDE * 2,
     }
-    states = 3 * shape.parameters // share * WIDE
+    states = 3 * parameters // share * WIDE
     return Footprint(states, kept + gathered, phases)
 
 
-class Choice(NamedTuple):
-    """Tools as keywords of ``parallelize``, what a step needs with them, and why it is these."""
-
-    tools: dict[str, Any]
-    needs: Footprint
-    why: str
-
-
-def cheapest(shape: Shape, *, tokens: int, ranks: int, budget: int, whole_logits: bool = False, itemsize: int = 4) -> Choice:
-    """The tools that cost least time of those with which a step fits into ``budget`` bytes a rank; the last where none does."""
-    tiles = {"tile_tokens": TILE_TOKENS} | ({"return_logits": False} if whole_logits else {})
-    kept = tiles | {"recompute": "keep attention"}
-    chunked = kept | {"head_chunks": 2} if shape.heads % 2 == shape.kv_heads % 2 == 0 and shape.heads // 2 >= ranks else kept
-    tried: list[dict[str, Any]] = [{}, tiles, {"zero": 2} | tiles, kept]
-    tried += [{"zero": 2} | kept, {"zero": 3} | kept, {"zero": 3} | chunked]
-    choice = None
-    for tools in tried:
-        given = {name: value for name, value in tools.items() if name != "return_logits"}
-        logits = whole_logits and tools.get("return_logits", True)
-        needs = footprint(shape, tokens=tokens, ranks=ranks, whole_logits=logits, itemsize=itemsize, **given)
-        if choice is None or needs.peak < choice.needs.peak or needs.peak <= budget:
-            said = ", ".join(f"{name}={value!r}" for name, value in tools.items()) or "no tool"
-            fits = "fits into" if needs.peak <= budget else "is the nearest to"
-            gib, cap = needs.peak / 2**30, budget / 2**30
-            choice = Choice(tools, needs, f"{said}: {gib:.2f} GiB a rank for {tokens:,} tokens {fits} {cap:.2f}")
-        if needs.peak <= budget:
-            break
-    assert choice is not None
-    return choice
-
-
-def _attending(shape: Shape, n: int, ranks: int, recompute: str, chunks: int, itemsize: int) -> int:
+def _attending(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, itemsize: int) -> int:
     """While the backward of attention runs, a share of the heads at a time."""
-    hidden, dim = shape.hidden, shape.head_dim
-    query, key = shape.heads * dim // chunks, shape.kv_heads * dim // chunks  # of my tokens
-    mine, mine_kv = (ranks * dim * -(-heads // chunks // ranks) for heads in (shape.heads, shape.kv_heads))  # of my heads
+    hidden, dim = sizes.hidden, sizes.head_dim
+    query, key = sizes.heads * dim // chunks, sizes.kv_heads * dim // chunks  # of my tokens
+    mine, mine_kv = (ranks * dim * -(-heads // chunks // ranks) for heads in (sizes.heads, sizes.kv_heads))  # of my heads
     partial = (mine + 2 * mine_kv) * WIDE
     flash = partial + mine * itemsize  # its own results, and a copy of the gradient that lies as it reads it
     if recompute != "keep attention" and chunks == 1:

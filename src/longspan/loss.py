@@ -24,10 +24,10 @@ from torch.distributed.tensor import DTensor, Partial
 
 from longspan.batch import IGNORE
 from longspan.collectives import all_reduce_sum
+from longspan.footprint import LOSS_TILE_BYTES
 from longspan.mesh import ParallelMesh
 
-TILE_BYTES = 64 * 2**20
-"""Of the fp32 logits that are there at a time: large enough to keep the matrix products fast."""
+TILE_BYTES = LOSS_TILE_BYTES
 
 
 def cross_entropy(
@@ -78,7 +78,7 @@ def linear_cross_entropy(
     weight, bias = _whole(weight), None if bias is None else _whole(bias)
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
     say = _Say(scale, softcap, label_smoothing, z_loss, dtype if hidden.dtype != torch.float64 else torch.float64)
-    rows, targets = wanted.nonzero().flatten(), labels.reshape(-1)[wanted]
+    rows, targets = wanted.nonzero().flatten(), labels.reshape(-1)[wanted].long()
     hidden_RM = hidden.reshape(-1, hidden.shape[-1])
     total: Tensor = _TiledLoss.apply(hidden_RM, weight, bias, rows, targets, say)  # type: ignore[no-untyped-call]
     return mean_over_ranks(total, wanted, mesh, labelled)

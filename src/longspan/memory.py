@@ -125,13 +125,20 @@ def put_away(block: nn.Module) -> None:
 
 def _forward_put_away(block: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
     stay = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    gone: dict[object, tuple[Tensor, _Away]] = {}  # with the tensor itself, whose address then means no other
 
     def pack(x: Tensor) -> Tensor | _Away:
-        small = x.numel() * x.element_size() < AWAY_BYTES
-        return x if small or x.untyped_storage().data_ptr() in stay else _Away(x)
+        if x.numel() * x.element_size() < AWAY_BYTES or x.untyped_storage().data_ptr() in stay:
+            return x
+        same = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)  # saved for q, k and v, it is copied once
+        if same not in gone:
+            gone[same] = (x.detach(), _Away(x))
+        return gone[same][1]
 
     with saved_tensors_hooks(pack, lambda kept: kept.back() if isinstance(kept, _Away) else kept):
-        return forward(*args, **named)
+        output = forward(*args, **named)
+    gone.clear()
+    return output
 
 
 class _Away:

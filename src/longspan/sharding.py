@@ -14,7 +14,6 @@ wrong on all of them.
 """
 
 import hashlib
-import inspect
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -29,26 +28,20 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from longspan.attention import attend, refuse_kernel
+from longspan.batch import refuse_unknown_tokens
+from longspan.budget import Choice, choose
 from longspan.errors import LongspanError, ModelError
-from longspan.footprint import Shape, cheapest
 from longspan.gradients import MeanGradients
 from longspan.kernels import Kernel
 from longspan.kernels.function import KernelFunction
 from longspan.layout import Heads
 from longspan.memory import Recompute, Tools, attend_once, put_away, recompute, refuse_unknown
 from longspan.mesh import ParallelMesh
-from longspan.models.decoder import DecoderConfig, FeedForward, chunk_rows
+from longspan.models.decoder import FeedForward, chunk_rows
 from longspan.tiling import refuse_to_tile, tiled
 from longspan.zero import Shares, refuse_what_cannot_be, shard_parameters
 
 Model = TypeVar("Model", bound=nn.Module)
-
-OUR_SHAPE = {name: name for name in ("vocab", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn")}
-THEIR_SHAPE = {
-    "vocab": "vocab_size", "layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "ffn": "intermediate_size",
-}  # fmt: skip
-"""Where configs say the widths and counts of a model."""
 
 
 def parallelize(
@@ -97,7 +90,7 @@ def parallelize(
     cannot be given).
     """
     if memory is not None:
-        chosen = _choose(model, mesh, memory_budget_gib, tokens, dtype)
+        chosen = _choose(model, mesh, tokens, memory_budget_gib, dtype)
         return parallelize(
             model, mesh, kernel=kernel, dtype=dtype, offload_activations=offload_activations,
             offload_parameters=offload_parameters, shard_ranks=shard_ranks, **chosen,
@@ -121,33 +114,20 @@ def parallelize(
 
 
 def _choose(
-    model: nn.Module, mesh: ParallelMesh, budget_gib: float | None, tokens: int | None, dtype: torch.dtype | None
+    model: nn.Module, mesh: ParallelMesh, tokens: int | None, budget_gib: float | None, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """The tools of ``memory="auto"`` as keywords of ``parallelize``."""
-    if budget_gib is None or tokens is None:
-        raise ModelError('memory="auto" needs memory_budget_gib= (of a rank) and tokens= (of the longest row)')
-    config: Any = getattr(model, "config", None)
-    ours = isinstance(config, DecoderConfig)
-    names = OUR_SHAPE if ours else THEIR_SHAPE
-    text = config if ours or config is None else config.get_text_config()
-    found = {name: getattr(text, theirs, None) for name, theirs in names.items()}
-    if found["kv_heads"] is None:
-        found["kv_heads"] = found["heads"]
-    if found["head_dim"] is None and found["heads"]:
-        found["head_dim"] = (found["hidden"] or 0) // found["heads"]
-    if missing := [names[name] for name, value in found.items() if not value]:
-        raise ModelError(f'memory="auto" finds no {", ".join(missing)} in the config of {type(model).__name__}; name the tools')
-    counts: dict[str, Any] = found | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-    shape = Shape(**counts)
-    itemsize = (dtype or next(model.parameters()).dtype).itemsize
-    learns = not ours and "labels" in inspect.signature(model.forward).parameters
-    sequence = mesh.place.ring * mesh.place.ulysses
-    choice = cheapest(
-        shape, tokens=tokens, ranks=sequence, budget=int(budget_gib * 2**30), whole_logits=learns, itemsize=itemsize
-    )
+    """The tools of ``memory="auto"``, on every rank the same or none; the first rank says why."""
+    chosen: list[Choice] = []
+    ranks, itemsize = mesh.place.ring * mesh.place.ulysses, (dtype or next(model.parameters()).dtype).itemsize
+
+    def look() -> dict[str, str]:
+        chosen.append(choose(model, tokens=tokens, ranks=ranks, budget_gib=budget_gib, itemsize=itemsize))
+        return {'memory="auto"': chosen[0].why}
+
+    _agree(mesh, look)
     if mesh.mean_group.rank() == 0:
-        logging.getLogger(__name__).warning('memory="auto" takes %s', choice.why)
-    return choice.tools
+        logging.getLogger(__name__).warning('memory="auto" takes %s', chosen[0].why)
+    return chosen[0].tools
 
 
 def unparallelize(model: Model) -> Model:
@@ -238,7 +218,7 @@ class _Given:
 
     def __init__(self, model: Any, kernel: str | Kernel | KernelFunction) -> None:
         self.model, self.kernel = model, kernel
-        self.guard: RemovableHandle | None = None
+        self.guards: list[RemovableHandle] = []
 
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.blocks)
@@ -265,21 +245,23 @@ class _Given:
         attention = self.attention
         if attention is attend and (tools.recompute == "keep attention" or tools.head_chunks > 1):
             attention = attend_once
-        self.chunked = tools.head_chunks > 1
-        if self.chunked:
+        self.chunks = {block: block.chunks for block in self.model.blocks} if tools.head_chunks > 1 else {}
+        if self.chunks:
             self.model.chunk_heads(tools.head_chunks)
         chosen: dict[str, Any] = {} if self.kernel == "auto" else {"kernel": self.kernel}
         self.model.attention = partial(attention, mesh=mesh, **chosen)
         self.model.cross_entropy = partial(self.cross_entropy, mesh=mesh)
+        self.guards = [self.model.register_forward_pre_hook(_refuse_unknown_tokens, with_kwargs=True)]
         if mesh.place.ring * mesh.place.ulysses > 1:
-            self.guard = self.model.register_forward_pre_hook(_refuse_what_is_not_cut, prepend=True, with_kwargs=True)
+            guard = self.model.register_forward_pre_hook(_refuse_what_is_not_cut, prepend=True, with_kwargs=True)
+            self.guards.append(guard)
 
     def undo(self) -> None:
-        if self.guard is not None:
-            self.guard.remove()
+        for guard in self.guards:
+            guard.remove()
         self.model.attention, self.model.cross_entropy = self.attention, self.cross_entropy
-        if self.chunked:
-            self.model.chunk_heads(1)
+        for block, chunks in self.chunks.items():
+            block.chunks = chunks
 
 
 def _offer(model: nn.Module, kernel: str | Kernel | KernelFunction) -> Offer:
@@ -407,3 +389,9 @@ def _refuse_what_is_not_cut(model: nn.Module, args: tuple[Any, ...], kwargs: dic
             "each sequence of this model lies on several ranks, but the batch was not cut: its positions and labels would be "
             "wrong; call model(**shard(batch, mesh))"
         )
+
+
+def _refuse_unknown_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    step = kwargs.get("longspan")
+    if step is not None:
+        refuse_unknown_tokens(step, getattr(model.config, "vocab", None), type(model).__name__)

@@ -116,6 +116,7 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             restarts=None,
             labelled=len(rows) * (tokens - 1),
             digest=_digest(f"{stream.fingerprint} {starts} {tokens}"),
+            largest=max((int(x.max()) for x in (ids, following) if x.numel()), default=-1),
         ),
     }
 

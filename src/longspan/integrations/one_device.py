@@ -93,8 +93,20 @@ def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", dist.get_rank()))
 
 
+class Numbered:
+    """Who writes, by the numbers of the process: in the world and on its machine."""
+
+    @property
+    def is_main_process(self: Any) -> bool:
+        return bool(self.process_index == 0)
+
+    @property
+    def is_local_main_process(self: Any) -> bool:
+        return bool(self.local_process_index == 0)
+
+
 @dataclass(frozen=True)
-class OneProcess:
+class OneProcess(Numbered):
     """In the place of accelerate's state, which is the process's own and stays as it is: one process, and who writes."""
 
     process_index: int
@@ -103,19 +115,11 @@ class OneProcess:
     num_processes: int = 1
     distributed_type: DistributedType = DistributedType.NO
 
-    @property
-    def is_main_process(self) -> bool:
-        return self.process_index == 0
-
-    @property
-    def is_local_main_process(self) -> bool:
-        return self.local_process_index == 0
-
     def __reduce__(self) -> Any:
         return type(None), ()  # training_args.bin is read again where there is neither this mesh nor this library
 
 
-class OneDevice(Accelerator):  # type: ignore[misc]
+class OneDevice(Numbered, Accelerator):  # type: ignore[misc]
     """An Accelerator that wraps and gathers nothing among ranks, whatever started the process; it clips by the true norm.
 
     A DataLoader that it prepares has batches of the rows of all data replicas, and gives each its own.
@@ -150,14 +154,6 @@ class OneDevice(Accelerator):  # type: ignore[misc]
     @property
     def local_process_index(self) -> int:
         return _local_rank()
-
-    @property
-    def is_main_process(self) -> bool:
-        return self.process_index == 0
-
-    @property
-    def is_local_main_process(self) -> bool:
-        return self.local_process_index == 0
 
     def gather(self, tensor: Any) -> Any:
         return tensor

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from longspan.attention import attend
 from longspan.batch import Step
 from longspan.errors import ModelError
+from longspan.footprint import Sizes
 from longspan.layout import Heads
 from longspan.loss import linear_cross_entropy
 from longspan.masks import Causal
@@ -38,16 +39,9 @@ Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """The shape of a decoder. Raises ModelError or LayoutError for a shape that cannot be built."""
+class DecoderConfig(Sizes):
+    """The sizes of a decoder, and what else it is made of. Raises ModelError or LayoutError for one that cannot be built."""
 
-    vocab: int
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
     rope_theta: float = 500_000.0
     tied: bool = False
     norm_eps: float = 1e-5

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from longspan.attention import attend, refuse_kernel
-from longspan.batch import Step
+from longspan.batch import Step, refuse_unknown_tokens
 from longspan.errors import ModelError
 from longspan.kernels import Kernel
 from longspan.kernels.function import KernelFunction
@@ -233,7 +233,7 @@ def _loss(
     return cross_entropy(logits, targets, mesh=mesh, labelled=longspan.labelled)
 
 
-def _check_call(proof: Proof, mesh: ParallelMesh, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _check_call(proof: Proof, mesh: ParallelMesh, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Refuse what a part of the tokens cannot honour; give positions as the model counts them."""
     step = kwargs.get("longspan")
     if step is None:
@@ -250,6 +250,8 @@ def _check_call(proof: Proof, mesh: ParallelMesh, model: nn.Module, args: tuple[
             f"{type(model).__name__} computes its loss from labels by itself, over this rank's tokens; leave labels out of "
             f"the call, and use longspan.cross_entropy(outputs.logits, labels, mesh=mesh, labelled=part['longspan'].labelled)"
         )
+    embeddings = model.get_input_embeddings()
+    refuse_unknown_tokens(step, getattr(embeddings, "num_embeddings", None), type(model).__name__)
     positions = place(kwargs, step, proof.positions_behind_padding, proof.padding_id, mesh)
     return args, kwargs if positions is None else kwargs | {"position_ids": positions}
 

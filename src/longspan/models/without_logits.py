@@ -47,6 +47,8 @@ def refuse_without_logits(model: Any, called: nn.Module, loss_type: str | None) 
     reason = None
     if loss_type is None:
         reason = "computes its loss by itself"
+    elif "forward" in vars(model):
+        reason = "has a forward of its own hung on it by another library"
     elif model.base_model is model:
         reason = "has no base model apart from its head"
     else:
