@@ -137,14 +137,14 @@ class Recorded:
         live: dict[int, tuple[int, int]] = {}
         changes: list[Change] = []
         for when, address, size, names in found:
+            if address in live:  # a free, or memory that another thread had freed, which the profiler does not see
+                made, freed = live.pop(address)
+                if address in self._gradients and (stepped is None or changes[made].when < stepped <= when):
+                    changes[made] = changes[made]._replace(category="gradients")
+                changes.append(Change(when, changes[made].category, -freed))
             if size > 0:
                 live[address] = (len(changes), size)
                 changes.append(Change(when, _category(names), size))
-            elif address in live:
-                made, size = live.pop(address)
-                if address in self._gradients and (stepped is None or changes[made].when < stepped <= when):
-                    changes[made] = changes[made]._replace(category="gradients")
-                changes.append(Change(when, changes[made].category, -size))
         for address, (made, _) in live.items():
             if address in self._gradients:
                 changes[made] = changes[made]._replace(category="gradients")
