@@ -1,6 +1,7 @@
 """The cheapest tools that fit a budget: those that a model can be given, said on every rank alike."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -38,6 +39,10 @@ def test_head_chunks_are_chosen_only_where_heads_divide() -> None:
     odd = DecoderConfig(vocab=512, layers=3, hidden=128, heads=9, kv_heads=3, head_dim=32, ffn=512)
     model = parallelize(Decoder(odd), ParallelMesh(), memory="auto", memory_budget_gib=0.001, tokens=20_000)
     assert len(model.blocks[0].chunks) == 1
+    six = replace(odd, heads=6, kv_heads=2)
+    asked = {"parameters": six.parameters, "tokens": 20_000, "budget": 1}  # nothing fits: every set is tried
+    assert cheapest(six, ranks=2, **asked).tools["head_chunks"] == 2
+    assert "head_chunks" not in cheapest(six, ranks=4, **asked).tools  # three heads of a chunk are none for one of four ranks
 
 
 def test_the_sizes_of_a_hugging_face_model_are_read_from_its_config() -> None:

@@ -1,5 +1,7 @@
 """The closed form of a step's peak beside what the allocator gave, over lengths and sets of tools, on two ranks."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 
 from longspan import ParallelMesh, parallelize, shard
 from longspan.allocations import Recorded
+from longspan.collectives import Arrival, TorchTransport
 from longspan.footprint import footprint
 from longspan.models.decoder import Decoder, DecoderConfig
 from ranks import on_ranks
@@ -18,15 +21,14 @@ SETS: dict[str, dict[str, Any]] = {
     "recomputed": {"recompute": "full", "tile_tokens": 256},
     "all": {"recompute": "keep attention", "tile_tokens": 256, "head_chunks": 2, "zero": 3},
 }
-WITHIN = {"none": 0.1, "recomputed": 0.15, "all": 0.15}
-"""How far off it may be: where exchanges are under way the peak hangs on when they end (docs/memory.md)."""
 LENGTHS = (2048, 4096, 6144, 8192, 12288)
 
 
 def assert_near(name: str, lengths: tuple[int, ...], tmp_path: Path) -> None:
-    for tokens, measured in zip(lengths, on_ranks(2, peaks, SETS[name], lengths, tmp_path=tmp_path)[0]):
+    found = on_ranks(2, steps, CONFIG, SETS[name], lengths, tmp_path=tmp_path)[0]
+    for tokens, measured in zip(lengths, (sum(fullest.values()) for fullest in found)):
         told = footprint(CONFIG, parameters=CONFIG.parameters, tokens=tokens, ranks=2, **SETS[name]).peak
-        assert told == pytest.approx(measured, rel=WITHIN[name]), f"{tokens} tokens"
+        assert told == pytest.approx(measured, rel=0.1), f"{tokens} tokens"
 
 
 def test_the_peak_is_near_the_closed_form(tmp_path: Path) -> None:
@@ -39,17 +41,49 @@ def test_the_peak_is_near_the_closed_form_with_every_set_of_tools(name: str, tmp
     assert_near(name, LENGTHS, tmp_path)
 
 
-def peaks(tools: dict[str, Any], lengths: tuple[int, ...]) -> list[int]:
-    mesh = ParallelMesh(ulysses=2)
-    model = parallelize(Decoder(CONFIG), mesh, **tools)
+@pytest.mark.long
+@pytest.mark.parametrize("name", SETS)
+def test_activations_fall_as_the_ranks_grow(name: str, tmp_path: Path) -> None:
+    """At 16,384 tokens, where tiles are small beside them: activations and exchange buffers of 4 ranks are half those of 2."""
+    config = replace(CONFIG, kv_heads=4)
+    sizes = []
+    for ranks in (2, 4):
+        (tmp_path / str(ranks)).mkdir()
+        tools = SETS[name] | ({"head_chunks": 1} if name == "all" else {})  # each rank has a head to give to a chunk
+        fullest = on_ranks(ranks, steps, config, tools, (16_384,), tmp_path=tmp_path / str(ranks))[0][0]
+        sizes.append(fullest["activations"] + fullest["exchange"])
+    assert sizes[1] / sizes[0] == pytest.approx(0.5, rel=0.05)
+
+
+class Settled(TorchTransport):
+    """Waits until gloo's threads have let go of what they sent: the profiler does not see what they free."""
+
+    def all_to_all(self, *given: Any) -> Arrival:
+        return Settling(super().all_to_all(*given))
+
+
+class Settling:
+    def __init__(self, arrival: Arrival) -> None:
+        self.arrival = arrival
+
+    def wait(self) -> torch.Tensor:
+        received = self.arrival.wait()
+        time.sleep(0.005)
+        return received
+
+
+def steps(config: DecoderConfig, tools: dict[str, Any], lengths: tuple[int, ...]) -> list[dict[str, int]]:
+    """Of the second step on, what is there at the fullest, by category."""
+    mesh = ParallelMesh(ulysses=torch.distributed.get_world_size(), transport=Settled())
+    model = parallelize(Decoder(config), mesh, **tools)
     optimizer = torch.optim.AdamW(model.parameters())
     found = []
     for tokens in (256, *lengths):
-        ids = torch.randint(CONFIG.vocab, (1, tokens))
+        ids = torch.randint(config.vocab, (1, tokens))
         torch.distributed.broadcast(ids, 0)
         with Recorded(model, optimizer) as recorded:
             model(**shard({"input_ids": ids, "labels": ids}, mesh)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        found.append(recorded.timeline.peak())
+        found.append(recorded.timeline.at_peak())
     return found[1:]

@@ -212,7 +212,9 @@ def test_unparallelize_gives_back_forwards_and_chunks_that_hung_before() -> None
     chunks = model.blocks[1].chunks
     unparallelize(parallelize(model, ParallelMesh(), recompute="full", head_chunks=1))
     assert vars(model.blocks[0])["forward"] is mine
-    unparallelize(parallelize(Decoder(SHAPE), ParallelMesh(), head_chunks=2))
+    parallelize(model, ParallelMesh(), head_chunks=4)
+    assert model.blocks[1].chunks != chunks
+    unparallelize(model)
     assert model.blocks[1].chunks == chunks
 
 

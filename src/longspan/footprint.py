@@ -78,7 +78,12 @@ def footprint(
     lse = sizes.heads * n * WIDE * (recompute != "full")
     kept = (sizes.layers * kept_of_layer + hidden + (1 if tiled else 2) * hidden) * n * itemsize + angles + sizes.layers * lse
 
-    # What is there again of the last layer, while its backward runs
+    # The last layer of the backward finds the others' gradients where they kept activations; zero=0 holds these gradients twice
+    finished = (sizes.layers - 1) * block_parameters * WIDE * (1 if zero else 2) // share
+    let_go = (sizes.layers - 1) * (kept_of_layer * n * itemsize + lse)
+    at_the_end = max(0, finished - let_go)
+
+    # What is there again of a layer, while its backward runs
     again = norms + hidden + feed + {"none": 0, "full": exchanged + home, "keep attention": query + 2 * key}[recompute]
     again *= recompute != "none"
     rows = min(n, LOSS_TILE_BYTES // (WIDE * sizes.vocab))
@@ -91,8 +96,8 @@ def footprint(
         "loss": hidden * n * itemsize + outside + (
             n * sizes.vocab * (itemsize + 2 * WIDE) if whole_logits else rows * (WIDE * sizes.vocab + 2 * hidden * itemsize)
         ),
-        "feed-forward": feeding + outside,
-        "attention": _attending(sizes, n, ranks, recompute, head_chunks, itemsize) + outside,
+        "feed-forward": feeding + outside + at_the_end,
+        "attention": _attending(sizes, n, ranks, recompute, head_chunks, itemsize) + outside + at_the_end,
         "update": parameters // share * WIDE * 2,
     }
     states = 3 * parameters // share * WIDE
@@ -105,10 +110,10 @@ def _attending(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, it
     query, key = sizes.heads * dim // chunks, sizes.kv_heads * dim // chunks  # of my tokens
     mine, mine_kv = (ranks * dim * -(-heads // chunks // ranks) for heads in (sizes.heads, sizes.kv_heads))  # of my heads
     partial = (mine + 2 * mine_kv) * WIDE
-    flash = partial + mine * itemsize  # its own results, and a copy of the gradient that lies as it reads it
     if recompute != "keep attention" and chunks == 1:
         there = 0 if recompute == "none" else 2 * hidden + (query + 2 * key) + query
-        return n * ((there + hidden + 2 * query) * itemsize + partial + flash)
+        return n * ((there + query) * itemsize + partial + partial)  # its own results are as large as those they are added to
+    flash = partial + mine * itemsize  # and a copy of the gradient that lies as it reads it
     there = (2 + (chunks > 1)) * hidden + 2 * query + 2 * key
     homes = query * itemsize + 2 * key * (WIDE if mine_kv > key else itemsize)
     brought = (3 * mine + 2 * mine_kv) * itemsize

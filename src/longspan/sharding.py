@@ -200,11 +200,11 @@ class _Parallel:
 
 def _equip(offer: Offer, tools: Tools) -> list[tuple[nn.Module, Any]]:
     """Give blocks and feed-forwards their tools; returns each with the forward that hung on it before."""
-    tiles = [] if tools.tile_tokens is None else list(offer.token_wise())
     blocks = offer.blocks()
-    before = [(module, vars(module).get("forward")) for module in (*tiles, *blocks)]
-    for module in tiles:
-        tiled(module, tools.tile_tokens or 0)
+    before = [(module, vars(module).get("forward")) for module in (*offer.token_wise(), *blocks)]
+    if tools.tile_tokens is not None:
+        for module in offer.token_wise():
+            tiled(module, tools.tile_tokens)
     for block in blocks:
         recompute(block, tools.recompute)
     if tools.put_away:
