@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longspan.batch import IGNORE, agree, agree_on_error, cut, refuse_difference, shard, unshard
+from longspan.agreement import agree_on_error, refuse_difference
+from longspan.batch import IGNORE, agree, cut, shard, unshard
 from longspan.errors import BatchError, LayoutError, LongspanError, MaskError
 from longspan.masks import Causal, Documents, Only
 from longspan.mesh import ParallelMesh, Place

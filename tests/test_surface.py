@@ -16,9 +16,8 @@ README = (ROOT / "README.md").read_text()
 NAMES = [
     "Band", "Bands", "BatchError", "BlockSparse", "Causal", "Chunked", "DataError", "Documents", "Full", "KernelError",
     "LayoutError", "LongspanError", "Mask", "MaskError", "ModelError", "Only", "ParallelMesh", "PrefixLM", "RunError",
-    "Sinks", "Step",
-    "Window", "agree", "attend", "cross_entropy", "cut", "heads_to_tokens", "linear_cross_entropy", "parallelize", "shard",
-    "tiled", "tokens_to_heads", "unparallelize", "unshard",
+    "Sinks", "Step", "Window", "agree", "attend", "cross_entropy", "cut", "heads_to_tokens", "linear_cross_entropy",
+    "parallelize", "shard", "shift_right", "tiled", "tokens_to_heads", "unparallelize", "unshard",
 ]  # fmt: skip
 
 

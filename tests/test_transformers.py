@@ -25,7 +25,7 @@ from longspan import LongspanError, ModelError, ParallelMesh, cross_entropy, par
 from longspan.batch import IGNORE
 from longspan.masks import Causal, Chunked, Full, Window
 from longspan.memory import Tools
-from longspan.models.proof import as_mask
+from longspan.models.said import as_mask
 from longspan.models.transformers import Pretrained
 from ranks import Ranks
 
@@ -191,7 +191,7 @@ def compare(name: str, batch: str, ulysses: int, ring: int, zero: int = 0, steps
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     parallelize(model, mesh, zero)
-    knows_loss = model._longspan.offer.proof.loss_type is not None
+    knows_loss = model._longspan.offer.loss_kind is not None
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (reference, model)]
     for step in range(1 + steps):
         expected, logits = forward_alone(reference, whole, encoder)

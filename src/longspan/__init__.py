@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longspan.attention import attend
     from longspan.bands import Band
-    from longspan.batch import Step, agree, cut, shard, unshard
+    from longspan.batch import Step, agree, cut, shard, shift_right, unshard
     from longspan.errors import (
         BatchError,
         DataError,
@@ -37,7 +37,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "attention": ("attend",),
     "bands": ("Band",),
-    "batch": ("Step", "agree", "cut", "shard", "unshard"),
+    "batch": ("Step", "agree", "cut", "shard", "shift_right", "unshard"),
     "errors": ("BatchError", "DataError", "KernelError", "LayoutError", "LongspanError", "MaskError", "ModelError", "RunError"),
     "exchange": ("heads_to_tokens", "tokens_to_heads"),
     "loss": ("cross_entropy", "linear_cross_entropy"),
@@ -80,6 +80,7 @@ __all__ = [
     "linear_cross_entropy",
     "parallelize",
     "shard",
+    "shift_right",
     "tiled",
     "tokens_to_heads",
     "unparallelize",

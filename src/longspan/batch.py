@@ -7,28 +7,27 @@
     shifted    b  c  d  e  f  .        rank 1: d e f    labels predict e f .       token predicts the next rank's first
 
 Everything that changes from step to step is in the one frozen ``Step``, which reaches attention and the loss as the
-keyword ``longspan`` of the model's call. Whatever one rank alone can know to be wrong travels as a flag in the agreement,
-so that every rank raises the same text and none waits for another.
+keyword ``longspan`` of the model's call. An encoder-decoder has two rows of tokens, each cut by its own length: the Step of
+the decoder's is the ``target`` of the encoder's.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Num
+from jaxtyping import Int, Num
 from torch import Tensor
 
 from longspan import masks
-from longspan.bands import blind_rows
+from longspan.agreement import agree_on_error, exchange_facts, raise_the_first_error
+from longspan.bands import blind_rows, rectangle
 from longspan.collectives import all_gather
 from longspan.errors import BatchError, LongspanError
 from longspan.layout import Runs
-from longspan.masks import Documents, Full, Mask, Only
+from longspan.masks import Bands, Documents, Full, Mask, Only
 from longspan.mesh import ParallelMesh, Place
 
 IGNORE = -100
@@ -44,6 +43,9 @@ TOKEN_DIM = {
 """Which dimension of the batch's well-known tensors is the tokens (of ``position_ids`` with three, [3, batch, tokens], the
 last); others are declared by ``dims=``."""
 
+TARGET = "decoder_"
+"""How tensors of an encoder-decoder's batch are named that hold its decoder's tokens; ``labels`` are theirs too."""
+
 Part = dict[str, Any]
 """A rank's tensors by name, and under ``longspan`` the Step: ``model(**part)``."""
 
@@ -53,18 +55,21 @@ class Step:
     """What one forward must know of the whole batch, and cannot see in a rank's part of it.
 
     ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``counted`` (whether the batch
-    came without ``position_ids``, so that they are these), ``last_position`` (the largest ``position_ids`` of the batch),
+    came without ``position_ids``, so that they are these), ``masked`` (whether it came with an ``attention_mask``),
+    ``last_position`` (the largest ``position_ids`` of the batch),
     ``mask`` (None: what the model says itself; a tuple has one mask a row), ``padding`` (None, or for each row the run of
     tokens that are real), ``restarts`` (None, or for each row the documents between which the caller's ``position_ids`` begin
     anew), ``labelled`` tokens that are learned from (by agreement: over all replicas and micro-batches of the step),
-    ``digest`` of the whole content, equal on the ranks that share a sequence, ``largest`` token or label (by agreement: of all
-    ranks and micro-batches), so that all ranks can refuse one that the model does not know.
+    ``digest`` of the whole content, equal on the ranks that share a sequence, ``largest`` token or label and
+    ``furthest`` position (by agreement: of all ranks and micro-batches), so that all ranks can refuse what the model does not
+    know. ``target`` is the Step of the decoder's tokens, where the batch is an encoder-decoder's.
     """
 
     tokens: int
     rows: int
     positions: Runs
     counted: bool
+    masked: bool
     last_position: int
     mask: Mask | tuple[Mask, ...] | None
     padding: tuple[Only, ...] | None
@@ -72,6 +77,22 @@ class Step:
     labelled: int
     digest: int
     largest: int
+    furthest: int
+    target: "Step | None" = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer's own mask says all that there is to say."""
+        plain = self.mask is None and self.padding is None and self.restarts is None
+        return plain and (self.target is None or self.target.is_plain)
+
+    def mask_across(self) -> Mask | tuple[Mask, ...]:
+        """Who in ``target`` may look at whom here: every token of a row at every real token of the same row."""
+        if self.target is None or self.padding is None:
+            return Full()
+        tokens = self.target.tokens
+        seen = [rectangle(0, tokens, real.start, real.stop) for real in self.padding]
+        return tuple(Bands([band] if band else []) for band in seen)
 
     def mask_for(self, own: Mask, restarts: bool = False) -> Mask | tuple[Mask, ...]:
         """Who may look at whom in a layer whose model says ``own``: that, or the mask of the step, but no padding.
@@ -100,7 +121,8 @@ def shard(
 
     The ranks of a sequence pass the same whole batch, each data replica its own rows; a replica without a row passes
     ``input_ids`` of shape [0, N] and still joins. Over a list the labels are counted once for all, so the sum of the losses
-    is the loss of one device. ``shift=False`` is for models that predict a token in its own place (masked LM).
+    is the loss of one device. ``shift=False`` is for models that predict a token in its own place: masked LMs, and
+    encoder-decoders, whose batch has ``decoder_input_ids`` (``shift_right`` makes them of the labels).
 
     Raises the same error on every rank: BatchError for a batch that cannot be cut or that differs between the ranks of a
     sequence, LayoutError for fewer tokens than ranks, MaskError for a mask of another length.
@@ -130,6 +152,8 @@ def cut(
     Adds ``position_ids`` (global) where there are none, and with ``shift`` the ``shift_labels``: labels shifted on the whole
     row, then cut. ``Step.labelled`` counts this batch alone until ``agree``.
     """
+    if any(name in batch for name in (f"{TARGET}input_ids", f"{TARGET}inputs_embeds")):
+        return _cut_pair(batch, place, shift, mask, dims or {})
     ids = batch.get("input_ids", batch.get("inputs_embeds"))
     if not isinstance(ids, Tensor) or ids.ndim < 2:
         raise BatchError("the batch has no input_ids of shape [batch, tokens] (nor inputs_embeds); it needs one of them")
@@ -147,15 +171,16 @@ def cut(
     part: Part = {name: _cut_one(name, value, declared, tokens, positions) for name, value in whole.items()}
     labelled = 0 if learned is None else int((learned != IGNORE).sum())
     part["longspan"] = step = Step(
-        tokens, rows, positions, "position_ids" not in batch, last_position, step_mask, padding, restarts, labelled,
-        _digest(batch, step_mask, shift, dims), _largest(batch, learned),
+        tokens, rows, positions, "position_ids" not in batch, "attention_mask" in batch, last_position, step_mask, padding,
+        restarts, labelled, _digest(batch, step_mask, shift, dims), _largest(batch, learned), last_position,
     )  # fmt: skip
     _refuse_blind_labels(learned, step, shift)
     return part
 
 
 def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
-    """The parts of one step with ``Step.labelled`` and ``largest`` of all micro-batches and replicas: one small all-reduce.
+    """The parts of one step, ``Step.labelled``, ``largest`` and ``furthest`` of all micro-batches and replicas, by one small
+    all-reduce.
 
     A rank whose data has ended passes none; then no other may have any.
 
@@ -166,13 +191,16 @@ def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
     digest = _hash(repr([(step.digest, step.tokens, step.rows) for step in steps]).encode())
     rows, tokens = (steps[0].rows, steps[0].tokens) if steps else (0, 0)
     largest = max((step.largest for step in steps), default=-1)
-    mine = (0, len(steps), rows, tokens, sum(step.labelled for step in steps), digest, largest)
-    table = _exchange_facts(mine, mesh)
-    _raise_the_first_error(table, None, mesh)
+    furthest = max((step.furthest for step in steps), default=-1)
+    mine = (0, len(steps), rows, tokens, sum(step.labelled for step in steps), digest, largest, furthest)
+    table = exchange_facts(mine, mesh)
+    raise_the_first_error(table, None, mesh)
     _refuse_disagreement(table, mesh.place)
     sequence = mesh.place.ring * mesh.place.ulysses
-    labelled, largest = sum(row[4] for row in table[::sequence]), max(row[6] for row in table)
-    return [{**part, "longspan": replace(step, labelled=labelled, largest=largest)} for part, step in zip(parts, steps)]
+    labelled = sum(row[4] for row in table[::sequence])
+    largest, furthest = (max(row[fact] for row in table) for fact in (6, 7))
+    agreed = [replace(step, labelled=labelled, largest=largest, furthest=furthest) for step in steps]
+    return [{**part, "longspan": step} for part, step in zip(parts, agreed)]
 
 
 def refuse_unknown_tokens(step: Step, vocab: int | None, name: str) -> None:
@@ -214,31 +242,60 @@ def take(x: Num[Tensor, "*whole"], runs: Runs, dim: int) -> Num[Tensor, "*part"]
     return torch.cat([x.narrow(dim, run.start, len(run)) for run in runs], dim)
 
 
-@contextmanager
-def together(mesh: ParallelMesh) -> Iterator[None]:
-    """What fails in the block on one rank is raised on every rank, with the text of the first. The block has no collective."""
-    error: LongspanError | None = None
+def shift_right(labels: Int[Tensor, "batch tokens"], start: int, padding: int) -> Int[Tensor, "batch tokens"]:
+    """What an encoder-decoder's decoder is given to predict ``labels``: ``start``, then all but the last, -100 as padding.
+
+    ``start`` and ``padding`` are the model's ``config.decoder_start_token_id`` and ``config.pad_token_id``. Made of the whole
+    row, before the cut: ``shard({"input_ids": ..., "decoder_input_ids": ..., "labels": labels}, mesh, shift=False)``.
+    """
+    shifted = F.pad(labels[:, :-1], (1, 0), value=start)
+    return shifted.masked_fill(shifted == IGNORE, padding)
+
+
+def _cut_pair(
+    batch: Mapping[str, Any], place: Place, shift: bool, mask: Mask | Sequence[Mask] | None, dims: Mapping[str, int]
+) -> Part:
+    """The batch of an encoder-decoder: the decoder's tensors and labels by their own length, all else by the encoder's."""
+    if shift and "labels" in batch:
+        raise BatchError(
+            "labels of an encoder-decoder stand where they are predicted, its decoder_input_ids are what is shifted; "
+            "use shard(batch, mesh, shift=False)"
+        )
+    if mask is not None:
+        raise BatchError(
+            "mask= says who may look at whom in one row of tokens, and an encoder-decoder has two; say padding by "
+            "attention_mask and decoder_attention_mask"
+        )
+    theirs = {name: name.removeprefix(TARGET) for name in (*batch, *dims) if name.startswith(TARGET) or name == "labels"}
+    encoder = {name: value for name, value in batch.items() if name not in theirs}
+    decoder = {theirs[name]: value for name, value in batch.items() if name in theirs}
+    mine = cut(encoder, place, shift=False, dims={name: dim for name, dim in dims.items() if name not in theirs})
     try:
-        yield
-    except LongspanError as found:
-        error = found
-    agree_on_error(error, mesh)
+        wanted = {theirs[name]: dim for name, dim in dims.items() if name in theirs}
+        other = cut(decoder, place, shift=False, dims=wanted)
+    except LongspanError as error:
+        raise type(error)(f"of the decoder's tensors ({TARGET}..., labels): {error}") from error
+    source, target = mine.pop("longspan"), other.pop("longspan")
+    _refuse_unequal_rows(source, target, decoder.get("labels"))
+    step = replace(
+        source, target=target, labelled=target.labelled, largest=max(source.largest, target.largest),
+        furthest=max(source.furthest, target.furthest), digest=_hash(repr((source.digest, target.digest)).encode()),
+    )  # fmt: skip
+    renamed = {name if name == "labels" else f"{TARGET}{name}": value for name, value in other.items()}
+    return mine | renamed | {"longspan": step}
 
 
-def agree_on_error(error: LongspanError | None, mesh: ParallelMesh) -> None:
-    """Raise on every rank what any rank brings: the text of the first one that has an error. Every rank must call it."""
-    mine = (int(error is not None), 0, 0, 0, 0, 0, 0)
-    _raise_the_first_error(_exchange_facts(mine, mesh), error, mesh)
-
-
-def refuse_difference(what: str, mine: str, mesh: ParallelMesh, remedy: str) -> None:
-    """Raise on every rank alike where ``mine`` is not the same text on all of them. Every rank must call it."""
-    found = [mine] * mesh.degree
-    if mesh.degree > 1:
-        dist.all_gather_object(found, mine, group=mesh.agreement_group)
-    for rank, other in enumerate(found):
-        if other != found[0]:
-            raise BatchError(f"{what} differs between ranks: {found[0]} on rank 0 and {other} on rank {rank}; {remedy}")
+def _refuse_unequal_rows(source: Step, target: Step, labels: Any) -> None:
+    if source.rows != target.rows:
+        raise BatchError(f"the encoder was given {source.rows} rows and the decoder {target.rows}; pass as many of each")
+    empty = [row for row, real in enumerate(source.padding or ()) if real.start == real.stop]
+    if target.labelled and isinstance(labels, Tensor):
+        for row in empty:
+            if bool((labels[row] != IGNORE).any()):
+                raise BatchError(
+                    f"row {row} is padding alone, so that its decoder sees nothing of it, but it has labels; set them to "
+                    f"{IGNORE}, or give it a token"
+                )
 
 
 def _padding(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Only, ...] | None:
@@ -354,27 +411,6 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "big")
 
 
-def _exchange_facts(mine: Sequence[int], mesh: ParallelMesh) -> list[list[int]]:
-    """Every rank's facts, a row a rank: each fills its own row of zeros, and the sum brings all of them everywhere."""
-    table = torch.zeros(mesh.degree, len(mine), dtype=torch.int64)
-    table[mesh.agreement_group.rank()] = torch.tensor(mine)
-    if mesh.degree > 1:
-        dist.all_reduce(table, group=mesh.agreement_group)
-    facts: list[list[int]] = table.tolist()
-    return facts
-
-
-def _raise_the_first_error(table: list[list[int]], mine: LongspanError | None, mesh: ParallelMesh) -> None:
-    failing = [rank for rank, row in enumerate(table) if row[0]]
-    if not failing:
-        return
-    box: list[LongspanError | None] = [mine]
-    if mesh.degree > 1:
-        dist.broadcast_object_list(box, group=mesh.agreement_group, group_src=failing[0])
-    assert box[0] is not None
-    raise box[0]
-
-
 def _refuse_disagreement(table: list[list[int]], place: Place) -> None:
     if len(counts := {row[1] for row in table}) > 1:
         raise BatchError(
@@ -384,7 +420,7 @@ def _refuse_disagreement(table: list[list[int]], place: Place) -> None:
     sequence = place.ring * place.ulysses
     for first in range(0, len(table), sequence):
         for rank in range(first + 1, first + sequence):
-            if table[rank][:-1] != table[first][:-1]:  # a loader knows the largest token of its own part alone
+            if table[rank][:6] != table[first][:6]:  # a loader knows the largest token of its own part alone
                 raise BatchError(
                     f"ranks {first} and {rank} share a sequence but were given different batches: "
                     f"{_describe(table[first])} and {_describe(table[rank])}; pass the same whole batch and mask to both"
@@ -392,5 +428,5 @@ def _refuse_disagreement(table: list[list[int]], place: Place) -> None:
 
 
 def _describe(row: list[int]) -> str:
-    _, _, rows, tokens, labelled, digest, _ = row
+    _, _, rows, tokens, labelled, digest, *_ = row
     return f"{rows} rows of {tokens} tokens, {labelled} labelled, content {digest:014x}"

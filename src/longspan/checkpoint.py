@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from longspan.batch import agree_on_error
+from longspan.agreement import agree_on_error
 from longspan.config import LATEST, settings_of_run
 from longspan.errors import RunError
 from longspan.mesh import ParallelMesh

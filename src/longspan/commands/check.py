@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from longspan import masks
-from longspan.batch import IGNORE, Part, shard, together
+from longspan.agreement import together
+from longspan.batch import IGNORE, Part, shard
 from longspan.collectives import CountingTransport, TorchTransport
 from longspan.config import Check
 from longspan.gradients import norm
@@ -155,9 +156,8 @@ def _parallel(
 
 
 def _loss(model: Any, part: Part, mesh: ParallelMesh) -> Tensor:
-    """The model's own loss over all ranks; of one that would compute it from this rank's tokens (BERT), that of its logits."""
-    proof = getattr(model._longspan.offer, "proof", None)
-    if proof is None or proof.loss_type is not None:
+    """The model's own loss over all ranks; of one that computes another from this rank's tokens, that of its logits."""
+    if getattr(model._longspan.offer, "loss_kind", "ours") is not None:
         loss: Tensor = model(**part).loss
         return loss
     labels = part["shift_labels" if "shift_labels" in part else "labels"]

@@ -14,7 +14,8 @@ from rich.table import Table
 from torch import Tensor
 
 from longspan import checkpoint
-from longspan.batch import agree, together
+from longspan.agreement import together
+from longspan.batch import agree
 from longspan.config import Evaluate
 from longspan.data import Corpus, Split, bits, load_tokenizer, part, tokenize
 from longspan.errors import DataError, LayoutError, RunError

@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import nn
 
 from longspan import checkpoint
+from longspan.agreement import agree_on_error, refuse_difference, together
 from longspan.allocations import Recorded
-from longspan.batch import Part, agree, agree_on_error, refuse_difference, together
+from longspan.batch import Part, agree
 from longspan.collectives import CountingTransport, TorchTransport
 from longspan.config import LATEST, Train, as_json
 from longspan.data import Corpus, Loader, bits, load_tokenizer, tokenize

@@ -110,6 +110,7 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             rows=len(rows),
             positions=positions,
             counted=True,
+            masked=False,
             last_position=tokens - 1,
             mask=None,
             padding=None,
@@ -117,6 +118,7 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             labelled=len(rows) * (tokens - 1),
             digest=_digest(f"{stream.fingerprint} {starts} {tokens}"),
             largest=max((int(x.max()) for x in (ids, following) if x.numel()), default=-1),
+            furthest=tokens - 1,
         ),
     }
 

@@ -22,7 +22,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from longspan.batch import IGNORE, agree, agree_on_error, refuse_difference, shard, unshard
+from longspan.agreement import agree_on_error, refuse_difference
+from longspan.batch import IGNORE, agree, shard, unshard
 from longspan.collectives import all_gather
 from longspan.errors import BatchError, LongspanError, RunError
 from longspan.integrations.one_device import OneDevice, as_one_device, refuse, refuse_undealt, said_by_positions

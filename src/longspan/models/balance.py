@@ -23,7 +23,8 @@ from longspan.batch import Step
 from longspan.collectives import all_gather
 from longspan.errors import ModelError
 from longspan.mesh import ParallelMesh
-from longspan.models.proof import LEFT, TOKENS, all_equal, ask, losing, proving
+from longspan.models.losses import losing
+from longspan.models.proof import LEFT, TOKENS, all_equal, ask, proving
 from longspan.models.stand_in import StandIn
 
 
@@ -87,7 +88,6 @@ def prove_balance(model: Any, base: PreTrainedModel, loss_type: str | None) -> n
     labels = torch.zeros(1, TOKENS, dtype=torch.long, device=base.device)
     learned: dict[str, Any] = {} if loss_type is None else {"labels": labels, "shift_labels": labels}
     padding = (torch.arange(TOKENS, device=base.device) >= LEFT).long().unsqueeze(0)
-    half = slice(0, TOKENS // 2)
     inside = [module for module in base.modules() if module is not base and isinstance(module, PreTrainedModel)]
     handles = [module.register_forward_hook(record) for module in inside]
     try:
@@ -99,8 +99,8 @@ def prove_balance(model: Any, base: PreTrainedModel, loss_type: str | None) -> n
                 (module, logits), *_ = recorded.items()
                 real = tuple(layer.flatten(0, -2)[LEFT:] for layer in logits)
                 handles = [module.register_forward_hook(partial(_exchange, real))]
-                learned = {name: value[:, half] for name, value in learned.items()}
-                found = ask(model, half, output_router_logits=True, **learned)
+                learned = {name: value[:, : TOKENS // 2] for name, value in learned.items()}
+                found = ask(model, 0, output_router_logits=True, **learned)
                 of_loss = ("aux_loss", "loss")
                 if all_equal(*({name: x[name] for name in of_loss if name in x} for x in (wanted, found))):
                     return module

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from longspan.batch import together
+from longspan.agreement import together
 from longspan.errors import ModelError
 from longspan.mesh import ParallelMesh
 from longspan.models.pretrained import build_empty, class_of, load, load_whole, read_config, save

@@ -5,18 +5,20 @@
     5 6 1 7 8 1 ...                   from padding_id + 1, and only tokens that are not padding_id         (RoBERTa)
 
 The last reads the ids of the whole row, which one exchange brings. A rotary table that is chosen by the longest position
-sees that of the whole batch behind this rank's. Knows nothing of attention or losses.
+sees that of the whole batch behind this rank's. A table of positions that its stack of layers counts by itself (BART) is
+handed those of the call. Knows nothing of attention or losses.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from longspan.batch import Step, take, unshard
+from longspan.batch import TARGET, Step, take, unshard
 from longspan.errors import ModelError
 from longspan.mesh import ParallelMesh
 
@@ -29,21 +31,80 @@ def of_ids(ids: Tensor, padding_id: int) -> Tensor:
 
 def place(
     kwargs: dict[str, Any], step: Step, behind_padding: bool, padding_id: int | None, mesh: ParallelMesh
-) -> Tensor | None:
-    """The ``position_ids`` of a call as the model counts them, with the last of the batch written on them."""
-    positions = kwargs.get("position_ids")
-    if not isinstance(positions, Tensor):
-        return None
+) -> dict[str, Tensor]:
+    """The ``position_ids`` of a call, and its decoder's, as the model counts them, with the batch's last written on them."""
+    found = {}
+    for prefix, row in {"": step, TARGET: step.target}.items():
+        positions, ids = kwargs.get(f"{prefix}position_ids"), kwargs.get(f"{prefix}input_ids")
+        if row is not None and isinstance(positions, Tensor):
+            found[f"{prefix}position_ids"] = _placed(positions, ids, row, behind_padding, padding_id, mesh)
+    return found
+
+
+def _placed(
+    positions: Tensor, ids: Tensor | None, step: Step, behind_padding: bool, padding_id: int | None, mesh: ParallelMesh
+) -> Tensor:
     if padding_id is not None and step.counted:
-        if kwargs.get("input_ids") is None:
+        if ids is None:
             raise ModelError("this model counts its positions from input_ids; with inputs_embeds, give shard position_ids too")
-        positions = take(of_ids(unshard(kwargs["input_ids"], mesh, tokens=step.tokens), padding_id), step.positions, 1)
+        positions = take(of_ids(unshard(ids, mesh, tokens=step.tokens), padding_id), step.positions, 1)
     if behind_padding and step.counted and step.padding is not None:
         starts = torch.tensor([row.start for row in step.padding], device=positions.device)
         positions = (positions - starts.unsqueeze(1)).clamp(min=0)
     positions = positions.view_as(positions)
     positions._longspan_last = step.last_position  # type: ignore[attr-defined]
     return positions
+
+
+@contextmanager
+def handing_over(model: Any) -> Iterator[None]:
+    """With ``hand_over``."""
+    handles = hand_over(model)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hand_over(model: Any) -> list[Any]:
+    """Let tables whose stack of layers takes no positions look up those of the call; returns the hooks' handles."""
+    handles: list[Any] = []
+    for stack in model.modules():
+        tables = [child for child in stack.children() if is_table(child)]
+        if tables and "position_ids" not in inspect.signature(stack.forward).parameters:
+            is_decoder = stack is model.get_decoder() is not model.get_encoder()
+            name = f"{TARGET}position_ids" if is_decoder else "position_ids"
+            held: list[Tensor | None] = []
+            handles.append(stack.register_forward_pre_hook(partial(_hold, held, name), with_kwargs=True))
+            for table in tables:
+                handles.append(table.register_forward_pre_hook(partial(_look_up, held), with_kwargs=True))
+                handles.append(table.register_forward_hook(partial(_into_rows, held)))
+            handles.append(stack.register_forward_hook(partial(_let_go, held), always_call=True))
+    return handles
+
+
+def is_table(module: nn.Module) -> bool:
+    """Whether it is a table of positions that is told which: BART's and its kin's."""
+    return "PositionalEmbedding" in type(module).__name__ and "position_ids" in inspect.signature(module.forward).parameters
+
+
+def _hold(held: list[Tensor | None], name: str, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    held.append(kwargs.get(name))
+    return args, {key: value for key, value in kwargs.items() if not key.endswith("position_ids")}
+
+
+def _look_up(held: list[Tensor | None], table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, kwargs if not held or held[-1] is None else kwargs | {"position_ids": held[-1].flatten()}
+
+
+def _into_rows(held: list[Tensor | None], table: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Some tables take the positions of one row only, some put a dimension before them."""
+    return output if not held or held[-1] is None else output.view(*held[-1].shape, -1)
+
+
+def _let_go(held: list[Tensor | None], *_: Any) -> None:
+    held.clear()
 
 
 def lengthen_tables(model: nn.Module) -> list[Any]:

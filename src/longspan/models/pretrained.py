@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from longspan.batch import agree_on_error
+from longspan.agreement import agree_on_error
 from longspan.errors import ModelError
 from longspan.mesh import ParallelMesh
 from longspan.models.transformers import blocks

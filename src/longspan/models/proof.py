@@ -15,28 +15,29 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from longspan.attention import attend
+from longspan.batch import TARGET as PREFIX
 from longspan.errors import LongspanError, ModelError
 from longspan.layout import Heads
-from longspan.masks import Causal, Chunked, Full, Mask, Window
+from longspan.masks import Full, Mask
 from longspan.mesh import ParallelMesh
-from longspan.models.positions import of_ids
+from longspan.models.positions import handing_over, is_table, of_ids
+from longspan.models.said import Said
 
-TOKENS = 14
-"""Of the proof: few, even, and no usual width of a model."""
+TOKENS, TARGETS = 14, 10
+"""Of the proof, and of its decoder where the model has both: few, even, unequal, as their halves are, and no usual width."""
 LEFT = 3
 """Tokens of padding on the left, where the proof has some."""
-IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
-"""Losses whose labels stand where they are predicted."""
-SHIFTED = ("ForCausalLM",)
 SELECTING = ("index_topk", "index_block", "index_n_heads", "compress_rate")
 """How fields are named that select keys by content. On rows as short as those of the proof such layers see every key."""
+SOURCE, TARGET, ACROSS = "source", "target", "across"
+"""Which tokens a layer attends over: the batch's, its decoder's in an encoder-decoder, or from the latter to the former."""
 OUTPUT = "output "
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Of the proof, relative to the largest value; other dtypes get ``COARSE``."""
@@ -46,84 +47,57 @@ COARSE = 5e-2
 class Layer(NamedTuple):
     """What hangs on an attention module: who may look at whom, what users call it, how it attends.
 
-    ``packs``: positions that begin anew mean another document to it, as they do to most decoders.
+    ``packs``: positions that begin anew mean another document to it, as they do to most decoders. ``over`` which tokens.
     """
 
     own: Mask
     name: str
     packs: bool
     attend: Callable[..., Tensor]
+    over: str
 
 
-class Said:
-    """What the model says about who may look at whom: its mask function, asked when it is needed."""
+class Call(NamedTuple):
+    """What came to an attention layer."""
 
-    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
-        self.function, self.device = function, device
-
-    def sees(self, q: int, k: int) -> bool:
-        """Whether query q of the first row sees key k."""
-        row, head, query, key = torch.tensor([0, 0, q, k], device=self.device)
-        return bool(self.function(row, head, query, key))
-
-    @cached_property
-    def mask(self) -> Mask | None:
-        """The same as a mask, or None where it is none of the kinds that Transformers builds."""
-        return as_mask(self.function, self.device)
-
-
-def as_mask(function: Callable[..., Tensor], device: torch.device, tokens: int = 2**21) -> Mask | None:
-    """One of Transformers' mask functions, which are closures, as a mask; None where it is of no kind that it builds.
-
-    Its first column says how far it reaches; the kind that this allows is then compared with it at rows and keys of interest:
-    where rows begin and end, and a few hundred others.
-    """
-    every, zero = torch.arange(tokens, device=device), torch.zeros((), dtype=torch.long, device=device)
-    reach = int(function(zero, zero, every, zero).expand(tokens).sum())
-    kinds: list[tuple[Mask, Callable[[int], tuple[int, int]]]] = [
-        (Full(), lambda q: (0, tokens)),
-        (Causal(), lambda q: (0, q + 1)),
-        (Window(reach - 1), lambda q: (max(0, q - reach + 1), q + 1)),
-        (Window(reach - 1, reach - 1), lambda q: (max(0, q - reach + 1), min(tokens, q + reach))),
-        (Chunked(reach) & Causal(), lambda q: (q // reach * reach, q + 1)),
-    ]
-    rows = sorted({0, 1, 2, reach - 1, reach, reach + 1, tokens // 3, tokens // 2, tokens - 1} & set(range(tokens)))
-    some = {*range(64), *range(0, tokens, tokens // 256)}
-
-    def fits(row: Callable[[int], tuple[int, int]]) -> bool:
-        for q in rows:
-            start, stop = row(q)
-            edges = {k + near for k in (start, stop, q) for near in (-2, -1, 0, 1, 2)}
-            keys = torch.tensor(sorted(k for k in some | edges if 0 <= k < tokens), device=device)
-            seen = function(zero, zero, zero + q, keys).expand(len(keys))
-            if not torch.equal(seen, (keys >= start) & (keys < stop)):
-                return False
-        return True
-
-    return next((mask for mask, row in kinds if fits(row)), None) if reach else None
+    module: nn.Module
+    tokens: tuple[int, int]  # of q, of k
+    heads: tuple[int, int]
+    said: Any
 
 
 @dataclass
 class Probe:
     """The attention of a proof: no token sees another, and what comes to it is written down."""
 
-    calls: list[tuple[nn.Module, int, int, Any]] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    read: dict[str, Tensor] = field(default_factory=dict)
 
     def note(self, module: nn.Module, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, said: Any) -> Tensor:
-        """Each token's own values, and a trace of its query, which has been turned by the token's position."""
-        self.calls.append((module, q_BSHD.shape[2], k_BSKD.shape[2], said))
-        return v_BSKD.repeat_interleave(q_BSHD.shape[2] // k_BSKD.shape[2], 2) + q_BSHD.mean(-1, keepdim=True)
+        """Each token's own values, and a trace of its query, which has been turned by the token's position.
+
+        Keys of other tokens than the queries' have no values for these; they are remembered, to be compared by themselves.
+        """
+        tokens, heads = ((q_BSHD.shape[dim], k_BSKD.shape[dim]) for dim in (1, 2))
+        self.calls.append(Call(module, tokens, heads, said))
+        trace = q_BSHD.mean(-1, keepdim=True)
+        if tokens[0] == tokens[1]:
+            return v_BSKD.repeat_interleave(heads[0] // heads[1], 2) + trace
+        self.read |= {f"keys of layer {len(self.calls)}": k_BSKD, f"values of layer {len(self.calls)}": v_BSKD}
+        return trace.expand(*q_BSHD.shape[:3], v_BSKD.shape[3])
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found: each attention module's layer, whether the model's own positions begin behind padding, the id of padding
-    where they are counted from ids (else None), and the kind of its loss (None where it forms the loss by itself)."""
+    """What was found: each attention module's layer, whether the model hides tokens by their ids where no mask is given, how
+    many positions its shortest table has (None: it has none), whether its own positions begin behind padding, the id of
+    padding where they are counted from ids (else None)."""
 
     layers: tuple[tuple[Any, Layer], ...]
+    hides_padding: bool
+    positions_known: int | None
     positions_behind_padding: bool
     padding_id: int | None
-    loss_type: str | None
 
 
 def prove(model: Any, base: Any, mesh: ParallelMesh, head_chunks: int = 1) -> Proof:
@@ -131,10 +105,10 @@ def prove(model: Any, base: Any, mesh: ParallelMesh, head_chunks: int = 1) -> Pr
 
     Raises ModelError by name for what cannot be parallel, and LayoutError for heads that do not fit the mesh. Changes nothing.
     """
-    with proving(model):
+    with proving(model), handing_over(base):
         layers = _prove_attention(model, mesh, head_chunks)
         _prove_tokens(model)
-        return Proof(tuple(layers), *_prove_positions(model, base), _prove_loss(model, base))
+        return Proof(tuple(layers), _hides_padding(model), _positions_known(model), *_prove_positions(model, base))
 
 
 def refuse_by_config(model: Any) -> None:
@@ -148,8 +122,9 @@ def refuse_by_config(model: Any) -> None:
             f"config.{selecting[0]} says that {type(model).__name__} selects or compresses keys by their content on long rows, "
             f"which it would do among this rank's tokens; such a model is not supported"
         )
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder, not supported yet; use a decoder or an encoder")
+    dropped = sorted(name for name, value in vars(config).items() if "layerdrop" in name and value)
+    if dropped:
+        raise ModelError(f"config.{dropped[0]} drops layers at random, other ones on every rank; set it to 0")
 
 
 @contextmanager
@@ -157,20 +132,6 @@ def proving(model: nn.Module) -> Iterator[None]:
     """In evaluation, without gradients, and with no parameter that hides what it multiplies."""
     with _evaluating(model), _awake(model), torch.no_grad():
         yield
-
-
-@contextmanager
-def losing(base: Any, loss: Callable[..., Tensor]) -> Iterator[None]:
-    """With another loss function than the model's own."""
-    had = vars(base).get("_loss_function")
-    base._loss_function = loss
-    try:
-        yield
-    finally:
-        if had is None:
-            del base._loss_function
-        else:
-            base._loss_function = had
 
 
 @contextmanager
@@ -202,24 +163,43 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _ids(model: Any) -> Tensor:
-    """Tokens of the proof [TOKENS], none of them special to the model."""
-    config = model.config.get_text_config()
-    named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
-    special = [token for tokens_of_kind in named for token in _as_list(tokens_of_kind)]
-    ids = [i for i in range(config.vocab_size) if i not in special][3 : 3 + 3 * TOKENS : 3]
-    return torch.tensor(ids, device=model.device)
+def rows(model: Any) -> dict[str, int]:
+    """How many tokens the proof has, by how the names of their tensors begin: two rows for an encoder-decoder."""
+    return {"": TOKENS} | ({PREFIX: TARGETS} if is_pair(model) else {})
 
 
-def ask(model: Any, tokens: slice = slice(0, TOKENS), probe: Probe | None = None, **more: Any) -> dict[str, Tensor]:
-    """What the model gives for some of the tokens of the proof, by name."""
-    batch = {
-        "input_ids": _ids(model)[None, tokens],
-        "position_ids": torch.arange(TOKENS, device=model.device)[None, tokens],
-    } | more
-    given = {name: value for name, value in batch.items() if value is not None}
+def is_pair(model: Any) -> bool:
+    """Whether the model is an encoder-decoder."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and model.get_encoder() is not model.get_decoder()
+
+
+def _special(model: Any, *kinds: str) -> set[int]:
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    named = [getattr(config, f"{kind}_token_id", None) for config in configs for kind in kinds]
+    return {token for tokens in named for token in _as_list(tokens) if token is not None}
+
+
+def _ids(model: Any, count: int = TOKENS) -> Tensor:
+    """Tokens of the proof [count], none of them special to the model."""
+    special = _special(model, "pad", "bos", "eos", "decoder_start")
+    ids = [i for i in range(model.config.get_text_config().vocab_size) if i not in special][3 : 3 + 3 * TOKENS : 3]
+    return torch.tensor(ids[-count:], device=model.device)
+
+
+def _whole(model: Any) -> dict[str, Tensor]:
+    """The batch of the proof: tokens and their positions [1, count]."""
+    given = {f"{name}input_ids": _ids(model, count) for name, count in rows(model).items()}
+    given |= {f"{name}position_ids": torch.arange(count, device=model.device) for name, count in rows(model).items()}
+    return {name: value.unsqueeze(0) for name, value in given.items()}
+
+
+def ask(model: Any, half: int | None = None, probe: Probe | None = None, **more: Any) -> dict[str, Tensor]:
+    """What the model gives for the tokens of the proof, or the first or second half of them (0, 1), by name."""
+    probe = probe or Probe()
+    halves = {name: value if half is None else value.chunk(2, 1)[half] for name, value in _whole(model).items()}
+    given = {name: value for name, value in (halves | more).items() if value is not None}
     try:
-        output = model(**given, longspan=probe or Probe(), return_dict=True)
+        output = model(**given, longspan=probe, return_dict=True)
     except LongspanError:
         raise
     except Exception as error:
@@ -229,19 +209,22 @@ def ask(model: Any, tokens: slice = slice(0, TOKENS), probe: Probe | None = None
                 f"registry: it would see this rank's tokens only; such a model is not supported"
             ) from error
         raise ModelError(
-            f"{type(model).__name__} cannot be proven: a forward of {len(range(TOKENS)[tokens])} tokens with "
+            f"{type(model).__name__} cannot be proven: a forward of {' and '.join(map(str, rows(model).values()))} tokens with "
             f"{', '.join(sorted(given))} fails with {type(error).__name__}: {error}"
         ) from error
-    return {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    found = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return found | probe.read
 
 
 def _prove_attention(model: Any, mesh: ParallelMesh, head_chunks: int) -> list[tuple[Any, Layer]]:
     """Every attention layer reached our function once, with heads that fit the mesh and a mask that can be said in bands."""
     probe, anew = Probe(), Probe()
     ask(model, probe=probe)
-    ask(model, probe=anew, position_ids=(torch.arange(TOKENS, device=model.device) % (TOKENS // 2)).unsqueeze(0))
+    positions = {name: x for name, x in _whole(model).items() if name.endswith("position_ids")}
+    restarting: dict[str, Any] = {name: x % (x.shape[1] // 2) for name, x in positions.items()}
+    ask(model, probe=anew, **restarting)
     names = {module: name for name, module in model.named_modules()}
-    reached = [module for module, *_ in probe.calls]
+    reached = [call.module for call in probe.calls]
     for name, module in model.named_modules():
         if reached.count(module) > 1:
             raise ModelError(
@@ -255,21 +238,31 @@ def _prove_attention(model: Any, mesh: ParallelMesh, head_chunks: int) -> list[t
             )
     if not reached:
         raise ModelError(f"no layer of {type(model).__name__} attends through Transformers' attention registry")
-    layers = []
-    for (module, heads, kv_heads, said), (*_, said_anew) in zip(probe.calls, anew.calls):
-        Heads(heads, kv_heads, mesh.place.ulysses, head_chunks)
-        name = f"{type(module).__name__} '{names[module]}'"
-        own = said.mask if isinstance(said, Said) else None
-        if own is None:
-            raise ModelError(
-                f"{name} was given a mask that is none of causal, full, sliding or chunked: what it lets tokens see cannot "
-                f"be said in bands, and such a layer is not supported"
-            )
-        packs = not said_anew.sees(TOKENS // 2, TOKENS // 2 - 1)  # the first token of a document, the last of the one before
-        if packs and "Chunked" in repr(own):
-            raise ModelError(f"{name} counts its chunks anew in each packed document, which is not supported; pass one a row")
-        layers.append((module, Layer(own, name, packs, attend)))
-    return layers
+    return [(call.module, _layer(call, again, names, mesh, head_chunks)) for call, again in zip(probe.calls, anew.calls)]
+
+
+def _layer(call: Call, anew: Call, names: dict[nn.Module, str], mesh: ParallelMesh, head_chunks: int) -> Layer:
+    """What a layer said; ``anew`` is the same call where positions begin anew in the middle."""
+    Heads(*call.heads, mesh.place.ulysses, head_chunks)
+    name = f"{type(call.module).__name__} '{names[call.module]}'"
+    own = call.said.mask if isinstance(call.said, Said) else None
+    known = {(TOKENS, TOKENS): SOURCE, (TARGETS, TARGETS): TARGET, (TARGETS, TOKENS): ACROSS}
+    over = known.get(call.tokens)
+    if own is None or (over == ACROSS and own != Full()):
+        raise ModelError(
+            f"{name} was given a mask that is none of causal, full, sliding or chunked: what it lets tokens see cannot "
+            f"be said in bands, and such a layer is not supported"
+        )
+    if over is None:
+        raise ModelError(
+            f"{name} lets {call.tokens[0]} queries look at {call.tokens[1]} keys, which are neither all tokens nor all of an "
+            f"encoder; such a layer is not supported"
+        )
+    middle = call.tokens[0] // 2
+    packs = not anew.said.sees(middle, middle - 1)  # the first token of a document, the last of the one before
+    if packs and "Chunked" in repr(own):
+        raise ModelError(f"{name} counts its chunks anew in each packed document, which is not supported; pass one a row")
+    return Layer(own, name, packs, attend, over)
 
 
 def _is_within(name: str, other: str) -> bool:
@@ -287,9 +280,9 @@ def _prove_tokens(model: nn.Module) -> None:
 
     handles = [module.register_forward_hook(partial(remember, name)) for name, module in model.named_modules()]
     try:
-        for tokens in (slice(0, TOKENS), slice(0, TOKENS // 2), slice(TOKENS // 2, TOKENS)):
+        for half in (None, 0, 1):
             outputs.append({})
-            given = ask(model, tokens)
+            given = ask(model, half)
             outputs[-1] |= {f"{OUTPUT}{name}": value for name, value in given.items()}
     finally:
         for handle in handles:
@@ -312,7 +305,8 @@ def _is_cut(name: str, whole: dict[str, Tensor], left: dict[str, Tensor], right:
     if name not in left or name not in right:
         return None
     sizes = zip(whole[name].shape, left[name].shape, right[name].shape)
-    dims = [dim for dim, found in enumerate(sizes) if found == (TOKENS, TOKENS // 2, TOKENS // 2)]
+    cuts = [(count, count // 2, count // 2) for count in (TOKENS, TARGETS)]
+    dims = [dim for dim, found in enumerate(sizes) if found in cuts]
     return _equal(whole[name], torch.cat([left[name], right[name]], dims[0])) if dims else None
 
 
@@ -327,11 +321,43 @@ def all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
 
 
+def _hides_padding(model: Any) -> bool:
+    """Whether some layer is told to hide tokens that are padding by their ids, though no mask was given."""
+    padding, probe = sorted(_special(model, "pad")), Probe()
+    changed: dict[str, Any] = {name: x for name, x in _whole(model).items() if name.endswith("input_ids")} if padding else {}
+    for ids in changed.values():
+        ids[0, 1 : 1 + len(padding)] = torch.tensor(padding, device=ids.device)
+    ask(model, probe=probe, **changed)
+    return any(isinstance(call.said, Said) and call.said.hides for call in probe.calls)
+
+
+def _positions_known(model: Any) -> int | None:
+    """The length of the shortest table that is looked up by positions."""
+    lengths = []
+
+    def note(table: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input")
+        if is_table(table):
+            lengths.append(table.num_embeddings - getattr(table, "offset", 0))
+        elif isinstance(ids, Tensor) and ids.numel() in rows(model).values() and bool((ids.flatten().diff() == 1).all()):
+            lengths.append(table.num_embeddings - int(ids.min()))
+
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    handles = [table.register_forward_pre_hook(note, with_kwargs=True) for table in tables]
+    try:
+        ask(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return min(lengths, default=None)
+
+
 def _prove_positions(model: Any, base: Any) -> tuple[bool, int | None]:
     """How positions are counted where none are given: from 0, or True, behind padding on the left (OPT), or from the ids,
     whose padding is this one (RoBERTa)."""
     given = ask(model)
-    if not all_equal(given, ask(model, position_ids=None)):
+    uncounted: dict[str, Any] = {f"{name}position_ids": None for name in rows(model)}
+    if not all_equal(given, ask(model, **uncounted)):
         padding_id = model.config.get_text_config().pad_token_id
         if padding_id is not None and _counts_ids(model, padding_id):
             return False, padding_id
@@ -341,12 +367,13 @@ def _prove_positions(model: Any, base: Any) -> tuple[bool, int | None]:
         )
     if "attention_mask" not in inspect.signature(base.forward).parameters:
         return False, None
-    places = torch.arange(TOKENS, device=model.device).unsqueeze(0)
-    padding = (places >= LEFT).long()
-    counted = _behind_padding(ask(model, position_ids=None, attention_mask=padding))
+    places = {name: torch.arange(count, device=model.device).unsqueeze(0) for name, count in rows(model).items()}
+    padding: dict[str, Any] = {f"{name}attention_mask": (at >= LEFT).long() for name, at in places.items()}
+    counted = _behind_padding(ask(model, **uncounted, **padding))
     if all_equal(_behind_padding(given), counted):
         return False, None
-    moved = ask(model, position_ids=(places - LEFT).clamp(min=0), attention_mask=padding)
+    behind: dict[str, Any] = {f"{name}position_ids": (at - LEFT).clamp(min=0) for name, at in places.items()}
+    moved = ask(model, **behind, **padding)
     if not all_equal(_behind_padding(moved), counted):
         raise ModelError(f"{type(model).__name__} counts its positions from padding in its own way, which is not supported yet")
     return True, None
@@ -363,25 +390,3 @@ def _counts_ids(model: Any, padding_id: int) -> bool:
 
 def _behind_padding(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x[:, LEFT:] for name, x in given.items()}
-
-
-def _prove_loss(model: Any, base: Any) -> str | None:
-    """The kind of the model's loss, where it computes one through its ``loss_function``; None where it does so by itself."""
-    if "labels" not in inspect.signature(base.forward).parameters:
-        return None
-    calls = []
-
-    def note(logits: Tensor, labels: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        calls.append(keywords.get("longspan"))
-        return logits.sum() * 0
-
-    labels = torch.zeros(1, TOKENS, dtype=torch.long, device=model.device)
-    already = "_loss_function" in vars(base)
-    try:
-        with losing(base, note):
-            ask(model, labels=labels, shift_labels=labels)
-    except ModelError:
-        return None
-    kind: str | None = getattr(base, "loss_type", None)
-    knows_the_step = len(calls) == 1 and isinstance(calls[0], Probe)
-    return kind if knows_the_step and not already and kind in (*IN_PLACE, *SHIFTED) else None

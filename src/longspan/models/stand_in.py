@@ -5,6 +5,7 @@
 Layers reshape by -1, which no tensor without elements can answer; so the model computes one row.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,8 +27,9 @@ def stand_in(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         for name, value in kwargs.items()
         if isinstance(value, Tensor) and value.numel() == 0
     }
-    alone = vars(step) | {"rows": 1, "mask": None, "padding": None, "restarts": None}
-    return args, kwargs | row | {"longspan": StandIn(**alone)}
+    alone: dict[str, Any] = {"rows": 1, "mask": None, "padding": None, "restarts": None}
+    target = step.target if step.target is None else replace(step.target, **alone)
+    return args, kwargs | row | {"longspan": StandIn(**vars(step) | alone | {"target": target})}
 
 
 def take_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

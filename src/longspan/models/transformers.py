@@ -27,17 +27,18 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from longspan.attention import attend, refuse_kernel
 from longspan.batch import Step, refuse_unknown_tokens
-from longspan.errors import ModelError
+from longspan.errors import BatchError, ModelError
 from longspan.kernels import Kernel
 from longspan.kernels.function import KernelFunction
-from longspan.loss import cross_entropy
 from longspan.memory import Tools, attend_once
 from longspan.mesh import ParallelMesh
 from longspan.models.adapters import refuse_adapters
 from longspan.models.balance import gather_routers, prove_balance
-from longspan.models.positions import lengthen_tables, place
-from longspan.models.proof import IN_PLACE, Layer, Probe, Proof, Said, prove, refuse_by_config
+from longspan.models.losses import OWN, forward_with_loss, is_in_place, loss_over_ranks, prove_loss
+from longspan.models.positions import hand_over, lengthen_tables, place
+from longspan.models.proof import ACROSS, SOURCE, Layer, Probe, Proof, is_pair, prove, refuse_by_config
 from longspan.models.registered import PREFIX, Registered, refuse_name
+from longspan.models.said import Said
 from longspan.models.stand_in import stand_in, take_out
 from longspan.models.without_logits import forward_without_logits, refuse_without_logits
 from longspan.tiling import routes_to_experts
@@ -49,9 +50,10 @@ NAME = "longspan"
 def _attention(
     module: nn.Module, query_BHSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, attention_mask: Any, *,
     dropout: float = 0.0, scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-    longspan: "Step | Probe | None" = None, **_: Any,
+    longspan: "Step | Probe | None" = None, **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention that Transformers calls by name: (out [batch, my tokens, heads, dim], no weights)."""
+    _refuse_unknown(module, more)
     q, k, v = (x.transpose(1, 2) for x in (query_BHSD, key_BKSD, value_BKSD))
     if isinstance(longspan, Probe):
         return longspan.note(module, q, k, v, attention_mask), None
@@ -63,18 +65,29 @@ def _attention(
         )
     if dropout:
         _refuse_dropout(module, layer)
-    plain = longspan.mask is None and longspan.padding is None and longspan.restarts is None
-    go = _attend if plain else _attend_uncompiled
+    go = _attend if longspan.is_plain else _attend_uncompiled
     return go(q, k, v, layer, longspan, {"scale": scaling, "softcap": softcap, "sinks": s_aux}), None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layer: Layer, step: Step, more: dict[str, Any]) -> Tensor:
-    mask = step.mask_for(layer.own, restarts=layer.packs)
-    return layer.attend(q, k, v, mask=mask, tokens=step.tokens, **more)
+    if layer.over == ACROSS and step.target is not None:
+        return layer.attend(q, k, v, mask=step.mask_across(), tokens=step.target.tokens, key_tokens=step.tokens, **more)
+    row = step if layer.over == SOURCE or step.target is None else step.target
+    return layer.attend(q, k, v, mask=row.mask_for(layer.own, restarts=layer.packs), tokens=row.tokens, **more)
 
 
 # A mask that is another at each step would make torch.compile begin anew at each step: between its graphs it is left alone.
 _attend_uncompiled = torch.compiler.disable(_attend, reason="the mask is another at each step")
+
+
+def _refuse_unknown(module: nn.Module, more: dict[str, Any]) -> None:
+    """What a layer adds to its scores would be dropped without a word."""
+    for name, value in more.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            raise ModelError(
+                f"{type(module).__name__} hands its attention {name} of shape {list(value.shape)}, counted over this rank's "
+                f"tokens; such a layer (T5's relative bias) is not supported"
+            )
 
 
 def _refuse_dropout(module: nn.Module, layer: Layer) -> None:
@@ -86,9 +99,11 @@ def _refuse_dropout(module: nn.Module, layer: Layer) -> None:
     )
 
 
-def _mask(*_: Any, mask_function: Callable[..., Tensor], device: torch.device, **__: Any) -> Said:
+def _mask(
+    *_: Any, mask_function: Callable[..., Tensor], device: torch.device, attention_mask: Tensor | None = None, **__: Any
+) -> Said:
     """The mask that Transformers asks for by name. Padding and documents are the Step's; this is what the layer itself is."""
-    return Said(mask_function, device)
+    return Said(mask_function, device, attention_mask)
 
 
 AttentionInterface.register(NAME, _attention)
@@ -155,9 +170,10 @@ class Pretrained:
                 Registered(cast(str, self.kernel), module, layer.name, layer.own) if registered else self.kernel
                 for module, layer in self.proof.layers
             ]
-            self.routers = prove_balance(self.called, self.model, self.proof.loss_type) if balanced else None
+            self.loss_kind = prove_loss(self.called, self.model)
+            self.routers = prove_balance(self.called, self.model, self.loss_kind) if balanced else None
             if not tools.return_logits:
-                refuse_without_logits(self.model, self.called, self.proof.loss_type)
+                refuse_without_logits(self.model, self.called, self.loss_kind)
 
     def install(self, mesh: ParallelMesh, tools: Tools) -> None:
         """Give the model its mesh: copies of its configs, its attention layers' mesh, its loss, its hooks."""
@@ -167,22 +183,26 @@ class Pretrained:
         for (module, layer), kernel in zip(self.proof.layers, self.kernels):
             over_mesh = partial(kernel.attend, by=chosen) if isinstance(kernel, Registered) else partial(chosen, kernel=kernel)
             module._longspan = layer._replace(attend=over_mesh)
-        in_place = self.proof.loss_type in IN_PLACE
-        if self.proof.loss_type is not None:
-            self.model._loss_function = partial(_loss, mesh=mesh, in_place=in_place)
-        if not tools.return_logits:
-            asked = inspect.signature(self.model.forward)  # trainers look at it for the columns that a model takes
-            self.model.forward = partial(forward_without_logits, self.model, mesh, in_place)
-            self.model.forward.__signature__ = asked
+        self._install_loss(mesh, tools.return_logits)
         self._handles = [
             self.model.register_forward_pre_hook(stand_in, with_kwargs=True),
-            self.model.register_forward_pre_hook(partial(_check_call, self.proof, mesh), with_kwargs=True),
+            self.model.register_forward_pre_hook(partial(_check_call, self.proof, self.loss_kind, mesh), with_kwargs=True),
             self.model.register_forward_pre_hook(partial(_check_routers, self.routers), with_kwargs=True),
             self.model.register_forward_hook(take_out, with_kwargs=True),
         ]
         if self.routers is not None:
             self._handles += gather_routers(self.routers, self.model, mesh)
-        self._handles += lengthen_tables(self.model)
+        self._handles += lengthen_tables(self.model) + hand_over(self.model)
+
+    def _install_loss(self, mesh: ParallelMesh, return_logits: bool) -> None:
+        in_place = is_in_place(self.loss_kind)
+        if self.loss_kind not in (None, OWN):
+            self.model._loss_function = partial(loss_over_ranks, mesh=mesh, in_place=in_place)
+        if self.loss_kind == OWN or not return_logits:
+            asked = inspect.signature(self.model.forward)  # trainers look at it for the columns that a model takes
+            own = partial(forward_with_loss, self.model, mesh)
+            self.model.forward = own if return_logits else partial(forward_without_logits, self.model, mesh, in_place)
+            self.model.forward.__signature__ = asked
 
     def undo(self) -> None:
         """Take away everything that ``install`` gave."""
@@ -190,9 +210,10 @@ class Pretrained:
             handle.remove()
         for module, _ in self.proof.layers:
             del module._longspan
-        if isinstance(forward := vars(self.model).get("forward"), partial) and forward.func is forward_without_logits:
+        ours = (forward_with_loss, forward_without_logits)
+        if isinstance(forward := vars(self.model).get("forward"), partial) and forward.func in ours:
             del self.model.forward
-        if self.proof.loss_type is not None:
+        if self.loss_kind not in (None, OWN):
             del self.model._loss_function
         for module, config in self.configs:
             module.config = config
@@ -221,19 +242,16 @@ class Pretrained:
                 module.config = config
 
 
-def _loss(
-    logits: Tensor, labels: Tensor, vocab_size: int | None = None, *, mesh: ParallelMesh, in_place: bool, longspan: Step,
-    shift_labels: Tensor | None = None, **_: Any,
-) -> Tensor:  # fmt: skip
-    """``model.loss_function`` over the mesh: the mean over the labelled tokens of all ranks."""
-    if in_place is (shift_labels is not None):
-        asked = "shift=False" if in_place else "shift=True"
-        raise ModelError(f"the labels were cut for another kind of model; use shard(batch, mesh, {asked})")
-    targets = labels if shift_labels is None else shift_labels
-    return cross_entropy(logits, targets, mesh=mesh, labelled=longspan.labelled)
+WHOLE = (
+    "past_key_values", "output_attentions", "logits_to_keep", "use_cache", "attention_mask", "decoder_attention_mask",
+    "encoder_outputs",
+)  # fmt: skip
+"""Keywords of a call that mean the whole sequence."""
 
 
-def _check_call(proof: Proof, mesh: ParallelMesh, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _check_call(
+    proof: Proof, loss_kind: str | None, mesh: ParallelMesh, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Refuse what a part of the tokens cannot honour; give positions as the model counts them."""
     step = kwargs.get("longspan")
     if step is None:
@@ -241,19 +259,43 @@ def _check_call(proof: Proof, mesh: ParallelMesh, model: Any, args: tuple[Any, .
             "each sequence of this model lies on several ranks, but the batch was not cut; call "
             "model(**shard(batch, mesh)), and to generate, unparallelize(model) first"
         )
-    for name in ("past_key_values", "output_attentions", "logits_to_keep", "use_cache", "attention_mask"):
+    for name in WHOLE:
         value = kwargs.get(name)
         if value is not None and value is not False and not (isinstance(value, int) and value == 0):
             raise ModelError(f"{name}= means the whole sequence, and a rank has a part of it; leave it out of model(...)")
-    if kwargs.get("labels") is not None and proof.loss_type is None:
+    _refuse_rows(model, proof, step)
+    if kwargs.get("labels") is not None and loss_kind is None:
         raise ModelError(
             f"{type(model).__name__} computes its loss from labels by itself, over this rank's tokens; leave labels out of "
             f"the call, and use longspan.cross_entropy(outputs.logits, labels, mesh=mesh, labelled=part['longspan'].labelled)"
         )
     embeddings = model.get_input_embeddings()
     refuse_unknown_tokens(step, getattr(embeddings, "num_embeddings", None), type(model).__name__)
-    positions = place(kwargs, step, proof.positions_behind_padding, proof.padding_id, mesh)
-    return args, kwargs if positions is None else kwargs | {"position_ids": positions}
+    return args, kwargs | place(kwargs, step, proof.positions_behind_padding, proof.padding_id, mesh)
+
+
+def _refuse_rows(model: Any, proof: Proof, step: Step) -> None:
+    """Raise for rows of tokens that the model does not take, or not as they are. Every rank knows the same of the step."""
+    name = type(model).__name__
+    if is_pair(model) and step.target is None:
+        raise ModelError(
+            f"{name} is an encoder-decoder, and the batch had no decoder_input_ids; make them before the cut, by "
+            f"longspan.shift_right(labels, config.decoder_start_token_id, config.pad_token_id)"
+        )
+    if step.target is not None and not is_pair(model):
+        raise ModelError(f"the batch had decoder_input_ids, and {name} has no decoder apart; leave them out of shard(...)")
+    if proof.hides_padding and not (step.masked and (step.target is None or step.target.masked)):
+        masks = "attention_mask and decoder_attention_mask" if step.target else "attention_mask"
+        raise ModelError(
+            f"{name} hides the padding token by itself where no mask is given, and of each rank's part it would not be known "
+            f"to the others; give shard {masks}, 1 for a token and 0 for padding"
+        )
+    counted = 0 if proof.padding_id is None or not step.counted else proof.padding_id + 1
+    if proof.positions_known is not None and step.furthest + counted >= proof.positions_known:
+        raise BatchError(
+            f"the step has positions up to {step.furthest}, and the table of {name} has "
+            f"{proof.positions_known - counted} of them; use shorter rows, or a model with more positions"
+        )
 
 
 def _check_routers(routers: nn.Module | None, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

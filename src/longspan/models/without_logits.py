@@ -20,7 +20,8 @@ from longspan.batch import IGNORE
 from longspan.errors import ModelError
 from longspan.loss import mean_over_ranks, tile_rows
 from longspan.mesh import ParallelMesh
-from longspan.models.proof import TOKENS, ask, losing, proving
+from longspan.models.losses import OWN, losing
+from longspan.models.proof import ask, proving, rows
 from longspan.tiling import tile_by_tile
 
 LEARNED = ("labels", "shift_labels")
@@ -45,14 +46,14 @@ def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args
 def refuse_without_logits(model: Any, called: nn.Module, loss_type: str | None) -> None:
     """Raise ModelError for a model whose loss cannot be formed so: shown on one rank, where the logits are few."""
     reason = None
-    if loss_type is None:
+    if loss_type in (None, OWN):
         reason = "computes its loss by itself"
     elif "forward" in vars(model):
         reason = "has a forward of its own hung on it by another library"
     elif model.base_model is model:
         reason = "has no base model apart from its head"
     else:
-        targets = torch.full((1, TOKENS), 5, device=model.device)
+        targets = torch.full((1, list(rows(model).values())[-1]), 5, device=model.device)
         with proving(called):
             logits = ask(called)["logits"]
             with _catching(model.base_model) as caught:
