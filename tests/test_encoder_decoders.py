@@ -4,6 +4,7 @@ The reference is the untouched model, its own attention and its own loss. All in
 softcap computes in fp32, says so by its tolerance.
 """
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from longspan import BatchError, ModelError, ParallelMesh, parallelize, shard, shift_right, unparallelize, unshard
 from longspan.batch import IGNORE, cut
+from longspan.masks import Causal
 from longspan.mesh import Place
 from ranks import Ranks
 
@@ -25,7 +27,7 @@ COMMON: dict[str, Any] = {
     "vocab_size": 97, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "dropout": 0.0,
     "attention_dropout": 0.0, "activation_dropout": 0.0, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
-    "decoder_start_token_id": 2,
+    "decoder_start_token_id": 2, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0,
 }  # fmt: skip
 GEMMA: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -145,3 +147,145 @@ def test_every_pair_under_one_layout(name: str, batch: str, pool: Callable[[int]
 @pytest.mark.parametrize(("name", "batch"), PAIRS)
 def test_every_pair_under_every_layout(name: str, batch: str, ulysses: int, ring: int, pool: Callable[[int], Ranks]) -> None:
     pool(ulysses * ring).run(compare, name, batch, ulysses, ring, 0, 3)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5gemma"])
+def test_sharded_parameters_and_every_tool(name: str, pool: Callable[[int], Ranks]) -> None:
+    tools = {"recompute": "full", "tile_tokens": 4, "head_chunks": 2, "offload_activations": True}
+    pool(2).run(compare, name, "odd lengths", 2, 1, 3, 2)
+    pool(2).run(compare_with, name, "right padding", tools)
+
+
+def compare_with(name: str, batch: str, tools: dict[str, Any]) -> None:
+    compare(name, batch, 2, 1, 3, 2, **tools)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5gemma"])
+def test_replicas_count_labels_together_and_one_without_a_row_joins(name: str, pool: Callable[[int], Ranks]) -> None:
+    pool(4).run(replicas, name)
+
+
+def replicas(name: str) -> None:
+    """Two micro-batches, the second of one row: none is left for the second replica."""
+    mesh, reference = ParallelMesh(ulysses=2), build(name)
+    model = parallelize(deepcopy(reference), mesh)
+    whole, tolerance = batches(name, "right padding"), tolerance_of(name)
+    first = {key: value[[mesh.place.data_rank]] for key, value in whole.items()}
+    second = {key: value[:1] if mesh.place.data_rank == 0 else value[:0] for key, value in whole.items()}
+    labelled = int((whole["labels"] != IGNORE).sum()) + int((whole["labels"][:1] != IGNORE).sum())
+    expected = torch.zeros(())
+    for batch in (whole, {key: value[:1] for key, value in whole.items()}):
+        loss = alone(reference, batch).loss * int((batch["labels"] != IGNORE).sum()) / labelled
+        loss.backward()
+        expected = expected + loss.detach()
+    found = torch.zeros(())
+    for part in shard([first, second], mesh, shift=False):
+        loss = model(**part).loss
+        loss.backward()
+        found = found + loss.detach()
+    assert abs(found - expected) <= tolerance * expected
+    assert_gradients(model, reference, tolerance)
+
+
+# ---- refusals
+
+
+def refused(model: Any) -> str:
+    with pytest.raises(ModelError) as error:
+        parallelize(model, ParallelMesh())
+    return str(error.value)
+
+
+TINY_T5: dict[str, Any] = {
+    "vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
+    "pad_token_id": 0, "decoder_start_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["T5ForConditionalGeneration", "T5EncoderModel", "UMT5ForConditionalGeneration"])
+def test_a_bias_that_a_layer_adds_to_its_scores_is_refused(kind: str, pool: Callable[[int], Ranks]) -> None:
+    config = getattr(transformers, f"{kind.split('5')[0]}5Config")(**TINY_T5)
+    (said,) = pool(1).run(refused, getattr(transformers, kind)(config))
+    assert "Attention hands its attention position_bias of shape" in said
+
+
+def test_tables_that_count_ids_are_refused(pool: Callable[[int], Ranks]) -> None:
+    (said,) = pool(1).run(refused, transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**COMMON)))
+    assert "counts positions in its own way" in said or "does not count its positions" in said
+
+
+def test_layers_that_are_dropped_at_random_are_refused(pool: Callable[[int], Ranks]) -> None:
+    (said,) = pool(1).run(refused, build("bart", decoder_layerdrop=0.1))
+    assert "config.decoder_layerdrop drops layers at random, other ones on every rank; set it to 0" in said
+
+
+CALLS = {
+    "no decoder_input_ids": r"had no decoder_input_ids; make them before the cut, by longspan.shift_right",
+    "decoder_input_ids for a decoder": r"LlamaForCausalLM has no decoder apart; leave them out",
+    "no mask for a model that hides padding": r"hides the padding token .* attention_mask and decoder_attention_mask",
+    "more positions than the table": r"positions up to 64, and the table of BartForConditionalGeneration has 64 of them",
+    "more positions than gpt2's table": r"positions up to 16, and the table of GPT2LMHeadModel has 16 of them",
+    "encoder_outputs": r"encoder_outputs= means the whole sequence",
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_calls_that_are_refused_on_every_rank(call: str, pool: Callable[[int], Ranks]) -> None:
+    for said in pool(2).run(refused_call, call):
+        assert re.search(CALLS[call], said), said
+
+
+def refused_call(call: str) -> str:
+    mesh = ParallelMesh(ulysses=2)
+    name = "t5gemma" if "hides" in call else "bart"
+    whole, model, shift = batches(name, "even"), build(name), False
+    if "gpt2" in call or "for a decoder" in call:
+        ids = torch.zeros(1, 17, dtype=torch.long)
+        whole = {"input_ids": ids} | ({"decoder_input_ids": ids} if "for a decoder" in call else {})
+        tiny: Any = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 97}
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 97}
+        model = (
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+            if "for a decoder" in call
+            else transformers.GPT2LMHeadModel(transformers.GPT2Config(**tiny))
+        )
+    if "no decoder" in call:
+        whole = {"input_ids": whole["input_ids"], "labels": whole["input_ids"]}
+    if "hides" in call:
+        whole = {name: value for name, value in whole.items() if name != "decoder_attention_mask"}
+    if call == "more positions than the table":
+        whole["input_ids"] = torch.full((2, 65), 5)
+    parallelize(model, mesh)
+    part = shard(whole, mesh, shift=shift)
+    more = {"encoder_outputs": (torch.zeros(1),)} if call == "encoder_outputs" else {}
+    with pytest.raises((ModelError, BatchError)) as error:
+        model(**part, **more)
+    return str(error.value)
+
+
+IDS, FEW = torch.full((2, 8), 5), torch.full((2, 4), 5)
+PAIR = {"input_ids": IDS, "decoder_input_ids": FEW, "labels": FEW}
+EMPTY = torch.ones_like(IDS).index_fill(0, torch.tensor([1]), 0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "keywords", "text"),
+    [
+        (PAIR, {"shift": True}, r"labels of an encoder-decoder stand where they are predicted.*shift=False"),
+        (PAIR, {"mask": Causal()}, r"mask= says who may look at whom in one row of tokens, and an encoder-decoder has two"),
+        (PAIR, {"dims": {"labels": 3}}, r"of the decoder's tensors .*'labels' of shape"),
+        (PAIR | {"decoder_input_ids": FEW[:1], "labels": FEW[:1]}, {}, r"the encoder was given 2 rows and the decoder 1"),
+        (PAIR | {"attention_mask": EMPTY}, {}, r"row 1 is padding alone.* set them to -100"),
+        (PAIR | {"decoder_attention_mask": torch.ones(2, 5)}, {}, r"of the decoder's tensors .*must be \[2, 4\]"),
+        (PAIR | {"decoder_grid": FEW}, {}, r"of the decoder's tensors .*tensor 'grid' of shape \[2, 4\] is unknown"),
+        (PAIR | {"labels": IDS}, {}, r"labels of shape \[2, 8\] do not stand beside decoder_input_ids of \[2, 4\]"),
+    ],
+)
+def test_batches_that_are_refused(batch: Any, keywords: Any, text: str) -> None:
+    with pytest.raises(BatchError, match=text):
+        cut(batch, Place(ulysses=2), **{"shift": False} | keywords)
+
+
+def test_labels_are_shifted_as_the_models_shift_them() -> None:
+    labels = torch.tensor([[7, 8, 9, IGNORE], [4, 5, IGNORE, IGNORE]])
+    assert torch.equal(shift_right(labels, 2, 1), build("bart").prepare_decoder_input_ids_from_labels(labels))

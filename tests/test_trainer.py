@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     DataCollatorWithFlattening,
     LlamaConfig,
     LlamaForCausalLM,
@@ -245,6 +247,49 @@ def test_a_checkpoint_is_that_of_one_device(zero: int, pool: Pool, tmp_path: Pat
     expected = LlamaForCausalLM.from_pretrained(tmp_path / "one" / "checkpoint-6").state_dict()
     for name, value in saved.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def translator() -> BartForConditionalGeneration:
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, dropout=0.0,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config)
+
+
+def translations(rows: int = 21) -> list[dict[str, Tensor]]:
+    """Sources, and labels of other lengths; what the decoder is given is made of them, by the model or for the ranks."""
+    return [{"input_ids": item["input_ids"], "labels": item["input_ids"].flip(0)[:5]} for item in dataset(rows)]
+
+
+def pad_pair(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    labels = [torch.cat([item["labels"], torch.full((6 - len(item["labels"]),), IGNORE)]) for item in items]
+    padded = pad([item | {"labels": item["input_ids"]} for item in items])
+    return padded | {"labels": torch.stack(labels)}
+
+
+def predictions(given: Any) -> dict[str, float]:
+    """Asks for every logit, of which those of labels count, and for the encoder's output, of which the first token's."""
+    logits, encoded = given.predictions
+    there = given.label_ids != IGNORE
+    return {"logits": float((logits[there] ** 2).mean()), "encoded": float((encoded[:, 0] ** 2).mean())}
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_an_encoder_decoder_trains_and_predicts_as_on_one_device(zero: int, pool: Pool, tmp_path: Path) -> None:
+    settings = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
+    of = {"train_dataset": translations(), "eval_dataset": translations(5), "data_collator": pad_pair}
+    (alone,) = pool(1).run(translate, tmp_path / "one", 4, None, settings, of, 0)
+    assert sum("eval_logits" in line for line in alone[0]) == 2
+    for theirs in pool(4).run(translate, tmp_path / "four", 2, HYBRID, settings, of, zero):
+        assert_equal(alone, theirs)
+
+
+def translate(
+    folder: Path, rows: int, mesh: dict[str, int] | None, settings: Mapping[str, Any], of: Mapping[str, Any], zero: int
+) -> Any:
+    return train(folder, rows, mesh, settings, {**of, "model": translator(), "compute_metrics": predictions}, zero)
 
 
 class Stream(IterableDataset[dict[str, Tensor]]):

@@ -276,7 +276,7 @@ def _cut_pair(
     except LongspanError as error:
         raise type(error)(f"of the decoder's tensors ({TARGET}..., labels): {error}") from error
     source, target = mine.pop("longspan"), other.pop("longspan")
-    _refuse_unequal_rows(source, target, decoder.get("labels"))
+    _refuse_unfit(source, target, decoder.get("labels"))
     step = replace(
         source, target=target, labelled=target.labelled, largest=max(source.largest, target.largest),
         furthest=max(source.furthest, target.furthest), digest=_hash(repr((source.digest, target.digest)).encode()),
@@ -285,17 +285,22 @@ def _cut_pair(
     return mine | renamed | {"longspan": step}
 
 
-def _refuse_unequal_rows(source: Step, target: Step, labels: Any) -> None:
+def _refuse_unfit(source: Step, target: Step, labels: Any) -> None:
     if source.rows != target.rows:
         raise BatchError(f"the encoder was given {source.rows} rows and the decoder {target.rows}; pass as many of each")
-    empty = [row for row, real in enumerate(source.padding or ()) if real.start == real.stop]
-    if target.labelled and isinstance(labels, Tensor):
-        for row in empty:
-            if bool((labels[row] != IGNORE).any()):
-                raise BatchError(
-                    f"row {row} is padding alone, so that its decoder sees nothing of it, but it has labels; set them to "
-                    f"{IGNORE}, or give it a token"
-                )
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return
+    if labels.shape[1] != target.tokens:
+        raise BatchError(
+            f"labels of shape {list(labels.shape)} do not stand beside decoder_input_ids of [{target.rows}, {target.tokens}]; "
+            f"give each token of the decoder one, {IGNORE} where nothing is learned"
+        )
+    for row, real in enumerate(source.padding or ()):
+        if real.start == real.stop and bool((labels[row] != IGNORE).any()):
+            raise BatchError(
+                f"row {row} is padding alone, so that its decoder sees nothing of it, but it has labels; set them to "
+                f"{IGNORE}, or give it a token"
+            )
 
 
 def _padding(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Only, ...] | None:

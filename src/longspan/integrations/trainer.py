@@ -29,6 +29,7 @@ from longspan.errors import BatchError, LongspanError, RunError
 from longspan.integrations.one_device import OneDevice, as_one_device, refuse, refuse_undealt, said_by_positions
 from longspan.integrations.whole import read_whole_weights, spread_optimizer, whole
 from longspan.mesh import ParallelMesh
+from longspan.models.losses import is_in_place
 from longspan.sharding import parallelize
 
 REPLACED = ("compute_loss", "prediction_step", "_get_num_items_in_batch")
@@ -134,8 +135,10 @@ class LongTrainer(Base):  # type: ignore[misc]
     def _shard(self, batches: Sequence[Mapping[str, Any]]) -> list[Any]:
         if not batches:
             return agree([], self.mesh)
-        given = [said_by_positions(dict(batch.items())) for batch in batches]
-        parts: list[Any] = shard(given, self.mesh, shift=self._loss_shifts_labels, dims=self.dims)
+        offer = self.model._longspan.offer
+        given = [offer.with_targets(said_by_positions(dict(batch.items()))) for batch in batches]
+        shift = self._loss_shifts_labels if offer.loss_kind is None else not is_in_place(offer.loss_kind)
+        parts: list[Any] = shard(given, self.mesh, shift=shift, dims=self.dims)
         return parts
 
     @contextmanager
@@ -209,6 +212,8 @@ class LongTrainer(Base):  # type: ignore[misc]
         """An output [rows, my tokens, ...] of the model for every row of all replicas and every token."""
         if isinstance(mine, tuple | list):
             return type(mine)(self._put_together(name, each, step) for each in mine)
+        if step.target is not None and not name.startswith("encoder_"):
+            step = step.target
         if not isinstance(mine, Tensor) or mine.ndim < 2 or mine.shape[1] != sum(map(len, step.positions)):
             raise BatchError(
                 f"the model's output {name!r} has no dimension of tokens that could be put together; leave it out with "

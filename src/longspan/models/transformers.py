@@ -204,6 +204,20 @@ class Pretrained:
             self.model.forward = own if return_logits else partial(forward_without_logits, self.model, mesh, in_place)
             self.model.forward.__signature__ = asked
 
+    def with_targets(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A whole ``batch`` with what an encoder-decoder would make of its labels by itself: its decoder's ids, which of them
+        are padding. As it is for other models."""
+        labels = batch.get("labels")
+        if not is_pair(self.model) or not isinstance(labels, Tensor) or labels.ndim != 2:
+            return batch
+        if not any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds")):
+            batch = batch | {"decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(labels)}
+        if self.proof.hides_padding:
+            ids = {f"{name}attention_mask": batch.get(f"{name}input_ids") for name in ("", "decoder_")}
+            padding = self.model.config.pad_token_id
+            batch = {name: (x != padding).long() for name, x in ids.items() if isinstance(x, Tensor)} | batch
+        return batch
+
     def undo(self) -> None:
         """Take away everything that ``install`` gave."""
         for handle in self._handles:
