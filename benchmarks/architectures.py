@@ -1,7 +1,8 @@
 """Which language models of Transformers are exact on two ranks, and which are refused: benchmarks/architectures.py [NAME ...]
 
-Every causal and masked language model of the library that can be built from its config class at a tiny size, with random
-weights: loss and all gradients on ulysses=2 against one device, on a row of 23 tokens. A verdict is one of
+Every causal and masked language model and every encoder-decoder of the library that can be built from its config class at a
+tiny size, with random weights: loss and all gradients on ulysses=2 against one device, on a row of 23 tokens, and 17 of the
+decoder's. A verdict is one of
 
     exact     the largest relative error of a gradient        refused   with this sentence
     WRONG     the same, too large: a defect of longspan       skipped   it could not be built or run so small on one device
@@ -32,16 +33,19 @@ TINY = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2,
     "ffn_hidden_size": 48, "dim": 32, "hidden_dim": 48, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "sliding_window": 5, "rotary_dim": 8, "n_group": 2, "topk_group": 1,
+    "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "d_ff": 48, "d_kv": 8, "num_decoder_layers": 2, "decoder_start_token_id": 2,
     "shared_expert_intermediate_size": 16, "first_k_dense_replace": 1, "max_window_layers": 1, "vocab_size_per_layer_input": 97,
 }  # fmt: skip
 LARGEST = 3_000_000  # parameters
+PAIRS = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="model types, such as llama; default: all")
     names = parser.parse_args().names
-    for name, model in _classes().items():
+    for name, model in _classes():
         if names and name not in names:
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -53,10 +57,11 @@ def main() -> None:
         print(f"| {name} | {model} | {said} |", flush=True)
 
 
-def _classes() -> dict[str, str]:
+def _classes() -> list[tuple[str, str]]:
     causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return {**{name: model for name, model in masked.items() if name not in causal}, **causal}
+    single = {**{name: model for name, model in masked.items() if name not in causal}, **causal}
+    return [*single.items(), *PAIRS.items()]
 
 
 def _rank(rank: int, folder: str, name: str, model: str) -> None:
@@ -74,19 +79,24 @@ def _rank(rank: int, folder: str, name: str, model: str) -> None:
 
 def _verdict(name: str, model_name: str) -> str:
     ids = torch.randint(3, 97, (1, 23), generator=torch.Generator().manual_seed(1))
+    whole = {"input_ids": ids}
+    if model_name in PAIRS.values():
+        others = ids[:, :17].flip(1)
+        masks = {"attention_mask": torch.ones_like(ids), "decoder_attention_mask": torch.ones_like(others)}
+        whole |= masks | {"decoder_input_ids": others}
     try:
         reference = _build(name, model_name)
         model = deepcopy(reference)  # before a forward, which may leave states behind
-        masked = "MaskedLM" in model_name
-        labels = ids if masked else F.pad(ids[:, 1:], (0, 1), value=-100)
-        expected = cross_entropy(reference(input_ids=ids, return_dict=True).logits, labels)
+        masked = "MaskedLM" in model_name or model_name in PAIRS.values()
+        labels = ids[:, : next(reversed(whole.values())).shape[1]] if masked else F.pad(ids[:, 1:], (0, 1), value=-100)
+        expected = cross_entropy(reference(**whole, return_dict=True).logits, labels)
         expected.backward()
     except Exception as error:
         return f"skipped | {type(error).__name__}: {str(error)[:120]}"
     mesh = ParallelMesh(ulysses=2)
     try:
         parallelize(model, mesh)
-        part = shard({"input_ids": ids, "labels": ids}, mesh, shift=not masked)
+        part = shard(whole | {"labels": labels if masked else ids}, mesh, shift=not masked)
         targets = part["labels" if masked else "shift_labels"]
         called = {key: value for key, value in part.items() if "labels" not in key}
         found = cross_entropy(model(**called).logits, targets, mesh=mesh, labelled=part["longspan"].labelled)
