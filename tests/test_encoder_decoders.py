@@ -15,7 +15,17 @@ import transformers
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from longspan import BatchError, ModelError, ParallelMesh, parallelize, shard, shift_right, unparallelize, unshard
+from longspan import (
+    BatchError,
+    LongspanError,
+    ModelError,
+    ParallelMesh,
+    parallelize,
+    shard,
+    shift_right,
+    unparallelize,
+    unshard,
+)
 from longspan.batch import IGNORE, cut
 from longspan.masks import Causal
 from longspan.mesh import Place
@@ -187,6 +197,23 @@ def replicas(name: str) -> None:
     assert_gradients(model, reference, tolerance)
 
 
+def test_the_loss_of_a_model_that_calls_its_own_can_be_formed_in_tiles(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(without_logits)
+
+
+def without_logits() -> None:
+    mesh, reference = ParallelMesh(ulysses=2), build("t5gemma")
+    whole = batches("t5gemma", "odd lengths")
+    model = parallelize(deepcopy(reference), mesh, return_logits=False)
+    expected = alone(reference, whole).loss
+    expected.backward()
+    output = model(**shard(whole, mesh, shift=False))
+    output.loss.backward()
+    assert output.logits is None
+    assert abs(output.loss.item() - expected.item()) <= 1e-5 * expected.item()
+    assert_gradients(model, reference, 1e-5)
+
+
 # ---- refusals
 
 
@@ -223,9 +250,12 @@ CALLS = {
     "no decoder_input_ids": r"had no decoder_input_ids; make them before the cut, by longspan.shift_right",
     "decoder_input_ids for a decoder": r"LlamaForCausalLM has no decoder apart; leave them out",
     "no mask for a model that hides padding": r"hides the padding token .* attention_mask and decoder_attention_mask",
-    "more positions than the table": r"positions up to 64, and the table of BartForConditionalGeneration has 64 of them",
+    "more positions than the table": r"the step has positions up to 64, and the table of BartForConditionalGeneration has 64 of them",
     "more positions than gpt2's table": r"positions up to 16, and the table of GPT2LMHeadModel has 16 of them",
     "encoder_outputs": r"encoder_outputs= means the whole sequence",
+    "a token that only the encoder knows": r"holds token or label 80, and T5GemmaForConditionalGeneration knows 0 to 59",
+    "a kernel of the registry": r"kernel='hf:sdpa' attends within one row of tokens",
+    "memory=auto": r'memory="auto" knows models of one row of tokens, and BartForConditionalGeneration has two',
 }
 
 
@@ -237,7 +267,7 @@ def test_calls_that_are_refused_on_every_rank(call: str, pool: Callable[[int], R
 
 def refused_call(call: str) -> str:
     mesh = ParallelMesh(ulysses=2)
-    name = "t5gemma" if "hides" in call else "bart"
+    name = "t5gemma" if "hides" in call or "only the encoder" in call else "bart"
     whole, model, shift = batches(name, "even"), build(name), False
     if "gpt2" in call or "for a decoder" in call:
         ids = torch.zeros(1, 17, dtype=torch.long)
@@ -255,12 +285,19 @@ def refused_call(call: str) -> str:
         whole = {name: value for name, value in whole.items() if name != "decoder_attention_mask"}
     if call == "more positions than the table":
         whole["input_ids"] = torch.full((2, 65), 5)
-    parallelize(model, mesh)
-    part = shard(whole, mesh, shift=shift)
+    if "only the encoder" in call:
+        model.model.decoder.embed_tokens = torch.nn.Embedding(60, 32)
+        whole["input_ids"][0, 0], whole["decoder_input_ids"][1, -1] = 90, 80
+        whole["labels"].clamp_(max=50)
+    given = {"a kernel of the registry": {"kernel": "hf:sdpa"}, "memory=auto": {"memory": "auto", **AUTO}}.get(call, {})
     more = {"encoder_outputs": (torch.zeros(1),)} if call == "encoder_outputs" else {}
-    with pytest.raises((ModelError, BatchError)) as error:
-        model(**part, **more)
+    with pytest.raises(LongspanError) as error:
+        parallelize(model, mesh, **given)
+        model(**shard(whole, mesh, shift=shift), **more)
     return str(error.value)
+
+
+AUTO = {"memory_budget_gib": 1.0, "tokens": 1024}
 
 
 IDS, FEW = torch.full((2, 8), 5), torch.full((2, 4), 5)

@@ -29,6 +29,7 @@ from longspan.errors import BatchError, LongspanError
 from longspan.layout import Runs
 from longspan.masks import Bands, Documents, Full, Mask, Only
 from longspan.mesh import ParallelMesh, Place
+from longspan.padding import padding_of, restarts_of
 
 IGNORE = -100
 """The label of a token that nothing is learned from, as in ``F.cross_entropy``."""
@@ -161,8 +162,8 @@ def cut(
     positions = place.layout(tokens).mine(place.ring_rank, place.ulysses_rank)
     whole = dict(batch)
     step_mask = mask if isinstance(mask, Mask) or mask is None else tuple(mask)
-    padding = _padding(whole.get("attention_mask"), rows, tokens)
-    restarts = None if "attention_mask" in whole or mask is not None else _restarts(whole.get("position_ids"), rows, tokens)
+    padding = padding_of(whole.get("attention_mask"), rows, tokens)
+    restarts = None if "attention_mask" in whole or mask is not None else restarts_of(whole.get("position_ids"), rows, tokens)
     whole.pop("attention_mask", None)
     whole.setdefault("position_ids", torch.arange(tokens, device=ids.device).expand(rows, tokens))
     last_position = int(whole["position_ids"].max()) if rows else tokens - 1
@@ -190,17 +191,25 @@ def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
     steps: list[Step] = [part["longspan"] for part in parts]
     digest = _hash(repr([(step.digest, step.tokens, step.rows) for step in steps]).encode())
     rows, tokens = (steps[0].rows, steps[0].tokens) if steps else (0, 0)
-    largest = max((step.largest for step in steps), default=-1)
-    furthest = max((step.furthest for step in steps), default=-1)
-    mine = (0, len(steps), rows, tokens, sum(step.labelled for step in steps), digest, largest, furthest)
+    targets = [step.target for step in steps if step.target is not None]
+    most = [max(found, default=-1) for row in (steps, targets) for found in _largest_and_furthest(row)]
+    mine = (0, len(steps), rows, tokens, sum(step.labelled for step in steps), digest, *most)
     table = exchange_facts(mine, mesh)
     raise_the_first_error(table, None, mesh)
     _refuse_disagreement(table, mesh.place)
     sequence = mesh.place.ring * mesh.place.ulysses
     labelled = sum(row[4] for row in table[::sequence])
-    largest, furthest = (max(row[fact] for row in table) for fact in (6, 7))
-    agreed = [replace(step, labelled=labelled, largest=largest, furthest=furthest) for step in steps]
-    return [{**part, "longspan": step} for part, step in zip(parts, agreed)]
+    largest, furthest, *of_target = (max(row[fact] for row in table) for fact in (6, 7, 8, 9))
+
+    def agreed(step: Step) -> Step:
+        target = step.target and replace(step.target, largest=of_target[0], furthest=of_target[1])
+        return replace(step, labelled=labelled, largest=largest, furthest=furthest, target=target)
+
+    return [{**part, "longspan": agreed(step)} for part, step in zip(parts, steps)]
+
+
+def _largest_and_furthest(steps: Sequence[Step]) -> tuple[list[int], list[int]]:
+    return [step.largest for step in steps], [step.furthest for step in steps]
 
 
 def refuse_unknown_tokens(step: Step, vocab: int | None, name: str) -> None:
@@ -277,10 +286,8 @@ def _cut_pair(
         raise type(error)(f"of the decoder's tensors ({TARGET}..., labels): {error}") from error
     source, target = mine.pop("longspan"), other.pop("longspan")
     _refuse_unfit(source, target, decoder.get("labels"))
-    step = replace(
-        source, target=target, labelled=target.labelled, largest=max(source.largest, target.largest),
-        furthest=max(source.furthest, target.furthest), digest=_hash(repr((source.digest, target.digest)).encode()),
-    )  # fmt: skip
+    digest = _hash(repr((source.digest, target.digest)).encode())
+    step = replace(source, target=target, labelled=target.labelled, digest=digest)
     renamed = {name if name == "labels" else f"{TARGET}{name}": value for name, value in other.items()}
     return mine | renamed | {"longspan": step}
 
@@ -301,46 +308,6 @@ def _refuse_unfit(source: Step, target: Step, labels: Any) -> None:
                 f"row {row} is padding alone, so that its decoder sees nothing of it, but it has labels; set them to "
                 f"{IGNORE}, or give it a token"
             )
-
-
-def _padding(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Only, ...] | None:
-    """For each row the one run of tokens that are not padding; None where none is. Padding may be left, right or both."""
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != (rows, tokens) or bool(((attention_mask != 0) & (attention_mask != 1)).any()):
-        raise BatchError(
-            f"attention_mask of shape {list(attention_mask.shape)} must be [{rows}, {tokens}] like input_ids, 1 for a token "
-            f"and 0 for padding; say anything else by shard(batch, mesh, mask=...)"
-        )
-    if bool(attention_mask.all()):
-        return None
-    counts = attention_mask.sum(1).tolist()
-    starts = attention_mask.int().argmax(1).tolist()
-    for row, (start, count) in enumerate(zip(starts, counts)):
-        if not attention_mask[row, start : start + int(count)].all():
-            raise BatchError(
-                f"attention_mask has a hole in row {row}: its {int(count)} tokens are not one run; padding may stand before "
-                f"and behind them, and documents in one row are said by mask=Documents(lengths) & Causal()"
-            )
-    return tuple(Only(start, start + int(count)) for start, count in zip(starts, counts))
-
-
-def _restarts(position_ids: Tensor | None, rows: int, tokens: int) -> tuple[Documents, ...] | None:
-    """For each row the runs of positions that count on by one; None where every row is one run."""
-    four = position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4
-    if position_ids is not None and four and bool((position_ids[0].diff(dim=1) != 1).any()):
-        raise BatchError(
-            f"position_ids of shape {list(position_ids.shape)} begin anew in their first row, which says documents to some "
-            f"models only; say them by mask=Documents(lengths) & Causal()"
-        )
-    if position_ids is None or position_ids.shape not in ((rows, tokens), (1, tokens)):
-        return None
-    position_ids = position_ids.expand(rows, tokens)  # Transformers takes one row of positions for all
-    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
-    if int(starts.sum()) == rows:
-        return None
-    firsts = [row.nonzero().flatten().tolist() for row in starts]
-    return tuple(Documents([b - a for a, b in zip(row, [*row[1:], tokens])]) for row in firsts)
 
 
 def _learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) -> Tensor | None:

@@ -36,6 +36,8 @@ def choose(model: nn.Module, *, tokens: int | None, ranks: int, budget_gib: floa
     if budget_gib is None or tokens is None:
         raise ModelError('memory="auto" needs memory_budget_gib= (of a rank) and tokens= (of the longest row)')
     config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f'memory="auto" knows models of one row of tokens, and {type(model).__name__} has two; name the tools')
     ours = isinstance(config, Sizes)
     return cheapest(
         config if ours else _sizes(model, config),

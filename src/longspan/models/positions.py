@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from longspan.batch import TARGET, Step, take, unshard
 from longspan.errors import ModelError
 from longspan.mesh import ParallelMesh
+from longspan.models.said import is_pair
 
 
 def of_ids(ids: Tensor, padding_id: int) -> Tensor:
@@ -73,8 +74,7 @@ def hand_over(model: Any) -> list[Any]:
     for stack in model.modules():
         tables = [child for child in stack.children() if is_table(child)]
         if tables and "position_ids" not in inspect.signature(stack.forward).parameters:
-            is_decoder = stack is model.get_decoder() is not model.get_encoder()
-            name = f"{TARGET}position_ids" if is_decoder else "position_ids"
+            name = f"{TARGET}position_ids" if is_pair(model) and stack is model.get_decoder() else "position_ids"
             held: list[Tensor | None] = []
             handles.append(stack.register_forward_pre_hook(partial(_hold, held, name), with_kwargs=True))
             for table in tables:

@@ -28,7 +28,7 @@ from longspan.layout import Heads
 from longspan.masks import Full, Mask
 from longspan.mesh import ParallelMesh
 from longspan.models.positions import handing_over, is_table, of_ids
-from longspan.models.said import Said
+from longspan.models.said import Said, is_pair
 
 TOKENS, TARGETS = 14, 10
 """Of the proof, and of its decoder where the model has both: few, even, unequal, as their halves are, and no usual width."""
@@ -90,12 +90,12 @@ class Probe:
 @dataclass(frozen=True)
 class Proof:
     """What was found: each attention module's layer, whether the model hides tokens by their ids where no mask is given, how
-    many positions its shortest table has (None: it has none), whether its own positions begin behind padding, the id of
-    padding where they are counted from ids (else None)."""
+    many positions its tables have, by how the names of the tensors begin whose tokens look them up, whether its own positions
+    begin behind padding, the id of padding where they are counted from ids (else None)."""
 
     layers: tuple[tuple[Any, Layer], ...]
     hides_padding: bool
-    positions_known: int | None
+    positions_known: dict[str, int]
     positions_behind_padding: bool
     padding_id: int | None
 
@@ -166,11 +166,6 @@ def _as_list(value: Any) -> list[Any]:
 def rows(model: Any) -> dict[str, int]:
     """How many tokens the proof has, by how the names of their tensors begin: two rows for an encoder-decoder."""
     return {"": TOKENS} | ({PREFIX: TARGETS} if is_pair(model) else {})
-
-
-def is_pair(model: Any) -> bool:
-    """Whether the model is an encoder-decoder."""
-    return bool(getattr(model.config, "is_encoder_decoder", False)) and model.get_encoder() is not model.get_decoder()
 
 
 def _special(model: Any, *kinds: str) -> set[int]:
@@ -323,7 +318,7 @@ def all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def _hides_padding(model: Any) -> bool:
     """Whether some layer is told to hide tokens that are padding by their ids, though no mask was given."""
-    padding, probe = sorted(_special(model, "pad")), Probe()
+    padding, probe = sorted(token for token in _special(model, "pad") if token >= 0), Probe()
     changed: dict[str, Any] = {name: x for name, x in _whole(model).items() if name.endswith("input_ids")} if padding else {}
     for ids in changed.values():
         ids[0, 1 : 1 + len(padding)] = torch.tensor(padding, device=ids.device)
@@ -331,16 +326,17 @@ def _hides_padding(model: Any) -> bool:
     return any(isinstance(call.said, Said) and call.said.hides for call in probe.calls)
 
 
-def _positions_known(model: Any) -> int | None:
-    """The length of the shortest table that is looked up by positions."""
-    lengths = []
+def _positions_known(model: Any) -> dict[str, int]:
+    """The length of the shortest table that is looked up by the positions of the tokens, of each row that has one."""
+    lengths: dict[str, int] = {}
+    row_of = {count: name for name, count in rows(model).items()}
 
     def note(table: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input")
-        if is_table(table):
-            lengths.append(table.num_embeddings - getattr(table, "offset", 0))
-        elif isinstance(ids, Tensor) and ids.numel() in rows(model).values() and bool((ids.flatten().diff() == 1).all()):
-            lengths.append(table.num_embeddings - int(ids.min()))
+        ids = kwargs.get("position_ids") if is_table(table) else args[0] if args else kwargs.get("input")
+        if isinstance(ids, Tensor) and ids.numel() in row_of and bool((ids.flatten().diff() == 1).all()):
+            first = getattr(table, "offset", 0) if is_table(table) else int(ids.min())
+            row = row_of[ids.numel()]
+            lengths[row] = min(table.num_embeddings - first, lengths.get(row, table.num_embeddings))
 
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     handles = [table.register_forward_pre_hook(note, with_kwargs=True) for table in tables]
@@ -349,7 +345,7 @@ def _positions_known(model: Any) -> int | None:
     finally:
         for handle in handles:
             handle.remove()
-    return min(lengths, default=None)
+    return lengths
 
 
 def _prove_positions(model: Any, base: Any) -> tuple[bool, int | None]:

@@ -1,4 +1,4 @@
-"""What a Hugging Face model says about who may look at whom: Transformers' mask functions, which are closures, as masks.
+"""What a Hugging Face model says of itself: who may look at whom, by mask functions, which are closures, as masks.
 
     mask_function(row, head, q, k) -> sees or not     asked at rows and keys of interest     Causal(), Full(), Window(...), ...
 
@@ -7,11 +7,17 @@ Knows nothing of batches, layers or meshes.
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longspan.masks import Causal, Chunked, Full, Mask, Window
+
+
+def is_pair(model: Any) -> bool:
+    """Whether the model is an encoder-decoder."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and model.get_encoder() is not model.get_decoder()
 
 
 class Said:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from longspan.attention import attend, refuse_kernel
-from longspan.batch import Step, refuse_unknown_tokens
-from longspan.errors import BatchError, ModelError
+from longspan.batch import TARGET, Step, refuse_unknown_tokens
+from longspan.errors import BatchError, KernelError, ModelError
 from longspan.kernels import Kernel
 from longspan.kernels.function import KernelFunction
 from longspan.memory import Tools, attend_once
@@ -36,9 +36,9 @@ from longspan.models.adapters import refuse_adapters
 from longspan.models.balance import gather_routers, prove_balance
 from longspan.models.losses import OWN, forward_with_loss, is_in_place, loss_over_ranks, prove_loss
 from longspan.models.positions import hand_over, lengthen_tables, place
-from longspan.models.proof import ACROSS, SOURCE, Layer, Probe, Proof, is_pair, prove, refuse_by_config
+from longspan.models.proof import ACROSS, SOURCE, Layer, Probe, Proof, prove, refuse_by_config
 from longspan.models.registered import PREFIX, Registered, refuse_name
-from longspan.models.said import Said
+from longspan.models.said import Said, is_pair
 from longspan.models.stand_in import stand_in, take_out
 from longspan.models.without_logits import forward_without_logits, refuse_without_logits
 from longspan.tiling import routes_to_experts
@@ -53,7 +53,7 @@ def _attention(
     longspan: "Step | Probe | None" = None, **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention that Transformers calls by name: (out [batch, my tokens, heads, dim], no weights)."""
-    _refuse_unknown(module, more)
+    _refuse_additions(module, more)
     q, k, v = (x.transpose(1, 2) for x in (query_BHSD, key_BKSD, value_BKSD))
     if isinstance(longspan, Probe):
         return longspan.note(module, q, k, v, attention_mask), None
@@ -80,7 +80,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, layer: Layer, step: Step, more: dic
 _attend_uncompiled = torch.compiler.disable(_attend, reason="the mask is another at each step")
 
 
-def _refuse_unknown(module: nn.Module, more: dict[str, Any]) -> None:
+def _refuse_additions(module: nn.Module, more: dict[str, Any]) -> None:
     """What a layer adds to its scores would be dropped without a word."""
     for name, value in more.items():
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -166,6 +166,11 @@ class Pretrained:
         balanced = any(getattr(config, "output_router_logits", False) for _, config in self.configs)
         with self._renamed():
             self.proof: Proof = prove(self.called, self.model, mesh, tools.head_chunks)
+            if registered and any(layer.over == ACROSS for _, layer in self.proof.layers):
+                raise KernelError(
+                    f"kernel={self.kernel!r} attends within one row of tokens, and an encoder-decoder looks from one at another; "
+                    f"use kernel='auto'"
+                )
             self.kernels = [
                 Registered(cast(str, self.kernel), module, layer.name, layer.own) if registered else self.kernel
                 for module, layer in self.proof.layers
@@ -283,8 +288,6 @@ def _check_call(
             f"{type(model).__name__} computes its loss from labels by itself, over this rank's tokens; leave labels out of "
             f"the call, and use longspan.cross_entropy(outputs.logits, labels, mesh=mesh, labelled=part['longspan'].labelled)"
         )
-    embeddings = model.get_input_embeddings()
-    refuse_unknown_tokens(step, getattr(embeddings, "num_embeddings", None), type(model).__name__)
     return args, kwargs | place(kwargs, step, proof.positions_behind_padding, proof.padding_id, mesh)
 
 
@@ -304,11 +307,20 @@ def _refuse_rows(model: Any, proof: Proof, step: Step) -> None:
             f"{name} hides the padding token by itself where no mask is given, and of each rank's part it would not be known "
             f"to the others; give shard {masks}, 1 for a token and 0 for padding"
         )
-    counted = 0 if proof.padding_id is None or not step.counted else proof.padding_id + 1
-    if proof.positions_known is not None and step.furthest + counted >= proof.positions_known:
+    for prefix, row in {"": step, TARGET: step.target}.items():
+        if row is not None:
+            embeddings = (model.get_decoder() if prefix else model).get_input_embeddings()
+            refuse_unknown_tokens(row, getattr(embeddings, "num_embeddings", None), name)
+            _refuse_unknown_positions(row, proof, prefix, name)
+
+
+def _refuse_unknown_positions(row: Step, proof: Proof, prefix: str, name: str) -> None:
+    before = 0 if proof.padding_id is None or not row.counted else proof.padding_id + 1
+    known = proof.positions_known.get(prefix)
+    if known is not None and row.furthest + before >= known:
         raise BatchError(
-            f"the step has positions up to {step.furthest}, and the table of {name} has "
-            f"{proof.positions_known - counted} of them; use shorter rows, or a model with more positions"
+            f"the step has {prefix}positions up to {row.furthest}, and the table of {name} has {known - before} of them; use "
+            f"shorter rows, or a model with more positions"
         )
 
 
