@@ -250,7 +250,7 @@ CALLS = {
     "no decoder_input_ids": r"had no decoder_input_ids; make them before the cut, by longspan.shift_right",
     "decoder_input_ids for a decoder": r"LlamaForCausalLM has no decoder apart; leave them out",
     "no mask for a model that hides padding": r"hides the padding token .* attention_mask and decoder_attention_mask",
-    "more positions than the table": r"the step has positions up to 64, and the table of BartForConditionalGeneration has 64 of them",
+    "more positions than the table": r"the step has positions up to 64, and the table of Bart\w+ has 64 of them",
     "more positions than gpt2's table": r"positions up to 16, and the table of GPT2LMHeadModel has 16 of them",
     "encoder_outputs": r"encoder_outputs= means the whole sequence",
     "a token that only the encoder knows": r"holds token or label 80, and T5GemmaForConditionalGeneration knows 0 to 59",
@@ -291,10 +291,12 @@ def refused_call(call: str) -> str:
         whole["labels"].clamp_(max=50)
     given = {"a kernel of the registry": {"kernel": "hf:sdpa"}, "memory=auto": {"memory": "auto", **AUTO}}.get(call, {})
     more = {"encoder_outputs": (torch.zeros(1),)} if call == "encoder_outputs" else {}
-    with pytest.raises(LongspanError) as error:
+    try:
         parallelize(model, mesh, **given)
         model(**shard(whole, mesh, shift=shift), **more)
-    return str(error.value)
+    except LongspanError as error:
+        return str(error)
+    return "nothing was refused"
 
 
 AUTO = {"memory_budget_gib": 1.0, "tokens": 1024}

@@ -168,8 +168,7 @@ class Pretrained:
             self.proof: Proof = prove(self.called, self.model, mesh, tools.head_chunks)
             if registered and any(layer.over == ACROSS for _, layer in self.proof.layers):
                 raise KernelError(
-                    f"kernel={self.kernel!r} attends within one row of tokens, and an encoder-decoder looks from one at another; "
-                    f"use kernel='auto'"
+                    f"kernel={self.kernel!r} attends within one row of tokens, an encoder-decoder has two; use kernel='auto'"
                 )
             self.kernels = [
                 Registered(cast(str, self.kernel), module, layer.name, layer.own) if registered else self.kernel
