@@ -1,12 +1,13 @@
 """Law 1 for encoder-decoders of Transformers: two rows of tokens, each cut by its own length, against one device; or a refusal.
 
-The reference is the untouched model, its own attention and its own loss. All in fp64; T5Gemma, whose own attention with a
-softcap computes in fp32, says so by its tolerance.
+The reference is the untouched model, its own attention and its own loss. All in fp64, but those whose own attention or norms
+compute in fp32: T5Gemma and the T5 family.
 """
 
 import re
 from collections.abc import Callable
 from copy import deepcopy
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -44,7 +45,16 @@ GEMMA: dict[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "dropout_rate": 0.0, "attention_dropout": 0.0,
     "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "max_position_embeddings": 64,
 }  # fmt: skip
-KINDS = {"bart": "Bart", "mbart": "MBart", "pegasus": "Pegasus", "marian": "Marian", "plbart": "PLBart", "t5gemma": "T5Gemma"}
+TINY_T5: dict[str, Any] = {
+    "vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
+    "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+}  # fmt: skip
+KINDS = {
+    "bart": "Bart", "mbart": "MBart", "pegasus": "Pegasus", "marian": "Marian", "plbart": "PLBart", "t5gemma": "T5Gemma",
+    "t5": "T5", "mt5": "MT5", "umt5": "UMT5",
+}  # fmt: skip
+FP32 = ("t5gemma", "t5", "mt5", "umt5")
 BATCHES = ["even", "odd lengths", "few targets", "left padding", "right padding", "a rank without labels", "packed targets"]
 LAYOUTS = [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4)]
 
@@ -57,17 +67,17 @@ def build(name: str, **more: Any) -> Any:
         config.pad_token_id, config.decoder_start_token_id = 1, 2
         model = transformers.T5GemmaForConditionalGeneration(config)
     else:
-        config = getattr(transformers, f"{KINDS[name]}Config")(**COMMON | more)
+        config = getattr(transformers, f"{KINDS[name]}Config")(**(TINY_T5 if "t5" in name else COMMON) | more)
         kind = "MarianMTModel" if name == "marian" else f"{KINDS[name]}ForConditionalGeneration"
         model = getattr(transformers, kind)(config)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
-    return model.to(torch.float32 if name == "t5gemma" else torch.float64).train()
+    return model.to(torch.float32 if name in FP32 else torch.float64).train()
 
 
 def tolerance_of(name: str) -> float:
-    return 1e-5 if name == "t5gemma" else 1e-10
+    return 1e-5 if name in FP32 else 1e-10
 
 
 def batches(name: str, batch: str) -> dict[str, Tensor]:
@@ -214,6 +224,24 @@ def without_logits() -> None:
     assert_gradients(model, reference, 1e-5)
 
 
+def test_a_t5_encoder_alone(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(encoder_alone)
+
+
+def encoder_alone() -> None:
+    mesh = ParallelMesh(ulysses=2)
+    reference = transformers.T5EncoderModel(transformers.T5Config(**TINY_T5)).train()
+    model = parallelize(deepcopy(reference), mesh)
+    ids = torch.randint(4, 97, (2, 23), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, -4:] = 0
+    weight = torch.randn(2, 23, 32, generator=torch.Generator().manual_seed(2)) * mask.unsqueeze(2)
+    (reference(input_ids=ids, attention_mask=mask).last_hidden_state * weight).sum().backward()
+    found = model(**shard({"input_ids": ids, "attention_mask": mask}, mesh)).last_hidden_state
+    (unshard(found, mesh, tokens=23) * weight).sum().backward()
+    assert_gradients(model, reference, 1e-5)
+
+
 # ---- refusals
 
 
@@ -223,17 +251,25 @@ def refused(model: Any) -> str:
     return str(error.value)
 
 
-TINY_T5: dict[str, Any] = {
-    "vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0,
-    "pad_token_id": 0, "decoder_start_token_id": 0,
-}  # fmt: skip
+def test_a_bias_that_is_not_of_distances_is_refused(pool: Callable[[int], Ranks]) -> None:
+    (said,) = pool(1).run(refused, of_places())
+    assert "adds a bias that is not of distances alone" in said
 
 
-@pytest.mark.parametrize("kind", ["T5ForConditionalGeneration", "T5EncoderModel", "UMT5ForConditionalGeneration"])
-def test_a_bias_that_a_layer_adds_to_its_scores_is_refused(kind: str, pool: Callable[[int], Ranks]) -> None:
-    config = getattr(transformers, f"{kind.split('5')[0]}5Config")(**TINY_T5)
-    (said,) = pool(1).run(refused, getattr(transformers, kind)(config))
-    assert "Attention hands its attention position_bias of shape" in said
+def of_places() -> Any:
+    """A T5 whose bias knows where a key stands, not only how far away."""
+    model = build("t5")
+    for module in model.modules():
+        if getattr(module, "has_relative_attention_bias", False):
+            module.compute_bias = MethodType(compute_bias_of_places, module)
+    return model
+
+
+def compute_bias_of_places(
+    self: Any, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int = 0
+) -> Tensor:
+    own = type(self).compute_bias(self, query_length, key_length, device, past_seen_tokens)
+    return own + torch.arange(key_length).to(own)
 
 
 def test_tables_that_count_ids_are_refused(pool: Callable[[int], Ranks]) -> None:

@@ -10,8 +10,7 @@ handed those of the call. Knows nothing of attention or losses.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -55,17 +54,6 @@ def _placed(
     positions = positions.view_as(positions)
     positions._longspan_last = step.last_position  # type: ignore[attr-defined]
     return positions
-
-
-@contextmanager
-def handing_over(model: Any) -> Iterator[None]:
-    """With ``hand_over``."""
-    handles = hand_over(model)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def hand_over(model: Any) -> list[Any]:

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from longspan.attention import attend
 from longspan.batch import TARGET as PREFIX
+from longspan.batch import Step
 from longspan.errors import LongspanError, ModelError
 from longspan.layout import Heads
 from longspan.masks import Full, Mask
 from longspan.mesh import ParallelMesh
-from longspan.models.positions import handing_over, is_table, of_ids
+from longspan.models.positions import hand_over, is_table, of_ids
+from longspan.models.relative import hand_distances, prove_distances
 from longspan.models.said import Said, is_pair
 
 TOKENS, TARGETS = 14, 10
@@ -55,6 +57,10 @@ class Layer(NamedTuple):
     packs: bool
     attend: Callable[..., Tensor]
     over: str
+
+    def row(self, step: Step) -> Step:
+        """The tokens that attend."""
+        return step if self.over == SOURCE or step.target is None else step.target
 
 
 class Call(NamedTuple):
@@ -105,7 +111,8 @@ def prove(model: Any, base: Any, mesh: ParallelMesh, head_chunks: int = 1) -> Pr
 
     Raises ModelError by name for what cannot be parallel, and LayoutError for heads that do not fit the mesh. Changes nothing.
     """
-    with proving(model), handing_over(base):
+    prove_distances(base)
+    with proving(model):
         layers = _prove_attention(model, mesh, head_chunks)
         _prove_tokens(model)
         return Proof(tuple(layers), _hides_padding(model), _positions_known(model), *_prove_positions(model, base))
@@ -128,9 +135,20 @@ def refuse_by_config(model: Any) -> None:
 
 
 @contextmanager
+def _handing(model: Any) -> Iterator[None]:
+    """With the positions and biases that a parallel model's layers are handed."""
+    handles = [*hand_over(model), *hand_distances(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def proving(model: nn.Module) -> Iterator[None]:
-    """In evaluation, without gradients, and with no parameter that hides what it multiplies."""
-    with _evaluating(model), _awake(model), torch.no_grad():
+    """In evaluation, without gradients, with no parameter that hides what it multiplies, handed what a parallel model is."""
+    with _evaluating(model), _awake(model), _handing(model), torch.no_grad():
         yield
 
 

@@ -91,9 +91,11 @@ class Registered:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, by: Callable[..., Tensor],
-        softcap: float | None = None, sinks: Tensor | None = None, **more: Any,
+        softcap: float | None = None, sinks: Tensor | None = None, bias: Any = None, **more: Any,
     ) -> Tensor:  # fmt: skip
         """``by`` (``attend`` over a mesh) with this kernel, which is given the sinks as parameters beside q, k, v."""
+        if bias is not None:
+            raise KernelError(f"kernel={self.name!r} cannot carry the bias of {self.layer}, asked a tile at a time; use 'auto'")
         for what, asked in {"softcap": softcap, "sinks": sinks}.items():
             if asked is not None and self.takes == "booleans":
                 raise KernelError(

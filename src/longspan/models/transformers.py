@@ -36,8 +36,9 @@ from longspan.models.adapters import refuse_adapters
 from longspan.models.balance import gather_routers, prove_balance
 from longspan.models.losses import OWN, forward_with_loss, is_in_place, loss_over_ranks, prove_loss
 from longspan.models.positions import hand_over, lengthen_tables, place
-from longspan.models.proof import ACROSS, SOURCE, Layer, Probe, Proof, prove, refuse_by_config
+from longspan.models.proof import ACROSS, Layer, Probe, Proof, prove, refuse_by_config
 from longspan.models.registered import PREFIX, Registered, refuse_name
+from longspan.models.relative import bias_of, hand_distances
 from longspan.models.said import Said, is_pair
 from longspan.models.stand_in import stand_in, take_out
 from longspan.models.without_logits import forward_without_logits, refuse_without_logits
@@ -50,12 +51,14 @@ NAME = "longspan"
 def _attention(
     module: nn.Module, query_BHSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, attention_mask: Any, *,
     dropout: float = 0.0, scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-    longspan: "Step | Probe | None" = None, **more: Any,
+    position_bias: Tensor | None = None, longspan: "Step | Probe | None" = None, **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention that Transformers calls by name: (out [batch, my tokens, heads, dim], no weights)."""
     _refuse_additions(module, more)
     q, k, v = (x.transpose(1, 2) for x in (query_BHSD, key_BKSD, value_BKSD))
     if isinstance(longspan, Probe):
+        if position_bias is not None:
+            bias_of(module, position_bias, q.shape[1], across=q.shape[1] != k.shape[1])
         return longspan.note(module, q, k, v, attention_mask), None
     layer: Any = getattr(module, "_longspan", None)
     if layer is None or longspan is None:
@@ -66,13 +69,16 @@ def _attention(
     if dropout:
         _refuse_dropout(module, layer)
     go = _attend if longspan.is_plain else _attend_uncompiled
-    return go(q, k, v, layer, longspan, {"scale": scaling, "softcap": softcap, "sinks": s_aux}), None
+    beside: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    if position_bias is not None and layer.over != ACROSS:
+        beside["bias"] = bias_of(module, position_bias, layer.row(longspan).tokens, across=False)
+    return go(q, k, v, layer, longspan, beside), None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layer: Layer, step: Step, more: dict[str, Any]) -> Tensor:
     if layer.over == ACROSS and step.target is not None:
         return layer.attend(q, k, v, mask=step.mask_across(), tokens=step.target.tokens, key_tokens=step.tokens, **more)
-    row = step if layer.over == SOURCE or step.target is None else step.target
+    row = layer.row(step)
     return layer.attend(q, k, v, mask=row.mask_for(layer.own, restarts=layer.packs), tokens=row.tokens, **more)
 
 
@@ -86,7 +92,7 @@ def _refuse_additions(module: nn.Module, more: dict[str, Any]) -> None:
         if isinstance(value, Tensor) and value.is_floating_point():
             raise ModelError(
                 f"{type(module).__name__} hands its attention {name} of shape {list(value.shape)}, counted over this rank's "
-                f"tokens; such a layer (T5's relative bias) is not supported"
+                f"tokens; such a layer is not supported"
             )
 
 
@@ -196,7 +202,7 @@ class Pretrained:
         ]
         if self.routers is not None:
             self._handles += gather_routers(self.routers, self.model, mesh)
-        self._handles += lengthen_tables(self.model) + hand_over(self.model)
+        self._handles += [*lengthen_tables(self.model), *hand_over(self.model), *hand_distances(self.model)]
 
     def _install_loss(self, mesh: ParallelMesh, return_logits: bool) -> None:
         in_place = is_in_place(self.loss_kind)
