@@ -7,7 +7,7 @@
 A decoder (hidden 256, 4 heads x 64, bytes) learns the source of Python's standard library, with AdamW, blocks in bf16,
 parameters and their gradients in fp32 and in shares (zero=2), attention kept and all else recomputed, a share of the heads at
 a time, feed-forwards and norms in tiles. Memory is the peak of each rank's process (VmHWM, reset before each step), with
-MALLOC_MMAP_THRESHOLD_=65536, without which glibc keeps what was freed.
+MALLOC_MMAP_THRESHOLD_=16777216, without which glibc keeps what was freed.
 """
 
 import argparse
