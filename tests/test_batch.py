@@ -11,7 +11,7 @@ import torch.distributed as dist
 from longspan.agreement import agree_on_error, refuse_difference
 from longspan.batch import IGNORE, agree, cut, shard, unshard
 from longspan.errors import BatchError, LayoutError, LongspanError, MaskError
-from longspan.masks import Causal, Documents, Only
+from longspan.masks import Causal, Documents, Full, Only
 from longspan.mesh import ParallelMesh, Place
 from ranks import on_ranks
 
@@ -58,6 +58,14 @@ def test_other_tensors_are_cut_where_their_dimension_is_declared() -> None:
 
 
 IDS = torch.zeros(2, 8, dtype=torch.long)
+VARLEN = {"cu_seq_lens_q": torch.tensor([0, 3, 3, 8]), "cu_seq_lens_k": torch.tensor([0, 3, 3, 8]), "max_length_q": 5}
+
+
+def test_documents_are_read_from_the_keywords_of_varlen_kernels() -> None:
+    part = cut({"input_ids": IDS[:1], **VARLEN}, Place(ulysses=2))
+    assert part["longspan"].mask_for(Full()) == (Full() & Documents((3, 5)),)
+    assert part["longspan"].restarts is None
+    assert set(part) == {"input_ids", "position_ids", "longspan"}
 
 
 @pytest.mark.parametrize(
@@ -70,6 +78,9 @@ IDS = torch.zeros(2, 8, dtype=torch.long)
         ({"input_ids": IDS}, {"mask": Documents((3, 4))}, MaskError, r"7"),
         ({"input_ids": IDS, "labels": IDS}, {"mask": Only(0, 4)}, BatchError, r"token 4 of row 0.* set labels\[0, 5\]"),
         ({"input_ids": IDS, "attention_mask": 1 - torch.eye(8)[3:5]}, {}, BatchError, r"attention_mask has a hole in row 0"),
+        ({"input_ids": IDS, **VARLEN}, {}, BatchError, r"the same beginnings of documents in one row, from 0 to its 8 tokens"),
+        ({"input_ids": IDS[:1], **VARLEN, "cu_seq_lens_k": torch.tensor([0, 8])}, {}, BatchError, r"the same beginnings"),
+        ({"input_ids": IDS[:1, :7], **VARLEN}, {}, BatchError, r"the same beginnings of documents .* its 7 tokens"),
         ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 8, 8)}, {}, BatchError, r"must be \[2, 8\] like input_ids"),
         ({"input_ids": IDS, "attention_mask": torch.arange(8).expand(2, 8)}, {}, BatchError, r"1 for a token and 0 for pad"),
         (

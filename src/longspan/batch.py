@@ -29,7 +29,7 @@ from longspan.errors import BatchError, LongspanError
 from longspan.layout import Runs
 from longspan.masks import Bands, Documents, Full, Mask, Only
 from longspan.mesh import ParallelMesh, Place
-from longspan.padding import padding_of, restarts_of
+from longspan.padding import VARLEN, documents_of, padding_of, restarts_of
 
 IGNORE = -100
 """The label of a token that nothing is learned from, as in ``F.cross_entropy``."""
@@ -57,13 +57,13 @@ class Step:
 
     ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``counted`` (whether the batch
     came without ``position_ids``, so that they are these), ``masked`` (whether it came with an ``attention_mask``),
-    ``last_position`` (the largest ``position_ids`` of the batch),
-    ``mask`` (None: what the model says itself; a tuple has one mask a row), ``padding`` (None, or for each row the run of
-    tokens that are real), ``restarts`` (None, or for each row the documents between which the caller's ``position_ids`` begin
-    anew), ``labelled`` tokens that are learned from (by agreement: over all replicas and micro-batches of the step),
-    ``digest`` of the whole content, equal on the ranks that share a sequence, ``largest`` token or label and
-    ``furthest`` position (by agreement: of all ranks and micro-batches), so that all ranks can refuse what the model does not
-    know. ``target`` is the Step of the decoder's tokens, where the batch is an encoder-decoder's.
+    ``last_position`` (the largest ``position_ids`` of the batch), ``mask`` (None: what the model says itself; a tuple has one
+    mask a row), ``padding`` (None, or for each row the run of tokens that are real), ``documents`` (None, or those that the
+    batch says to every layer), ``restarts`` (None, or for each row the documents between which the caller's ``position_ids``
+    begin anew), ``labelled`` tokens that are learned from (by agreement: over all replicas and micro-batches of the step),
+    ``digest`` of the whole content, equal on the ranks that share a sequence, ``largest`` token or label and ``furthest``
+    position (by agreement: of all ranks and micro-batches), so that all ranks can refuse what the model does not know.
+    ``target`` is the Step of the decoder's tokens, where the batch is an encoder-decoder's.
     """
 
     tokens: int
@@ -74,6 +74,7 @@ class Step:
     last_position: int
     mask: Mask | tuple[Mask, ...] | None
     padding: tuple[Only, ...] | None
+    documents: tuple[Documents, ...] | None
     restarts: tuple[Documents, ...] | None
     labelled: int
     digest: int
@@ -84,7 +85,7 @@ class Step:
     @property
     def is_plain(self) -> bool:
         """Whether every layer's own mask says all that there is to say."""
-        plain = self.mask is None and self.padding is None and self.restarts is None
+        plain = (self.mask, self.padding, self.documents, self.restarts) == (None,) * 4
         return plain and (self.target is None or self.target.is_plain)
 
     def mask_across(self) -> Mask | tuple[Mask, ...]:
@@ -101,7 +102,7 @@ class Step:
         For a model to which positions that begin anew mean packed documents (``restarts``), no other document either.
         """
         mask = own if self.mask is None else self.mask
-        narrower = [rows for rows in (self.padding, self.restarts if restarts else None) if rows is not None]
+        narrower = [rows for rows in (self.padding, self.documents, self.restarts if restarts else None) if rows is not None]
         if not narrower:
             return mask
         each = (mask,) * self.rows if isinstance(mask, Mask) else mask
@@ -163,8 +164,10 @@ def cut(
     whole = dict(batch)
     step_mask = mask if isinstance(mask, Mask) or mask is None else tuple(mask)
     padding = padding_of(whole.get("attention_mask"), rows, tokens)
-    restarts = None if "attention_mask" in whole or mask is not None else restarts_of(whole.get("position_ids"), rows, tokens)
-    whole.pop("attention_mask", None)
+    documents = documents_of(whole, rows, tokens)
+    said = mask is not None or documents is not None or "attention_mask" in whole
+    restarts = None if said else restarts_of(whole.get("position_ids"), rows, tokens)
+    whole = {name: value for name, value in whole.items() if name not in ("attention_mask", *VARLEN)}
     whole.setdefault("position_ids", torch.arange(tokens, device=ids.device).expand(rows, tokens))
     last_position = int(whole["position_ids"].max()) if rows else tokens - 1
     learned = _learned_labels(whole, rows, tokens, shift)
@@ -173,7 +176,7 @@ def cut(
     labelled = 0 if learned is None else int((learned != IGNORE).sum())
     part["longspan"] = step = Step(
         tokens, rows, positions, "position_ids" not in batch, "attention_mask" in batch, last_position, step_mask, padding,
-        restarts, labelled, _digest(batch, step_mask, shift, dims), _largest(batch, learned), last_position,
+        documents, restarts, labelled, _digest(batch, step_mask, shift, dims), _largest(batch, learned), last_position,
     )  # fmt: skip
     _refuse_blind_labels(learned, step, shift)
     return part
@@ -275,6 +278,8 @@ def _cut_pair(
             "mask= says who may look at whom in one row of tokens, and an encoder-decoder has two; say padding by "
             "attention_mask and decoder_attention_mask"
         )
+    if any(name in batch for name in VARLEN):
+        raise BatchError("cu_seq_lens_q says documents in one row of tokens, and an encoder-decoder has two; pass one a row")
     theirs = {name: name.removeprefix(TARGET) for name in (*batch, *dims) if name.startswith(TARGET) or name == "labels"}
     encoder = {name: value for name, value in batch.items() if name not in theirs}
     decoder = {theirs[name]: value for name, value in batch.items() if name in theirs}
@@ -333,7 +338,7 @@ def _largest(batch: Mapping[str, Any], learned: Tensor | None) -> int:
 
 
 def _refuse_blind_labels(learned: Tensor | None, step: Step, shift: bool) -> None:
-    if step.mask is None and step.padding is None:
+    if step.mask is None and step.padding is None and step.documents is None:
         return
     bands = masks.rows(step.mask_for(Full()), step.rows, step.tokens, step.tokens)  # refuses a mask of another length too
     if learned is None:

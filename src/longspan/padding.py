@@ -1,16 +1,25 @@
-"""What a batch's attention_mask and position_ids say of its rows: where padding is, where documents begin.
+"""What a batch says of its rows beside tokens: where padding is, where documents begin.
 
     attention_mask   0 0 1 1 1 1     ->   Only(2, 6)            the run of tokens that are real
-    position_ids     0 1 2 0 1 2     ->   Documents([3, 3])     positions begin anew with each document
+    position_ids     0 1 2 0 1 2     ->   Documents([3, 3])     positions begin anew: another document to most decoders
+    cu_seq_lens_q    0 3 6           ->   Documents([3, 3])     to every layer, as kernels of varying lengths take it
 
 Read once, of whole rows. Knows nothing of ranks.
 """
 
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.errors import BatchError
 from longspan.masks import Documents, Only
+
+VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What collators of packed documents say to kernels of varying lengths."""
 
 
 def padding_of(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Only, ...] | None:
@@ -51,3 +60,18 @@ def restarts_of(position_ids: Tensor | None, rows: int, tokens: int) -> tuple[Do
         return None
     firsts = [row.nonzero().flatten().tolist() for row in starts]
     return tuple(Documents([b - a for a, b in zip(row, [*row[1:], tokens])]) for row in firsts)
+
+
+def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Documents, ...] | None:
+    """The documents of the one row of a batch with ``cu_seq_lens_q`` and ``cu_seq_lens_k``; None without them, or a row."""
+    starts, of_keys = (batch.get(name) for name in VARLEN[:2])
+    if (starts is None and of_keys is None) or rows == 0:
+        return None
+    alike = isinstance(starts, Tensor) and isinstance(of_keys, Tensor) and torch.equal(starts, of_keys) and starts.ndim == 1
+    said: list[int] = starts.tolist() if alike and isinstance(starts, Tensor) else []
+    if rows != 1 or said != sorted(said) or said[:1] != [0] or said[-1:] != [tokens]:
+        raise BatchError(
+            f"cu_seq_lens_q and cu_seq_lens_k must be the same beginnings of documents in one row, from 0 to its {tokens} "
+            f"tokens; say anything else by shard(batch, mesh, mask=...)"
+        )
+    return (Documents([b - a for a, b in pairwise(said) if b > a]),)

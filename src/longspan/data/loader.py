@@ -114,6 +114,7 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             last_position=tokens - 1,
             mask=None,
             padding=None,
+            documents=None,
             restarts=None,
             labelled=len(rows) * (tokens - 1),
             digest=_digest(f"{stream.fingerprint} {starts} {tokens}"),

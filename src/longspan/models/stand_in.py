@@ -27,7 +27,7 @@ def stand_in(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         for name, value in kwargs.items()
         if isinstance(value, Tensor) and value.numel() == 0
     }
-    alone: dict[str, Any] = {"rows": 1, "mask": None, "padding": None, "restarts": None}
+    alone: dict[str, Any] = {"rows": 1, "mask": None, "padding": None, "documents": None, "restarts": None}
     target = step.target if step.target is None else replace(step.target, **alone)
     return args, kwargs | row | {"longspan": StandIn(**vars(step) | alone | {"target": target})}
 
