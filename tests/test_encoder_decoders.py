@@ -154,11 +154,16 @@ def assert_gradients(model: Any, reference: Any, tolerance: float) -> None:
 PAIRS = [(name, batch) for name in KINDS for batch in BATCHES if batch != "packed targets" or name == "t5gemma"]
 
 
-@pytest.mark.parametrize(("name", "batch"), PAIRS)
-def test_every_pair_under_one_layout(name: str, batch: str, pool: Callable[[int], Ranks]) -> None:
+TWO = ("odd lengths", "right padding")
+SOME = [(name, batch) for name, batch in PAIRS if name in ("bart", "t5gemma", "t5") or batch in TWO]
+"""Every batch of one model of each way to count positions, two batches of their kin."""
+
+
+@pytest.mark.parametrize(("name", "batch"), SOME)
+def test_pairs_under_one_layout(name: str, batch: str, pool: Callable[[int], Ranks]) -> None:
     """Ulysses 2 for the even batch, with three steps of AdamW; for the others the layouts in turn."""
     turn = [(2, 1), (1, 2), (2, 2), (1, 2), (2, 1), (1, 4), (4, 1)]
-    ulysses, ring = LAYOUTS[0] if batch == "even" else turn[PAIRS.index((name, batch)) % len(turn)]
+    ulysses, ring = LAYOUTS[0] if batch == "even" else turn[SOME.index((name, batch)) % len(turn)]
     pool(ulysses * ring).run(compare, name, batch, ulysses, ring, 0, 3 if batch == "even" else 0)
 
 
@@ -169,18 +174,17 @@ def test_every_pair_under_every_layout(name: str, batch: str, ulysses: int, ring
     pool(ulysses * ring).run(compare, name, batch, ulysses, ring, 0, 3)
 
 
-@pytest.mark.parametrize("name", ["bart", "t5gemma"])
+@pytest.mark.parametrize("name", ["bart", "t5gemma", "t5"])
 def test_sharded_parameters_and_every_tool(name: str, pool: Callable[[int], Ranks]) -> None:
     tools = {"recompute": "full", "tile_tokens": 4, "head_chunks": 2, "offload_activations": True}
-    pool(2).run(compare, name, "odd lengths", 2, 1, 3, 2)
     pool(2).run(compare_with, name, "right padding", tools)
 
 
 def compare_with(name: str, batch: str, tools: dict[str, Any]) -> None:
-    compare(name, batch, 2, 1, 3, 2, **tools)
+    compare(name, batch, 2, 1, 3, 1, **tools)
 
 
-@pytest.mark.parametrize("name", ["bart", "t5gemma"])
+@pytest.mark.parametrize("name", ["bart", "t5"])
 def test_replicas_count_labels_together_and_one_without_a_row_joins(name: str, pool: Callable[[int], Ranks]) -> None:
     pool(4).run(replicas, name)
 
@@ -252,17 +256,17 @@ def refused(model: Any) -> str:
 
 
 def test_a_bias_that_is_not_of_distances_is_refused(pool: Callable[[int], Ranks]) -> None:
-    (said,) = pool(1).run(refused, of_places())
+    (said,) = pool(1).run(refused_places)
     assert "adds a bias that is not of distances alone" in said
 
 
-def of_places() -> Any:
-    """A T5 whose bias knows where a key stands, not only how far away."""
+def refused_places() -> str:
+    """Of a T5 whose bias knows where a key stands, not only how far away."""
     model = build("t5")
     for module in model.modules():
         if getattr(module, "has_relative_attention_bias", False):
             module.compute_bias = MethodType(compute_bias_of_places, module)
-    return model
+    return refused(model)
 
 
 def compute_bias_of_places(
@@ -323,8 +327,9 @@ def refused_call(call: str) -> str:
         whole["input_ids"] = torch.full((2, 65), 5)
     if "only the encoder" in call:
         model.model.decoder.embed_tokens = torch.nn.Embedding(60, 32)
-        whole["input_ids"][0, 0], whole["decoder_input_ids"][1, -1] = 90, 80
+        whole["decoder_input_ids"].clamp_(max=50)
         whole["labels"].clamp_(max=50)
+        whole["input_ids"][0, 0], whole["decoder_input_ids"][1, -1] = 90, 80
     given = {"a kernel of the registry": {"kernel": "hf:sdpa"}, "memory=auto": {"memory": "auto", **AUTO}}.get(call, {})
     more = {"encoder_outputs": (torch.zeros(1),)} if call == "encoder_outputs" else {}
     try:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,12 +20,12 @@ from torch import Tensor
 
 from longspan.bands import Band, area, localize
 from longspan.errors import KernelError
-from longspan.kernels import KERNELS, choose, cuda, flex
+from longspan.kernels import KERNELS, choose, cuda, flex, sdpa
 from longspan.kernels.online import Online, cells
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.reference import Reference, visible
 from longspan.kernels.sdpa import SDPA
-from longspan.kernels.tiles import Shape, Stack, corners, plan
+from longspan.kernels.tiles import Shape, Stack, columns, corners, plan
 from longspan.masks import (
     BlockSparse,
     Causal,
@@ -212,6 +213,20 @@ def test_kernel_equals_reference(kernel: Kernel, attention: tuple[Mask, Inputs])
     mask, x = attention
     bands = bands_of(mask, x)
     assert_same(run(kernel, x, bands), run(Reference(), x, bands), 1e-10)
+
+
+@given(attention=attentions(), keys=st.integers(1, 150))
+@settings(max_examples=50, deadline=None, print_blob=True)
+def test_a_column_of_keys_at_a_time_is_the_whole(attention: tuple[Mask, Inputs], keys: int) -> None:
+    mask, x = attention
+    bands = bands_of(mask, x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sdpa, "columns", partial(columns, keys=keys))
+        assert all(stack.count > 1 or stack.keys <= keys for stack in columns(plan(bands), keys) if stack.shape in CUT)
+        assert_same(run(SDPA(), x, bands), run(Reference(), x, bands), 1e-10)
+
+
+CUT = (Shape.LOWER, Shape.RECTANGLE)
 
 
 @pytest.mark.parametrize("mask", [Causal(), Window(130, 7), Chunked(90) & Causal(), Window(20) | Sinks(3)], ids=repr)

@@ -20,7 +20,7 @@ from longspan.errors import KernelError
 from longspan.kernels import flash
 from longspan.kernels.flash import on_cuda
 from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
-from longspan.kernels.tiles import Stack, corners, plan
+from longspan.kernels.tiles import Stack, columns, corners, plan
 
 CHUNK = 2**21  # elements of q, k and v that one call is given, where one tile alone is not larger
 
@@ -101,7 +101,7 @@ def _refuse(softcap: float | None, bias: BoundBias | None) -> None:
 
 
 def _plan(bands: Sequence[Band], q: Tensor) -> tuple[Stack, ...]:
-    return corners(plan(bands)) if on_cuda(q) else plan(bands)
+    return corners(plan(bands)) if on_cuda(q) else columns(plan(bands))
 
 
 def _is_one_call(stacks: Sequence[Stack], q: Tensor) -> bool:

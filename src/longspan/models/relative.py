@@ -91,7 +91,7 @@ class ByDistance:
 
     def _compute(self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int = 0) -> Tensor:
         bias: Tensor = self._own(1, 2 * self._tokens - 1, device=device, past_seen_tokens=self._tokens - 1)
-        return bias
+        return bias.clone()  # FSDP2 hooks what a block returns, and wants none to be a view
 
 
 def _computes(module: nn.Module) -> bool:
