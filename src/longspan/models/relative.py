@@ -85,13 +85,16 @@ class ByDistance:
         step, hidden = kwargs.get("longspan"), args[0] if args else kwargs["hidden_states"]
         row = step.target if isinstance(step, Step) and module.is_decoder and step.target is not None else step
         self._tokens = row.tokens if isinstance(row, Step) else hidden.shape[1]
-        if self._takes_one and kwargs.get("position_bias") is None and not module.has_relative_attention_bias:
+        handed = kwargs.get("position_bias")
+        if handed is not None:
+            kwargs = kwargs | {"position_bias": handed.clone()}  # FSDP2 wants what a block hands on to be no view
+        elif self._takes_one and not module.has_relative_attention_bias:
             kwargs = kwargs | {"position_bias": hidden.new_zeros(1, module.n_heads, 1, 0)}
         return args, kwargs
 
     def _compute(self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int = 0) -> Tensor:
         bias: Tensor = self._own(1, 2 * self._tokens - 1, device=device, past_seen_tokens=self._tokens - 1)
-        return bias.clone()  # FSDP2 hooks what a block returns, and wants none to be a view
+        return bias.clone()
 
 
 def _computes(module: nn.Module) -> bool:
