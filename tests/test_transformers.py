@@ -515,8 +515,25 @@ def test_labels_cut_for_another_kind_of_model_are_refused() -> None:
     with pytest.raises(ModelError, match="shift=False"):
         model(**shard(batch, mesh))
     model = parallelize(build("bert"), mesh)
+    with pytest.raises(ModelError, match="shift=False"):
+        model(**shard(batch, mesh))
+
+
+class Smoothed(transformers.BertForMaskedLM):
+    """Its loss is its own, and not the plain cross-entropy."""
+
+    def forward(self, labels: Tensor | None = None, **given: Any) -> Any:
+        output = super().forward(**given)
+        if labels is not None:
+            output.loss = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+        return output
+
+
+def test_a_loss_that_only_the_model_knows_is_refused() -> None:
+    mesh, ids = ParallelMesh(), torch.ones(1, 8, dtype=torch.long)
+    model = parallelize(Smoothed(build("bert").config), mesh)
     with pytest.raises(ModelError, match="computes its loss from labels by itself"):
-        model(**shard(batch, mesh, shift=False))
+        model(**shard({"input_ids": ids, "labels": ids}, mesh, shift=False))
 
 
 def test_attention_dropout_is_refused_by_its_field() -> None:
