@@ -180,7 +180,7 @@ def test_it_calls_the_attention_and_the_loss_it_is_given():
 
     decoder = Decoder(CONFIG, attention=attention)
     decoder.cross_entropy = loss
-    step = Step(9, 2, (range(9),), True, False, 8, Full(), None, None, None, 16, 0, 12, 8)
+    step = Step(9, 2, (range(9),), True, False, 8, Full(), None, None, None, 16, 0, 12, 12, 8)
     assert decoder(_ids(), shift_labels=_ids(), longspan=step).loss.item() == 7
     assert calls == [((2, 9, 4, 6), (2, 9, 2, 6), {"mask": Full(), "tokens": 9})] * 2 + [16]
     calls.clear()
@@ -224,7 +224,7 @@ def test_autocast_trains_in_bfloat16():
 
 
 def test_labels_that_were_cut_without_a_shift_are_refused():
-    step = Step(9, 2, (range(9),), True, False, 8, None, None, None, None, 16, 0, 12, 8)
+    step = Step(9, 2, (range(9),), True, False, 8, None, None, None, None, 16, 0, 12, 12, 8)
     with pytest.raises(ModelError, match="shift=True"):
         _decoder()(_ids(), labels=_ids(), longspan=step)
 

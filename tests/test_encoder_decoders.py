@@ -294,6 +294,7 @@ CALLS = {
     "more positions than gpt2's table": r"positions up to 16, and the table of GPT2LMHeadModel has 16 of them",
     "encoder_outputs": r"encoder_outputs= means the whole sequence",
     "a token that only the encoder knows": r"holds token or label 80, and T5GemmaForConditionalGeneration knows 0 to 59",
+    "positions that one device ignores": r"counts its positions itself and ignores decoder_position_ids; give shard none",
     "a kernel of the registry": r"kernel='hf:sdpa' attends within one row of tokens",
     "memory=auto": r'memory="auto" knows models of one row of tokens, and BartForConditionalGeneration has two',
 }
@@ -330,6 +331,8 @@ def refused_call(call: str) -> str:
         whole["decoder_input_ids"].clamp_(max=50)
         whole["labels"].clamp_(max=50)
         whole["input_ids"][0, 0], whole["decoder_input_ids"][1, -1] = 90, 80
+    if "ignores" in call:
+        whole["decoder_position_ids"] = torch.arange(16).expand(2, 16)
     given = {"a kernel of the registry": {"kernel": "hf:sdpa"}, "memory=auto": {"memory": "auto", **AUTO}}.get(call, {})
     more = {"encoder_outputs": (torch.zeros(1),)} if call == "encoder_outputs" else {}
     try:
@@ -366,6 +369,94 @@ def test_batches_that_are_refused(batch: Any, keywords: Any, text: str) -> None:
         cut(batch, Place(ulysses=2), **{"shift": False} | keywords)
 
 
-def test_labels_are_shifted_as_the_models_shift_them() -> None:
+@pytest.mark.parametrize("name", ["bart", "marian", "pegasus", "t5", "umt5"])
+def test_labels_are_shifted_as_the_models_shift_them(name: str) -> None:
     labels = torch.tensor([[7, 8, 9, IGNORE], [4, 5, IGNORE, IGNORE]])
-    assert torch.equal(shift_right(labels, 2, 1), build("bart").prepare_decoder_input_ids_from_labels(labels))
+    model = build(name)
+    ours = shift_right(labels, model.config.decoder_start_token_id, model.config.pad_token_id)
+    assert torch.equal(ours, model.prepare_decoder_input_ids_from_labels(labels))
+    with pytest.raises(BatchError, match=r"start=None and padding=1, and needs both; .*prepare_decoder_input_ids_from_labels"):
+        shift_right(labels, None, 1)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5gemma"])
+def test_replicas_whose_batches_differ_in_kind_are_refused_on_every_rank(name: str, pool: Callable[[int], Ranks]) -> None:
+    """A replica without a row, without what the others have; or one whose rows have no masks."""
+    text = "some have none; pass them on every rank" if name == "bart" else "hides the padding token by itself"
+    for said in pool(2).run(replicas_of_unequal_kind, name):
+        assert text in said
+
+
+def replicas_of_unequal_kind(name: str) -> str:
+    mesh, model = ParallelMesh(), build(name)
+    parallelize(model, mesh)
+    whole = batches(name, "even")
+    if mesh.place.data_rank == 1:
+        whole = (
+            {"input_ids": whole["input_ids"][:0]}
+            if name == "bart"
+            else {key: value for key, value in whole.items() if "mask" not in key}
+        )
+    try:
+        model(**shard(whole, mesh, shift=False))
+    except LongspanError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+class OfPadding(transformers.BartForConditionalGeneration):
+    """Learns nothing from padding, by its id: a loss of its own."""
+
+    def forward(self, labels: Tensor | None = None, **given: Any) -> Any:
+        output = super().forward(**given)
+        if labels is not None:
+            loss = torch.nn.CrossEntropyLoss(ignore_index=self.config.pad_token_id)
+            output.loss = loss(output.logits.flatten(0, 1), labels.where(labels != IGNORE, self.config.pad_token_id).flatten())
+        return output
+
+
+def test_a_loss_that_ignores_padding_by_its_id_is_not_the_plain_one(pool: Callable[[int], Ranks]) -> None:
+    assert pool(1).run(kind_of_loss) == [None]
+
+
+def kind_of_loss() -> str | None:
+    kind: str | None = parallelize(OfPadding(build("bart").config), ParallelMesh())._longspan.offer.loss_kind
+    return kind
+
+
+def test_labels_that_the_head_does_not_know_are_refused_on_every_rank(pool: Callable[[int], Ranks]) -> None:
+    for said in pool(2).run(unknown_labels):
+        assert "the step holds label 5, and BertForTokenClassification tells 0 to 2 apart" in said
+
+
+def bert(**more: Any) -> Any:
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 97}
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return transformers.BertForTokenClassification(transformers.BertConfig(**shape, **none, **more))
+
+
+def unknown_labels() -> str:
+    mesh, ids = ParallelMesh(ulysses=2), torch.full((1, 8), 5)
+    model = parallelize(bert(num_labels=3), mesh)
+    labels = torch.zeros_like(ids)
+    labels[0, -1] = 5
+    with pytest.raises(BatchError) as error:
+        model(**shard({"input_ids": ids, "labels": labels}, mesh, shift=False))
+    return str(error.value)
+
+
+def test_a_forward_that_was_given_answers_as_asked_and_goes_though_it_was_wrapped(pool: Callable[[int], Ranks]) -> None:
+    pool(1).run(wrapped_forward)
+
+
+def wrapped_forward() -> None:
+    mesh, ids = ParallelMesh(), torch.full((1, 8), 2)
+    model = parallelize(bert(num_labels=3).eval(), mesh)
+    part = shard({"input_ids": ids, "labels": torch.ones_like(ids)}, mesh, shift=False)
+    loss, logits = model(**part, return_dict=False)
+    assert loss.ndim == 0 and logits.shape == (1, 8, 3)
+    model._original_forward = model.forward  # as accelerate does for mixed precision
+    model.forward = lambda *args, **given: model._original_forward(*args, **given)
+    unparallelize(model)
+    assert not {"forward", "_original_forward"} & set(vars(model))
+    assert torch.allclose(model(input_ids=ids, labels=torch.ones_like(ids)).loss, loss)

@@ -56,14 +56,14 @@ class Step:
     """What one forward must know of the whole batch, and cannot see in a rank's part of it.
 
     ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``counted`` (whether the batch
-    came without ``position_ids``, so that they are these), ``masked`` (whether it came with an ``attention_mask``),
+    came without ``position_ids``, so that they are these), ``masked`` (whether, by agreement, every row came with its masks),
     ``last_position`` (the largest ``position_ids`` of the batch), ``mask`` (None: what the model says itself; a tuple has one
     mask a row), ``padding`` (None, or for each row the run of tokens that are real), ``documents`` (None, or those that the
     batch says to every layer), ``restarts`` (None, or for each row the documents between which the caller's ``position_ids``
     begin anew), ``labelled`` tokens that are learned from (by agreement: over all replicas and micro-batches of the step),
-    ``digest`` of the whole content, equal on the ranks that share a sequence, ``largest`` token or label and ``furthest``
-    position (by agreement: of all ranks and micro-batches), so that all ranks can refuse what the model does not know.
-    ``target`` is the Step of the decoder's tokens, where the batch is an encoder-decoder's.
+    ``digest`` of the whole content, equal on the ranks that share a sequence, ``largest`` token or label, ``largest_label``,
+    ``furthest`` position (by agreement: of all ranks and micro-batches), so that all ranks can refuse what a model does not
+    know. ``target`` is the Step of the decoder's tokens, where the batch is an encoder-decoder's.
     """
 
     tokens: int
@@ -79,6 +79,7 @@ class Step:
     labelled: int
     digest: int
     largest: int
+    largest_label: int
     furthest: int
     target: "Step | None" = None
 
@@ -122,9 +123,10 @@ def shard(
     """A rank's part of a batch, or its parts of the micro-batches of one accumulated step; every rank calls it once a step.
 
     The ranks of a sequence pass the same whole batch, each data replica its own rows; a replica without a row passes
-    ``input_ids`` of shape [0, N] and still joins. Over a list the labels are counted once for all, so the sum of the losses
-    is the loss of one device. ``shift=False`` is for models that predict a token in its own place: masked LMs, and
-    encoder-decoders, whose batch has ``decoder_input_ids`` (``shift_right`` makes them of the labels).
+    ``input_ids`` of shape [0, N] (and ``decoder_input_ids`` [0, M], where the others do) and still joins. Over a list the
+    labels are counted once for all, so the sum of the losses is the loss of one device. ``shift=False`` is for models that
+    predict a token in its own place: masked LMs, and encoder-decoders, whose batch has ``decoder_input_ids`` (``shift_right``
+    makes them of the labels).
 
     Raises the same error on every rank: BatchError for a batch that cannot be cut or that differs between the ranks of a
     sequence, LayoutError for fewer tokens than ranks, MaskError for a mask of another length.
@@ -174,17 +176,17 @@ def cut(
     declared = TOKEN_DIM | {"shift_labels": 1, "position_ids": max(1, whole["position_ids"].ndim - 1)} | dict(dims or {})
     part: Part = {name: _cut_one(name, value, declared, tokens, positions) for name, value in whole.items()}
     labelled = 0 if learned is None else int((learned != IGNORE).sum())
+    counted, masked = "position_ids" not in batch, rows == 0 or "attention_mask" in batch
     part["longspan"] = step = Step(
-        tokens, rows, positions, "position_ids" not in batch, "attention_mask" in batch, last_position, step_mask, padding,
-        documents, restarts, labelled, _digest(batch, step_mask, shift, dims), _largest(batch, learned), last_position,
+        tokens, rows, positions, counted, masked, last_position, step_mask, padding, documents, restarts, labelled,
+        _digest(batch, step_mask, shift, dims), *_largest(batch, learned), last_position,
     )  # fmt: skip
     _refuse_blind_labels(learned, step, shift)
     return part
 
 
 def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
-    """The parts of one step, ``Step.labelled``, ``largest`` and ``furthest`` of all micro-batches and replicas, by one small
-    all-reduce.
+    """The parts of one step, with what their Steps say of all micro-batches and replicas: one small all-reduce.
 
     A rank whose data has ended passes none; then no other may have any.
 
@@ -196,17 +198,21 @@ def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
     rows, tokens = (steps[0].rows, steps[0].tokens) if steps else (0, 0)
     targets = [step.target for step in steps if step.target is not None]
     most = [max(found, default=-1) for row in (steps, targets) for found in _largest_and_furthest(row)]
-    mine = (0, len(steps), rows, tokens, sum(step.labelled for step in steps), digest, *most)
+    label, unmasked = max((step.largest_label for step in steps), default=-1), sum(not step.masked for step in steps)
+    labelled = sum(step.labelled for step in steps)
+    mine = (0, len(steps), rows, tokens, labelled, digest, *most, label, len(targets), unmasked)
     table = exchange_facts(mine, mesh)
     raise_the_first_error(table, None, mesh)
     _refuse_disagreement(table, mesh.place)
     sequence = mesh.place.ring * mesh.place.ulysses
     labelled = sum(row[4] for row in table[::sequence])
-    largest, furthest, *of_target = (max(row[fact] for row in table) for fact in (6, 7, 8, 9))
+    largest, furthest, *of_target, label, _, unmasked = (max(facts) for facts in list(zip(*table))[6:])
 
     def agreed(step: Step) -> Step:
         target = step.target and replace(step.target, largest=of_target[0], furthest=of_target[1])
-        return replace(step, labelled=labelled, largest=largest, furthest=furthest, target=target)
+        return replace(
+            step, labelled=labelled, largest=largest, largest_label=label, furthest=furthest, masked=not unmasked, target=target
+        )
 
     return [{**part, "longspan": agreed(step)} for part, step in zip(parts, steps)]
 
@@ -254,12 +260,21 @@ def take(x: Num[Tensor, "*whole"], runs: Runs, dim: int) -> Num[Tensor, "*part"]
     return torch.cat([x.narrow(dim, run.start, len(run)) for run in runs], dim)
 
 
-def shift_right(labels: Int[Tensor, "batch tokens"], start: int, padding: int) -> Int[Tensor, "batch tokens"]:
+def shift_right(
+    labels: Int[Tensor, "batch tokens"], start: int | None, padding: int | None
+) -> Int[Tensor, "batch tokens"]:
     """What an encoder-decoder's decoder is given to predict ``labels``: ``start``, then all but the last, -100 as padding.
 
     ``start`` and ``padding`` are the model's ``config.decoder_start_token_id`` and ``config.pad_token_id``. Made of the whole
     row, before the cut: ``shard({"input_ids": ..., "decoder_input_ids": ..., "labels": labels}, mesh, shift=False)``.
+    Equals ``model.prepare_decoder_input_ids_from_labels(labels)`` of BART, Marian, Pegasus and T5; models that begin otherwise
+    (mBART and PLBart: with the language, which stands last) say so there. Raises BatchError where either is None.
     """
+    if start is None or padding is None:
+        raise BatchError(
+            f"shift_right was given start={start} and padding={padding}, and needs both; a model without them makes its "
+            f"decoder_input_ids by model.prepare_decoder_input_ids_from_labels(labels)"
+        )
     shifted = F.pad(labels[:, :-1], (1, 0), value=start)
     return shifted.masked_fill(shifted == IGNORE, padding)
 
@@ -292,7 +307,10 @@ def _cut_pair(
     source, target = mine.pop("longspan"), other.pop("longspan")
     _refuse_unfit(source, target, decoder.get("labels"))
     digest = _hash(repr((source.digest, target.digest)).encode())
-    step = replace(source, target=target, labelled=target.labelled, digest=digest)
+    step = replace(
+        source, target=target, labelled=target.labelled, largest_label=target.largest_label, digest=digest,
+        masked=source.masked and target.masked,
+    )  # fmt: skip
     renamed = {name if name == "labels" else f"{TARGET}{name}": value for name, value in other.items()}
     return mine | renamed | {"longspan": step}
 
@@ -325,16 +343,19 @@ def _learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) 
     return whole["shift_labels"] if shift else labels
 
 
-def _largest(batch: Mapping[str, Any], learned: Tensor | None) -> int:
-    """The largest token or label of the whole rows, -1 where there is none. Raises BatchError for a negative one."""
+def _largest(batch: Mapping[str, Any], learned: Tensor | None) -> tuple[int, int]:
+    """The largest token or label of the whole rows, and the largest label; -1 where there is none.
+
+    Raises BatchError for a negative one.
+    """
     labels = None if learned is None else learned[learned != IGNORE]
-    found = -1
+    found = {"input_ids": -1, "labels": -1}
     for name, values in {"input_ids": batch.get("input_ids"), "labels": labels}.items():
         if isinstance(values, Tensor) and values.numel():
             if (least := int(values.min())) < 0:
                 raise BatchError(f"{name} holds {least}; tokens are 0 or more, and labels too, or {IGNORE}")
-            found = max(found, int(values.max()))
-    return found
+            found[name] = int(values.max())
+    return max(found.values()), found["labels"]
 
 
 def _refuse_blind_labels(learned: Tensor | None, step: Step, shift: bool) -> None:
@@ -393,6 +414,11 @@ def _refuse_disagreement(table: list[list[int]], place: Place) -> None:
         raise BatchError(
             f"ranks were given different numbers of micro-batches ({', '.join(map(str, sorted(counts)))}); every rank must "
             f"pass as many, a replica without rows empty ones"
+        )
+    if len({row[11] for row in table}) > 1:
+        raise BatchError(
+            "some ranks' batches have decoder_input_ids and some have none; pass them on every rank, where there is no row of "
+            "shape [0, tokens]"
         )
     sequence = place.ring * place.ulysses
     for first in range(0, len(table), sequence):

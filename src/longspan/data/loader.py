@@ -119,6 +119,7 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             labelled=len(rows) * (tokens - 1),
             digest=_digest(f"{stream.fingerprint} {starts} {tokens}"),
             largest=max((int(x.max()) for x in (ids, following) if x.numel()), default=-1),
+            largest_label=int(following.max()) if following.numel() else -1,
             furthest=tokens - 1,
         ),
     }

@@ -30,6 +30,7 @@ from longspan.integrations.one_device import OneDevice, as_one_device, refuse, r
 from longspan.integrations.whole import read_whole_weights, spread_optimizer, whole
 from longspan.mesh import ParallelMesh
 from longspan.models.losses import is_in_place
+from longspan.models.said import is_pair
 from longspan.sharding import parallelize
 
 REPLACED = ("compute_loss", "prediction_step", "_get_num_items_in_batch")
@@ -137,7 +138,8 @@ class LongTrainer(Base):  # type: ignore[misc]
             return agree([], self.mesh)
         offer = self.model._longspan.offer
         given = [offer.with_targets(said_by_positions(dict(batch.items()))) for batch in batches]
-        shift = self._loss_shifts_labels if offer.loss_kind is None else not is_in_place(offer.loss_kind)
+        shifts = self._loss_shifts_labels if offer.loss_kind is None else not is_in_place(offer.loss_kind)
+        shift = shifts and not is_pair(self.model)
         parts: list[Any] = shard(given, self.mesh, shift=shift, dims=self.dims)
         return parts
 

@@ -21,7 +21,7 @@ from longspan.batch import IGNORE, Step
 from longspan.errors import ModelError
 from longspan.loss import cross_entropy
 from longspan.mesh import ParallelMesh
-from longspan.models.proof import Probe, ask, proving, rows
+from longspan.models.proof import Probe, ask, proving, rows, special
 
 IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
 """Losses of the library whose labels stand where they are predicted."""
@@ -60,13 +60,21 @@ def prove_loss(model: Any, base: Any) -> str | None:
     return kind if knows_the_step and not already and kind in (*IN_PLACE, *SHIFTED) else None
 
 
+def labels_known(model: Any) -> int | None:
+    """How many labels the model's logits tell apart; None without logits of tokens."""
+    with proving(model):
+        logits = ask(model).get("logits")
+    return None if logits is None or logits.ndim != 3 else logits.shape[2]
+
+
 def _is_plain(model: Any, base: Any) -> bool:
     """Whether the loss that the forward computes is the cross-entropy of its logits, of padding too, but not of -100."""
     logits = ask(model).get("logits")
     if logits is None or logits.ndim != 3 or "forward" in vars(base):
         return False
+    named = [token for token in sorted(special(model, "pad", "bos", "eos")) if 0 <= token < logits.shape[2]][:6]
     labels = torch.arange(logits.shape[1], device=model.device) % logits.shape[2]
-    labels[[1, 4]] = IGNORE
+    labels[: len(named)], labels[-2:] = torch.tensor(named, dtype=torch.long), IGNORE
     try:
         found = ask(model, labels=labels.unsqueeze(0)).get("loss")
     except ModelError:
@@ -103,12 +111,13 @@ def forward_with_loss(
     model: Any, mesh: ParallelMesh, *args: Any, labels: Tensor | None = None, shift_labels: Tensor | None = None, **given: Any
 ) -> Any:
     """``model.forward`` of a model that computes its loss by itself: without labels, and the loss put beside its logits."""
+    asked = given.get("return_dict")
     output = type(model).forward(model, *args, **given | {"return_dict": True})
-    if labels is None:
-        return output
-    _refuse_labels_of_another_kind(True, shift_labels)
-    loss = cross_entropy(output.logits, labels, mesh=mesh, labelled=given["longspan"].labelled)
-    return type(output)(**{"loss": loss} | {name: value for name, value in output.items() if name != "loss"})
+    if labels is not None:
+        _refuse_labels_of_another_kind(True, shift_labels)
+        loss = cross_entropy(output.logits, labels, mesh=mesh, labelled=given["longspan"].labelled)
+        output = type(output)(**{"loss": loss} | {name: value for name, value in output.items() if name != "loss"})
+    return output.to_tuple() if (model.config.return_dict if asked is None else asked) is False else output
 
 
 def _refuse_labels_of_another_kind(in_place: bool, shift_labels: Tensor | None) -> None:

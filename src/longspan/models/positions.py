@@ -59,17 +59,26 @@ def _placed(
 def hand_over(model: Any) -> list[Any]:
     """Let tables whose stack of layers takes no positions look up those of the call; returns the hooks' handles."""
     handles: list[Any] = []
-    for stack in model.modules():
-        tables = [child for child in stack.children() if is_table(child)]
-        if tables and "position_ids" not in inspect.signature(stack.forward).parameters:
-            name = f"{TARGET}position_ids" if is_pair(model) and stack is model.get_decoder() else "position_ids"
-            held: list[Tensor | None] = []
-            handles.append(stack.register_forward_pre_hook(partial(_hold, held, name), with_kwargs=True))
-            for table in tables:
-                handles.append(table.register_forward_pre_hook(partial(_look_up, held), with_kwargs=True))
-                handles.append(table.register_forward_hook(partial(_into_rows, held)))
-            handles.append(stack.register_forward_hook(partial(_let_go, held), always_call=True))
+    for stack in _counting(model):
+        name = f"{TARGET}position_ids" if is_pair(model) and stack is model.get_decoder() else "position_ids"
+        held: list[Tensor | None] = []
+        handles.append(stack.register_forward_pre_hook(partial(_hold, held, name), with_kwargs=True))
+        for table in filter(is_table, stack.children()):
+            handles.append(table.register_forward_pre_hook(partial(_look_up, held), with_kwargs=True))
+            handles.append(table.register_forward_hook(partial(_into_rows, held)))
+        handles.append(stack.register_forward_hook(partial(_let_go, held), always_call=True))
     return handles
+
+
+def handed_over(model: Any) -> set[str]:
+    """How the names of positions begin that a stack does not take, and looks up all the same: those of the row it counts."""
+    return {"" if stack is not model.get_decoder() or not is_pair(model) else TARGET for stack in _counting(model)}
+
+
+def _counting(model: Any) -> list[nn.Module]:
+    """The stacks with a table of positions that take no positions."""
+    stacks = [stack for stack in model.modules() if any(is_table(child) for child in stack.children())]
+    return [stack for stack in stacks if "position_ids" not in inspect.signature(stack.forward).parameters]
 
 
 def is_table(module: nn.Module) -> bool:

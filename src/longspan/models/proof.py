@@ -28,7 +28,7 @@ from longspan.errors import LongspanError, ModelError
 from longspan.layout import Heads
 from longspan.masks import Full, Mask
 from longspan.mesh import ParallelMesh
-from longspan.models.positions import hand_over, is_table, of_ids
+from longspan.models.positions import hand_over, handed_over, is_table, of_ids
 from longspan.models.relative import hand_distances, prove_distances
 from longspan.models.said import Said, is_pair
 
@@ -95,12 +95,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found: each attention module's layer, whether the model hides tokens by their ids where no mask is given, how
-    many positions its tables have, by how the names of the tensors begin whose tokens look them up, whether its own positions
-    begin behind padding, the id of padding where they are counted from ids (else None)."""
+    """What was found: each attention module's layer; whether the model hides tokens by their ids where no mask is given; of
+    which rows it counts positions whatever it is given, and how many its tables of positions have (both by how the names of
+    the rows' tensors begin); whether its own positions begin behind padding; the id of padding where they are counted from
+    ids (else None)."""
 
     layers: tuple[tuple[Any, Layer], ...]
     hides_padding: bool
+    handed_over: set[str]
     positions_known: dict[str, int]
     positions_behind_padding: bool
     padding_id: int | None
@@ -115,7 +117,8 @@ def prove(model: Any, base: Any, mesh: ParallelMesh, head_chunks: int = 1) -> Pr
     with proving(model):
         layers = _prove_attention(model, mesh, head_chunks)
         _prove_tokens(model)
-        return Proof(tuple(layers), _hides_padding(model), _positions_known(model), *_prove_positions(model, base))
+        found = _hides_padding(model), handed_over(model), _positions_known(model)
+        return Proof(tuple(layers), *found, *_prove_positions(model, base))
 
 
 def refuse_by_config(model: Any) -> None:
@@ -186,7 +189,8 @@ def rows(model: Any) -> dict[str, int]:
     return {"": TOKENS} | ({PREFIX: TARGETS} if is_pair(model) else {})
 
 
-def _special(model: Any, *kinds: str) -> set[int]:
+def special(model: Any, *kinds: str) -> set[int]:
+    """The ids that the model's configs name for ``kinds`` ("pad", "bos", ...)."""
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     named = [getattr(config, f"{kind}_token_id", None) for config in configs for kind in kinds]
     return {token for tokens in named for token in _as_list(tokens) if token is not None}
@@ -194,8 +198,8 @@ def _special(model: Any, *kinds: str) -> set[int]:
 
 def _ids(model: Any, count: int = TOKENS) -> Tensor:
     """Tokens of the proof [count], none of them special to the model."""
-    special = _special(model, "pad", "bos", "eos", "decoder_start")
-    ids = [i for i in range(model.config.get_text_config().vocab_size) if i not in special][3 : 3 + 3 * TOKENS : 3]
+    named = special(model, "pad", "bos", "eos", "decoder_start")
+    ids = [i for i in range(model.config.get_text_config().vocab_size) if i not in named][3 : 3 + 3 * TOKENS : 3]
     return torch.tensor(ids[-count:], device=model.device)
 
 
@@ -336,7 +340,8 @@ def all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def _hides_padding(model: Any) -> bool:
     """Whether some layer is told to hide tokens that are padding by their ids, though no mask was given."""
-    padding, probe = sorted(token for token in _special(model, "pad") if token >= 0), Probe()
+    known = getattr(model.get_input_embeddings(), "num_embeddings", 0)
+    padding, probe = sorted(token for token in special(model, "pad") if 0 <= token < known), Probe()
     changed: dict[str, Any] = {name: x for name, x in _whole(model).items() if name.endswith("input_ids")} if padding else {}
     for ids in changed.values():
         ids[0, 1 : 1 + len(padding)] = torch.tensor(padding, device=ids.device)

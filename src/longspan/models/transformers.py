@@ -34,7 +34,7 @@ from longspan.memory import Tools, attend_once
 from longspan.mesh import ParallelMesh
 from longspan.models.adapters import refuse_adapters
 from longspan.models.balance import gather_routers, prove_balance
-from longspan.models.losses import OWN, forward_with_loss, is_in_place, loss_over_ranks, prove_loss
+from longspan.models.losses import OWN, forward_with_loss, is_in_place, labels_known, loss_over_ranks, prove_loss
 from longspan.models.positions import hand_over, lengthen_tables, place
 from longspan.models.proof import ACROSS, Layer, Probe, Proof, prove, refuse_by_config
 from longspan.models.registered import PREFIX, Registered, refuse_name
@@ -180,7 +180,7 @@ class Pretrained:
                 Registered(cast(str, self.kernel), module, layer.name, layer.own) if registered else self.kernel
                 for module, layer in self.proof.layers
             ]
-            self.loss_kind = prove_loss(self.called, self.model)
+            self.loss_kind, self.classes = prove_loss(self.called, self.model), labels_known(self.called)
             self.routers = prove_balance(self.called, self.model, self.loss_kind) if balanced else None
             if not tools.return_logits:
                 refuse_without_logits(self.model, self.called, self.loss_kind)
@@ -196,7 +196,9 @@ class Pretrained:
         self._install_loss(mesh, tools.return_logits)
         self._handles = [
             self.model.register_forward_pre_hook(stand_in, with_kwargs=True),
-            self.model.register_forward_pre_hook(partial(_check_call, self.proof, self.loss_kind, mesh), with_kwargs=True),
+            self.model.register_forward_pre_hook(
+                partial(_check_call, self.proof, self.loss_kind, self.classes, mesh), with_kwargs=True
+            ),
             self.model.register_forward_pre_hook(partial(_check_routers, self.routers), with_kwargs=True),
             self.model.register_forward_hook(take_out, with_kwargs=True),
         ]
@@ -208,24 +210,27 @@ class Pretrained:
         in_place = is_in_place(self.loss_kind)
         if self.loss_kind not in (None, OWN):
             self.model._loss_function = partial(loss_over_ranks, mesh=mesh, in_place=in_place)
-        if self.loss_kind == OWN or not return_logits:
+        self.gave_forward = self.loss_kind == OWN or not return_logits
+        if self.gave_forward:
             asked = inspect.signature(self.model.forward)  # trainers look at it for the columns that a model takes
             own = partial(forward_with_loss, self.model, mesh)
             self.model.forward = own if return_logits else partial(forward_without_logits, self.model, mesh, in_place)
             self.model.forward.__signature__ = asked
 
     def with_targets(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A whole ``batch`` with what an encoder-decoder would make of its labels by itself: its decoder's ids, which of them
-        are padding. As it is for other models."""
+        """A whole ``batch`` with what an encoder-decoder would make of its labels by itself: its decoder's ids, and which of
+        them it would hide from one another. As it is for other models. Raises ModelError for a model that makes none."""
         labels = batch.get("labels")
         if not is_pair(self.model) or not isinstance(labels, Tensor) or labels.ndim != 2:
             return batch
         if not any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds")):
-            batch = batch | {"decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(labels)}
-        if self.proof.hides_padding:
-            ids = {f"{name}attention_mask": batch.get(f"{name}input_ids") for name in ("", "decoder_")}
-            padding = self.model.config.pad_token_id
-            batch = {name: (x != padding).long() for name, x in ids.items() if isinstance(x, Tensor)} | batch
+            make = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+            if make is None:
+                raise ModelError(f"{type(self.model).__name__} makes no decoder_input_ids of labels; put them into the batch")
+            batch = batch | {"decoder_input_ids": make(labels)}
+        padding = self.model.get_decoder().config.pad_token_id
+        if self.proof.hides_padding and padding is not None and "decoder_input_ids" in batch:
+            batch = {"decoder_attention_mask": (batch["decoder_input_ids"] != padding).long()} | batch
         return batch
 
     def undo(self) -> None:
@@ -234,9 +239,9 @@ class Pretrained:
             handle.remove()
         for module, _ in self.proof.layers:
             del module._longspan
-        ours = (forward_with_loss, forward_without_logits)
-        if isinstance(forward := vars(self.model).get("forward"), partial) and forward.func in ours:
-            del self.model.forward
+        if self.gave_forward:
+            for name in ("forward", "_original_forward"):  # the second is accelerate's, which wraps what it finds
+                vars(self.model).pop(name, None)
         if self.loss_kind not in (None, OWN):
             del self.model._loss_function
         for module, config in self.configs:
@@ -268,14 +273,15 @@ class Pretrained:
 
 WHOLE = (
     "past_key_values", "output_attentions", "logits_to_keep", "use_cache", "attention_mask", "decoder_attention_mask",
-    "encoder_outputs",
+    "encoder_outputs", "start_positions", "end_positions",
 )  # fmt: skip
 """Keywords of a call that mean the whole sequence."""
 
 
 def _check_call(
-    proof: Proof, loss_kind: str | None, mesh: ParallelMesh, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+    proof: Proof, loss_kind: str | None, classes: int | None, mesh: ParallelMesh, model: Any, args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:  # fmt: skip
     """Refuse what a part of the tokens cannot honour; give positions as the model counts them."""
     step = kwargs.get("longspan")
     if step is None:
@@ -288,6 +294,9 @@ def _check_call(
         if value is not None and value is not False and not (isinstance(value, int) and value == 0):
             raise ModelError(f"{name}= means the whole sequence, and a rank has a part of it; leave it out of model(...)")
     _refuse_rows(model, proof, step)
+    if kwargs.get("labels") is not None and classes is not None and step.largest_label >= classes:
+        name = type(model).__name__
+        raise BatchError(f"the step holds label {step.largest_label}, and {name} tells 0 to {classes - 1} apart")
     if kwargs.get("labels") is not None and loss_kind is None:
         raise ModelError(
             f"{type(model).__name__} computes its loss from labels by itself, over this rank's tokens; leave labels out of "
@@ -302,11 +311,11 @@ def _refuse_rows(model: Any, proof: Proof, step: Step) -> None:
     if is_pair(model) and step.target is None:
         raise ModelError(
             f"{name} is an encoder-decoder, and the batch had no decoder_input_ids; make them before the cut, by "
-            f"longspan.shift_right(labels, config.decoder_start_token_id, config.pad_token_id)"
+            f"model.prepare_decoder_input_ids_from_labels(labels) or longspan.shift_right(labels, start, padding)"
         )
     if step.target is not None and not is_pair(model):
         raise ModelError(f"the batch had decoder_input_ids, and {name} has no decoder apart; leave them out of shard(...)")
-    if proof.hides_padding and not (step.masked and (step.target is None or step.target.masked)):
+    if proof.hides_padding and not step.masked:
         masks = "attention_mask and decoder_attention_mask" if step.target else "attention_mask"
         raise ModelError(
             f"{name} hides the padding token by itself where no mask is given, and of each rank's part it would not be known "
@@ -317,6 +326,8 @@ def _refuse_rows(model: Any, proof: Proof, step: Step) -> None:
             embeddings = (model.get_decoder() if prefix else model).get_input_embeddings()
             refuse_unknown_tokens(row, getattr(embeddings, "num_embeddings", None), name)
             _refuse_unknown_positions(row, proof, prefix, name)
+            if prefix in proof.handed_over and not row.counted:
+                raise ModelError(f"{name} counts its positions itself and ignores {prefix}position_ids; give shard none")
 
 
 def _refuse_unknown_positions(row: Step, proof: Proof, prefix: str, name: str) -> None:
