@@ -454,7 +454,8 @@ def wrapped_forward() -> None:
     model = parallelize(bert(num_labels=3).eval(), mesh)
     part = shard({"input_ids": ids, "labels": torch.ones_like(ids)}, mesh, shift=False)
     loss, logits = model(**part, return_dict=False)
-    assert loss.ndim == 0 and logits.shape == (1, 8, 3)
+    assert loss.ndim == 0
+    assert logits.shape == (1, 8, 3)
     model._original_forward = model.forward  # as accelerate does for mixed precision
     model.forward = lambda *args, **given: model._original_forward(*args, **given)
     unparallelize(model)

@@ -474,7 +474,6 @@ HYBRID = {
     [
         (small("BloomConfig", "BloomForCausalLM", vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
          "BloomForCausalLM works on its attention mask in its own code"),
-        (small("T5Config", "T5ForConditionalGeneration", vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4),
         (small("MambaConfig", "MambaForCausalLM", vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=8),
          "no layer of MambaForCausalLM attends"),
         (small("Qwen3NextConfig", "Qwen3NextForCausalLM", **HYBRID), "linear_attn.* mixes tokens outside attention"),
