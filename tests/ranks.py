@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch._dynamo  # 500 modules that torch.testing.assert_close would import again on every rank
 import torch.distributed as dist
+from torch.distributed import ProcessGroupGloo
 
 
 def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, tmp_path: Path, seconds: float = 240.0) -> list[Any]:
@@ -90,9 +91,23 @@ class Ranks:
         gc.unfreeze()
 
 
+# Every gloo group has two workers, and torch 2.13 lets both write "the last completed collective" into one std::string
+# without a lock. A name of more than 15 letters is on the heap (ALLGATHER_COALESCED, which DTensor.full_tensor is to gloo),
+# so two that finish together free it twice: some rank aborts, now and then. One worker has nobody to race with;
+# torch passes gloo no options, hence the constructor.
+_with_two_workers = ProcessGroupGloo.__init__
+
+
+def _with_one_worker(group: ProcessGroupGloo, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+    options = ProcessGroupGloo._Options()
+    options._threads, options._timeout, options._devices = 1, timeout, [ProcessGroupGloo.create_default_device()]
+    _with_two_workers(group, store, rank, size, options)
+
+
 def _rank(rank: int, ranks: int, pipe: Connection, folder: str, seconds: float) -> None:
     torch.set_num_threads(1)
     os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    ProcessGroupGloo.__init__ = _with_one_worker
     store = dist.FileStore(f"{folder}/rendezvous", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds))
     while True:
