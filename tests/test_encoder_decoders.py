@@ -287,7 +287,7 @@ def test_layers_that_are_dropped_at_random_are_refused(pool: Callable[[int], Ran
 
 
 CALLS = {
-    "no decoder_input_ids": r"had no decoder_input_ids; make them before the cut, by model.prepare_decoder_input_ids_from_labels",
+    "no decoder_input_ids": r"had no decoder_input_ids; make them before the cut, by model.prepare_decoder",
     "decoder_input_ids for a decoder": r"LlamaForCausalLM has no decoder apart; leave them out",
     "no mask for a model that hides padding": r"hides the padding token .* attention_mask and decoder_attention_mask",
     "more positions than the table": r"the step has positions up to 64, and the table of Bart\w+ has 64 of them",
