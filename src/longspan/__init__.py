@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longspan.attention import attend
     from longspan.bands import Band
-    from longspan.batch import Step, agree, cut, shard, shift_right, unshard
+    from longspan.batch import agree, cut, shard, shift_right, unshard
     from longspan.errors import (
         BatchError,
         DataError,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from longspan.masks import Bands, BlockSparse, Causal, Chunked, Documents, Full, Mask, Only, PrefixLM, Sinks, Window
     from longspan.mesh import ParallelMesh
     from longspan.sharding import parallelize, unparallelize
+    from longspan.step import Step
     from longspan.tiling import tiled
 
 __version__ = "0.1.0"
@@ -37,7 +38,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "attention": ("attend",),
     "bands": ("Band",),
-    "batch": ("Step", "agree", "cut", "shard", "shift_right", "unshard"),
+    "batch": ("agree", "cut", "shard", "shift_right", "unshard"),
     "errors": ("BatchError", "DataError", "KernelError", "LayoutError", "LongspanError", "MaskError", "ModelError", "RunError"),
     "exchange": ("heads_to_tokens", "tokens_to_heads"),
     "loss": ("cross_entropy", "linear_cross_entropy"),
@@ -46,6 +47,7 @@ _HOMES = {
     ),
     "mesh": ("ParallelMesh",),
     "sharding": ("parallelize", "unparallelize"),
+    "step": ("Step",),
     "tiling": ("tiled",),
 }
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from longspan.errors import BatchError, LongspanError
 from longspan.mesh import ParallelMesh
 
-FACTS = 13
+FACTS = 15
 """How many a rank brings at most: in one all-reduce, one rank may bring its error where the others bring facts of a step."""
 
 
@@ -55,7 +55,7 @@ def exchange_facts(mine: Sequence[int], mesh: ParallelMesh) -> list[list[int]]:
     return facts
 
 
-def raise_the_first_error(table: list[list[int]], mine: LongspanError | None, mesh: ParallelMesh) -> None:
+def raise_the_first_error(table: Sequence[Sequence[int]], mine: LongspanError | None, mesh: ParallelMesh) -> None:
     """Raise on every rank the error of the first whose facts begin with 1; ``mine`` is this rank's, or None."""
     failing = [rank for rank, row in enumerate(table) if row[0]]
     if not failing:

@@ -7,14 +7,14 @@
     shifted    b  c  d  e  f  .        rank 1: d e f    labels predict e f .       token predicts the next rank's first
 
 Everything that changes from step to step is in the one frozen ``Step``, which reaches attention and the loss as the
-keyword ``longspan`` of the model's call. An encoder-decoder has two rows of tokens, each cut by its own length: the Step of
-the decoder's is the ``target`` of the encoder's.
+keyword ``longspan`` of the model's call (step.py). An encoder-decoder has two rows of tokens, each cut by its own length: the
+Step of the decoder's is the ``target`` of the encoder's.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,14 @@ from torch import Tensor
 
 from longspan import masks
 from longspan.agreement import agree_on_error, exchange_facts, raise_the_first_error
-from longspan.bands import blind_rows, rectangle
+from longspan.bands import blind_rows
 from longspan.collectives import all_gather
 from longspan.errors import BatchError, LongspanError
 from longspan.layout import Runs
-from longspan.masks import Bands, Documents, Full, Mask, Only
+from longspan.masks import Full, Mask
 from longspan.mesh import ParallelMesh, Place
 from longspan.padding import VARLEN, documents_of, padding_of, restarts_of
+from longspan.step import TARGET, Step
 
 IGNORE = -100
 """The label of a token that nothing is learned from, as in ``F.cross_entropy``."""
@@ -44,72 +45,8 @@ TOKEN_DIM = {
 """Which dimension of the batch's well-known tensors is the tokens (of ``position_ids`` with three, [3, batch, tokens], the
 last); others are declared by ``dims=``."""
 
-TARGET = "decoder_"
-"""How tensors of an encoder-decoder's batch are named that hold its decoder's tokens; ``labels`` are theirs too."""
-
 Part = dict[str, Any]
 """A rank's tensors by name, and under ``longspan`` the Step: ``model(**part)``."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one forward must know of the whole batch, and cannot see in a rank's part of it.
-
-    ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``counted`` (whether the batch
-    came without ``position_ids``, so that they are these), ``masked`` (whether, by agreement, every row came with its masks),
-    ``last_position`` (the largest ``position_ids`` of the batch), ``mask`` (None: what the model says itself; a tuple has one
-    mask a row), ``padding`` (None, or for each row the run of tokens that are real), ``documents`` (None, or those that the
-    batch says to every layer), ``restarts`` (None, or for each row the documents between which the caller's ``position_ids``
-    begin anew), ``labelled`` tokens that are learned from (by agreement: over all replicas and micro-batches of the step),
-    ``digest`` of the whole content, equal on the ranks that share a sequence, ``largest`` token or label, ``largest_label``,
-    ``furthest`` position (by agreement: of all ranks and micro-batches), so that all ranks can refuse what a model does not
-    know. ``target`` is the Step of the decoder's tokens, where the batch is an encoder-decoder's.
-    """
-
-    tokens: int
-    rows: int
-    positions: Runs
-    counted: bool
-    masked: bool
-    last_position: int
-    mask: Mask | tuple[Mask, ...] | None
-    padding: tuple[Only, ...] | None
-    documents: tuple[Documents, ...] | None
-    restarts: tuple[Documents, ...] | None
-    labelled: int
-    digest: int
-    largest: int
-    largest_label: int
-    furthest: int
-    target: "Step | None" = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether every layer's own mask says all that there is to say."""
-        plain = (self.mask, self.padding, self.documents, self.restarts) == (None,) * 4
-        return plain and (self.target is None or self.target.is_plain)
-
-    def mask_across(self) -> Mask | tuple[Mask, ...]:
-        """Who in ``target`` may look at whom here: every token of a row at every real token of the same row."""
-        if self.target is None or self.padding is None:
-            return Full()
-        tokens = self.target.tokens
-        seen = [rectangle(0, tokens, real.start, real.stop) for real in self.padding]
-        return tuple(Bands([band] if band else []) for band in seen)
-
-    def mask_for(self, own: Mask, restarts: bool = False) -> Mask | tuple[Mask, ...]:
-        """Who may look at whom in a layer whose model says ``own``: that, or the mask of the step, but no padding.
-
-        For a model to which positions that begin anew mean packed documents (``restarts``), no other document either.
-        """
-        mask = own if self.mask is None else self.mask
-        narrower = [rows for rows in (self.padding, self.documents, self.restarts if restarts else None) if rows is not None]
-        if not narrower:
-            return mask
-        each = (mask,) * self.rows if isinstance(mask, Mask) else mask
-        for rows in narrower:
-            each = tuple(of_row & narrow for of_row, narrow in zip(each, rows, strict=True))
-        return each
 
 
 def shard(
@@ -177,8 +114,9 @@ def cut(
     part: Part = {name: _cut_one(name, value, declared, tokens, positions) for name, value in whole.items()}
     labelled = 0 if learned is None else int((learned != IGNORE).sum())
     counted, masked = "position_ids" not in batch, rows == 0 or "attention_mask" in batch
+    placed = rows > 0 and not counted
     part["longspan"] = step = Step(
-        tokens, rows, positions, counted, masked, last_position, step_mask, padding, documents, restarts, labelled,
+        tokens, rows, positions, counted, placed, masked, last_position, step_mask, padding, documents, restarts, labelled,
         _digest(batch, step_mask, shift, dims), *_largest(batch, learned), last_position,
     )  # fmt: skip
     _refuse_blind_labels(learned, step, shift)
@@ -194,39 +132,56 @@ def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
     number of micro-batches.
     """
     steps: list[Step] = [part["longspan"] for part in parts]
-    digest = _hash(repr([(step.digest, step.tokens, step.rows) for step in steps]).encode())
-    rows, tokens = (steps[0].rows, steps[0].tokens) if steps else (0, 0)
-    targets = [step.target for step in steps if step.target is not None]
-    most = [max(found, default=-1) for row in (steps, targets) for found in _largest_and_furthest(row)]
-    label, unmasked = max((step.largest_label for step in steps), default=-1), sum(not step.masked for step in steps)
-    labelled = sum(step.labelled for step in steps)
-    mine = (0, len(steps), rows, tokens, labelled, digest, *most, label, len(targets), unmasked)
-    table = exchange_facts(mine, mesh)
+    table = [_Facts(*row[: len(_Facts._fields)]) for row in exchange_facts(_facts(steps), mesh)]
     raise_the_first_error(table, None, mesh)
     _refuse_disagreement(table, mesh.place)
-    sequence = mesh.place.ring * mesh.place.ulysses
-    labelled = sum(row[4] for row in table[::sequence])
-    largest, furthest, *of_target, label, _, unmasked = (max(facts) for facts in list(zip(*table))[6:])
+    labelled = sum(facts.labelled for facts in table[:: mesh.place.ring * mesh.place.ulysses])
+    most = _Facts(*map(max, zip(*table)))
+    of_target = {"largest": most.target_largest, "furthest": most.target_furthest, "placed": bool(most.target_placed)}
+    of_step = {"largest": most.largest, "furthest": most.furthest, "placed": bool(most.placed)}
+    said = {"labelled": labelled, "largest_label": most.largest_label, "masked": not most.unmasked}
 
     def agreed(step: Step) -> Step:
-        target = step.target and replace(step.target, largest=of_target[0], furthest=of_target[1])
-        return replace(
-            step, labelled=labelled, largest=largest, largest_label=label, furthest=furthest, masked=not unmasked, target=target
-        )
+        target = step.target and replace(step.target, **of_target)
+        return replace(step, **of_step, **said, target=target)
 
     return [{**part, "longspan": agreed(step)} for part, step in zip(parts, steps)]
 
 
-def _largest_and_furthest(steps: Sequence[Step]) -> tuple[list[int], list[int]]:
-    return [step.largest for step in steps], [step.furthest for step in steps]
+class _Facts(NamedTuple):
+    """What a rank brings to the agreement on a step, of all its micro-batches: the first six are those of its sequence."""
+
+    failed: int
+    micro_batches: int
+    rows: int
+    tokens: int
+    labelled: int
+    digest: int
+    largest: int
+    furthest: int
+    placed: int
+    target_largest: int
+    target_furthest: int
+    target_placed: int
+    largest_label: int
+    targets: int
+    unmasked: int
 
 
-def refuse_unknown_tokens(step: Step, vocab: int | None, name: str) -> None:
-    """Raise BatchError, on every rank alike, if any rank holds a token or label beyond a model's ``vocab``."""
-    if vocab is not None and step.largest >= vocab:
-        raise BatchError(
-            f"the step holds token or label {step.largest}, and {name} knows 0 to {vocab - 1}; use the model's own tokenizer"
-        )
+def _facts(steps: Sequence[Step]) -> _Facts:
+    rows, tokens = (steps[0].rows, steps[0].tokens) if steps else (0, 0)
+    digest = _hash(repr([(step.digest, step.tokens, step.rows) for step in steps]).encode())
+    targets = [step.target for step in steps if step.target is not None]
+    return _Facts(
+        0, len(steps), rows, tokens, sum(step.labelled for step in steps), digest, *_most(steps), *_most(targets),
+        max((step.largest_label for step in steps), default=-1), len(targets), sum(not step.masked for step in steps),
+    )  # fmt: skip
+
+
+def _most(steps: Sequence[Step]) -> tuple[int, int, int]:
+    """The largest token, the furthest position, whether positions were given: -1 and 0 without a step."""
+    largest, furthest = max((step.largest for step in steps), default=-1), max((step.furthest for step in steps), default=-1)
+    return largest, furthest, int(any(step.placed for step in steps))
 
 
 def unshard(
@@ -409,13 +364,13 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "big")
 
 
-def _refuse_disagreement(table: list[list[int]], place: Place) -> None:
-    if len(counts := {row[1] for row in table}) > 1:
+def _refuse_disagreement(table: Sequence[_Facts], place: Place) -> None:
+    if len(counts := {facts.micro_batches for facts in table}) > 1:
         raise BatchError(
             f"ranks were given different numbers of micro-batches ({', '.join(map(str, sorted(counts)))}); every rank must "
             f"pass as many, a replica without rows empty ones"
         )
-    if len({row[11] for row in table}) > 1:
+    if len({facts.targets for facts in table}) > 1:
         raise BatchError(
             "some ranks' batches have decoder_input_ids and some have none; pass them on every rank, where there is no row of "
             "shape [0, tokens]"
@@ -430,6 +385,5 @@ def _refuse_disagreement(table: list[list[int]], place: Place) -> None:
                 )
 
 
-def _describe(row: list[int]) -> str:
-    _, _, rows, tokens, labelled, digest, *_ = row
-    return f"{rows} rows of {tokens} tokens, {labelled} labelled, content {digest:014x}"
+def _describe(facts: _Facts) -> str:
+    return f"{facts.rows} rows of {facts.tokens} tokens, {facts.labelled} labelled, content {facts.digest:014x}"

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.errors import BatchError
 from longspan.masks import Documents, Only
 
-VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """What collators of packed documents say to kernels of varying lengths."""
 
 
@@ -63,15 +62,30 @@ def restarts_of(position_ids: Tensor | None, rows: int, tokens: int) -> tuple[Do
 
 
 def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Documents, ...] | None:
-    """The documents of the one row of a batch with ``cu_seq_lens_q`` and ``cu_seq_lens_k``; None without them, or a row."""
-    starts, of_keys = (batch.get(name) for name in VARLEN[:2])
-    if (starts is None and of_keys is None) or rows == 0:
+    """The documents of a batch of one row with ``cu_seq_lens_q``, ``cu_seq_lens_k`` [documents + 1] or ``seq_idx`` [1, tokens].
+
+    None without these, or without a row. Raises BatchError where they, or ``position_ids`` that begin anew, say others.
+    """
+    said = [_starts(name, batch[name]) for name in VARLEN if name in batch and not name.startswith("max_length")]
+    if not said or rows == 0:
         return None
-    alike = isinstance(starts, Tensor) and isinstance(of_keys, Tensor) and torch.equal(starts, of_keys) and starts.ndim == 1
-    said: list[int] = starts.tolist() if alike and isinstance(starts, Tensor) else []
-    if rows != 1 or said != sorted(said) or said[:1] != [0] or said[-1:] != [tokens]:
+    starts = said[0]
+    one = rows == 1 and all(other == starts for other in said) and (starts[0], starts[-1]) == (0, tokens)
+    documents = (Documents([b - a for a, b in pairwise(starts)]),) if one else None
+    if documents is None or restarts_of(batch.get("position_ids"), rows, tokens) not in (None, documents):
+        names = ", ".join(name for name in VARLEN if name in batch)
         raise BatchError(
-            f"cu_seq_lens_q and cu_seq_lens_k must be the same beginnings of documents in one row, from 0 to its {tokens} "
-            f"tokens; say anything else by shard(batch, mesh, mask=...)"
+            f"{names} and position_ids that begin anew must say the same beginnings of documents in one row, from 0 to its "
+            f"{tokens} tokens; say anything else by shard(batch, mesh, mask=...)"
         )
-    return (Documents([b - a for a, b in pairwise(said) if b > a]),)
+    return documents
+
+
+def _starts(name: str, value: Any) -> list[int]:
+    """Where documents begin, and the last ends, without empty ones; -1 where they go back."""
+    if not isinstance(value, Tensor) or not value.numel():
+        return [-1]
+    if name == "seq_idx":
+        numbers = value.flatten()
+        return [0, *(numbers.diff().nonzero().flatten() + 1).tolist(), numbers.numel()]
+    return [-1] if bool((value.flatten().diff() < 0).any()) else value.unique().tolist()

@@ -28,7 +28,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from longspan.attention import attend, refuse_kernel
-from longspan.batch import refuse_unknown_tokens
 from longspan.budget import Choice, choose
 from longspan.errors import LongspanError, ModelError
 from longspan.gradients import MeanGradients
@@ -38,6 +37,7 @@ from longspan.layout import Heads
 from longspan.memory import Recompute, Tools, attend_once, put_away, recompute, refuse_unknown
 from longspan.mesh import ParallelMesh
 from longspan.models.decoder import FeedForward, chunk_rows
+from longspan.step import refuse_unknown_tokens
 from longspan.tiling import refuse_to_tile, tiled
 from longspan.zero import Shares, refuse_what_cannot_be, shard_parameters
 

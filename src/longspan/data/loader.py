@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from longspan.batch import IGNORE, Part, Step
+from longspan.batch import IGNORE, Part
 from longspan.errors import DataError
 from longspan.layout import Runs, consecutive, split
 from longspan.mesh import Place
+from longspan.step import Step
 
 
 @runtime_checkable
@@ -110,6 +111,7 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             rows=len(rows),
             positions=positions,
             counted=True,
+            placed=False,
             masked=False,
             last_position=tokens - 1,
             mask=None,

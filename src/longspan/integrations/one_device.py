@@ -9,7 +9,7 @@ several ranks is done in the forward and the backward. Knows nothing of models, 
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -212,23 +212,3 @@ def refuse_undealt(loader: Any, place: Place) -> None:
             "the DataLoader gives every data replica the same rows; return self.accelerator.prepare(DataLoader(...)) from "
             "get_train_dataloader and get_eval_dataloader, with batches of all replicas' rows"
         )
-
-
-FLASH_KEYWORDS: Sequence[str] = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""What collators of packed documents add for varlen kernels."""
-
-
-def said_by_positions(batch: dict[str, Any]) -> dict[str, Any]:
-    """``batch`` without the keywords of varlen kernels, where position_ids that begin anew say the same documents."""
-    positions = batch.get("position_ids")
-    if not isinstance(positions, Tensor) or not any(name in batch for name in FLASH_KEYWORDS):
-        return batch
-    first = positions.flatten() == 0
-    starts = [*first.nonzero().flatten().tolist(), first.numel()]
-    said = [batch[name].tolist() for name in FLASH_KEYWORDS[:2] if name in batch]
-    if "seq_idx" in batch:
-        numbers = batch["seq_idx"].flatten()
-        said.append([0, *(numbers.diff().nonzero().flatten() + 1).tolist(), numbers.numel()])
-    if len(positions) and any(lengths != starts for lengths in said):
-        return batch
-    return {name: value for name, value in batch.items() if name not in FLASH_KEYWORDS}

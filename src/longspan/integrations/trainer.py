@@ -26,7 +26,7 @@ from longspan.agreement import agree_on_error, refuse_difference
 from longspan.batch import IGNORE, agree, shard, unshard
 from longspan.collectives import all_gather
 from longspan.errors import BatchError, LongspanError, RunError
-from longspan.integrations.one_device import OneDevice, as_one_device, refuse, refuse_undealt, said_by_positions
+from longspan.integrations.one_device import OneDevice, as_one_device, refuse, refuse_undealt
 from longspan.integrations.whole import read_whole_weights, spread_optimizer, whole
 from longspan.mesh import ParallelMesh
 from longspan.models.losses import is_in_place
@@ -137,7 +137,7 @@ class LongTrainer(Base):  # type: ignore[misc]
         if not batches:
             return agree([], self.mesh)
         offer = self.model._longspan.offer
-        given = [offer.with_targets(said_by_positions(dict(batch.items()))) for batch in batches]
+        given = [offer.with_targets(dict(batch.items())) for batch in batches]
         shifts = self._loss_shifts_labels if offer.loss_kind is None else not is_in_place(offer.loss_kind)
         shift = shifts and not is_pair(self.model)
         parts: list[Any] = shard(given, self.mesh, shift=shift, dims=self.dims)

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longspan.batch import Step
 from longspan.collectives import all_gather
 from longspan.errors import ModelError
 from longspan.mesh import ParallelMesh
 from longspan.models.losses import losing
 from longspan.models.proof import LEFT, TOKENS, all_equal, ask, proving
 from longspan.models.stand_in import StandIn
+from longspan.step import Step
 
 
 class _Whole(tuple[Tensor, ...]):

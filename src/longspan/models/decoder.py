@@ -24,13 +24,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from longspan.attention import attend
-from longspan.batch import Step
 from longspan.errors import ModelError
 from longspan.footprint import Sizes
 from longspan.layout import Heads
 from longspan.loss import linear_cross_entropy
 from longspan.masks import Causal
 from longspan.memory import keep_attention
+from longspan.step import Step
 
 TURNED_TOKENS = 16_384
 """Of each row at a time: what they need in fp32 is small beside the row."""

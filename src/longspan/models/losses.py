@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.batch import IGNORE, Step
+from longspan.batch import IGNORE
 from longspan.errors import ModelError
 from longspan.loss import cross_entropy
 from longspan.mesh import ParallelMesh
 from longspan.models.proof import Probe, ask, proving, rows, special
+from longspan.step import Step
 
 IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
 """Losses of the library whose labels stand where they are predicted."""

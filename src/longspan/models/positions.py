@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.batch import TARGET, Step, take, unshard
+from longspan.batch import take, unshard
 from longspan.errors import ModelError
 from longspan.mesh import ParallelMesh
 from longspan.models.said import is_pair
+from longspan.step import TARGET, Step
 
 
 def of_ids(ids: Tensor, padding_id: int) -> Tensor:

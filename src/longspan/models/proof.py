@@ -22,8 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from longspan.attention import attend
-from longspan.batch import TARGET as PREFIX
-from longspan.batch import Step
 from longspan.errors import LongspanError, ModelError
 from longspan.layout import Heads
 from longspan.masks import Full, Mask
@@ -31,6 +29,8 @@ from longspan.mesh import ParallelMesh
 from longspan.models.positions import hand_over, handed_over, is_table, of_ids
 from longspan.models.relative import hand_distances, prove_distances
 from longspan.models.said import Said, is_pair
+from longspan.step import TARGET as PREFIX
+from longspan.step import Step
 
 TOKENS, TARGETS = 14, 10
 """Of the proof, and of its decoder where the model has both: few, even, unequal, as their halves are, and no usual width."""

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from longspan.batch import Step
 from longspan.errors import ModelError
+from longspan.step import Step
 
 SHOWN = 9
 """Tokens of the row on which ``compute_bias`` is shown to know distances alone."""
@@ -37,16 +37,24 @@ class Distances:
         return distances[heads.start : heads.stop, k_positions - q_positions.unsqueeze(1) + own]
 
 
-def bias_of(module: nn.Module, position_bias: Tensor, tokens: int, across: bool) -> Distances | None:
-    """What a layer hands its attention, over rows of ``tokens``, or ``across`` two. Raises ModelError for another bias."""
-    if across and not bool(position_bias.any()):
-        return None
-    if across or position_bias.shape[2:] != (1, 2 * tokens - 1):
-        raise ModelError(
-            f"{type(module).__name__} adds a bias of shape {list(position_bias.shape)} to its scores, which is not one by "
-            f"relative position alone and counted over this rank's tokens; such a layer is not supported"
-        )
+def bias_of(module: nn.Module, position_bias: Tensor, tokens: int) -> Distances:
+    """What a layer hands its attention over rows of ``tokens``. Raises ModelError where it is none by distance."""
+    if position_bias.shape[2:] != (1, 2 * tokens - 1):
+        _refuse(module, position_bias)
     return Distances(position_bias[0, :, 0])
+
+
+def refuse_bias_across(module: nn.Module, position_bias: Tensor) -> None:
+    """Raise ModelError for a layer that looks from one row at another, and adds to its scores."""
+    if bool(position_bias.any()):
+        _refuse(module, position_bias)
+
+
+def _refuse(module: nn.Module, position_bias: Tensor) -> None:
+    raise ModelError(
+        f"{type(module).__name__} adds a bias of shape {list(position_bias.shape)} to its scores, which is not one by relative "
+        f"position alone and counted over this rank's tokens; such a layer is not supported"
+    )
 
 
 def hand_distances(model: nn.Module) -> list["ByDistance"]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longspan.batch import IGNORE, Step
+from longspan.batch import IGNORE
+from longspan.step import Step
 
 
 class StandIn(Step):

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from longspan.attention import attend, refuse_kernel
-from longspan.batch import TARGET, Step, refuse_unknown_tokens
 from longspan.errors import BatchError, KernelError, ModelError
 from longspan.kernels import Kernel
 from longspan.kernels.function import KernelFunction
@@ -38,10 +37,11 @@ from longspan.models.losses import OWN, forward_with_loss, is_in_place, labels_k
 from longspan.models.positions import hand_over, lengthen_tables, place
 from longspan.models.proof import ACROSS, Layer, Probe, Proof, prove, refuse_by_config
 from longspan.models.registered import PREFIX, Registered, refuse_name
-from longspan.models.relative import bias_of, hand_distances
+from longspan.models.relative import bias_of, hand_distances, refuse_bias_across
 from longspan.models.said import Said, is_pair
 from longspan.models.stand_in import stand_in, take_out
 from longspan.models.without_logits import forward_without_logits, refuse_without_logits
+from longspan.step import TARGET, Step, refuse_unknown_tokens
 from longspan.tiling import routes_to_experts
 
 NAME = "longspan"
@@ -57,8 +57,10 @@ def _attention(
     _refuse_additions(module, more)
     q, k, v = (x.transpose(1, 2) for x in (query_BHSD, key_BKSD, value_BKSD))
     if isinstance(longspan, Probe):
-        if position_bias is not None:
-            bias_of(module, position_bias, q.shape[1], across=q.shape[1] != k.shape[1])
+        if position_bias is not None and q.shape[1] == k.shape[1]:
+            bias_of(module, position_bias, q.shape[1])
+        elif position_bias is not None:
+            refuse_bias_across(module, position_bias)
         return longspan.note(module, q, k, v, attention_mask), None
     layer: Any = getattr(module, "_longspan", None)
     if layer is None or longspan is None:
@@ -71,7 +73,7 @@ def _attention(
     go = _attend if longspan.is_plain else _attend_uncompiled
     beside: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     if position_bias is not None and layer.over != ACROSS:
-        beside["bias"] = bias_of(module, position_bias, layer.row(longspan).tokens, across=False)
+        beside["bias"] = bias_of(module, position_bias, layer.row(longspan).tokens)
     return go(q, k, v, layer, longspan, beside), None
 
 
@@ -326,7 +328,7 @@ def _refuse_rows(model: Any, proof: Proof, step: Step) -> None:
             embeddings = (model.get_decoder() if prefix else model).get_input_embeddings()
             refuse_unknown_tokens(row, getattr(embeddings, "num_embeddings", None), name)
             _refuse_unknown_positions(row, proof, prefix, name)
-            if prefix in proof.handed_over and not row.counted:
+            if prefix in proof.handed_over and row.placed:
                 raise ModelError(f"{name} counts its positions itself and ignores {prefix}position_ids; give shard none")
 
 
