@@ -62,7 +62,8 @@ VARLEN = {"cu_seq_lens_q": torch.tensor([0, 3, 3, 8]), "cu_seq_lens_k": torch.te
 
 
 def test_documents_are_read_from_the_keywords_of_varlen_kernels() -> None:
-    part = cut({"input_ids": IDS[:1], **VARLEN}, Place(ulysses=2))
+    numbers = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    part = cut({"input_ids": IDS[:1], **VARLEN, "seq_idx": numbers}, Place(ulysses=2))
     assert part["longspan"].mask_for(Full()) == (Full() & Documents((3, 5)),)
     assert part["longspan"].restarts is None
     assert set(part) == {"input_ids", "position_ids", "longspan"}
@@ -80,6 +81,8 @@ def test_documents_are_read_from_the_keywords_of_varlen_kernels() -> None:
         ({"input_ids": IDS, "attention_mask": 1 - torch.eye(8)[3:5]}, {}, BatchError, r"attention_mask has a hole in row 0"),
         ({"input_ids": IDS, **VARLEN}, {}, BatchError, r"the same beginnings of documents in one row, from 0 to its 8 tokens"),
         ({"input_ids": IDS[:1], **VARLEN, "cu_seq_lens_k": torch.tensor([0, 8])}, {}, BatchError, r"the same beginnings"),
+        ({"input_ids": IDS[:1], **VARLEN, "seq_idx": torch.arange(8).view(1, 8) // 4}, {}, BatchError, r"the same beginnings"),
+        ({"input_ids": IDS[:1], **VARLEN, "position_ids": torch.arange(8).view(1, 8) % 4}, {}, BatchError, r"the same beginn"),
         ({"input_ids": IDS[:1, :7], **VARLEN}, {}, BatchError, r"the same beginnings of documents .* its 7 tokens"),
         ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 8, 8)}, {}, BatchError, r"must be \[2, 8\] like input_ids"),
         ({"input_ids": IDS, "attention_mask": torch.arange(8).expand(2, 8)}, {}, BatchError, r"1 for a token and 0 for pad"),

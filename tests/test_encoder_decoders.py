@@ -293,6 +293,7 @@ CALLS = {
     "more positions than the table": r"the step has positions up to 64, and the table of Bart\w+ has 64 of them",
     "more positions than gpt2's table": r"positions up to 16, and the table of GPT2LMHeadModel has 16 of them",
     "encoder_outputs": r"encoder_outputs= means the whole sequence",
+    "what a layer would add": r"BartAttention hands its attention score_bias of shape \[1, 4\], counted over",
     "a token that only the encoder knows": r"holds token or label 80, and T5GemmaForConditionalGeneration knows 0 to 59",
     "positions that one device ignores": r"counts its positions itself and ignores decoder_position_ids; give shard none",
     "a kernel of the registry": r"kernel='hf:sdpa' attends within one row of tokens",
@@ -334,7 +335,8 @@ def refused_call(call: str) -> str:
     if "ignores" in call:
         whole["decoder_position_ids"] = torch.arange(16).expand(2, 16)
     given = {"a kernel of the registry": {"kernel": "hf:sdpa"}, "memory=auto": {"memory": "auto", **AUTO}}.get(call, {})
-    more = {"encoder_outputs": (torch.zeros(1),)} if call == "encoder_outputs" else {}
+    beside = {"encoder_outputs": (torch.zeros(1),), "what a layer would add": torch.zeros(1, 4)}
+    more = {"score_bias" if "add" in call else call: beside[call]} if call in beside else {}
     try:
         parallelize(model, mesh, **given)
         model(**shard(whole, mesh, shift=shift), **more)
@@ -379,24 +381,35 @@ def test_labels_are_shifted_as_the_models_shift_them(name: str) -> None:
         shift_right(labels, None, 1)
 
 
-@pytest.mark.parametrize("name", ["bart", "t5gemma"])
-def test_replicas_whose_batches_differ_in_kind_are_refused_on_every_rank(name: str, pool: Callable[[int], Ranks]) -> None:
-    """A replica without a row, without what the others have; or one whose rows have no masks."""
-    text = "some have none; pass them on every rank" if name == "bart" else "hides the padding token by itself"
-    for said in pool(2).run(replicas_of_unequal_kind, name):
+KINDS_OF_REPLICAS = {
+    "no decoder_input_ids": ("bart", "some have none; pass them on every rank"),
+    "no masks": ("t5gemma", "hides the padding token by itself"),
+    "positions": ("bart", "counts its positions itself and ignores decoder_position_ids"),
+    "a longer row": ("bart", "the step has positions up to 64, and the table of"),
+    "a longer target": ("bart", "the step has decoder_positions up to 64, and the table of"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_REPLICAS)
+def test_what_one_replica_alone_has_is_refused_on_every_rank(kind: str, pool: Callable[[int], Ranks]) -> None:
+    name, text = KINDS_OF_REPLICAS[kind]
+    for said in pool(2).run(replicas_of_unequal_kind, kind, name):
         assert text in said
 
 
-def replicas_of_unequal_kind(name: str) -> str:
+def replicas_of_unequal_kind(kind: str, name: str) -> str:
     mesh, model = ParallelMesh(), build(name)
     parallelize(model, mesh)
     whole = batches(name, "even")
-    if mesh.place.data_rank == 1:
-        whole = (
-            {"input_ids": whole["input_ids"][:0]}
-            if name == "bart"
-            else {key: value for key, value in whole.items() if "mask" not in key}
-        )
+    long = torch.full((2, 65), 5)
+    others: dict[str, dict[str, Tensor]] = {
+        "no decoder_input_ids": {"input_ids": whole["input_ids"][:0]},
+        "no masks": {key: value for key, value in whole.items() if "mask" not in key},
+        "positions": whole | {"decoder_position_ids": torch.arange(16).expand(2, 16)},
+        "a longer row": whole | {"input_ids": long},
+        "a longer target": whole | {"decoder_input_ids": long, "labels": long},
+    }
+    whole = others[kind] if mesh.place.data_rank == 1 else whole
     try:
         model(**shard(whole, mesh, shift=False))
     except LongspanError as error:

@@ -423,12 +423,10 @@ def test_a_layer_s_own_mask_is_read_from_the_model(name: str, masks: list[Any]) 
     model = build(name)
     offer = Pretrained(model, model)
     offer.prove(ParallelMesh(), Tools())
-    assert [layer.own for _, layer in offer.proof.layers] == masks
+    assert [layer.own for _, layer in offer.layers] == masks
 
 
 def test_chunked_masks_are_read() -> None:
-
-
     cpu = torch.device("cpu")
     assert as_mask(chunked_causal_mask_function(8, torch.zeros(1, dtype=torch.long)), cpu) == Chunked(8) & Causal()
     assert as_mask(and_masks(causal_mask_function, lambda b, h, q, k: k % 3 == 0), cpu) is None

@@ -137,13 +137,15 @@ def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
     _refuse_disagreement(table, mesh.place)
     labelled = sum(facts.labelled for facts in table[:: mesh.place.ring * mesh.place.ulysses])
     most = _Facts(*map(max, zip(*table)))
-    of_target = {"largest": most.target_largest, "furthest": most.target_furthest, "placed": bool(most.target_placed)}
-    of_step = {"largest": most.largest, "furthest": most.furthest, "placed": bool(most.placed)}
-    said = {"labelled": labelled, "largest_label": most.largest_label, "masked": not most.unmasked}
 
     def agreed(step: Step) -> Step:
-        target = step.target and replace(step.target, **of_target)
-        return replace(step, **of_step, **said, target=target)
+        target = step.target and replace(
+            step.target, largest=most.target_largest, furthest=most.target_furthest, placed=bool(most.target_placed)
+        )
+        return replace(
+            step, largest=most.largest, furthest=most.furthest, placed=bool(most.placed), labelled=labelled,
+            largest_label=most.largest_label, masked=not most.unmasked, target=target,
+        )  # fmt: skip
 
     return [{**part, "longspan": agreed(step)} for part, step in zip(parts, steps)]
 

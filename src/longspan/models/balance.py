@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from longspan.collectives import all_gather
 from longspan.errors import ModelError
 from longspan.mesh import ParallelMesh
+from longspan.models.counting import LEFT
 from longspan.models.losses import losing
-from longspan.models.proof import LEFT, TOKENS, all_equal, ask, proving
+from longspan.models.proof import TOKENS, all_equal, ask, proving
 from longspan.models.stand_in import StandIn
 from longspan.step import Step
 

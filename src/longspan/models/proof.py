@@ -6,12 +6,11 @@
 For the time of the proof attention gives each token its own values. What is left must not let tokens meet: whatever mixes them
 outside attention (a convolution, a state space, a pooling head), or counts positions its own way, gives something else in
 halves, in any architecture, and is refused by the name of the first module that differs. The same forwards show whether every
-attention layer goes through Transformers' registry, what each says about who may look at whom, and how the loss is formed.
+attention layer goes through Transformers' registry, and what each says about who may look at whom.
 
 B batch   S my tokens   H heads   K key/value heads   D head dim
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from longspan.errors import LongspanError, ModelError
 from longspan.layout import Heads
 from longspan.masks import Full, Mask
 from longspan.mesh import ParallelMesh
-from longspan.models.positions import hand_over, handed_over, is_table, of_ids
+from longspan.models.positions import hand_over
 from longspan.models.relative import hand_distances, prove_distances
 from longspan.models.said import Said, is_pair
 from longspan.step import TARGET as PREFIX
@@ -34,8 +33,6 @@ from longspan.step import Step
 
 TOKENS, TARGETS = 14, 10
 """Of the proof, and of its decoder where the model has both: few, even, unequal, as their halves are, and no usual width."""
-LEFT = 3
-"""Tokens of padding on the left, where the proof has some."""
 SELECTING = ("index_topk", "index_block", "index_n_heads", "compress_rate")
 """How fields are named that select keys by content. On rows as short as those of the proof such layers see every key."""
 SOURCE, TARGET, ACROSS = "source", "target", "across"
@@ -93,23 +90,9 @@ class Probe:
         return trace.expand(*q_BSHD.shape[:3], v_BSKD.shape[3])
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What was found: each attention module's layer; whether the model hides tokens by their ids where no mask is given; of
-    which rows it counts positions whatever it is given, and how many its tables of positions have (both by how the names of
-    the rows' tensors begin); whether its own positions begin behind padding; the id of padding where they are counted from
-    ids (else None)."""
-
-    layers: tuple[tuple[Any, Layer], ...]
-    hides_padding: bool
-    handed_over: set[str]
-    positions_known: dict[str, int]
-    positions_behind_padding: bool
-    padding_id: int | None
-
-
-def prove(model: Any, base: Any, mesh: ParallelMesh, head_chunks: int = 1) -> Proof:
-    """The proof of a model whose configs name our attention; ``base`` is the one inside an adapter's wrapper, or the same.
+def prove(model: Any, base: Any, mesh: ParallelMesh, head_chunks: int = 1) -> tuple[tuple[Any, Layer], ...]:
+    """The attention modules of a model whose configs name our attention, and what each is; ``base`` is the one inside an
+    adapter's wrapper, or the same.
 
     Raises ModelError by name for what cannot be parallel, and LayoutError for heads that do not fit the mesh. Changes nothing.
     """
@@ -117,8 +100,7 @@ def prove(model: Any, base: Any, mesh: ParallelMesh, head_chunks: int = 1) -> Pr
     with proving(model):
         layers = _prove_attention(model, mesh, head_chunks)
         _prove_tokens(model)
-        found = _hides_padding(model), handed_over(model), _positions_known(model)
-        return Proof(tuple(layers), *found, *_prove_positions(model, base))
+    return tuple(layers)
 
 
 def refuse_by_config(model: Any) -> None:
@@ -196,16 +178,16 @@ def special(model: Any, *kinds: str) -> set[int]:
     return {token for tokens in named for token in _as_list(tokens) if token is not None}
 
 
-def _ids(model: Any, count: int = TOKENS) -> Tensor:
+def ids_of(model: Any, count: int = TOKENS) -> Tensor:
     """Tokens of the proof [count], none of them special to the model."""
     named = special(model, "pad", "bos", "eos", "decoder_start")
     ids = [i for i in range(model.config.get_text_config().vocab_size) if i not in named][3 : 3 + 3 * TOKENS : 3]
     return torch.tensor(ids[-count:], device=model.device)
 
 
-def _whole(model: Any) -> dict[str, Tensor]:
+def whole(model: Any) -> dict[str, Tensor]:
     """The batch of the proof: tokens and their positions [1, count]."""
-    given = {f"{name}input_ids": _ids(model, count) for name, count in rows(model).items()}
+    given = {f"{name}input_ids": ids_of(model, count) for name, count in rows(model).items()}
     given |= {f"{name}position_ids": torch.arange(count, device=model.device) for name, count in rows(model).items()}
     return {name: value.unsqueeze(0) for name, value in given.items()}
 
@@ -213,7 +195,7 @@ def _whole(model: Any) -> dict[str, Tensor]:
 def ask(model: Any, half: int | None = None, probe: Probe | None = None, **more: Any) -> dict[str, Tensor]:
     """What the model gives for the tokens of the proof, or the first or second half of them (0, 1), by name."""
     probe = probe or Probe()
-    halves = {name: value if half is None else value.chunk(2, 1)[half] for name, value in _whole(model).items()}
+    halves = {name: value if half is None else value.chunk(2, 1)[half] for name, value in whole(model).items()}
     given = {name: value for name, value in (halves | more).items() if value is not None}
     try:
         output = model(**given, longspan=probe, return_dict=True)
@@ -237,7 +219,7 @@ def _prove_attention(model: Any, mesh: ParallelMesh, head_chunks: int) -> list[t
     """Every attention layer reached our function once, with heads that fit the mesh and a mask that can be said in bands."""
     probe, anew = Probe(), Probe()
     ask(model, probe=probe)
-    positions = {name: x for name, x in _whole(model).items() if name.endswith("position_ids")}
+    positions = {name: x for name, x in whole(model).items() if name.endswith("position_ids")}
     restarting: dict[str, Any] = {name: x % (x.shape[1] // 2) for name, x in positions.items()}
     ask(model, probe=anew, **restarting)
     names = {module: name for name, module in model.named_modules()}
@@ -336,76 +318,3 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
-
-
-def _hides_padding(model: Any) -> bool:
-    """Whether some layer is told to hide tokens that are padding by their ids, though no mask was given."""
-    known = getattr(model.get_input_embeddings(), "num_embeddings", 0)
-    padding, probe = sorted(token for token in special(model, "pad") if 0 <= token < known), Probe()
-    changed: dict[str, Any] = {name: x for name, x in _whole(model).items() if name.endswith("input_ids")} if padding else {}
-    for ids in changed.values():
-        ids[0, 1 : 1 + len(padding)] = torch.tensor(padding, device=ids.device)
-    ask(model, probe=probe, **changed)
-    return any(isinstance(call.said, Said) and call.said.hides for call in probe.calls)
-
-
-def _positions_known(model: Any) -> dict[str, int]:
-    """The length of the shortest table that is looked up by the positions of the tokens, of each row that has one."""
-    lengths: dict[str, int] = {}
-    row_of = {count: name for name, count in rows(model).items()}
-
-    def note(table: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("position_ids") if is_table(table) else args[0] if args else kwargs.get("input")
-        if isinstance(ids, Tensor) and ids.numel() in row_of and bool((ids.flatten().diff() == 1).all()):
-            first = getattr(table, "offset", 0) if is_table(table) else int(ids.min())
-            row = row_of[ids.numel()]
-            lengths[row] = min(table.num_embeddings - first, lengths.get(row, table.num_embeddings))
-
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    handles = [table.register_forward_pre_hook(note, with_kwargs=True) for table in tables]
-    try:
-        ask(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return lengths
-
-
-def _prove_positions(model: Any, base: Any) -> tuple[bool, int | None]:
-    """How positions are counted where none are given: from 0, or True, behind padding on the left (OPT), or from the ids,
-    whose padding is this one (RoBERTa)."""
-    given = ask(model)
-    uncounted: dict[str, Any] = {f"{name}position_ids": None for name in rows(model)}
-    if not all_equal(given, ask(model, **uncounted)):
-        padding_id = model.config.get_text_config().pad_token_id
-        if padding_id is not None and _counts_ids(model, padding_id):
-            return False, padding_id
-        raise ModelError(
-            f"{type(model).__name__} does not count its positions 0, 1, 2, ..., which shard gives it; such a model is not "
-            f"supported yet"
-        )
-    if "attention_mask" not in inspect.signature(base.forward).parameters:
-        return False, None
-    places = {name: torch.arange(count, device=model.device).unsqueeze(0) for name, count in rows(model).items()}
-    padding: dict[str, Any] = {f"{name}attention_mask": (at >= LEFT).long() for name, at in places.items()}
-    counted = _behind_padding(ask(model, **uncounted, **padding))
-    if all_equal(_behind_padding(given), counted):
-        return False, None
-    behind: dict[str, Any] = {f"{name}position_ids": (at - LEFT).clamp(min=0) for name, at in places.items()}
-    moved = ask(model, **behind, **padding)
-    if not all_equal(_behind_padding(moved), counted):
-        raise ModelError(f"{type(model).__name__} counts its positions from padding in its own way, which is not supported yet")
-    return True, None
-
-
-def _counts_ids(model: Any, padding_id: int) -> bool:
-    """Whether the model gives the same where its positions are those of ``of_ids``, with and without a mask of padding."""
-    ids = _ids(model).unsqueeze(0)
-    ids[0, [0, 1, LEFT + 1, TOKENS - 1]] = padding_id
-    counted = ask(model, input_ids=ids, position_ids=of_ids(ids, padding_id))
-    masks: tuple[dict[str, Any], ...] = ({}, {"attention_mask": (ids != padding_id).long()})
-    return all(all_equal(counted, ask(model, input_ids=ids, position_ids=None, **mask)) for mask in masks)
-
-
-def _behind_padding(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x[:, LEFT:] for name, x in given.items()}

@@ -33,15 +33,16 @@ from longspan.memory import Tools, attend_once
 from longspan.mesh import ParallelMesh
 from longspan.models.adapters import refuse_adapters
 from longspan.models.balance import gather_routers, prove_balance
+from longspan.models.counting import prove_counting
 from longspan.models.losses import OWN, forward_with_loss, is_in_place, labels_known, loss_over_ranks, prove_loss
 from longspan.models.positions import hand_over, lengthen_tables, place
-from longspan.models.proof import ACROSS, Layer, Probe, Proof, prove, refuse_by_config
+from longspan.models.proof import ACROSS, Layer, Probe, prove, refuse_by_config
 from longspan.models.registered import PREFIX, Registered, refuse_name
 from longspan.models.relative import bias_of, hand_distances, refuse_bias_across
 from longspan.models.said import Said, is_pair
 from longspan.models.stand_in import stand_in, take_out
 from longspan.models.without_logits import forward_without_logits, refuse_without_logits
-from longspan.step import TARGET, Step, refuse_unknown_tokens
+from longspan.step import Step
 from longspan.tiling import routes_to_experts
 
 NAME = "longspan"
@@ -155,7 +156,7 @@ class Pretrained:
 
     def token_wise(self) -> list[nn.Module]:
         """The norms and the feed-forwards of the layers, but those of attention and experts."""
-        attending = {module for module, _ in self.proof.layers}
+        attending = {module for module, _ in self.layers}
         inside = {part for module in attending for part in module.modules()}
         norms = [module for module in self.model.modules() if "Norm" in type(module).__name__ and module not in inside]
         children = [child for block in self.blocks() for child in block.children()]
@@ -173,14 +174,15 @@ class Pretrained:
         refuse_adapters(self.called, self.model)
         balanced = any(getattr(config, "output_router_logits", False) for _, config in self.configs)
         with self._renamed():
-            self.proof: Proof = prove(self.called, self.model, mesh, tools.head_chunks)
-            if registered and any(layer.over == ACROSS for _, layer in self.proof.layers):
+            self.layers: tuple[tuple[Any, Layer], ...] = prove(self.called, self.model, mesh, tools.head_chunks)
+            self.counting = prove_counting(self.called, self.model)
+            if registered and any(layer.over == ACROSS for _, layer in self.layers):
                 raise KernelError(
                     f"kernel={self.kernel!r} attends within one row of tokens, an encoder-decoder has two; use kernel='auto'"
                 )
             self.kernels = [
                 Registered(cast(str, self.kernel), module, layer.name, layer.own) if registered else self.kernel
-                for module, layer in self.proof.layers
+                for module, layer in self.layers
             ]
             self.loss_kind, self.classes = prove_loss(self.called, self.model), labels_known(self.called)
             self.routers = prove_balance(self.called, self.model, self.loss_kind) if balanced else None
@@ -192,15 +194,13 @@ class Pretrained:
         self._rename()
         chosen = attend_once if tools.recompute == "keep attention" else attend
         chosen = partial(chosen, mesh=mesh, head_chunks=tools.head_chunks)
-        for (module, layer), kernel in zip(self.proof.layers, self.kernels):
+        for (module, layer), kernel in zip(self.layers, self.kernels):
             over_mesh = partial(kernel.attend, by=chosen) if isinstance(kernel, Registered) else partial(chosen, kernel=kernel)
             module._longspan = layer._replace(attend=over_mesh)
         self._install_loss(mesh, tools.return_logits)
         self._handles = [
             self.model.register_forward_pre_hook(stand_in, with_kwargs=True),
-            self.model.register_forward_pre_hook(
-                partial(_check_call, self.proof, self.loss_kind, self.classes, mesh), with_kwargs=True
-            ),
+            self.model.register_forward_pre_hook(partial(_check_call, self, mesh), with_kwargs=True),
             self.model.register_forward_pre_hook(partial(_check_routers, self.routers), with_kwargs=True),
             self.model.register_forward_hook(take_out, with_kwargs=True),
         ]
@@ -231,7 +231,7 @@ class Pretrained:
                 raise ModelError(f"{type(self.model).__name__} makes no decoder_input_ids of labels; put them into the batch")
             batch = batch | {"decoder_input_ids": make(labels)}
         padding = self.model.get_decoder().config.pad_token_id
-        if self.proof.hides_padding and padding is not None and "decoder_input_ids" in batch:
+        if self.counting.hides_padding and padding is not None and "decoder_input_ids" in batch:
             batch = {"decoder_attention_mask": (batch["decoder_input_ids"] != padding).long()} | batch
         return batch
 
@@ -239,7 +239,7 @@ class Pretrained:
         """Take away everything that ``install`` gave."""
         for handle in self._handles:
             handle.remove()
-        for module, _ in self.proof.layers:
+        for module, _ in self.layers:
             del module._longspan
         if self.gave_forward:
             for name in ("forward", "_original_forward"):  # the second is accelerate's, which wraps what it finds
@@ -281,35 +281,27 @@ WHOLE = (
 
 
 def _check_call(
-    proof: Proof, loss_kind: str | None, classes: int | None, mesh: ParallelMesh, model: Any, args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:  # fmt: skip
+    offer: Pretrained, mesh: ParallelMesh, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Refuse what a part of the tokens cannot honour; give positions as the model counts them."""
-    step = kwargs.get("longspan")
+    step, name = kwargs.get("longspan"), type(model).__name__
     if step is None:
         raise ModelError(
             "each sequence of this model lies on several ranks, but the batch was not cut; call "
             "model(**shard(batch, mesh)), and to generate, unparallelize(model) first"
         )
-    for name in WHOLE:
-        value = kwargs.get(name)
+    for keyword in WHOLE:
+        value = kwargs.get(keyword)
         if value is not None and value is not False and not (isinstance(value, int) and value == 0):
-            raise ModelError(f"{name}= means the whole sequence, and a rank has a part of it; leave it out of model(...)")
-    _refuse_rows(model, proof, step)
-    if kwargs.get("labels") is not None and classes is not None and step.largest_label >= classes:
-        name = type(model).__name__
-        raise BatchError(f"the step holds label {step.largest_label}, and {name} tells 0 to {classes - 1} apart")
-    if kwargs.get("labels") is not None and loss_kind is None:
-        raise ModelError(
-            f"{type(model).__name__} computes its loss from labels by itself, over this rank's tokens; leave labels out of "
-            f"the call, and use longspan.cross_entropy(outputs.logits, labels, mesh=mesh, labelled=part['longspan'].labelled)"
-        )
-    return args, kwargs | place(kwargs, step, proof.positions_behind_padding, proof.padding_id, mesh)
+            raise ModelError(f"{keyword}= means the whole sequence, and a rank has a part of it; leave it out of model(...)")
+    _refuse_other_rows(model, name, step)
+    offer.counting.refuse(model, step)
+    if kwargs.get("labels") is not None:
+        _refuse_labels(offer, name, step)
+    return args, kwargs | place(kwargs, step, offer.counting.behind_padding, offer.counting.padding_id, mesh)
 
 
-def _refuse_rows(model: Any, proof: Proof, step: Step) -> None:
-    """Raise for rows of tokens that the model does not take, or not as they are. Every rank knows the same of the step."""
-    name = type(model).__name__
+def _refuse_other_rows(model: Any, name: str, step: Step) -> None:
     if is_pair(model) and step.target is None:
         raise ModelError(
             f"{name} is an encoder-decoder, and the batch had no decoder_input_ids; make them before the cut, by "
@@ -317,28 +309,15 @@ def _refuse_rows(model: Any, proof: Proof, step: Step) -> None:
         )
     if step.target is not None and not is_pair(model):
         raise ModelError(f"the batch had decoder_input_ids, and {name} has no decoder apart; leave them out of shard(...)")
-    if proof.hides_padding and not step.masked:
-        masks = "attention_mask and decoder_attention_mask" if step.target else "attention_mask"
+
+
+def _refuse_labels(offer: Pretrained, name: str, step: Step) -> None:
+    if offer.classes is not None and step.largest_label >= offer.classes:
+        raise BatchError(f"the step holds label {step.largest_label}, and {name} tells 0 to {offer.classes - 1} apart")
+    if offer.loss_kind is None:
         raise ModelError(
-            f"{name} hides the padding token by itself where no mask is given, and of each rank's part it would not be known "
-            f"to the others; give shard {masks}, 1 for a token and 0 for padding"
-        )
-    for prefix, row in {"": step, TARGET: step.target}.items():
-        if row is not None:
-            embeddings = (model.get_decoder() if prefix else model).get_input_embeddings()
-            refuse_unknown_tokens(row, getattr(embeddings, "num_embeddings", None), name)
-            _refuse_unknown_positions(row, proof, prefix, name)
-            if prefix in proof.handed_over and row.placed:
-                raise ModelError(f"{name} counts its positions itself and ignores {prefix}position_ids; give shard none")
-
-
-def _refuse_unknown_positions(row: Step, proof: Proof, prefix: str, name: str) -> None:
-    before = 0 if proof.padding_id is None or not row.counted else proof.padding_id + 1
-    known = proof.positions_known.get(prefix)
-    if known is not None and row.furthest + before >= known:
-        raise BatchError(
-            f"the step has {prefix}positions up to {row.furthest}, and the table of {name} has {known - before} of them; use "
-            f"shorter rows, or a model with more positions"
+            f"{name} computes its loss from labels by itself, over this rank's tokens; leave labels out of the call, and use "
+            f"longspan.cross_entropy(outputs.logits, labels, mesh=mesh, labelled=part['longspan'].labelled)"
         )
 
 
