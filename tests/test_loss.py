@@ -101,7 +101,8 @@ def _no_label():
 
 @pytest.fixture
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(losses_of, "TILE_BYTES", 3 * 4 * VOCAB)  # three tokens
+    monkeypatch.setattr(losses_of, "TOKENS", 3)
+    monkeypatch.setattr(losses_of, "WORDS", 4)  # of 11: the last block is smaller
 
 
 SAYINGS = [
@@ -132,6 +133,19 @@ def test_a_tiled_loss_is_the_whole_one(saying):
     found = linear_cross_entropy(hidden, leaves[1], labels, **keywords)
     torch.testing.assert_close(found, _written_out(hidden, leaves[1], labels, **keywords), rtol=1e-13, atol=0)
     torch.testing.assert_close(torch.autograd.grad(found * 3, leaves), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_a_block_of_words_that_are_never_said():
+    hidden, labels = _tokens(2)
+    bias = torch.zeros(VOCAB, dtype=torch.float64)
+    bias[:4] = bias[9:] = -torch.inf  # a whole block, and a part of the last
+    leaves = [hidden.requires_grad_(), _weight().T.detach().requires_grad_()]
+    labels = labels.where(labels < 0, labels % 5 + 4)
+    expected = F.cross_entropy(F.linear(hidden, leaves[1], bias).flatten(0, 1), labels.flatten())
+    losses = [linear_cross_entropy(hidden, leaves[1], labels, bias=bias), expected]
+    torch.testing.assert_close(*losses, rtol=1e-13, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, leaves) for loss in losses), rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.usefixtures("_small_tiles")

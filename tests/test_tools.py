@@ -14,6 +14,7 @@ from longspan import BatchError, LongspanError, ModelError, ParallelMesh, memory
 from longspan import loss as losses
 from longspan.batch import IGNORE
 from longspan.gradients import norm
+from longspan.models import without_logits
 from longspan.models.decoder import Decoder, DecoderConfig
 from ranks import Ranks
 from test_transformers import BASE, assert_gradients, batches, build, forward_alone, mesh_of, small, squared_error
@@ -61,13 +62,13 @@ def with_tools(name: str, ulysses: int, ring: int, tools: dict[str, Any], batch:
     model = parallelize(deepcopy(reference), mesh, **tools)
     expected = alone(reference, name, whole)
     expected.backward()
-    saved = memory.AWAY_BYTES, losses.TILE_BYTES
-    memory.AWAY_BYTES, losses.TILE_BYTES = 0, 4 * 4 * 97  # four tokens a tile
+    saved = memory.AWAY_BYTES, losses.TOKENS, losses.WORDS, without_logits.TILE_BYTES
+    memory.AWAY_BYTES, losses.TOKENS, losses.WORDS, without_logits.TILE_BYTES = 0, 4, 20, 4 * 4 * 97  # four tokens a tile
     try:
         output = model(**shard(whole, mesh))
         output.loss.backward()
     finally:
-        memory.AWAY_BYTES, losses.TILE_BYTES = saved
+        memory.AWAY_BYTES, losses.TOKENS, losses.WORDS, without_logits.TILE_BYTES = saved
     assert abs(output.loss.item() - expected.item()) <= tolerance * expected.item()
     if not tools.get("return_logits", True) and name != "decoder":
         assert output.logits is None

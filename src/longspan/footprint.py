@@ -10,8 +10,8 @@ that can be named, so the form is a reading of the code, not a fit.
 
 from dataclasses import dataclass
 
-LOSS_TILE_BYTES = 64 * 2**20
-"""Of the fp32 logits that the loss forms at a time: large enough to keep the matrix products fast."""
+LOSS_TOKENS, LOSS_WORDS = 1024, 4096
+"""Of the logits that the loss forms at a time, in fp32 16 MiB: enough for the matrix products, few enough for the cache."""
 WIDE = 4
 """Bytes of what is summed: gradients, optimizer states, partial results of kernels, logits."""
 
@@ -86,16 +86,14 @@ def footprint(
     # What is there again of a layer, while its backward runs
     again = norms + hidden + feed + {"none": 0, "full": exchanged + home, "keep attention": query + 2 * key}[recompute]
     again *= recompute != "none"
-    rows = min(n, LOSS_TILE_BYTES // (WIDE * sizes.vocab))
+    block = min(n, LOSS_TOKENS) * (min(sizes.vocab, LOSS_WORDS) * WIDE + hidden * (itemsize + 2 * WIDE))
     tile = min(n, tile_tokens) if tile_tokens is not None else 0
     weights = 2 * 3 * hidden * ffn * WIDE if tiled else 3 * hidden * ffn * WIDE
     gathered = {2: parameters * itemsize, 3: (2 * block_parameters + 2 * sizes.vocab * hidden) * itemsize}.get(zero, 0)
     work = tile * (6 * ffn + 2 * hidden) if tiled else n * 2 * ffn
     feeding = ((again + 2 * hidden) * n + work) * itemsize + weights
     phases = {
-        "loss": hidden * n * itemsize + outside + (
-            n * sizes.vocab * (itemsize + 2 * WIDE) if whole_logits else rows * (WIDE * sizes.vocab + 2 * hidden * itemsize)
-        ),
+        "loss": hidden * n * itemsize + outside + (n * sizes.vocab * (itemsize + 2 * WIDE) if whole_logits else block),
         "feed-forward": feeding + outside + at_the_end,
         "attention": _attending(sizes, n, ranks, recompute, head_chunks, itemsize) + outside + at_the_end,
         "update": parameters // share * WIDE * 2,

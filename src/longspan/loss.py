@@ -8,9 +8,10 @@ Ranks hold unequally many labels, and some hold none: a mean of the ranks' means
 has its true adjoint, so with gradients averaged over the ranks every rank's labels count once.
 
     hidden [tokens, M] --head [V, M]--> logits [tokens, V]         128,256 words in fp32: half a megabyte a token, three times
-           a tile of tokens at a time: logits, their sum, drop           again in the backward: logits, softmax, gradient
+           a block of tokens and words at a time, in cache:           again in the backward: logits, softmax, gradient
+           logits, their sum, drop
 
-N labelled tokens   M hidden   V vocabulary
+N labelled tokens of a tile   M hidden   V vocabulary   W words of a block
 """
 
 from typing import Any, NamedTuple
@@ -24,10 +25,10 @@ from torch.distributed.tensor import DTensor, Partial
 
 from longspan.batch import IGNORE
 from longspan.collectives import all_reduce_sum
-from longspan.footprint import LOSS_TILE_BYTES
+from longspan.footprint import LOSS_TOKENS, LOSS_WORDS
 from longspan.mesh import ParallelMesh
 
-TILE_BYTES = LOSS_TILE_BYTES
+TOKENS, WORDS = LOSS_TOKENS, LOSS_WORDS
 
 
 def cross_entropy(
@@ -69,7 +70,7 @@ def linear_cross_entropy(
 
     Equals ``F.cross_entropy(scale * (hidden @ weight.T + bias), labels, ...)`` on the whole batch, where a ``softcap`` c turns
     a logit x into c·tanh(x/c), plus ``z_loss`` times the mean square of the log-sum-exp. The backward forms the logits of each
-    tile again; the head's gradient is formed there too, so whatever scales the loss reaches it, and summed over tiles in fp32.
+    block again; the head's gradient is formed there too, so whatever scales the loss reaches it, and summed over tiles in fp32.
 
     ``weight`` may be tied, and a DTensor (its gradient is then the mean over the ranks, as FSDP2 forms it). Under autocast the
     products are in its dtype. ``labelled`` as in ``cross_entropy``. Source: z-loss, arXiv:2204.02311.
@@ -102,24 +103,53 @@ class _Say(NamedTuple):
     z_loss: float
     dtype: torch.dtype
 
-    def logits(self, hidden_NM: Tensor, weight_VM: Tensor, bias: Tensor | None) -> Tensor:
-        """In fp32 (fp64 for fp64), in memory of their own."""
-        logits_NV = hidden_NM @ weight_VM.T
-        logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-        if bias is not None:
-            logits_NV += bias
+    def logits(self, hidden_NM: Tensor, weight_WM: Tensor, bias_W: Tensor | None, room: "_Room") -> Tensor:
+        """In fp32 (fp64 for fp64), where the last block's were."""
+        product_NW = torch.mm(hidden_NM, weight_WM.T, out=room.product(len(hidden_NM), len(weight_WM)))
+        logits_NW = room.widened(product_NW)
+        if bias_W is not None:
+            logits_NW += bias_W
         if self.scale != 1.0:
-            logits_NV *= self.scale
+            logits_NW *= self.scale
         if self.softcap is not None:
-            logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits_NV
+            logits_NW.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_NW
 
-    def through_softcap_and_scale(self, dlogits_NV: Tensor, logits_NV: Tensor) -> None:
-        """Turn the gradient of the logits, in place, into that of the products with the head."""
-        if self.softcap is not None:
-            dlogits_NV *= 1 - (logits_NV / self.softcap).square_()
-        if self.scale != 1.0:
-            dlogits_NV *= self.scale
+    def gradient(self, logits_NW: Tensor, lse_N1: Tensor, column_N: Tensor, here_N: Tensor, vocab: int) -> Tensor:
+        """Of the sum of the losses, for the products with the head of a block of words; in the memory of the logits."""
+        slope = None if self.softcap is None else 1 - (logits_NW / self.softcap).square_()
+        dlogits_NW = logits_NW.sub_(lse_N1).exp_()
+        if self.z_loss:
+            dlogits_NW *= 1 + 2 * self.z_loss * lse_N1
+        if self.smoothing:
+            dlogits_NW -= self.smoothing / vocab
+        dlogits_NW.scatter_add_(1, column_N[:, None], (self.smoothing - 1) * here_N[:, None].to(dlogits_NW.dtype))
+        if slope is not None:
+            dlogits_NW *= slope
+        return dlogits_NW.mul_(self.scale) if self.scale != 1.0 else dlogits_NW
+
+
+class _Room:
+    """Memory for the logits of a block, which the next block writes over: fresh pages would be a fifth of the time."""
+
+    def __init__(self, hidden_RM: Tensor, vocab: int, dtype: torch.dtype) -> None:
+        size = min(len(hidden_RM), TOKENS) * min(vocab, WORDS)
+        self._products = hidden_RM.new_empty(size, dtype=dtype)
+        wide = _wide(hidden_RM.dtype)
+        self._widened = self._products if dtype == wide else hidden_RM.new_empty(size, dtype=wide)
+
+    def product(self, tokens: int, words: int) -> Tensor:
+        """[tokens, words] in the dtype of the products with the head."""
+        return self._products[: tokens * words].view(tokens, words)
+
+    def widened(self, product_NW: Tensor) -> Tensor:
+        if self._widened is self._products:
+            return product_NW
+        return self._widened[: product_NW.numel()].view_as(product_NW).copy_(product_NW)
+
+    def narrowed(self, dlogits_NW: Tensor) -> Tensor:
+        """Gradients of what was widened, in the dtype of the products."""
+        return dlogits_NW if self._widened is self._products else self.product(*dlogits_NW.shape).copy_(dlogits_NW)
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -129,17 +159,21 @@ class _TiledLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_RM: Tensor, weight_VM: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor, say: _Say
     ) -> Tensor:
-        lses, total = [], hidden_RM.new_zeros((), dtype=_wide(hidden_RM.dtype))
+        wide, vocab = _wide(hidden_RM.dtype), len(weight_VM)
+        lses, total = [], hidden_RM.new_zeros((), dtype=wide)
         with torch.autocast(hidden_RM.device.type, enabled=False):
-            cast_VM = weight_VM.to(say.dtype)
-            for mine, wanted in _tiles(rows, targets, len(weight_VM)):
-                logits_NV = say.logits(hidden_RM[mine].to(say.dtype), cast_VM, bias)
-                hit = logits_NV.gather(1, wanted[:, None]).squeeze(1)
-                mean = logits_NV.mean(1) if say.smoothing else hit
-                top = logits_NV.amax(1)
-                lse = logits_NV.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
-                losses = lse - torch.lerp(hit, mean, say.smoothing) + say.z_loss * lse.square()
-                total += losses.sum()
+            cast_VM, room = weight_VM.to(say.dtype), _Room(hidden_RM, vocab, say.dtype)
+            for mine, wanted in _tiles(rows, targets):
+                hidden_NM = hidden_RM[mine].to(say.dtype)
+                hit, mean, lse = (hidden_RM.new_full(wanted.shape, start, dtype=wide) for start in (0, 0, -torch.inf))
+                for words in _blocks(vocab):
+                    logits_NW = say.logits(hidden_NM, cast_VM[words], None if bias is None else bias[words], room)
+                    column, here = _column(wanted, words)
+                    hit += logits_NW.gather(1, column[:, None]).squeeze(1).where(here, 0)
+                    mean += logits_NW.sum(1) / vocab if say.smoothing else 0
+                    lse = torch.logaddexp(lse, _log_sum_exp_(logits_NW))
+                smoothed = torch.lerp(hit, mean, say.smoothing) if say.smoothing else hit
+                total += (lse - smoothed + say.z_loss * lse.square()).sum()
                 lses.append(lse)
         ctx.save_for_backward(hidden_RM, weight_VM, bias, rows, targets, torch.cat(lses) if lses else targets)
         ctx.say = say
@@ -150,50 +184,46 @@ class _TiledLoss(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Any, ...]:
         hidden_RM, weight_VM, bias, rows, targets, lses = ctx.saved_tensors
         say: _Say = ctx.say
-        wide, head = _wide(hidden_RM.dtype), weight_VM.requires_grad
+        wide, vocab = _wide(hidden_RM.dtype), len(weight_VM)
         dhidden_RM = torch.zeros_like(hidden_RM)
-        dweight_VM = torch.zeros_like(weight_VM, dtype=wide) if head else None
+        dweight_VM = torch.zeros_like(weight_VM, dtype=wide) if weight_VM.requires_grad else None
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        cast_VM = weight_VM.to(say.dtype)
-        lse_of_tiles = iter(lses.split(tile_rows(len(weight_VM))))
-        for mine, wanted in _tiles(rows, targets, len(weight_VM)):
-            lse = next(lse_of_tiles)[:, None]
+        cast_VM, room = weight_VM.to(say.dtype), _Room(hidden_RM, vocab, say.dtype)
+        for (mine, wanted), lse in zip(_tiles(rows, targets), lses.split(TOKENS)):
             hidden_NM = hidden_RM[mine].to(say.dtype)
-            logits_NV = say.logits(hidden_NM, cast_VM, bias)
-            kept = logits_NV.clone() if say.softcap is not None else logits_NV
-            dlogits_NV = logits_NV.sub_(lse).exp_()
-            if say.z_loss:
-                dlogits_NV *= 1 + 2 * say.z_loss * lse
-            if say.smoothing:
-                dlogits_NV -= say.smoothing / len(weight_VM)
-            dlogits_NV.scatter_add_(1, wanted[:, None], torch.full_like(lse, say.smoothing - 1))
-            say.through_softcap_and_scale(dlogits_NV, kept)
-            dlogits_NV *= dtotal
-            if dbias is not None:
-                dbias += dlogits_NV.sum(0)
-            cast_NV = dlogits_NV.to(say.dtype)
-            dhidden_RM[mine] = (cast_NV @ cast_VM).to(dhidden_RM.dtype)
-            if dweight_VM is not None:
-                _add_product(dweight_VM, cast_NV, hidden_NM)
-        of = (dhidden_RM, None if dweight_VM is None else dweight_VM.to(weight_VM.dtype), None if bias is None else dbias)
+            dhidden_NM = torch.zeros_like(hidden_NM, dtype=wide)
+            for words in _blocks(vocab):
+                logits_NW = say.logits(hidden_NM, cast_VM[words], None if bias is None else bias[words], room)
+                dlogits_NW = say.gradient(logits_NW, lse[:, None], *_column(wanted, words), vocab).mul_(dtotal)
+                if dbias is not None:
+                    dbias[words] += dlogits_NW.sum(0)
+                cast_NW = room.narrowed(dlogits_NW)
+                dhidden_NM += cast_NW @ cast_VM[words]
+                if dweight_VM is not None:
+                    dweight_VM[words] += cast_NW.T @ hidden_NM
+            dhidden_RM[mine] = dhidden_NM.to(dhidden_RM.dtype)
+        of = (dhidden_RM, None if dweight_VM is None else dweight_VM.to(weight_VM.dtype), dbias)
         return *of, None, None, None
 
 
-def _add_product(dweight_VM: Tensor, dlogits_NV: Tensor, hidden_NM: Tensor) -> None:
-    if dweight_VM.dtype == dlogits_NV.dtype:
-        dweight_VM.addmm_(dlogits_NV.T, hidden_NM)
-    else:
-        dweight_VM += dlogits_NV.T @ hidden_NM
+def _tiles(rows: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(rows.split(TOKENS), targets.split(TOKENS))) if len(rows) else []
 
 
-def _tiles(rows: Tensor, targets: Tensor, vocab: int) -> list[tuple[Tensor, Tensor]]:
-    size = tile_rows(vocab)
-    return list(zip(rows.split(size), targets.split(size))) if len(rows) else []
+def _blocks(vocab: int) -> list[slice]:
+    return [slice(start, min(start + WORDS, vocab)) for start in range(0, vocab, WORDS)]
 
 
-def tile_rows(vocab: int) -> int:
-    """How many tokens' logits are there at a time."""
-    return max(1, TILE_BYTES // (4 * vocab))
+def _column(wanted_N: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+    """The column of each token's label in a block of words, and whether it is there."""
+    column = wanted_N - words.start
+    return column.clamp(0, words.stop - words.start - 1), (column >= 0) & (wanted_N < words.stop)
+
+
+def _log_sum_exp_(logits_NW: Tensor) -> Tensor:
+    """Of each row; the logits are used up. A block of words at -inf has -inf."""
+    top = logits_NW.amax(1).clamp(min=torch.finfo(logits_NW.dtype).min)
+    return logits_NW.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

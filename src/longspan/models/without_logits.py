@@ -18,13 +18,15 @@ from torch.func import functional_call
 
 from longspan.batch import IGNORE
 from longspan.errors import ModelError
-from longspan.loss import mean_over_ranks, tile_rows
+from longspan.loss import mean_over_ranks
 from longspan.mesh import ParallelMesh
 from longspan.models.losses import OWN, losing
 from longspan.models.proof import ask, proving, rows
 from longspan.tiling import tile_by_tile
 
 LEARNED = ("labels", "shift_labels")
+TILE_BYTES = 64 * 2**20
+"""Of the fp32 logits that are there at a time: large enough to keep the matrix products fast."""
 
 
 def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args: Any, **given: Any) -> Any:
@@ -84,7 +86,7 @@ def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any) -> tuple[
         exact = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(exact, targets[rows], reduction="sum").unsqueeze(0)
 
-    size = tile_rows(model.config.get_text_config().vocab_size)
+    size = max(1, TILE_BYTES // (4 * model.config.get_text_config().vocab_size))
     return tile_by_tile(run, hidden_RM, size, list(held.values())).sum(), wanted
 
 
