@@ -32,6 +32,11 @@ def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, tmp_path: Path, s
         return pool.run(body, *args)
 
 
+RUNS = 40
+"""So many bodies, and new ranks are forked: a gloo group that a body leaves behind keeps a thread that polls, and after a few
+hundred tests of a file these took most of two cores."""
+
+
 class Ranks:
     """``ranks`` forked processes in one process group; a failure ends them, and the next run forks new ones."""
 
@@ -39,10 +44,14 @@ class Ranks:
         self.ranks, self.tmp_path, self.seconds = ranks, tmp_path, seconds
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
+        self.runs = 0
 
     def run(self, body: Callable[..., Any], *args: Any) -> list[Any]:
+        if self.runs >= RUNS:
+            self.close()
         if not self.processes:
             self._fork()
+        self.runs += 1
         for pipe in self.pipes:
             pipe.send((body, args))
         results: dict[int, Any] = {}
@@ -68,7 +77,7 @@ class Ranks:
             process.join()
         for pipe in self.pipes:
             pipe.close()
-        self.processes, self.pipes = [], []
+        self.processes, self.pipes, self.runs = [], [], 0
 
     def __enter__(self) -> "Ranks":
         return self

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from longspan import loss as losses_of
+from longspan.errors import BatchError
 from longspan.loss import cross_entropy, linear_cross_entropy
 from longspan.mesh import ParallelMesh
 from ranks import on_ranks
@@ -144,6 +145,25 @@ def test_a_block_of_words_that_are_never_said():
     labels = labels.where(labels < 0, labels % 5 + 4)
     expected = F.cross_entropy(F.linear(hidden, leaves[1], bias).flatten(0, 1), labels.flatten())
     losses = [linear_cross_entropy(hidden, leaves[1], labels, bias=bias), expected]
+    torch.testing.assert_close(*losses, rtol=1e-13, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, leaves) for loss in losses), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCAB, 10**9])
+def test_a_label_that_is_no_word_of_the_head_is_refused(wrong):
+    hidden, labels = _tokens(2)
+    labels[0, 2] = wrong
+    with pytest.raises(BatchError, match=rf"label {wrong} is none of the head's 11 words; labels are 0 to 10, or -100"):
+        linear_cross_entropy(hidden, _weight().T.detach(), labels)
+
+
+def test_more_tokens_and_words_than_one_block():
+    generator = torch.Generator().manual_seed(0)
+    tokens, words = losses_of.TOKENS + 6, losses_of.WORDS + 3
+    leaves = [torch.randn(rows, 4, generator=generator, dtype=torch.float64).requires_grad_() for rows in (tokens, words)]
+    labels = torch.randint(words, (tokens,), generator=generator)
+    labels[:2] = torch.tensor([0, words - 1])
+    losses = [linear_cross_entropy(*leaves, labels), F.cross_entropy(F.linear(*leaves), labels)]
     torch.testing.assert_close(*losses, rtol=1e-13, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(loss, leaves) for loss in losses), rtol=1e-12, atol=1e-15)
 

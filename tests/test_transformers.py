@@ -446,6 +446,32 @@ def refused(build_it: Callable[[], Any]) -> str:
     return str(error.value)
 
 
+COUNTED_FROM_IDS = {
+    "a row too long to be counted": "the step has positions up to 61, and the table of RobertaForMaskedLM has 58 of them",
+    "embeddings": "counts its positions from input_ids; with inputs_embeds, give shard position_ids too",
+}
+
+
+@pytest.mark.parametrize("what", COUNTED_FROM_IDS)
+def test_rows_that_a_replica_alone_counts_are_refused_on_every_rank(what: str, pool: Callable[[int], Ranks]) -> None:
+    for said in pool(2).run(replicas_that_count, what):
+        assert COUNTED_FROM_IDS[what] in said
+
+
+def replicas_that_count(what: str) -> str:
+    mesh = ParallelMesh()
+    model = parallelize(build("roberta", max_position_embeddings=64), mesh)
+    rows: dict[str, Tensor] = {"input_ids": torch.full((1, 8), 7), "position_ids": torch.arange(8).unsqueeze(0)}
+    if mesh.place.data_rank == 1:
+        embedded = torch.zeros(1, 8, model.config.hidden_size, dtype=torch.float64)
+        rows = {"inputs_embeds": embedded} if what == "embeddings" else {"input_ids": torch.full((1, 62), 7)}
+    try:
+        model(**shard(rows, mesh, shift=False))
+    except LongspanError as error:
+        return str(error)
+    return "nothing was refused"
+
+
 def small(config: str, model: str, **settings: Any) -> Callable[[], Any]:
     return lambda: getattr(transformers, model)(getattr(transformers, config)(**settings))
 

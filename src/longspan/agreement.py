@@ -15,7 +15,7 @@ import torch.distributed as dist
 from longspan.errors import BatchError, LongspanError
 from longspan.mesh import ParallelMesh
 
-FACTS = 15
+FACTS = 16
 """How many a rank brings at most: in one all-reduce, one rank may bring its error where the others bring facts of a step."""
 
 

@@ -114,10 +114,11 @@ def cut(
     part: Part = {name: _cut_one(name, value, declared, tokens, positions) for name, value in whole.items()}
     labelled = 0 if learned is None else int((learned != IGNORE).sum())
     counted, masked = "position_ids" not in batch, rows == 0 or "attention_mask" in batch
-    placed = rows > 0 and not counted
+    named = rows == 0 or not counted or "input_ids" in batch
+    furthest = (last_position, -1) if counted else (-1, last_position)
     part["longspan"] = step = Step(
-        tokens, rows, positions, counted, placed, masked, last_position, step_mask, padding, documents, restarts, labelled,
-        _digest(batch, step_mask, shift, dims), *_largest(batch, learned), last_position,
+        tokens, rows, positions, counted, named, masked, last_position, step_mask, padding, documents, restarts, labelled,
+        _digest(batch, step_mask, shift, dims), *_largest(batch, learned), *(furthest if rows else (-1, -1)),
     )  # fmt: skip
     _refuse_blind_labels(learned, step, shift)
     return part
@@ -140,11 +141,11 @@ def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
 
     def agreed(step: Step) -> Step:
         target = step.target and replace(
-            step.target, largest=most.target_largest, furthest=most.target_furthest, placed=bool(most.target_placed)
+            step.target, largest=most.target_largest, furthest=most.target_furthest, furthest_placed=most.target_placed
         )
         return replace(
-            step, largest=most.largest, furthest=most.furthest, placed=bool(most.placed), labelled=labelled,
-            largest_label=most.largest_label, masked=not most.unmasked, target=target,
+            step, largest=most.largest, furthest=most.furthest, furthest_placed=most.placed, labelled=labelled,
+            largest_label=most.largest_label, named=not most.nameless, masked=not most.unmasked, target=target,
         )  # fmt: skip
 
     return [{**part, "longspan": agreed(step)} for part, step in zip(parts, steps)]
@@ -167,6 +168,7 @@ class _Facts(NamedTuple):
     target_placed: int
     largest_label: int
     targets: int
+    nameless: int
     unmasked: int
 
 
@@ -176,14 +178,16 @@ def _facts(steps: Sequence[Step]) -> _Facts:
     targets = [step.target for step in steps if step.target is not None]
     return _Facts(
         0, len(steps), rows, tokens, sum(step.labelled for step in steps), digest, *_most(steps), *_most(targets),
-        max((step.largest_label for step in steps), default=-1), len(targets), sum(not step.masked for step in steps),
+        max((step.largest_label for step in steps), default=-1), len(targets), sum(not step.named for step in steps),
+        sum(not step.masked for step in steps),
     )  # fmt: skip
 
 
 def _most(steps: Sequence[Step]) -> tuple[int, int, int]:
-    """The largest token, the furthest position, whether positions were given: -1 and 0 without a step."""
-    largest, furthest = max((step.largest for step in steps), default=-1), max((step.furthest for step in steps), default=-1)
-    return largest, furthest, int(any(step.placed for step in steps))
+    """The largest token, the furthest position that is counted, and that is given: -1 without any."""
+    each = [(step.largest, step.furthest, step.furthest_placed) for step in steps]
+    largest, furthest, placed = map(max, zip((-1, -1, -1), *each))
+    return largest, furthest, placed
 
 
 def unshard(

@@ -62,10 +62,8 @@ def cheapest(
     choices = []
     for tools in tried:
         given = {name: value for name, value in tools.items() if name != "return_logits"}
-        logits = whole_logits and tools.get("return_logits", True)
-        needs = footprint(
-            sizes, parameters=parameters, tokens=tokens, ranks=ranks, whole_logits=logits, itemsize=itemsize, **given
-        )
+        logits = ("tiles" if "return_logits" in tools else "whole") if whole_logits else "blocks"
+        needs = footprint(sizes, parameters=parameters, tokens=tokens, ranks=ranks, logits=logits, itemsize=itemsize, **given)
         said = ", ".join(f"{name}={value!r}" for name, value in tools.items()) or "no tool"
         fits = "fits into" if needs.peak <= budget else "is the nearest to"
         gib, cap = needs.peak / 2**30, budget / 2**30

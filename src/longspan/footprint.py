@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 LOSS_TOKENS, LOSS_WORDS = 1024, 4096
 """Of the logits that the loss forms at a time, in fp32 16 MiB: enough for the matrix products, few enough for the cache."""
+HEAD_TILE_BYTES = 64 * 2**20
+"""Of the fp32 logits that a Hugging Face model's own head forms at a time (``return_logits=False``)."""
 WIDE = 4
 """Bytes of what is summed: gradients, optimizer states, partial results of kernels, logits."""
 
@@ -54,13 +56,14 @@ def footprint(
     recompute: str = "none",
     tile_tokens: int | None = None,
     head_chunks: int = 1,
-    whole_logits: bool = False,
+    logits: str = "blocks",
     itemsize: int = 4,
 ) -> Footprint:
     """Of a step of AdamW on one row of ``tokens`` over ``ranks`` ulysses ranks, activations of ``itemsize`` bytes.
 
     Where heads divide evenly, causal, from the second step on; how near it comes is in docs/memory.md.
-    ``whole_logits`` is for a model that forms all logits at once, as Transformers' do.
+    ``logits`` are formed in "blocks" (the decoder), all at once ("whole", as Transformers' models do), or, with
+    ``return_logits=False``, by such a model's own head in "tiles".
     """
     n = -(-tokens // ranks)
     hidden, query, key, ffn = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
@@ -86,14 +89,18 @@ def footprint(
     # What is there again of a layer, while its backward runs
     again = norms + hidden + feed + {"none": 0, "full": exchanged + home, "keep attention": query + 2 * key}[recompute]
     again *= recompute != "none"
-    block = min(n, LOSS_TOKENS) * (min(sizes.vocab, LOSS_WORDS) * WIDE + hidden * (itemsize + 2 * WIDE))
+    words = min(sizes.vocab, LOSS_WORDS)
+    narrow = itemsize if itemsize < WIDE else 0  # the products, and the gradient's, beside those that are summed
+    block = min(n, LOSS_TOKENS) * (words * (WIDE + narrow) + hidden * (itemsize + 2 * WIDE)) + words * hidden * narrow
+    of_logits = {"blocks": block, "whole": n * sizes.vocab * (itemsize + 2 * WIDE)}
+    of_logits["tiles"] = min(n, HEAD_TILE_BYTES // (WIDE * sizes.vocab)) * sizes.vocab * (itemsize + 2 * WIDE)
     tile = min(n, tile_tokens) if tile_tokens is not None else 0
     weights = 2 * 3 * hidden * ffn * WIDE if tiled else 3 * hidden * ffn * WIDE
     gathered = {2: parameters * itemsize, 3: (2 * block_parameters + 2 * sizes.vocab * hidden) * itemsize}.get(zero, 0)
     work = tile * (6 * ffn + 2 * hidden) if tiled else n * 2 * ffn
     feeding = ((again + 2 * hidden) * n + work) * itemsize + weights
     phases = {
-        "loss": hidden * n * itemsize + outside + (n * sizes.vocab * (itemsize + 2 * WIDE) if whole_logits else block),
+        "loss": hidden * n * itemsize + outside + of_logits[logits],
         "feed-forward": feeding + outside + at_the_end,
         "attention": _attending(sizes, n, ranks, recompute, head_chunks, itemsize) + outside + at_the_end,
         "update": parameters // share * WIDE * 2,

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from longspan.batch import IGNORE
 from longspan.collectives import all_reduce_sum
+from longspan.errors import BatchError
 from longspan.footprint import LOSS_TOKENS, LOSS_WORDS
 from longspan.mesh import ParallelMesh
 
@@ -73,13 +74,19 @@ def linear_cross_entropy(
     block again; the head's gradient is formed there too, so whatever scales the loss reaches it, and summed over tiles in fp32.
 
     ``weight`` may be tied, and a DTensor (its gradient is then the mean over the ranks, as FSDP2 forms it). Under autocast the
-    products are in its dtype. ``labelled`` as in ``cross_entropy``. Source: z-loss, arXiv:2204.02311.
+    products are in its dtype. ``labelled`` as in ``cross_entropy``. Raises BatchError, on this rank, for a label that is no row
+    of the head; what came through ``shard`` was judged on all ranks before. Source: z-loss, arXiv:2204.02311.
     """
     wanted = labels.reshape(-1) != ignore_index
     weight, bias = _whole(weight), None if bias is None else _whole(bias)
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
     say = _Say(scale, softcap, label_smoothing, z_loss, dtype if hidden.dtype != torch.float64 else torch.float64)
     rows, targets = wanted.nonzero().flatten(), labels.reshape(-1)[wanted].long()
+    if len(outside := targets[(targets < 0) | (targets >= len(weight))]):
+        raise BatchError(
+            f"label {int(outside[0])} is none of the head's {len(weight)} words; labels are 0 to {len(weight) - 1}, or "
+            f"{ignore_index} where nothing is learned"
+        )
     hidden_RM = hidden.reshape(-1, hidden.shape[-1])
     total: Tensor = _TiledLoss.apply(hidden_RM, weight, bias, rows, targets, say)  # type: ignore[no-untyped-call]
     return mean_over_ranks(total, wanted, mesh, labelled)
@@ -116,7 +123,7 @@ class _Say(NamedTuple):
         return logits_NW
 
     def gradient(self, logits_NW: Tensor, lse_N1: Tensor, column_N: Tensor, here_N: Tensor, vocab: int) -> Tensor:
-        """Of the sum of the losses, for the products with the head of a block of words; in the memory of the logits."""
+        """The gradient of the sum of the losses by the products with a block of the head; written over the logits."""
         slope = None if self.softcap is None else 1 - (logits_NW / self.softcap).square_()
         dlogits_NW = logits_NW.sub_(lse_N1).exp_()
         if self.z_loss:
@@ -132,8 +139,8 @@ class _Say(NamedTuple):
 class _Room:
     """Memory for the logits of a block, which the next block writes over: fresh pages would be a fifth of the time."""
 
-    def __init__(self, hidden_RM: Tensor, vocab: int, dtype: torch.dtype) -> None:
-        size = min(len(hidden_RM), TOKENS) * min(vocab, WORDS)
+    def __init__(self, hidden_RM: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> None:
+        size = min(tokens, TOKENS) * min(vocab, WORDS)
         self._products = hidden_RM.new_empty(size, dtype=dtype)
         wide = _wide(hidden_RM.dtype)
         self._widened = self._products if dtype == wide else hidden_RM.new_empty(size, dtype=wide)
@@ -162,7 +169,7 @@ class _TiledLoss(torch.autograd.Function):
         wide, vocab = _wide(hidden_RM.dtype), len(weight_VM)
         lses, total = [], hidden_RM.new_zeros((), dtype=wide)
         with torch.autocast(hidden_RM.device.type, enabled=False):
-            cast_VM, room = weight_VM.to(say.dtype), _Room(hidden_RM, vocab, say.dtype)
+            cast_VM, room = weight_VM.to(say.dtype), _Room(hidden_RM, len(rows), vocab, say.dtype)
             for mine, wanted in _tiles(rows, targets):
                 hidden_NM = hidden_RM[mine].to(say.dtype)
                 hit, mean, lse = (hidden_RM.new_full(wanted.shape, start, dtype=wide) for start in (0, 0, -torch.inf))
@@ -188,7 +195,7 @@ class _TiledLoss(torch.autograd.Function):
         dhidden_RM = torch.zeros_like(hidden_RM)
         dweight_VM = torch.zeros_like(weight_VM, dtype=wide) if weight_VM.requires_grad else None
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        cast_VM, room = weight_VM.to(say.dtype), _Room(hidden_RM, vocab, say.dtype)
+        cast_VM, room = weight_VM.to(say.dtype), _Room(hidden_RM, len(rows), vocab, say.dtype)
         for (mine, wanted), lse in zip(_tiles(rows, targets), lses.split(TOKENS)):
             hidden_NM = hidden_RM[mine].to(say.dtype)
             dhidden_NM = torch.zeros_like(hidden_NM, dtype=wide)
@@ -198,12 +205,19 @@ class _TiledLoss(torch.autograd.Function):
                 if dbias is not None:
                     dbias[words] += dlogits_NW.sum(0)
                 cast_NW = room.narrowed(dlogits_NW)
-                dhidden_NM += cast_NW @ cast_VM[words]
+                _add_product(dhidden_NM, cast_NW, cast_VM[words])
                 if dweight_VM is not None:
-                    dweight_VM[words] += cast_NW.T @ hidden_NM
+                    _add_product(dweight_VM[words], cast_NW.T, hidden_NM)
             dhidden_RM[mine] = dhidden_NM.to(dhidden_RM.dtype)
         of = (dhidden_RM, None if dweight_VM is None else dweight_VM.to(weight_VM.dtype), dbias)
         return *of, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _tiles(rows: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -3,6 +3,7 @@
     attention_mask   0 0 1 1 1 1     ->   Only(2, 6)            the run of tokens that are real
     position_ids     0 1 2 0 1 2     ->   Documents([3, 3])     positions begin anew: another document to most decoders
     cu_seq_lens_q    0 3 6           ->   Documents([3, 3])     to every layer, as kernels of varying lengths take it
+    seq_idx          0 0 0 1 1 1     ->   the same
 
 Read once, of whole rows. Knows nothing of ranks.
 """
@@ -66,7 +67,7 @@ def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Docu
 
     None without these, or without a row. Raises BatchError where they, or ``position_ids`` that begin anew, say others.
     """
-    said = [_starts(name, batch[name]) for name in VARLEN if name in batch and not name.startswith("max_length")]
+    said = [_starts(name, batch[name]) for name in VARLEN if batch.get(name) is not None and not name.startswith("max_length")]
     if not said or rows == 0:
         return None
     starts = said[0]

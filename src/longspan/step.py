@@ -18,25 +18,26 @@ TARGET = "decoder_"
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward must know of the whole batch, and cannot see in a rank's part of it.
+    """What is the same on every rank but for ``positions``.
 
     ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``counted`` (whether the batch
-    came without ``position_ids``, so that they are these), ``placed`` (whether, by agreement, any row came with them),
+    came without ``position_ids``, so that they are these), ``named`` (whether, by agreement, every row that did came with ids),
     ``masked`` (whether, by agreement, every row came with its masks),
     ``last_position`` (the largest ``position_ids`` of the batch), ``mask`` (None: what the model says itself; a tuple has one
     mask a row), ``padding`` (None, or for each row the run of tokens that are real), ``documents`` (None, or those that the
     batch says to every layer), ``restarts`` (None, or for each row the documents between which the caller's ``position_ids``
     begin anew), ``labelled`` tokens that are learned from (by agreement: over all replicas and micro-batches of the step),
     ``digest`` of the whole content, equal on the ranks that share a sequence, ``largest`` token or label, ``largest_label``,
-    ``furthest`` position (by agreement: of all ranks and micro-batches), so that all ranks can refuse what a model does not
-    know. ``target`` is the Step of the decoder's tokens, where the batch is an encoder-decoder's.
+    ``furthest`` position of rows without ``position_ids`` and ``furthest_placed`` of rows with them (by agreement: of all ranks
+    and micro-batches; -1 without such a row), so that all ranks can refuse what a model does not know. ``target`` is the Step
+    of the decoder's tokens, where the batch is an encoder-decoder's.
     """
 
     tokens: int
     rows: int
     positions: Runs
     counted: bool
-    placed: bool
+    named: bool
     masked: bool
     last_position: int
     mask: Mask | tuple[Mask, ...] | None
@@ -48,6 +49,7 @@ class Step:
     largest: int
     largest_label: int
     furthest: int
+    furthest_placed: int
     target: "Step | None" = None
 
     @property

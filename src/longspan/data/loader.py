@@ -111,7 +111,7 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             rows=len(rows),
             positions=positions,
             counted=True,
-            placed=False,
+            named=True,
             masked=False,
             last_position=tokens - 1,
             mask=None,
@@ -123,6 +123,7 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             largest=max((int(x.max()) for x in (ids, following) if x.numel()), default=-1),
             largest_label=int(following.max()) if following.numel() else -1,
             furthest=tokens - 1,
+            furthest_placed=-1,
         ),
     }
 

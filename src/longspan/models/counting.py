@@ -3,8 +3,8 @@
     positions   0 1 2 3 ...      from the first token, from behind padding (OPT), from ids (RoBERTa); by tables that end
     hidden      pad a b pad      tokens that are padding by their ids, where no mask is given (T5Gemma)
 
-What a rank's part of the tokens would tell otherwise than the whole is either given to the model as the whole tells it
-(positions.py) or refused, on every rank. Knows nothing of attention or losses.
+A rank would count and hide its own part of the tokens otherwise than all of them. So it is given what all of them say
+(positions.py), or refused, on every rank. Knows nothing of attention or losses.
 """
 
 import inspect
@@ -48,6 +48,8 @@ class Counting:
                 f"{name} hides the padding token by itself where no mask is given, and of each rank's part it would not be "
                 f"known to the others; give shard {masks}, 1 for a token and 0 for padding"
             )
+        if self.padding_id is not None and not step.named:
+            raise ModelError(f"{name} counts its positions from input_ids; with inputs_embeds, give shard position_ids too")
         for prefix, row in {"": step, TARGET: step.target}.items():
             if row is not None:
                 embeddings = (model.get_decoder() if prefix else model).get_input_embeddings()
@@ -55,15 +57,16 @@ class Counting:
                 self._refuse_positions(row, prefix, name)
 
     def _refuse_positions(self, row: Step, prefix: str, name: str) -> None:
-        if prefix in self.handed_over and row.placed:
+        if prefix in self.handed_over and row.furthest_placed >= 0:
             raise ModelError(f"{name} counts its positions itself and ignores {prefix}position_ids; give shard none")
-        before = 0 if self.padding_id is None or row.placed else self.padding_id + 1
-        known = self.known.get(prefix)
-        if known is not None and row.furthest + before >= known:
-            raise BatchError(
-                f"the step has {prefix}positions up to {row.furthest}, and the table of {name} has {known - before} of them; "
-                f"use shorter rows, or a model with more positions"
-            )
+        before = 0 if self.padding_id is None else self.padding_id + 1
+        for furthest, first in ((row.furthest, before), (row.furthest_placed, 0)):
+            known = self.known.get(prefix, first + furthest + 1) - first
+            if furthest >= known:
+                raise BatchError(
+                    f"the step has {prefix}positions up to {furthest}, and the table of {name} has {known} of them; use "
+                    f"shorter rows, or a model with more positions"
+                )
 
 
 def prove_counting(model: Any, base: Any) -> Counting:

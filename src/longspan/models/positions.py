@@ -46,8 +46,7 @@ def _placed(
     positions: Tensor, ids: Tensor | None, step: Step, behind_padding: bool, padding_id: int | None, mesh: ParallelMesh
 ) -> Tensor:
     if padding_id is not None and step.counted:
-        if ids is None:
-            raise ModelError("this model counts its positions from input_ids; with inputs_embeds, give shard position_ids too")
+        assert ids is not None  # or refused by Counting
         positions = take(of_ids(unshard(ids, mesh, tokens=step.tokens), padding_id), step.positions, 1)
     if behind_padding and step.counted and step.padding is not None:
         starts = torch.tensor([row.start for row in step.padding], device=positions.device)

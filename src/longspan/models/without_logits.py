@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from longspan.batch import IGNORE
 from longspan.errors import ModelError
+from longspan.footprint import HEAD_TILE_BYTES
 from longspan.loss import mean_over_ranks
 from longspan.mesh import ParallelMesh
 from longspan.models.losses import OWN, losing
@@ -25,8 +26,7 @@ from longspan.models.proof import ask, proving, rows
 from longspan.tiling import tile_by_tile
 
 LEARNED = ("labels", "shift_labels")
-TILE_BYTES = 64 * 2**20
-"""Of the fp32 logits that are there at a time: large enough to keep the matrix products fast."""
+TILE_BYTES = HEAD_TILE_BYTES
 
 
 def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args: Any, **given: Any) -> Any:
