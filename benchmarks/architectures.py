@@ -117,7 +117,7 @@ def _build(name: str, model_name: str) -> Any:
     kind = transformers.CONFIG_MAPPING[name]
     default = kind()
     settings = {key: value for key, value in TINY.items() if isinstance(getattr(default, key, None), int)}
-    settings |= {key: 0.0 for key in vars(default) if "dropout" in key or key.endswith("pdrop")}
+    settings |= {key: 0.0 for key in vars(default) if "dropout" in key or key.endswith(("pdrop", "layerdrop"))}
     with torch.device("meta"):
         size = sum(p.numel() for p in getattr(transformers, model_name)(kind(**settings)).parameters())
     if size > LARGEST:
