@@ -16,6 +16,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
@@ -26,15 +27,18 @@ import torch._dynamo  # 500 modules that torch.testing.assert_close would import
 import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo
 
+from longspan import ParallelMesh
+
 
 def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, tmp_path: Path, seconds: float = 240.0) -> list[Any]:
     with Ranks(ranks, tmp_path, seconds) as pool:
         return pool.run(body, *args)
 
 
-RUNS = 40
-"""So many bodies, and new ranks are forked: a gloo group that a body leaves behind keeps a thread that polls, and after a few
-hundred tests of a file these took most of two cores."""
+@cache
+def mesh_of(ulysses: int = 1, ring: int = 1) -> ParallelMesh:
+    """One of each layout for all bodies of a rank: every gloo group keeps a thread that polls, and hundreds take a core."""
+    return ParallelMesh(ulysses, ring)
 
 
 class Ranks:
@@ -44,14 +48,10 @@ class Ranks:
         self.ranks, self.tmp_path, self.seconds = ranks, tmp_path, seconds
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
-        self.runs = 0
 
     def run(self, body: Callable[..., Any], *args: Any) -> list[Any]:
-        if self.runs >= RUNS:
-            self.close()
         if not self.processes:
             self._fork()
-        self.runs += 1
         for pipe in self.pipes:
             pipe.send((body, args))
         results: dict[int, Any] = {}
@@ -77,7 +77,7 @@ class Ranks:
             process.join()
         for pipe in self.pipes:
             pipe.close()
-        self.processes, self.pipes, self.runs = [], [], 0
+        self.processes, self.pipes = [], []
 
     def __enter__(self) -> "Ranks":
         return self

@@ -30,7 +30,7 @@ from longspan import (
 from longspan.batch import IGNORE, cut
 from longspan.masks import Causal
 from longspan.mesh import Place
-from ranks import Ranks
+from ranks import Ranks, mesh_of
 
 transformers.logging.set_verbosity_error()
 
@@ -105,7 +105,7 @@ def alone(model: Any, whole: dict[str, Tensor]) -> Any:
 
 
 def compare(name: str, batch: str, ulysses: int, ring: int, zero: int = 0, steps: int = 0, **tools: Any) -> None:
-    mesh = ParallelMesh(ulysses, ring)
+    mesh = mesh_of(ulysses, ring)
     reference = build(name)
     model, whole, tolerance = deepcopy(reference), batches(name, batch), tolerance_of(name)
     parallelize(model, mesh, zero, **tools)
@@ -191,7 +191,7 @@ def test_replicas_count_labels_together_and_one_without_a_row_joins(name: str, p
 
 def replicas(name: str) -> None:
     """Two micro-batches, the second of one row: none is left for the second replica."""
-    mesh, reference = ParallelMesh(ulysses=2), build(name)
+    mesh, reference = mesh_of(2), build(name)
     model = parallelize(deepcopy(reference), mesh)
     whole, tolerance = batches(name, "right padding"), tolerance_of(name)
     first = {key: value[[mesh.place.data_rank]] for key, value in whole.items()}
@@ -216,7 +216,7 @@ def test_the_loss_of_a_model_that_calls_its_own_can_be_formed_in_tiles(pool: Cal
 
 
 def without_logits() -> None:
-    mesh, reference = ParallelMesh(ulysses=2), build("t5gemma")
+    mesh, reference = mesh_of(2), build("t5gemma")
     whole = batches("t5gemma", "odd lengths")
     model = parallelize(deepcopy(reference), mesh, return_logits=False)
     expected = alone(reference, whole).loss
@@ -233,7 +233,7 @@ def test_a_t5_encoder_alone(pool: Callable[[int], Ranks]) -> None:
 
 
 def encoder_alone() -> None:
-    mesh = ParallelMesh(ulysses=2)
+    mesh = mesh_of(2)
     reference = transformers.T5EncoderModel(transformers.T5Config(**TINY_T5)).train()
     model = parallelize(deepcopy(reference), mesh)
     ids = torch.randint(4, 97, (2, 23), generator=torch.Generator().manual_seed(1))
@@ -251,7 +251,7 @@ def encoder_alone() -> None:
 
 def refused(model: Any) -> str:
     with pytest.raises(ModelError) as error:
-        parallelize(model, ParallelMesh())
+        parallelize(model, mesh_of())
     return str(error.value)
 
 
@@ -308,7 +308,7 @@ def test_calls_that_are_refused_on_every_rank(call: str, pool: Callable[[int], R
 
 
 def refused_call(call: str) -> str:
-    mesh = ParallelMesh(ulysses=2)
+    mesh = mesh_of(2)
     name = "t5gemma" if "hides" in call or "only the encoder" in call else "bart"
     whole, model, shift = batches(name, "even"), build(name), False
     if "gpt2" in call or "for a decoder" in call:
@@ -398,7 +398,7 @@ def test_what_one_replica_alone_has_is_refused_on_every_rank(kind: str, pool: Ca
 
 
 def replicas_of_unequal_kind(kind: str, name: str) -> str:
-    mesh, model = ParallelMesh(), build(name)
+    mesh, model = mesh_of(), build(name)
     parallelize(model, mesh)
     whole = batches(name, "even")
     long = torch.full((2, 65), 5)
@@ -433,7 +433,7 @@ def test_a_loss_that_ignores_padding_by_its_id_is_not_the_plain_one(pool: Callab
 
 
 def kind_of_loss() -> str | None:
-    kind: str | None = parallelize(OfPadding(build("bart").config), ParallelMesh())._longspan.offer.loss_kind
+    kind: str | None = parallelize(OfPadding(build("bart").config), mesh_of())._longspan.offer.loss_kind
     return kind
 
 
@@ -449,7 +449,7 @@ def bert(**more: Any) -> Any:
 
 
 def unknown_labels() -> str:
-    mesh, ids = ParallelMesh(ulysses=2), torch.full((1, 8), 5)
+    mesh, ids = mesh_of(2), torch.full((1, 8), 5)
     model = parallelize(bert(num_labels=3), mesh)
     labels = torch.zeros_like(ids)
     labels[0, -1] = 5
@@ -463,7 +463,7 @@ def test_a_forward_that_was_given_answers_as_asked_and_goes_though_it_was_wrappe
 
 
 def wrapped_forward() -> None:
-    mesh, ids = ParallelMesh(), torch.full((1, 8), 2)
+    mesh, ids = mesh_of(), torch.full((1, 8), 2)
     model = parallelize(bert(num_labels=3).eval(), mesh)
     part = shard({"input_ids": ids, "labels": torch.ones_like(ids)}, mesh, shift=False)
     loss, logits = model(**part, return_dict=False)

@@ -16,8 +16,8 @@ from longspan.batch import IGNORE
 from longspan.gradients import norm
 from longspan.models import without_logits
 from longspan.models.decoder import Decoder, DecoderConfig
-from ranks import Ranks
-from test_transformers import BASE, assert_gradients, batches, build, forward_alone, mesh_of, small, squared_error
+from ranks import Ranks, mesh_of
+from test_transformers import BASE, assert_gradients, batches, build, forward_alone, small, squared_error
 
 ALL: dict[str, Any] = {
     "recompute": "keep attention", "tile_tokens": 5, "head_chunks": 2, "offload_activations": True, "return_logits": False,

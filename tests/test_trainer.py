@@ -6,7 +6,6 @@ The reference is the untouched library. 4 ranks are data 2 x ulysses 2 unless a 
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,10 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from longspan import LongspanError, ParallelMesh, parallelize
+from longspan import LongspanError, parallelize
 from longspan.batch import IGNORE
 from longspan.integrations.trainer import LongTrainer
-from ranks import Ranks
+from ranks import Ranks, mesh_of
 
 transformers.logging.set_verbosity_error()
 
@@ -90,12 +89,6 @@ def arguments(folder: Path, **more: Any) -> TrainingArguments:
         "logging_nan_inf_filter": False,
     }  # fmt: skip
     return TrainingArguments(**(settings | more))
-
-
-@cache
-def mesh_of(ulysses: int = 1, ring: int = 1) -> ParallelMesh:
-    """One for all tests of a rank: groups cost time and threads."""
-    return ParallelMesh(ulysses, ring)
 
 
 def build(
@@ -451,7 +444,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 def refusals(folder: Path) -> dict[str, str]:
-    mesh = ParallelMesh()
+    mesh = mesh_of()
 
     def said(kind: type[LongTrainer] = LongTrainer, settings: Mapping[str, Any] | None = None, **of: Any) -> str:
         try:

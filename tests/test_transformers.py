@@ -8,7 +8,6 @@ import importlib.util
 import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from functools import cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from longspan.masks import Causal, Chunked, Full, Window
 from longspan.memory import Tools
 from longspan.models.said import as_mask
 from longspan.models.transformers import Pretrained
-from ranks import Ranks
+from ranks import Ranks, mesh_of
 
 transformers.logging.set_verbosity_error()
 
@@ -174,12 +173,6 @@ def forward_cut(model: Any, whole: dict[str, Tensor], encoder: bool, mesh: Paral
     output = model(**part)
     loss = output.loss if knows_loss else cross_entropy(output.logits, wanted, mesh=mesh, labelled=part["longspan"].labelled)
     return loss, unshard(output.logits, mesh, tokens=part["longspan"].tokens)
-
-
-@cache
-def mesh_of(ulysses: int, ring: int) -> ParallelMesh:
-    """One for all cases of a rank: groups cost time and threads."""
-    return ParallelMesh(ulysses, ring)
 
 
 def compare(name: str, batch: str, ulysses: int, ring: int, zero: int = 0, steps: int = 0, checkpointing: bool = False) -> None:
