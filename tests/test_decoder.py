@@ -5,10 +5,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from longspan.attention import attend
+from longspan.batch import cut
 from longspan.errors import LayoutError, ModelError
 from longspan.masks import Causal, Full
+from longspan.mesh import Place
 from longspan.models.decoder import PRESETS, Decoder, DecoderConfig, rope, turn
-from longspan.step import Step
 from ranks import on_ranks
 
 CONFIG = DecoderConfig(vocab=13, layers=2, hidden=12, heads=4, kv_heads=2, head_dim=6, ffn=20)
@@ -180,7 +181,7 @@ def test_it_calls_the_attention_and_the_loss_it_is_given():
 
     decoder = Decoder(CONFIG, attention=attention)
     decoder.cross_entropy = loss
-    step = Step(9, 2, (range(9),), True, False, False, 8, Full(), None, None, None, 16, 0, 12, 12, 8)
+    step = cut({"input_ids": _ids(), "labels": _ids()}, Place(), mask=Full())["longspan"]
     assert decoder(_ids(), shift_labels=_ids(), longspan=step).loss.item() == 7
     assert calls == [((2, 9, 4, 6), (2, 9, 2, 6), {"mask": Full(), "tokens": 9})] * 2 + [16]
     calls.clear()
@@ -224,7 +225,7 @@ def test_autocast_trains_in_bfloat16():
 
 
 def test_labels_that_were_cut_without_a_shift_are_refused():
-    step = Step(9, 2, (range(9),), True, False, False, 8, None, None, None, None, 16, 0, 12, 12, 8)
+    step = cut({"input_ids": _ids()}, Place())["longspan"]
     with pytest.raises(ModelError, match="shift=True"):
         _decoder()(_ids(), labels=_ids(), longspan=step)
 
