@@ -102,8 +102,8 @@ def _no_label():
 
 @pytest.fixture
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(losses_of, "TOKENS", 3)
-    monkeypatch.setattr(losses_of, "WORDS", 4)  # of 11: the last block is smaller
+    monkeypatch.setattr(losses_of, "LOSS_TOKENS", 3)
+    monkeypatch.setattr(losses_of, "LOSS_WORDS", 4)  # of 11: the last block is smaller
 
 
 SAYINGS = [
@@ -153,13 +153,27 @@ def test_a_block_of_words_that_are_never_said():
 def test_a_label_that_is_no_word_of_the_head_is_refused(wrong):
     hidden, labels = _tokens(2)
     labels[0, 2] = wrong
-    with pytest.raises(BatchError, match=rf"label {wrong} is none of the head's 11 words; labels are 0 to 10, or -100"):
+    with pytest.raises(BatchError, match=rf"label {wrong} is none of the 11 words that the logits know; labels are 0 to 10"):
         linear_cross_entropy(hidden, _weight().T.detach(), labels)
+
+
+@pytest.mark.parametrize("labelled", [None, 13])
+def test_a_label_of_one_rank_that_is_no_word_is_refused_on_every_rank(labelled, tmp_path):
+    for said in on_ranks(3, _wrong_on_one, labelled, tmp_path=tmp_path):
+        assert said.startswith("label 11 is none of the 11 words")
+
+
+def _wrong_on_one(labelled):
+    mesh, (hidden, labels) = ParallelMesh(), _tokens(2)
+    labels[0, 2] = VOCAB if mesh.place.data_rank == 1 else 4
+    with pytest.raises(BatchError) as error:
+        linear_cross_entropy(hidden, _weight().T.detach(), labels, mesh=mesh, labelled=labelled)
+    return str(error.value)
 
 
 def test_more_tokens_and_words_than_one_block():
     generator = torch.Generator().manual_seed(0)
-    tokens, words = losses_of.TOKENS + 6, losses_of.WORDS + 3
+    tokens, words = losses_of.LOSS_TOKENS + 6, losses_of.LOSS_WORDS + 3
     leaves = [torch.randn(rows, 4, generator=generator, dtype=torch.float64).requires_grad_() for rows in (tokens, words)]
     labels = torch.randint(words, (tokens,), generator=generator)
     labels[:2] = torch.tensor([0, words - 1])

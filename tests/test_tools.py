@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -62,13 +63,13 @@ def with_tools(name: str, ulysses: int, ring: int, tools: dict[str, Any], batch:
     model = parallelize(deepcopy(reference), mesh, **tools)
     expected = alone(reference, name, whole)
     expected.backward()
-    saved = memory.AWAY_BYTES, losses.TOKENS, losses.WORDS, without_logits.TILE_BYTES
-    memory.AWAY_BYTES, losses.TOKENS, losses.WORDS, without_logits.TILE_BYTES = 0, 4, 20, 4 * 4 * 97  # four tokens a tile
-    try:
+    with (  # tiles of four tokens, blocks of twenty words, and nothing too small to be put away
+        patch.multiple(losses, LOSS_TOKENS=4, LOSS_WORDS=20),
+        patch.object(without_logits, "HEAD_TILE_BYTES", 4 * 4 * 97),
+        patch.object(memory, "AWAY_BYTES", 0),
+    ):
         output = model(**shard(whole, mesh))
         output.loss.backward()
-    finally:
-        memory.AWAY_BYTES, losses.TOKENS, losses.WORDS, without_logits.TILE_BYTES = saved
     assert abs(output.loss.item() - expected.item()) <= tolerance * expected.item()
     if not tools.get("return_logits", True) and name != "decoder":
         assert output.logits is None

@@ -23,13 +23,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 
+from longspan.agreement import agree_on_error
 from longspan.batch import IGNORE
 from longspan.collectives import all_reduce_sum
 from longspan.errors import BatchError
 from longspan.footprint import LOSS_TOKENS, LOSS_WORDS
 from longspan.mesh import ParallelMesh
-
-TOKENS, WORDS = LOSS_TOKENS, LOSS_WORDS
 
 
 def cross_entropy(
@@ -74,19 +73,15 @@ def linear_cross_entropy(
     block again; the head's gradient is formed there too, so whatever scales the loss reaches it, and summed over tiles in fp32.
 
     ``weight`` may be tied, and a DTensor (its gradient is then the mean over the ranks, as FSDP2 forms it). Under autocast the
-    products are in its dtype. ``labelled`` as in ``cross_entropy``. Raises BatchError, on this rank, for a label that is no row
-    of the head; what came through ``shard`` was judged on all ranks before. Source: z-loss, arXiv:2204.02311.
+    products are in its dtype. ``labelled`` as in ``cross_entropy``. Raises BatchError on every rank of ``mesh`` where one has a
+    label that is no row of ``weight``. Source: z-loss, arXiv:2204.02311.
     """
     wanted = labels.reshape(-1) != ignore_index
+    rows, targets = wanted.nonzero().flatten(), labels.reshape(-1)[wanted].long()
+    _refuse_unknown_words(targets, len(weight), ignore_index, mesh)
     weight, bias = _whole(weight), None if bias is None else _whole(bias)
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
     say = _Say(scale, softcap, label_smoothing, z_loss, dtype if hidden.dtype != torch.float64 else torch.float64)
-    rows, targets = wanted.nonzero().flatten(), labels.reshape(-1)[wanted].long()
-    if len(outside := targets[(targets < 0) | (targets >= len(weight))]):
-        raise BatchError(
-            f"label {int(outside[0])} is none of the head's {len(weight)} words; labels are 0 to {len(weight) - 1}, or "
-            f"{ignore_index} where nothing is learned"
-        )
     hidden_RM = hidden.reshape(-1, hidden.shape[-1])
     total: Tensor = _TiledLoss.apply(hidden_RM, weight, bias, rows, targets, say)  # type: ignore[no-untyped-call]
     return mean_over_ranks(total, wanted, mesh, labelled)
@@ -99,6 +94,19 @@ def mean_over_ranks(total: Tensor, wanted: Tensor, mesh: ParallelMesh | None, la
         total = all_reduce_sum(total, mesh.mean_group)
         count = all_reduce_sum(count, mesh.mean_group) if labelled is None else count
     return total / count.clamp(min=1)
+
+
+def _refuse_unknown_words(targets: Tensor, vocab: int, ignore_index: int, mesh: ParallelMesh | None) -> None:
+    error, outside = None, targets[(targets < 0) | (targets >= vocab)]
+    if len(outside):
+        error = BatchError(
+            f"label {int(outside[0])} is none of the {vocab} words that the logits know; labels are 0 to {vocab - 1}, or "
+            f"{ignore_index} where nothing is learned"
+        )
+    if mesh is not None:
+        agree_on_error(error, mesh)
+    elif error is not None:
+        raise error
 
 
 class _Say(NamedTuple):
@@ -140,7 +148,7 @@ class _Room:
     """Memory for the logits of a block, which the next block writes over: fresh pages would be a fifth of the time."""
 
     def __init__(self, hidden_RM: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> None:
-        size = min(tokens, TOKENS) * min(vocab, WORDS)
+        size = min(tokens, LOSS_TOKENS) * min(vocab, LOSS_WORDS)
         self._products = hidden_RM.new_empty(size, dtype=dtype)
         wide = _wide(hidden_RM.dtype)
         self._widened = self._products if dtype == wide else hidden_RM.new_empty(size, dtype=wide)
@@ -196,7 +204,7 @@ class _TiledLoss(torch.autograd.Function):
         dweight_VM = torch.zeros_like(weight_VM, dtype=wide) if weight_VM.requires_grad else None
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         cast_VM, room = weight_VM.to(say.dtype), _Room(hidden_RM, len(rows), vocab, say.dtype)
-        for (mine, wanted), lse in zip(_tiles(rows, targets), lses.split(TOKENS)):
+        for (mine, wanted), lse in zip(_tiles(rows, targets), lses.split(LOSS_TOKENS)):
             hidden_NM = hidden_RM[mine].to(say.dtype)
             dhidden_NM = torch.zeros_like(hidden_NM, dtype=wide)
             for words in _blocks(vocab):
@@ -221,11 +229,11 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _tiles(rows: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(rows.split(TOKENS), targets.split(TOKENS))) if len(rows) else []
+    return list(zip(rows.split(LOSS_TOKENS), targets.split(LOSS_TOKENS))) if len(rows) else []
 
 
 def _blocks(vocab: int) -> list[slice]:
-    return [slice(start, min(start + WORDS, vocab)) for start in range(0, vocab, WORDS)]
+    return [slice(start, min(start + LOSS_WORDS, vocab)) for start in range(0, vocab, LOSS_WORDS)]
 
 
 def _column(wanted_N: Tensor, words: slice) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ TARGET = "decoder_"
 
 @dataclass(frozen=True)
 class Step:
-    """What is the same on every rank but for ``positions``.
+    """The keyword ``longspan`` of a call.
 
     ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``counted`` (whether the batch
     came without ``position_ids``, so that they are these), ``named`` (whether, by agreement, every row that did came with ids),

@@ -26,7 +26,6 @@ from longspan.models.proof import ask, proving, rows
 from longspan.tiling import tile_by_tile
 
 LEARNED = ("labels", "shift_labels")
-TILE_BYTES = HEAD_TILE_BYTES
 
 
 def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args: Any, **given: Any) -> Any:
@@ -86,7 +85,7 @@ def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any) -> tuple[
         exact = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(exact, targets[rows], reduction="sum").unsqueeze(0)
 
-    size = max(1, TILE_BYTES // (4 * model.config.get_text_config().vocab_size))
+    size = max(1, HEAD_TILE_BYTES // (4 * model.config.get_text_config().vocab_size))
     return tile_by_tile(run, hidden_RM, size, list(held.values())).sum(), wanted
 
 
