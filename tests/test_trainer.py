@@ -457,6 +457,11 @@ def refusals(folder: Path) -> dict[str, str]:
         pass
 
     found = {name: said(settings=settings) for name, settings in REFUSED.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(transformers.Trainer, "store_flos")
+        found["no Trainer.store_flos; install"] = said()
+        patch.setattr("longspan.integrations.trainer.transformers.__version__", "5.22.2")
+        found["5.22.2 saves on one rank alone"] = said()
     optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
     return found | {
         "Half.compute_loss": said(LongHalf),

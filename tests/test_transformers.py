@@ -68,7 +68,10 @@ KINDS = {
     "mistral": Kind("MistralConfig", "MistralForCausalLM", {"sliding_window": 5}),
     "gemma2": Kind(
         "Gemma2Config", "Gemma2ForCausalLM",
-        {"head_dim": 8, "sliding_window": 5, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0},
+        {
+            "head_dim": 8, "sliding_window": 5, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 6.0,
+            "attn_implementation": "eager",  # before 5.21 the default drops the softcap on one device
+        },
         **FP32,  # its own attention with softcap is the eager one, whose softmax is fp32
     ),
     "gemma3": Kind(
@@ -182,7 +185,8 @@ def compare(name: str, batch: str, ulysses: int, ring: int, zero: int = 0, steps
     model, encoder = deepcopy(reference), in_place(reference)
     whole = batches(batch, encoder)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its name before 5.23
+        enable({"use_reentrant": False})
     parallelize(model, mesh, zero)
     knows_loss = model._longspan.offer.loss_kind is not None
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (reference, model)]

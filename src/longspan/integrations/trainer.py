@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -33,6 +34,8 @@ from longspan.models.losses import is_in_place
 from longspan.models.said import is_pair
 from longspan.sharding import parallelize
 
+OLDEST = (5, 23)
+"""Of Transformers. Its Trainers before saved on one rank alone, which would wait for ever for the parts of the others."""
 REPLACED = ("compute_loss", "prediction_step", "_get_num_items_in_batch")
 """What is done here in place of the base class, not around it."""
 WRAPPED = (
@@ -84,6 +87,7 @@ class LongTrainer(Base):  # type: ignore[misc]
         self.mesh, self.zero, self.tools, self.dims = mesh, zero, dict(tools or {}), dims
         if args is None or len(positional) > 1:
             raise RunError("LongTrainer takes all but the model by name; pass args=TrainingArguments(...) and mesh=...")
+        _refuse_other_versions()
         refuse(args, mesh)
         _refuse_other_losses(type(self), args)
         _refuse_by_keywords(keywords, zero)
@@ -316,11 +320,20 @@ def _alone(values: tuple[Any, ...] | None) -> Any:
     return values[0] if values is not None and len(values) == 1 else values
 
 
-def _refuse_other_losses(trainer: type, args: TrainingArguments) -> None:
-    """A class behind this one that computes its own loss would do so from one rank's tokens."""
+def _refuse_other_versions() -> None:
+    version = transformers.__version__
+    if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
+        raise RunError(
+            f"Trainer of transformers {version} saves on one rank alone, and could not gather a model's parts; install 5.23 or "
+            f"newer, or train with parallelize in a loop of your own, which needs 5.4"
+        )
     missing = [name for name in (*REPLACED, *WRAPPED) if not hasattr(Trainer, name)]
     if missing:
-        raise RunError(f"this version of Transformers has no Trainer.{missing[0]}; use the one this is tested with, 5.23")
+        raise RunError(f"transformers {version} has no Trainer.{missing[0]}; install the one this is tested with, 5.23")
+
+
+def _refuse_other_losses(trainer: type, args: TrainingArguments) -> None:
+    """A class behind this one that computes its own loss would do so from one rank's tokens."""
     behind = trainer.__mro__[trainer.__mro__.index(LongTrainer) + 1 :]
     for name in REPLACED:
         owner = next(kind for kind in behind if name in vars(kind))
