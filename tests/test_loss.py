@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from longspan import loss as losses_of
+from longspan import products
 from longspan.errors import BatchError
 from longspan.loss import cross_entropy, linear_cross_entropy
 from longspan.mesh import ParallelMesh
@@ -198,7 +199,8 @@ def test_a_tiled_loss_sums_the_gradient_of_a_half_precision_head_in_fp32():
     assert tiled <= 1.5 * untiled
 
 
-def test_under_autocast_a_tiled_loss_computes_in_its_dtype():
+def test_under_autocast_a_tiled_loss_computes_in_its_dtype(monkeypatch):
+    monkeypatch.setattr(products, "SLOW_ON_CPU", frozenset())
     hidden, labels = _tokens(2, torch.float32)
     weight = _weight(torch.float32).T.detach().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

@@ -81,6 +81,21 @@ def test_a_checkpoint_around_it_and_autocast() -> None:
     assert torch.equal(results[0][0], results[1][0])
 
 
+def test_a_checkpoint_around_it_computes_no_tile_more_than_without() -> None:
+    """Once forward and once in the backward: between them a checkpoint wants what tiles keep, not what they give."""
+    for one in (lambda x, y: x + y(x), lambda x, y: y(x)):
+        counts = []
+        for around in (False, True):
+            module = feed()
+            calls: list[int] = []
+            module.down.register_forward_hook(lambda _, inputs, out, calls=calls: calls.append(out.shape[1]))
+            tiled(module, 5)
+            x = rows()
+            (checkpoint(one, x, module, use_reentrant=False) if around else one(x, module)).square().sum().backward()
+            counts.append(calls)
+        assert counts[0] == counts[1] == 2 * [5, 5, 5, 5, 5, 5, 4]
+
+
 def test_half_precision_gradients_are_summed_in_fp32() -> None:
     """Over 250 tiles: at most 1.5 times the error of the module at once."""
     exact = outcome(feed(), rows(1000))

@@ -29,6 +29,7 @@ from longspan.collectives import all_reduce_sum
 from longspan.errors import BatchError
 from longspan.footprint import LOSS_TOKENS, LOSS_WORDS
 from longspan.mesh import ParallelMesh
+from longspan.products import product_dtype
 
 
 def cross_entropy(
@@ -73,15 +74,16 @@ def linear_cross_entropy(
     block again; the head's gradient is formed there too, so whatever scales the loss reaches it, and summed over tiles in fp32.
 
     ``weight`` may be tied, and a DTensor (its gradient is then the mean over the ranks, as FSDP2 forms it). Under autocast the
-    products are in its dtype. ``labelled`` as in ``cross_entropy``. Raises BatchError on every rank of ``mesh`` where one has a
-    label that is no row of ``weight``. Source: z-loss, arXiv:2204.02311.
+    products are in its dtype, or in fp32 on a CPU that has none. ``labelled`` as in ``cross_entropy``. Raises BatchError on
+    every rank of ``mesh`` where one has a label that is no row of ``weight``. Source: z-loss, arXiv:2204.02311.
     """
     wanted = labels.reshape(-1) != ignore_index
     rows, targets = wanted.nonzero().flatten(), labels.reshape(-1)[wanted].long()
     _refuse_unknown_words(targets, len(weight), ignore_index, mesh)
     weight, bias = _whole(weight), None if bias is None else _whole(bias)
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-    say = _Say(scale, softcap, label_smoothing, z_loss, dtype if hidden.dtype != torch.float64 else torch.float64)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else product_dtype(dtype, hidden.device)
+    say = _Say(scale, softcap, label_smoothing, z_loss, dtype)
     hidden_RM = hidden.reshape(-1, hidden.shape[-1])
     total: Tensor = _TiledLoss.apply(hidden_RM, weight, bias, rows, targets, say)  # type: ignore[no-untyped-call]
     return mean_over_ranks(total, wanted, mesh, labelled)
@@ -177,12 +179,13 @@ class _TiledLoss(torch.autograd.Function):
         wide, vocab = _wide(hidden_RM.dtype), len(weight_VM)
         lses, total = [], hidden_RM.new_zeros((), dtype=wide)
         with torch.autocast(hidden_RM.device.type, enabled=False):
-            cast_VM, room = weight_VM.to(say.dtype), _Room(hidden_RM, len(rows), vocab, say.dtype)
+            room = _Room(hidden_RM, len(rows), vocab, say.dtype)
             for mine, wanted in _tiles(rows, targets):
                 hidden_NM = hidden_RM[mine].to(say.dtype)
                 hit, mean, lse = (hidden_RM.new_full(wanted.shape, start, dtype=wide) for start in (0, 0, -torch.inf))
                 for words in _blocks(vocab):
-                    logits_NW = say.logits(hidden_NM, cast_VM[words], None if bias is None else bias[words], room)
+                    weight_WM = weight_VM[words].to(say.dtype)
+                    logits_NW = say.logits(hidden_NM, weight_WM, None if bias is None else bias[words], room)
                     column, here = _column(wanted, words)
                     hit += logits_NW.gather(1, column[:, None]).squeeze(1).where(here, 0)
                     mean += logits_NW.sum(1) / vocab if say.smoothing else 0
@@ -203,17 +206,18 @@ class _TiledLoss(torch.autograd.Function):
         dhidden_RM = torch.zeros_like(hidden_RM)
         dweight_VM = torch.zeros_like(weight_VM, dtype=wide) if weight_VM.requires_grad else None
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        cast_VM, room = weight_VM.to(say.dtype), _Room(hidden_RM, len(rows), vocab, say.dtype)
+        room = _Room(hidden_RM, len(rows), vocab, say.dtype)
         for (mine, wanted), lse in zip(_tiles(rows, targets), lses.split(LOSS_TOKENS)):
             hidden_NM = hidden_RM[mine].to(say.dtype)
             dhidden_NM = torch.zeros_like(hidden_NM, dtype=wide)
             for words in _blocks(vocab):
-                logits_NW = say.logits(hidden_NM, cast_VM[words], None if bias is None else bias[words], room)
+                weight_WM = weight_VM[words].to(say.dtype)
+                logits_NW = say.logits(hidden_NM, weight_WM, None if bias is None else bias[words], room)
                 dlogits_NW = say.gradient(logits_NW, lse[:, None], *_column(wanted, words), vocab).mul_(dtotal)
                 if dbias is not None:
                     dbias[words] += dlogits_NW.sum(0)
                 cast_NW = room.narrowed(dlogits_NW)
-                _add_product(dhidden_NM, cast_NW, cast_VM[words])
+                _add_product(dhidden_NM, cast_NW, weight_WM)
                 if dweight_VM is not None:
                     _add_product(dweight_VM[words], cast_NW.T, hidden_NM)
             dhidden_RM[mine] = dhidden_NM.to(dhidden_RM.dtype)

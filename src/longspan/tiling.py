@@ -73,7 +73,13 @@ def tile_by_tile(run: Run, x: Tensor, tokens: int, parameters: Sequence[Tensor])
 
     Differentiable in ``x`` and ``parameters``; ``run`` is called without a graph, then once more for each tile in the backward.
     """
-    out: Tensor = _Tiles.apply(run, tokens, None, x, *parameters)  # type: ignore[no-untyped-call]
+    return _in_tiles(run, x, tokens, None, parameters)
+
+
+def _in_tiles(run: Run, x: Tensor, tokens: int, lead: torch.Size | None, parameters: Sequence[Tensor]) -> Tensor:
+    """With ``lead`` the shape of the results before their last dimension, which is (rows,) without."""
+    kept = _Kept.apply(x, *parameters)  # type: ignore[no-untyped-call]
+    out: Tensor = _Tiles.apply(run, tokens, lead, kept.grad_fn, kept, *parameters)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -92,8 +98,7 @@ def _forward(module: nn.Module, tokens: int, x: Tensor, *more: Any, **named: Any
 
     if not x.numel():
         return own(x)  # type: ignore[no-any-return]
-    out: Tensor = _Tiles.apply(run, tokens, x.shape[:-1], x, *held.values())  # type: ignore[no-untyped-call]
-    return out
+    return _in_tiles(run, x, tokens, x.shape[:-1], list(held.values()))
 
 
 class _Own(nn.Module):
@@ -107,16 +112,34 @@ class _Own(nn.Module):
         return type(self.module).forward(self.module, x)
 
 
+class _Kept(torch.autograd.Function):
+    """Keeps what the tiles' backward begins with, before the tiles are computed.
+
+    A checkpoint ends its recomputation with the last tensor that was kept: kept behind them, they were computed for nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        return dx, *(None for _ in ctx.needs_input_grad[1:])
+
+
 class _Tiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Run, tokens: int, lead: torch.Size | None, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, run: Run, tokens: int, lead: torch.Size | None, kept: Any, x: Tensor, *parameters: Tensor
+    ) -> Tensor:
         x_RM = x.reshape(-1, x.shape[-1])
         ctx.run, ctx.tiles = run, [slice(start, start + tokens) for start in range(0, len(x_RM), tokens)]
         ctx.autocast, ctx.random = _autocast_of(x), _Random(x.device)
         with ctx.autocast():
             outs = [run(x_RM[rows], rows, parameters) for rows in ctx.tiles]
         ctx.sizes, ctx.inner = [len(out) for out in outs], outs[0].ndim - 1
-        ctx.save_for_backward(x, *parameters)
+        ctx.kept = kept
         tail = outs[0].shape[1:]
         out = outs[0].new_empty(*(lead or (sum(ctx.sizes),)), *tail)  # FSDP2 wants no view of something else
         torch.cat(outs, out=out.view(-1, *tail))
@@ -125,7 +148,7 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        x, *parameters = ctx.saved_tensors
+        x, *parameters = ctx.kept.saved_tensors
         # Copies without hooks: what hangs on a parameter waits for its whole gradient.
         leaves = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in parameters]
         trained = [leaf for leaf in leaves if leaf.requires_grad]
@@ -144,7 +167,7 @@ class _Tiles(torch.autograd.Function):
         found = iter(sums)
         each = ((next(found), leaf.dtype) if leaf.requires_grad else (None, leaf.dtype) for leaf in leaves)
         dx = None if dx_RM is None else dx_RM.view(x.shape)
-        return None, None, None, dx, *(None if total is None else total.to(dtype) for total, dtype in each)
+        return None, None, None, None, dx, *(None if total is None else total.to(dtype) for total, dtype in each)
 
 
 def _sum(total: Tensor | None, grad: Tensor | None) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longspan.kernels import cuda
 from longspan.kernels.tiles import Shape, Stack
+from longspan.products import product_dtype
 
 FlashPartial = tuple[Float[Tensor, "tiles heads rows dim"], Float[Tensor, "tiles heads rows"]]
 FlashGradients = tuple[
@@ -66,8 +67,7 @@ def backward(
         return cuda.backward(stack, dout, q, k, v, out, lse, scale)
     if stack.shape is Shape.UPPER:
         dout, q, k, v, out, lse = (x.flip(2) for x in (dout, q, k, v, out, lse))
-    if q.dtype.itemsize == 2 and not _multiplies_halves():
-        dout, q, k, v, out = (x.float() for x in (dout, q, k, v, out))
+    dout, q, k, v, out = (x.to(product_dtype(x.dtype, x.device)) for x in (dout, q, k, v, out))
     causal, mask = _is_causal(stack), _mask(stack, q.dtype)
     dq, dk, dv = _backward_cpu(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     return (dq.flip(2), dk.flip(2), dv.flip(2)) if stack.shape is Shape.UPPER else (dq, dk, dv)
@@ -76,11 +76,6 @@ def backward(
 def _readable(x: Tensor) -> Tensor:
     """The operators read the elements of a head side by side, whatever the stride says; a gradient may be expanded."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _multiplies_halves() -> bool:
-    """Where not, the operator's backward takes ten times as long in bf16 or fp16 as in fp32, which is never less exact."""
-    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
 
 
 def _is_causal(stack: Stack) -> bool:

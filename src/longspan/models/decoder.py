@@ -30,9 +30,10 @@ from longspan.layout import Heads
 from longspan.loss import linear_cross_entropy
 from longspan.masks import Causal
 from longspan.memory import keep_attention
+from longspan.products import Linear, linear
 from longspan.step import Step
 
-TURNED_TOKENS = 16_384
+TURNED_TOKENS = 2_048
 """Of each row at a time: what they need in fp32 is small beside the row."""
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, S, H, D], k [B, S, K, D], v [B, S, K, D]) -> [B, S, H, D]"""
@@ -208,10 +209,10 @@ class Block(nn.Module):
         self.chunks = chunk_rows(config, head_chunks)
         heads, kv_heads = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.attention_norm = nn.RMSNorm(config.hidden, config.norm_eps)
-        self.query = nn.Linear(config.hidden, heads, bias=False)
-        self.key = nn.Linear(config.hidden, kv_heads, bias=False)
-        self.value = nn.Linear(config.hidden, kv_heads, bias=False)
-        self.out = nn.Linear(heads, config.hidden, bias=False)
+        self.query = Linear(config.hidden, heads)
+        self.key = Linear(config.hidden, kv_heads)
+        self.value = Linear(config.hidden, kv_heads)
+        self.out = Linear(heads, config.hidden)
         self.ffn_norm = nn.RMSNorm(config.hidden, config.norm_eps)
         self.feed = FeedForward(config)
 
@@ -237,12 +238,12 @@ class Block(nn.Module):
 
     def _attend_chunk(self, n_RM: Tensor, mix: Mix, shape: torch.Size, rows: slice, kv_rows: slice) -> Tensor:
         weights = (self.query.weight[rows], self.key.weight[kv_rows], self.value.weight[kv_rows])
-        projected = F.linear(n_RM, torch.cat(weights))  # at once: the way back makes one gradient of n, not three
+        projected = linear(n_RM, torch.cat(weights))  # at once: the way back makes one gradient of n, not three
         widths = [len(weight) for weight in weights]
         q, k, v = (x.view(*shape, x.shape[1] // self.head_dim, self.head_dim) for x in projected.split(widths, 1))
         v = v.contiguous()  # of its own, so that attention, which keeps it, does not keep all three
         del projected
-        return F.linear(mix(q, k, v).flatten(2).flatten(0, 1), self.out.weight[:, rows])
+        return linear(mix(q, k, v).flatten(2).flatten(0, 1), self.out.weight[:, rows])
 
 
 class FeedForward(nn.Module):
@@ -250,9 +251,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.hidden, config.ffn, bias=False)
-        self.up = nn.Linear(config.hidden, config.ffn, bias=False)
-        self.down = nn.Linear(config.ffn, config.hidden, bias=False)
+        self.gate = Linear(config.hidden, config.ffn)
+        self.up = Linear(config.hidden, config.ffn)
+        self.down = Linear(config.ffn, config.hidden)
 
     def forward(self, n_BSM: Tensor) -> Tensor:
         fed: Tensor = self.down(F.silu(self.gate(n_BSM)) * self.up(n_BSM))
