@@ -1,6 +1,6 @@
 # make train      install into .venv and train on this machine        make test        every check, as CI runs it
 # make test-long  the full product of shapes and layouts              make clean       remove .venv and caches, not runs/
-# make bench-million   real steps on one sequence of 1,048,576 tokens, two ranks, about ten minutes a step
+# make bench-million   real steps on one sequence of 1,048,576 tokens, two ranks, about ten minutes a step on a CPU with AVX-512
 #
 # PyTorch's default wheel brings CUDA (gigabytes). For the CPU alone:
 #     make train TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu

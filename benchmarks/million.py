@@ -7,7 +7,7 @@
 A decoder (hidden 256, 4 heads x 64, bytes) learns the source of Python's standard library, with AdamW, blocks in bf16,
 parameters and their gradients in fp32 and in shares (zero=2), attention kept and all else recomputed, a share of the heads at
 a time, feed-forwards and norms in tiles. Memory is the peak of each rank's process (VmHWM, reset before each step), with
-MALLOC_MMAP_THRESHOLD_=16777216, without which glibc keeps what was freed, and MALLOC_TRIM_THRESHOLD_=67108864.
+MALLOC_MMAP_THRESHOLD_=8388608, without which glibc keeps what was freed, and MALLOC_TRIM_THRESHOLD_=67108864.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from longspan.collectives import CountingTransport, TorchTransport
 from longspan.gradients import clip
 from longspan.models.decoder import Decoder, DecoderConfig
 
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**24), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
 """Larger blocks of memory go back to the system at once, so that the peak is what is really held. Smaller ones, the flash
 operator's scratch and the tiles, are wanted again at once: new pages for each were a quarter of the time of a causal step."""
 
@@ -39,11 +39,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--tile-tokens", type=int, default=4096)
+    parser.add_argument("--tile-tokens", type=int, default=2048)
     parser.add_argument("--head-chunks", type=int, default=2)
     arguments = parser.parse_args()
-    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # glibc reads it when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+    if MALLOC.keys() - os.environ.keys():  # glibc reads them when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], MALLOC | os.environ)
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, (folder, arguments), nprocs=arguments.ranks, start_method="fork")
 

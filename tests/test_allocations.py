@@ -65,8 +65,8 @@ def test_the_plot_and_the_table_say_the_peak(tmp_path: Path) -> None:
     timeline.plot(tmp_path / "memory.html")
     page = (tmp_path / "memory.html").read_text()
     assert all(category in page for category in CATEGORIES)
-    assert memory_table(timeline).splitlines()[0].endswith("8.0 MiB")
-    assert "logits               2.0 MiB   25.0%" in memory_table(timeline)
+    assert memory_table(timeline, 2).splitlines()[0].endswith("8.0 MiB")
+    assert "logits               2.0 MiB   25.0%" in memory_table(timeline, 2)
 
 
 def test_memory_that_another_thread_freed_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from longspan import ModelError, ParallelMesh, parallelize
@@ -35,6 +37,18 @@ def test_auto_gives_a_model_its_tools(caplog: pytest.LogCaptureFixture) -> None:
     assert "keep attention" in caplog.text
     with pytest.raises(ModelError, match=r"needs memory_budget_gib= .* and tokens="):
         parallelize(Decoder(SMALL), ParallelMesh(), memory="auto")
+
+
+def test_what_wants_shares_is_given_them() -> None:
+    ask = {"parameters": SMALL.parameters, "tokens": 1_000, "ranks": 4, "budget": 2**40}
+    assert cheapest(SMALL, **ask).tools == {}
+    assert cheapest(SMALL, sharded=True, **ask).tools == {"zero": 2}
+    whole, shared = (cheapest(SMALL, sharded=True, shares=shares, **ask).needs.states for shares in (1, None))
+    assert whole == 4 * shared
+    model = parallelize(
+        Decoder(SMALL), ParallelMesh(), memory="auto", memory_budget_gib=50.0, tokens=1_000, dtype=torch.bfloat16
+    )
+    assert isinstance(model, FSDPModule)
 
 
 def test_head_chunks_are_chosen_only_where_heads_divide() -> None:

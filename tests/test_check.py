@@ -56,6 +56,24 @@ def test_the_law_holds(config: Check, tmp_path: Path) -> None:
         assert lines[f"bytes a layer, {way}"][0] == lines[f"bytes a layer, {way}"][1]
 
 
+@pytest.mark.parametrize(
+    "tools",
+    [
+        {"recompute": "full"},
+        {"recompute": "keep attention", "ring": 2, "ranks": 4},
+        {"head_chunks": 2, "heads": 8, "kv_heads": 2},
+        {"head_chunks": 2, "heads": 8, "kv_heads": 4, "recompute": "full", "ring": 2, "ranks": 4},
+        {"head_chunks": 2, "heads": 8, "kv_heads": 4, "recompute": "keep attention", "tile_tokens": 5, "zero": 3},
+    ],
+    ids=["full", "kept-ring", "chunks", "chunks-full-ring", "all"],
+)
+def test_the_traffic_is_that_of_the_tools(tools: dict[str, Any], tmp_path: Path) -> None:
+    code, lines = verdict(replace(SMALL, **{"ranks": 2, "ulysses": 2} | tools), tmp_path)
+    assert {words[-1] for words in lines.values()} == {"holds"}
+    assert code == 0
+    assert "bytes a layer, backward" in lines
+
+
 def hugging_face(folder: Path, model: str, **more: Any) -> str:
     """A folder with a config alone."""
     settings: dict[str, Any] = {

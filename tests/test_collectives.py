@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longspan.collectives import CountingTransport, TorchTransport, all_gather, all_reduce_sum
+from longspan import collectives
+from longspan.collectives import CountingTransport, Scratch, TorchTransport, all_gather, all_reduce_sum
 from longspan.layout import Traffic
 from ranks import on_ranks
 
@@ -46,6 +47,19 @@ def _all_gather(dim: int, sizes: tuple[int, ...]) -> None:
     if group.size() > 1:
         others = (len(sizes) - 1) * x.numel() + sum(piece.numel() for piece in pieces) - x.numel()
         assert transport.traffic == Traffic(2, others * 8)
+
+
+def test_scratch_is_kept_up_to_its_bound_and_let_go_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collectives, "SCRATCH_BYTES", 64)
+    scratch, like = Scratch(), torch.empty(0)
+    with scratch.lend(16, like) as lent:
+        kept = lent.data_ptr()
+        assert lent.shape == (16,)
+    with scratch.lend(9, like) as lent:
+        assert lent.data_ptr() == kept
+    with scratch.lend(17, like):
+        pass
+    assert not scratch._free
 
 
 def _everyones(seed: int, shape: tuple[int, ...]) -> torch.Tensor:

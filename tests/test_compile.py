@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(("script", "printed"), [("compiled_block.py", "1 exact 2 exact"), ("compiled_llama.py", "exact")])
+@pytest.mark.parametrize(
+    ("script", "printed"), [("compiled_block.py", "1x1 exact 2x1 exact 2x2 exact"), ("compiled_llama.py", "exact")]
+)
 def test_it_is_one_graph_and_exact(script: str, printed: str, tmp_path: Path) -> None:
     path = Path(__file__).with_name(script)
     result = subprocess.run([sys.executable, str(path), str(tmp_path)], capture_output=True, text=True, timeout=300)

@@ -158,17 +158,20 @@ def test_a_label_that_is_no_word_of_the_head_is_refused(wrong):
         linear_cross_entropy(hidden, _weight().T.detach(), labels)
 
 
+@pytest.mark.parametrize("whole_logits", [False, True])
 @pytest.mark.parametrize("labelled", [None, 13])
-def test_a_label_of_one_rank_that_is_no_word_is_refused_on_every_rank(labelled, tmp_path):
-    for said in on_ranks(3, _wrong_on_one, labelled, tmp_path=tmp_path):
+def test_a_label_of_one_rank_that_is_no_word_is_refused_on_every_rank(labelled, whole_logits, tmp_path):
+    for said in on_ranks(3, _wrong_on_one, labelled, whole_logits, tmp_path=tmp_path):
         assert said.startswith("label 11 is none of the 11 words")
 
 
-def _wrong_on_one(labelled):
+def _wrong_on_one(labelled, whole_logits):
     mesh, (hidden, labels) = ParallelMesh(), _tokens(2)
     labels[0, 2] = VOCAB if mesh.place.data_rank == 1 else 4
+    given = (hidden @ _weight(), labels) if whole_logits else (hidden, _weight().T.detach(), labels)
+    loss = cross_entropy if whole_logits else linear_cross_entropy
     with pytest.raises(BatchError) as error:
-        linear_cross_entropy(hidden, _weight().T.detach(), labels, mesh=mesh, labelled=labelled)
+        loss(*given, mesh=mesh, labelled=labelled)
     return str(error.value)
 
 

@@ -67,8 +67,7 @@ def test_what_is_no_product_of_halves_is_pytorchs_own(monkeypatch: pytest.Monkey
     x, weight, _ = _inputs((2, 5), torch.float32)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear(x, weight).dtype == torch.bfloat16
-        assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
+        assert linear(x.double(), weight.double()).dtype == torch.float64
     for mixed in ((x, weight.bfloat16()), (x.bfloat16(), weight)):
         with pytest.raises(RuntimeError, match="same dtype"):
             linear(*mixed)
@@ -116,6 +115,20 @@ def _error_of_a_decoder() -> float:
         pairs = zip(half.parameters(), exact.parameters())
         total += sum((one.grad.double() - true.grad).square().sum().item() for one, true in pairs)
     return total**0.5
+
+
+@pytest.mark.usefixtures("_slow")
+def test_autocast_rounds_both_and_multiplies_in_fp32() -> None:
+    x, weight, dy = _inputs((2, 5), torch.float32)
+    exact = _outcome(x.bfloat16().double(), weight.bfloat16().double(), dy.bfloat16().double())
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    with _Products() as seen, torch.autocast("cpu", torch.bfloat16):
+        y = linear(*leaves)
+    found = [y.detach(), *torch.autograd.grad(y, leaves, dy.bfloat16())]
+    assert [each.dtype for each in found] == [torch.bfloat16, torch.float32, torch.float32]
+    assert seen == {torch.float32}
+    for one, true in zip(found, exact):
+        torch.testing.assert_close(one.double(), true, rtol=4e-3, atol=1e-5)
 
 
 @pytest.mark.usefixtures("_slow")

@@ -136,6 +136,25 @@ def wrapped(wrapper: str) -> list[torch.Tensor]:
     return [p.grad if wrapper == "ddp" else p.grad.full_tensor() for p in module.parameters()]
 
 
+class Table(nn.Module):
+    """Integers in, and a table that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.linspace(-1, 1, 5, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table[x] ** 2
+
+
+def test_an_input_of_integers_has_no_gradient_and_the_parameters_have() -> None:
+    x, grads = torch.arange(66).view(2, 11, 3) % 5, []
+    for module in (Table(), tiled(Table(), 4)):
+        (module(x) * torch.linspace(-1, 2, 66, dtype=torch.float64).view(x.shape)).sum().backward()
+        grads.append(module.table.grad)
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=0)
+
+
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -32,7 +32,7 @@ TOOLS: dict[str, dict[str, Any]] = {
     "no logits": {"return_logits": False},
     "zero 2": {"zero": 2},
     "zero 3": {"zero": 3},
-    "zero 3 in pairs, on the host": {"zero": 3, "shard_ranks": 1, "offload_parameters": True},
+    "zero 3 in halves, on the host": {"zero": 3, "shard_ranks": 2, "offload_parameters": True},
     "all": ALL,
     "all, zero 3": ALL | {"zero": 3},
 }
@@ -81,10 +81,13 @@ def with_tools(name: str, ulysses: int, ring: int, tools: dict[str, Any], batch:
         assert not [module for module in model.modules() if {"forward", "_longspan"} & set(vars(module))]
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_tool_changes_no_number(name: str, tool: str, pool: Callable[[int], Ranks]) -> None:
-    pool(2).run(with_tools, name, 2 - (tool == "head chunks"), 1 + (tool == "head chunks"), TOOLS[tool])
+def test_a_tool_changes_no_number(name: str, tool: str, ranks: int, pool: Callable[[int], Ranks]) -> None:
+    ulysses = 1 if (tool, ranks) == ("head chunks", 2) else 2
+    halves = {"shard_ranks": ranks // 2} if "shard_ranks" in TOOLS[tool] else {}
+    pool(ranks).run(with_tools, name, ulysses, ranks // ulysses, TOOLS[tool] | halves)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -135,7 +138,44 @@ def half_errors(name: str) -> tuple[float, float]:
     return ours, theirs
 
 
+def test_a_rank_without_labels_joins_a_loss_without_logits_in_bf16(pool: Callable[[int], Ranks]) -> None:
+    for found, expected in pool(2).run(half_without_labels):
+        assert found == pytest.approx(expected, rel=1e-2)
+
+
+def half_without_labels() -> tuple[float, float]:
+    mesh, losses = mesh_of(2, 1), []
+    whole = batches("a rank without labels", False)
+    for return_logits in (False, True):
+        model = parallelize(model_of("llama").bfloat16(), mesh, return_logits=return_logits)
+        loss = model(**shard(whole, mesh)).loss
+        loss.backward()
+        losses.append(loss.item())
+    return losses[0], losses[1]
+
+
 # ---- ZeRO
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_after_a_failed_backward_a_sharded_model_is_refused(zero: int, pool: Callable[[int], Ranks]) -> None:
+    for text in pool(2).run(fails_once, zero):
+        assert "an earlier backward of this model failed" in text
+
+
+def fails_once(zero: int) -> str:
+    mesh, ids = mesh_of(2, 1), batches("odd length", False)["input_ids"]
+    model = parallelize(Decoder(SHAPE), mesh, zero=zero)
+    for _ in range(2):
+        output = model(**shard({"input_ids": ids, "labels": ids}, mesh))
+        output.loss.backward()
+    output = model(**shard({"input_ids": ids, "labels": ids}, mesh))
+    output.hidden.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        output.loss.backward()
+    with pytest.raises(ModelError) as error:
+        model(**shard({"input_ids": ids, "labels": ids}, mesh))
+    return str(error.value)
 
 
 def test_blocks_compute_in_the_dtype_they_are_given_and_keep_fp32_gradients(pool: Callable[[int], Ranks]) -> None:
@@ -274,6 +314,13 @@ def unknown_tokens() -> list[str]:
         ({"zero": 3, "shard_ranks": 3}, "shard_ranks=3 does not divide the 1 ranks; use 1"),
         ({"tile_tokens": 0}, "tiles of 0 tokens"),
         ({"head_chunks": 9}, "9"),
+        ({"head_chunks": 0}, "head_chunks=0 does not cut"),
+        ({"memory_budget_gib": 2.0}, 'memory_budget_gib= is for memory="auto"'),
+        ({"tokens": 99}, 'tokens= is for memory="auto"'),
+        ({"memory": "auto", "memory_budget_gib": 2.0, "tokens": 99, "zero": 3}, 'chooses zero, which was given as 3'),
+        ({"memory": "auto", "memory_budget_gib": 2.0, "tokens": 99, "tile_tokens": 8}, "chooses tile_tokens"),
+        ({"memory": "auto", "memory_budget_gib": -1.0, "tokens": 99}, "more than 0"),
+        ({"memory": "auto", "memory_budget_gib": 2.0, "tokens": 0}, "at least 1"),
     ],
 )
 def test_a_tool_that_cannot_be_is_refused_and_nothing_is_changed(asked: dict[str, Any], text: str) -> None:

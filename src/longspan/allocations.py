@@ -86,7 +86,7 @@ class Timeline:
 
     def _samples(self, most: int = 4_000) -> Iterator[tuple[int, dict[str, int]]]:
         """At most so many moments: of each run of changes the fullest."""
-        every = max(1, len(self.changes) // most)
+        every = max(1, -(-len(self.changes) // most))
         now = dict(self.before)
         for first in range(0, len(self.changes), every):
             fullest, at = -1, 0

@@ -7,12 +7,14 @@
 """
 
 import inspect
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from longspan.errors import ModelError
 from longspan.footprint import Footprint, Sizes, footprint
+from longspan.memory import Tools
 
 TILE_TOKENS = 4_096
 """Of a tile, where nobody says how many: large enough to keep matrix products fast."""
@@ -31,10 +33,43 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(model: nn.Module, *, tokens: int | None, ranks: int, budget_gib: float | None, itemsize: int) -> Choice:
-    """The tools of ``memory="auto"``. Raises ModelError where budget or length is missing, or a size in the config."""
-    if budget_gib is None or tokens is None:
-        raise ModelError('memory="auto" needs memory_budget_gib= (of a rank) and tokens= (of the longest row)')
+def refuse_half_asked(
+    memory: str | None, budget_gib: float | None, tokens: int | None, zero: int, tools: Tools
+) -> dict[str, str]:
+    """Raise ModelError for a budget that nobody keeps, and for a tool beside the choice of all tools; returns who chooses."""
+    if memory not in (None, "auto"):
+        raise ModelError(f'memory={memory!r} is unknown; use memory="auto", or leave it out and name the tools')
+    if memory is None:
+        for name, value in {"memory_budget_gib": budget_gib, "tokens": tokens}.items():
+            if value is not None:
+                raise ModelError(f'{name}= is for memory="auto", which chooses the tools; give that too, or leave both out')
+    else:
+        default = {"zero": 0} | vars(Tools())
+        for name, value in ({"zero": zero} | vars(replace(tools, put_away=False))).items():
+            if value != default[name]:
+                raise ModelError(f'memory="auto" chooses {name}, which was given as {value!r}; leave one of the two out')
+    return {"memory": str(memory)}
+
+
+def choose(
+    model: nn.Module,
+    *,
+    tokens: int | None,
+    ranks: int,
+    budget_gib: float | None,
+    itemsize: int,
+    sharded: bool = False,
+    shares: int | None = None,
+) -> Choice:
+    """The tools of ``memory="auto"``. Raises ModelError where budget or length is missing, or a size in the config.
+
+    ``sharded``: what else was asked wants zero=2 or zero=3; ``shares`` as in ``footprint``.
+    """
+    if budget_gib is None or tokens is None or budget_gib <= 0 or tokens < 1:
+        raise ModelError(
+            f'memory="auto" needs memory_budget_gib= (of a rank, more than 0) and tokens= (of the longest row, at least 1), '
+            f"not {budget_gib} and {tokens}"
+        )
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f'memory="auto" knows models of one row of tokens, and {type(model).__name__} has two; name the tools')
@@ -47,21 +82,36 @@ def choose(model: nn.Module, *, tokens: int | None, ranks: int, budget_gib: floa
         budget=int(budget_gib * 2**30),
         whole_logits=not ours and "labels" in inspect.signature(model.forward).parameters,
         itemsize=itemsize,
+        sharded=sharded,
+        shares=shares,
     )
 
 
 def cheapest(
-    sizes: Sizes, *, parameters: int, tokens: int, ranks: int, budget: int, whole_logits: bool = False, itemsize: int = 4
+    sizes: Sizes,
+    *,
+    parameters: int,
+    tokens: int,
+    ranks: int,
+    budget: int,
+    whole_logits: bool = False,
+    itemsize: int = 4,
+    sharded: bool = False,
+    shares: int | None = None,
 ) -> Choice:
     """The first of the sets of tools whose step fits into ``budget`` bytes a rank; the smallest where none does."""
     tiles = {"tile_tokens": TILE_TOKENS} | ({"return_logits": False} if whole_logits else {})
     kept = tiles | {"recompute": "keep attention"}
     tried: list[dict[str, Any]] = [{}, tiles, {"zero": 2} | tiles, kept, {"zero": 2} | kept, {"zero": 3} | kept]
+    if sharded:
+        tried = [{"zero": 2}, *(tools for tools in tried if "zero" in tools)]
     if sizes.heads % 2 == sizes.kv_heads % 2 == 0 and sizes.heads // 2 >= ranks:
         tried.append({"zero": 3, "head_chunks": 2} | kept)
     choices = []
     for tools in tried:
         given = {name: value for name, value in tools.items() if name != "return_logits"}
+        if "zero" in tools:
+            given["shares"] = shares
         logits = ("tiles" if "return_logits" in tools else "whole") if whole_logits else "blocks"
         needs = footprint(sizes, parameters=parameters, tokens=tokens, ranks=ranks, logits=logits, itemsize=itemsize, **given)
         said = ", ".join(f"{name}={value!r}" for name, value in tools.items()) or "no tool"

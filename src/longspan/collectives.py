@@ -18,6 +18,7 @@ import torch.distributed._functional_collectives as functional
 from jaxtyping import Num, Shaped
 from torch import Tensor
 
+from longspan.footprint import SCRATCH_BYTES
 from longspan.layout import Traffic
 
 
@@ -65,7 +66,8 @@ class Scratch:
     """Memory that an exchange packs into and no longer needs once it is done: kept for the next one.
 
     On a CPU touching fresh pages costs more than the copy into them (four times at 256 MiB); a GPU's caching allocator
-    would keep the block all the same. It holds as much as the largest exchange sends.
+    would keep the block all the same. It holds as much as the largest exchange sends, and no more than ``SCRATCH_BYTES``:
+    what is larger would lie idle in the way of the kernels, whose work on so many tokens hides what pages cost.
     """
 
     def __init__(self) -> None:
@@ -79,7 +81,8 @@ class Scratch:
         if buffer is None or buffer.numel() < needed:
             buffer = torch.empty(needed, dtype=torch.uint8, device=like.device)
         yield buffer[:needed].view(like.dtype)
-        self._free[like.device] = buffer
+        if buffer.numel() <= SCRATCH_BYTES:
+            self._free[like.device] = buffer
 
 
 class _Receiving:

@@ -130,7 +130,7 @@ class Train(Layout):
     run: str = ""
     """Name of the run's folder. Default: the next free of train-001, train-002, ..."""
     memory_report: bool = False
-    """Write where the memory of rank 0 went in the second step: memory.html in the run's folder, and a table."""
+    """Write where the memory of rank 0 went in the second step of this start: memory.html in the run's folder, and a table."""
     runs_folder: str = "runs"
     """Where the folders of runs are."""
     resume: str | None = None

@@ -14,6 +14,8 @@ LOSS_TOKENS, LOSS_WORDS = 1024, 4096
 """Of the logits that the loss forms at a time, in fp32 16 MiB: enough for the matrix products, few enough for the cache."""
 HEAD_TILE_BYTES = 64 * 2**20
 """Of the fp32 logits that a Hugging Face model's own head forms at a time (``return_logits=False``)."""
+SCRATCH_BYTES = 256 * 2**20
+"""The largest memory that an exchange packs into and leaves for the next one."""
 WIDE = 4
 """Bytes of what is summed: gradients, optimizer states, partial results of kernels, logits."""
 
@@ -53,6 +55,7 @@ def footprint(
     tokens: int,
     ranks: int = 1,
     zero: int = 0,
+    shares: int | None = None,
     recompute: str = "none",
     tile_tokens: int | None = None,
     head_chunks: int = 1,
@@ -62,12 +65,14 @@ def footprint(
     """Of a step of AdamW on one row of ``tokens`` over ``ranks`` ulysses ranks, activations of ``itemsize`` bytes.
 
     Where heads divide evenly, causal, from the second step on; how near it comes is in docs/memory.md.
+    With ``zero`` each rank keeps one of as many ``shares`` (default: one a rank).
     ``logits`` are formed in "blocks" (the decoder), all at once ("whole", as Transformers' models do), or, with
     ``return_logits=False``, by such a model's own head in "tiles".
     """
     n = -(-tokens // ranks)
     hidden, query, key, ffn = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
-    share = ranks if zero else 1
+    zero = 2 if zero == 1 else zero  # which are the same
+    share = shares or (ranks if zero else 1)
     tiled = tile_tokens is not None
     block_parameters = (parameters - sizes.vocab * hidden) // sizes.layers if sizes.layers else 0
     outside = sizes.vocab * hidden * WIDE
@@ -122,4 +127,5 @@ def _attending(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, it
     there = (2 + (chunks > 1)) * hidden + 2 * query + 2 * key
     homes = query * itemsize + 2 * key * (WIDE if mine_kv > key else itemsize)
     brought = (3 * mine + 2 * mine_kv) * itemsize
-    return n * (there * itemsize + homes + 2 * brought + partial + flash)  # what is sent lies in the scratch
+    scratch = n * brought if n * brought <= SCRATCH_BYTES else 0
+    return n * (there * itemsize + homes + brought + partial + flash) + scratch

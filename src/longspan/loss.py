@@ -45,8 +45,17 @@ def cross_entropy(
     token labelled -100 is not learned from; where no rank has a label the loss is 0 with zero gradients.
 
     ``labelled`` is what the sum is divided by: ``Step.labelled``, so that over the micro-batches of an accumulated step the
-    losses add up to the mean of all. Without it the labels of this call are counted, by one more all-reduce.
+    losses add up to the mean of all. Without it the labels of this call are counted, by one more all-reduce. Raises BatchError
+    on every rank of ``mesh`` where one has a label that ``logits`` do not know.
     """
+    _refuse_unknown_words(labels[labels != IGNORE], logits.shape[-1], IGNORE, mesh)
+    return mean_cross_entropy(logits, labels, mesh, labelled)
+
+
+def mean_cross_entropy(
+    logits: Float[Tensor, "*tokens vocab"], labels: Int[Tensor, "*tokens"], mesh: ParallelMesh | None, labelled: int | None
+) -> Float[Tensor, ""]:
+    """``cross_entropy`` of labels that the step's agreement has found to be known."""
     rows = logits.reshape(-1, logits.shape[-1])
     exact = rows if rows.dtype == torch.float64 else rows.float()
     total = F.cross_entropy(exact, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")

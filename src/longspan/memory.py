@@ -128,7 +128,8 @@ def _forward_put_away(block: nn.Module, forward: Callable[..., Any], *args: Any,
     gone: dict[object, tuple[Tensor, _Away]] = {}  # with the tensor itself, whose address then means no other
 
     def pack(x: Tensor) -> Tensor | _Away:
-        if x.numel() * x.element_size() < AWAY_BYTES or x.untyped_storage().data_ptr() in stay:
+        size = min(x.numel() * x.element_size(), x.untyped_storage().nbytes())  # an expanded tensor has less than it shows
+        if size < AWAY_BYTES or x.untyped_storage().data_ptr() in stay:
             return x
         same = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)  # saved for q, k and v, it is copied once
         if same not in gone:

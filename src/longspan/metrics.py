@@ -239,8 +239,8 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def memory_table(timeline: Timeline) -> str:
-    """What was there when most was there, a line a category."""
+def memory_table(timeline: Timeline, step: int) -> str:
+    """What was there when most was there in this step, a line a category."""
     peak, total = timeline.at_peak(), timeline.peak()
     lines = [f"  {name:<14}{size / 2**20:10,.1f} MiB {size / total:7.1%}" for name, size in peak.items()]
-    return "\n".join([f"Memory of rank 0 at the peak of the second step: {total / 2**20:,.1f} MiB", *lines])
+    return "\n".join([f"Memory of rank 0 at the peak of step {step}: {total / 2**20:,.1f} MiB", *lines])

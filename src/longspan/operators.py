@@ -81,7 +81,8 @@ def attention(
     q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], core: Core
 ) -> tuple[Tensor, Tensor]:
     """(out [rows, my heads, v_dim] of q's dtype, lse [my heads, rows]) of my heads, sinks included."""
-    return _forward(q_RGD, k_RGD, v_RGD, sinks, parameters, core)
+    out_RGD, lse = _forward(q_RGD, k_RGD, v_RGD, sinks, parameters, core)
+    return out_RGD.contiguous(), lse.contiguous()  # as the fake promises inductor; flash lays lse the other way round
 
 
 @torch.library.custom_op("longspan::attention_backward", mutates_args=())

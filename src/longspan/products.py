@@ -3,7 +3,8 @@
     x [rows, in] bf16    a block of rows --> fp32, times the weight in fp32, rounded once --> y [rows, out] bf16
 
 A CPU without AVX-512 multiplies halves at a tenth to a fiftieth of the speed of fp32 in PyTorch 2.13, which knows of some only
-(``torch.backends.mkldnn``). A product in fp32 is never less exact; a block of it at a time takes no memory to speak of.
+(``torch.backends.mkldnn``). A product in fp32 is never less exact; a block of rows at a time, it takes the memory of the weight
+in fp32.
 
 R rows   I in   O out
 """
@@ -38,8 +39,18 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def linear(x: Float[Tensor, "*rows in_"], weight: Float[Tensor, "out in_"]) -> Float[Tensor, "*rows out"]:
-    """``F.linear(x, weight)``, its gradients included: in fp32, rounded once, where the CPU has no products of both's dtype."""
-    if x.dtype != weight.dtype or product_dtype(x.dtype, x.device) == x.dtype or torch.is_autocast_enabled(x.device.type):
+    """``F.linear(x, weight)``, its gradients included: in fp32, rounded once, where the CPU has no products of both's dtype.
+
+    Under autocast both are rounded to its dtype first, as ``F.linear`` does.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        if product_dtype(dtype, x.device) == dtype:
+            return F.linear(x, weight)
+        with torch.autocast(kind, enabled=False):
+            return linear(x.to(dtype), weight.to(dtype))
+    if x.dtype != weight.dtype or product_dtype(x.dtype, x.device) == x.dtype:
         return F.linear(x, weight)
     y: Tensor = _Widened.apply(x, weight)  # type: ignore[no-untyped-call]
     return y

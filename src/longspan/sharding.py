@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from longspan.attention import attend, refuse_kernel
-from longspan.budget import Choice, choose
+from longspan.budget import Choice, choose, refuse_half_asked
 from longspan.errors import LongspanError, ModelError
 from longspan.gradients import MeanGradients
 from longspan.kernels import Kernel
@@ -77,8 +77,10 @@ def parallelize(
     What a step needs beside them: ``recompute`` "full" or "keep attention" (see ``memory``), ``tile_tokens`` for each tile of
     feed-forwards and norms, ``head_chunks`` shares of the heads to attend one after the other, ``offload_activations`` for
     what all blocks but the last keep, and ``return_logits=False`` for a loss of a Hugging Face model that never forms all
-    logits. No tool changes a number. ``memory="auto"`` chooses ``zero`` and these, whatever was given, so that a step on a row
-    of ``tokens`` needs at most ``memory_budget_gib`` a rank by the closed form of ``footprint``; a line of the log says why.
+    logits. No tool changes a number.
+
+    ``memory="auto"`` chooses ``zero`` and these but the offload, so that a step on a row of ``tokens`` needs at most
+    ``memory_budget_gib`` a rank by the closed form of ``footprint``; a line of the log says why.
 
     ``kernel`` is what attention computes with, as ``attend(kernel=)`` takes it: one of longspan's own by name, a Kernel, or a
     function. A Hugging Face model can have one of Transformers' registry, on the whole sequence for this rank's heads:
@@ -89,13 +91,14 @@ def parallelize(
     is parallel already, or whose parameters differ between the ranks; an optimizer that was built before; a tool that it
     cannot be given).
     """
+    tools = Tools(recompute, tile_tokens, head_chunks, offload_activations, return_logits)
+    _agree(mesh, lambda: refuse_half_asked(memory, memory_budget_gib, tokens, zero, tools))
     if memory is not None:
-        chosen = _choose(model, mesh, tokens, memory_budget_gib, dtype)
+        chosen = _choose(model, mesh, tokens, memory_budget_gib, Shares(0, dtype, offload_parameters, shard_ranks))
         return parallelize(
             model, mesh, kernel=kernel, dtype=dtype, offload_activations=offload_activations,
             offload_parameters=offload_parameters, shard_ranks=shard_ranks, **chosen,
         )  # fmt: skip
-    tools = Tools(recompute, tile_tokens, head_chunks, offload_activations, return_logits)
     shares = Shares(zero, dtype, offload_parameters, shard_ranks)
     offer = _offer(model, kernel)
     unread = _unread(model)
@@ -114,14 +117,18 @@ def parallelize(
 
 
 def _choose(
-    model: nn.Module, mesh: ParallelMesh, tokens: int | None, budget_gib: float | None, dtype: torch.dtype | None
+    model: nn.Module, mesh: ParallelMesh, tokens: int | None, budget_gib: float | None, asked: Shares
 ) -> dict[str, Any]:
     """The tools of ``memory="auto"``, on every rank the same or none; the first rank says why."""
     chosen: list[Choice] = []
-    ranks, itemsize = mesh.place.ring * mesh.place.ulysses, (dtype or next(model.parameters()).dtype).itemsize
+    ranks, itemsize = mesh.place.ring * mesh.place.ulysses, (asked.dtype or next(model.parameters()).dtype).itemsize
 
     def look() -> dict[str, str]:
-        chosen.append(choose(model, tokens=tokens, ranks=ranks, budget_gib=budget_gib, itemsize=itemsize))
+        found = choose(
+            model, tokens=tokens, ranks=ranks, budget_gib=budget_gib, itemsize=itemsize, sharded=asked != Shares(0),
+            shares=asked.ranks,
+        )  # fmt: skip
+        chosen.append(found)
         return {'memory="auto"': chosen[0].why}
 
     _agree(mesh, look)
@@ -199,7 +206,7 @@ class _Parallel:
 
 
 def _equip(offer: Offer, tools: Tools) -> list[tuple[nn.Module, Any]]:
-    """Give blocks and feed-forwards their tools; returns each with the forward that hung on it before."""
+    """Give blocks and feed-forwards their tools; returns each that has one with the forward that hung on it before."""
     blocks = offer.blocks()
     before = [(module, vars(module).get("forward")) for module in (*offer.token_wise(), *blocks)]
     if tools.tile_tokens is not None:
@@ -210,7 +217,7 @@ def _equip(offer: Offer, tools: Tools) -> list[tuple[nn.Module, Any]]:
     if tools.put_away:
         for block in blocks[:-1]:  # the last block's backward comes first
             put_away(block)
-    return before
+    return [(module, forward) for module, forward in before if vars(module).get("forward") is not forward]
 
 
 class _Given:
@@ -235,7 +242,7 @@ class _Given:
             )
         refuse_kernel(self.kernel, mesh.place)
         Heads(self.model.config.heads, self.model.config.kv_heads, mesh.place.ulysses)
-        if tools.head_chunks > 1:
+        if tools.head_chunks != 1:
             if not hasattr(self.model, "chunk_heads"):
                 raise ModelError(f"{type(self.model).__name__} has no chunk_heads(count); leave out head_chunks")
             chunk_rows(self.model.config, tools.head_chunks)

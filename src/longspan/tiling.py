@@ -33,8 +33,8 @@ def tiled(module: Module, tokens: int) -> Module:
     a feed-forward. Its forward is computed again in the backward, and the gradients of its parameters are summed over tiles in
     fp32. Ranks may have unequally many tiles.
 
-    Raises ModelError for a mixture of experts, whose router would be recorded a tile at a time; at a call, for a module that
-    takes or gives something else.
+    The module may not change its input in place. Raises ModelError for a mixture of experts, whose router would be recorded a
+    tile at a time; at a call, for a module that takes or gives something else.
     """
     refuse_to_tile(module, tokens)
     vars(module)["forward"] = partial(_forward, module, tokens)
@@ -48,7 +48,7 @@ def refuse_to_tile(module: nn.Module, tokens: int) -> None:
     if "forward" in vars(module):
         raise ModelError(
             f"{type(module).__name__} has a forward of its own hung on it (by another library, or tiled before), which tiles "
-            f"would pass by; tile it first"
+            f"would pass by; undo it first (untiled(module), where it is tiled), or tile before that library"
         )
     if routes_to_experts(module):
         raise ModelError(
@@ -73,17 +73,18 @@ def tile_by_tile(run: Run, x: Tensor, tokens: int, parameters: Sequence[Tensor])
 
     Differentiable in ``x`` and ``parameters``; ``run`` is called without a graph, then once more for each tile in the backward.
     """
-    return _in_tiles(run, x, tokens, None, parameters)
-
-
-def _in_tiles(run: Run, x: Tensor, tokens: int, lead: torch.Size | None, parameters: Sequence[Tensor]) -> Tensor:
-    """With ``lead`` the shape of the results before their last dimension, which is (rows,) without."""
-    kept = _Kept.apply(x, *parameters)  # type: ignore[no-untyped-call]
-    out: Tensor = _Tiles.apply(run, tokens, lead, kept.grad_fn, kept, *parameters)  # type: ignore[no-untyped-call]
+    out: Tensor = _in_tiles(run, x, tokens, None, parameters)
     return out
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
+def _in_tiles(run: Run, x: Tensor, tokens: int, lead: torch.Size | None, parameters: Sequence[Tensor]) -> Tensor:
+    """With ``lead`` the shape of the results before their last dimension, which is (rows,) without."""
+    kept, mark = _Kept.apply(x, *parameters)  # type: ignore[no-untyped-call]
+    out: Tensor = _Tiles.apply(run, tokens, lead, mark.grad_fn, kept, *parameters)  # type: ignore[no-untyped-call]
+    return out
+
+
 def _forward(module: nn.Module, tokens: int, x: Tensor, *more: Any, **named: Any) -> Tensor:
     if more or named or not isinstance(x, Tensor) or x.ndim < 2:
         raise ModelError(f"{type(module).__name__} is tiled: it takes one tensor [..., tokens, dim]; use untiled(module)")
@@ -98,7 +99,8 @@ def _forward(module: nn.Module, tokens: int, x: Tensor, *more: Any, **named: Any
 
     if not x.numel():
         return own(x)  # type: ignore[no-any-return]
-    return _in_tiles(run, x, tokens, x.shape[:-1], list(held.values()))
+    out: Tensor = _in_tiles(run, x, tokens, x.shape[:-1], list(held.values()))
+    return out
 
 
 class _Own(nn.Module):
@@ -116,15 +118,17 @@ class _Kept(torch.autograd.Function):
     """Keeps what the tiles' backward begins with, before the tiles are computed.
 
     A checkpoint ends its recomputation with the last tensor that was kept: kept behind them, they were computed for nothing.
+    Gives x, and an empty tensor that has this node of the graph where x, of integers, has none.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, *parameters)
-        return x.view_as(x)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), torch.empty(0)
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dx: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         return dx, *(None for _ in ctx.needs_input_grad[1:])
 
 

@@ -14,6 +14,7 @@ import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,7 +76,17 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
         fully_shard(module, mesh=where, reshard_after_forward=again, mp_policy=policy, offload_policy=offload)
     assert isinstance(model, FSDPModule)
     model.set_reduce_scatter_unused_params(True)
+    model.register_forward_pre_hook(_refuse_after_a_failed_backward)
     model.register_forward_hook(_let_go_without_a_backward)
+
+
+def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
+    """FSDP2 ends a backward by a callback. One that an exception kept from it is never ended, nor any after it."""
+    if model._get_fsdp_state()._state_ctx.post_backward_final_callback_queued:
+        raise ModelError(
+            "an earlier backward of this model failed: FSDP2 would no longer form the mean of the gradients, and an optimizer "
+            "would train nothing; build the model anew and load a checkpoint, or use zero=0"
+        )
 
 
 def _let_go_without_a_backward(model: nn.Module, *_: object) -> None:

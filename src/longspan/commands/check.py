@@ -28,7 +28,7 @@ from longspan.batch import IGNORE, Part, shard
 from longspan.collectives import CountingTransport, TorchTransport
 from longspan.config import Check
 from longspan.gradients import norm
-from longspan.layout import Heads, Traffic, attention_traffic, consecutive, ring_traffic, split
+from longspan.layout import Heads, Traffic, attention_traffic, consecutive, kept_attention_traffic, ring_traffic, split
 from longspan.loss import cross_entropy
 from longspan.masks import Causal
 from longspan.mesh import ParallelMesh
@@ -218,19 +218,25 @@ def _decoder_traffic(
     config: Check, shape: DecoderConfig, mesh: ParallelMesh, found: tuple[Traffic, Traffic], itemsize: int
 ) -> list[Line]:
     place, layout = mesh.place, mesh.place.layout(config.tokens)
-    heads, rows = Heads(shape.heads, shape.kv_heads, place.ulysses), split(config.rows, place.data)[place.data_rank]
-    sizes, dim = layout.sizes(place.ring_rank), shape.head_dim
-    exchanged = attention_traffic(
-        heads, sizes, sizes, place.ulysses_rank, rows=rows, qk_dim=dim, v_dim=dim, itemsize=itemsize
-    )
+    sizes, dim, rows = layout.sizes(place.ring_rank), shape.head_dim, split(config.rows, place.data)[place.data_rank]
+    chunked = Heads(shape.heads, shape.kv_heads, config.head_chunks)
+    once = config.recompute == "keep attention" or config.head_chunks > 1
+    exchange = kept_attention_traffic if once else attention_traffic
     held = [layout.batch_runs(rank, rows) for rank in range(place.ring)]
     bands = masks.rows(Causal(), rows, config.tokens, config.tokens)
     hops = plan_hops(bands, held, held, place.ring_rank)[1:]
     leaving, arriving = ([sum(map(len, getattr(hop, keys))) for hop in hops] for keys in ("leaving", "arriving"))
-    width = 2 * dim * len(heads.kv_of(place.ulysses_rank))
-    passed = ring_traffic(leaving, arriving, width, itemsize=itemsize, grad_itemsize=max(itemsize, 4))
+    forward = backward = Traffic()
+    for chunk in range(config.head_chunks):
+        heads = Heads(len(chunked.query_of(chunk)), len(chunked.kv_of(chunk)), place.ulysses)
+        exchanged = exchange(heads, sizes, sizes, place.ulysses_rank, rows=rows, qk_dim=dim, v_dim=dim, itemsize=itemsize)
+        width = 2 * dim * len(heads.kv_of(place.ulysses_rank))
+        passed = ring_traffic(leaving, arriving, width, itemsize=itemsize, grad_itemsize=max(itemsize, 4))
+        forward, backward = forward + exchanged[0] + passed[0], backward + exchanged[1] + passed[1]
+    if config.recompute == "full":
+        backward = forward + backward  # attention is computed again
     lines = []
-    for way, counted, formula in zip(("forward", "backward"), found, (exchanged[0] + passed[0], exchanged[1] + passed[1])):
+    for way, counted, formula in zip(("forward", "backward"), found, (forward, backward)):
         for what in ("collectives", "bytes"):
             a_layer, law = getattr(counted, what) / shape.layers, getattr(formula, what)
             lines.append(Line(f"{what} a layer, {way}", f"{a_layer:,.10g}", f"{law:,}", abs(a_layer - law), 0.0))

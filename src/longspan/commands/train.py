@@ -110,7 +110,7 @@ def work(config: Train) -> int:
                 checkpoint.save(run, step, model, optimizer, facts, mesh, config.keep_checkpoints)
             if step == reported:
                 journal.write_memory(watched.timeline)
-                display.say(memory_table(watched.timeline))
+                display.say(memory_table(watched.timeline, step))
     journal.close()
     agree_on_error(journal.fault, mesh)
     exported = recipe.export(model, run / "export", config.tokenizer, mesh)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longspan.batch import IGNORE
 from longspan.errors import ModelError
-from longspan.loss import cross_entropy
+from longspan.loss import mean_cross_entropy
 from longspan.mesh import ParallelMesh
 from longspan.models.proof import Probe, ask, proving, rows, special
 from longspan.step import Step
@@ -105,7 +105,7 @@ def loss_over_ranks(
     """``model.loss_function`` over the mesh: the mean over the labelled tokens of all ranks."""
     _refuse_labels_of_another_kind(in_place, shift_labels)
     targets = labels if shift_labels is None else shift_labels
-    return cross_entropy(logits, targets, mesh=mesh, labelled=longspan.labelled)
+    return mean_cross_entropy(logits, targets, mesh, longspan.labelled)
 
 
 def forward_with_loss(
@@ -116,7 +116,7 @@ def forward_with_loss(
     output = type(model).forward(model, *args, **given | {"return_dict": True})
     if labels is not None:
         _refuse_labels_of_another_kind(True, shift_labels)
-        loss = cross_entropy(output.logits, labels, mesh=mesh, labelled=given["longspan"].labelled)
+        loss = mean_cross_entropy(output.logits, labels, mesh, given["longspan"].labelled)
         output = type(output)(**{"loss": loss} | {name: value for name, value in output.items() if name != "loss"})
     return output.to_tuple() if (model.config.return_dict if asked is None else asked) is False else output
 

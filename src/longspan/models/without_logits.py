@@ -28,12 +28,14 @@ from longspan.tiling import tile_by_tile
 LEARNED = ("labels", "shift_labels")
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args: Any, **given: Any) -> Any:
     """``model.forward`` in place of its own: with labels, its output has the loss and no logits."""
     targets = given.get("labels" if in_place else "shift_labels")
     cut_for_another_kind = in_place is (given.get("shift_labels") is not None)
     if given.get("labels") is None or targets is None or cut_for_another_kind:
         return type(model).forward(model, *args, **given)  # whose loss refuses labels that were cut for another kind
+    asked = given.get("return_dict")
     base, given = model.base_model, given | {"return_dict": True}
     output = base(*args, **{name: value for name, value in given.items() if name not in LEARNED})
     total, wanted = _sum_of_tiles(model, output, targets, given["longspan"])
@@ -41,7 +43,8 @@ def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args
     output.last_hidden_state = output.last_hidden_state[:, :0]
     with _giving(base, output), losing(model, lambda *_, **__: loss):
         whole = type(model).forward(model, *args, **given)
-    return type(whole)(**{name: value for name, value in whole.items() if name != "logits"})
+    output = type(whole)(**{name: value for name, value in whole.items() if name != "logits"})
+    return output.to_tuple() if (model.config.return_dict if asked is None else asked) is False else output
 
 
 def refuse_without_logits(model: Any, called: nn.Module, loss_type: str | None) -> None:
@@ -72,7 +75,8 @@ def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any) -> tuple[
     hidden_BSM, wanted = output.last_hidden_state, targets != IGNORE
     hidden_RM, targets = hidden_BSM[wanted], targets[wanted]
     if not len(targets):
-        return hidden_BSM.sum() * 0, wanted  # which also keeps the graph of what the other ranks wait for
+        nothing = hidden_BSM[:, :0].sum()  # which also keeps the graph of what the other ranks wait for
+        return nothing.to(torch.promote_types(nothing.dtype, torch.float32)), wanted
     base = model.base_model
     inside = tuple(f"{name}." for name, module in model.named_modules() if module is base)
     every = model.named_parameters(remove_duplicate=False)  # a tied head has two names
