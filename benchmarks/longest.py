@@ -3,7 +3,7 @@
     python benchmarks/longest.py --help
     python benchmarks/longest.py --vocab 128256 --dtypes fp32 bf16
     python benchmarks/longest.py --vocab 32000 --dtypes fp32 bf16
-    python benchmarks/longest.py --vocab 128256 --dtypes fp32 --ablate
+    python benchmarks/longest.py --vocab 32000 --dtypes fp32 --cap 0.8 --ablate
 
 A decoder shaped like Llama (4 layers, hidden 256, 4 heads x 64, ffn 768, untied) makes real steps of AdamW, causal. The
 baseline is one rank with PyTorch's fused attention, checkpointed blocks, and whole logits whose loss is compiled (which keeps
@@ -75,11 +75,11 @@ def _ablations() -> dict[str, dict[str, Any]]:
 
 
 def _print_row(what: str, case: dict[str, Any], arguments: argparse.Namespace, baseline: int | None) -> int:
-    enough = 10**9 if baseline is None else int(arguments.enough * baseline) // STEP * STEP
+    enough = int(arguments.enough * baseline) // STEP * STEP if baseline else 10**9
     tokens, gib = _search(case, arguments.cap, enough)
-    times = 1.0 if baseline is None else tokens / baseline
+    times = f"{tokens / baseline:.1f}" if baseline else ""  # nor where the baseline fits no length
     more = " and more" if tokens == enough else ""
-    print(f"| {case['dtype']} | {what} | {tokens:,}{more} | {times:.1f} | {gib:.2f} |", flush=True)
+    print(f"| {case['dtype']} | {what} | {tokens:,}{more} | {times} | {gib:.2f} |", flush=True)
     return tokens
 
 

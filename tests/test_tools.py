@@ -37,6 +37,7 @@ TOOLS: dict[str, dict[str, Any]] = {
     "all, zero 3": ALL | {"zero": 3},
 }
 MODELS = {"decoder": {}, "llama": {}, "qwen3_moe": {"decoder_sparse_step": 2}, "gemma2": {}}
+LONG = ("qwen3_moe", "gemma2")
 SHAPE = DecoderConfig(vocab=97, layers=3, hidden=32, heads=4, kv_heads=2, head_dim=8, ffn=48)
 TOLERANCE = {"decoder": 1e-10, "llama": 1e-10, "qwen3_moe": 1e-5, "gemma2": 1e-5}
 
@@ -115,7 +116,7 @@ def balanced() -> None:
     assert_gradients(model, reference, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["decoder", "llama", pytest.param("gemma2", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["decoder", "llama", *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
 def test_in_bf16_the_error_is_near_that_of_one_device(name: str, pool: Callable[[int], Ranks]) -> None:
     """Tiles sum their gradients in fp32; the bound with tiles is 1.5."""
     for ours, theirs in pool(2).run(half_errors, name):

@@ -154,7 +154,7 @@ def test_a_run_leaves_what_it_says(text: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step-000004", "step-000005"]
     parts = ["checkpoints", "config", "events", "memory", "metrics"]
     assert [path.name.split(".")[0] for path in sorted(folder.iterdir())] == parts
-    assert re.search(r"Memory of rank 0 at the peak of the second step: [\d.]+ MiB\n  parameters +[\d.]+ MiB", said)
+    assert re.search(r"Memory of rank 0 at the peak of step 2: [\d.]+ MiB\n  parameters +[\d.]+ MiB", said)
     for name in ("loss, last 5 steps", "loss, held-out text", "byte frequencies alone"):
         assert re.search(rf"{name} +\d\.\d{{4}} nats a token +\d\.\d{{4}} bits a byte", said)
     assert f"evaluate train-002 --ranks 2 --runs-folder {tmp_path}" in said
