@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from longspan import BatchError, LongspanError, ModelError, ParallelMesh, memory, parallelize, shard, unparallelize
 from longspan import loss as losses
@@ -156,6 +157,20 @@ def half_without_labels() -> tuple[float, float]:
 
 
 # ---- ZeRO
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_checkpoint_around_the_whole_model_is_no_failed_backward(zero: int, pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(checkpointed_whole, zero)
+
+
+def checkpointed_whole(zero: int) -> None:
+    mesh, reference, whole = mesh_of(2, 1), model_of("decoder"), batches("odd length", False)
+    model = parallelize(deepcopy(reference), mesh, zero=zero)
+    alone(reference, "decoder", whole).backward()
+    part = shard(whole, mesh)
+    checkpoint(lambda: model(**part).loss, use_reentrant=False).backward()
+    assert_gradients(model, reference, 1e-10)
 
 
 @pytest.mark.parametrize("zero", [2, 3])

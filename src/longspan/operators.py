@@ -265,10 +265,10 @@ def _backward(
 def _as_inputs(
     grads: Gradients, qkv: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The gradients that there are, each in the dtype of its input."""
+    """The gradients that there are, each in the dtype of its input, and lying as the fakes promise."""
     dq, dk, dv, dsinks, dparameters = grads
     present = [dq, dk, dv, *([] if dsinks is None else [dsinks]), *dparameters]
-    return [grad.to(x.dtype) for grad, x in zip(present, _inputs(qkv, sinks, parameters))]
+    return [grad.to(x.dtype).contiguous() for grad, x in zip(present, _inputs(qkv, sinks, parameters))]
 
 
 def _inputs(qkv: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Tensor]) -> list[Tensor]:

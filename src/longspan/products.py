@@ -44,7 +44,7 @@ def linear(x: Float[Tensor, "*rows in_"], weight: Float[Tensor, "out in_"]) -> F
     Under autocast both are rounded to its dtype first, as ``F.linear`` does.
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(kind)
         if product_dtype(dtype, x.device) == dtype:
             return F.linear(x, weight)
