@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 from ranks import Ranks
 
 install_import_hook("longspan", "beartype.beartype")
+settings.register_profile("no deadline", deadline=None)  # on two busy cores an example takes what it takes
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="module")
