@@ -141,19 +141,22 @@ def half_errors(name: str) -> tuple[float, float]:
 
 
 def test_a_rank_without_labels_joins_a_loss_without_logits_in_bf16(pool: Callable[[int], Ranks]) -> None:
-    for found, expected in pool(2).run(half_without_labels):
-        assert found == pytest.approx(expected, rel=1e-2)
+    for ours, theirs in pool(2).run(half_without_labels):
+        assert (ours / theirs) ** 0.5 <= 1.5
 
 
 def half_without_labels() -> tuple[float, float]:
-    mesh, losses = mesh_of(2, 1), []
-    whole = batches("a rank without labels", False)
-    for return_logits in (False, True):
-        model = parallelize(model_of("llama").bfloat16(), mesh, return_logits=return_logits)
-        loss = model(**shard(whole, mesh)).loss
-        loss.backward()
-        losses.append(loss.item())
-    return losses[0], losses[1]
+    """The squared errors of all gradients, without logits on two ranks and with logits on one device."""
+    mesh, exact, whole = mesh_of(2, 1), model_of("llama"), batches("a rank without labels", False)
+    expected = alone(exact, "llama", whole)
+    expected.backward()
+    half = deepcopy(exact).bfloat16()
+    model = parallelize(deepcopy(half), mesh, return_logits=False)
+    alone(half, "llama", whole).backward()
+    loss = model(**shard(whole, mesh)).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    return squared_error(model, exact), squared_error(half, exact)
 
 
 # ---- ZeRO
