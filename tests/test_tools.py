@@ -373,6 +373,17 @@ def test_an_optimizer_that_would_train_nothing_is_refused() -> None:
     assert not torch.equal(before, model.head.weight)
 
 
+def test_chunks_with_fewer_heads_than_ranks_are_refused_by_every_rank(pool: Callable[[int], Ranks]) -> None:
+    expected = "head_chunks=4 leaves 1 query heads to a chunk, and each of ulysses=2 ranks needs one; use head_chunks up to 2"
+    assert pool(2).run(too_many_chunks) == [expected] * 2
+
+
+def too_many_chunks() -> str:
+    with pytest.raises(ModelError) as error:
+        parallelize(Decoder(SHAPE), mesh_of(2, 1), head_chunks=4)
+    return str(error.value)
+
+
 def test_an_unknown_word_for_recomputation_is_refused() -> None:
     """By itself: in the tests ``parallelize`` checks the types of its arguments first."""
     with pytest.raises(ModelError, match="recompute='some' is unknown; legal are 'none', 'full', 'keep attention'"):

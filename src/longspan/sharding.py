@@ -246,6 +246,12 @@ class _Given:
             if not hasattr(self.model, "chunk_heads"):
                 raise ModelError(f"{type(self.model).__name__} has no chunk_heads(count); leave out head_chunks")
             chunk_rows(self.model.config, tools.head_chunks)
+            heads, ulysses = self.model.config.heads, mesh.place.ulysses
+            if heads // tools.head_chunks < ulysses:
+                raise ModelError(
+                    f"head_chunks={tools.head_chunks} leaves {heads // tools.head_chunks} query heads to a chunk, and each of "
+                    f"ulysses={ulysses} ranks needs one; use head_chunks up to {heads // ulysses}"
+                )
 
     def install(self, mesh: ParallelMesh, tools: Tools) -> None:
         self.attention, self.cross_entropy = self.model.attention, self.model.cross_entropy
