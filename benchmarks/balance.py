@@ -8,10 +8,10 @@ add on the ulysses axis is a factor of its own, printed below: the query heads o
 import argparse
 import random
 
-from longspan.bands import area, localize
-from longspan.layout import Heads, Layout
-from longspan.masks import Causal, Chunked, Documents, Full, Mask, PrefixLM, Sinks, Window
-from longspan.ring import plan_hops
+from longspan.attention.ring import plan_hops
+from longspan.distributed.layout import Heads, Layout
+from longspan.masks.bands import area, localize
+from longspan.masks.constructors import Causal, Chunked, Documents, Full, Mask, PrefixLM, Sinks, Window
 
 
 def main() -> None:

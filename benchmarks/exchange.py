@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from longspan import ParallelMesh
-from longspan.exchange import plan_trade, trade_tokens_for_heads
+from longspan.attention.ulysses import plan_trade, trade_tokens_for_heads
 
 HEADS, DIM = 16, 64
 

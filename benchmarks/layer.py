@@ -23,8 +23,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from longspan import ParallelMesh, Window, attend
-from longspan.collectives import Arrival, CountingTransport, TorchTransport
-from longspan.layout import Heads, Traffic, attention_traffic
+from longspan.distributed.collectives import Arrival, CountingTransport, TorchTransport
+from longspan.distributed.layout import Heads, Traffic, attention_traffic
 
 TURNS = 5
 

@@ -30,7 +30,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan import ParallelMesh, cross_entropy, memory, parallelize, shard
+from longspan import ParallelMesh, cross_entropy, parallelize, shard
+from longspan.memory import checkpointing as memory
 from longspan.models.decoder import Decoder, DecoderConfig
 
 BASELINE: dict[str, Any] = {"ranks": 1}

@@ -23,8 +23,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from longspan import Causal, ParallelMesh, Window, parallelize, shard
-from longspan.collectives import CountingTransport, TorchTransport
-from longspan.gradients import clip
+from longspan.distributed.collectives import CountingTransport, TorchTransport
+from longspan.distributed.grad_sync import clip
 from longspan.models.decoder import Decoder, DecoderConfig
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**26)}

@@ -12,10 +12,10 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from longspan import ParallelMesh, parallelize
-from longspan.models.pretrained import load, save
-from ranks import on_ranks
+from longspan.hf.weights import load, save
+from tests.helpers.ranks import on_ranks
 
 RANKS = 4
 CONFIG = LlamaConfig(

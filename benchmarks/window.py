@@ -20,8 +20,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from longspan import Causal, Mask, ParallelMesh, Window, attend
-from longspan.bands import area
 from longspan.kernels.sdpa import SDPA
+from longspan.masks.bands import area
 
 Timed = Callable[[Mask, torch.dtype], float]
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 
 from longspan import ParallelMesh, parallelize, shard
-from longspan.integrations.one_device import OneDevice
+from longspan.integrations.accelerate import OneDevice
 
 config = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longspan import ParallelMesh, parallelize, shard
-from longspan.gradients import clip
+from longspan.distributed.grad_sync import clip
 
 config = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-from ranks import Ranks
+from tests.helpers.ranks import Ranks
 
 install_import_hook("longspan", "beartype.beartype")
 settings.register_profile("no deadline", deadline=None)  # on two busy cores an example takes what it takes
@@ -45,12 +45,12 @@ def _leave_no_group_behind() -> Iterator[None]:
 def _fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One for all tests, which has imported what their ranks need: a rank then starts in a tenth of a second."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        verbs = [f"longspan.commands.{verb}" for verb in ("train", "evaluate", "check")]
+        verbs = [f"longspan.cli.{verb}" for verb in ("train", "evaluate", "check")]
         library = [f"transformers.models.{kind}.modeling_{kind}" for kind in ("llama", "mixtral", "bert")]
-        forkserver.set_forkserver_preload([*verbs, "longspan.models.folder", *library, "pytest"])
+        forkserver.set_forkserver_preload([*verbs, "longspan.hf.source", *library, "pytest"])
         forkserver.ensure_running()
         yield
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 
-from ranks import on_ranks
+from tests.helpers.ranks import on_ranks
 
 IMPORTED = (peft, LlamaForCausalLM, Qwen3ForCausalLM)  # here, once, and not by every rank of every example
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))

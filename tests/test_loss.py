@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from longspan import loss as losses_of
-from longspan import products
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError
+from longspan.kernels import matmul as products
 from longspan.loss import cross_entropy, linear_cross_entropy
-from longspan.mesh import ParallelMesh
-from ranks import on_ranks
+from tests.helpers.ranks import on_ranks
 
 VOCAB = 11
 LABELLED = (5, 0, 7, 1)  # of rank 0, 1, 2, 3

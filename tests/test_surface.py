@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import longspan
-from ranks import on_ranks
+from tests.helpers.ranks import on_ranks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,12 +45,12 @@ def _printed(code: str) -> str:
 
 def test_the_readme_s_tree_is_the_package() -> None:
     tree = README.split("## The code")[1].split("```")[1]
-    told, folder = set(), ""
+    named, folder = set(), ""
     for line in tree.strip().splitlines():
-        name = line.split()[0]
-        folder = "" if not line.startswith(" ") else folder
-        folder = name if name.endswith("/") and not line.startswith(" ") else folder
-        told.add(folder + name if line.startswith(" ") else name)
+        indented, files = line.startswith(" "), re.findall(r"[\w/]+(?:\.py|/)(?=\s|$)", line)
+        folder = folder if indented else ""
+        named |= {folder + file for file in files if file.endswith(".py")}
+        folder = folder if indented else next((file for file in files if file.endswith("/")), "")
     package = ROOT / "src" / "longspan"
     files = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
-    assert {name for name in told if name.endswith(".py")} == files
+    assert named == files

@@ -5,93 +5,86 @@
     part  = shard({"input_ids": ids, "labels": ids}, mesh)
     loss  = model(**part).loss; loss.backward()      the loss, and every gradient, of one device
 
-Names are imported when they are asked for: ``longspan --help`` need not wait for torch.
+Public names are imported on first use, so that ``longspan --help`` does not wait for torch.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from longspan.attention import attend
-    from longspan.bands import Band
-    from longspan.batch import agree, cut, shard, shift_right, unshard
-    from longspan.errors import (
-        BatchError,
-        DataError,
-        KernelError,
-        LayoutError,
-        LongspanError,
-        MaskError,
-        ModelError,
-        RunError,
-    )
-    from longspan.exchange import heads_to_tokens, tokens_to_heads
-    from longspan.loss import cross_entropy, linear_cross_entropy
-    from longspan.masks import Bands, BlockSparse, Causal, Chunked, Documents, Full, Mask, Only, PrefixLM, Sinks, Window
-    from longspan.mesh import ParallelMesh
-    from longspan.sharding import parallelize, unparallelize
-    from longspan.step import Step
-    from longspan.tiling import tiled
+    from longspan.attention.api import attend as attend
+    from longspan.attention.ulysses import heads_to_tokens as heads_to_tokens
+    from longspan.attention.ulysses import tokens_to_heads as tokens_to_heads
+    from longspan.batch.context import Step as Step
+    from longspan.batch.shard import agree as agree
+    from longspan.batch.shard import cut as cut
+    from longspan.batch.shard import shard as shard
+    from longspan.batch.shard import shift_right as shift_right
+    from longspan.batch.shard import unshard as unshard
+    from longspan.distributed.mesh import ParallelMesh as ParallelMesh
+    from longspan.errors import BatchError as BatchError
+    from longspan.errors import DataError as DataError
+    from longspan.errors import KernelError as KernelError
+    from longspan.errors import LayoutError as LayoutError
+    from longspan.errors import LongspanError as LongspanError
+    from longspan.errors import MaskError as MaskError
+    from longspan.errors import ModelError as ModelError
+    from longspan.errors import RunError as RunError
+    from longspan.loss import cross_entropy as cross_entropy
+    from longspan.loss import linear_cross_entropy as linear_cross_entropy
+    from longspan.masks.bands import Band as Band
+    from longspan.masks.constructors import Bands as Bands
+    from longspan.masks.constructors import BlockSparse as BlockSparse
+    from longspan.masks.constructors import Causal as Causal
+    from longspan.masks.constructors import Chunked as Chunked
+    from longspan.masks.constructors import Documents as Documents
+    from longspan.masks.constructors import Full as Full
+    from longspan.masks.constructors import Mask as Mask
+    from longspan.masks.constructors import Only as Only
+    from longspan.masks.constructors import PrefixLM as PrefixLM
+    from longspan.masks.constructors import Sinks as Sinks
+    from longspan.masks.constructors import Window as Window
+    from longspan.memory.tiling import tiled as tiled
+    from longspan.parallelize import parallelize as parallelize
+    from longspan.parallelize import unparallelize as unparallelize
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "attention": ("attend",),
-    "bands": ("Band",),
-    "batch": ("agree", "cut", "shard", "shift_right", "unshard"),
-    "errors": ("BatchError", "DataError", "KernelError", "LayoutError", "LongspanError", "MaskError", "ModelError", "RunError"),
-    "exchange": ("heads_to_tokens", "tokens_to_heads"),
-    "loss": ("cross_entropy", "linear_cross_entropy"),
-    "masks": (
-        "Bands", "BlockSparse", "Causal", "Chunked", "Documents", "Full", "Mask", "Only", "PrefixLM", "Sinks", "Window",
-    ),
-    "mesh": ("ParallelMesh",),
-    "sharding": ("parallelize", "unparallelize"),
-    "step": ("Step",),
-    "tiling": ("tiled",),
+_MODULE_OF = {
+    name: module
+    for module, names in {
+        "attention.api": "attend",
+        "attention.ulysses": "heads_to_tokens tokens_to_heads",
+        "batch.context": "Step",
+        "batch.shard": "agree cut shard shift_right unshard",
+        "distributed.mesh": "ParallelMesh",
+        "errors": "BatchError DataError KernelError LayoutError LongspanError MaskError ModelError RunError",
+        "loss": "cross_entropy linear_cross_entropy",
+        "masks.bands": "Band",
+        "masks.constructors": "Bands BlockSparse Causal Chunked Documents Full Mask Only PrefixLM Sinks Window",
+        "memory.tiling": "tiled",
+        "parallelize": "parallelize unparallelize",
+    }.items()
+    for name in names.split()
 }
 
-__all__ = [
-    "Band",
-    "Bands",
-    "BatchError",
-    "BlockSparse",
-    "Causal",
-    "Chunked",
-    "DataError",
-    "Documents",
-    "Full",
-    "KernelError",
-    "LayoutError",
-    "LongspanError",
-    "Mask",
-    "MaskError",
-    "ModelError",
-    "Only",
-    "ParallelMesh",
-    "PrefixLM",
-    "RunError",
-    "Sinks",
-    "Step",
-    "Window",
-    "agree",
-    "attend",
-    "cross_entropy",
-    "cut",
-    "heads_to_tokens",
-    "linear_cross_entropy",
-    "parallelize",
-    "shard",
-    "shift_right",
-    "tiled",
-    "tokens_to_heads",
-    "unparallelize",
-    "unshard",
-]
+__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    home = next((home for home, names in _HOMES.items() if name in names), None)
-    if home is None:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'longspan' has no attribute {name!r}")
-    return getattr(import_module(f"longspan.{home}"), name)
+    return getattr(import_module(f"longspan.{_MODULE_OF[name]}"), name)
+
+
+class _Package(ModuleType):
+    """Keep ``longspan.parallelize`` the function: Python would bind the name to the module once that is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

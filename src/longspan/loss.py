@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 
-from longspan.agreement import agree_on_error
-from longspan.batch import IGNORE
-from longspan.collectives import all_reduce_sum
+from longspan.batch.shard import IGNORE
+from longspan.distributed.collectives import all_reduce_sum
+from longspan.distributed.consensus import agree_on_error
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError
-from longspan.footprint import LOSS_TOKENS, LOSS_WORDS
-from longspan.mesh import ParallelMesh
-from longspan.products import product_dtype
+from longspan.kernels.matmul import product_dtype
+from longspan.tuning import LOSS_TOKENS, LOSS_WORDS
 
 
 def cross_entropy(

@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from longspan.batch import IGNORE, Part
+from longspan.batch.context import Step
+from longspan.batch.shard import IGNORE, Part
+from longspan.distributed.layout import Runs, consecutive, split
+from longspan.distributed.mesh import Place
 from longspan.errors import DataError
-from longspan.layout import Runs, consecutive, split
-from longspan.mesh import Place
-from longspan.step import Step
 
 
 @runtime_checkable

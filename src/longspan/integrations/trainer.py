@@ -23,16 +23,16 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from longspan.agreement import agree_on_error, refuse_difference
-from longspan.batch import IGNORE, agree, shard, unshard
-from longspan.collectives import all_gather
+from longspan.batch.shard import IGNORE, agree, shard, unshard
+from longspan.distributed.collectives import all_gather
+from longspan.distributed.consensus import agree_on_error, refuse_difference
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, LongspanError, RunError
-from longspan.integrations.one_device import OneDevice, as_one_device, refuse, refuse_undealt
-from longspan.integrations.whole import read_whole_weights, spread_optimizer, whole
-from longspan.mesh import ParallelMesh
-from longspan.models.losses import is_in_place
-from longspan.models.said import is_pair
-from longspan.sharding import parallelize
+from longspan.hf.loss import is_in_place
+from longspan.hf.mask_functions import is_pair
+from longspan.integrations.accelerate import OneDevice, as_one_device, refuse, refuse_undealt
+from longspan.integrations.state_dict import read_whole_weights, spread_optimizer, whole
+from longspan.parallelize import parallelize
 
 OLDEST = (5, 23)
 """Of Transformers. Its Trainers before saved on one rank alone, which would wait for ever for the parts of the others."""

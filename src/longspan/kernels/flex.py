@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longspan.bands import Band
 from longspan.errors import KernelError
 from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
+from longspan.masks.bands import Band
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import AuxOutput, BlockMask

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longspan.bands import Band, rectangle, shift, trim
 from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
+from longspan.masks.bands import Band, rectangle, shift, trim
 
 CELL_KEYS = 1024
 CELL_SCORES = 2**22  # heads x queries x keys of one cell

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from longspan.bands import Band
+from longspan.masks.bands import Band
 
 Partial = tuple[Float[Tensor, "queries heads v_dim"], Float[Tensor, "heads queries"]]
 Gradients = tuple[

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from longspan.bands import Band
 from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
+from longspan.masks.bands import Band
 
 
 def visible(bands: Sequence[Band], queries: int, keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:

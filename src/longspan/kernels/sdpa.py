@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longspan.bands import Band
 from longspan.errors import KernelError
-from longspan.kernels import flash
-from longspan.kernels.flash import on_cuda
+from longspan.kernels import flash_cpu as flash
+from longspan.kernels.flash_cpu import on_cuda
 from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
 from longspan.kernels.tiles import Stack, columns, corners, plan
+from longspan.masks.bands import Band
 
 CHUNK = 2**21  # elements of q, k and v that one call is given, where one tile alone is not larger
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 from itertools import groupby
 
-from longspan.bands import Band
+from longspan.masks.bands import Band
 
 NARROW = 1024  # keys; up to here a few masked rows at a time are faster than squares of the band's width, from here slower
 

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from longspan.attention import attend
+from longspan.attention.api import attend
+from longspan.batch.context import Step
+from longspan.distributed.layout import Heads
 from longspan.errors import ModelError
-from longspan.footprint import Sizes
-from longspan.layout import Heads
+from longspan.kernels.matmul import Linear, linear
 from longspan.loss import linear_cross_entropy
-from longspan.masks import Causal
-from longspan.memory import keep_attention
-from longspan.products import Linear, linear
-from longspan.step import Step
+from longspan.masks.constructors import Causal
+from longspan.memory.checkpointing import keep_attention
+from longspan.planner.memory import Sizes
 
 TURNED_TOKENS = 2_048
 """Of each row at a time: what they need in fp32 is small beside the row."""

@@ -1,0 +1,89 @@
+"""What one forward must know of the whole batch, and a rank cannot see in its part of it.
+
+    model(**part)    part["longspan"] = Step    ->   attention: tokens, mask    positions: last_position    loss: labelled
+
+Made by ``batch.cut``, agreed on by ``batch.agree``, and frozen: it hangs on a call, never on a model. Knows no collective.
+"""
+
+from dataclasses import dataclass
+
+from longspan.distributed.layout import Runs
+from longspan.errors import BatchError
+from longspan.masks.bands import rectangle
+from longspan.masks.constructors import Bands, Documents, Full, Mask, Only
+
+TARGET = "decoder_"
+"""How tensors of an encoder-decoder's batch are named that hold its decoder's tokens; ``labels`` are theirs too."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The keyword ``longspan`` of a call.
+
+    ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``counted`` (whether the batch
+    came without ``position_ids``, so that they are these), ``named`` (whether, by agreement, every row that did came with ids),
+    ``masked`` (whether, by agreement, every row came with its masks),
+    ``last_position`` (the largest ``position_ids`` of the batch), ``mask`` (None: what the model says itself; a tuple has one
+    mask a row), ``padding`` (None, or for each row the run of tokens that are real), ``documents`` (None, or those that the
+    batch says to every layer), ``restarts`` (None, or for each row the documents between which the caller's ``position_ids``
+    begin anew), ``labelled`` tokens that are learned from (by agreement: over all replicas and micro-batches of the step),
+    ``digest`` of the whole content, equal on the ranks that share a sequence, ``largest`` token or label, ``largest_label``,
+    ``furthest`` position of rows without ``position_ids`` and ``furthest_placed`` of rows with them (by agreement: of all ranks
+    and micro-batches; -1 without such a row), so that all ranks can refuse what a model does not know. ``target`` is the Step
+    of the decoder's tokens, where the batch is an encoder-decoder's.
+    """
+
+    tokens: int
+    rows: int
+    positions: Runs
+    counted: bool
+    named: bool
+    masked: bool
+    last_position: int
+    mask: Mask | tuple[Mask, ...] | None
+    padding: tuple[Only, ...] | None
+    documents: tuple[Documents, ...] | None
+    restarts: tuple[Documents, ...] | None
+    labelled: int
+    digest: int
+    largest: int
+    largest_label: int
+    furthest: int
+    furthest_placed: int
+    target: "Step | None" = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer's own mask says all that there is to say."""
+        plain = (self.mask, self.padding, self.documents, self.restarts) == (None,) * 4
+        return plain and (self.target is None or self.target.is_plain)
+
+    def mask_across(self) -> Mask | tuple[Mask, ...]:
+        """Who in ``target`` may look at whom here: every token of a row at every real token of the same row."""
+        if self.target is None or self.padding is None:
+            return Full()
+        tokens = self.target.tokens
+        seen = [rectangle(0, tokens, real.start, real.stop) for real in self.padding]
+        return tuple(Bands([band] if band else []) for band in seen)
+
+    def mask_for(self, own: Mask, restarts: bool = False) -> Mask | tuple[Mask, ...]:
+        """Who may look at whom in a layer whose model says ``own``: that, or the mask of the step, but no padding.
+
+        For a model to which positions that begin anew mean packed documents (``restarts``), no other document either.
+        """
+        mask = own if self.mask is None else self.mask
+        narrower = [rows for rows in (self.padding, self.documents, self.restarts if restarts else None) if rows is not None]
+        if not narrower:
+            return mask
+        each = (mask,) * self.rows if isinstance(mask, Mask) else mask
+        for rows in narrower:
+            each = tuple(of_row & narrow for of_row, narrow in zip(each, rows, strict=True))
+        return each
+
+
+def refuse_unknown_tokens(step: Step, vocab: int | None, name: str) -> None:
+    """Raise BatchError, on every rank alike, if any rank holds a token or label beyond a model's ``vocab``."""
+    if vocab is not None and step.largest >= vocab:
+        raise BatchError(
+            f"the step holds token or label {step.largest}, and {name} knows 0 to {vocab - 1}; use the model's own tokenizer"
+        )

@@ -1,0 +1,92 @@
+"""What a batch says of its rows beside tokens: where padding is, where documents begin.
+
+    attention_mask   0 0 1 1 1 1     ->   Only(2, 6)            the run of tokens that are real
+    position_ids     0 1 2 0 1 2     ->   Documents([3, 3])     positions begin anew: another document to most decoders
+    cu_seq_lens_q    0 3 6           ->   Documents([3, 3])     to every layer, as kernels of varying lengths take it
+    seq_idx          0 0 0 1 1 1     ->   the same
+
+Read once, of whole rows. Knows nothing of ranks.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.errors import BatchError
+from longspan.masks.constructors import Documents, Only
+
+VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""What collators of packed documents say to kernels of varying lengths."""
+
+
+def padding_of(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Only, ...] | None:
+    """For each row the one run of tokens that are not padding; None where none is. Padding may be left, right or both."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != (rows, tokens) or bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+        raise BatchError(
+            f"attention_mask of shape {list(attention_mask.shape)} must be [{rows}, {tokens}] like input_ids, 1 for a token "
+            f"and 0 for padding; say anything else by shard(batch, mesh, mask=...)"
+        )
+    if bool(attention_mask.all()):
+        return None
+    counts = attention_mask.sum(1).tolist()
+    starts = attention_mask.int().argmax(1).tolist()
+    for row, (start, count) in enumerate(zip(starts, counts)):
+        if not attention_mask[row, start : start + int(count)].all():
+            raise BatchError(
+                f"attention_mask has a hole in row {row}: its {int(count)} tokens are not one run; padding may stand before "
+                f"and behind them, and documents in one row are said by mask=Documents(lengths) & Causal()"
+            )
+    return tuple(Only(start, start + int(count)) for start, count in zip(starts, counts))
+
+
+def restarts_of(position_ids: Tensor | None, rows: int, tokens: int) -> tuple[Documents, ...] | None:
+    """For each row the runs of positions that count on by one; None where every row is one run."""
+    four = position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4
+    if position_ids is not None and four and bool((position_ids[0].diff(dim=1) != 1).any()):
+        raise BatchError(
+            f"position_ids of shape {list(position_ids.shape)} begin anew in their first row, which says documents to some "
+            f"models only; say them by mask=Documents(lengths) & Causal()"
+        )
+    if position_ids is None or position_ids.shape not in ((rows, tokens), (1, tokens)):
+        return None
+    position_ids = position_ids.expand(rows, tokens)  # Transformers takes one row of positions for all
+    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
+    if int(starts.sum()) == rows:
+        return None
+    firsts = [row.nonzero().flatten().tolist() for row in starts]
+    return tuple(Documents([b - a for a, b in zip(row, [*row[1:], tokens])]) for row in firsts)
+
+
+def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Documents, ...] | None:
+    """The documents of a batch of one row with ``cu_seq_lens_q``, ``cu_seq_lens_k`` [documents + 1] or ``seq_idx`` [1, tokens].
+
+    None without these, or without a row. Raises BatchError where they, or ``position_ids`` that begin anew, say others.
+    """
+    said = [_starts(name, batch[name]) for name in VARLEN if batch.get(name) is not None and not name.startswith("max_length")]
+    if not said or rows == 0:
+        return None
+    starts = said[0]
+    one = rows == 1 and all(other == starts for other in said) and (starts[0], starts[-1]) == (0, tokens)
+    documents = (Documents([b - a for a, b in pairwise(starts)]),) if one else None
+    if documents is None or restarts_of(batch.get("position_ids"), rows, tokens) not in (None, documents):
+        names = ", ".join(name for name in VARLEN if name in batch)
+        raise BatchError(
+            f"{names} and position_ids that begin anew must say the same beginnings of documents in one row, from 0 to its "
+            f"{tokens} tokens; say anything else by shard(batch, mesh, mask=...)"
+        )
+    return documents
+
+
+def _starts(name: str, value: Any) -> list[int]:
+    """Where documents begin, and the last ends, without empty ones; -1 where they go back."""
+    if not isinstance(value, Tensor) or not value.numel():
+        return [-1]
+    if name == "seq_idx":
+        numbers = value.flatten()
+        return [0, *(numbers.diff().nonzero().flatten() + 1).tolist(), numbers.numel()]
+    return [-1] if bool((value.flatten().diff() < 0).any()) else value.unique().tolist()

@@ -1,0 +1,276 @@
+"""Law 1 on this machine: the loss, every gradient, the norm and the traffic of a layout, beside those of one device.
+
+    batch of random ids, unequally labelled
+        |-- whole, on every rank, one device's model -------------->  loss, gradients, norm
+        |-- cut, over the ranks, the same model parallelized ------>  loss, gradients, norm, traffic (of a decoder)
+                                                                          each line: found, expected, error, bound, verdict
+
+Dropout is off: the law is stated without. One device's loss is ``cross_entropy`` of its logits: a Hugging Face model would
+compute its own in fp32.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from longspan.attention.ring import plan_hops
+from longspan.batch.shard import IGNORE, Part, shard
+from longspan.cli import model_source as recipes
+from longspan.cli.config import Check
+from longspan.cli.model_source import DecoderRecipe, Recipe
+from longspan.distributed.collectives import CountingTransport, TorchTransport
+from longspan.distributed.consensus import together
+from longspan.distributed.grad_sync import norm
+from longspan.distributed.layout import (
+    Heads,
+    Traffic,
+    attention_traffic,
+    consecutive,
+    kept_attention_traffic,
+    ring_traffic,
+    split,
+)
+from longspan.distributed.mesh import ParallelMesh
+from longspan.loss import cross_entropy
+from longspan.masks import constructors as masks
+from longspan.masks.constructors import Causal
+from longspan.models.decoder import DecoderConfig
+from longspan.parallelize import parallelize
+
+TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
+FLOOR = 1e-3
+"""A gradient is compared with its own size, or with this share of all gradients' norm where that is larger."""
+BF16_RATIO = 1.2
+BF16_SEEDS = 8
+
+
+class Line(NamedTuple):
+    """One line of the verdict: what was compared, what was found and expected, and how far off it may be."""
+
+    what: str
+    found: str
+    expected: str
+    error: float
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        """NaN holds nothing."""
+        return self.error <= self.bound
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one forward and backward gave on this rank."""
+
+    loss: float
+    grads: dict[str, Tensor]
+    norm: float
+
+
+def work(config: Check) -> int:
+    """Print the verdict on the lead rank; 0 where the law holds, 1 where it does not."""
+    mesh = ParallelMesh(config.ulysses, config.ring, transport=CountingTransport(TorchTransport()))
+    with together(mesh):
+        recipe = recipes.named(config.model, config.layers, config.heads, config.kv_heads)
+    lines = _pooled(config, recipe, mesh) if config.dtype == "bf16" else _exact(config, recipe, mesh)
+    lines = _of_the_worst_rank(lines, mesh)
+    holds = all(line.holds for line in lines)
+    if dist.get_rank() == 0:
+        _print(config, recipe, mesh, lines, holds)
+    return 0 if holds else 1
+
+
+def _exact(config: Check, recipe: Recipe, mesh: ParallelMesh) -> list[Line]:
+    dtype = torch.float64 if config.dtype == "fp64" else torch.float32
+    ours, traffic = _parallel(config, recipe, config.seed, dtype, mesh)  # first: it refuses what cannot be
+    one = _one_device(config, recipe, config.seed, dtype, mesh)
+    worst = max(ours.grads, key=lambda name: _relative(ours.grads[name], one.grads[name], one.norm))
+    bound = TOLERANCE[config.dtype]
+    return [
+        Line("loss", f"{ours.loss:.12g}", f"{one.loss:.12g}", abs(ours.loss - one.loss) / abs(one.loss), bound),
+        Line(
+            f"worst gradient of {len(one.grads)}: {worst}",
+            f"{float(ours.grads[worst].norm()):.12g}",
+            f"{float(one.grads[worst].norm()):.12g}",
+            _relative(ours.grads[worst], one.grads[worst], one.norm),
+            bound,
+        ),
+        Line("norm of all gradients", f"{ours.norm:.12g}", f"{one.norm:.12g}", abs(ours.norm - one.norm) / one.norm, bound),
+        *_traffic_lines(config, recipe, mesh, traffic, dtype.itemsize),
+    ]
+
+
+def _pooled(config: Check, recipe: Recipe, mesh: ParallelMesh) -> list[Line]:
+    """The error against fp64 of this layout in bf16 and of one device in bf16, over all parameters and seeds."""
+    ours_squared = one_squared = 0.0
+    loss_error = 0.0
+    for seed in range(config.seed, config.seed + BF16_SEEDS):
+        truth = _one_device(config, recipe, seed, torch.float64, mesh)
+        one = _one_device(config, recipe, seed, torch.bfloat16, mesh)
+        ours, traffic = _parallel(config, recipe, seed, torch.bfloat16, mesh)
+        ours_squared += _squared_error(ours, truth)
+        one_squared += _squared_error(one, truth)
+        loss_error = max(loss_error, abs(ours.loss - one.loss) / abs(one.loss))
+    ratio = math.sqrt(ours_squared / one_squared)
+    return [
+        Line(f"loss, worst of {BF16_SEEDS} seeds", f"{ours.loss:.7g}", f"{one.loss:.7g}", loss_error, 2.0**-8),
+        Line(
+            "error of all gradients against fp64, beside that of one device",
+            f"{math.sqrt(ours_squared):.4g}",
+            f"{math.sqrt(one_squared):.4g}",
+            ratio,
+            BF16_RATIO,
+        ),
+        *_traffic_lines(config, recipe, mesh, traffic, torch.bfloat16.itemsize),
+    ]
+
+
+def _one_device(config: Check, recipe: Recipe, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> Outcome:
+    model = _model(recipe, seed, dtype, mesh)
+    batch = _batch(config, recipe, seed, mesh.device)
+    labels = batch["labels"] if recipe.in_place else F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+    with _compute_in(dtype, mesh):
+        loss = cross_entropy(model(input_ids=batch["input_ids"]).logits, labels)
+    loss.backward()
+    return _outcome(model, loss)
+
+
+def _parallel(
+    config: Check, recipe: Recipe, seed: int, dtype: torch.dtype, mesh: ParallelMesh
+) -> tuple[Outcome, tuple[Traffic, Traffic]]:
+    assert isinstance(mesh.transport, CountingTransport)
+    model = parallelize(_model(recipe, seed, dtype, mesh), mesh, **config.tools)
+    mine = consecutive(split(config.rows, mesh.place.data))[mesh.place.data_rank]
+    whole = _batch(config, recipe, seed, mesh.device)
+    rows = {name: tensor[mine.start : mine.stop] for name, tensor in whole.items()}
+    part: Part = shard(rows, mesh, shift=not recipe.in_place)
+    before = mesh.transport.traffic
+    with _compute_in(dtype, mesh):
+        loss = _loss(model, part, mesh)
+    between = mesh.transport.traffic
+    loss.backward()
+    after = mesh.transport.traffic
+    return _outcome(model, loss), (_minus(between, before), _minus(after, between))
+
+
+def _loss(model: Any, part: Part, mesh: ParallelMesh) -> Tensor:
+    """The model's own loss over all ranks; of one that computes another from this rank's tokens, that of its logits."""
+    if getattr(model._longspan.offer, "loss_kind", "ours") is not None:
+        loss: Tensor = model(**part).loss
+        return loss
+    labels = part["shift_labels" if "shift_labels" in part else "labels"]
+    inputs = {name: value for name, value in part.items() if "labels" not in name}
+    return cross_entropy(model(**inputs).logits, labels, mesh=mesh, labelled=part["longspan"].labelled)
+
+
+def _model(recipe: Recipe, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> nn.Module:
+    """Parameters are fp64 for fp64, else fp32: bf16 is what the forward and backward compute in, as in training."""
+    model = recipe.build(seed, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return model.to(mesh.device).eval()
+
+
+def _compute_in(dtype: torch.dtype, mesh: ParallelMesh) -> AbstractContextManager[object]:
+    return torch.autocast(mesh.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
+
+
+def _batch(config: Check, recipe: Recipe, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """Random ids, of which each row has another share labelled, the last row none in its second half, and one always."""
+    random = torch.Generator().manual_seed(seed)
+    plain = torch.tensor([token for token in range(recipe.vocab) if token not in recipe.special])
+    ids = plain[torch.randint(len(plain), (config.rows, config.tokens), generator=random)]
+    share = (1 + torch.arange(config.rows)[:, None]) / config.rows
+    labels = ids.where(torch.rand(ids.shape, generator=random) < share, IGNORE)
+    labels[-1, (config.tokens + 1) // 2 :] = IGNORE
+    labels[0, 1] = ids[0, 1]
+    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+
+
+def _outcome(model: nn.Module, loss: Tensor) -> Outcome:
+    grads = {}
+    for name, parameter in model.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # BERT's pooler is not used
+        grads[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).double()
+    return Outcome(loss.item(), grads, norm(model.parameters()).item())
+
+
+def _relative(found: Tensor, expected: Tensor, norm: float) -> float:
+    return float((found - expected).norm() / max(float(expected.norm()), FLOOR * norm))
+
+
+def _squared_error(found: Outcome, truth: Outcome) -> float:
+    return sum(float((found.grads[name] - truth.grads[name]).square().sum()) for name in truth.grads)
+
+
+def _minus(after: Traffic, before: Traffic) -> Traffic:
+    return Traffic(after.collectives - before.collectives, after.bytes - before.bytes)
+
+
+def _traffic_lines(
+    config: Check, recipe: Recipe, mesh: ParallelMesh, found: tuple[Traffic, Traffic], itemsize: int
+) -> list[Line]:
+    """Of a decoder, whose layers are alike and causal: the closed form needs to know them."""
+    return _decoder_traffic(config, recipe.config, mesh, found, itemsize) if isinstance(recipe, DecoderRecipe) else []
+
+
+def _decoder_traffic(
+    config: Check, shape: DecoderConfig, mesh: ParallelMesh, found: tuple[Traffic, Traffic], itemsize: int
+) -> list[Line]:
+    place, layout = mesh.place, mesh.place.layout(config.tokens)
+    sizes, dim, rows = layout.sizes(place.ring_rank), shape.head_dim, split(config.rows, place.data)[place.data_rank]
+    chunked = Heads(shape.heads, shape.kv_heads, config.head_chunks)
+    once = config.recompute == "keep attention" or config.head_chunks > 1
+    exchange = kept_attention_traffic if once else attention_traffic
+    held = [layout.batch_runs(rank, rows) for rank in range(place.ring)]
+    bands = masks.rows(Causal(), rows, config.tokens, config.tokens)
+    hops = plan_hops(bands, held, held, place.ring_rank)[1:]
+    leaving, arriving = ([sum(map(len, getattr(hop, keys))) for hop in hops] for keys in ("leaving", "arriving"))
+    forward = backward = Traffic()
+    for chunk in range(config.head_chunks):
+        heads = Heads(len(chunked.query_of(chunk)), len(chunked.kv_of(chunk)), place.ulysses)
+        exchanged = exchange(heads, sizes, sizes, place.ulysses_rank, rows=rows, qk_dim=dim, v_dim=dim, itemsize=itemsize)
+        width = 2 * dim * len(heads.kv_of(place.ulysses_rank))
+        passed = ring_traffic(leaving, arriving, width, itemsize=itemsize, grad_itemsize=max(itemsize, 4))
+        forward, backward = forward + exchanged[0] + passed[0], backward + exchanged[1] + passed[1]
+    if config.recompute == "full":
+        backward = forward + backward  # attention is computed again
+    lines = []
+    for way, counted, formula in zip(("forward", "backward"), found, (forward, backward)):
+        for what in ("collectives", "bytes"):
+            a_layer, law = getattr(counted, what) / shape.layers, getattr(formula, what)
+            lines.append(Line(f"{what} a layer, {way}", f"{a_layer:,.10g}", f"{law:,}", abs(a_layer - law), 0.0))
+    return lines
+
+
+def _of_the_worst_rank(lines: list[Line], mesh: ParallelMesh) -> list[Line]:
+    """Each line as the rank meets it that is furthest off; every rank gives the same verdict."""
+    everyone: list[list[Line]] = [lines] * mesh.degree
+    if mesh.degree > 1:
+        dist.all_gather_object(everyone, lines, group=mesh.agreement_group)
+    return [max(same, key=lambda line: math.inf if math.isnan(line.error) else line.error) for same in zip(*everyone)]
+
+
+def _print(config: Check, recipe: Recipe, mesh: ParallelMesh, lines: list[Line], holds: bool) -> None:
+    place = mesh.place
+    table = Table("", "found", "expected", "error", "bound", "verdict", box=None, pad_edge=False)
+    for line in lines:
+        verdict = "[green]holds[/]" if line.holds else "[red]FAILS[/]"
+        table.add_row(line.what, line.found, line.expected, f"{line.error:.2g}", f"{line.bound:.2g}", verdict)
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(
+        f"{mesh.degree} ranks = data {place.data} x ring {place.ring} x ulysses {place.ulysses}, zero={config.zero}, "
+        f"{config.dtype}: "
+        f"{config.rows} rows of {config.tokens:,} tokens, {recipe.summary}",
+        highlight=False,
+    )
+    console.print(table, highlight=False)
+    console.print("[green]The law holds.[/]" if holds else "[red]The law FAILS on this machine.[/]", highlight=False)

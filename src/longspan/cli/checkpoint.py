@@ -1,0 +1,175 @@
+"""The state of a run on disk: whole, or not there. Knows folders and state dicts; nothing of steps, losses or data.
+
+    runs/NAME/checkpoints/
+        .step-000150        being written by every rank, each its share
+        step-000100/        renamed when all of it is on disk:  .metadata  __0_0.distcp  __1_0.distcp ...  run.json
+        latest              the name of the newest, replaced last
+
+Tensors go through PyTorch's distributed checkpoint, so any number of ranks reads what any other number wrote;
+``run.json`` holds what is not a tensor, and can be read without one.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+
+from longspan.cli.config import LATEST, settings_of_run
+from longspan.distributed.consensus import agree_on_error
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import RunError
+
+FACTS = "run.json"
+
+
+def save(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    facts: dict[str, Any],
+    mesh: ParallelMesh,
+    keep: int,
+) -> None:
+    """Write the checkpoint of ``step`` and let the newest ``keep`` stay. Every rank calls it.
+
+    Raises RunError on every rank alike where one of them cannot write; then nothing of this checkpoint stays.
+    """
+    folder = run / "checkpoints"
+    written, final = folder / f".step-{step:06d}", folder / f"step-{step:06d}"
+    tensors = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "random": torch.get_rng_state(),
+    }
+    with _all_or_none(written, mesh):
+        if dist.get_rank() == 0:
+            shutil.rmtree(written, ignore_errors=True)
+            written.mkdir(parents=True)
+    with _all_or_none(written, mesh):
+        save_tensors(tensors, checkpoint_id=written)
+    with _all_or_none(written, mesh):
+        if dist.get_rank() == 0:
+            _write(written / FACTS, json.dumps(facts, indent=2) + "\n")
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(written, final)
+            _write(folder / LATEST, final.name + "\n")
+            for old in sorted(folder.glob("step-*"), key=_step_of)[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Read the weights of a checkpoint into ``model``; with an ``optimizer``, all that training needs to go on bit by bit.
+
+    Every rank calls it; one process without ranks may, too. Raises RunError for a checkpoint that is damaged.
+    """
+    tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if optimizer is not None:
+        tensors |= {"optimizer": get_optimizer_state_dict(model, optimizer), "random": torch.get_rng_state()}
+    try:
+        load_tensors(tensors, checkpoint_id=path)
+    except (CheckpointException, RuntimeError) as error:
+        raise RunError(f"the checkpoint {path} cannot be read: {_cause(error)}; use another one, or start anew") from error
+    set_model_state_dict(model, tensors["model"])
+    if optimizer is not None:
+        set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+        torch.set_rng_state(tensors["random"])
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What is known of a checkpoint beside its tensors. Raises RunError where it is damaged."""
+    try:
+        held: dict[str, Any] = json.loads((path / FACTS).read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"the checkpoint {path} is damaged: its {FACTS} cannot be read; use another one") from error
+    return held
+
+
+def newest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run; None where it wrote none yet."""
+    folder = run / "checkpoints"
+    try:
+        return folder / (folder / LATEST).read_text().strip()
+    except OSError:
+        return None
+
+
+def find(name: str, runs_folder: str) -> Path:
+    """The checkpoint that is meant: its folder, the newest of a run (by name or folder), or of the latest run."""
+    if (Path(name) / FACTS).is_file():
+        return Path(name)
+    is_run = (Path(name) / "config.json").is_file()
+    run = Path(name) if is_run else Path(runs_folder, settings_of_run(runs_folder, name)[0])
+    path = newest(run)
+    if path is None:
+        raise RunError(f"the run {run} has no checkpoint yet; go on with it: longspan train --resume {run.name}")
+    return path
+
+
+def refuse_differences(path: Path, what: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Raise RunError, naming the fields, where a checkpoint is of another ``what`` (model, text) than was asked for."""
+    different = [name for name in mine if theirs.get(name) != mine[name]]
+    if different:
+        listed = ", ".join(f"{name} is {theirs.get(name)}, not {mine[name]}" for name in different)
+        raise RunError(f"the checkpoint {path} is of another {what}: {listed}; ask for its own {what}, or start another run")
+
+
+@contextmanager
+def _all_or_none(written: Path, mesh: ParallelMesh) -> Iterator[None]:
+    """What fails on one rank's disk fails on all, with one text and nothing left behind."""
+    error: RunError | None = None
+    try:
+        yield
+    except (OSError, CheckpointException, RuntimeError) as found:
+        full = written.parent.exists() and shutil.disk_usage(written.parent).free < 2**20
+        cause = os.strerror(errno.ENOSPC) if full else _cause(found)  # torch's writer reports a full disk as a wrong position
+        error = RunError(
+            f"the checkpoint {written.parent / written.name[1:]} cannot be written: {cause}; make room, or choose another disk "
+            f"with --runs-folder; earlier checkpoints are whole"
+        )
+    try:
+        agree_on_error(error, mesh)
+    except RunError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(written, ignore_errors=True)
+        raise
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what lies at the bottom of an exception: the system's own words, where it was the system."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a small file as a whole."""
+    draft = path.with_name(f".{path.name}")
+    with open(draft, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)

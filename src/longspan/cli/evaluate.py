@@ -1,0 +1,123 @@
+"""Loss and perplexity of whole documents, each cut over all ranks: one document, one forward.
+
+    document   |<---- tokens, up to --max-tokens ---->|
+                 rank 0   |   rank 1   |   rank 2           --forward-->   its loss, the same on every rank
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from longspan.batch.shard import agree
+from longspan.cli import checkpoint
+from longspan.cli import model_source as recipes
+from longspan.cli.config import Evaluate
+from longspan.cli.model_source import Recipe
+from longspan.data.loader import part
+from longspan.data.packing import Corpus, Split, bits, tokenize
+from longspan.data.tokenizers import load as load_tokenizer
+from longspan.distributed.consensus import together
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import DataError, LayoutError, RunError
+from longspan.parallelize import parallelize
+
+
+class Judged(NamedTuple):
+    """A document: its number in the text, how it begins, how many of its tokens were read, and their mean loss in nats."""
+
+    number: int
+    begins: str
+    tokens: int
+    loss: float
+
+
+@torch.no_grad()
+def work(config: Evaluate) -> int:
+    """Print the loss of each document and of all, on the lead rank."""
+    mesh = ParallelMesh(ulysses=dist.get_world_size())
+    with together(mesh):
+        path = checkpoint.find(config.checkpoint, config.runs_folder)
+        facts = checkpoint.facts(path)
+        trained = facts["config"]
+        tokenizer = load_tokenizer(trained["tokenizer"])
+        corpus = tokenize(config.data or trained["data"], tokenizer, text_field=config.text_field)
+        text = corpus.whole if config.data else corpus.held_out
+        recipe = recipes.from_description(facts["model"])
+        _refuse_another_vocabulary(corpus, facts["text"])
+        _refuse_more_ranks_than_heads(recipe, mesh)
+        chosen = _longest(text, config, mesh)
+    model = parallelize(recipe.build(0).to(mesh.device), mesh)
+    checkpoint.load(path, model)
+
+    judged = []
+    for number, start, tokens in chosen:
+        (mine,) = agree([part(text, [start], tokens, _my_tokens(tokens, mesh))], mesh)
+        with torch.autocast(mesh.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
+            loss = model(**{k: v.to(mesh.device) if isinstance(v, Tensor) else v for k, v in mine.items()}).loss.item()
+        begins = tokenizer.decode(text.read(start, start + min(tokens, 48)).numpy())
+        judged.append(Judged(number, " ".join(begins.split())[:32], tokens, loss))
+    if dist.get_rank() == 0:
+        _print(f"{path}, {config.dtype}, each document over {mesh.degree} ranks", judged, corpus)
+    return 0
+
+
+def _longest(text: Split, config: Evaluate, mesh: ParallelMesh) -> list[tuple[int, int, int]]:
+    """(number, first token, how many) of the longest documents. Raises DataError where one is too short to be cut."""
+    bounds = [(number, int(start), int(stop - start)) for number, (start, stop) in enumerate(text.documents)]
+    chosen = sorted(bounds, key=lambda bound: -bound[2])[: config.documents]
+    least = max(2, mesh.degree)
+    for number, _, tokens in chosen:
+        if tokens < least:
+            raise DataError(
+                f"document {number} has {tokens} tokens, fewer than the {least} that {mesh.degree} ranks need; "
+                f"use fewer --documents (the longest come first), fewer --ranks, or longer text"
+            )
+    if config.max_tokens < least:
+        raise DataError(f"max_tokens={config.max_tokens} is too few for {mesh.degree} ranks; use --max-tokens {least} or more")
+    return [(number, start, min(tokens, config.max_tokens)) for number, start, tokens in chosen]
+
+
+def _refuse_another_vocabulary(corpus: Corpus, text: dict[str, Any]) -> None:
+    if corpus.vocab_size != text["vocab"]:
+        raise RunError(
+            f"the tokenizer {corpus.tokenizer} has {corpus.vocab_size} tokens now, and the checkpoint was trained with "
+            f"{text['vocab']}; bring back the tokenizer that it was trained with"
+        )
+
+
+def _refuse_more_ranks_than_heads(recipe: Recipe, mesh: ParallelMesh) -> None:
+    if mesh.degree > recipe.heads:
+        raise LayoutError(
+            f"{mesh.degree} ranks cannot share the model's {recipe.heads} query heads, and each document lies on all ranks; "
+            f"use --ranks {recipe.heads} or fewer"
+        )
+
+
+def _my_tokens(tokens: int, mesh: ParallelMesh) -> tuple[range, ...]:
+    return mesh.place.layout(tokens).mine(mesh.place.ring_rank, mesh.place.ulysses_rank)
+
+
+def _print(title: str, judged: list[Judged], corpus: Corpus) -> None:
+    predicted = sum(document.tokens - 1 for document in judged)
+    loss = sum(document.loss * (document.tokens - 1) for document in judged) / predicted
+    table = Table("document", "begins", box=None, pad_edge=False)
+    for name in ("tokens", "nats a token", "perplexity"):
+        table.add_column(name, justify="right")
+    for number, begins, tokens, own in judged:
+        table.add_row(str(number), begins, f"{tokens:,}", f"{own:.4f}", f"{math.exp(own):,.3f}")
+    table.add_section()
+    tokens = sum(document.tokens for document in judged)
+    table.add_row("all", "", f"{tokens:,}", f"{loss:.4f}", f"{math.exp(loss):,.3f}")
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(title, highlight=False, markup=False, soft_wrap=True)
+    console.print(table, highlight=False, markup=False)
+    console.print(
+        f"all: {bits(loss / corpus.bytes_per_token):.4f} bits a byte; "
+        f"byte frequencies alone: {bits(corpus.byte_entropy):.4f} bits a byte",
+        highlight=False,
+    )

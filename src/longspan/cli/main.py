@@ -1,0 +1,193 @@
+"""The command line: a verb, its flags, and one sentence for whatever goes wrong. Knows the verbs by name, not what they do.
+
+    longspan VERB --flags   ->   config   ->   launch.run(commands.VERB.work, config)   ->   exit code
+
+    0  it did what was asked      1  the law failed, or a rank died      2  refused: one sentence, nothing half-done
+
+Flags win over ``--config FILE``, and that wins over the settings of a run that is resumed.
+"""
+
+import contextlib
+import io
+import sys
+import traceback
+from collections.abc import Sequence
+from itertools import dropwhile, takewhile
+from typing import Any, NamedTuple
+
+import tyro
+
+from longspan.cli import launch
+from longspan.cli.config import LATEST, Check, Evaluate, Ranks, Train, known, read_file, settings_of_run
+from longspan.errors import LongspanError, RunError
+
+
+class Verb(NamedTuple):
+    """A verb's settings, what it does in a line, and a call with what it printed."""
+
+    settings: type[Ranks]
+    does: str
+    example: str
+
+
+TRAINED = """$ longspan train
+2 ranks = data 1 x ring 1 x ulysses 2; 11,734,872 tokens of text
+
+train-001  step 55/55  loss 2.4264  670 MiB a rank  6 MiB exchanged
+
+  loss, held-out text      2.4619 nats a token   3.5520 bits a byte
+
+A Hugging Face model, written back to runs/NAME/export:  longspan train --model hf:FOLDER --data FILES --zero 3"""
+
+EVALUATED = """$ longspan evaluate train-001 --ranks 2
+document  begins                             tokens  nats a token  perplexity
+
+10        #! /usr/bin/env python3 import s   16,384        2.5556      12.879
+
+all: 3.7403 bits a byte; byte frequencies alone: 4.6691 bits a byte"""
+
+CHECKED = """$ longspan check --ranks 4 --ulysses 4 --heads 7 --kv-heads 7
+worst gradient of 21: blocks.0.out.weight  error 1.4e-15  bound 1e-10  holds
+
+The law holds.
+
+A Hugging Face model of your own:  longspan check --model hf:FOLDER --layers 2"""
+
+VERBS = {
+    "train": Verb(Train, "Train a decoder, or a Hugging Face model, on long sequences of text.", TRAINED),
+    "evaluate": Verb(Evaluate, "Loss and perplexity of whole documents under a checkpoint.", EVALUATED),
+    "check": Verb(Check, "Compare loss, gradients, norm and traffic of a layout with one device.", CHECKED),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb and give its exit code. ``arguments`` defaults to those of the process."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    try:
+        return _run(given[0], given[1:])
+    except (LongspanError, OSError) as error:
+        _say(error, debug="--debug" in given)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(verb: str, arguments: Sequence[str]) -> Any:
+    """The settings that these flags mean. Raises RunError for flags, or a file, that cannot be read as settings."""
+    if verb not in VERBS:
+        raise RunError(f"{verb!r} is not a verb of longspan; legal are {', '.join(VERBS)} (see longspan --help)")
+    kind = VERBS[verb].settings
+    flags, file = _take_config_out(_name_the_latest(arguments))
+    base: Any = None
+    asked = _read(verb, flags, None)
+    if isinstance(asked, Train) and asked.resume is not None:
+        name, settings = settings_of_run(asked.runs_folder, asked.resume)
+        base = _read(verb, _as_flags(known(kind, settings, f"the run {name}")), base)
+        flags += ["--run", name]
+    if file is not None:
+        base = _read(verb, _as_flags(known(kind, read_file(file), f"the config {file}")), base)
+    return kind(**vars(_read(verb, flags, base)))
+
+
+def _run(verb: str, flags: Sequence[str]) -> int:
+    config = parse(verb, flags)
+    try:
+        return launch.run(f"longspan.cli.{verb}:work", config, config.local_ranks)
+    except launch.RankDied as died:
+        print(f"longspan: {died}{config.after_a_death}", file=sys.stderr)
+        if config.debug:
+            print(died.trace, file=sys.stderr)
+        return 1
+
+
+def _say(error: LongspanError | OSError, debug: bool) -> None:
+    """One line, once: under a launcher every rank meets the error, and the first one speaks."""
+    if not launch.speaks_for_all(error):
+        return
+    if debug:
+        traceback.print_exception(error)
+    print(f"longspan: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _read(verb: str, flags: Sequence[str], base: Any) -> Any:
+    """The settings as tyro reads them, not yet checked: a base need not be legal by itself."""
+    kind = VERBS[verb].settings
+    unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None, "__doc__": kind.__doc__})
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                unchecked,
+                prog=f"longspan {verb}",
+                description=f"{VERBS[verb].does}\n\n{VERBS[verb].example}",
+                args=list(flags),
+                default=unchecked(**vars(base)) if base is not None else tyro.MISSING_NONPROP,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise RunError(f"{_first_sentence(said.getvalue())}; see longspan {verb} --help") from None
+
+
+def _first_sentence(box: str) -> str:
+    """What tyro frames: the text below the title, up to the first rule."""
+
+    def is_rule(line: str) -> bool:
+        return set(line) <= set("─-╭╮╰╯")
+
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
+    return " ".join(takewhile(lambda line: not is_rule(line), dropwhile(is_rule, lines))).rstrip(".")
+
+
+def _name_the_latest(arguments: Sequence[str]) -> list[str]:
+    """``--resume`` without a name means the latest run."""
+    named = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"]):
+        named += [argument, LATEST] if argument == "--resume" and following.startswith("-") else [argument]
+    return named
+
+
+def _take_config_out(flags: list[str]) -> tuple[list[str], str | None]:
+    flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
+    if "--config" not in flags:
+        return flags, None
+    at = flags.index("--config")
+    if at + 1 == len(flags):
+        raise RunError("--config needs the name of a JSON or TOML file")
+    return flags[:at] + flags[at + 2 :], flags[at + 1]
+
+
+def _as_flags(settings: dict[str, Any]) -> list[str]:
+    """Settings from a file as flags, so that one parser reads and judges both."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, dict):
+            raise RunError(f"{name} is a table; it must be one value or a list")
+        if name == "checkpoint":
+            flags.insert(0, str(value))
+        elif isinstance(value, bool):
+            flags += [flag] * value
+        else:
+            flags += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  longspan {name:<{width}}  {verb.does}" for name, verb in VERBS.items())
+    return f"""Train a transformer on sequences that one device cannot hold, and get the numbers of one device.
+
+{verbs}
+
+Every verb shows a real call and its flags with --help, and takes --config FILE (JSON or TOML) in place of flags.
+The first run, on this machine and with the source of Python itself as text:  longspan train
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

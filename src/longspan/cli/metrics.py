@@ -1,0 +1,246 @@
+"""What a run says while it runs: to a file, to TensorBoard, to the terminal. Knows numbers and units, not where they come from.
+
+    record {"step": 42, "loss": 2.31, ...}  --Journal-->  runs/NAME/metrics.jsonl, events.out.tfevents.*
+                                            --Display-->  train-001 ━━━━━╸━━━━━━━ step 42/100 0:00:48
+                                                          loss 2.3100  11.2k tokens/s  48% of 170 GFLOP/s ...
+
+The lead rank writes and shows; the others hold the same objects, which do nothing there.
+"""
+
+import errno
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import RunError
+from longspan.memory.profiler import Timeline
+
+METRICS = "metrics.jsonl"
+MEMORY = "memory.html"
+Record = dict[str, int | float]
+"""A step's figures by name, units in the name; ``step`` is one of them."""
+
+PLAIN_LINES = 20
+"""About how many lines a run prints where there is no terminal to draw on."""
+
+
+class Journal:
+    """The records of a run, a line and a point in TensorBoard each; what lies behind ``step`` is dropped when it is opened.
+
+    A disk that fails does not raise here, where one rank alone would meet it: it stands in ``fault`` for the next agreement.
+    """
+
+    def __init__(self, folder: Path, step: int, lead: bool) -> None:
+        self.fault: RunError | None = None
+        self._folder, self._lead = folder, lead
+        if not lead:
+            return
+        try:
+            path = folder / METRICS
+            kept = [line for line in _lines(path) if _is_up_to(step, line)]
+            path.write_text("".join(kept))
+            self._file = path.open("ab", buffering=0)
+            self._events = _Events(folder, step + 1)
+        except OSError as error:
+            self._keep(error)
+
+    def write(self, record: Record) -> None:
+        """Append a record, which has a ``step``, and let it reach the disk."""
+        if not self._lead or self.fault is not None:
+            return
+        try:
+            self._append(json.dumps(record).encode() + b"\n")
+            self._events.write(record)
+        except OSError as error:
+            self._keep(error)
+
+    def write_memory(self, timeline: Timeline) -> None:
+        """Write where the memory of a step went, as a page."""
+        if not self._lead or self.fault is not None:
+            return
+        try:
+            timeline.plot(self._folder / MEMORY)
+        except OSError as error:
+            self._keep(error)
+
+    def close(self) -> None:
+        """Let everything reach the disk."""
+        if not self._lead or self.fault is not None:
+            return
+        try:
+            self._file.close()
+            self._events.close()
+        except OSError as error:
+            self._keep(error)
+
+    def _append(self, line: bytes) -> None:
+        """The whole line, or none of it: a disk that is nearly full takes a part."""
+        whole = self._file.tell()
+        written = self._file.write(line)
+        if written != len(line):
+            self._file.truncate(whole)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _keep(self, error: OSError) -> None:
+        self.fault = RunError(
+            f"the metrics of {self._folder} cannot be written: {error.strerror}; make room and go on with --resume, "
+            f"or choose another disk with --runs-folder"
+        )
+
+
+class _Events:
+    """TensorBoard's file of scalars. Its own writer has a thread, which prints a traceback on a full disk; this one raises."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._file = (folder / f"events.out.tfevents.{time.time():.0f}.{first_step}").open("wb")
+        self._records = RecordWriter(self._file)
+        self._add(Event(file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)  # TensorBoard drops what earlier files say of this step and later ones
+        self._add(Event(step=first_step, session_log=start))
+
+    def write(self, record: Record) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in record.items() if name != "step"]
+        self._add(Event(step=int(record["step"]), summary=Summary(value=values)))
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self._records.flush()
+
+
+class Display:
+    """The state of a run, redrawn in place on a terminal, or as a few plain lines where there is none."""
+
+    def __init__(self, name: str, steps: int, done: int, lead: bool, console: Console | None = None) -> None:
+        self._name, self._steps, self._lead = name, steps, lead
+        self._console = console or Console()
+        self._redraws = lead and self._console.is_terminal
+        steps_of = TextColumn("step {task.completed}/{task.total}")
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), steps_of, TimeRemainingColumn())
+        self._task = self._bar.add_task(name, total=steps, completed=done)
+        self._live = Live(console=self._console, refresh_per_second=4)
+        self._every = max(1, steps // PLAIN_LINES)
+        self._started, self._done = time.monotonic(), done
+
+    def show(self, record: Record, peak_flops: float) -> None:
+        """Redraw, or print a line where it is due."""
+        step, state = int(record["step"]), _state(record, peak_flops)
+        self._bar.update(self._task, completed=step)
+        if self._redraws:
+            self._live.update(Group(self._bar, Text(state)))
+        elif step % self._every == 0 or step in (self._done + 1, self._steps):
+            left = (time.monotonic() - self._started) / (step - self._done) * (self._steps - step)
+            self.say(f"{self._name}  step {step}/{self._steps}  {state}  {clock(left)} left")
+
+    def say(self, line: str) -> None:
+        """A line that stays, above the one that is redrawn."""
+        if self._lead:
+            self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def __enter__(self) -> "Display":
+        if self._redraws:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.stop()
+
+
+def measured_peak_flops(mesh: ParallelMesh, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Floating-point operations per second that the ranks reach together in square matmuls, all of them at once."""
+    size = 1024 if mesh.device.type == "cpu" else 8192
+    x = torch.ones(size, size, dtype=dtype, device=mesh.device)
+    dist.barrier(group=mesh.agreement_group)
+    best, stop = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < stop:
+        start = time.perf_counter()
+        x[0, 0] = (x @ x)[0, 0].item()  # reading a number waits for the device
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    total = torch.tensor(best, dtype=torch.float64)
+    dist.all_reduce(total, group=mesh.agreement_group)
+    return float(total)
+
+
+def fullest_rank_bytes(mesh: ParallelMesh) -> int:
+    """The most memory that any rank has held at once: of its device, or of its process on the CPU."""
+    mine = torch.tensor(peak_bytes(mesh.device))
+    dist.all_reduce(mine, dist.ReduceOp.MAX, group=mesh.agreement_group)
+    return int(mine)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this rank has held at once."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _state(record: Record, peak_flops: float) -> str:
+    return "  ".join((
+        f"loss {record['loss']:.4f}",
+        f"{short(record['tokens_per_s'])} tokens/s",
+        f"{record['peak_share']:.0%} of {short(peak_flops)}FLOP/s",
+        f"{binary(record['memory_bytes'])} a rank",
+        f"{binary(record['exchanged_bytes'])} exchanged",
+    ))
+
+
+def short(number: int | float) -> str:
+    """12345 as 12.3k, 3.4e11 as 340 G."""
+    power = min(5, max(0, int(math.log10(number) // 3))) if number >= 1 else 0
+    return f"{number / 1000**power:.3g}{('', 'k', ' M', ' G', ' T', ' P')[power]}"
+
+
+def binary(size: int | float) -> str:
+    """2048 bytes as 2.0 KiB."""
+    power = min(4, int(math.log2(size) // 10)) if size >= 1 else 0
+    return f"{size / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def clock(seconds: int | float) -> str:
+    """75 as 1:15."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _is_up_to(step: int, line: str) -> bool:
+    """Whether a line is a record of this step or of one before; a damaged line is none."""
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines only: a killed run may leave half of one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def memory_table(timeline: Timeline, step: int) -> str:
+    """What was there when most was there in this step, a line a category."""
+    peak, total = timeline.at_peak(), timeline.peak()
+    lines = [f"  {name:<14}{size / 2**20:10,.1f} MiB {size / total:7.1%}" for name, size in peak.items()]
+    return "\n".join([f"Memory of rank 0 at the peak of step {step}: {total / 2**20:,.1f} MiB", *lines])

@@ -1,0 +1,319 @@
+"""Train a model: each step, a rank's tokens forward and backward, the mean gradient of all ranks, one update.
+
+    text -> my tokens of a step -> agreed by all -> forward, backward (for each micro-batch) -> clip -> update -> record
+                                                                                                           |
+                                      runs/NAME/  config.json  metrics.jsonl  events.*  checkpoints/  <----+
+                                                  export/, where the model came from a Hugging Face folder
+
+Order, learning rate and evaluation are functions of the step, so a run that goes on from a checkpoint is the run that never
+stopped, bit by bit.
+"""
+
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from longspan.batch.shard import Part, agree
+from longspan.cli import checkpoint
+from longspan.cli import model_source as recipes
+from longspan.cli.config import LATEST, Train, as_json
+from longspan.cli.metrics import Display, Journal, Record, fullest_rank_bytes, measured_peak_flops, memory_table
+from longspan.cli.model_source import Recipe
+from longspan.data.loader import Loader
+from longspan.data.packing import Corpus, bits, tokenize
+from longspan.data.tokenizers import load as load_tokenizer
+from longspan.distributed.collectives import CountingTransport, TorchTransport
+from longspan.distributed.consensus import agree_on_error, refuse_difference, together
+from longspan.distributed.grad_sync import clip
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import LongspanError, RunError
+from longspan.memory.profiler import Recorded
+from longspan.parallelize import parallelize
+
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FINAL_RATE = 0.1
+"""The cosine ends at this share of the peak learning rate."""
+LAST_STEPS = 10
+"""The final training loss is the mean over so many steps."""
+
+
+def work(config: Train) -> int:
+    """One rank of a run, from its text to its last checkpoint. Raises on every rank alike what stops the run."""
+    transport = CountingTransport(TorchTransport())
+    mesh = ParallelMesh(config.ulysses, config.ring, transport=transport)
+    lead = dist.get_rank() == 0
+    with together(mesh):
+        recipe = recipes.named(config.model)
+        config = replace(config, tokenizer=config.tokenizer or recipe.tokenizer)
+        corpus = tokenize(config.data, load_tokenizer(config.tokenizer), text_field=config.text_field)
+        recipe = recipe.for_text(config.tokenizer, corpus.vocab_size)
+        loader = _loader(corpus, config, mesh)
+        held_out = _held_out(corpus, config, mesh)
+    refuse_difference("the text", corpus.fingerprint, mesh, "give every machine the same files and tokenizer")
+    model = parallelize(_on(mesh, recipe.build(config.seed, config.zero)), mesh, **config.tools)
+    optimizer = _optimizer(model, config)
+    run = _open_run(config, mesh)
+    done = _resume(run, model, optimizer, recipe, corpus, config, mesh)
+    flops_per_token = recipe.flops_per_token(config.tokens)
+    peak_flops = measured_peak_flops(mesh, DTYPE[config.dtype])
+    journal = Journal(run, done, lead)
+    losses, eval_loss = [], math.nan
+    watched, reported = Recorded(model, optimizer), min(done + 2, config.steps) if config.memory_report and lead else 0
+
+    with Display(run.name, config.steps, done, lead) as display:
+        display.say(_opening(recipe, corpus, config, mesh, done))
+        for step in range(done + 1, config.steps + 1):
+            started, sent_before = time.perf_counter(), transport.traffic.bytes
+            loss, rate = 0.0, learning_rate(step, config)
+            with watched if step == reported else nullcontext():
+                for part in _parts(loader, step, journal, mesh):
+                    with _computing_in(config, mesh):
+                        part_loss = model(**part).loss
+                    part_loss.backward()
+                    loss += part_loss.item()
+                grad_norm = clip(model.parameters(), config.clip_norm).item()
+                _refuse_divergence(step, loss, grad_norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad()
+
+            seconds = time.perf_counter() - started
+            tokens_per_s = config.rows_per_step * config.tokens / seconds
+            record: Record = {
+                "step": step,
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "learning_rate": rate,
+                "tokens_per_s": tokens_per_s,
+                "peak_share": tokens_per_s * flops_per_token / peak_flops,
+                "memory_bytes": fullest_rank_bytes(mesh),
+                "exchanged_bytes": transport.traffic.bytes - sent_before,
+            }
+            losses.append(loss)
+            journal.write(record)
+            display.show(record, peak_flops)
+            if _is_due(step, config.eval_every_steps, config):
+                eval_loss = evaluate(model, held_out, config, mesh)
+                journal.write({"step": step, "eval_loss": eval_loss})
+                display.say(f"{run.name}  step {step}: held-out loss {eval_loss:.4f}")
+            if _is_due(step, config.checkpoint_every_steps, config):
+                facts = _facts(step, recipe, corpus, config)
+                checkpoint.save(run, step, model, optimizer, facts, mesh, config.keep_checkpoints)
+            if step == reported:
+                journal.write_memory(watched.timeline)
+                display.say(memory_table(watched.timeline, step))
+    journal.close()
+    agree_on_error(journal.fault, mesh)
+    exported = recipe.export(model, run / "export", config.tokenizer, mesh)
+    display.say(_closing(run, losses[-LAST_STEPS:], eval_loss, corpus, config, exported))
+    return 0
+
+
+def learning_rate(step: int, config: Train) -> float:
+    """Of step 1, 2, ...: up in a line to the peak, then down along a cosine to a tenth of it at the last step."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, held_out: Loader, config: Train, mesh: ParallelMesh) -> float:
+    """Mean loss (nats a token) of the first ``eval_rows`` held-out sequences, cut over the same ranks as in training."""
+    parts = agree(list(held_out.epoch(config.eval_rows)), mesh)
+    loss = 0.0
+    for part in parts:
+        with _computing_in(config, mesh):
+            loss += model(**_on_device(part, mesh)).loss.item()
+    return loss
+
+
+def _loader(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
+    return Loader(
+        corpus.train,
+        tokens=config.tokens,
+        rows=config.rows_per_step,
+        seed=config.seed,
+        place=mesh.place,
+        micro_batches=config.micro_batches,
+    )
+
+
+def _held_out(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
+    """A short text has less held-out text than one sequence of training; then one sequence is all of it."""
+    tokens = min(config.tokens, corpus.held_out.tokens)
+    return Loader(corpus.held_out, tokens=tokens, rows=mesh.place.data, seed=config.seed, place=mesh.place)
+
+
+def _parts(loader: Loader, step: int, journal: Journal, mesh: ParallelMesh) -> list[Part]:
+    """This rank's micro-batches of a step, agreed on; a fault of any rank's disk or text is raised here on all of them."""
+    parts: list[Part] = []
+    try:
+        if journal.fault is not None:
+            raise journal.fault
+        parts = loader.step(step - 1)
+    except LongspanError as error:
+        agree_on_error(error, mesh)
+    return [_on_device(part, mesh) for part in agree(parts, mesh)]
+
+
+def _on_device(part: Part, mesh: ParallelMesh) -> Part:
+    return {name: value.to(mesh.device) if isinstance(value, torch.Tensor) else value for name, value in part.items()}
+
+
+def _on(mesh: ParallelMesh, model: nn.Module) -> nn.Module:
+    """The model on its device; one that has no weights yet gets them there."""
+    return model if any(parameter.is_meta for parameter in model.parameters()) else model.to(mesh.device)
+
+
+def _computing_in(config: Train, mesh: ParallelMesh) -> torch.autocast:
+    """Parameters stay fp32 and are cast where they are used: their gradients, the means and the update are fp32 too."""
+    return torch.autocast(mesh.device.type, torch.bfloat16, enabled=config.dtype == "bf16")
+
+
+def _optimizer(model: nn.Module, config: Train) -> torch.optim.Optimizer:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    norms = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+
+
+def _refuse_divergence(step: int, loss: float, grad_norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise RunError(
+            f"the run diverged at step {step}: loss {loss}, gradient norm {grad_norm}; start another run with a lower "
+            f"--learning-rate or more --warmup-steps"
+        )
+
+
+def _is_due(step: int, every: int, config: Train) -> bool:
+    return step == config.steps or (every > 0 and step % every == 0)
+
+
+def _open_run(config: Train, mesh: ParallelMesh) -> Path:
+    """The folder of the run, made by the lead rank, which alone may choose its name."""
+    names = [""]
+    with together(mesh):
+        if dist.get_rank() == 0:
+            names = [config.run if config.resume else _new_run(config)]
+    dist.broadcast_object_list(names, group=mesh.agreement_group, group_src=0)
+    return Path(config.runs_folder, names[0])
+
+
+def _new_run(config: Train) -> str:
+    runs = Path(config.runs_folder)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        name = config.run or _next_free(runs)
+        if (runs / name).exists():
+            raise RunError(f"the run {runs / name} exists; go on with --resume {name}, or name another one with --run")
+        draft = runs / f".{name}"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        try:
+            (draft / "config.json").write_text(as_json(replace(config, run=name)))
+            os.replace(draft, runs / name)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        (runs / LATEST).write_text(name + "\n")
+    except OSError as error:
+        raise RunError(
+            f"the folder of the run cannot be made in {runs}: {error.strerror}; make room, or choose another disk with "
+            f"--runs-folder"
+        ) from error
+    return name
+
+
+def _next_free(runs: Path) -> str:
+    taken = {path.name for path in runs.iterdir()}
+    return next(name for number in range(1, len(taken) + 2) if (name := f"train-{number:03}") not in taken)
+
+
+def _resume(
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    corpus: Corpus,
+    config: Train,
+    mesh: ParallelMesh,
+) -> int:
+    """How many steps are done; with --resume, model and optimizer are as they were then."""
+    path = checkpoint.newest(run) if config.resume else None
+    if path is None:
+        return 0
+    with together(mesh):
+        theirs, mine = checkpoint.facts(path), _facts(0, recipe, corpus, config)
+        for what in ("model", "text", "optimizer"):
+            checkpoint.refuse_differences(path, what, theirs[what], mine[what])
+        done: int = theirs["step"]
+        if done >= config.steps:
+            raise RunError(f"the run {run} has done its {done} steps; go further with --steps, or start another one")
+    checkpoint.load(path, model, optimizer)
+    return done
+
+
+def _facts(step: int, recipe: Recipe, corpus: Corpus, config: Train) -> dict[str, Any]:
+    """What a checkpoint says of itself beside its tensors. The position in the text is the step."""
+    return {
+        "step": step,
+        "model": recipe.described(),
+        "text": {
+            "corpus": corpus.fingerprint,
+            "vocab": corpus.vocab_size,
+            "tokens": config.tokens,
+            "rows_per_step": config.rows_per_step,
+            "seed": config.seed,
+        },
+        "optimizer": {"optimizer": config.optimizer},
+        "config": asdict(config),
+    }
+
+
+def _opening(recipe: Recipe, corpus: Corpus, config: Train, mesh: ParallelMesh, done: int) -> str:
+    place = mesh.place
+    share = config.tokens // (place.ring * place.ulysses)
+    return (
+        f"{mesh.degree} ranks = data {place.data} x ring {place.ring} x ulysses {place.ulysses}; "
+        f"{recipe.summary}; "
+        f"{corpus.train.tokens:,} tokens of text; {config.tokens:,} tokens a sequence, {share:,} of them a rank"
+        + (f"; going on after step {done}" if done else "")
+    )
+
+
+def _closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, config: Train, exported: bool) -> str:
+    """What was learned, where it lies, what to run next."""
+    per_byte = 1 / corpus.bytes_per_token
+    learned = [
+        (f"loss, last {len(losses)} steps", sum(losses) / len(losses)),
+        ("loss, held-out text", eval_loss),
+        ("byte frequencies alone", corpus.byte_entropy / per_byte),
+    ]
+    lines = [f"  {what:<24}{loss:7.4f} nats a token {bits(loss * per_byte):8.4f} bits a byte" for what, loss in learned]
+    ours = "longspan" if shutil.which("longspan") else sys.argv[0]
+    where = "" if config.runs_folder == "runs" else f" --runs-folder {config.runs_folder}"
+    return "\n".join([
+        "",
+        "Learned",
+        *lines,
+        f"Kept in {run}",
+        f"  checkpoints/step-{config.steps:06d}, metrics.jsonl, config.json, TensorBoard events"
+        + ", and export/: the model for from_pretrained" * exported,
+        "Next",
+        f"  {ours} evaluate {run.name} --ranks {config.ulysses}{where}",
+        f"  {Path(ours).with_name('tensorboard')} --logdir {config.runs_folder}",
+    ])

@@ -1,0 +1,118 @@
+"""Each rank keeps a share of parameters, gradients and optimizer states: ZeRO, by PyTorch's FSDP2. Knows nothing of attention.
+
+                     zero=2                                    zero=3
+    a block's turn   gather its parameters                     gather its parameters
+    after it         keep them for the backward                let them go, gather again in the backward
+    its backward     mean of the ranks' gradients, to each its share, in fp32            (both)
+    the optimizer    my shares alone                                                     (both)
+
+Every rank's loss is the global one, so FSDP2's mean over all ranks is the gradient of one device.
+Source: ZeRO, arXiv:1910.02054.
+"""
+
+import gc
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What a rank keeps. ``dtype``: what blocks compute in (None: the parameters'); ``ranks``: how many share (None: all)."""
+
+    zero: int
+    dtype: torch.dtype | None = None
+    on_host: bool = False
+    ranks: int | None = None
+
+
+def refuse_what_cannot_be(shares: Shares, model: nn.Module, mesh: ParallelMesh) -> None:
+    """Raise ModelError for shares that FSDP2 or this mesh cannot give, and for an optimizer that would train nothing."""
+    if shares.zero not in (0, 1, 2, 3):
+        raise ModelError(
+            f"zero={shares.zero} is not supported; legal are 0 (every rank keeps all), 2 (a share of gradients and optimizer "
+            f"states) and 3 (of parameters too)"
+        )
+    if shares.zero == 0:
+        asked = {"dtype": shares.dtype, "offload_parameters": shares.on_host or None, "shard_ranks": shares.ranks}
+        for name, value in asked.items():
+            if value is not None:
+                instead = "torch.autocast, or " if name == "dtype" else ""
+                raise ModelError(f"{name}={value} is for sharded parameters; use {instead}zero=2 or zero=3")
+        return
+    for name, parameter in model.named_parameters():
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            raise ModelError(
+                f"zero={shares.zero} would cut {name!r} of {parameter.dtype}, a quantised weight that its layer unpacks whole; "
+                f"use zero=0"
+            )
+    if shares.dtype is not None and not shares.dtype.is_floating_point:
+        raise ModelError(f"dtype={shares.dtype} is nothing to compute in; use torch.bfloat16, or leave it out")
+    if shares.ranks is not None and (shares.ranks < 1 or mesh.degree % shares.ranks):
+        legal = ", ".join(str(ranks) for ranks in range(1, mesh.degree + 1) if mesh.degree % ranks == 0)
+        raise ModelError(f"shard_ranks={shares.ranks} does not divide the {mesh.degree} ranks; use {legal}")
+    _refuse_earlier_optimizers(model)
+
+
+def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: ParallelMesh, shares: Shares) -> None:
+    """Shard every block, then what is left, in place. A parameter that a rank does not use counts as zero there."""
+    if shares.zero == 1:
+        logging.getLogger(__name__).warning("zero=1 is what FSDP2 does with zero=2: gradients are sharded too")
+    exact = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    policy = MixedPrecisionPolicy(shares.dtype, None if exact else torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if shares.on_host else OffloadPolicy()
+    where = _where(mesh, shares.ranks)
+    for module in (*blocks, model):
+        again = shares.zero == 3 and module is not model  # what is outside the blocks begins the backward: it stays
+        fully_shard(module, mesh=where, reshard_after_forward=again, mp_policy=policy, offload_policy=offload)
+    assert isinstance(model, FSDPModule)
+    model.set_reduce_scatter_unused_params(True)
+    model.register_forward_pre_hook(_refuse_after_a_failed_backward)
+    model.register_forward_hook(_let_go_without_a_backward)
+
+
+def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
+    """FSDP2 ends a backward by a callback. One that an exception kept from it is never ended, nor any after it."""
+    within_a_backward = torch._C._current_graph_task_id() != -1  # a checkpoint around the model computes it again
+    if not within_a_backward and model._get_fsdp_state()._state_ctx.post_backward_final_callback_queued:
+        raise ModelError(
+            "an earlier backward of this model failed: FSDP2 would no longer form the mean of the gradients, and an optimizer "
+            "would train nothing; build the model anew and load a checkpoint, or use zero=0"
+        )
+
+
+def _let_go_without_a_backward(model: nn.Module, *_: object) -> None:
+    """No backward will: gathered parameters would go stale, and an optimizer that is built now would take them."""
+    if not torch.is_grad_enabled():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _where(mesh: ParallelMesh, ranks: int | None) -> DeviceMesh:
+    """Over all ranks, or over each ``ranks`` neighbours with a copy in every such group."""
+    if ranks is None or ranks == mesh.degree:
+        return mesh.fsdp_mesh
+    return init_device_mesh(mesh.device.type, (mesh.degree // ranks, ranks), mesh_dim_names=("copies", "shares"))
+
+
+def _refuse_earlier_optimizers(model: nn.Module) -> None:
+    """Sharding puts new parameters in the place of the old, which an optimizer would go on to update, to no effect."""
+    mine = {id(parameter) for parameter in model.parameters()}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.optim.Optimizer):
+            held = (parameter for group in found.param_groups for parameter in group["params"])
+            if any(id(parameter) in mine for parameter in held):
+                raise ModelError(
+                    f"{type(found).__name__} was built before the parameters are sharded, and would train nothing; call "
+                    f"parallelize first, then build the optimizer"
+                )

@@ -1,0 +1,211 @@
+"""After every backward, the mean of the gradients over all ranks (zero=0); the true norm, and clipping by it.
+
+    backward on each rank     hook of each parameter: keep what THIS backward brings, leave .grad as it was
+    end of the backward       [ p0 | p1 | p2 ... | which of them I have ] --all-reduce in fp32--> mean over ranks --> .grad +=
+
+Every rank computes the same global loss, so each parameter's gradient is the mean of what the ranks find. The reduction
+runs once, in the order of the parameters, not in the order in which a rank happens to finish them: a tied weight is one
+parameter, .grad of earlier micro-batches is never reduced again, and a parameter that a rank did not use counts as zero
+there instead of leaving the others waiting. Knows nothing of what the model computes.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
+from torch.utils.hooks import RemovableHandle
+
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import ModelError
+
+BUCKET_BYTES = 25 * 2**20
+"""One all-reduce carries about this much: large enough to hide its latency, small beside the model."""
+
+
+class MeanGradients:
+    """From now on ``backward()`` adds to ``.grad`` the mean over the mesh of what the ranks' backwards bring.
+
+    Equals one device's gradient of the whole batch, where every rank's loss is the global one. The mean is formed in fp32
+    (fp64 for fp64 parameters). A parameter that no rank used keeps its ``.grad``; ranks that did not use it count as zero.
+
+    Every rank of the mesh must call ``backward`` equally often. Raises ModelError, on the rank that asks, for
+    ``torch.autograd.grad`` of a parameter, ``create_graph=True``, and parameters that were unfrozen or replaced since.
+    """
+
+    def __init__(self, model: nn.Module, mesh: ParallelMesh) -> None:
+        self._model, self._mesh = model, mesh
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._buckets = _buckets(self._parameters)
+        self._arrived: WeakValueDictionary[int, _Arrived] = WeakValueDictionary()
+        # On one rank the mean is what is there already.
+        hooked = self._parameters if mesh.degree > 1 else []
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._refuse_what_changed),
+            *(parameter.register_hook(partial(self._keep, index)) for index, parameter in enumerate(hooked)),
+        ]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "MeanGradients":
+        raise ModelError(
+            "a parallel model cannot be copied: the gradients of the copy would not be averaged; copy it before parallelize, "
+            "or copy its state_dict into a model that was built anew"
+        )
+
+    def remove(self) -> None:
+        """Let ``backward`` do again what it does on one rank."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, index: int, grad: Tensor | None) -> Tensor | None:
+        arrived = self._of_this_backward(index)
+        if grad is None:
+            return None
+        arrived[index] = grad
+        return grad.new_zeros(()).expand_as(grad)
+
+    def _of_this_backward(self, index: int) -> "_Arrived":
+        """The engine's callback alone holds it, so that a backward that failed leaves nothing behind for the next."""
+        task: int = torch._C._current_graph_task_id()
+        arrived = self._arrived.get(task)
+        if arrived is None:
+            self._refuse_what_cannot_be_averaged(index)
+            arrived = self._arrived[task] = _Arrived()
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(partial(self._reduce, arrived))
+        return arrived
+
+    def _refuse_what_cannot_be_averaged(self, index: int) -> None:
+        if torch.is_grad_enabled() or not _accumulates(self._parameters[index]):
+            raise ModelError(
+                "torch.autograd.grad and create_graph=True would give this rank's part of a parameter's gradient; "
+                "call loss.backward() and read .grad, which is the mean over the ranks"
+            )
+        self._refuse_what_changed()
+
+    def _refuse_what_changed(self, *_: object) -> None:
+        """Before each forward too: where every hooked parameter was frozen or replaced, no hook would be there to see it."""
+        known = set(map(id, self._parameters))
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in known:
+                raise ModelError(
+                    f"parameter {name!r} was unfrozen or replaced after parallelize: its gradient would differ between ranks; "
+                    f"call unparallelize(model), then parallelize it again"
+                )
+
+    @torch.no_grad()
+    @record_function("longspan::mean_gradients")
+    def _reduce(self, arrived: "_Arrived") -> None:
+        for bucket in self._buckets:
+            members = [self._parameters[index] for index in bucket]
+            sizes = [parameter.numel() for parameter in members]
+            flat = torch.zeros(sum(sizes) + len(bucket), dtype=_wide(members[0].dtype), device=members[0].device)
+            *pieces, present = torch.split(flat, [*sizes, len(bucket)])
+            for place, index in enumerate(bucket):
+                if index in arrived:
+                    pieces[place].copy_(arrived.pop(index).flatten())
+                    present[place] = 1
+            dist.all_reduce(flat, group=self._mesh.mean_group)
+            for parameter, piece, ranks in zip(members, pieces, present.tolist()):
+                if ranks:
+                    _add(parameter, piece.div_(self._mesh.degree).view(parameter.shape))
+
+
+@torch.no_grad()
+def norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
+    """The 2-norm of all gradients together, whole where parameters are sharded: the same fp64 number on every rank.
+
+    Equals ``torch.nn.utils.get_total_norm`` of one device's gradients.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return torch.zeros((), dtype=torch.float64)
+    spread: dict[tuple[DeviceMesh, int] | None, list[Tensor]] = {}
+    for grad in grads:
+        spread.setdefault(_spread(grad), []).append(_square(_local(grad)))
+    total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
+    for where, squares in spread.items():
+        part = torch.stack(squares).sum()
+        if where is not None:
+            dist.all_reduce(part, group=where[0].get_group(where[1]))
+        total = total + part
+    return total.sqrt()
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
+    """Scale all gradients so that their true ``norm`` is at most ``max_norm``; returns the norm before.
+
+    Equals ``torch.nn.utils.clip_grad_norm_`` on one device.
+    """
+    members = list(parameters)
+    before = norm(members)
+    scale = min(1.0, max_norm / (before.item() + 1e-6))
+    for parameter in members:
+        if parameter.grad is not None and scale != 1.0:
+            _local(parameter.grad).mul_(scale)
+    return before
+
+
+class _Arrived(dict[int, Tensor]):
+    """What one backward brought, by the number of the parameter. (A plain dict cannot be referred to weakly.)"""
+
+
+def _accumulates(parameter: Tensor) -> bool:
+    """Whether this backward adds to ``parameter.grad``: under ``torch.autograd.grad`` the engine refuses the question."""
+    try:
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
+    except RuntimeError:
+        return False
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _buckets(parameters: list[nn.Parameter]) -> list[list[int]]:
+    """The numbers of the parameters, in order, in runs of one kind and about BUCKET_BYTES."""
+    buckets: list[list[int]] = []
+    kind, room = None, 0
+    for index, parameter in enumerate(parameters):
+        wide, size = (_wide(parameter.dtype), parameter.device), parameter.numel() * _wide(parameter.dtype).itemsize
+        if wide != kind or size > room:
+            buckets.append([])
+            kind, room = wide, BUCKET_BYTES
+        buckets[-1].append(index)
+        room -= size
+    return buckets
+
+
+def _add(parameter: nn.Parameter, mean: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = mean.to(parameter.dtype, copy=True)
+    else:
+        parameter.grad.add_(mean)
+
+
+def _local(grad: Tensor) -> Tensor:
+    local: Tensor = grad.to_local() if isinstance(grad, DTensor) else grad
+    return local
+
+
+def _square(local: Tensor) -> Tensor:
+    # In fp64, a piece at a time: an fp32 sum of 50 million squares is 0.4% off, and a whole fp64 copy is twice the gradient.
+    pieces = torch.split(local.flatten(), 2**20)
+    return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).square().sum()
+
+
+def _spread(grad: Tensor) -> tuple[DeviceMesh, int] | None:
+    """The mesh axis that a gradient is cut over; None where this rank has all of it."""
+    if not isinstance(grad, DTensor):
+        return None
+    axes = [axis for axis, placement in enumerate(grad.placements) if placement.is_shard()]
+    if len(axes) > 1 or any(placement.is_partial() for placement in grad.placements):
+        raise ModelError(f"the norm of a gradient placed as {grad.placements} is not supported; shard it over one mesh axis")
+    return (grad.device_mesh, axes[0]) if axes else None

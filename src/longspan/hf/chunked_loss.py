@@ -1,0 +1,131 @@
+"""The loss of a Hugging Face model without its logits: its own head and scale and softcap, a tile of labelled tokens at a time.
+
+    base model(**part)   ->   hidden [rows, my tokens, M]                                                        once
+    model.forward        ->   base model: a stub that gives a tile of hidden   ->   head, ...   ->   its loss    for each tile
+    model.forward        ->   base model: a stub that gives no token           ->   loss: the mean over all ranks, and whatever
+                                                                                    else the model puts beside it
+B rows   S my tokens   M hidden
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from longspan.batch.shard import IGNORE
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import ModelError
+from longspan.hf.loss import OWN, losing
+from longspan.hf.probe import ask, proving, rows
+from longspan.loss import mean_over_ranks
+from longspan.memory.tiling import tile_by_tile
+from longspan.tuning import HEAD_TILE_BYTES
+
+LEARNED = ("labels", "shift_labels")
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args: Any, **given: Any) -> Any:
+    """``model.forward`` in place of its own: with labels, its output has the loss and no logits."""
+    targets = given.get("labels" if in_place else "shift_labels")
+    cut_for_another_kind = in_place is (given.get("shift_labels") is not None)
+    if given.get("labels") is None or targets is None or cut_for_another_kind:
+        return type(model).forward(model, *args, **given)  # whose loss refuses labels that were cut for another kind
+    asked = given.get("return_dict")
+    base, given = model.base_model, given | {"return_dict": True}
+    output = base(*args, **{name: value for name, value in given.items() if name not in LEARNED})
+    total, wanted = _sum_of_tiles(model, output, targets, given["longspan"])
+    loss = mean_over_ranks(total, wanted, mesh, given["longspan"].labelled)
+    output.last_hidden_state = output.last_hidden_state[:, :0]
+    with _giving(base, output), losing(model, lambda *_, **__: loss):
+        whole = type(model).forward(model, *args, **given)
+    output = type(whole)(**{name: value for name, value in whole.items() if name != "logits"})
+    return output.to_tuple() if (model.config.return_dict if asked is None else asked) is False else output
+
+
+def refuse_without_logits(model: Any, called: nn.Module, loss_type: str | None) -> None:
+    """Raise ModelError for a model whose loss cannot be formed so: shown on one rank, where the logits are few."""
+    reason = None
+    if loss_type in (None, OWN):
+        reason = "computes its loss by itself"
+    elif "forward" in vars(model):
+        reason = "has a forward of its own hung on it by another library"
+    elif model.base_model is model:
+        reason = "has no base model apart from its head"
+    else:
+        targets = torch.full((1, list(rows(model).values())[-1]), 5, device=model.device)
+        with proving(called):
+            logits = ask(called)["logits"]
+            with _catching(model.base_model) as caught:
+                ask(called)
+            total, _ = _sum_of_tiles(model, caught[0], targets, None)
+        expected = F.cross_entropy(logits[0].double(), targets[0], reduction="sum")
+        if not torch.allclose(total.double(), expected, rtol=5e-2 if logits.dtype.itemsize == 2 else 1e-4):
+            reason = "gives other logits for some tokens than for all"
+    if reason is not None:
+        raise ModelError(f"{type(model).__name__} {reason}, so its logits must be there; leave out return_logits=False")
+
+
+def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any) -> tuple[Tensor, Tensor]:
+    """The sum of the losses of the labelled tokens, given the base model's output, and which tokens they are."""
+    hidden_BSM, wanted = output.last_hidden_state, targets != IGNORE
+    hidden_RM, targets = hidden_BSM[wanted], targets[wanted]
+    if not len(targets):
+        nothing = hidden_BSM[:, :0].sum()  # which also keeps the graph of what the other ranks wait for
+        return nothing.to(torch.promote_types(nothing.dtype, torch.float32)), wanted
+    base = model.base_model
+    inside = tuple(f"{name}." for name, module in model.named_modules() if module is base)
+    every = model.named_parameters(remove_duplicate=False)  # a tied head has two names
+    held = {f"model.{name}": parameter for name, parameter in every if not name.startswith(inside)}
+    head = _Head(model)
+
+    def run(tile_RM: Tensor, rows: slice, parameters: Sequence[Tensor]) -> Tensor:
+        with _giving(base, type(output)(last_hidden_state=tile_RM.unsqueeze(0))):
+            logits = functional_call(head, dict(zip(held, parameters)), (step,)).squeeze(0)
+        exact = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(exact, targets[rows], reduction="sum").unsqueeze(0)
+
+    size = max(1, HEAD_TILE_BYTES // (4 * model.config.get_text_config().vocab_size))
+    return tile_by_tile(run, hidden_RM, size, list(held.values())).sum(), wanted
+
+
+class _Head(nn.Module):
+    """What the model does behind its base: from a stub's hidden states to logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.asked: dict[str, Any] = {"return_dict": True}
+        if hasattr(model.config, "output_router_logits"):
+            self.asked["output_router_logits"] = False  # a balance loss is not of a tile
+
+    def forward(self, step: Any) -> Tensor:
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        logits: Tensor = type(self.model).forward(self.model, input_ids=ids, longspan=step, **self.asked).logits
+        return logits
+
+
+@contextmanager
+def _giving(base: Any, output: Any) -> Iterator[None]:
+    had = vars(base).get("forward")
+    base.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del base.forward
+        if had is not None:
+            base.forward = had
+
+
+@contextmanager
+def _catching(module: nn.Module) -> Iterator[list[Any]]:
+    caught: list[Any] = []
+    handle = module.register_forward_hook(lambda *call: caught.append(call[2]))
+    try:
+        yield caught
+    finally:
+        handle.remove()

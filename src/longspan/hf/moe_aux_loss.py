@@ -1,0 +1,119 @@
+"""The balance loss of a mixture of experts over every token of the batch, by the model's own function. Knows nothing of masks.
+
+    base model   ->   router_logits   one [my tokens, experts] a layer          (config.output_router_logits)
+                          |
+                      my real tokens of them, gathered from all ranks of all replicas, whose adjoint is the sum over ranks
+                          |
+    the model's own load_balancing_loss_func(router_logits, ...)   ->   aux_loss   ->   loss + coefficient * aux_loss
+
+Which experts are chosen too often is a question to the whole batch: a mean of the ranks' answers is another number. The
+function is a mean over tokens, so it needs no mask where padding was left out, and no order: shown on one rank first. Over
+accumulated micro-batches one balance loss a micro-batch is added, as Transformers does.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from longspan.batch.context import Step
+from longspan.distributed.collectives import all_gather
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import ModelError
+from longspan.hf.dummy_row import StandIn
+from longspan.hf.loss import losing
+from longspan.hf.position_probe import LEFT
+from longspan.hf.probe import TOKENS, all_equal, ask, proving
+
+
+class _Whole(tuple[Tensor, ...]):
+    """The router's logits of all ranks' tokens, a tensor a layer, and beside them those of mine."""
+
+    mine: tuple[Tensor, ...]
+
+
+def gather_routers(module: nn.Module, base: nn.Module, mesh: ParallelMesh) -> list[Any]:
+    """From now on ``base`` forms its balance loss of all real tokens of the batch; its output has this rank's router logits,
+    as it has this rank's logits. Returns the handles of the hooks on it and on ``module``, where the logits come from."""
+
+    def gather(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if output.get("router_logits") and not isinstance(output["router_logits"], _Whole):
+            output["router_logits"] = _of_all_ranks(output["router_logits"], kwargs["longspan"], mesh)
+        return output
+
+    def cut(_: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output.get("router_logits"), _Whole):
+            output["router_logits"] = output["router_logits"].mine
+        return output
+
+    return [module.register_forward_hook(gather, with_kwargs=True), base.register_forward_hook(cut)]
+
+
+def _of_all_ranks(mine: tuple[Tensor, ...], step: Step, mesh: ParallelMesh) -> _Whole:
+    real = _real(step).to(mine[0].device)
+    counts = torch.zeros(mesh.degree, dtype=torch.long)
+    counts[mesh.mean_group.rank()] = len(real)
+    if mesh.degree > 1:
+        dist.all_reduce(counts, group=mesh.agreement_group)
+    sizes: list[int] = counts.tolist()
+    rows = (logits.flatten(0, -2).index_select(0, real) for logits in mine)
+    whole = _Whole(all_gather(row, mesh.mean_group, mesh.transport, 0, sizes) for row in rows)
+    whole.mine = mine
+    return whole
+
+
+def _real(step: Step) -> Tensor:
+    """Which of my [rows * my tokens] are not padding; none of a row that only stands in."""
+    positions = torch.tensor([position for run in step.positions for position in run])
+    if isinstance(step, StandIn):
+        return positions[:0]
+    runs = step.padding or (range(step.tokens),) * step.rows
+    real = torch.stack([(positions >= run.start) & (positions < run.stop) for run in runs])
+    return real.flatten().nonzero().flatten()
+
+
+def prove_balance(model: Any, base: PreTrainedModel, loss_type: str | None) -> nn.Module:
+    """The module whose ``router_logits`` the balance loss is formed of, shown by what the loss is where they are exchanged.
+
+    Raises ModelError where the loss knows anything else of the tokens. Changes nothing.
+    """
+    recorded: dict[nn.Module, tuple[Tensor, ...]] = {}
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, dict) and output.get("router_logits"):
+            recorded[module] = output["router_logits"]
+
+    labels = torch.zeros(1, TOKENS, dtype=torch.long, device=base.device)
+    learned: dict[str, Any] = {} if loss_type is None else {"labels": labels, "shift_labels": labels}
+    padding = (torch.arange(TOKENS, device=base.device) >= LEFT).long().unsqueeze(0)
+    inside = [module for module in base.modules() if module is not base and isinstance(module, PreTrainedModel)]
+    handles = [module.register_forward_hook(record) for module in inside]
+    try:
+        with proving(model), losing(base, lambda logits, *_, **__: logits.sum() * 0):
+            wanted = ask(model, attention_mask=padding, output_router_logits=True, **learned)
+            for handle in handles:
+                handle.remove()
+            if len(recorded) == 1 and "aux_loss" in wanted:
+                (module, logits), *_ = recorded.items()
+                real = tuple(layer.flatten(0, -2)[LEFT:] for layer in logits)
+                handles = [module.register_forward_hook(partial(_exchange, real))]
+                learned = {name: value[:, : TOKENS // 2] for name, value in learned.items()}
+                found = ask(model, 0, output_router_logits=True, **learned)
+                of_loss = ("aux_loss", "loss")
+                if all_equal(*({name: x[name] for name in of_loss if name in x} for x in (wanted, found))):
+                    return module
+    finally:
+        for handle in handles:
+            handle.remove()
+    raise ModelError(
+        f"config.output_router_logits is on, but the balance loss of {type(base).__name__} is not its own function of all "
+        f"tokens' router logits: over a part of the tokens it would be another; set it to False"
+    )
+
+
+def _exchange(logits: tuple[Tensor, ...], module: nn.Module, args: Any, output: Any) -> Any:
+    output["router_logits"] = logits
+    return output

@@ -1,0 +1,136 @@
+"""A model's positions where a rank has a part of the tokens: counted as the model counts them, over the whole row.
+
+    0 1 2 3 ...                       what shard gives, and most models count themselves
+    0 0 0 | 0 1 2 ...                 counted from the first token behind padding                          (OPT)
+    5 6 1 7 8 1 ...                   from padding_id + 1, and only tokens that are not padding_id         (RoBERTa)
+
+The last reads the ids of the whole row, which one exchange brings. A rotary table that is chosen by the longest position
+sees that of the whole batch behind this rank's. A table of positions that its stack of layers counts by itself (BART) is
+handed those of the call. Knows nothing of attention or losses.
+"""
+
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan.batch.context import TARGET, Step
+from longspan.batch.shard import take, unshard
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import ModelError
+from longspan.hf.mask_functions import is_pair
+
+
+def of_ids(ids: Tensor, padding_id: int) -> Tensor:
+    """The positions [rows, tokens] of whole rows of ids, where padding stands still and all else counts from behind it."""
+    real = (ids != padding_id).long()
+    return real.cumsum(1) * real + padding_id
+
+
+def place(
+    kwargs: dict[str, Any], step: Step, behind_padding: bool, padding_id: int | None, mesh: ParallelMesh
+) -> dict[str, Tensor]:
+    """The ``position_ids`` of a call, and its decoder's, as the model counts them, with the batch's last written on them."""
+    found = {}
+    for prefix, row in {"": step, TARGET: step.target}.items():
+        positions, ids = kwargs.get(f"{prefix}position_ids"), kwargs.get(f"{prefix}input_ids")
+        if row is not None and isinstance(positions, Tensor):
+            found[f"{prefix}position_ids"] = _placed(positions, ids, row, behind_padding, padding_id, mesh)
+    return found
+
+
+def _placed(
+    positions: Tensor, ids: Tensor | None, step: Step, behind_padding: bool, padding_id: int | None, mesh: ParallelMesh
+) -> Tensor:
+    if padding_id is not None and step.counted:
+        assert ids is not None  # or refused by Counting
+        positions = take(of_ids(unshard(ids, mesh, tokens=step.tokens), padding_id), step.positions, 1)
+    if behind_padding and step.counted and step.padding is not None:
+        starts = torch.tensor([row.start for row in step.padding], device=positions.device)
+        positions = (positions - starts.unsqueeze(1)).clamp(min=0)
+    positions = positions.view_as(positions)
+    positions._longspan_last = step.last_position  # type: ignore[attr-defined]
+    return positions
+
+
+def hand_over(model: Any) -> list[Any]:
+    """Let tables whose stack of layers takes no positions look up those of the call; returns the hooks' handles."""
+    handles: list[Any] = []
+    for stack in _counting(model):
+        name = f"{TARGET}position_ids" if is_pair(model) and stack is model.get_decoder() else "position_ids"
+        held: list[Tensor | None] = []
+        handles.append(stack.register_forward_pre_hook(partial(_hold, held, name), with_kwargs=True))
+        for table in filter(is_table, stack.children()):
+            handles.append(table.register_forward_pre_hook(partial(_look_up, held), with_kwargs=True))
+            handles.append(table.register_forward_hook(partial(_into_rows, held)))
+        handles.append(stack.register_forward_hook(partial(_let_go, held), always_call=True))
+    return handles
+
+
+def handed_over(model: Any) -> set[str]:
+    """How the names of positions begin that a stack does not take, and looks up all the same: those of the row it counts."""
+    return {"" if stack is not model.get_decoder() or not is_pair(model) else TARGET for stack in _counting(model)}
+
+
+def _counting(model: Any) -> list[nn.Module]:
+    """The stacks with a table of positions that take no positions."""
+    stacks = [stack for stack in model.modules() if any(is_table(child) for child in stack.children())]
+    return [stack for stack in stacks if "position_ids" not in inspect.signature(stack.forward).parameters]
+
+
+def is_table(module: nn.Module) -> bool:
+    """Whether it is a table of positions that is told which: BART's and its kin's."""
+    return "PositionalEmbedding" in type(module).__name__ and "position_ids" in inspect.signature(module.forward).parameters
+
+
+def _hold(held: list[Tensor | None], name: str, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    held.append(kwargs.get(name))
+    return args, {key: value for key, value in kwargs.items() if not key.endswith("position_ids")}
+
+
+def _look_up(held: list[Tensor | None], table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, kwargs if not held or held[-1] is None else kwargs | {"position_ids": held[-1].flatten()}
+
+
+def _into_rows(held: list[Tensor | None], table: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Some tables take the positions of one row only, some put a dimension before them."""
+    return output if not held or held[-1] is None else output.view(*held[-1].shape, -1)
+
+
+def _let_go(held: list[Tensor | None], *_: Any) -> None:
+    held.clear()
+
+
+def lengthen_tables(model: nn.Module) -> list[Any]:
+    """Let every rotary table that depends on the longest position see that of the batch; returns the hooks' handles."""
+    handles: list[Any] = []
+    for name, rotary in model.named_modules():
+        if _chooses_by_length(rotary):
+            handles.append(rotary.register_forward_pre_hook(partial(_lengthen, name), with_kwargs=True))
+            handles.append(rotary.register_forward_hook(_shorten))
+    return handles
+
+
+def _chooses_by_length(module: nn.Module) -> bool:
+    """Whether a rotary table depends on the longest position: dynamic and longrope do."""
+    kinds = getattr(module, "rope_type", None)
+    named = kinds.values() if isinstance(kinds, dict) else [kinds or ""]
+    return any("dynamic" in kind or kind == "longrope" for kind in named)
+
+
+def _lengthen(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let a rotary module see the largest position of the whole batch behind this rank's."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    positions = bound["position_ids"]
+    last_position = getattr(positions, "_longspan_last", None)
+    if last_position is None:
+        raise ModelError(f"'{name}' chooses its table by the longest position, but was not given the step's position_ids")
+    last = positions.new_full((*positions.shape[:-1], 1), last_position)
+    return (), bound | {"position_ids": torch.cat([positions, last], -1)}
+
+
+def _shorten(module: nn.Module, args: Any, output: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(table[..., :-1, :] for table in output)

@@ -1,0 +1,253 @@
+"""An attention of Transformers' registry as a kernel, by its name: what the layer would call, on my heads of every token.
+
+    rows      d d d d e e . . f f f f f        R rows of the batch behind one another, as a kernel gets them with their bands
+    blocks    [d d d d][e e]   [f f f f f]     rows that see one another only: a document, a row of the batch without padding
+              function(module, q, k, v, mask, scaling=, ...)      once a block, [1, my heads, rows of the block, dim]
+
+A block that is all causal, full or a window says so by keywords; any other shape needs a mask of its rows x rows, which "sdpa"
+and "eager" take as Transformers builds them, and flash attention does not. The layer's module is seen through a stand-in: its
+sinks are those of my heads, and another tensor of it, which has every head, is refused. Such a function returns no log-sum-exp:
+it runs once more for the gradients, and its parts cannot be merged over a ring.
+
+Knows nothing of ranks. R rows of a block   G my heads   D head dim
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from longspan.distributed.mesh import Place
+from longspan.errors import KernelError
+from longspan.kernels.protocol import BoundBias
+from longspan.masks.bands import Band, rectangle
+from longspan.masks.constructors import Causal, Full, Mask, Window
+
+PREFIX = "hf:"
+"""How names of the registry are told from longspan's own: both have an "sdpa"."""
+TAKES = {sdpa_mask: "booleans", eager_mask: "numbers", flash_attention_mask: "nothing", None: "nothing"}
+"""What an attention takes as its mask, by the mask function that Transformers has registered under the same name."""
+
+
+def refuse_name(kernel: str, model: PreTrainedModel, place: Place) -> None:
+    """Raise KernelError for a name that is not in the registry, that the model cannot use, or that a ring cannot."""
+    legal = _names()
+    name = kernel.removeprefix(PREFIX)
+    if name not in legal:
+        raise KernelError(
+            f"kernel={kernel!r} is no attention of Transformers' registry that longspan can call; use "
+            f"{', '.join(repr(PREFIX + each) for each in legal)}, or one of longspan's own: 'auto', 'flex'"
+        )
+    if place.ring > 1:
+        raise KernelError(
+            f"kernel={kernel!r} returns only its output, which cannot carry a ring; use ring=1, or one of longspan's own: "
+            f"kernel='auto'"
+        )
+    try:
+        model.get_correct_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise KernelError(f"kernel={kernel!r} cannot be used by {type(model).__name__}: {error}") from error
+
+
+def _names() -> list[str]:
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    return [name for name in known if _masks().get(name) in TAKES and not name.startswith("paged|")]
+
+
+def _masks() -> Any:
+    return AttentionMaskInterface()  # type: ignore[no-untyped-call]
+
+
+SINKS = ("sinks",)
+"""What a layer calls its sinks, where its function reads them from it."""
+
+
+class Registered:
+    """The attention ``kernel`` ("hf:" and its name) of one layer, as a Kernel; its lse means nothing.
+
+    ``own`` is who may look at whom in the layer. Raises KernelError for a layer that cannot have it. Changes nothing.
+    """
+
+    def __init__(self, kernel: str, module: nn.Module, layer: str, own: Mask) -> None:
+        self.name, self.module, self.layer = kernel, module, layer
+        name = kernel.removeprefix(PREFIX)
+        self.takes = TAKES[_masks().get(name)]
+        function = _function(module, name)
+        if function is None:
+            raise KernelError(f"kernel={kernel!r} means the modeling file's own, and that of {layer} has none; use 'auto'")
+        self.function = function
+        if self.takes == "nothing" and not isinstance(own, Full | Causal | Window):
+            raise KernelError(_unsaid(kernel, f"the mask {own} of {layer}"))
+        self.config = deepcopy(getattr(module, "config", None))
+        if self.config is not None:
+            self.config._attn_implementation = name
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, by: Callable[..., Tensor],
+        softcap: float | None = None, sinks: Tensor | None = None, bias: Any = None, **more: Any,
+    ) -> Tensor:  # fmt: skip
+        """``by`` (``attend`` over a mesh) with this kernel, which is given the sinks as parameters beside q, k, v."""
+        if bias is not None:
+            raise KernelError(f"kernel={self.name!r} cannot carry the bias of {self.layer}, asked a tile at a time; use 'auto'")
+        for what, asked in {"softcap": softcap, "sinks": sinks}.items():
+            if asked is not None and self.takes == "booleans":
+                raise KernelError(
+                    f"kernel={self.name!r} cannot carry {what}, which {self.layer} asks for; use 'hf:eager' or 'auto'"
+                )
+        out: Tensor = by(q, k, v, kernel=self, softcap=softcap, bias=None if sinks is None else _Sinks(sinks), **more)
+        return out
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bands: Sequence[Band], scale: float,
+        *, softcap: float | None = None, bias: BoundBias | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        out = q.new_zeros(*q.shape[:2], v.shape[2])
+        with torch.no_grad():
+            for block in _blocks(bands):
+                rows = slice(block.start, block.stop)
+                out[rows] = self._call(q[rows], k[rows], v[rows], block, scale, softcap, bias)
+        return out, out.new_zeros(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bands: Sequence[Band], scale: float,
+        *, softcap: float | None = None, bias: BoundBias | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+        parameters = [] if bias is None else list(bias.parameters)
+        dqkv = [torch.zeros_like(x) for x in (q, k, v)]
+        dparameters = [torch.zeros_like(parameter) for parameter in parameters]
+        for block in _blocks(bands):
+            rows = slice(block.start, block.stop)
+            with torch.enable_grad():
+                mine = [x[rows].detach().requires_grad_() for x in (q, k, v)]
+                part = self._call(mine[0], mine[1], mine[2], block, scale, softcap, bias)
+                found = torch.autograd.grad(part, [*mine, *parameters], dout[rows].to(part.dtype))
+            for total, grad in zip((*(dx[rows] for dx in dqkv), *dparameters), found):
+                total += grad
+        return dqkv[0], dqkv[1], dqkv[2], dparameters
+
+    def _call(
+        self, q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, block: "_Block", scale: float, softcap: float | None,
+        bias: BoundBias | None,
+    ) -> Tensor:  # fmt: skip
+        """What the layer's function gives for the rows of a block: [rows, my heads, v_dim]."""
+        zero = torch.zeros(1, dtype=torch.long, device=q_RGD.device)
+        sinks = None if bias is None else bias(zero, zero).flatten()
+        said, mask, blind = block.said(), None, None
+        if not self._can_do_without_a_mask(said):
+            mask, blind = block.mask(q_RGD.device)
+            said = {}  # the mask says it all
+        if mask is not None and self.takes == "numbers":
+            mask = torch.zeros_like(mask, dtype=q_RGD.dtype).masked_fill(~mask, torch.finfo(q_RGD.dtype).min)
+        beside = {name: value for name, value in {"softcap": softcap, "s_aux": sinks}.items() if value is not None}
+        layer = _Seen(self, q_RGD.shape[1] // k_RGD.shape[1], sinks)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_RGD, k_RGD, v_RGD))
+        out: Tensor = self.function(layer, q, k, v, mask, dropout=0.0, scaling=scale, **(said or {}), **beside)[0][0]
+        return out if blind is None else out.masked_fill(blind[:, None, None], 0.0)
+
+    def _can_do_without_a_mask(self, said: dict[str, Any] | None) -> bool:
+        if self.takes == "nothing":
+            if said is None:
+                raise KernelError(_unsaid(self.name, f"the mask of this step in {self.layer}"))
+            return True
+        causal_is_free = self.takes == "booleans"
+        return said is not None and "sliding_window" not in said and (causal_is_free or not said["is_causal"])
+
+
+class _Sinks:
+    """A layer's sinks in the place of a bias, whose parameters an operator has gradients for: it adds nothing to scores.
+
+    Asked for some heads, it gives their sinks [heads, 1, 1].
+    """
+
+    def __init__(self, sinks: Tensor) -> None:
+        self.parameters = (sinks,)
+
+    def __call__(
+        self, heads: range, q_positions: Tensor, k_positions: Tensor, parameters: tuple[Tensor, ...]
+    ) -> Tensor:
+        return parameters[0][heads.start : heads.stop].view(-1, 1, 1)
+
+
+class _Seen:
+    """An attention layer as its function sees it: with my heads only."""
+
+    def __init__(self, kernel: Registered, groups: int, sinks: Tensor | None) -> None:
+        self._kernel, self._sinks = kernel, sinks
+        self.config, self.num_key_value_groups = kernel.config, groups
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._kernel.module, name)
+        if not isinstance(value, Tensor):
+            return value
+        if name in SINKS and self._sinks is not None:
+            return self._sinks
+        raise KernelError(
+            f"kernel={self._kernel.name!r} reads {name} of {self._kernel.layer}, which has every head; use kernel='auto'"
+        )
+
+
+class _Block(NamedTuple):
+    """Rows [start, stop) that see one another only, and how."""
+
+    start: int
+    stop: int
+    bands: tuple[Band, ...]
+
+    def said(self) -> dict[str, Any] | None:
+        """The keywords that say the same without a mask, or None: one band of all rows, causal or full, perhaps a window."""
+        if len(self.bands) > 1:
+            return None
+        whole, band = rectangle(self.start, self.stop, self.start, self.stop), self.bands[0]
+        if band == whole:
+            return {"is_causal": False}
+        if whole is None or band[:4] != whole[:4] or band.hi not in (0, -band.lo):
+            return None
+        window = {} if band.lo == whole.lo else {"sliding_window": 1 - band.lo}
+        return {"is_causal": band.hi == 0} | window
+
+    def mask(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(who sees whom [1, 1, rows, rows], who sees nobody [rows]): a row that sees nobody is shown itself instead."""
+        rows = self.stop - self.start
+        sees = torch.zeros(rows, rows, dtype=torch.bool, device=device)
+        at = torch.arange(self.start, self.stop, device=device)
+        for q_start, q_stop, k_start, k_stop, lo, hi in self.bands:
+            q, k = slice(q_start - self.start, q_stop - self.start), slice(k_start - self.start, k_stop - self.start)
+            apart = at[k] - at[q, None]
+            sees[q, k] |= (apart >= lo) & (apart <= hi)
+        blind = ~sees.any(1)
+        return (sees | torch.diag(blind))[None, None], blind
+
+
+def _blocks(bands: Sequence[Band]) -> Iterator[_Block]:
+    """The fewest rows that see one another only, in their order; a row that neither sees nor is seen is in none."""
+    block: _Block | None = None
+    for band in sorted(bands, key=lambda band: min(band.q_start, band.k_start)):
+        start, stop = min(band.q_start, band.k_start), max(band.q_stop, band.k_stop)
+        if block is None or start >= block.stop:
+            if block is not None:
+                yield block
+            block = _Block(start, stop, (band,))
+        else:
+            block = _Block(block.start, max(block.stop, stop), (*block.bands, band))
+    if block is not None:
+        yield block
+
+
+def _function(module: nn.Module, name: str) -> Callable[..., Any] | None:
+    """What the layer itself would call: by the registry of its modeling file, which may have entries of its own."""
+    files = [vars(sys.modules[kind.__module__]) for kind in type(module).__mro__ if kind.__module__ in sys.modules]
+    own = next((file for file in files if "ALL_ATTENTION_FUNCTIONS" in file), {})
+    registry = own.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    found: Callable[..., Any] | None = registry.get(name, own.get("eager_attention_forward") if name == "eager" else None)
+    return found
+
+
+def _unsaid(kernel: str, what: str) -> str:
+    return f"kernel={kernel!r} takes no mask and cannot be told {what}; use 'hf:sdpa', 'hf:eager' or 'auto'"

@@ -1,0 +1,220 @@
+"""The recipe of ``--model hf:FOLDER``: a language model of Transformers, from a folder and back. Needs the extra ``hf``.
+
+    FOLDER   config.json      ->  class, heads, parameters: counted on the meta device
+             *.safetensors    ->  its weights: whole on each rank (zero=0), or read in shares by ``parallelize`` (zero=3)
+             tokenizer.json   ->  the run's tokenizer, where it names no other
+    runs/NAME/export          <-  the trained model as such a folder
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
+
+from longspan.distributed.consensus import together
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import ModelError
+from longspan.hf.weights import build_empty, class_of, load, load_whole, read_config, save
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What configs call the number of their experts."""
+OF_THE_FOLDER = ("_name_or_path", "transformers_version", "dtype")
+"""Fields of a config that say where it lies, not what the model is."""
+
+
+def read(folder: str, layers: int | None = None) -> "FolderRecipe":
+    """The recipe of a folder, cut to its first ``layers`` where they are given. Raises ModelError for no language model."""
+    config = read_config(folder)
+    kind = class_of(config)
+    causal, masked = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if kind not in (*_classes(causal, config), *_classes(masked, config)):
+        raise ModelError(
+            f"the model in '{folder}' is a {kind.__name__}, which is no language model; name the folder of a causal or "
+            f"masked one"
+        )
+    if layers is not None:
+        _cut(config, folder, layers)
+    return FolderRecipe(config, str(Path(folder).expanduser()))
+
+
+def config_of(described: dict[str, Any]) -> PreTrainedConfig:
+    """The config that ``described`` gave. Raises ModelError where this version of Transformers does not know it."""
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(**described)
+    except ValueError as error:
+        raise ModelError(
+            f"the model is a {described['model_type']}, which Transformers {transformers.__version__} does not know; install "
+            f"the version that it was trained with"
+        ) from error
+    return config
+
+
+@dataclass(frozen=True)
+class FolderRecipe:
+    """A language model of Transformers; without a folder, one whose weights are elsewhere."""
+
+    config: PreTrainedConfig
+    folder: str | None
+
+    @cached_property
+    def outline(self) -> Any:
+        """The model without weights."""
+        return build_empty(deepcopy(self.config), torch.float32)
+
+    @property
+    def summary(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.outline.parameters())
+        layers = self._text.num_hidden_layers
+        return f"{type(self.outline).__name__}, {layers} layers, {self.heads} query heads, {parameters:,} parameters"
+
+    @property
+    def heads(self) -> int:
+        heads: int = self._text.num_attention_heads
+        return heads
+
+    @property
+    def vocab(self) -> int:
+        vocab: int = self._text.vocab_size
+        return vocab
+
+    @property
+    def special(self) -> frozenset[int]:
+        ids = [getattr(self._text, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
+        return frozenset(i for kind in ids for i in (kind if isinstance(kind, list) else [kind]) if i is not None)
+
+    @property
+    def tokenizer(self) -> str:
+        has = self.folder is not None and any(Path(self.folder, name).is_file() for name in TOKENIZER_FILES)
+        return self.folder if has and self.folder is not None else "bytes"
+
+    @property
+    def in_place(self) -> bool:
+        return class_of(self.config) in _classes(transformers.MODEL_FOR_MASKED_LM_MAPPING, self.config)
+
+    def for_text(self, tokenizer: str, vocab: int) -> "FolderRecipe":
+        kind = class_of(self.config).__name__
+        if self.in_place:
+            raise ModelError(f"{kind} predicts masked tokens, and a run trains on the next one; name a causal language model")
+        if vocab > self.vocab:
+            raise ModelError(
+                f"the tokenizer {tokenizer} has {vocab} tokens, more than the {self.vocab} that {kind} knows; name the model's "
+                f"own with --tokenizer"
+            )
+        if drops := [name for name, value in vars(self._text).items() if _is_dropout(name) and value]:
+            raise ModelError(
+                f"{kind} would drop activations in training (config.{', config.'.join(drops)}), differently on every layout; "
+                f"set {'it' if len(drops) == 1 else 'them'} to 0 in its config.json"
+            )
+        return self
+
+    def build(self, seed: int, zero: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+        config = deepcopy(self.config)
+        with _quietly():
+            if zero and self.folder is not None:
+                return load(self.folder, config=config, dtype=dtype, seed=seed)
+            model: Any = load_whole(self.folder, config, torch.float32, seed)
+            model.to(dtype)
+            if dtype == torch.float64 and _experts(config):
+                model.set_experts_implementation("eager")  # the grouped matmul has no fp64
+            built: nn.Module = model
+            return built
+
+    def flops_per_token(self, tokens: int) -> float:
+        """As the decoder counts them: 6 for each parameter that a token is multiplied with (matrices, the head, of the experts
+        those it is sent to), and 12 for each dimension of a head and key that it sees; windows are not counted."""
+        text = self._text
+        experts = _experts(self.config)
+        share = (getattr(text, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
+        matrices = 0.0
+        for name, parameter in self.outline.named_parameters():
+            if parameter.ndim > 1:
+                matrices += parameter.numel() * (share if ".experts." in name else 1)
+        embedding = self.outline.get_input_embeddings().weight
+        if embedding is not getattr(self.outline.get_output_embeddings(), "weight", None):
+            matrices -= embedding.numel()
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        attention: float = 12 * text.num_hidden_layers * self.heads * dim * (tokens + 1) / 2
+        return 6 * matrices + attention
+
+    def described(self) -> dict[str, Any]:
+        fields: dict[str, Any] = json.loads(json.dumps(self.config.to_dict(), default=str))
+        return {name: value for name, value in fields.items() if name not in OF_THE_FOLDER}
+
+    def export(self, model: nn.Module, folder: Path, tokenizer: str, mesh: ParallelMesh) -> bool:
+        """The model, the tokenizer that it was trained with, and the folder's settings of generation."""
+        assert isinstance(model, transformers.PreTrainedModel)
+        with _quietly():
+            save(model, folder, mesh)
+            with together(mesh):
+                if dist.get_rank() == 0:
+                    _copy_beside(folder, tokenizer, self.folder)
+        return True
+
+    @property
+    def _text(self) -> Any:
+        return self.config.get_text_config()
+
+
+def _classes(mapping: Any, config: PreTrainedConfig) -> tuple[Any, ...]:
+    """The classes that one of Transformers' tables has for a config: none, one or several."""
+    found = mapping.get(type(config), ())
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _cut(config: PreTrainedConfig, folder: str, layers: int) -> None:
+    text: Any = config.get_text_config()
+    if layers > text.num_hidden_layers:
+        raise ModelError(f"layers={layers} is more than the {text.num_hidden_layers} of '{folder}'; use fewer")
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == text.num_hidden_layers and name.endswith("layer_types"):
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+
+
+def _experts(config: PreTrainedConfig) -> int:
+    text = config.get_text_config()
+    return next((count for name in EXPERTS if (count := getattr(text, name, None))), 0)
+
+
+def _is_dropout(name: str) -> bool:
+    return ("dropout" in name or name.endswith("_pdrop")) and not name.startswith(("classifier", "summary"))
+
+
+def _copy_beside(folder: Path, tokenizer: str, source: str | None) -> None:
+    try:
+        if Path(tokenizer).is_dir():
+            transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).save_pretrained(folder)
+        elif Path(tokenizer).is_file():
+            shutil.copy(tokenizer, folder / "tokenizer.json")
+        if source is not None and Path(source, "generation_config.json").is_file():
+            shutil.copy(Path(source, "generation_config.json"), folder)
+    except OSError as error:
+        raise ModelError(f"the tokenizer cannot be written to '{folder}': {error.strerror}; make room") from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Every rank would show the library's progress bars and notes."""
+    says: Any = logging
+    level, shows = says.get_verbosity(), says.is_progress_bar_enabled()
+    says.set_verbosity_error()
+    says.disable_progress_bar()
+    try:
+        yield
+    finally:
+        says.set_verbosity(level)
+        if shows:
+            says.enable_progress_bar()

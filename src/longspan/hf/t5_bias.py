@@ -1,0 +1,112 @@
+"""The T5 family's bias by relative position: a number a head and distance, in place of a tensor [heads, queries, keys].
+
+    model     compute_bias(n, n)[head, q, k]  ==  distances[head, k - q + n - 1]                        shown on one rank
+    here      distances = compute_bias(1, 2 n - 1) of a query behind n - 1 others: the model's own function and table;
+              layers hand it on as they hand on their bias, and attention asks a tile of it at a time
+
+n is the length of the whole row: linear in memory, where the model's own tensor is not. Layers that look from one row at
+another have no such bias, and would form zeros [heads, queries, keys]: those that take one are handed an empty one.
+Source: T5, arXiv:1910.10683, section 2.1.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from longspan.batch.context import Step
+from longspan.errors import ModelError
+
+SHOWN = 9
+"""Tokens of the row on which ``compute_bias`` is shown to know distances alone."""
+
+
+class Distances:
+    """A bias as ``attend`` asks for it, of ``distances`` [heads, 2 n - 1] for keys n - 1 before a query to n - 1 behind it."""
+
+    def __init__(self, distances: Float[Tensor, "heads distances"]) -> None:
+        self.parameters = (distances,)
+
+    def __call__(
+        self, heads: range, q_positions: Tensor, k_positions: Tensor, parameters: tuple[Tensor, ...]
+    ) -> Float[Tensor, "_ queries keys"]:
+        (distances,) = parameters
+        own = distances.shape[1] // 2
+        return distances[heads.start : heads.stop, k_positions - q_positions.unsqueeze(1) + own]
+
+
+def bias_of(module: nn.Module, position_bias: Tensor, tokens: int) -> Distances:
+    """What a layer hands its attention over rows of ``tokens``. Raises ModelError where it is none by distance."""
+    if position_bias.shape[2:] != (1, 2 * tokens - 1):
+        _refuse(module, position_bias)
+    return Distances(position_bias[0, :, 0])
+
+
+def refuse_bias_across(module: nn.Module, position_bias: Tensor) -> None:
+    """Raise ModelError for a layer that looks from one row at another, and adds to its scores."""
+    if bool(position_bias.any()):
+        _refuse(module, position_bias)
+
+
+def _refuse(module: nn.Module, position_bias: Tensor) -> None:
+    raise ModelError(
+        f"{type(module).__name__} adds a bias of shape {list(position_bias.shape)} to its scores, which is not one by relative "
+        f"position alone and counted over this rank's tokens; such a layer is not supported"
+    )
+
+
+def hand_distances(model: nn.Module) -> list["ByDistance"]:
+    """Let every layer that computes a bias compute that of all distances; returns what takes it back by ``remove``."""
+    return [ByDistance(module) for module in model.modules() if _computes(module)]
+
+
+def prove_distances(model: nn.Module) -> None:
+    """Raise ModelError for a layer whose bias knows more than distances. Changes nothing."""
+    for name, module in model.named_modules():
+        if _computes(module) and getattr(module, "has_relative_attention_bias", False):
+            compute: Any = module.compute_bias
+            bias = Distances(compute(1, 2 * SHOWN - 1, past_seen_tokens=SHOWN - 1)[0, :, 0])
+            places, own = torch.arange(SHOWN, device=bias.parameters[0].device), compute(SHOWN, SHOWN)[0]
+            if not torch.equal(bias(range(len(own)), places, places, bias.parameters), own):
+                raise ModelError(f"{type(module).__name__} '{name}' adds a bias that is not of distances alone: not supported")
+
+
+class ByDistance:
+    """One layer's ``compute_bias``, of all distances of the row that the layer is called for, until ``remove``."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self._own, self._tokens = module, module.compute_bias, 0
+        self._had = vars(module).get("compute_bias")
+        self._takes_one = "position_bias" in inspect.signature(module.forward).parameters
+        self._handle = module.register_forward_pre_hook(self._before, with_kwargs=True)
+        module.compute_bias = self._compute
+
+    def remove(self) -> None:
+        self._handle.remove()
+        del self._module.compute_bias
+        if self._had is not None:
+            self._module.compute_bias = self._had
+
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        step, hidden = kwargs.get("longspan"), args[0] if args else kwargs["hidden_states"]
+        row = step.target if isinstance(step, Step) and module.is_decoder and step.target is not None else step
+        self._tokens = row.tokens if isinstance(row, Step) else hidden.shape[1]
+        handed = kwargs.get("position_bias")
+        if handed is not None:
+            kwargs = kwargs | {"position_bias": handed.clone()}  # FSDP2 wants what a block hands on to be no view
+        elif self._takes_one and not module.has_relative_attention_bias:
+            kwargs = kwargs | {"position_bias": hidden.new_zeros(1, module.n_heads, 1, 0)}
+        return args, kwargs
+
+    def _compute(self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int = 0) -> Tensor:
+        bias: Tensor = self._own(1, 2 * self._tokens - 1, device=device, past_seen_tokens=self._tokens - 1)
+        return bias.clone()
+
+
+def _computes(module: nn.Module) -> bool:
+    compute: Any = getattr(module, "compute_bias", None)
+    if compute is None or not hasattr(module, "has_relative_attention_bias"):
+        return False
+    return "past_seen_tokens" in inspect.signature(compute).parameters

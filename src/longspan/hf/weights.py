@@ -1,0 +1,348 @@
+"""A Hugging Face folder as a model whose weights stay on the disk until each rank knows which of them are its own.
+
+    config.json      --load-->   the model on the meta device: its shapes, no weights
+                                      |   parallelize(model, mesh, zero=3) shards it, still without weights, and then
+    *.safetensors    --read-->   each rank reads its slices of every tensor; what no file holds (rotary tables) is computed
+      or a seed      --draw-->   each rank draws one layer after the other, as the model's class does, and keeps its slices
+                                      |   ... proves it, gathered block by block, and trains it
+    folder/          <--save--   each rank its slices; put together on the disk, one tensor at a time
+
+With zero=3 no rank ever holds more than its share and the largest block. Knows nothing of how a model is sharded or proven.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from longspan.distributed.consensus import agree_on_error
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import ModelError
+from longspan.hf.adapter import blocks
+
+WEIGHTS = (".safetensors", ".bin")
+"""How files of weights end; only the first kind can be read in parts."""
+FILE_BYTES = 5 * 2**30
+"""Of one file of saved weights; a larger tensor has a file of its own."""
+
+
+def load(
+    folder: str | Path, *, config: PreTrainedConfig | None = None, dtype: torch.dtype | None = None, seed: int = 0
+) -> PreTrainedModel:
+    """The model of a folder, on the meta device until ``parallelize(load(folder), mesh, zero)`` reads each rank's share of it.
+
+    Afterwards its parameters equal those of ``from_pretrained(folder, dtype=dtype)``, in the dtype that the config names where
+    none is given. A folder with a config alone means random weights, which depend on (config, seed) and on no layout.
+
+    Raises ModelError for a folder without a config or with one that Transformers does not know, and in ``parallelize``, on
+    every rank alike, for weights that are not those of the model by name and shape, or not the same on all ranks.
+    """
+    model = build_empty(config or read_config(folder), dtype)
+    vars(model)["_longspan_unread"] = Unread(model, Path(folder), seed)
+    return model
+
+
+def load_whole(folder: str | Path | None, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """The same model whole on this rank: ``from_pretrained``, or random weights where there is no folder or none in it."""
+    kind: Any = class_of(config)
+    if folder is not None and any(path.suffix in WEIGHTS for path in Path(folder).iterdir()):
+        model: PreTrainedModel = kind.from_pretrained(folder, config=config, dtype=dtype)
+    else:
+        model = build_empty(config, dtype)
+        Unread(model, Path(folder or ""), seed).draw_into(model, torch.device("cpu"))
+    model.train()
+    return model
+
+
+def read_config(folder: str | Path) -> PreTrainedConfig:
+    """The config of a folder. Raises ModelError where there is none, or one of no model that Transformers has."""
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        there = "has no config.json" if path.is_dir() else "does not exist"
+        raise ModelError(f"the folder '{folder}' {there}; name one that a Hugging Face model's save_pretrained wrote")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        class_of(config)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a config of something else makes the library stumble over
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"the config of '{folder}' is of no model that Transformers {transformers.__version__} has: {said}"
+        ) from error
+    return config
+
+
+def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that ``config.architectures`` names; where it names none, the causal language model of its kind."""
+    named = next(iter(config.architectures or ()), None)
+    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    found = getattr(transformers, named, None) if named else mapping.get(type(config), None)
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        raise ModelError(
+            f"the config of model_type {config.model_type!r} names {named or 'no class'}, which is no model of Transformers "
+            f"{transformers.__version__}; write one of its classes under architectures"
+        )
+    return found
+
+
+def build_empty(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A model of this config, for training, on the meta device; its dtype is the config's where none is given."""
+    kind: Any = class_of(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    model.train()
+    return model
+
+
+class Unread:
+    """The weights of a model on the meta device: in the files of its folder, or, where it has none, in a seed."""
+
+    def __init__(self, model: PreTrainedModel, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder.expanduser(), seed
+        self.names = _names(model)
+
+    def facts(self, model: PreTrainedModel) -> dict[str, str]:
+        """What all ranks must have alike: the config, and each tensor's shape and first values, or the seed.
+
+        Raises ModelError for files that do not hold exactly the model's tensors.
+        """
+        config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+        facts = {"the config": _hash(json.dumps(config, sort_keys=True, default=str).encode())}
+        files = _files(self.folder)
+        if not files:
+            return facts | {"the weights": f"drawn from seed {self.seed}"}
+        stored = _peek(files)
+        self._refuse_other_names(model, stored)
+        return facts | {name: str(tensor) for name, tensor in stored.items()}
+
+    def read_into(self, model: PreTrainedModel, device: torch.device) -> None:
+        """Give the model, sharded or not, its weights: each rank reads or draws what it keeps. Every rank calls it."""
+        if not _files(self.folder):
+            self.draw_into(model, device)
+        else:
+            self._read_into(model, device)
+
+    def _read_into(self, model: Any, device: torch.device) -> None:
+        model.to_empty(device=device)
+        model.tie_weights()
+        held = set(_peek(_files(self.folder)))
+        state = model.state_dict()
+        wanted = {next(name for name in names if name in held): state[names[0]] for names in self.names}
+        try:
+            load_tensors(wanted, storage_reader=HuggingFaceStorageReader(str(self.folder)))
+        except CheckpointException as error:
+            raise ModelError(f"the weights in '{self.folder}' cannot be read: {_cause(error)}; copy the folder anew") from error
+        # What the files held is marked as Transformers' own loading marks it; the rest, its class knows how to compute.
+        lacking = {name for name, _ in model.named_buffers()} - state.keys()
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor._is_hf_initialized = name not in lacking
+        model.initialize_weights()
+
+    def draw_into(self, model: PreTrainedModel, device: torch.device) -> None:
+        """Random weights as the model's class draws them, of a block, or a module outside the blocks, at a time: whole for as
+        long as it takes to cut it."""
+        model.to_empty(device=device)
+        model.tie_weights()
+        model_dtype = next(model.parameters()).dtype
+        twin = build_empty(model.config, model_dtype)
+        mine = dict(model.named_parameters()) | dict(model.named_buffers())
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(self.seed)
+            for prefix, module, recurse in _parts(twin):
+                module.to_empty(device="cpu", recurse=recurse)
+                for each in module.modules() if recurse else [module]:
+                    _owner(twin, prefix)._init_weights(each)
+                for name, tensor in _own(module, recurse):
+                    if (full := f"{prefix}.{name}".lstrip(".")) in mine:  # named once, where it is tied
+                        _keep(mine[full], tensor)
+                module.to_empty(device="meta", recurse=recurse)
+
+    def _refuse_other_names(self, model: PreTrainedModel, stored: "dict[str, Stored]") -> None:
+        way_out = (
+            f"load it whole with {type(model).__name__}.from_pretrained, and either parallelize that, or write it with "
+            f"save_pretrained(..., save_original_format=False) and load what it wrote"
+        )
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for first, *others in self.names:
+            there = [name for name in (first, *others) if name in stored]
+            if not there:
+                raise ModelError(f"'{self.folder}' holds no {first}, which {type(model).__name__} has; {way_out}")
+            if len({stored[name] for name in there}) > 1:
+                raise ModelError(
+                    f"'{self.folder}' holds different {' and '.join(there)}, which its config ties; set "
+                    f"tie_word_embeddings to false there"
+                )
+            if stored[there[0]].shape != shapes[first]:
+                raise ModelError(
+                    f"'{self.folder}' holds {there[0]} of shape {stored[there[0]].shape}, and {type(model).__name__} has "
+                    f"{shapes[first]}; {way_out}"
+                )
+        ignored = [*(model._keys_to_ignore_on_load_unexpected or ())]
+        ignored += [rf"(^|\.){re.escape(name.rpartition('.')[2])}$" for name, _ in model.named_buffers()]
+        known = {name for names in self.names for name in names}
+        for name in stored.keys() - known:
+            if not any(re.search(pattern, name) for pattern in ignored):
+                raise ModelError(f"'{self.folder}' holds {name}, which {type(model).__name__} has not; {way_out}")
+
+
+class Stored(NamedTuple):
+    """A tensor of a file: enough to tell it from another one of the same name, without reading it all."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    first_row: str
+
+
+def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None:
+    """Write a parallel model, sharded or not, as a Hugging Face folder: config.json and *.safetensors. Every rank calls it.
+
+    ``from_pretrained(folder)`` gives its parameters, equal in every bit. Each rank writes what it holds, and the first one puts
+    the pieces together on the disk, one tensor at a time; all ranks must see the same disk, and a rank needs memory for two
+    more copies of its share. An older folder is replaced when the new one is whole. Raises ModelError on every rank alike
+    where one of them cannot write.
+    """
+    final = Path(folder)
+    draft = final.with_name(f".{final.name}")
+    lead = dist.get_rank() == 0
+    with _all_or_none(final, draft, mesh):
+        if lead:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+    with _all_or_none(final, draft, mesh):
+        _write(model, draft)
+    with _all_or_none(final, draft, mesh):
+        if lead:
+            shutil.rmtree(draft / "sharded")
+            _config_of(model).save_pretrained(draft)
+            shutil.rmtree(final, ignore_errors=True)
+            draft.rename(final)
+
+
+@contextmanager
+def _all_or_none(final: Path, draft: Path, mesh: ParallelMesh) -> Iterator[None]:
+    """What fails on one rank's disk fails on all, with one text and nothing left behind."""
+    error: ModelError | None = None
+    try:
+        yield
+    except (OSError, CheckpointException) as found:
+        error = ModelError(f"the model cannot be saved to '{final}': {_cause(found)}; make room, or name another folder")
+    try:
+        agree_on_error(error, mesh)
+    except ModelError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _cause(error: BaseException) -> BaseException:
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def _write(model: PreTrainedModel, folder: Path) -> None:
+    state = model.state_dict()
+    tensors = {names[0]: state[names[0]] for names in _names(model)}
+    file, filled, files = 1, 0, {}
+    for name, tensor in tensors.items():
+        if filled and filled + tensor.nbytes > FILE_BYTES:
+            file, filled = file + 1, 0
+        files[name], filled = file, filled + tensor.nbytes
+    writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True, enable_consolidation=True)
+    save_tensors(tensors, storage_writer=writer)
+
+
+def _config_of(model: Any) -> PreTrainedConfig:
+    """The model's own config, not the copy that names our attention, with its class."""
+    state = getattr(model, "_longspan", None)
+    config: PreTrainedConfig = model.config if state is None else state.offer.configs[0][1]
+    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    config.architectures = [kind.__name__]
+    config.dtype = next(model.parameters()).dtype
+    return config
+
+
+def _names(model: nn.Module) -> list[list[str]]:
+    """Every tensor of the state by all its names: tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of weights. Raises ModelError where they are of a kind that cannot be read in parts."""
+    found, other = (sorted(folder.glob(f"*{end}")) for end in WEIGHTS)
+    if other and not found:
+        raise ModelError(
+            f"'{folder}' holds {other[0].name}, which cannot be read in parts; load it with from_pretrained and write it with "
+            f"save_pretrained, which writes safetensors"
+        )
+    return found
+
+
+def _peek(files: list[Path]) -> dict[str, Stored]:
+    """Every tensor of the files by name; of its content, the first row."""
+    stored: dict[str, Stored] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    view = opened.get_slice(name)
+                    shape = tuple(view.get_shape())
+                    first = view[tuple(slice(0, 1) for _ in shape[1:])] if len(shape) > 1 else opened.get_tensor(name)
+                    if name in stored:
+                        raise ModelError(f"'{file.parent}' holds {name} twice, once in {file.name}; keep one of them")
+                    content = first.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                    stored[name] = Stored(shape, view.get_dtype(), _hash(content))
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"the weights '{file}' cannot be read: {error}; copy the folder anew") from error
+    return stored
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _parts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, bool]]:
+    """(name, module, whether with all below it) of the blocks, and of each module outside them that has tensors of its own."""
+    whole = blocks(model)
+    for name, module in model.named_modules():
+        if name in whole:
+            yield name, module, True
+        elif not any(name.startswith(f"{block}.") for block in whole) and _own(module, False):
+            yield name, module, False
+
+
+def _own(module: nn.Module, recurse: bool) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
+
+
+def _owner(model: PreTrainedModel, name: str) -> Any:
+    """The innermost model that the module of this name lies in: its class knows how the module is initialised."""
+    around = [m for prefix, m in model.named_modules() if not prefix or f"{name}.".startswith(f"{prefix}.")]
+    return next(module for module in reversed(around) if isinstance(module, PreTrainedModel))
+
+
+def _keep(mine: Tensor, whole: Tensor) -> None:
+    """Copy into a tensor what it holds of a whole one."""
+    if isinstance(mine, DTensor):
+        whole = distribute_tensor(whole.to(mine.device), mine.device_mesh, mine.placements, src_data_rank=None).to_local()
+        mine = mine.to_local()
+    mine.copy_(whole)

@@ -1,0 +1,43 @@
+"""A user's own attention function as a kernel: it returns only its output, so it runs once more for the gradients.
+
+    forward    function(q, k, v, bands=..., scale=...)
+    backward   the same again under torch.func.vjp
+
+Without a log-sum-exp its results cannot be merged: a ring and sinks refuse it. A ``Kernel``, a pair, has neither limit.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.kernels.protocol import BoundBias
+from longspan.masks.bands import Band
+
+KernelFunction = Callable[..., Tensor]
+"""``function(q, k, v, *, bands, scale) -> out [queries, heads, v_dim]``: q [queries, heads, dim], k, v [keys, kv, dim]."""
+
+
+class FunctionKernel:
+    """``function`` as the forward and the backward of a Kernel; its lse means nothing."""
+
+    def __init__(self, function: KernelFunction) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", repr(function))
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bands: Sequence[Band], scale: float,
+        *, softcap: float | None = None, bias: BoundBias | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        with torch.no_grad():
+            out = self.function(q, k, v, bands=bands, scale=scale)
+        return out, out.new_zeros(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bands: Sequence[Band], scale: float,
+        *, softcap: float | None = None, bias: BoundBias | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+        pull: Any = torch.func.vjp(lambda *inputs: self.function(*inputs, bands=bands, scale=scale), q, k, v)[1]
+        dq, dk, dv = pull(dout.to(out.dtype))
+        return dq, dk, dv, []

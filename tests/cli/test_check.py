@@ -1,0 +1,187 @@
+"""The verdict on law 1: it holds for every layout, and it fails where something is off."""
+
+import contextlib
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from longspan.cli import check, launch
+from longspan.cli import main as cli
+from longspan.cli.config import Check
+from longspan.distributed import collectives
+
+pytestmark = pytest.mark.usefixtures("launcher")
+
+SMALL = Check(tokens=19, rows=3, layers=2)
+
+
+def into_a_file(job: tuple[Check, str]) -> int:
+    config, path = job
+    with open(f"{path}{dist.get_rank()}", "w") as file, contextlib.redirect_stdout(file):
+        return check.work(config)
+
+
+def verdict(config: Check, tmp_path: Path, work: str = "into_a_file") -> tuple[int, dict[str, list[str]]]:
+    """The exit code, and the words of each line of the table by its first two words."""
+    code = launch.run(f"test_check:{work}", (config, str(tmp_path / "said")), config.local_ranks)
+    lines = [line.split() for line in (tmp_path / "said0").read_text().splitlines()]
+    return code, {" ".join(words[:-5]): words[-5:] for words in lines if words and words[-1] in ("holds", "FAILS")}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(SMALL, ranks=4),
+        replace(SMALL, ulysses=4, heads=8, kv_heads=2),
+        replace(SMALL, ring=2),
+        replace(SMALL, ranks=3, ulysses=1, zero=3, dtype="fp32"),
+        replace(SMALL, ranks=4, rows=1, dtype="fp32"),
+        replace(SMALL, ulysses=3, dtype="bf16", tokens=64),
+        replace(SMALL, ulysses=1),
+    ],
+    ids=["2x2", "1x4-gqa", "ring-2x2", "3x1-zero-3", "a-replica-without-a-row", "1x3-bf16", "one-rank"],
+)
+def test_the_law_holds(config: Check, tmp_path: Path) -> None:
+    code, lines = verdict(config, tmp_path)
+    assert {words[-1] for words in lines.values()} == {"holds"}
+    assert code == 0
+    if config.ring == 1:
+        exchanges = "0" if config.ulysses == 1 else "2"
+        assert {lines[f"collectives a layer, {way}"][0] for way in ("forward", "backward")} == {exchanges}
+    for way in ("forward", "backward"):
+        assert lines[f"bytes a layer, {way}"][0] == lines[f"bytes a layer, {way}"][1]
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        {"recompute": "full"},
+        {"recompute": "keep attention", "ring": 2, "ranks": 4},
+        {"head_chunks": 2, "heads": 8, "kv_heads": 2},
+        {"head_chunks": 2, "heads": 8, "kv_heads": 4, "recompute": "full", "ring": 2, "ranks": 4},
+        {"head_chunks": 2, "heads": 8, "kv_heads": 4, "recompute": "keep attention", "tile_tokens": 5, "zero": 3},
+    ],
+    ids=["full", "kept-ring", "chunks", "chunks-full-ring", "all"],
+)
+def test_the_traffic_is_that_of_the_tools(tools: dict[str, Any], tmp_path: Path) -> None:
+    code, lines = verdict(replace(SMALL, **{"ranks": 2, "ulysses": 2} | tools), tmp_path)
+    assert {words[-1] for words in lines.values()} == {"holds"}
+    assert code == 0
+    assert "bytes a layer, backward" in lines
+
+
+def hugging_face(folder: Path, model: str, **more: Any) -> str:
+    """A folder with a config alone."""
+    settings: dict[str, Any] = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "model_type": model, **more,
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings))
+    return f"hf:{folder}"
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "settings", "parameters"),
+    [
+        ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}, {"layers": 2}, 21),
+        ("bert", {"architectures": ["BertForMaskedLM"]}, {"zero": 3, "ranks": 4, "dtype": "fp32"}, 58),
+        ("llama", {"num_key_value_heads": 1}, {"dtype": "bf16", "tokens": 64, "layers": 1}, 0),
+    ],
+)
+def test_the_law_holds_for_a_hugging_face_model(
+    model: str, more: Any, settings: Any, parameters: int, tmp_path: Path
+) -> None:
+    config = replace(SMALL, layers=None, model=hugging_face(tmp_path / "model", model, **more))
+    code, lines = verdict(replace(config, **settings), tmp_path)
+    assert {words[-1] for words in lines.values()} == {"holds"}
+    assert code == 0
+    assert not parameters or any(what.startswith(f"worst gradient of {parameters}: ") for what in lines)
+    assert len(lines) == (3 if parameters else 2)
+
+
+def test_a_hugging_face_model_that_cannot_be_checked_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    llama = hugging_face(tmp_path / "llama", "llama")
+    classifier = hugging_face(tmp_path / "classifier", "llama", architectures=["LlamaForSequenceClassification"])
+    mamba = hugging_face(tmp_path / "mamba", "mamba", architectures=["MambaForCausalLM"])
+    for flags, sentence in [
+        ([llama, "--heads", "2"], "are those of its config.json; leave out --heads and --kv-heads"),
+        ([llama, "--layers", "4"], "layers=4 is more than the 3 of "),
+        ([llama, "--ulysses", "5"], "ulysses=5 exceeds the 4 query heads; "),
+        ([classifier], "is a LlamaForSequenceClassification, which is no language model; name the folder of "),
+        ([mamba], "no layer of MambaForCausalLM attends through Transformers' attention registry"),
+        ([f"hf:{tmp_path}"], "has no config.json; name one that a Hugging Face model's save_pretrained wrote"),
+    ]:
+        capfd.readouterr()
+        assert cli.main(["check", "--tokens", "19", "--model", *flags]) == 2
+        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("longspan: ")]
+        assert len(said) == 1
+        assert sentence in said[0]
+
+
+def one_gradient_is_off(job: Any) -> int:
+    """A rank other than the lead scales one gradient a little."""
+    parallelize = check.parallelize
+
+    def off(model: Any, *args: Any, **tools: Any) -> Any:
+        if dist.get_rank() == 1:
+            model.blocks[1].feed.up.weight.register_hook(lambda grad: grad * (1 + 1e-8))
+        return parallelize(model, *args, **tools)
+
+    check.parallelize = off
+    return into_a_file(job)
+
+
+def something_is_sent_twice(job: Any) -> int:
+    send = collectives.CountingTransport.all_to_all
+
+    def twice(*args: Any) -> Any:
+        send(*args)
+        return send(*args)
+
+    collectives.CountingTransport.all_to_all = twice  # type: ignore[method-assign]
+    return into_a_file(job)
+
+
+def the_loss_of_one_rank_is_nan(job: Any) -> int:
+    outcome = check._outcome
+    if dist.get_rank() == 1:
+        check._outcome = lambda *args: replace(outcome(*args), loss=math.nan)
+    return into_a_file(job)
+
+
+@pytest.mark.parametrize(
+    ("work", "fails"),
+    [
+        ("one_gradient_is_off", ["worst gradient of 21: blocks.1.feed.up.weight"]),
+        (
+            "something_is_sent_twice",
+            [f"{what} a layer, {way}" for way in ("forward", "backward") for what in ("collectives", "bytes")],
+        ),
+        ("the_loss_of_one_rank_is_nan", ["loss"]),
+    ],
+)
+def test_a_fault_of_any_rank_fails_the_law(work: str, fails: list[str], tmp_path: Path) -> None:
+    code, lines = verdict(SMALL, tmp_path, work)
+    assert [what for what, words in lines.items() if words[-1] == "FAILS"] == fails
+    assert code == 1
+    assert "The law FAILS on this machine." in (tmp_path / "said0").read_text()
+
+
+def test_the_smallest_batch_has_a_label(tmp_path: Path) -> None:
+    code, lines = verdict(replace(SMALL, tokens=2, rows=1), tmp_path, "into_a_file")
+    assert code == 0
+    assert float(lines["loss"][0]) > 1
+
+
+def test_a_layout_that_cannot_be_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "--heads", "6", "--kv-heads", "4"]) == 2
+    assert cli.main(["check", "--ulysses", "3", "--heads", "2"]) == 2
+    first, second = capfd.readouterr().err.splitlines()
+    assert first.startswith("longspan: 6 query heads cannot share 4 key/value heads evenly; ")
+    assert second.startswith("longspan: ulysses=3 exceeds the 2 query heads; ")

@@ -1,0 +1,157 @@
+"""Checkpoints: whole or not there, the same state back, on any number of ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from longspan.batch.shard import shard
+from longspan.cli import checkpoint
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import RunError
+from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.parallelize import parallelize
+from tests.helpers.ranks import on_ranks
+
+CONFIG = DecoderConfig(vocab=11, layers=2, hidden=12, heads=2, kv_heads=2, head_dim=4, ffn=16, tied=True)
+
+
+def _trained(zero: int, seed: int = 0, steps: int = 2) -> tuple[Any, torch.optim.Optimizer, ParallelMesh]:
+    mesh = ParallelMesh()
+    model = parallelize(Decoder(CONFIG, seed=seed), mesh, zero)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        _step(model, optimizer, mesh, step)
+    return model, optimizer, mesh
+
+
+def _step(model: Any, optimizer: torch.optim.Optimizer, mesh: ParallelMesh, step: int) -> float:
+    ids = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(step))
+    rows = ids.tensor_split(mesh.place.data)[mesh.place.data_rank]
+    loss = model(**shard({"input_ids": rows, "labels": rows}, mesh)).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def _save(folder: Path, zero: int) -> list[float]:
+    model, optimizer, mesh = _trained(zero)
+    torch.manual_seed(5)
+    torch.rand(3)
+    checkpoint.save(folder, 2, model, optimizer, {"step": 2}, mesh, keep=2)
+    return [*torch.rand(2).tolist(), *(_step(model, optimizer, mesh, step) for step in (2, 3, 4))]
+
+
+def _load(folder: Path, zero: int) -> list[float]:
+    model, optimizer, mesh = _trained(zero, seed=1, steps=1)
+    path = checkpoint.newest(folder)
+    assert path is not None
+    checkpoint.load(path, model, optimizer)
+    return [*torch.rand(2).tolist(), *(_step(model, optimizer, mesh, step) for step in (2, 3, 4))]
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_what_is_loaded_goes_on_as_what_was_saved_bit_by_bit(zero: int, tmp_path: Path) -> None:
+    saved = on_ranks(2, _save, tmp_path, zero, tmp_path=tmp_path)
+    assert on_ranks(2, _load, tmp_path, zero, tmp_path=tmp_path) == saved
+
+
+@pytest.mark.parametrize(("saving", "loading"), [((4, 3), (2, 0)), ((2, 0), (3, 3))])
+def test_other_ranks_and_another_sharding_read_it(
+    saving: tuple[int, int], loading: tuple[int, int], tmp_path: Path
+) -> None:
+    (saved, *_) = on_ranks(saving[0], _save, tmp_path, saving[1], tmp_path=tmp_path)
+    for found in on_ranks(loading[0], _load, tmp_path, loading[1], tmp_path=tmp_path):
+        assert found == pytest.approx(saved, rel=1e-5)
+
+
+def _save_several(folder: Path) -> None:
+    model, optimizer, mesh = _trained(0)
+    (folder / "checkpoints" / ".step-000003").mkdir(parents=True)  # what a killed run leaves
+    (folder / "checkpoints" / ".step-000003" / "rubbish").touch()
+    for step in (1, 2, 3, 3, 4):
+        checkpoint.save(folder, step, model, optimizer, {"step": step}, mesh, keep=2)
+
+
+def test_the_newest_stay_and_a_draft_of_a_killed_run_goes(tmp_path: Path) -> None:
+    on_ranks(1, _save_several, tmp_path, tmp_path=tmp_path)
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-000003", "step-000004"]
+    assert not list(folder.rglob("rubbish"))
+    assert checkpoint.newest(tmp_path) == folder / "step-000004"
+    assert checkpoint.facts(folder / "step-000003") == {"step": 3}
+
+
+def _save_around_a_million(folder: Path) -> None:
+    model, optimizer, mesh = _trained(0)
+    for step in (999_999, 1_000_000):
+        checkpoint.save(folder, step, model, optimizer, {"step": step}, mesh, keep=1)
+
+
+def test_the_millionth_step_is_newer_than_the_one_before(tmp_path: Path) -> None:
+    on_ranks(1, _save_around_a_million, tmp_path, tmp_path=tmp_path)
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None
+    assert checkpoint.facts(newest) == {"step": 1_000_000}
+
+
+def _save_where_only_rank_0_can(folder: Path) -> str:
+    model, optimizer, mesh = _trained(3)
+    if mesh.place.data_rank == 1:
+        storage = torch.distributed.checkpoint.filesystem
+        storage._write_item = _refuse
+    with pytest.raises(RunError) as error:
+        checkpoint.save(folder, 2, model, optimizer, {"step": 2}, mesh, keep=2)
+    return str(error.value)
+
+
+def _refuse(*_: object) -> None:
+    raise OSError(122, "Disk quota exceeded")
+
+
+def test_a_rank_that_cannot_write_stops_all_with_its_text_and_leaves_nothing(tmp_path: Path) -> None:
+    first, second = on_ranks(2, _save_where_only_rank_0_can, tmp_path, tmp_path=tmp_path)
+    assert first == second
+    assert "step-000002 cannot be written: Disk quota exceeded; make room, or choose another disk with --runs-folder" in first
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_run_without_a_checkpoint_has_no_newest(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+
+
+def _load_damaged(folder: Path) -> list[str]:
+    model, optimizer, mesh = _trained(0)
+    checkpoint.save(folder, 2, model, optimizer, {"step": 2}, mesh, keep=2)
+    path = checkpoint.newest(folder)
+    assert path is not None
+    found = []
+    for name in ("__0_0.distcp", ".metadata"):
+        (path / name).write_bytes(b"")
+        with pytest.raises(RunError, match=r"the checkpoint .* cannot be read: .*; use another one, or start anew") as error:
+            checkpoint.load(path, model)
+        found.append(str(error.value))
+    return found
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:
+    ((*texts,),) = on_ranks(1, _load_damaged, tmp_path, tmp_path=tmp_path)
+    assert all("\n" not in text for text in texts)
+    (tmp_path / "run.json").write_text("[")
+    with pytest.raises(RunError, match=r"is damaged: its run\.json cannot be read"):
+        checkpoint.facts(tmp_path)
+
+
+def test_a_checkpoint_of_another_kind_is_refused_by_field(tmp_path: Path) -> None:
+    theirs = json.loads(json.dumps({"layers": 2, "hidden": 8}))
+    checkpoint.refuse_differences(tmp_path, "model", theirs, {"layers": 2})
+    with pytest.raises(RunError, match="is of another model: hidden is 8, not 9, heads is None, not 1; ask for its own model"):
+        checkpoint.refuse_differences(tmp_path, "model", theirs, {"layers": 2, "hidden": 9, "heads": 1})

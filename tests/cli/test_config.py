@@ -1,0 +1,118 @@
+"""Settings: checked at birth, the same from flags, a file and a run's own record."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from longspan.cli.config import PRESETS, Check, Evaluate, Ranks, Train, as_json, known, read_file, settings_of_run
+from longspan.errors import RunError
+from longspan.models import decoder
+
+MODELS = "legal are tiny, small, llama-1b, llama-8b, llama-70b, and hf:FOLDER for a Hugging Face model"
+
+
+def test_presets_that_flags_name_are_those_of_the_decoder() -> None:
+    assert tuple(decoder.PRESETS) == PRESETS
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "text"),
+    [
+        (Train, {"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
+        (Train, {"learning_rate": float("nan")}, "learning_rate=nan must be above 0"),
+        (Train, {"tokens": 1}, "tokens=1 must be at least 2"),
+        (Train, {"steps": 0}, "steps=0 must be at least 1"),
+        (Train, {"ranks": 0}, "ranks=0 must be at least 1"),
+        (
+            Train,
+            {"micro_batches": 3},
+            "rows_per_step=1 is fewer than micro_batches=3; every micro-batch needs a row: use --micro-batches 1 or fewer",
+        ),
+        (Train, {"run": "a/b"}, "run='a/b' is not a plain name; put the folder of the runs into --runs-folder"),
+        (Evaluate, {"documents": 0}, "documents=0 must be at least 1"),
+        (Check, {"heads": 0}, "heads=0 must be at least 1"),
+    ],
+)
+def test_settings_are_checked_at_birth(kind: type[Ranks], settings: dict[str, object], text: str) -> None:
+    with pytest.raises(RunError) as error:
+        kind(**settings)  # type: ignore[arg-type]
+    assert str(error.value) == text
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "text"),
+    [
+        (Train(), "zero", 4, "zero=4 is unknown; legal are 0, 2, 3"),
+        (Train(), "model", "huge", f"model='huge' is unknown; {MODELS}"),
+        (Check(), "model", "hf", f"model='hf' is unknown; {MODELS}"),
+        (Check(), "dtype", "fp8", "dtype='fp8' is unknown; legal are fp64, fp32, bf16"),
+    ],
+)
+def test_choices_are_checked_at_birth(config: Ranks, name: str, value: object, text: str) -> None:
+    object.__setattr__(config, name, value)  # past the type checks that the tests run under, and a user does not
+    with pytest.raises(RunError) as error:
+        config.__post_init__()
+    assert str(error.value) == text
+
+
+def test_one_sequence_decides_how_many_ranks_start() -> None:
+    assert Train().local_ranks == 2
+    assert Train(ulysses=4).local_ranks == 4
+    assert Train(ulysses=2, ring=3).local_ranks == 6
+    assert Train(ulysses=1, ranks=3).local_ranks == 3
+
+
+def test_a_record_reads_back_as_it_was(tmp_path: Path) -> None:
+    config = Train(data=("a", "b"), ranks=3, run="x")
+    (tmp_path / "config.json").write_text(as_json(config))
+    held = read_file(str(tmp_path / "config.json"))
+    assert set(held) == {field.name for field in fields(Train)}
+    assert Train(**held | {"data": tuple(held["data"])}) == config
+
+
+def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('learning-rate = 1e-3\ndata = ["x"]\n')
+    (tmp_path / "a.json").write_text('{"learning_rate": 1e-3, "data": ["x"]}')
+    assert read_file(str(tmp_path / "a.toml")) == read_file(str(tmp_path / "a.json")) == {"learning_rate": 1e-3, "data": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.json", "{", "is not valid JSON"),
+        ("a.toml", "=", "is not valid TOML"),
+        ("a.json", "[1]", "holds a list; it must hold names and values"),
+        ("a.json", None, "cannot be read: No such file or directory"),
+        ("a.json", b"\xff", "is not valid JSON"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, name: str, content: str | bytes | None, text: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RunError, match=text):
+        read_file(str(tmp_path / name))
+
+
+def test_a_run_may_not_be_called_latest() -> None:
+    with pytest.raises(RunError, match="run='latest' is not a plain name"):
+        Train(run="latest")
+
+
+def test_unknown_names_are_refused_by_name() -> None:
+    with pytest.raises(RunError, match="the config x sets tokns, unknown to train; legal are ranks, debug, ulysses, "):
+        known(Train, {"tokns": 1, "tokens": 2}, "the config x")
+
+
+def test_runs_are_found_by_name_or_as_the_latest(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there is none; start one with: longspan train"):
+        settings_of_run(str(tmp_path), "latest")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"steps": 3}))
+        (tmp_path / "latest").write_text(f"{name}\n")
+    assert settings_of_run(str(tmp_path), "latest") == ("two", {"steps": 3})
+    assert settings_of_run(str(tmp_path), "one") == ("one", {"steps": 3})
+    with pytest.raises(RunError, match=r"no run 'three' in the folder .*: there are one, two"):
+        settings_of_run(str(tmp_path), "three")

@@ -1,0 +1,149 @@
+"""Flags, files and records as settings; what wins over what; and one line for whatever is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from longspan.cli import launch
+from longspan.cli import main as cli
+from longspan.cli.config import Check, Evaluate, Train
+from longspan.errors import RunError
+
+FLAGS = {
+    "train": """
+        ranks debug ulysses ring zero recompute tile_tokens head_chunks offload_activations tiled_loss model dtype data
+        text_field tokenizer tokens rows_per_step micro_batches steps optimizer learning_rate warmup_steps weight_decay
+        clip_norm eval_every_steps eval_rows checkpoint_every_steps keep_checkpoints seed run memory_report runs_folder resume
+    """,
+    "evaluate": "ranks debug checkpoint data text_field max_tokens documents dtype runs_folder",
+    "check": """
+        ranks debug ulysses ring zero recompute tile_tokens head_chunks offload_activations tiled_loss dtype model layers heads
+        kv_heads tokens rows seed
+    """,
+}
+
+
+def test_the_flags_are_pinned() -> None:
+    assert {verb: [field.name for field in fields(cli.VERBS[verb].settings)] for verb in cli.VERBS} == {
+        verb: names.split() for verb, names in FLAGS.items()
+    }
+
+
+def test_flags_become_settings() -> None:
+    assert cli.parse("train", []) == Train()
+    assert cli.parse("train", ["--data", "a", "b", "--ranks", "4", "--learning-rate", "1e-4", "--zero", "3"]) == Train(
+        data=("a", "b"), ranks=4, learning_rate=1e-4, zero=3
+    )
+    assert cli.parse("evaluate", ["runs/x", "--max-tokens", "10"]) == Evaluate(checkpoint="runs/x", max_tokens=10)
+    assert cli.parse("check", ["--kv-heads", "2", "--debug"]) == Check(kv_heads=2, debug=True)
+
+
+def test_flags_win_over_a_file_and_a_file_over_the_record_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    record = {"steps": 5, "tokens": 10, "seed": 7, "ranks": None, "data": ["x"], "debug": False, "run": "old"}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(record))
+    (tmp_path / "latest").write_text("old\n")
+    (tmp_path / "a.toml").write_text("steps = 6\ntokens = 20\n")
+    flags = ["--config", str(tmp_path / "a.toml"), "--steps", "8", "--runs-folder", str(tmp_path)]
+    assert cli.parse("train", flags) == Train(steps=8, tokens=20, runs_folder=str(tmp_path))
+    expected = Train(steps=8, tokens=20, seed=7, data=("x",), run="old", runs_folder=str(tmp_path), resume="latest")
+    assert cli.parse("train", [*flags, "--resume"]) == expected
+    assert cli.parse("train", ["--resume", "old", *flags]).run == "old"
+
+
+def test_a_file_names_the_checkpoint_too(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"checkpoint": "x", "documents": 2}')
+    assert cli.parse("evaluate", ["--config", str(tmp_path / "a.json")]) == Evaluate(checkpoint="x", documents=2)
+    assert cli.parse("evaluate", [f"--config={tmp_path / 'a.json'}"]) == Evaluate(checkpoint="x", documents=2)
+    assert cli.parse("evaluate", ["y", "--config", str(tmp_path / "a.json")]) == Evaluate(checkpoint="y", documents=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("trian", "'trian' is not a verb of longspan; legal are train, evaluate, check (see longspan --help)"),
+        ("train --foo", "Unrecognized options: --foo; see longspan train --help"),
+        ("train --tokens x", "Error parsing --tokens: invalid literal for int() with base 10: 'x'; see longspan train --help"),
+        ("train --steps", "Missing value for argument '--steps'. Expected 1 values; see longspan train --help"),
+        ("check --zero 4", "invalid choice '4' for argument '--zero'. Expected one of ('0', '2', '3'); see longspan check"),
+        ("train --learning-rate -1", "learning_rate=-1.0 must be above 0"),
+        ("train --config", "--config needs the name of a JSON or TOML file"),
+        ("train --runs-folder /nowhere --resume", "no run 'latest' in the folder /nowhere: there is none; start one with: "),
+    ],
+)
+def test_bad_flags_are_one_line(arguments: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments.split()) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"longspan: {line}")
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"tokens": "x"}', "Error parsing --tokens: invalid literal for int()"),
+        ('{"tokens": {"a": 1}}', "tokens is a table; it must be one value or a list"),
+        ('{"tokns": 3}', "sets tokns, unknown to train; legal are ranks, "),
+    ],
+)
+def test_bad_files_are_one_line(content: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert cli.main(["train", "--config", str(tmp_path / "a.json")]) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_shows_a_real_call_and_every_flag(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert f"$ longspan {verb}" in said
+    for field in fields(cli.VERBS[verb].settings):
+        assert f"--{field.name.replace('_', '-')}" in said or field.name == "checkpoint"
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = "import sys; from longspan.cli import main; main.main([]); assert 'torch' not in sys.modules"
+    said = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    for verb, (_, does, _) in cli.VERBS.items():
+        assert f"longspan {verb}" in said
+        assert does in said
+
+
+def test_a_dead_rank_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def dies(*_: object) -> int:
+        raise launch.RankDied("rank 1 was ended by SIGKILL", "the traceback")
+
+    monkeypatch.setattr(launch, "run", dies)
+    assert cli.main(["train", "--runs-folder", "elsewhere"]) == 1
+    assert cli.main(["train", "--run", "mine", "--debug"]) == 1
+    assert cli.main(["check"]) == 1
+    first, second, trace, third = capsys.readouterr().err.splitlines()
+    died = "longspan: rank 1 was ended by SIGKILL"
+    assert first == f"{died}; if it had made a checkpoint, go on from it with: longspan train --resume --runs-folder elsewhere"
+    assert second == f"{died}; if it had made a checkpoint, go on from it with: longspan train --resume mine"
+    assert trace == "the traceback"
+    assert third == died
+
+
+def test_under_a_launcher_every_rank_meets_an_error_and_one_says_it() -> None:
+    flags = ["--local-addr=127.0.0.1", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "longspan.cli.main"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    found = subprocess.run([*torchrun, "check", "--heads", "1"], env=environment, capture_output=True, text=True)
+    (ours,) = [line for line in found.stderr.splitlines() if line.startswith("longspan: ")]
+    assert ours.startswith("longspan: ulysses=2 exceeds the 1 query heads; ")
+
+
+def test_an_unknown_verb_is_not_parsed() -> None:
+    with pytest.raises(RunError, match="is not a verb"):
+        cli.parse("plan", [])

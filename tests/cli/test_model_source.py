@@ -1,0 +1,71 @@
+"""What a run computes with: the same figures for the same shape, whoever's code it is; its own description; its tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
+
+from longspan.cli import model_source as recipes
+from longspan.cli.model_source import DecoderRecipe
+from longspan.distributed.mesh import ParallelMesh
+from longspan.hf.source import FolderRecipe
+from longspan.models.decoder import DecoderConfig
+from longspan.parallelize import parallelize
+from tests.helpers.ranks import on_ranks
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
+OURS = DecoderConfig(vocab=97, layers=2, hidden=32, heads=4, kv_heads=2, head_dim=8, ffn=48)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_llama_costs_what_our_decoder_of_its_shape_costs(tied: bool) -> None:
+    ours = DecoderRecipe(DecoderConfig(**{**vars(OURS), "tied": tied}))
+    theirs = FolderRecipe(LlamaConfig(**SHAPE, tie_word_embeddings=tied), None)
+    assert theirs.flops_per_token(1000) == ours.flops_per_token(1000)
+    assert (theirs.heads, theirs.vocab) == (ours.heads, ours.vocab)
+    for recipe in (ours, theirs):
+        assert recipe.summary.endswith(f"{ours.config.parameters:,} parameters")
+
+
+def test_a_token_is_sent_to_some_experts_only() -> None:
+    configs = [MixtralConfig(**SHAPE, num_local_experts=experts, num_experts_per_tok=2) for experts in (2, 4)]
+    two, four = (FolderRecipe(config, None).flops_per_token(10) for config in configs)
+    assert four - two == 6 * 2 * 2 * 32  # the router's rows for two more experts, in two layers
+
+
+@pytest.mark.parametrize("recipe", [DecoderRecipe(OURS), FolderRecipe(LlamaConfig(**SHAPE, rope_theta=3e4), None)])
+def test_a_recipe_is_made_again_from_what_it_says(recipe: Any) -> None:
+    said = json.loads(json.dumps(recipe.described()))
+    assert said == recipe.described()
+    again = recipes.from_description(said)
+    assert again.described() == said
+    assert again.summary == recipe.summary
+    first, second = recipe.build(3), again.build(3)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def written(folder: str, out: str) -> None:
+    mesh, recipe = ParallelMesh(), recipes.named(f"hf:{folder}")
+    model = parallelize(recipe.build(0, 3), mesh, 3)
+    assert recipe.export(model, Path(out), recipe.tokenizer, mesh)
+
+
+def test_the_folder_s_tokenizer_is_the_default_and_goes_back_with_the_model(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    assert recipes.named(f"hf:{folder}").tokenizer == "bytes"
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?").save_pretrained(folder)
+    transformers.GenerationConfig(max_new_tokens=7).save_pretrained(folder)
+    assert recipes.named(f"hf:{folder}").tokenizer == str(folder)
+    on_ranks(2, written, str(folder), str(tmp_path / "out"), tmp_path=tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == {"a": 0, "b": 1, "?": 2}
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 7

@@ -1,0 +1,234 @@
+from copy import deepcopy
+from itertools import permutations
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from longspan.distributed import grad_sync as gradients
+from longspan.distributed.collectives import all_reduce_sum
+from longspan.distributed.grad_sync import MeanGradients
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import ModelError
+from tests.helpers.ranks import on_ranks
+
+ROWS, TOKENS = 3, 5  # of one rank
+
+
+class Toy(nn.Module):
+    """Tied weights, checkpointed layers, and parameters that some ranks, or all, do not use."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(7, 6)
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.odd = nn.Linear(6, 6)  # used by odd ranks
+        self.never = nn.Linear(6, 6)
+        self.frozen = nn.Parameter(torch.randn(6), requires_grad=False)
+        self.to(dtype)
+
+    def score(self, ids: torch.Tensor, rank: int) -> torch.Tensor:
+        """The sum over tokens of what a rank can compute alone."""
+        x = self.embed(ids) * self.frozen
+        order = (self.first, self.second) if rank % 2 else (self.second, self.first)
+        for layer in order:
+            x = checkpoint(lambda y, layer=layer: layer(y).tanh(), x, use_reentrant=False)
+        if rank % 2:
+            x = self.odd(x)
+        return (x @ self.embed.weight.T).tanh().sum()
+
+    def penalty(self) -> torch.Tensor:
+        return self.first.weight.square().sum() + self.embed.weight.exp().sum()
+
+
+def _ids(rank: int, step: int) -> torch.Tensor:
+    return torch.randint(7, (ROWS, TOKENS), generator=torch.Generator().manual_seed(10 * rank + step))
+
+
+def _one_device(ranks: int, steps: int, dtype: torch.dtype = torch.float64) -> Toy:
+    toy = Toy(dtype)
+    for step in range(steps):
+        loss = sum(toy.score(_ids(rank, step), rank) for rank in range(ranks)) + toy.penalty()
+        loss.backward()
+    return toy
+
+
+def _grads(model: nn.Module) -> dict[str, torch.Tensor | None]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("bucket_bytes", [1, 500, 2**20])
+def test_every_gradient_is_that_of_one_device(ranks, bucket_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", bucket_bytes)
+    expected = _grads(_one_device(ranks, 3))
+    for found in on_ranks(ranks, _three_backwards, tmp_path=tmp_path):
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
+
+
+def _three_backwards():
+    toy, mesh = Toy(), ParallelMesh()
+    MeanGradients(toy, mesh)
+    rank = mesh.place.data_rank
+    for step in range(3):
+        (all_reduce_sum(toy.score(_ids(rank, step), rank), mesh.mean_group) + toy.penalty()).backward()
+    return _grads(toy)
+
+
+def test_what_no_rank_used_has_no_gradient_and_what_some_used_is_equal_on_all(tmp_path):
+    first, second = on_ranks(2, _three_backwards, tmp_path=tmp_path)
+    assert first["never.weight"] is None
+    assert first["frozen"] is None
+    assert torch.equal(first["odd.weight"], second["odd.weight"])
+
+
+def test_a_reentrant_backward_inside_a_backward_is_averaged_too(tmp_path):
+    expected = [_reentrant(Toy(), ids) for ids in (_ids(0, 0), _ids(1, 0))]
+    for found in on_ranks(2, _reentrant_on_ranks, tmp_path=tmp_path):
+        for name, grad in found.items():
+            if grad is not None:
+                torch.testing.assert_close(grad, (expected[0][name] + expected[1][name]) / 2, rtol=1e-13, atol=1e-14)
+
+
+def _reentrant(toy, ids):
+    """The embedding is used outside the checkpoint and inside: two backwards, one in the other, bring its gradient."""
+    x = checkpoint(lambda y: toy.first(y) @ toy.embed.weight.T, toy.embed(ids), use_reentrant=True)
+    (toy.second(x[..., :6]).tanh().sum()).backward()
+    return _grads(toy)
+
+
+def _reentrant_on_ranks():
+    toy, mesh = Toy(), ParallelMesh()
+    MeanGradients(toy, mesh)
+    return _reentrant(toy, _ids(mesh.place.data_rank, 0))
+
+
+def test_half_gradients_are_averaged_in_fp32(tmp_path):
+    for found in on_ranks(4, _half_mean, tmp_path=tmp_path):
+        assert found.dtype == torch.bfloat16
+        assert found.tolist() == [0.5] * 24  # in bf16 256 + 1 is 256: whatever the order of a sum, some of them would be lost
+
+
+def _half_mean():
+    model, mesh = nn.ParameterList([nn.Parameter(torch.ones(24, dtype=torch.bfloat16))]), ParallelMesh()
+    MeanGradients(model, mesh)
+    mine = [order[mesh.place.data_rank] for order in permutations((256.0, 1.0, 1.0, -256.0))]
+    (model[0] * torch.tensor(mine, dtype=torch.bfloat16)).sum().backward()
+    return model[0].grad
+
+
+def test_a_backward_that_failed_leaves_nothing_for_the_next(tmp_path):
+    expected = _grads(_one_device(2, 1))
+    for found in on_ranks(2, _fail_then_succeed, tmp_path=tmp_path):
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
+
+
+def _fail_then_succeed():
+    toy, mesh = Toy(), ParallelMesh()
+    MeanGradients(toy, mesh)
+    rank = mesh.place.data_rank
+    x = toy.embed(_ids(rank, 0))
+    x.register_hook(_raise)
+    with pytest.raises(MemoryError):
+        (toy.first(x) @ toy.embed.weight.T).sum().backward()
+    (all_reduce_sum(toy.score(_ids(rank, 0), rank), mesh.mean_group) + toy.penalty()).backward()
+    return _grads(toy)
+
+
+def _raise(grad):
+    raise MemoryError
+
+
+def test_remove_gives_back_the_ranks_own_gradient(tmp_path):
+    for rank, found in enumerate(on_ranks(2, _without, tmp_path=tmp_path)):
+        toy = Toy()
+        toy.score(_ids(rank, 0), rank).backward()
+        torch.testing.assert_close(found, _grads(toy))
+
+
+def _without():
+    toy, mesh = Toy(), ParallelMesh()
+    MeanGradients(toy, mesh).remove()
+    toy.score(_ids(mesh.place.data_rank, 0), mesh.place.data_rank).backward()
+    return _grads(toy)
+
+
+def test_what_cannot_be_averaged_is_refused(tmp_path):
+    on_ranks(2, _refusals, tmp_path=tmp_path)
+
+
+def _refusals():
+    toy, mesh = Toy(), ParallelMesh()
+    gradients_of_toy = MeanGradients(toy, mesh)
+    with pytest.raises(ModelError, match=r"read \.grad"):
+        torch.autograd.grad(toy.penalty(), toy.first.weight)
+    with pytest.raises(ModelError, match=r"read \.grad"):
+        toy.penalty().backward(create_graph=True)
+    with pytest.raises(ModelError, match="a parallel model cannot be copied"):
+        deepcopy(gradients_of_toy)
+    toy.frozen.requires_grad_()
+    with pytest.raises(ModelError, match="'frozen' was unfrozen or replaced"):
+        toy.penalty().backward()
+    decoder = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
+    MeanGradients(decoder, mesh)
+    decoder[0].requires_grad_(False)
+    decoder[1].requires_grad_()
+    with pytest.raises(ModelError, match=r"'1.weight' was unfrozen or replaced"):
+        decoder(torch.ones(1, 2))
+
+
+def test_on_one_rank_norm_and_clip_are_torchs():
+    ours, theirs = _one_device(1, 1), _one_device(1, 1)
+    expected = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+    torch.testing.assert_close(gradients.norm(ours.parameters()), expected)
+    torch.testing.assert_close(gradients.clip(ours.parameters(), 0.5), expected)
+    torch.testing.assert_close(_grads(ours), _grads(theirs))
+    torch.testing.assert_close(gradients.clip(ours.parameters(), 0.6), gradients.norm(theirs.parameters()))
+    torch.testing.assert_close(_grads(ours), _grads(theirs))
+
+
+def test_the_norm_of_nothing_is_zero_and_large_norms_do_not_overflow():
+    large = nn.Parameter(torch.ones(3))
+    assert gradients.norm([large]).item() == 0
+    large.grad = torch.full((3,), 1e30)
+    assert gradients.norm([large]).item() == pytest.approx(3**0.5 * 1e30)
+
+
+def test_the_norm_of_many_small_gradients_is_exact():
+    many = nn.Parameter(torch.zeros(2**25))  # an fp32 sum of squares is 1.7% off here
+    many.grad = torch.full((2**25,), 0.001)
+    assert gradients.norm([many]).item() == pytest.approx(0.001 * 2**12.5, rel=1e-7)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_norm_over_sharded_and_whole_parameters_is_that_of_one_device(ranks, tmp_path):
+    expected, clipped = _norms(*_pair())
+    for norms, grads in on_ranks(ranks, _sharded_norms, tmp_path=tmp_path):
+        assert norms == pytest.approx([expected, expected, 1.0], rel=1e-6)
+        torch.testing.assert_close(grads, clipped)
+
+
+def _pair() -> tuple[nn.Linear, nn.Linear]:
+    torch.manual_seed(1)
+    return nn.Linear(5, 7), nn.Linear(4, 3)
+
+
+def _norms(sharded: nn.Linear, whole: nn.Linear) -> tuple[float, list[torch.Tensor]]:
+    (sharded(torch.ones(2, 5)).exp().sum() + whole(torch.ones(2, 4)).exp().sum()).backward()
+    parameters = [*sharded.parameters(), *whole.parameters()]
+    before = nn.utils.clip_grad_norm_(parameters, 1.0)
+    return before.item(), [parameter.grad for parameter in parameters]
+
+
+def _sharded_norms():
+    sharded, whole = _pair()
+    fully_shard(sharded, mesh=ParallelMesh().fsdp_mesh)
+    (sharded(torch.ones(2, 5)).exp().sum() + whole(torch.ones(2, 4)).exp().sum()).backward()
+    parameters = [*sharded.parameters(), *whole.parameters()]
+    norms = [gradients.norm(parameters), gradients.clip(parameters, 1.0), gradients.norm(parameters)]
+    grads = [*(parameter.grad.full_tensor() for parameter in sharded.parameters()), *(p.grad for p in whole.parameters())]
+    return [float(one) for one in norms], grads

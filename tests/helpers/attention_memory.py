@@ -1,0 +1,93 @@
+"""Measure what attention really holds, by the resident memory of processes of their own (test_memory.py).
+
+Freed tensors go back to the system at once (MALLOC_MMAP_THRESHOLD_), and the peak is reset before each measurement.
+"""
+
+import gc
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from longspan import ParallelMesh, attend
+from longspan.memory.checkpointing import attend_once, keep_attention
+from longspan.models.decoder import Block, DecoderConfig
+from tests.helpers.ranks import on_ranks
+
+TOKENS, HEADS, DIM = 4096, 16, 32
+CONFIG = DecoderConfig(vocab=8, layers=1, hidden=HEADS * DIM, heads=HEADS, kv_heads=HEADS, head_dim=DIM, ffn=DIM)
+UNIT = 4 * TOKENS * HEADS * DIM  # bytes of one hidden state in fp32
+
+
+def resident(name: str = "VmRSS") -> float:
+    """Resident memory in hidden states."""
+    gc.collect()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1]) / UNIT
+
+
+def peak_of(work: Callable[[], object]) -> float:
+    """How much more is held at the peak of ``work`` than before it."""
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")
+    result = work()
+    after = resident("VmHWM") - before
+    del result
+    return after
+
+
+def kept_by(attention: Callable[..., Tensor], context: dict[str, object]) -> float:
+    """What a checkpointed block holds from its forward to its backward, beside its input and output."""
+    torch.manual_seed(0)
+    block, x = Block(CONFIG), torch.randn(1, TOKENS, CONFIG.hidden, requires_grad=True)
+    before = resident()
+    out = checkpoint(block, x, attention, use_reentrant=False, **context)
+    kept = resident() - before - 1
+    (out * x.detach()).sum().backward()
+    return kept
+
+
+def exchanged(head_chunks: int) -> float:
+    """The peak of an attention, forward and backward, beside what my tokens take: inputs, output, their gradients."""
+    mesh = ParallelMesh(ulysses=2)
+    q, k, v, dout = (torch.randn(1, TOKENS // 2, HEADS, DIM) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    attend_ = attend_once if head_chunks == 1 else attend
+
+    def work() -> object:
+        out = attend_(q, k, v, mesh=mesh, head_chunks=head_chunks)
+        return out, torch.autograd.grad(out, leaves, dout)
+
+    return (peak_of(work) - 4 / 2) * 2  # in hidden states of my tokens
+
+
+def attention_of_a_block(head_chunks: int, attention: Callable[..., Tensor]) -> float:
+    """The peak of a block's attention with its projections, forward and backward, beside its input, output and gradients."""
+    torch.manual_seed(0)
+    block, x = Block(CONFIG, head_chunks), torch.randn(1, TOKENS, CONFIG.hidden, requires_grad=True)
+    dout = torch.randn(1, TOKENS, CONFIG.hidden)
+    attended = block._attend if head_chunks == 1 else block._attend_in_chunks
+
+    def work() -> object:
+        out = attended(x, attention)
+        out.backward(dout)
+        return out
+
+    weights = sum(p.numel() * 4 for p in (block.query.weight, block.key.weight, block.value.weight, block.out.weight)) / UNIT
+    return peak_of(work) - 2 - weights
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    tmp_path = Path(sys.argv[1])
+    kept_by(attend_once, {"context_fn": keep_attention})  # what the first call loads is not what a call holds
+    print("kept", 0, kept_by(attend_once, {"context_fn": keep_attention}), kept_by(attend, {}))
+    for chunks in (1, 8):
+        print("block", chunks, attention_of_a_block(chunks, attend), attention_of_a_block(chunks, attend_once))
+    for chunks in (1, 8):
+        print("exchanged", chunks, *on_ranks(2, exchanged, chunks, tmp_path=tmp_path))

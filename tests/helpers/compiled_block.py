@@ -1,0 +1,63 @@
+"""Compile one decoder block over 1 and 2 ranks as a full graph; compare it with eager, gradients too (test_compile.py).
+
+One row lies otherwise than two: the kernel then answers in one call. Tiles are no part of a graph, and may stand between two.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from longspan import Causal, ParallelMesh, attend
+from longspan.memory.tiling import tile_by_tile
+from longspan.models.decoder import Block, DecoderConfig
+from tests.helpers.ranks import on_ranks
+
+CONFIG = DecoderConfig(vocab=16, layers=1, hidden=48, heads=6, kv_heads=2, head_dim=8, ffn=64)
+TOKENS = 13
+
+
+def compiled_is_eager(rows: int) -> None:
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    mesh = ParallelMesh(ulysses=torch.distributed.get_world_size())
+    place = mesh.place
+    mine = sum(map(len, place.layout(TOKENS).mine(place.ring_rank, place.ulysses_rank)))
+    torch.manual_seed(place.ulysses_rank)
+    block = Block(CONFIG).double()
+    x, weight = torch.randn(2, rows, mine, CONFIG.hidden, dtype=torch.float64)
+
+    def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend(q, k, v, mask=Causal(), mesh=mesh, tokens=TOKENS)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return block(x, mix)
+
+    results = []
+    for function in (forward, torch.compile(forward, fullgraph=True)):
+        block.zero_grad()
+        leaf = x.clone().requires_grad_()
+        out = function(leaf)
+        (out * weight).sum().backward()
+        results.append([out.detach(), leaf.grad, *(p.grad.clone() for p in block.parameters())])
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-12)
+
+
+def tiles_inside_are_tiles() -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return tile_by_tile(lambda tile, rows, parameters: tile * parameters[0], x, 4, [weight]) * 2
+
+    weight, x = torch.tensor([2.0, 3.0], requires_grad=True), torch.ones(9, 2, requires_grad=True)
+    found = torch.autograd.grad(torch.compile(twice)(x).sum(), [x, weight])
+    torch.testing.assert_close(found, torch.autograd.grad((2 * x * weight).sum(), [x, weight]))
+
+
+if __name__ == "__main__":
+    tiles_inside_are_tiles()
+    for ranks, rows in ((1, 1), (2, 1), (2, 2)):
+        folder = Path(sys.argv[1], f"{ranks}-{rows}")
+        folder.mkdir()
+        on_ranks(ranks, compiled_is_eager, rows, tmp_path=folder, seconds=240)
+        print(f"{ranks}x{rows}", "exact")

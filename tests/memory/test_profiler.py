@@ -1,0 +1,80 @@
+"""What a step allocates, by what it is for: the sums are those of the tensors themselves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from longspan.cli.metrics import memory_table
+from longspan.memory import profiler as allocations
+from longspan.memory.profiler import CATEGORIES, Change, Recorded, Timeline
+
+MIB = 2**20
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(1024, 512, bias=False)  # 2 MiB
+        self.head = nn.Linear(512, 2048, bias=False)  # 4 MiB
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(self.first(x)), labels)
+
+
+def test_every_byte_has_its_category() -> None:
+    torch.manual_seed(0)
+    model = Small()
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    x, labels = torch.randn(256, 1024), torch.randint(2048, (256,))
+
+    def step() -> None:
+        model(x, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with Recorded(model, optimizer) as recorded:
+        step()
+    timeline = recorded.timeline
+    assert timeline.before == dict.fromkeys(CATEGORIES, 0) | {"parameters": 6 * MIB, "optimizer": 12 * MIB + 8}
+    peak = timeline.at_peak()
+    assert peak["parameters"] == 6 * MIB
+    gradients = max(total for category, total in running(timeline) if category == "gradients")
+    assert 6 * MIB <= gradients <= 6 * MIB + 4096
+    logits = max(total for category, total in running(timeline) if category == "logits")
+    assert 2 * MIB <= logits <= 6 * MIB + 4096  # log-softmax, 2 MiB, then its gradient; those of the head are activations
+    assert timeline.peak() == sum(peak.values()) >= 22 * MIB
+    assert sum(change.size for change in timeline.changes if change.category == "gradients") == 0  # zero_grad let them go
+
+
+def running(timeline: Timeline) -> list[tuple[str, int]]:
+    now, found = dict(timeline.before), []
+    for _, category, size in timeline.changes:
+        now[category] += size
+        found.append((category, now[category]))
+    return found
+
+
+def test_the_plot_and_the_table_say_the_peak(tmp_path: Path) -> None:
+    before = dict.fromkeys(CATEGORIES, 0) | {"parameters": 6 * MIB}
+    timeline = Timeline(before, [Change(10, "logits", 2 * MIB), Change(20, "logits", -2 * MIB), Change(30, "exchange", MIB)])
+    assert timeline.at_peak() == before | {"logits": 2 * MIB}
+    timeline.plot(tmp_path / "memory.html")
+    page = (tmp_path / "memory.html").read_text()
+    assert all(category in page for category in CATEGORIES)
+    assert memory_table(timeline, 2).splitlines()[0].endswith("8.0 MiB")
+    assert "logits               2.0 MiB   25.0%" in memory_table(timeline, 2)
+
+
+def test_memory_that_another_thread_freed_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiler sees no free of gloo's threads; that the address is given out again shows it."""
+    events = [(1, 0xA, 100, ()), (2, 0xB, 10, ()), (3, 0xA, 60, ()), (4, 0xA, -60, ())]
+    monkeypatch.setattr(allocations, "_allocations", lambda *_: events)
+    model = Small()
+    with Recorded(model, torch.optim.SGD(model.parameters())) as recorded:
+        pass
+    assert recorded.timeline.peak() == 6 * MIB + 110
+    assert sum(change.size for change in recorded.timeline.changes) == 10

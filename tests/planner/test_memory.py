@@ -1,0 +1,89 @@
+"""The closed form of a step's peak beside what the allocator gave, over lengths and sets of tools, on two ranks."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longspan import ParallelMesh, parallelize, shard
+from longspan.distributed.collectives import Arrival, TorchTransport
+from longspan.memory.profiler import Recorded
+from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.planner.memory import footprint
+from tests.helpers.ranks import on_ranks
+
+CONFIG = DecoderConfig(vocab=512, layers=3, hidden=128, heads=4, kv_heads=2, head_dim=32, ffn=512)
+SETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "recomputed": {"recompute": "full", "tile_tokens": 256},
+    "all": {"recompute": "keep attention", "tile_tokens": 256, "head_chunks": 2, "zero": 3},
+}
+LENGTHS = (2048, 4096, 6144, 8192, 12288)
+
+
+def assert_near(name: str, lengths: tuple[int, ...], tmp_path: Path) -> None:
+    found = on_ranks(2, steps, CONFIG, SETS[name], lengths, tmp_path=tmp_path)[0]
+    for tokens, measured in zip(lengths, (sum(fullest.values()) for fullest in found)):
+        told = footprint(CONFIG, parameters=CONFIG.parameters, tokens=tokens, ranks=2, **SETS[name]).peak
+        assert told == pytest.approx(measured, rel=0.1), f"{tokens} tokens"
+
+
+def test_the_peak_is_near_the_closed_form(tmp_path: Path) -> None:
+    assert_near("none", (2048, 4096), tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SETS)
+def test_the_peak_is_near_the_closed_form_with_every_set_of_tools(name: str, tmp_path: Path) -> None:
+    assert_near(name, LENGTHS, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SETS)
+def test_activations_fall_as_the_ranks_grow(name: str, tmp_path: Path) -> None:
+    """At 16,384 tokens, where tiles are small beside them: activations and exchange buffers of 4 ranks are half those of 2."""
+    config = replace(CONFIG, kv_heads=4)
+    sizes = []
+    for ranks in (2, 4):
+        (tmp_path / str(ranks)).mkdir()
+        tools = SETS[name] | ({"head_chunks": 1} if name == "all" else {})  # each rank has a head to give to a chunk
+        fullest = on_ranks(ranks, steps, config, tools, (16_384,), tmp_path=tmp_path / str(ranks))[0][0]
+        sizes.append(fullest["activations"] + fullest["exchange"])
+    assert sizes[1] / sizes[0] == pytest.approx(0.5, rel=0.05)
+
+
+class Settled(TorchTransport):
+    """Waits until gloo's threads have let go of what they sent: the profiler does not see what they free."""
+
+    def all_to_all(self, *given: Any) -> Arrival:
+        return Settling(super().all_to_all(*given))
+
+
+class Settling:
+    def __init__(self, arrival: Arrival) -> None:
+        self.arrival = arrival
+
+    def wait(self) -> torch.Tensor:
+        received = self.arrival.wait()
+        time.sleep(0.005)
+        return received
+
+
+def steps(config: DecoderConfig, tools: dict[str, Any], lengths: tuple[int, ...]) -> list[dict[str, int]]:
+    """Of the second step on, what is there at the fullest, by category."""
+    mesh = ParallelMesh(ulysses=torch.distributed.get_world_size(), transport=Settled())
+    model = parallelize(Decoder(config), mesh, **tools)
+    optimizer = torch.optim.AdamW(model.parameters())
+    found = []
+    for tokens in (256, *lengths):
+        ids = torch.randint(config.vocab, (1, tokens))
+        torch.distributed.broadcast(ids, 0)
+        with Recorded(model, optimizer) as recorded:
+            model(**shard({"input_ids": ids, "labels": ids}, mesh)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(recorded.timeline.at_peak())
+    return found[1:]

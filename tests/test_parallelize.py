@@ -1,0 +1,219 @@
+from copy import deepcopy
+from itertools import permutations
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from longspan.batch.shard import shard
+from longspan.distributed import grad_sync as gradients
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import LayoutError, ModelError
+from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.parallelize import parallelize, unparallelize
+from tests.helpers.ranks import on_ranks
+
+CONFIG = DecoderConfig(vocab=11, layers=2, hidden=12, heads=4, kv_heads=2, head_dim=4, ffn=16)
+
+
+def _decoder(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> Decoder:
+    return Decoder(DecoderConfig(**{**vars(CONFIG), **changes}), seed=seed).to(dtype)
+
+
+def _batch(step: int = 0, rows: int = 4, tokens: int = 10) -> dict[str, torch.Tensor]:
+    ids = torch.randint(CONFIG.vocab, (rows, tokens), generator=torch.Generator().manual_seed(step))
+    return {"input_ids": ids, "labels": ids}
+
+
+def _mine(batch: dict[str, torch.Tensor], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
+    return {name: value.tensor_split(mesh.place.data)[mesh.place.data_rank] for name, value in batch.items()}
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
+        for name, weight in model.named_parameters()
+    }
+
+
+def _train(model: nn.Module, mesh: ParallelMesh | None, steps: int = 3) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    norms = []
+    for step in range(steps):
+        part = _batch(step) if mesh is None else shard(_mine(_batch(step), mesh), mesh)
+        model(**part).loss.backward()
+        norms.append(gradients.clip(model.parameters(), 0.3).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_training_gives_the_weights_of_one_device_on_every_rank(zero, tmp_path):
+    reference = _decoder()
+    norms = _train(reference, None)
+    (_, first), *others = found = on_ranks(4, _trained, zero, tmp_path=tmp_path)
+    for mine, weights in found:
+        assert mine == pytest.approx(norms, rel=1e-11)
+        torch.testing.assert_close(weights, _weights(reference), rtol=1e-11, atol=1e-12)
+    for _, weights in others:
+        torch.testing.assert_close(weights, first, rtol=0, atol=0)
+
+
+def _trained(zero):
+    mesh = ParallelMesh(ulysses=2)
+    model = parallelize(_decoder(), mesh, zero=zero)
+    return _train(model, mesh), _weights(model)
+
+
+def test_zero_3_keeps_a_share_of_every_parameter(tmp_path):
+    held = on_ranks(3, _held, tmp_path=tmp_path)
+    assert sum(held) == CONFIG.parameters
+    assert max(held) < CONFIG.parameters / 2
+
+
+def _held():
+    model = parallelize(_decoder(), ParallelMesh(), zero=3)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return sum(parameter.to_local().numel() for parameter in model.parameters())
+
+
+class Scaled(nn.Module):
+    """What parallelize needs of a model, around parameters whose gradient is the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.attention, self.cross_entropy = CONFIG, max, max
+        self.blocks = nn.ModuleList(_Scale() for _ in range(2))
+
+    def forward(self, x):
+        return self.blocks[0](x).sum() + self.blocks[1](x).sum()
+
+
+class _Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(24, dtype=torch.bfloat16))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_half_gradients_are_averaged_in_fp32(zero, tmp_path):
+    for grads in on_ranks(4, _half_means, zero, tmp_path=tmp_path):
+        for grad in grads:
+            assert grad.dtype == torch.bfloat16
+            assert grad.tolist() == [0.5] * 24  # in bf16 256 + 1 is 256: in any order of a sum, some would be lost
+
+
+def _half_means(zero):
+    mesh = ParallelMesh()
+    model = parallelize(Scaled(), mesh, zero=zero)
+    mine = [order[mesh.place.data_rank] for order in permutations((256.0, 1.0, 1.0, -256.0))]
+    model(torch.tensor(mine, dtype=torch.bfloat16)).backward()
+    grads = [parameter.grad for parameter in model.parameters()]
+    return [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
+
+
+def test_two_layouts_and_a_reference_live_in_one_process(tmp_path):
+    on_ranks(4, _two_layouts, tmp_path=tmp_path)
+
+
+def _two_layouts():
+    reference = _decoder()
+    attention, batch = reference.attention, _batch()
+    meshes = [ParallelMesh(ulysses=2), ParallelMesh(ulysses=4), ParallelMesh()]
+    models = [parallelize(deepcopy(reference), mesh, zero=zero) for mesh, zero in zip(meshes, (0, 3, 0))]
+    expected = reference(**batch).loss
+    losses = [model(**shard(_mine(batch, mesh), mesh)).loss for model, mesh in zip(models, meshes)]
+    for loss in losses:  # every forward before any backward
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    for loss in [expected, *losses]:
+        loss.backward()
+    for model in models:
+        for name, parameter in model.named_parameters():
+            grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            torch.testing.assert_close(grad, reference.get_parameter(name).grad, rtol=1e-10, atol=1e-13)
+    assert reference.attention is attention
+
+
+def test_unparallelize_gives_back_the_model_of_one_device(tmp_path):
+    on_ranks(2, _there_and_back, tmp_path=tmp_path)
+
+
+def _there_and_back():
+    reference, mesh = _decoder(), ParallelMesh(ulysses=2)
+    model = unparallelize(parallelize(deepcopy(reference), mesh))
+    for each in (model, reference):
+        loss = each(**_batch()).loss * (1 + torch.distributed.get_rank())  # another loss on each rank: nothing is averaged
+        loss.backward()
+    for mine, theirs in zip(model.parameters(), reference.parameters()):
+        assert torch.equal(mine.grad, theirs.grad)
+    assert parallelize(model, mesh) is model
+    with pytest.raises(ModelError, match="not parallel"):
+        unparallelize(reference)
+    with pytest.raises(ModelError, match="sharded parameters cannot be made whole"):
+        unparallelize(parallelize(reference, mesh, zero=3))
+
+
+REFUSALS = {
+    "zero=4 is not supported; legal are 0": (ModelError, lambda mesh: parallelize(_decoder(), mesh, zero=4)),
+    "ulysses=4 exceeds the 3 query heads": (LayoutError, lambda mesh: parallelize(_decoder(heads=3, kv_heads=3), mesh)),
+    "parallel already": (ModelError, lambda mesh: parallelize(parallelize(_decoder(), mesh), mesh)),
+    "Linear offers no attention, cross_entropy, blocks, config": (
+        ModelError,
+        lambda mesh: parallelize(nn.Linear(2, 2), mesh),
+    ),
+    "the batch was not cut": (ModelError, lambda mesh: parallelize(_decoder(), mesh)(**_batch())),
+    # What one rank alone can know is raised by all.
+    r"embed\.weight is .* on rank 0 and .* on rank 2; build it with the same config and seed": (
+        ModelError,
+        lambda mesh: parallelize(_decoder(seed=mesh.place.ulysses_rank // 2), mesh),
+    ),
+    "zero is 3 on rank 0 and 0 on rank 1": (
+        ModelError,
+        lambda mesh: parallelize(_decoder(), mesh, zero=0 if mesh.place.ulysses_rank else 3),
+    ),
+    "blocks.1.attention_norm.weight is nothing on rank 0": (
+        ModelError,
+        lambda mesh: parallelize(_decoder(layers=2 if mesh.place.ulysses_rank == 3 else 1), mesh),
+    ),
+    "zero=5 is not supported": (
+        ModelError,
+        lambda mesh: parallelize(_decoder(), mesh, zero=5 if mesh.place.ulysses_rank == 1 else 0),
+    ),
+    "recompute is full on rank 0 and none on rank 1": (
+        ModelError,
+        lambda mesh: parallelize(_decoder(), mesh, recompute="none" if mesh.place.ulysses_rank else "full"),
+    ),
+}
+
+
+def test_what_cannot_be_is_refused_on_every_rank_with_one_text(tmp_path):
+    first, *others = on_ranks(4, _refusals, tmp_path=tmp_path)
+    assert all(texts == first for texts in others)
+
+
+def _refusals():
+    mesh, texts = ParallelMesh(ulysses=4), []
+    for text, (error, attempt) in REFUSALS.items():
+        with pytest.raises(error, match=text) as refused:
+            attempt(mesh)
+        texts.append(str(refused.value))
+    return texts
+
+
+def test_a_refused_model_is_left_as_it_was(tmp_path):
+    on_ranks(2, _left_alone, tmp_path=tmp_path)
+
+
+def _left_alone():
+    mesh, model = ParallelMesh(ulysses=2), _decoder(seed=torch.distributed.get_rank())
+    before = model.attention
+    with pytest.raises(ModelError, match="differs between ranks"):
+        parallelize(model, mesh)
+    assert model.attention is before
+    assert not hasattr(model, "_longspan")
+    assert model(**_batch()).loss.isfinite()
