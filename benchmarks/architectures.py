@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import transformers
 from transformers.models.auto import modeling_auto
 
-from longspan import LongspanError, ParallelMesh, cross_entropy, parallelize, shard
+from longspan import LongspanError, ParallelMesh, cross_entropy, parallelize, shard_batch
 
 TINY = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -96,10 +96,10 @@ def _verdict(name: str, model_name: str) -> str:
     mesh = ParallelMesh(ulysses=2)
     try:
         parallelize(model, mesh)
-        part = shard(whole | {"labels": labels if masked else ids}, mesh, shift=not masked)
+        part = shard_batch(whole | {"labels": labels if masked else ids}, mesh, shift=not masked)
         targets = part["labels" if masked else "shift_labels"]
         called = {key: value for key, value in part.items() if "labels" not in key}
-        found = cross_entropy(model(**called).logits, targets, mesh=mesh, labelled=part["longspan"].labelled)
+        found = cross_entropy(model(**called).logits, targets, mesh=mesh, num_labels=part["longspan"].num_labels)
     except LongspanError as error:
         return f"refused | {error}"
     found.backward()

@@ -11,7 +11,7 @@ import random
 from longspan.attention.ring import plan_hops
 from longspan.distributed.layout import Heads, Layout
 from longspan.masks.bands import area, localize
-from longspan.masks.constructors import Causal, Chunked, Documents, Full, Mask, PrefixLM, Sinks, Window
+from longspan.masks.constructors import Causal, Chunked, Documents, Full, Mask, PrefixLM, SinkTokens, Window
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def _masks(tokens: int) -> dict[str, Mask]:
         "Causal()": Causal(),
         "Full()": Full(),
         "Window(4095)": Window(4095),
-        "Window(1023) | Sinks(4) & Causal()": Window(1023) | (Sinks(4) & Causal()),
+        "Window(1023) | SinkTokens(4) & Causal()": Window(1023) | (SinkTokens(4) & Causal()),
         f"PrefixLM({tokens // 8})": PrefixLM(tokens // 8),
         "Chunked(8192) & Causal()": Chunked(8192) & Causal(),
         "documents of about 500, causal": Documents(_filled(short, tokens)) & Causal(),

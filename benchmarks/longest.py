@@ -30,14 +30,14 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan import ParallelMesh, cross_entropy, parallelize, shard
+from longspan import ParallelMesh, cross_entropy, parallelize, shard_batch
 from longspan.memory import checkpointing as memory
 from longspan.models.decoder import Decoder, DecoderConfig
 
 BASELINE: dict[str, Any] = {"ranks": 1}
 OURS: dict[str, Any] = {
     "ranks": 2, "whole_logits": False,
-    "tools": {"zero": 3, "recompute": "keep attention", "tile_tokens": 4096, "head_chunks": 2},
+    "tools": {"zero": 3, "recompute": "selective", "tile_tokens": 4096, "head_chunks": 2},
 }  # fmt: skip
 STEP = 256
 """Lengths are multiples of it."""
@@ -174,12 +174,12 @@ def _ours(case: dict[str, Any]) -> Callable[[int], None]:
 
     def step(tokens: int) -> None:
         ids = _ids(case, tokens)
-        part = shard({"input_ids": ids, "labels": ids}, mesh)
+        part = shard_batch({"input_ids": ids, "labels": ids}, mesh)
         with torch.autocast("cpu", torch.bfloat16, enabled=half and not sharded):
             if case["whole_logits"]:
                 labels = part.pop("shift_labels")
                 part.pop("labels")
-                loss = cross_entropy(model(**part).logits, labels, mesh=mesh, labelled=part["longspan"].labelled)
+                loss = cross_entropy(model(**part).logits, labels, mesh=mesh, num_labels=part["longspan"].num_labels)
             else:
                 loss = model(**part).loss
         loss.backward()

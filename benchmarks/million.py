@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from longspan import Causal, ParallelMesh, Window, parallelize, shard
+from longspan import Causal, ParallelMesh, Window, parallelize, shard_batch
 from longspan.distributed.collectives import CountingTransport, TorchTransport
-from longspan.distributed.grad_sync import clip
+from longspan.distributed.grad_sync import clip_grad_norm_
 from longspan.models.decoder import Decoder, DecoderConfig
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
@@ -57,7 +57,7 @@ def _rank(rank: int, folder: str, arguments: argparse.Namespace) -> None:
     mesh = ParallelMesh(ulysses=arguments.ranks, transport=transport)
     shape = DecoderConfig(vocab=256, layers=arguments.layers, hidden=256, heads=4, kv_heads=4, head_dim=64, ffn=768)
     model = parallelize(
-        Decoder(shape), mesh, zero=2, dtype=torch.bfloat16, recompute="keep attention", tile_tokens=arguments.tile_tokens,
+        Decoder(shape), mesh, zero=2, dtype=torch.bfloat16, recompute="selective", tile_tokens=arguments.tile_tokens,
         head_chunks=arguments.head_chunks,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -71,9 +71,9 @@ def _rank(rank: int, folder: str, arguments: argparse.Namespace) -> None:
         _reset_peak()
         dist.barrier()
         start, sent = time.perf_counter(), transport.traffic.bytes
-        loss = model(**shard({"input_ids": ids, "labels": ids}, mesh, mask=mask)).loss
+        loss = model(**shard_batch({"input_ids": ids, "labels": ids}, mesh, mask=mask)).loss
         loss.backward()
-        clip(model.parameters(), 1.0)
+        clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         dist.barrier()

@@ -1,6 +1,6 @@
 """Peak resident memory of a rank as a model is made parallel with zero=3: read in slices, drawn, or loaded whole and sharded.
 
-    MALLOC_MMAP_THRESHOLD_=65536 OMP_NUM_THREADS=1 python benchmarks/pretrained.py
+MALLOC_MMAP_THRESHOLD_=65536 OMP_NUM_THREADS=1 python benchmarks/pretrained.py
 """
 
 import gc

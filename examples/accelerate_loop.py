@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
 
-from longspan import ParallelMesh, parallelize, shard
+from longspan import ParallelMesh, parallelize, shard_batch
 from longspan.integrations.accelerate import OneDevice
 
 config = LlamaConfig(
@@ -31,7 +31,7 @@ loader = DataLoader(rows, batch_size=4, shuffle=True, collate_fn=default_data_co
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
 for step, batch in enumerate(loader):
-    part = shard(batch, mesh)
+    part = shard_batch(batch, mesh)
     loss = model(**part).loss
     accelerator.backward(loss)
     accelerator.clip_grad_norm_(model.parameters(), 1.0)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longspan import ParallelMesh, parallelize, shard, unshard
+from longspan import ParallelMesh, parallelize, shard_batch, unshard
 
 config = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -29,7 +29,7 @@ parallelize(frozen, mesh)
 
 def log_probability(model: Any, ids: Tensor) -> Tensor:
     """Of each whole row, the same number on every rank; differentiable, since ``unshard`` is."""
-    part = shard({"input_ids": ids, "labels": ids}, mesh)
+    part = shard_batch({"input_ids": ids, "labels": ids}, mesh)
     targets = part.pop("shift_labels")
     part.pop("labels")
     mine = model(**part).logits.log_softmax(-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)

@@ -1,6 +1,6 @@
 """How do I train an encoder-decoder on documents that one device cannot hold, to summarize or to translate?
 
-    torchrun --nproc-per-node 2 examples/encoder_decoder.py        (or plain python: one rank, the same numbers)
+torchrun --nproc-per-node 2 examples/encoder_decoder.py        (or plain python: one rank, the same numbers)
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
 
-from longspan import ParallelMesh, parallelize, shard, shift_right
+from longspan import ParallelMesh, parallelize, shard_batch, shift_right
 
 config = BartConfig(
     vocab_size=260, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
@@ -30,7 +30,7 @@ batch = {
     "labels": summary,
 }
 for step in range(3):
-    loss = model(**shard(batch, mesh, shift=False)).loss  # labels stand where they are predicted
+    loss = model(**shard_batch(batch, mesh, shift=False)).loss  # labels stand where they are predicted
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -1,6 +1,6 @@
 """How do I get the perplexity of a long document, and the log-probability of each of its tokens?
 
-    torchrun --nproc-per-node 2 examples/evaluate.py
+torchrun --nproc-per-node 2 examples/evaluate.py
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longspan import ParallelMesh, parallelize, shard, unshard
+from longspan import ParallelMesh, parallelize, shard_batch, unshard
 
 config = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -18,7 +18,7 @@ mesh = ParallelMesh(ulysses="auto", heads=(config.num_attention_heads, config.nu
 model = parallelize(LlamaForCausalLM(config), mesh).eval()
 
 text = torch.tensor([list(Path(__file__).read_bytes())])
-part = shard({"input_ids": text, "labels": text}, mesh)
+part = shard_batch({"input_ids": text, "labels": text}, mesh)
 with torch.no_grad():
     output = model(**part)
 

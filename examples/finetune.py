@@ -1,6 +1,6 @@
 """How do I train a Hugging Face model on sequences that one device cannot hold?
 
-    torchrun --nproc-per-node 2 examples/finetune.py        (or plain python: one rank, the same numbers)
+torchrun --nproc-per-node 2 examples/finetune.py        (or plain python: one rank, the same numbers)
 """
 
 from pathlib import Path
@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longspan import ParallelMesh, parallelize, shard
-from longspan.distributed.grad_sync import clip
+from longspan import ParallelMesh, parallelize, shard_batch
+from longspan.distributed.grad_sync import clip_grad_norm_
 
 config = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -23,10 +23,10 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # after parallelize
 
 text = torch.tensor([list(Path(__file__).read_bytes())])  # one row of bytes, of any length
 for step in range(3):
-    part = shard({"input_ids": text, "labels": text}, mesh)  # every rank passes the whole row
+    part = shard_batch({"input_ids": text, "labels": text}, mesh)  # every rank passes the whole row
     loss = model(**part).loss
     loss.backward()
-    clip(model.parameters(), 1.0)  # the norm of the whole gradient, sharded or not
+    clip_grad_norm_(model.parameters(), 1.0)  # the norm of the whole gradient, sharded or not
     optimizer.step()
     optimizer.zero_grad()
     print(step, round(loss.item(), 4))

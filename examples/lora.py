@@ -1,6 +1,6 @@
 """How do I train adapters (LoRA, through peft) on sequences that one device cannot hold?
 
-    torchrun --nproc-per-node 2 examples/lora.py        (pip install peft)
+torchrun --nproc-per-node 2 examples/lora.py        (pip install peft)
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longspan import ParallelMesh, parallelize, shard, unparallelize
+from longspan import ParallelMesh, parallelize, shard_batch, unparallelize
 
 config = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -24,7 +24,7 @@ optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]
 
 text = torch.tensor([list(Path(__file__).read_bytes())])
 for step in range(3):
-    loss = model(**shard({"input_ids": text, "labels": text}, mesh)).loss
+    loss = model(**shard_batch({"input_ids": text, "labels": text}, mesh)).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

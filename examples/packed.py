@@ -1,6 +1,6 @@
 """How do I train on several documents packed into one row, none of which sees another?
 
-    torchrun --nproc-per-node 2 examples/packed.py
+torchrun --nproc-per-node 2 examples/packed.py
 """
 
 from itertools import pairwise
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from longspan import ParallelMesh, parallelize, shard
+from longspan import ParallelMesh, parallelize, shard_batch
 
 documents = [list(source.encode()) for source in Path(__file__).read_text().split("\n\n")]
 ids = torch.tensor([[token for document in documents for token in document]])
@@ -30,8 +30,8 @@ model = parallelize(Qwen3ForCausalLM(config), mesh)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for step in range(3):
     # Positions that begin anew are what Transformers itself takes for packed documents. To say it outright, for any model:
-    # shard(..., mesh, mask=Documents(lengths) & Causal())
-    part = shard({"input_ids": ids, "labels": labels, "position_ids": positions}, mesh)
+    # shard_batch(..., mesh, mask=Documents(lengths) & Causal())
+    part = shard_batch({"input_ids": ids, "labels": labels, "position_ids": positions}, mesh)
     loss = model(**part).loss
     loss.backward()
     optimizer.step()

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/trainer.py
 
-Only the class and ``mesh=`` are new. For TRL, with SFTConfig: ``class LongSFT(LongTrainer, SFTTrainer): pass``.
+Span the class and ``mesh=`` are new. For TRL, with SFTConfig: ``class LongSFT(LongTrainer, SFTTrainer): pass``.
 """
 
 import tempfile

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from longspan.batch.shard import IGNORE, shard, unshard
+from longspan.batch.shard import IGNORE, shard_batch, unshard
 from longspan.distributed import grad_sync as gradients
 from longspan.distributed.collectives import all_reduce_sum
 from longspan.distributed.mesh import ParallelMesh, Place
@@ -120,7 +120,7 @@ def on_one_device(model: Probed, case: Case, place: Place) -> float:
         {name: torch.cat([replica[name] for replica in replicas]) for name in replicas[0]}
         for replicas in whole_batches(case, place)
     ]
-    labelled = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+    num_labels = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
     extras = [EXTRAS[name](place) for name in case.extras if name != "penalty"]
     total = 0.0
     for batch in batches:
@@ -130,7 +130,7 @@ def on_one_device(model: Probed, case: Case, place: Place) -> float:
             _, logits, extra = model(input_ids=batch["input_ids"], extras=extras)
         flat = logits[:, :-1].flatten(0, 1)
         exact = flat if flat.dtype == torch.float64 else flat.float()
-        loss = F.cross_entropy(exact, batch["labels"][:, 1:].flatten(), reduction="sum") / max(labelled, 1) + extra
+        loss = F.cross_entropy(exact, batch["labels"][:, 1:].flatten(), reduction="sum") / max(num_labels, 1) + extra
         loss = loss + penalty(model) if "penalty" in case.extras else loss
         loss.backward()
         total += loss.item()
@@ -139,7 +139,7 @@ def on_one_device(model: Probed, case: Case, place: Place) -> float:
 
 def on_the_mesh(model: Probed, case: Case, mesh: ParallelMesh) -> float:
     mine = [replicas[mesh.place.data_rank] for replicas in whole_batches(case, mesh.place)]
-    parts = shard(mine, mesh) if case.micro_batches > 1 else [shard(mine[0], mesh)]
+    parts = shard_batch(mine, mesh) if case.micro_batches > 1 else [shard_batch(mine[0], mesh)]
     extras = [EXTRAS[f"{name} on ranks"](mesh, case.tokens) for name in case.extras if name != "penalty"]
     total = 0.0
     for part in parts:
@@ -219,7 +219,7 @@ def check(case: Case, mesh: ParallelMesh) -> tuple[float, str]:
     tolerance = TOLERANCE[case.dtype]
     assert abs(found - expected) <= tolerance * max(abs(expected), 1e-3), f"{case}: loss {found}, one device {expected}"
 
-    norm, mine = gradients.norm(reference.parameters()).item(), whole_grads(model)
+    norm, mine = gradients.grad_norm(reference.parameters()).item(), whole_grads(model)
     for name, parameter in reference.named_parameters():
         # FSDP2 gives zeros where no rank brought a gradient, or none at all.
         ref = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
@@ -229,7 +229,7 @@ def check(case: Case, mesh: ParallelMesh) -> tuple[float, str]:
         error = (grad - ref).norm().item()
         bound = tolerance * max(ref.norm().item(), 1e-3 * norm)
         assert error <= bound, f"{case}: {name} is off by {error:.2e}, allowed {bound:.2e}, |ref| {ref.norm():.2e}"
-    whole = gradients.norm(model.parameters()).item()
+    whole = gradients.grad_norm(model.parameters()).item()
     assert abs(whole - norm) <= tolerance * norm, f"{case}: norm {whole}, one device {norm}"
     return found, repr([(name, None if grad is None else grad.sum().item()) for name, grad in mine.items()])
 

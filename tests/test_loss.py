@@ -46,10 +46,10 @@ def test_on_one_device_it_is_the_mean_over_labelled_tokens(dtype):
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)])
-@pytest.mark.parametrize("labelled", [None, 0, 4])
-def test_without_a_label_it_is_zero_with_zero_gradients(shape, labelled):
+@pytest.mark.parametrize("num_labels", [None, 0, 4])
+def test_without_a_label_it_is_zero_with_zero_gradients(shape, num_labels):
     logits = torch.randn(*shape, VOCAB, requires_grad=True)
-    loss = cross_entropy(logits, torch.full(shape, -100), labelled=labelled)
+    loss = cross_entropy(logits, torch.full(shape, -100), num_labels=num_labels)
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -69,18 +69,18 @@ def test_over_ranks_it_is_the_loss_of_one_device(ranks, tmp_path):
     torch.testing.assert_close(sum(gradients) / ranks, 3 * weight.grad, rtol=1e-13, atol=1e-15)
 
 
-def _loss_and_gradient(labelled):
+def _loss_and_gradient(num_labels):
     """The loss with the labels counted, given, and as a sum over micro-batches; the gradient of all three."""
     mesh, weight = ParallelMesh(), _weight()
     hidden, labels = _tokens(mesh.place.data_rank)
     logits = hidden @ weight
     micro = [
-        cross_entropy(some_logits, some_labels, mesh=mesh, labelled=labelled)
+        cross_entropy(some_logits, some_labels, mesh=mesh, num_labels=num_labels)
         for some_logits, some_labels in zip(logits.tensor_split(3, 1), labels.tensor_split(3, 1))
     ]
     losses = [
         cross_entropy(logits, labels, mesh=mesh),
-        cross_entropy(logits, labels, mesh=mesh, labelled=labelled),
+        cross_entropy(logits, labels, mesh=mesh, num_labels=num_labels),
         sum(micro),
     ]
     sum(losses).backward()
@@ -159,19 +159,19 @@ def test_a_label_that_is_no_word_of_the_head_is_refused(wrong):
 
 
 @pytest.mark.parametrize("whole_logits", [False, True])
-@pytest.mark.parametrize("labelled", [None, 13])
-def test_a_label_of_one_rank_that_is_no_word_is_refused_on_every_rank(labelled, whole_logits, tmp_path):
-    for said in on_ranks(3, _wrong_on_one, labelled, whole_logits, tmp_path=tmp_path):
+@pytest.mark.parametrize("num_labels", [None, 13])
+def test_a_label_of_one_rank_that_is_no_word_is_refused_on_every_rank(num_labels, whole_logits, tmp_path):
+    for said in on_ranks(3, _wrong_on_one, num_labels, whole_logits, tmp_path=tmp_path):
         assert said.startswith("label 11 is none of the 11 words")
 
 
-def _wrong_on_one(labelled, whole_logits):
+def _wrong_on_one(num_labels, whole_logits):
     mesh, (hidden, labels) = ParallelMesh(), _tokens(2)
     labels[0, 2] = VOCAB if mesh.place.data_rank == 1 else 4
     given = (hidden @ _weight(), labels) if whole_logits else (hidden, _weight().T.detach(), labels)
     loss = cross_entropy if whole_logits else linear_cross_entropy
     with pytest.raises(BatchError) as error:
-        loss(*given, mesh=mesh, labelled=labelled)
+        loss(*given, mesh=mesh, num_labels=num_labels)
     return str(error.value)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from longspan.batch.shard import shard
+from longspan.batch.shard import shard_batch
 from longspan.distributed import grad_sync as gradients
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LayoutError, ModelError
@@ -41,9 +41,9 @@ def _train(model: nn.Module, mesh: ParallelMesh | None, steps: int = 3) -> list[
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     norms = []
     for step in range(steps):
-        part = _batch(step) if mesh is None else shard(_mine(_batch(step), mesh), mesh)
+        part = _batch(step) if mesh is None else shard_batch(_mine(_batch(step), mesh), mesh)
         model(**part).loss.backward()
-        norms.append(gradients.clip(model.parameters(), 0.3).item())
+        norms.append(gradients.clip_grad_norm_(model.parameters(), 0.3).item())
         optimizer.step()
         optimizer.zero_grad()
     return norms
@@ -127,7 +127,7 @@ def _two_layouts():
     meshes = [ParallelMesh(ulysses=2), ParallelMesh(ulysses=4), ParallelMesh()]
     models = [parallelize(deepcopy(reference), mesh, zero=zero) for mesh, zero in zip(meshes, (0, 3, 0))]
     expected = reference(**batch).loss
-    losses = [model(**shard(_mine(batch, mesh), mesh)).loss for model, mesh in zip(models, meshes)]
+    losses = [model(**shard_batch(_mine(batch, mesh), mesh)).loss for model, mesh in zip(models, meshes)]
     for loss in losses:  # every forward before any backward
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     for loss in [expected, *losses]:

@@ -14,10 +14,13 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 NAMES = [
-    "Band", "Bands", "BatchError", "BlockSparse", "Causal", "Chunked", "DataError", "Documents", "Full", "KernelError",
-    "LayoutError", "LongspanError", "Mask", "MaskError", "ModelError", "Only", "ParallelMesh", "PrefixLM", "RunError",
-    "Sinks", "Step", "Window", "agree", "attend", "cross_entropy", "cut", "heads_to_tokens", "linear_cross_entropy",
-    "parallelize", "shard", "shift_right", "tiled", "tokens_to_heads", "unparallelize", "unshard",
+    "BatchError", "BatchInfo", "Bias", "BlockSparse", "Causal", "Chunked",
+    "DataError", "Documents", "Full", "Kernel", "KernelError", "LayoutError",
+    "LongspanError", "Mask", "MaskError", "ModelError", "ParallelMesh", "PrefixLM",
+    "RunError", "SinkTokens", "Span", "Transport", "Window", "attend",
+    "clip_grad_norm_", "cross_entropy", "heads_to_tokens", "linear_cross_entropy", "parallelize", "shard_batch",
+    "shard_local", "shift_right", "sync_batches", "tiled", "tokens_to_heads", "unparallelize",
+    "unshard",
 ]  # fmt: skip
 
 

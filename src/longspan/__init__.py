@@ -2,7 +2,7 @@
 
     mesh  = ParallelMesh(ulysses=2)                  under torchrun, or longspan's own launcher
     model = parallelize(model, mesh)                 attention, loss and gradients over the mesh, in place
-    part  = shard({"input_ids": ids, "labels": ids}, mesh)
+    part  = shard_batch({"input_ids": ids, "labels": ids}, mesh)
     loss  = model(**part).loss; loss.backward()      the loss, and every gradient, of one device
 
 Public names are imported on first use, so that ``longspan --help`` does not wait for torch.
@@ -14,15 +14,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from longspan.attention.api import Bias as Bias
     from longspan.attention.api import attend as attend
     from longspan.attention.ulysses import heads_to_tokens as heads_to_tokens
     from longspan.attention.ulysses import tokens_to_heads as tokens_to_heads
-    from longspan.batch.context import Step as Step
-    from longspan.batch.shard import agree as agree
-    from longspan.batch.shard import cut as cut
-    from longspan.batch.shard import shard as shard
+    from longspan.batch.context import BatchInfo as BatchInfo
+    from longspan.batch.shard import shard_batch as shard_batch
+    from longspan.batch.shard import shard_local as shard_local
     from longspan.batch.shard import shift_right as shift_right
+    from longspan.batch.shard import sync_batches as sync_batches
     from longspan.batch.shard import unshard as unshard
+    from longspan.distributed.collectives import Transport as Transport
+    from longspan.distributed.grad_sync import clip_grad_norm_ as clip_grad_norm_
     from longspan.distributed.mesh import ParallelMesh as ParallelMesh
     from longspan.errors import BatchError as BatchError
     from longspan.errors import DataError as DataError
@@ -32,19 +35,18 @@ if TYPE_CHECKING:
     from longspan.errors import MaskError as MaskError
     from longspan.errors import ModelError as ModelError
     from longspan.errors import RunError as RunError
+    from longspan.kernels.protocol import Kernel as Kernel
     from longspan.loss import cross_entropy as cross_entropy
     from longspan.loss import linear_cross_entropy as linear_cross_entropy
-    from longspan.masks.bands import Band as Band
-    from longspan.masks.constructors import Bands as Bands
     from longspan.masks.constructors import BlockSparse as BlockSparse
     from longspan.masks.constructors import Causal as Causal
     from longspan.masks.constructors import Chunked as Chunked
     from longspan.masks.constructors import Documents as Documents
     from longspan.masks.constructors import Full as Full
     from longspan.masks.constructors import Mask as Mask
-    from longspan.masks.constructors import Only as Only
     from longspan.masks.constructors import PrefixLM as PrefixLM
-    from longspan.masks.constructors import Sinks as Sinks
+    from longspan.masks.constructors import SinkTokens as SinkTokens
+    from longspan.masks.constructors import Span as Span
     from longspan.masks.constructors import Window as Window
     from longspan.memory.tiling import tiled as tiled
     from longspan.parallelize import parallelize as parallelize
@@ -55,15 +57,17 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     name: module
     for module, names in {
-        "attention.api": "attend",
+        "attention.api": "Bias attend",
         "attention.ulysses": "heads_to_tokens tokens_to_heads",
-        "batch.context": "Step",
-        "batch.shard": "agree cut shard shift_right unshard",
+        "batch.context": "BatchInfo",
+        "batch.shard": "shard_batch shard_local shift_right sync_batches unshard",
+        "distributed.collectives": "Transport",
+        "distributed.grad_sync": "clip_grad_norm_",
         "distributed.mesh": "ParallelMesh",
         "errors": "BatchError DataError KernelError LayoutError LongspanError MaskError ModelError RunError",
+        "kernels.protocol": "Kernel",
         "loss": "cross_entropy linear_cross_entropy",
-        "masks.bands": "Band",
-        "masks.constructors": "Bands BlockSparse Causal Chunked Documents Full Mask Only PrefixLM Sinks Window",
+        "masks.constructors": "BlockSparse Causal Chunked Documents Full Mask PrefixLM SinkTokens Span Window",
         "memory.tiling": "tiled",
         "parallelize": "parallelize unparallelize",
     }.items()

@@ -37,29 +37,29 @@ def cross_entropy(
     labels: Int[Tensor, "*tokens"],
     *,
     mesh: ParallelMesh | None = None,
-    labelled: int | None = None,
+    num_labels: int | None = None,
 ) -> Float[Tensor, ""]:
     """The mean cross-entropy (nats) of the labelled tokens of all ranks; ``labels`` stand where they are predicted.
 
     Equals ``F.cross_entropy(logits, labels)`` on the whole batch (of all data replicas), in fp32, or fp64 for fp64 logits. A
     token labelled -100 is not learned from; where no rank has a label the loss is 0 with zero gradients.
 
-    ``labelled`` is what the sum is divided by: ``Step.labelled``, so that over the micro-batches of an accumulated step the
-    losses add up to the mean of all. Without it the labels of this call are counted, by one more all-reduce. Raises BatchError
+    ``num_labels`` is what the sum is divided by: ``BatchInfo.num_labels``, so that over the micro-batches of a step the losses
+    add up to the mean of all. Without it the labels of this call are counted, by one more all-reduce. Raises BatchError
     on every rank of ``mesh`` where one has a label that ``logits`` do not know.
     """
     _refuse_unknown_words(labels[labels != IGNORE], logits.shape[-1], IGNORE, mesh)
-    return mean_cross_entropy(logits, labels, mesh, labelled)
+    return mean_cross_entropy(logits, labels, mesh, num_labels)
 
 
 def mean_cross_entropy(
-    logits: Float[Tensor, "*tokens vocab"], labels: Int[Tensor, "*tokens"], mesh: ParallelMesh | None, labelled: int | None
+    logits: Float[Tensor, "*tokens vocab"], labels: Int[Tensor, "*tokens"], mesh: ParallelMesh | None, num_labels: int | None
 ) -> Float[Tensor, ""]:
     """``cross_entropy`` of labels that the step's agreement has found to be known."""
     rows = logits.reshape(-1, logits.shape[-1])
     exact = rows if rows.dtype == torch.float64 else rows.float()
     total = F.cross_entropy(exact, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
-    return mean_over_ranks(total, labels != IGNORE, mesh, labelled)
+    return mean_over_ranks(total, labels != IGNORE, mesh, num_labels)
 
 
 def linear_cross_entropy(
@@ -69,7 +69,7 @@ def linear_cross_entropy(
     *,
     bias: Float[Tensor, " vocab"] | None = None,
     mesh: ParallelMesh | None = None,
-    labelled: int | None = None,
+    num_labels: int | None = None,
     ignore_index: int = IGNORE,
     scale: float = 1.0,
     softcap: float | None = None,
@@ -83,7 +83,7 @@ def linear_cross_entropy(
     block again; the head's gradient is formed there too, so whatever scales the loss reaches it, and summed over tiles in fp32.
 
     ``weight`` may be tied, and a DTensor (its gradient is then the mean over the ranks, as FSDP2 forms it). Under autocast the
-    products are in its dtype, or in fp32 on a CPU that has none. ``labelled`` as in ``cross_entropy``. Raises BatchError on
+    products are in its dtype, or in fp32 on a CPU that has none. ``num_labels`` as in ``cross_entropy``. Raises BatchError on
     every rank of ``mesh`` where one has a label that is no row of ``weight``. Source: z-loss, arXiv:2204.02311.
     """
     wanted = labels.reshape(-1) != ignore_index
@@ -95,15 +95,15 @@ def linear_cross_entropy(
     say = _Say(scale, softcap, label_smoothing, z_loss, dtype)
     hidden_RM = hidden.reshape(-1, hidden.shape[-1])
     total: Tensor = _TiledLoss.apply(hidden_RM, weight, bias, rows, targets, say)  # type: ignore[no-untyped-call]
-    return mean_over_ranks(total, wanted, mesh, labelled)
+    return mean_over_ranks(total, wanted, mesh, num_labels)
 
 
-def mean_over_ranks(total: Tensor, wanted: Tensor, mesh: ParallelMesh | None, labelled: int | None) -> Float[Tensor, ""]:
-    """The sum of all ranks' ``total``, divided by ``labelled`` (None: by how many tokens they want); 0 where none is."""
-    count = wanted.sum() if labelled is None else torch.tensor(labelled, device=total.device)
+def mean_over_ranks(total: Tensor, wanted: Tensor, mesh: ParallelMesh | None, num_labels: int | None) -> Float[Tensor, ""]:
+    """The sum of all ranks' ``total``, divided by ``num_labels`` (None: by how many tokens they want); 0 where none is."""
+    count = wanted.sum() if num_labels is None else torch.tensor(num_labels, device=total.device)
     if mesh is not None:
         total = all_reduce_sum(total, mesh.mean_group)
-        count = all_reduce_sum(count, mesh.mean_group) if labelled is None else count
+        count = all_reduce_sum(count, mesh.mean_group) if num_labels is None else count
     return total / count.clamp(min=1)
 
 

@@ -65,7 +65,7 @@ def parallelize(
     """Change ``model`` in place so that law 1 holds on ``mesh``, and return it: loss and gradients are those of one device.
 
     Every rank calls it, with equal parameters (the same seed, or the same checkpoint), before it builds its optimizer;
-    afterwards each calls ``model(**shard(batch, mesh))``. A model whose weights are still on the disk
+    afterwards each calls ``model(**shard_batch(batch, mesh))``. A model whose weights are still on the disk
     (``models.pretrained.load``), or a Decoder on the meta device, is sharded first; then each rank reads or draws its share.
 
     What each rank keeps of the parameters: ``zero=0`` all; ``zero=2`` a share of gradients and optimizer states, and all
@@ -74,7 +74,7 @@ def parallelize(
     ``shard_ranks`` keeps shares among so many neighbouring ranks, a node's, and copies beyond them, and
     ``offload_parameters`` keeps them and the optimizer's states on the host.
 
-    What a step needs beside them: ``recompute`` "full" or "keep attention" (see ``memory``), ``tile_tokens`` for each tile of
+    What a step needs beside them: ``recompute`` "full" or "selective" (see ``memory``), ``tile_tokens`` for each tile of
     feed-forwards and norms, ``head_chunks`` shares of the heads to attend one after the other, ``offload_activations`` for
     what all blocks but the last keep, and ``return_logits=False`` for a loss of a Hugging Face model that never forms all
     logits. No tool changes a number.
@@ -256,7 +256,7 @@ class _Given:
     def install(self, mesh: ParallelMesh, tools: Tools) -> None:
         self.attention, self.cross_entropy = self.model.attention, self.model.cross_entropy
         attention = self.attention
-        if attention is attend and (tools.recompute == "keep attention" or tools.head_chunks > 1):
+        if attention is attend and (tools.recompute == "selective" or tools.head_chunks > 1):
             attention = attend_once
         self.chunks = {block: block.chunks for block in self.model.blocks} if tools.head_chunks > 1 else {}
         if self.chunks:
@@ -321,9 +321,7 @@ def _refuse_what_cannot_be(model: nn.Module, mesh: ParallelMesh, tools: Tools, s
     return {name: str(value) for name, value in (vars(tools) | vars(shares)).items()}
 
 
-def _look(
-    model: nn.Module, offer: Offer, mesh: ParallelMesh, tools: Tools, shares: Shares, read_alike: bool
-) -> dict[str, str]:
+def _look(model: nn.Module, offer: Offer, mesh: ParallelMesh, tools: Tools, shares: Shares, read_alike: bool) -> dict[str, str]:
     """Prove the model, and say what it holds, unless all ranks have read their shares of the same."""
     facts = _refuse_what_cannot_be(model, mesh, tools, shares)
     offer.prove(mesh, tools)
@@ -400,7 +398,7 @@ def _refuse_what_is_not_cut(model: nn.Module, args: tuple[Any, ...], kwargs: dic
     if kwargs.get("longspan") is None:
         raise ModelError(
             "each sequence of this model lies on several ranks, but the batch was not cut: its positions and labels would be "
-            "wrong; call model(**shard(batch, mesh))"
+            "wrong; call model(**shard_batch(batch, mesh))"
         )
 
 

@@ -15,7 +15,7 @@ from longspan.distributed.layout import Heads, Traffic, attention_traffic, kept_
 from longspan.distributed.mesh import ParallelMesh, Place
 from longspan.errors import KernelError, LayoutError, MaskError
 from longspan.kernels.reference import Reference
-from longspan.masks.constructors import BlockSparse, Causal, Chunked, Documents, Full, Mask, Only, PrefixLM, Sinks, Window
+from longspan.masks.constructors import BlockSparse, Causal, Chunked, Documents, Full, Mask, PrefixLM, SinkTokens, Span, Window
 from longspan.masks.constructors import rows as bands_of_rows
 from tests.helpers.ranks import Ranks
 
@@ -132,7 +132,7 @@ def on_this_rank(case: Case) -> tuple[dict[str, torch.Tensor], tuple[Traffic, Tr
     x = {name: stored(value, case.stored).requires_grad_() for name, value in cut.items()}
     out = attend(
         x["q"], x["k"], x["v"], mask=case.mask, mesh=mesh, tokens=case.tokens, key_tokens=case.key_tokens,
-        softcap=case.softcap, sinks=x.get("sinks"), bias=Slopes(x["slopes"]) if case.bias else None, kernel=case.kernel,
+        softcap=case.softcap, sink_logits=x.get("sinks"), bias=Slopes(x["slopes"]) if case.bias else None, kernel=case.kernel,
         head_chunks=case.head_chunks,
     )  # fmt: skip
     forward, transport.traffic = transport.traffic, Traffic()
@@ -262,13 +262,13 @@ def assert_law_in_fp32(case: Case, pool: Callable[[int], Ranks]) -> None:
 def a_mask(draw: st.DrawFn, tokens: int, key_tokens: int) -> Mask:
     kinds: list[Callable[[], Mask]] = [Causal, Full, lambda: Window(draw(st.integers(0, tokens)), draw(st.integers(0, 3)))]
     kinds.append(lambda: PrefixLM(draw(st.integers(0, key_tokens))))
-    kinds.append(lambda: (Window(draw(st.integers(0, 4))) | Sinks(draw(st.integers(0, key_tokens)))) & Causal())
+    kinds.append(lambda: (Window(draw(st.integers(0, 4))) | SinkTokens(draw(st.integers(0, key_tokens)))) & Causal())
     if tokens == key_tokens:
         kinds.append(lambda: Documents(draw(_lengths(tokens))) & Causal())
         kinds.append(lambda: Documents(draw(_lengths(tokens))))
         kinds.append(lambda: Chunked(draw(st.integers(1, tokens))) & Causal())
-        kinds.append(lambda: Only(0, draw(st.integers(1, tokens))) & Causal())
-        kinds.append(lambda: Only(draw(st.integers(0, tokens - 1)), tokens))
+        kinds.append(lambda: Span(0, draw(st.integers(1, tokens))) & Causal())
+        kinds.append(lambda: Span(draw(st.integers(0, tokens - 1)), tokens))
         block = max(1, -(-tokens // 4))
         blocks = -(-tokens // block)
         layout = st.lists(st.lists(st.booleans(), min_size=blocks, max_size=blocks), min_size=blocks, max_size=blocks)
@@ -334,7 +334,7 @@ def test_attend_is_one_device_in_fp32(case: Case, pool: Callable[[int], Ranks]) 
 
 
 KEPT = [  # once failed: queries that see one key alone, whose gradient is 0 up to rounding
-    Case(3, 2, False, 2, 6, 6, 28, 4, 2, 8, Only(0, 1) & Causal(), dtype=torch.float32, seed=799, head_chunks=2),
+    Case(3, 2, False, 2, 6, 6, 28, 4, 2, 8, Span(0, 1) & Causal(), dtype=torch.float32, seed=799, head_chunks=2),
 ]
 
 
@@ -483,4 +483,3 @@ def test_the_oracle_is_the_reference_kernel_on_one_row() -> None:
     bands = bands_of_rows(case.mask, 1, 13, 13)
     out, _ = Reference().forward(x["q"][0], x["k"][0], x["v"][0], bands, 8**-0.5)
     torch.testing.assert_close(out, oracle(case)["out"][0], rtol=1e-12, atol=1e-12)
-

@@ -68,4 +68,3 @@ def _one_device(case: Case) -> dict[str, torch.Tensor]:
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     (out * x["dout"].detach()).sum().backward()
     return {"out": out.detach()} | {name: x[name].grad for name in "qkv"}  # type: ignore[dict-item]
-

@@ -82,9 +82,7 @@ def _one_shape(batch: int, tokens: int, key_tokens: int, heads: int, kv: int, qk
     assert out is not None
     out_rows = torch.zeros(batch * tokens, len(owned[0]) * v_dim, dtype=torch.float64, requires_grad=True)
     sizes, key_sizes = (Layout(n, 1, ranks).sizes(0) for n in (tokens, key_tokens))
-    expected_traffic = attention_traffic(
-        dealt, sizes, key_sizes, rank, rows=batch, qk_dim=qk_dim, v_dim=v_dim, itemsize=8
-    )
+    expected_traffic = attention_traffic(dealt, sizes, key_sizes, rank, rows=batch, qk_dim=qk_dim, v_dim=v_dim, itemsize=8)
     transport.traffic = Traffic()
     rows = trade_tokens_for_heads(mine, trade)
     outs = trade_heads_for_tokens([out_rows], out, batch)

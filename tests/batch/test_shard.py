@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longspan.batch.shard import IGNORE, agree, cut, shard, unshard
+from longspan.batch.shard import IGNORE, shard_batch, shard_local, sync_batches, unshard
 from longspan.distributed.consensus import agree_on_error, refuse_difference
 from longspan.distributed.mesh import ParallelMesh, Place
 from longspan.errors import BatchError, LayoutError, LongspanError, MaskError
-from longspan.masks.constructors import Causal, Documents, Full, Only
+from longspan.masks.constructors import Causal, Documents, Full, Span
 from tests.helpers.ranks import on_ranks
 
 LAYOUTS = [(1, 1, False), (2, 1, False), (3, 1, False), (1, 2, True), (2, 2, True), (2, 2, False)]
@@ -24,7 +24,7 @@ def test_the_parts_of_all_ranks_are_the_whole(ulysses: int, ring: int, zigzag: b
     ids = torch.arange(2 * tokens).view(2, tokens)
     batch = {"input_ids": ids, "labels": ids, "inputs_embeds": torch.randn(2, tokens, 3), "name": "kept as it is"}
     places = [Place(1, ring, ulysses, 0, r, u, zigzag) for r in range(ring) for u in range(ulysses)]
-    parts = [cut(batch, place) for place in places]
+    parts = [shard_local(batch, place) for place in places]
     positions = torch.cat([part["position_ids"] for part in parts], 1)
     order = positions[0].argsort()
     assert torch.equal(positions[0].sort().values, torch.arange(tokens))
@@ -33,27 +33,27 @@ def test_the_parts_of_all_ranks_are_the_whole(ulysses: int, ring: int, zigzag: b
     shifted = torch.cat([part["shift_labels"] for part in parts], 1)[:, order]
     assert torch.equal(shifted[:, :-1], ids[:, 1:])  # a rank's last token predicts the next rank's first
     assert (shifted[:, -1] == IGNORE).all()
-    assert all(part["longspan"].labelled == 2 * (tokens - 1) and part["name"] == "kept as it is" for part in parts)
+    assert all(part["longspan"].num_labels == 2 * (tokens - 1) and part["name"] == "kept as it is" for part in parts)
     assert all(part["input_ids"].is_contiguous() for part in parts)
 
 
 def test_models_that_predict_in_place_keep_their_labels() -> None:
     ids = torch.arange(8).view(1, 8)
-    part = cut({"input_ids": ids, "labels": ids}, Place(ulysses=2, ulysses_rank=1), shift=False)
+    part = shard_local({"input_ids": ids, "labels": ids}, Place(ulysses=2, ulysses_rank=1), shift=False)
     assert part["labels"].tolist() == [[4, 5, 6, 7]]
     assert "shift_labels" not in part
-    assert part["longspan"].labelled == 8
+    assert part["longspan"].num_labels == 8
 
 
 def test_labels_without_a_token_dimension_stay_whole() -> None:
-    part = cut({"input_ids": torch.zeros(3, 8, dtype=torch.long), "labels": torch.tensor([0, 1, 2])}, Place(ulysses=2))
+    part = shard_local({"input_ids": torch.zeros(3, 8, dtype=torch.long), "labels": torch.tensor([0, 1, 2])}, Place(ulysses=2))
     assert part["labels"].tolist() == [0, 1, 2]
 
 
 def test_other_tensors_are_cut_where_their_dimension_is_declared() -> None:
     mrope = torch.arange(3 * 8).view(3, 1, 8)
     batch = {"input_ids": torch.zeros(1, 8, dtype=torch.long), "grid": mrope}
-    part = cut(batch, Place(ulysses=2, ulysses_rank=1), dims={"grid": 2})
+    part = shard_local(batch, Place(ulysses=2, ulysses_rank=1), dims={"grid": 2})
     assert torch.equal(part["grid"], mrope[:, :, 4:])
 
 
@@ -63,7 +63,7 @@ VARLEN = {"cu_seq_lens_q": torch.tensor([0, 3, 3, 8]), "cu_seq_lens_k": torch.te
 
 def test_documents_are_read_from_the_keywords_of_varlen_kernels() -> None:
     numbers = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
-    part = cut({"input_ids": IDS[:1], **VARLEN, "seq_idx": numbers}, Place(ulysses=2))
+    part = shard_local({"input_ids": IDS[:1], **VARLEN, "seq_idx": numbers}, Place(ulysses=2))
     assert part["longspan"].mask_for(Full()) == (Full() & Documents((3, 5)),)
     assert part["longspan"].restarts is None
     assert set(part) == {"input_ids", "position_ids", "longspan"}
@@ -77,7 +77,7 @@ def test_documents_are_read_from_the_keywords_of_varlen_kernels() -> None:
         ({"input_ids": IDS, "token_type_ids": torch.zeros(2, 7)}, {}, BatchError, r"does not have the row's 8 tokens in dim 1"),
         ({"input_ids": IDS[:, :1]}, {}, LayoutError, r"tokens=1 is fewer than the 2 ranks"),
         ({"input_ids": IDS}, {"mask": Documents((3, 4))}, MaskError, r"7"),
-        ({"input_ids": IDS, "labels": IDS}, {"mask": Only(0, 4)}, BatchError, r"token 4 of row 0.* set labels\[0, 5\]"),
+        ({"input_ids": IDS, "labels": IDS}, {"mask": Span(0, 4)}, BatchError, r"token 4 of row 0.* set labels\[0, 5\]"),
         ({"input_ids": IDS, "attention_mask": 1 - torch.eye(8)[3:5]}, {}, BatchError, r"attention_mask has a hole in row 0"),
         ({"input_ids": IDS, **VARLEN}, {}, BatchError, r"the same beginnings of documents in one row, from 0 to its 8 tokens"),
         ({"input_ids": IDS[:1], **VARLEN, "cu_seq_lens_k": torch.tensor([0, 8])}, {}, BatchError, r"the same beginnings"),
@@ -87,14 +87,16 @@ def test_documents_are_read_from_the_keywords_of_varlen_kernels() -> None:
         ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 8, 8)}, {}, BatchError, r"must be \[2, 8\] like input_ids"),
         ({"input_ids": IDS, "attention_mask": torch.arange(8).expand(2, 8)}, {}, BatchError, r"1 for a token and 0 for pad"),
         (
-            {"input_ids": IDS, "labels": IDS, "attention_mask": (torch.arange(8) > 1).repeat(2, 1)}, {}, BatchError,
+            {"input_ids": IDS, "labels": IDS, "attention_mask": (torch.arange(8) > 1).repeat(2, 1)},
+            {},
+            BatchError,
             r"token 0 of row 0 is asked for a prediction, but sees nothing",
         ),
     ],
 )
 def test_refusals_say_what_is_legal(batch: Any, keywords: Any, error: type[LongspanError], text: str) -> None:
     with pytest.raises(error, match=text):
-        cut(batch, Place(ulysses=2), **keywords)
+        shard_local(batch, Place(ulysses=2), **keywords)
 
 
 def test_labels_are_counted_over_replicas_and_micro_batches(tmp_path: Path) -> None:
@@ -105,8 +107,8 @@ def _labelled() -> int:
     mesh = ParallelMesh(ulysses=2)
     rows = mesh.place.data_rank + 1
     ids = torch.randint(9, (rows, 8), generator=torch.Generator().manual_seed(rows))
-    parts = shard([{"input_ids": ids, "labels": ids}] * 3, mesh)
-    counts = {part["longspan"].labelled for part in parts}
+    parts = shard_batch([{"input_ids": ids, "labels": ids}] * 3, mesh)
+    counts = {part["longspan"].num_labels for part in parts}
     assert len(counts) == 1
     return int(counts.pop())
 
@@ -118,8 +120,8 @@ def test_a_replica_without_a_row_joins(tmp_path: Path) -> None:
 def _without_a_row() -> tuple[int, int]:
     mesh = ParallelMesh(ulysses=2)
     ids = torch.zeros(1 - mesh.place.data_rank, 8, dtype=torch.long)
-    part = shard({"input_ids": ids, "labels": ids}, mesh)
-    return len(part["input_ids"]), part["longspan"].labelled
+    part = shard_batch({"input_ids": ids, "labels": ids}, mesh)
+    return len(part["input_ids"]), part["longspan"].num_labels
 
 
 def test_two_lengths_of_which_some_ranks_see_a_new_share_do_not_hang(tmp_path: Path) -> None:
@@ -129,7 +131,7 @@ def test_two_lengths_of_which_some_ranks_see_a_new_share_do_not_hang(tmp_path: P
 
 def _two_lengths() -> tuple[int, ...]:
     mesh = ParallelMesh(ulysses=4)
-    return tuple(shard({"input_ids": torch.zeros(1, n, dtype=torch.long)}, mesh)["input_ids"].shape[1] for n in (9, 10))
+    return tuple(shard_batch({"input_ids": torch.zeros(1, n, dtype=torch.long)}, mesh)["input_ids"].shape[1] for n in (9, 10))
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(3, 1), (1, 3), (2, 2)])
@@ -143,7 +145,7 @@ def _unshard(ulysses: int, ring: int) -> None:
     whole = torch.randn(2, 11, 3, dtype=torch.float64)
     asks = torch.randn(ulysses * ring, *whole.shape, dtype=torch.float64)
     batch = {"input_ids": torch.zeros(2, 11, dtype=torch.long), "x": whole, "asked": asks.sum(0)}
-    part = shard(batch, mesh, dims={"x": 1, "asked": 1})
+    part = shard_batch(batch, mesh, dims={"x": 1, "asked": 1})
     x = part["x"].requires_grad_()
     together = unshard(x, mesh, tokens=11)
     assert torch.equal(together, whole)
@@ -156,23 +158,23 @@ def _unshard(ulysses: int, ring: int) -> None:
 
 def _cut_differently(rank: int) -> None:
     ids = torch.zeros(1, 8 + (rank == 1), dtype=torch.long)
-    shard({"input_ids": ids}, ParallelMesh(ulysses=2))
+    shard_batch({"input_ids": ids}, ParallelMesh(ulysses=2))
 
 
 def _other_content(rank: int) -> None:
-    shard({"input_ids": torch.full((1, 8), rank)}, ParallelMesh(ulysses=2))
+    shard_batch({"input_ids": torch.full((1, 8), rank)}, ParallelMesh(ulysses=2))
 
 
 def _other_mask(rank: int) -> None:
-    shard({"input_ids": IDS}, ParallelMesh(ulysses=2), mask=Causal() if rank else Documents((4, 4)))
+    shard_batch({"input_ids": IDS}, ParallelMesh(ulysses=2), mask=Causal() if rank else Documents((4, 4)))
 
 
 def _other_count(rank: int) -> None:
-    shard([{"input_ids": IDS}] * (1 + rank), ParallelMesh(ulysses=2))
+    shard_batch([{"input_ids": IDS}] * (1 + rank), ParallelMesh(ulysses=2))
 
 
 def _one_is_wrong(rank: int) -> None:
-    shard({"input_ids": IDS} | ({"odd": IDS} if rank == 1 else {}), ParallelMesh(ulysses=2))
+    shard_batch({"input_ids": IDS} | ({"odd": IDS} if rank == 1 else {}), ParallelMesh(ulysses=2))
 
 
 class _Broken(dict[str, Any]):
@@ -181,7 +183,7 @@ class _Broken(dict[str, Any]):
 
 
 def _one_breaks(rank: int) -> None:
-    shard(_Broken() if rank == 1 else {"input_ids": IDS}, ParallelMesh(ulysses=2))
+    shard_batch(_Broken() if rank == 1 else {"input_ids": IDS}, ParallelMesh(ulysses=2))
 
 
 def _one_disk_is_full(rank: int) -> None:
@@ -189,15 +191,15 @@ def _one_disk_is_full(rank: int) -> None:
 
 
 def _another_of_many_documents(rank: int) -> None:
-    shard({"input_ids": IDS}, ParallelMesh(ulysses=2), mask=Documents((1,) * 6 + ((2, 0) if rank else (1, 1))))
+    shard_batch({"input_ids": IDS}, ParallelMesh(ulysses=2), mask=Documents((1,) * 6 + ((2, 0) if rank else (1, 1))))
 
 
 def _another_shift(rank: int) -> None:
-    shard({"input_ids": IDS}, ParallelMesh(ulysses=2), shift=rank == 0)
+    shard_batch({"input_ids": IDS}, ParallelMesh(ulysses=2), shift=rank == 0)
 
 
 def _no_micro_batch(rank: int) -> None:
-    shard([] if rank else [{"input_ids": IDS}], ParallelMesh(ulysses=2))
+    shard_batch([] if rank else [{"input_ids": IDS}], ParallelMesh(ulysses=2))
 
 
 def _another_text(rank: int) -> None:
@@ -205,8 +207,8 @@ def _another_text(rank: int) -> None:
 
 
 def _part_of_another_step(rank: int) -> None:
-    part = cut({"input_ids": IDS + rank}, Place(ulysses=2, ulysses_rank=rank))
-    agree([part], ParallelMesh(ulysses=2))
+    part = shard_local({"input_ids": IDS + rank}, Place(ulysses=2, ulysses_rank=rank))
+    sync_batches([part], ParallelMesh(ulysses=2))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +219,7 @@ def _part_of_another_step(rank: int) -> None:
         (_other_mask, "ranks 0 and 1 share a sequence but were given different batches"),
         (_another_of_many_documents, "ranks 0 and 1 share a sequence but were given different batches"),
         (_another_shift, "ranks 0 and 1 share a sequence but were given different batches"),
-        (_no_micro_batch, "shard was given no micro-batch; pass at least one"),
+        (_no_micro_batch, "shard_batch was given no micro-batch; pass at least one"),
         (_other_count, "ranks were given different numbers of micro-batches (1, 2)"),
         (_one_is_wrong, "the batch's tensor 'odd' of shape [2, 8] is unknown"),
         (_one_breaks, "RuntimeError: the storage is gone"),

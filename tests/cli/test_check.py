@@ -61,10 +61,10 @@ def test_the_law_holds(config: Check, tmp_path: Path) -> None:
     "tools",
     [
         {"recompute": "full"},
-        {"recompute": "keep attention", "ring": 2, "ranks": 4},
+        {"recompute": "selective", "ring": 2, "ranks": 4},
         {"head_chunks": 2, "heads": 8, "kv_heads": 2},
         {"head_chunks": 2, "heads": 8, "kv_heads": 4, "recompute": "full", "ring": 2, "ranks": 4},
-        {"head_chunks": 2, "heads": 8, "kv_heads": 4, "recompute": "keep attention", "tile_tokens": 5, "zero": 3},
+        {"head_chunks": 2, "heads": 8, "kv_heads": 4, "recompute": "selective", "tile_tokens": 5, "zero": 3},
     ],
     ids=["full", "kept-ring", "chunks", "chunks-full-ring", "all"],
 )
@@ -94,9 +94,7 @@ def hugging_face(folder: Path, model: str, **more: Any) -> str:
         ("llama", {"num_key_value_heads": 1}, {"dtype": "bf16", "tokens": 64, "layers": 1}, 0),
     ],
 )
-def test_the_law_holds_for_a_hugging_face_model(
-    model: str, more: Any, settings: Any, parameters: int, tmp_path: Path
-) -> None:
+def test_the_law_holds_for_a_hugging_face_model(model: str, more: Any, settings: Any, parameters: int, tmp_path: Path) -> None:
     config = replace(SMALL, layers=None, model=hugging_face(tmp_path / "model", model, **more))
     code, lines = verdict(replace(config, **settings), tmp_path)
     assert {words[-1] for words in lines.values()} == {"holds"}

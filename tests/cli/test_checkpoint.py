@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from longspan.batch.shard import shard
+from longspan.batch.shard import shard_batch
 from longspan.cli import checkpoint
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import RunError
@@ -31,7 +31,7 @@ def _trained(zero: int, seed: int = 0, steps: int = 2) -> tuple[Any, torch.optim
 def _step(model: Any, optimizer: torch.optim.Optimizer, mesh: ParallelMesh, step: int) -> float:
     ids = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(step))
     rows = ids.tensor_split(mesh.place.data)[mesh.place.data_rank]
-    loss = model(**shard({"input_ids": rows, "labels": rows}, mesh)).loss
+    loss = model(**shard_batch({"input_ids": rows, "labels": rows}, mesh)).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -65,9 +65,7 @@ def test_what_is_loaded_goes_on_as_what_was_saved_bit_by_bit(zero: int, tmp_path
 
 
 @pytest.mark.parametrize(("saving", "loading"), [((4, 3), (2, 0)), ((2, 0), (3, 3))])
-def test_other_ranks_and_another_sharding_read_it(
-    saving: tuple[int, int], loading: tuple[int, int], tmp_path: Path
-) -> None:
+def test_other_ranks_and_another_sharding_read_it(saving: tuple[int, int], loading: tuple[int, int], tmp_path: Path) -> None:
     (saved, *_) = on_ranks(saving[0], _save, tmp_path, saving[1], tmp_path=tmp_path)
     for found in on_ranks(loading[0], _load, tmp_path, loading[1], tmp_path=tmp_path):
         assert found == pytest.approx(saved, rel=1e-5)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jaxtyping import Int64
 from torch import Tensor
 
-from longspan.batch.shard import Part, agree, cut
+from longspan.batch.shard import Part, shard_local, sync_batches
 from longspan.data.loader import Loader, part
 from longspan.distributed.layout import Layout
 from longspan.distributed.mesh import ParallelMesh, Place
@@ -62,9 +62,9 @@ def assert_same(one: Part, other: Part) -> None:
 def test_a_part_is_the_cut_of_the_whole(ring: int, ulysses: int, zigzag: bool, starts: list[int], tokens: int) -> None:
     for place in places(ring, ulysses, zigzag):
         mine = part(Tokens(99), starts, tokens, place.layout(tokens).mine(place.ring_rank, place.ulysses_rank))
-        oracle = cut(whole(starts, tokens), place)
+        oracle = shard_local(whole(starts, tokens), place)
         assert_same(mine, oracle)
-        for name in ("tokens", "rows", "positions", "mask", "labelled"):
+        for name in ("tokens", "rows", "positions", "mask", "num_labels"):
             assert getattr(mine["longspan"], name) == getattr(oracle["longspan"], name)
 
 
@@ -137,7 +137,7 @@ def test_the_rows_of_a_step_do_not_depend_on_replicas_or_micro_batches(data: int
         for one in in_order:
             rows = one["input_ids"].shape[0]
             assert one["longspan"].rows == rows
-            assert one["longspan"].labelled == 7 * rows
+            assert one["longspan"].num_labels == 7 * rows
             assert all(value.shape == (rows, 8) for value in tensors(one).values())
 
 
@@ -193,7 +193,7 @@ def agreed(seed_of_the_last: int) -> Any:
     stream, seed = Tokens(800), seed_of_the_last if last else 0
     loader = Loader(stream, tokens=9, rows=3, seed=seed, place=mesh.place, micro_batches=2)
     try:
-        return [part["longspan"] for part in agree(loader.step(1), mesh)]
+        return [part["longspan"] for part in sync_batches(loader.step(1), mesh)]
     except BatchError as error:
         return str(error)
 
@@ -201,7 +201,7 @@ def agreed(seed_of_the_last: int) -> Any:
 def test_ranks_agree_on_a_step_and_notice_another_order(tmp_path: Path) -> None:
     steps = on_ranks(4, agreed, 0, tmp_path=tmp_path)
     assert [[step.rows for step in of_rank] for of_rank in steps] == [[1, 1], [1, 1], [1, 0], [1, 0]]
-    assert {step.labelled for of_rank in steps for step in of_rank} == {3 * 8}
+    assert {step.num_labels for of_rank in steps for step in of_rank} == {3 * 8}
     assert steps[0][0].positions == Layout(9, ulysses=2).mine(0, 0)
     refused = on_ranks(4, agreed, 1, tmp_path=tmp_path)
     assert len(set(refused)) == 1

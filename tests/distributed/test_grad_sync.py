@@ -184,24 +184,24 @@ def _refusals():
 def test_on_one_rank_norm_and_clip_are_torchs():
     ours, theirs = _one_device(1, 1), _one_device(1, 1)
     expected = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
-    torch.testing.assert_close(gradients.norm(ours.parameters()), expected)
-    torch.testing.assert_close(gradients.clip(ours.parameters(), 0.5), expected)
+    torch.testing.assert_close(gradients.grad_norm(ours.parameters()), expected)
+    torch.testing.assert_close(gradients.clip_grad_norm_(ours.parameters(), 0.5), expected)
     torch.testing.assert_close(_grads(ours), _grads(theirs))
-    torch.testing.assert_close(gradients.clip(ours.parameters(), 0.6), gradients.norm(theirs.parameters()))
+    torch.testing.assert_close(gradients.clip_grad_norm_(ours.parameters(), 0.6), gradients.grad_norm(theirs.parameters()))
     torch.testing.assert_close(_grads(ours), _grads(theirs))
 
 
 def test_the_norm_of_nothing_is_zero_and_large_norms_do_not_overflow():
     large = nn.Parameter(torch.ones(3))
-    assert gradients.norm([large]).item() == 0
+    assert gradients.grad_norm([large]).item() == 0
     large.grad = torch.full((3,), 1e30)
-    assert gradients.norm([large]).item() == pytest.approx(3**0.5 * 1e30)
+    assert gradients.grad_norm([large]).item() == pytest.approx(3**0.5 * 1e30)
 
 
 def test_the_norm_of_many_small_gradients_is_exact():
     many = nn.Parameter(torch.zeros(2**25))  # an fp32 sum of squares is 1.7% off here
     many.grad = torch.full((2**25,), 0.001)
-    assert gradients.norm([many]).item() == pytest.approx(0.001 * 2**12.5, rel=1e-7)
+    assert gradients.grad_norm([many]).item() == pytest.approx(0.001 * 2**12.5, rel=1e-7)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -229,6 +229,6 @@ def _sharded_norms():
     fully_shard(sharded, mesh=ParallelMesh().fsdp_mesh)
     (sharded(torch.ones(2, 5)).exp().sum() + whole(torch.ones(2, 4)).exp().sum()).backward()
     parameters = [*sharded.parameters(), *whole.parameters()]
-    norms = [gradients.norm(parameters), gradients.clip(parameters, 1.0), gradients.norm(parameters)]
+    norms = [gradients.grad_norm(parameters), gradients.clip_grad_norm_(parameters, 1.0), gradients.grad_norm(parameters)]
     grads = [*(parameter.grad.full_tensor() for parameter in sharded.parameters()), *(p.grad for p in whole.parameters())]
     return [float(one) for one in norms], grads

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longspan import ParallelMesh, attend
-from longspan.memory.checkpointing import attend_once, keep_attention
+from longspan.memory.checkpointing import attend_once, selective_context
 from longspan.models.decoder import Block, DecoderConfig
 from tests.helpers.ranks import on_ranks
 
@@ -85,8 +85,8 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     tmp_path = Path(sys.argv[1])
-    kept_by(attend_once, {"context_fn": keep_attention})  # what the first call loads is not what a call holds
-    print("kept", 0, kept_by(attend_once, {"context_fn": keep_attention}), kept_by(attend, {}))
+    kept_by(attend_once, {"context_fn": selective_context})  # what the first call loads is not what a call holds
+    print("kept", 0, kept_by(attend_once, {"context_fn": selective_context}), kept_by(attend, {}))
     for chunks in (1, 8):
         print("block", chunks, attention_of_a_block(chunks, attend), attention_of_a_block(chunks, attend_once))
     for chunks in (1, 8):

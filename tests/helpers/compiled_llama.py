@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longspan import ParallelMesh, parallelize, shard
+from longspan import ParallelMesh, parallelize, shard_batch
 from tests.helpers.ranks import on_ranks
 
 CONFIG = LlamaConfig(
@@ -34,7 +34,7 @@ def compiled_is_one_device() -> None:
             batch["position_ids"] = torch.cat([torch.arange(5 + step), torch.arange(19 - step)]).expand(2, 24)
         logits = reference(**batch, use_cache=False).logits
         F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-        model(**shard(batch | {"labels": ids}, mesh)).loss.backward()
+        model(**shard_batch(batch | {"labels": ids}, mesh)).loss.backward()
         for mine, one in zip(model.parameters(), reference.parameters()):
             assert mine.grad is not None
             assert one.grad is not None

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.masking_utils import and_masks, causal_mask_function, chunked_causal_mask_function
 
-from longspan import LongspanError, ModelError, ParallelMesh, cross_entropy, parallelize, shard, unparallelize, unshard
+from longspan import LongspanError, ModelError, ParallelMesh, cross_entropy, parallelize, shard_batch, unparallelize, unshard
 from longspan.batch.shard import IGNORE
 from longspan.hf.adapter import Pretrained
 from longspan.hf.mask_functions import as_mask
@@ -169,12 +169,14 @@ def forward_alone(model: Any, whole: dict[str, Tensor], encoder: bool) -> tuple[
 
 
 def forward_cut(model: Any, whole: dict[str, Tensor], encoder: bool, mesh: ParallelMesh, knows_loss: bool) -> tuple[Any, Any]:
-    part = shard(whole, mesh, shift=not encoder)
+    part = shard_batch(whole, mesh, shift=not encoder)
     wanted = part["labels" if encoder else "shift_labels"]
     if not knows_loss:
         part = {name: value for name, value in part.items() if "labels" not in name}
     output = model(**part)
-    loss = output.loss if knows_loss else cross_entropy(output.logits, wanted, mesh=mesh, labelled=part["longspan"].labelled)
+    loss = (
+        output.loss if knows_loss else cross_entropy(output.logits, wanted, mesh=mesh, num_labels=part["longspan"].num_labels)
+    )
     return loss, unshard(output.logits, mesh, tokens=part["longspan"].tokens)
 
 
@@ -271,7 +273,7 @@ def one_row_in_two_replicas(name: str) -> None:
     ids = batches("odd length", False)["input_ids"]
     forward_alone(reference, {"input_ids": ids, "labels": ids}, False)[0].backward()
     mine = ids if mesh.place.data_rank == 0 else ids[:0]
-    model(**shard({"input_ids": mine, "labels": mine}, mesh)).loss.backward()
+    model(**shard_batch({"input_ids": mine, "labels": mine}, mesh)).loss.backward()
     assert_gradients(model, reference, kind.tolerance)
 
 
@@ -283,16 +285,16 @@ def replicas(empty: bool) -> None:
     ids = torch.randint(3, 97, (2, 2, 2, 23), generator=torch.Generator().manual_seed(2))  # micro-batch, replica, row, token
     rows = [[ids[micro, data][: 0 if empty and (micro, data) == (1, 1) else 2] for data in range(2)] for micro in range(2)]
     whole = [torch.cat(replica) for replica in rows]
-    labelled = sum(row.numel() - len(row) for row in whole)
+    num_labels = sum(row.numel() - len(row) for row in whole)
     expected = 0.0
     for row in whole:
         logits = reference(input_ids=row, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), row[:, 1:].flatten(), reduction="sum") / labelled
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), row[:, 1:].flatten(), reduction="sum") / num_labels
         loss.backward()
         expected += loss.item()
     mine = [{"input_ids": replica[mesh.place.data_rank], "labels": replica[mesh.place.data_rank]} for replica in rows]
     found = 0.0
-    for part in shard(mine, mesh):
+    for part in shard_batch(mine, mesh):
         output = model(**part)
         assert output.logits.shape[0] == len(part["input_ids"])
         loss = output.loss
@@ -363,7 +365,7 @@ def varlen_documents(name: str) -> None:
     ids, positions = torch.cat(rows, 1), torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
     labels = ids if encoder else ids.index_fill(1, starts[1:-1], IGNORE)
     packed = {"input_ids": ids, "labels": labels, "position_ids": positions, "cu_seq_lens_q": starts, "cu_seq_lens_k": starts}
-    found = model(**shard(packed | {"max_length_q": 12, "max_length_k": 12}, mesh, shift=not encoder)).loss
+    found = model(**shard_batch(packed | {"max_length_q": 12, "max_length_k": 12}, mesh, shift=not encoder)).loss
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-10)
     assert_gradients(model, reference, 1e-10)
@@ -393,7 +395,7 @@ def embedding_error(folder: str) -> float:
     reference = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
     mesh = mesh_of(dist.get_world_size(), 1)
     model = parallelize(deepcopy(reference), mesh)
-    part = shard(batch, mesh)
+    part = shard_batch(batch, mesh)
     with torch.no_grad():
         expected = reference(**batch).last_hidden_state
         found = unshard(model(**part).last_hidden_state, mesh, tokens=part["longspan"].tokens)
@@ -445,7 +447,7 @@ def refused(build_it: Callable[[], Any]) -> str:
 
 COUNTED_FROM_IDS = {
     "a row too long to be counted": "the step has positions up to 61, and the table of RobertaForMaskedLM has 58 of them",
-    "embeddings": "counts its positions from input_ids; with inputs_embeds, give shard position_ids too",
+    "embeddings": "counts its positions from input_ids; with inputs_embeds, give shard_batch position_ids too",
 }
 
 
@@ -463,7 +465,7 @@ def replicas_that_count(what: str) -> str:
         embedded = torch.zeros(1, 8, model.config.hidden_size, dtype=torch.float64)
         rows = {"inputs_embeds": embedded} if what == "embeddings" else {"input_ids": torch.full((1, 62), 7)}
     try:
-        model(**shard(rows, mesh, shift=False))
+        model(**shard_batch(rows, mesh, shift=False))
     except LongspanError as error:
         return str(error)
     return "nothing was refused"
@@ -512,9 +514,9 @@ def test_what_would_be_wrong_is_refused_by_name(build_it: Callable[[], Any], tex
 def test_calls_that_mean_the_whole_sequence_are_refused() -> None:
     mesh = ParallelMesh()
     model = parallelize(build("llama"), mesh)
-    part = shard({"input_ids": torch.ones(1, 8, dtype=torch.long)}, mesh)
+    part = shard_batch({"input_ids": torch.ones(1, 8, dtype=torch.long)}, mesh)
     for call, text in [
-        (lambda: model(input_ids=part["input_ids"]), r"call model\(\*\*shard\(batch, mesh\)\)"),
+        (lambda: model(input_ids=part["input_ids"]), r"call model\(\*\*shard_batch\(batch, mesh\)\)"),
         (lambda: model.generate(part["input_ids"], max_new_tokens=1), r"to generate, unparallelize\(model\) first"),
         (lambda: model(**part, use_cache=True), "use_cache= means the whole sequence"),
         (lambda: model(**part, logits_to_keep=1), "logits_to_keep= means the whole sequence"),
@@ -529,13 +531,13 @@ def test_labels_cut_for_another_kind_of_model_are_refused() -> None:
     batch = {"input_ids": ids, "labels": ids}
     model = parallelize(build("llama"), mesh)
     with pytest.raises(ModelError, match="shift=True"):
-        model(**shard(batch, mesh, shift=False))
+        model(**shard_batch(batch, mesh, shift=False))
     model = parallelize(build("modernbert"), mesh)
     with pytest.raises(ModelError, match="shift=False"):
-        model(**shard(batch, mesh))
+        model(**shard_batch(batch, mesh))
     model = parallelize(build("bert"), mesh)
     with pytest.raises(ModelError, match="shift=False"):
-        model(**shard(batch, mesh))
+        model(**shard_batch(batch, mesh))
 
 
 class Smoothed(transformers.BertForMaskedLM):
@@ -552,13 +554,13 @@ def test_a_loss_that_only_the_model_knows_is_refused() -> None:
     mesh, ids = ParallelMesh(), torch.ones(1, 8, dtype=torch.long)
     model = parallelize(Smoothed(build("bert").config), mesh)
     with pytest.raises(ModelError, match="computes its loss from labels by itself"):
-        model(**shard({"input_ids": ids, "labels": ids}, mesh, shift=False))
+        model(**shard_batch({"input_ids": ids, "labels": ids}, mesh, shift=False))
 
 
 def test_attention_dropout_is_refused_by_its_field() -> None:
     mesh = ParallelMesh()
     model = parallelize(build("llama", attention_dropout=0.1), mesh)
-    part = shard({"input_ids": torch.ones(1, 8, dtype=torch.long)}, mesh)
+    part = shard_batch({"input_ids": torch.ones(1, 8, dtype=torch.long)}, mesh)
     with pytest.raises(ModelError, match=r"layers.0.self_attn' asks for attention dropout, .*; set config.attention_dropout"):
         model(**part)
     model.eval()(**part)

@@ -21,7 +21,7 @@ from longspan import (
     ParallelMesh,
     cross_entropy,
     parallelize,
-    shard,
+    shard_batch,
     unparallelize,
     unshard,
 )
@@ -85,7 +85,7 @@ def adapters(zero: int) -> None:
     for _ in range(2):
         expected, _ = forward_alone(reference, whole, False)
         expected.backward()
-        part = shard(whole, mesh)
+        part = shard_batch(whole, mesh)
         found = model(**part).loss
         found.backward()
         assert found.item() == pytest.approx(expected.item(), rel=1e-9)
@@ -156,7 +156,7 @@ def balance(name: str, batch: str, ulysses: int, ring: int, zero: int, empty: bo
     rows = slice(mesh.place.data_rank, mesh.place.data_rank + 1) if mesh.place.data > 1 else slice(0, 2)
     if empty:
         rows = slice(0, 2) if mesh.place.data_rank == 0 else slice(0, 0)
-    found = model(**shard({key: value[rows] for key, value in whole.items()}, mesh))
+    found = model(**shard_batch({key: value[rows] for key, value in whole.items()}, mesh))
     found.loss.backward()
     assert found.aux_loss.item() == pytest.approx(output.aux_loss.item(), rel=1e-6)
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -176,7 +176,7 @@ def test_a_balance_loss_of_anything_else_is_refused() -> None:
     mesh = ParallelMesh()
     model = parallelize(build("mixtral"), mesh)
     with pytest.raises(ModelError, match=r"set config\.output_router_logits before parallelize"):
-        model(**shard(batches("even", False), mesh), output_router_logits=True)
+        model(**shard_batch(batches("even", False), mesh), output_router_logits=True)
 
 
 # ---- half precision with a scaler, quantised layers
@@ -196,7 +196,7 @@ def scaled(zero: int) -> None:
     for step in range(3):
         before = [local(p).clone() for p in model.parameters()]
         with torch.autocast("cpu", torch.float16):
-            losses = [forward_alone(reference, whole, False)[0], model(**shard(whole, mesh)).loss]
+            losses = [forward_alone(reference, whole, False)[0], model(**shard_batch(whole, mesh)).loss]
         assert losses[1].item() == pytest.approx(losses[0].item(), rel=2e-3)
         for scaler, loss, optimizer in zip(scalers, losses, optimizers):
             scaler.scale(loss).backward()
@@ -243,7 +243,7 @@ def adapters_on_quantised() -> None:
     mesh, whole, reference = mesh_of(2, 1), batches("odd length", False), quantised()
     model = parallelize(deepcopy(reference), mesh)
     forward_alone(reference, whole, False)[0].backward()
-    model(**shard(whole, mesh)).loss.backward()
+    model(**shard_batch(whole, mesh)).loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     for mine, one in zip(trained, (p for p in reference.parameters() if p.requires_grad)):
         torch.testing.assert_close(mine.grad, one.grad, rtol=1e-9, atol=1e-12)
@@ -267,7 +267,7 @@ def three_rows(ulysses: int, ring: int, replicas: bool) -> None:
     out = reference(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
     (out * weights).sum().backward()
     rows = slice(0, 2) if not replicas or mesh.place.data_rank == 0 else slice(0, 0)
-    part = shard({"input_ids": ids[rows], "position_ids": positions[:, rows]}, mesh)
+    part = shard_batch({"input_ids": ids[rows], "position_ids": positions[:, rows]}, mesh)
     mine = unshard(model(**part).last_hidden_state, mesh, tokens=13)
     torch.testing.assert_close(mine, out[rows], rtol=1e-10, atol=1e-10)
     (all_reduce_sum((mine * weights[rows]).sum(), mesh.mean_group) / (1 if replicas else mesh.degree)).backward()
@@ -284,7 +284,7 @@ def vision_text() -> Any:
 def test_a_row_of_positions_that_only_some_models_take_for_documents_is_refused() -> None:
     positions = torch.cat([torch.arange(5), torch.arange(8)]).expand(4, 1, 13)
     with pytest.raises(BatchError, match=r"begin anew in their first row.*mask=Documents"):
-        shard({"input_ids": torch.ones(1, 13, dtype=torch.long), "position_ids": positions}, ParallelMesh())
+        shard_batch({"input_ids": torch.ones(1, 13, dtype=torch.long), "position_ids": positions}, ParallelMesh())
 
 
 # ---- another kernel: longspan's by name, a function, an attention of Transformers' registry
@@ -309,11 +309,11 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, *, bands: Any, scale: float) -> Ten
         ("llama", "packed", "hf:eager", {}),
         ("llama", "even", by_hand, {}),
         ("llama", "odd length", "online", {}),
-        ("mistral", "left padding", "hf:sdpa", {"recompute": "keep attention"}),
+        ("mistral", "left padding", "hf:sdpa", {"recompute": "selective"}),
         ("mistral", "one key/value head", "hf:eager", {}),
         ("gemma2", "right padding", "hf:eager", {}),
         ("gpt_oss", "left padding", "hf:eager", {}),
-        ("gpt_oss", "packed", "hf:eager", {"recompute": "keep attention", "head_chunks": 2, "zero": 3}),
+        ("gpt_oss", "packed", "hf:eager", {"recompute": "selective", "head_chunks": 2, "zero": 3}),
         ("modernbert", "odd length", "hf:eager", {}),
     ],
 )
@@ -372,7 +372,7 @@ def test_a_registered_attention_is_told_all_by_keywords_or_refused(monkeypatch: 
     mesh, ids = ParallelMesh(), torch.arange(3, 27)[None]
     model = parallelize(build("mistral", num_hidden_layers=1), mesh, kernel="hf:like_flash")
     positions = torch.cat([torch.arange(4), torch.arange(20)])[None]
-    model(**shard({"input_ids": ids, "position_ids": positions}, mesh))
+    model(**shard_batch({"input_ids": ids, "position_ids": positions}, mesh))
     assert calls == [(4, {"is_causal": True}), (20, {"is_causal": True, "sliding_window": 5})]
     with pytest.raises(KernelError, match=r"takes no mask and cannot be told the mask of this step in MistralAttention"):
-        model(**shard({"input_ids": ids}, mesh, mask=PrefixLM(7)))
+        model(**shard_batch({"input_ids": ids}, mesh, mask=PrefixLM(7)))

@@ -22,12 +22,12 @@ from longspan import (
     ModelError,
     ParallelMesh,
     parallelize,
-    shard,
+    shard_batch,
     shift_right,
     unparallelize,
     unshard,
 )
-from longspan.batch.shard import IGNORE, cut
+from longspan.batch.shard import IGNORE, shard_local
 from longspan.distributed.mesh import Place
 from longspan.masks.constructors import Causal
 from tests.helpers.ranks import Ranks, mesh_of
@@ -114,7 +114,7 @@ def compare(name: str, batch: str, ulysses: int, ring: int, zero: int = 0, steps
     for step in range(1 + steps):
         expected = alone(reference, whole)
         expected.loss.backward()
-        part = shard(whole, mesh, shift=False)
+        part = shard_batch(whole, mesh, shift=False)
         found = model(**part)
         found.loss.backward()
         loose = tolerance if step == 0 else max(tolerance, 1e-6)  # a true gradient of 0 has the sign of rounding
@@ -197,14 +197,14 @@ def replicas(name: str) -> None:
     whole, tolerance = batches(name, "right padding"), tolerance_of(name)
     first = {key: value[[mesh.place.data_rank]] for key, value in whole.items()}
     second = {key: value[:1] if mesh.place.data_rank == 0 else value[:0] for key, value in whole.items()}
-    labelled = int((whole["labels"] != IGNORE).sum()) + int((whole["labels"][:1] != IGNORE).sum())
+    num_labels = int((whole["labels"] != IGNORE).sum()) + int((whole["labels"][:1] != IGNORE).sum())
     expected = torch.zeros(())
     for batch in (whole, {key: value[:1] for key, value in whole.items()}):
-        loss = alone(reference, batch).loss * int((batch["labels"] != IGNORE).sum()) / labelled
+        loss = alone(reference, batch).loss * int((batch["labels"] != IGNORE).sum()) / num_labels
         loss.backward()
         expected = expected + loss.detach()
     found = torch.zeros(())
-    for part in shard([first, second], mesh, shift=False):
+    for part in shard_batch([first, second], mesh, shift=False):
         loss = model(**part).loss
         loss.backward()
         found = found + loss.detach()
@@ -222,7 +222,7 @@ def without_logits() -> None:
     model = parallelize(deepcopy(reference), mesh, return_logits=False)
     expected = alone(reference, whole).loss
     expected.backward()
-    output = model(**shard(whole, mesh, shift=False))
+    output = model(**shard_batch(whole, mesh, shift=False))
     output.loss.backward()
     assert output.logits is None
     assert abs(output.loss.item() - expected.item()) <= 1e-5 * expected.item()
@@ -242,7 +242,7 @@ def encoder_alone() -> None:
     mask[0, -4:] = 0
     weight = torch.randn(2, 23, 32, generator=torch.Generator().manual_seed(2)) * mask.unsqueeze(2)
     (reference(input_ids=ids, attention_mask=mask).last_hidden_state * weight).sum().backward()
-    found = model(**shard({"input_ids": ids, "attention_mask": mask}, mesh)).last_hidden_state
+    found = model(**shard_batch({"input_ids": ids, "attention_mask": mask}, mesh)).last_hidden_state
     (unshard(found, mesh, tokens=23) * weight).sum().backward()
     assert_gradients(model, reference, 1e-5)
 
@@ -296,7 +296,7 @@ CALLS = {
     "encoder_outputs": r"encoder_outputs= means the whole sequence",
     "what a layer would add": r"BartAttention hands its attention score_bias of shape \[1, 4\], counted over",
     "a token that only the encoder knows": r"holds token or label 80, and T5GemmaForConditionalGeneration knows 0 to 59",
-    "positions that one device ignores": r"counts its positions itself and ignores decoder_position_ids; give shard none",
+    "positions that one device ignores": r"counts its positions itself and ignores decoder_position_ids; give shard_batch none",
     "a kernel of the registry": r"kernel='hf:sdpa' attends within one row of tokens",
     "memory=auto": r'memory="auto" knows models of one row of tokens, and BartForConditionalGeneration has two',
 }
@@ -340,7 +340,7 @@ def refused_call(call: str) -> str:
     more = {"score_bias" if "add" in call else call: beside[call]} if call in beside else {}
     try:
         parallelize(model, mesh, **given)
-        model(**shard(whole, mesh, shift=shift), **more)
+        model(**shard_batch(whole, mesh, shift=shift), **more)
     except LongspanError as error:
         return str(error)
     return "nothing was refused"
@@ -369,7 +369,7 @@ EMPTY = torch.ones_like(IDS).index_fill(0, torch.tensor([1]), 0)
 )
 def test_batches_that_are_refused(batch: Any, keywords: Any, text: str) -> None:
     with pytest.raises(BatchError, match=text):
-        cut(batch, Place(ulysses=2), **{"shift": False} | keywords)
+        shard_local(batch, Place(ulysses=2), **{"shift": False} | keywords)
 
 
 @pytest.mark.parametrize("name", ["bart", "marian", "pegasus", "t5", "umt5"])
@@ -412,7 +412,7 @@ def replicas_of_unequal_kind(kind: str, name: str) -> str:
     }
     whole = others[kind] if mesh.place.data_rank == 1 else whole
     try:
-        model(**shard(whole, mesh, shift=False))
+        model(**shard_batch(whole, mesh, shift=False))
     except LongspanError as error:
         return str(error)
     return "nothing was refused"
@@ -455,7 +455,7 @@ def unknown_labels() -> str:
     labels = torch.zeros_like(ids)
     labels[0, -1] = 5
     with pytest.raises(BatchError) as error:
-        model(**shard({"input_ids": ids, "labels": labels}, mesh, shift=False))
+        model(**shard_batch({"input_ids": ids, "labels": labels}, mesh, shift=False))
     return str(error.value)
 
 
@@ -466,7 +466,7 @@ def test_a_forward_that_was_given_answers_as_asked_and_goes_though_it_was_wrappe
 def wrapped_forward() -> None:
     mesh, ids = mesh_of(), torch.full((1, 8), 2)
     model = parallelize(bert(num_labels=3).eval(), mesh)
-    part = shard({"input_ids": ids, "labels": torch.ones_like(ids)}, mesh, shift=False)
+    part = shard_batch({"input_ids": ids, "labels": torch.ones_like(ids)}, mesh, shift=False)
     loss, logits = model(**part, return_dict=False)
     assert loss.ndim == 0
     assert logits.shape == (1, 8, 3)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from longspan import ModelError, ParallelMesh, parallelize, shard
+from longspan import ModelError, ParallelMesh, parallelize, shard_batch
 from longspan.hf import weights as pretrained
 from longspan.hf.weights import load, save
 from tests.helpers.ranks import Ranks
@@ -60,7 +60,7 @@ def steps(model: Any, mesh: ParallelMesh) -> tuple[list[float], dict[str, Tensor
     ids = torch.randint(3, 97, (mesh.place.data, 1, 23), generator=torch.Generator().manual_seed(1))[mesh.place.data_rank]
     optimizer, losses, grads = torch.optim.AdamW(model.parameters(), lr=1e-2), [], {}
     for _ in range(2):
-        loss = model(**shard({"input_ids": ids, "labels": ids}, mesh)).loss
+        loss = model(**shard_batch({"input_ids": ids, "labels": ids}, mesh)).loss
         loss.backward()
         grads = grads or {name: whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
         optimizer.step()
@@ -202,7 +202,7 @@ def saved(folder: str, out: str, zero: int) -> None:
     steps(model, mesh)
     ids = torch.arange(3, 27).reshape(1, 24)
     with torch.no_grad():  # leaves FSDP2's outermost parameters gathered
-        model.eval()(**shard({"input_ids": ids}, mesh))
+        model.eval()(**shard_batch({"input_ids": ids}, mesh))
     save(model, out, mesh)
     save(model, out, mesh)
     trained = {name: whole(parameter) for name, parameter in model.named_parameters()}
@@ -258,7 +258,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, pool: Call
     torch.manual_seed(0)
     good = LlamaForCausalLM(LlamaConfig(**SMALL))
     folders = {}
-    for case in ("good", "other", "lacking", "more", "wide", "bin", "cut", "twice"):
+    for case in ("good", "other", "lacking", "more", "wide", "bin", "shard_local", "twice"):
         good.save_pretrained(tmp_path / case)
         folders[case] = str(tmp_path / case)
         file = tmp_path / case / "model.safetensors"
@@ -274,7 +274,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, pool: Call
         save_file(tensors, file, {"format": "pt"})
         if case == "bin":
             file.rename(tmp_path / case / "pytorch_model.bin")
-        if case == "cut":
+        if case == "shard_local":
             file.write_bytes(file.read_bytes()[:-9])
         if case == "twice":
             shutil.copy(file, tmp_path / case / "copy.safetensors")
@@ -284,7 +284,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, pool: Call
         "more": "holds score.weight, which LlamaForCausalLM has not; load it whole",
         "wide": "holds model.norm.weight of shape (33,), and LlamaForCausalLM has (32,); load it whole",
         "bin": "holds pytorch_model.bin, which cannot be read in parts; load it with from_pretrained and write it with ",
-        "cut": "cannot be read: ",
+        "shard_local": "cannot be read: ",
         "twice": "twice, once in model.safetensors; keep one of them",
     }.items():
         one, other = ranks.run(refused, [folders["good"], folders[case]])

@@ -29,7 +29,7 @@ from longspan.kernels.sdpa import SDPA
 from longspan.kernels.table import KERNELS, choose
 from longspan.kernels.tiles import Shape, Stack, columns, corners, plan
 from longspan.masks.bands import Band, area, localize
-from longspan.masks.constructors import BlockSparse, Causal, Chunked, Documents, Full, Mask, Only, PrefixLM, Sinks, Window
+from longspan.masks.constructors import BlockSparse, Causal, Chunked, Documents, Full, Mask, PrefixLM, SinkTokens, Span, Window
 
 # beartype looks at a random item of each list that it checks
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
@@ -114,14 +114,14 @@ def masks_of(draw: st.DrawFn, tokens: int, key_tokens: int) -> Mask:
             return Documents(documents(tokens, parts), documents(key_tokens, parts))
         if name == "only":
             start, stop = sorted(draw(st.tuples(*[st.integers(0, min(tokens, key_tokens))] * 2)))
-            return Only(start, stop)
+            return Span(start, stop)
         if name == "sparse":
             block = draw(st.integers(7, 150))
             columns = -(-key_tokens // block)
             rows = st.lists(st.booleans(), min_size=columns, max_size=columns)
             return BlockSparse(block, [draw(rows) for _ in range(-(-tokens // block))])
         plain = {"causal": Causal(), "full": Full(), "prefix": PrefixLM(small), "chunked": Chunked(small + 1)}
-        return plain.get(name, Sinks(small))
+        return plain.get(name, SinkTokens(small))
 
     mask = one()
     joined = draw(st.sampled_from(["", "&", "|"]))
@@ -178,7 +178,7 @@ def naive(x: Inputs, bands: Any, scale: float, softcap: float | None = None, bia
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv} | {f"dbias{i}": g for i, g in enumerate(dbias)}
 
 
-@pytest.mark.parametrize("mask", [Causal(), Full(), Window(5, 2), Only(4, 20), Documents((9, 0, 20)) & Causal()], ids=repr)
+@pytest.mark.parametrize("mask", [Causal(), Full(), Window(5, 2), Span(4, 20), Documents((9, 0, 20)) & Causal()], ids=repr)
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("kernel", [Reference(), Online()], ids=lambda kernel: kernel.name)
@@ -198,7 +198,7 @@ def test_dense_formula(kernel: Kernel, mask: Mask, softcap: float | None, biased
 @example(attention=(Window(255), draw_inputs(1100, 1100)))
 @example(attention=(Window(1500, 100), draw_inputs(3500, 3300)))
 @example(attention=(Window(1023), draw_inputs(2500, 2500)))
-@example(attention=(Causal() & (Window(100) | Sinks(4)), draw_inputs(800, 800)))
+@example(attention=(Causal() & (Window(100) | SinkTokens(4)), draw_inputs(800, 800)))
 @example(attention=(CORNERS, draw_inputs(150, 150)))
 @example(attention=(COLUMN, draw_inputs(150, 150)))
 def test_kernel_equals_reference(kernel: Kernel, attention: tuple[Mask, Inputs]) -> None:
@@ -221,7 +221,7 @@ def test_a_column_of_keys_at_a_time_is_the_whole(attention: tuple[Mask, Inputs],
 CUT = (Shape.LOWER, Shape.RECTANGLE)
 
 
-@pytest.mark.parametrize("mask", [Causal(), Window(130, 7), Chunked(90) & Causal(), Window(20) | Sinks(3)], ids=repr)
+@pytest.mark.parametrize("mask", [Causal(), Window(130, 7), Chunked(90) & Causal(), Window(20) | SinkTokens(3)], ids=repr)
 @pytest.mark.parametrize("kernel", [SDPA(), Online()], ids=lambda kernel: kernel.name)
 def test_fp32(kernel: Kernel, mask: Mask) -> None:
     x = draw_inputs(1500, 1500, heads=4, kv_heads=2, dim=32, dtype=torch.float32)
@@ -235,7 +235,7 @@ def test_fp32(kernel: Kernel, mask: Mask) -> None:
 def test_online_across_cells(softcap: float | None, biased: bool) -> None:
     """More keys and queries than one cell, so that merging, skipping and the sums over cells are met."""
     x = draw_inputs(1300, 2500, heads=4, kv_heads=2, dim=6, v_dim=10)
-    bands = bands_of((Causal() & Window(600)) | Sinks(3), x)
+    bands = bands_of((Causal() & Window(600)) | SinkTokens(3), x)
     assert len({(cell.queries.start, cell.keys.start) for cell in cells(bands, 4)}) >= 4
     extras = {"softcap": softcap, "bias": Slopes(4) if biased else None}
     assert_same(run(Online(), x, bands, **extras), run(Reference(), x, bands, **extras), 1e-10)
@@ -487,7 +487,9 @@ def test_flex_reads_the_bands(attention: tuple[Mask, Inputs]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch says at length that uncompiled flex_attention is slow
-@pytest.mark.parametrize("mask", [Causal(), Causal() & (Window(20) | Sinks(3)), Documents((50, 30, 76)) & Causal()], ids=repr)
+@pytest.mark.parametrize(
+    "mask", [Causal(), Causal() & (Window(20) | SinkTokens(3)), Documents((50, 30, 76)) & Causal()], ids=repr
+)
 def test_flex_forward_uncompiled(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     flex._compiled.cache_clear()
@@ -572,7 +574,7 @@ class _OnCuda:
     "mask",
     [
         Causal(), Full(), Window(30, 10), Window(5, None), Chunked(50) & Causal(), Documents((50, 30, 120)) & Causal(),
-        Documents((20, 80, 100)), Documents((90, 110)) & Window(10), Causal() & (Window(20) | Sinks(4)),
+        Documents((20, 80, 100)), Documents((90, 110)) & Window(10), Causal() & (Window(20) | SinkTokens(4)),
     ],
     ids=repr,
 )  # fmt: skip
@@ -615,7 +617,7 @@ for tokens in sizes:
     sparse = BlockSparse(512, [[j in (0, i) or (i * 7 + j * 3) % 31 == 0 for j in range(blocks)] for i in range(blocks)])
     documents = Documents([tokens // 16 - 3, tokens // 16 + 3, *[tokens // 128] * 112]) & Causal()
     for mask in (Causal(), Full(), Window(255), Window(4095), Window(63, 63), documents, PrefixLM(tokens // 3),
-                 Chunked(1000), Sinks(64), Causal() & (Window(255) | Sinks(64)), Only(100, tokens // 4), sparse,
+                 Chunked(1000), SinkTokens(64), Causal() & (Window(255) | SinkTokens(64)), Span(100, tokens // 4), sparse,
                  Bands([Band(0, tokens, 0, tokens, -999, -500)])):
         for kernel in ("sdpa", "online"):
             if kernel == "sdpa" or tokens <= 2**13:

@@ -10,7 +10,7 @@ from longspan.distributed.layout import Layout
 from longspan.masks import bands as algebra
 from longspan.masks import constructors as masks
 from longspan.masks.bands import Band, area, blind_rows, intersect, join, localize, rectangle, shift, subtract, trim
-from longspan.masks.constructors import Causal, Documents, Full, Mask, Only, Sinks, Window, rows
+from longspan.masks.constructors import Causal, Documents, Full, Mask, SinkTokens, Span, Window, rows
 from tests.masks.test_constructors import Pairs, around, asked, dense, of_one, pairs, partitions, some_mask
 
 # beartype, which checks signatures in the tests, picks the item that it checks by the random module
@@ -22,7 +22,7 @@ DRAWN_BANDS = st.lists(st.tuples(st.integers(-3, 12), st.integers(-3, 12)), min_
 
 @settings(max_examples=100, deadline=None)
 @given(asked())
-@example((Sinks(1) | Only(1, 3), 5, 5))
+@example((SinkTokens(1) | Span(1, 3), 5, 5))
 def test_blind_rows_are_the_queries_that_see_nothing(case: tuple[Mask, int, int]) -> None:
     mask, tokens, key_tokens = case
     runs = blind_rows(mask.bands(tokens, key_tokens), tokens)
@@ -105,7 +105,7 @@ def test_pieces_that_are_one_band_again_are_joined(tokens: int, ring: int) -> No
     for mask in (Causal(), Window(3), Window(0), Window(9, 2), Full()):
         assert localize(mask.bands(tokens, tokens), fives, fives) == mask.bands(tokens, tokens)
     halves = (range(tokens // 2), range(tokens // 2, tokens))
-    sinks = (Causal() & (Window(3) | Sinks(2))).bands(tokens, tokens)
+    sinks = (Causal() & (Window(3) | SinkTokens(2))).bands(tokens, tokens)
     assert localize(sinks, halves, halves) == sinks
 
 

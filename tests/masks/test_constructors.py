@@ -22,10 +22,10 @@ from longspan.masks.constructors import (
     Documents,
     Full,
     Mask,
-    Only,
     Or,
     PrefixLM,
-    Sinks,
+    SinkTokens,
+    Span,
     Window,
     rows,
 )
@@ -51,9 +51,9 @@ def sees(mask: Mask, q: int, k: int) -> bool:
             return k <= q or k < n
         case Chunked(n):
             return q // n == k // n
-        case Sinks(n):
+        case SinkTokens(n):
             return k < n
-        case Only(start, stop):
+        case Span(start, stop):
             return start <= q < stop and start <= k < stop
         case BlockSparse(block, layout):
             return layout[q // block][k // block]
@@ -102,6 +102,7 @@ def around(some: Iterable[tuple[int, int]]) -> Band:
 LENGTHS = st.one_of(st.sampled_from([1, 2, 3, 5, 7, 11, 13, 17, 19, 23]), st.integers(1, 26))
 SMALL = st.integers(0, 30)
 
+
 @st.composite
 def partitions(draw: st.DrawFn, tokens: int, parts: int | None = None) -> tuple[int, ...]:
     """Lengths that sum to ``tokens``, empty ones among them."""
@@ -138,8 +139,8 @@ def some_mask(tokens: int, key_tokens: int) -> st.SearchStrategy[Mask]:
     reach = st.none() | SMALL
     one = st.one_of(
         st.just(Causal()), st.just(Full()), st.builds(Window, reach, reach), documents(tokens, key_tokens),
-        st.builds(PrefixLM, SMALL), st.builds(Chunked, st.integers(1, 30)), st.builds(Sinks, SMALL),
-        bounds.map(lambda pair: Only(*sorted(pair))), block_sparse(tokens, key_tokens),
+        st.builds(PrefixLM, SMALL), st.builds(Chunked, st.integers(1, 30)), st.builds(SinkTokens, SMALL),
+        bounds.map(lambda pair: Span(*sorted(pair))), block_sparse(tokens, key_tokens),
         written_bands(tokens, key_tokens),
     )  # fmt: skip
     return st.recursive(one, lambda inner: st.builds(And, inner, inner) | st.builds(Or, inner, inner), max_leaves=4)
@@ -176,7 +177,7 @@ def test_the_simple_masks_are_one_band() -> None:
     assert Window(None, 0).bands(7, 7) == Causal().bands(7, 7)
     assert Window(None, None).bands(7, 4) == Full().bands(7, 4)
     assert (Documents((3, 5)) & Causal()).bands(8, 8) == (Band(0, 3, 0, 3, -2, 0), Band(3, 8, 3, 8, -4, 0))
-    assert len((Causal() & (Window(255) | Sinks(4))).bands(32768, 32768)) == 2
+    assert len((Causal() & (Window(255) | SinkTokens(4))).bands(32768, 32768)) == 2
     assert len((Full() | Documents((4, 4))).bands(8, 8)) == 1
 
 
@@ -189,13 +190,13 @@ def test_blocks_are_joined() -> None:
 
 
 def test_masks_are_values() -> None:
-    mask = Documents([3, 5]) & (Window(4) | Sinks(1)) & BlockSparse(4, [[True, False], [True, True]])
-    assert mask == Documents((3, 5)) & (Window(4) | Sinks(1)) & BlockSparse(4, ((True, False), (True, True)))
+    mask = Documents([3, 5]) & (Window(4) | SinkTokens(1)) & BlockSparse(4, [[True, False], [True, True]])
+    assert mask == Documents((3, 5)) & (Window(4) | SinkTokens(1)) & BlockSparse(4, ((True, False), (True, True)))
     assert hash(mask) == hash(pickle.loads(pickle.dumps(mask)))
     assert pickle.loads(pickle.dumps(mask)) == mask
-    assert Sinks(3) != PrefixLM(3)
+    assert SinkTokens(3) != PrefixLM(3)
     layout = "((True, False), (True, True))"
-    assert repr(mask) == f"Documents((3, 5)) & (Window(left=4, right=0) | Sinks(n=1)) & BlockSparse(4, {layout})"
+    assert repr(mask) == f"Documents((3, 5)) & (Window(left=4, right=0) | SinkTokens(n=1)) & BlockSparse(4, {layout})"
     assert eval(repr(mask)) == mask
     assert repr(Documents((1,) * 9)) == "Documents((1, 1, 1, 1, 1, 1, ...))"
 
@@ -222,7 +223,7 @@ def test_rows_are_the_masks_along_the_diagonal(case: tuple[tuple[Mask, ...], int
 def test_one_mask_holds_for_every_row() -> None:
     assert rows(Causal(), 3, 5, 7) == rows([Causal()] * 3, 3, 5, 7)
     assert rows(Causal(), 0, 5, 5) == ()
-    padded = rows((Only(0, 3) & Causal(), Only(1, 4) & Causal()), 2, 4, 4)
+    padded = rows((Span(0, 3) & Causal(), Span(1, 4) & Causal()), 2, 4, 4)
     assert blind_rows(padded, 8) == (range(3, 5),)
 
 
@@ -239,9 +240,9 @@ def test_one_mask_holds_for_every_row() -> None:
         (lambda: Documents((3, 4), (7,)), r"2 documents of queries and 1 of keys cannot be paired; pass as many key_lengths"),
         (lambda: PrefixLM(-1), r"^PrefixLM\(n=-1\): n is -1, but it counts tokens; it must be 0 or more$"),
         (lambda: Chunked(0), r"^Chunked\(n=0\): n is 0, but it counts tokens; it must be 1 or more$"),
-        (lambda: Sinks(-4), r"^Sinks\(n=-4\): n is -4"),
-        (lambda: Only(-1, 4), r"start is -1"),
-        (lambda: Only(5, 4), r"stop is 4, but it counts tokens; it must be 5 or more$"),
+        (lambda: SinkTokens(-4), r"^SinkTokens\(n=-4\): n is -4"),
+        (lambda: Span(-1, 4), r"start is -1"),
+        (lambda: Span(5, 4), r"stop is 4, but it counts tokens; it must be 5 or more$"),
         (lambda: BlockSparse(0, [[True]]), r"block is 0, but it counts tokens; it must be 1 or more$"),
         (lambda: Bands([Band(0, 4, 0, 4, -3, 0), Band(2, 6, 0, 3, -9, 9)]), r"overlap, in Band\(q_start=2, q_stop=4, .*pass"),
         (lambda: Bands([Band(0, 4, 0, 4, -3, 0)] * 2), r"overlap"),
@@ -260,12 +261,12 @@ def test_nonsense_is_refused_at_birth(build: object, text: str) -> None:
         (Documents((3, 4)), 8, 8, r"holds 7 queries and 7 keys, but is asked for 8 and 8; pass lengths that sum to 8"),
         (Documents((3, 4)), 7, 9, r"holds 7 queries and 7 keys, but is asked for 7 and 9; .* key_lengths where keys differ$"),
         (Documents((3, 4), (4, 4)), 7, 7, r"holds 7 queries and 8 keys, but is asked for 7 and 7"),
-        (Only(2, 9), 8, 10, r"^Only\(start=2, stop=9\) reaches behind the last of 8 queries and 10 keys; stop may be at"),
-        (Only(2, 9), 10, 8, r"stop may be at most 8$"),
+        (Span(2, 9), 8, 10, r"^Span\(start=2, stop=9\) reaches behind the last of 8 queries and 10 keys; stop may be at"),
+        (Span(2, 9), 10, 8, r"stop may be at most 8$"),
         (Bands([Band(0, 4, 0, 4, -3, 0)]), 3, 4, r"reaches behind the last of 3 queries and 4 keys; cut it there"),
         (BlockSparse(4, [[True]]), 5, 4, r"is a layout of 1 x 1 blocks, but 5 queries and 4 keys are 2 x 1 blocks of 4; pass"),
         (BlockSparse(4, [[True]]), 4, 5, r"5 keys are 1 x 2 blocks of 4"),
-        (Causal() & (Sinks(1) | Documents((3, 4))), 8, 8, r"^Documents\(\(3, 4\)\) holds 7 queries"),
+        (Causal() & (SinkTokens(1) | Documents((3, 4))), 8, 8, r"^Documents\(\(3, 4\)\) holds 7 queries"),
     ],
 )
 def test_another_length_is_refused(mask: Mask, tokens: int, key_tokens: int, text: str) -> None:

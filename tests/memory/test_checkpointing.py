@@ -23,7 +23,7 @@ from longspan.errors import LayoutError, ModelError
 from longspan.kernels.online import Online
 from longspan.masks import constructors as masks
 from longspan.masks.constructors import Causal
-from longspan.memory.checkpointing import attend_once, keep_attention
+from longspan.memory.checkpointing import attend_once, selective_context
 from longspan.models.decoder import Block, DecoderConfig
 from tests.helpers.ranks import Ranks
 
@@ -79,7 +79,7 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor, attention: Attention, again: dict[str, Any] | None = None) -> Tensor:
         def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention(q, k, v, sinks=self.sinks)
+            return attention(q, k, v, sink_logits=self.sinks)
 
         for block in self.blocks:
             x = block(x, mix) if again is None else checkpoint(block, x, mix, use_reentrant=False, **again)
@@ -162,7 +162,7 @@ def test_kept_attention_is_computed_once_and_exact(case: Case, pool: Callable[[i
 def kept_is_exact(case: Case) -> None:
     want, plain = step(case, attend_once, None)
     assert_exact(plain.results, want)
-    want, kept = step(case, attend_once, {"context_fn": keep_attention})
+    want, kept = step(case, attend_once, {"context_fn": selective_context})
     assert_exact(kept.results, want)
     assert kept.calls == plain.calls >= LAYERS * case.head_chunks  # no kernel runs forward again
     forward, backward = layer_traffic(case, kept=True)

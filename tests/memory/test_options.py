@@ -12,10 +12,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from longspan import BatchError, LongspanError, ModelError, ParallelMesh, parallelize, shard, unparallelize
+from longspan import BatchError, LongspanError, ModelError, ParallelMesh, parallelize, shard_batch, unparallelize
 from longspan import loss as losses
 from longspan.batch.shard import IGNORE
-from longspan.distributed.grad_sync import norm
+from longspan.distributed.grad_sync import grad_norm
 from longspan.hf import chunked_loss as without_logits
 from longspan.memory import checkpointing as memory
 from longspan.models.decoder import Decoder, DecoderConfig
@@ -23,11 +23,11 @@ from tests.helpers.ranks import Ranks, mesh_of
 from tests.hf.test_adapter import BASE, assert_gradients, batches, build, forward_alone, small, squared_error
 
 ALL: dict[str, Any] = {
-    "recompute": "keep attention", "tile_tokens": 5, "head_chunks": 2, "offload_activations": True, "return_logits": False,
+    "recompute": "selective", "tile_tokens": 5, "head_chunks": 2, "offload_activations": True, "return_logits": False,
 }  # fmt: skip
 TOOLS: dict[str, dict[str, Any]] = {
     "recompute all": {"recompute": "full"},
-    "keep attention": {"recompute": "keep attention"},
+    "selective": {"recompute": "selective"},
     "tiles": {"tile_tokens": 5},
     "head chunks": {"head_chunks": 2},
     "offload": {"offload_activations": True},
@@ -71,14 +71,14 @@ def with_tools(name: str, ulysses: int, ring: int, tools: dict[str, Any], batch:
         patch.object(without_logits, "HEAD_TILE_BYTES", 4 * 4 * 97),
         patch.object(memory, "AWAY_BYTES", 0),
     ):
-        output = model(**shard(whole, mesh))
+        output = model(**shard_batch(whole, mesh))
         output.loss.backward()
     assert abs(output.loss.item() - expected.item()) <= tolerance * expected.item()
     if not tools.get("return_logits", True) and name != "decoder":
         assert output.logits is None
     assert_gradients(model, reference, tolerance)
-    total = norm(reference.parameters()).item()
-    assert abs(norm(model.parameters()).item() - total) <= tolerance * total
+    total = grad_norm(reference.parameters()).item()
+    assert abs(grad_norm(model.parameters()).item() - total) <= tolerance * total
     if not tools.get("zero"):
         unparallelize(model)
         assert not [module for module in model.modules() if {"forward", "_longspan"} & set(vars(module))]
@@ -111,7 +111,7 @@ def balanced() -> None:
     expected = reference(input_ids=ids, labels=ids, use_cache=False)
     expected.loss.backward()
     model = parallelize(build("mixtral", output_router_logits=True, router_aux_loss_coef=0.5), mesh, return_logits=False)
-    found = model(**shard({"input_ids": ids, "labels": ids}, mesh))
+    found = model(**shard_batch({"input_ids": ids, "labels": ids}, mesh))
     found.loss.backward()
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     assert found.aux_loss.item() == pytest.approx(expected.aux_loss.item(), rel=1e-5)
@@ -136,7 +136,7 @@ def half_errors(name: str) -> tuple[float, float]:
         alone(exact, name, whole).backward()
         logits = half(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
         F.cross_entropy(logits, ids[:, 1:].flatten()).backward()
-        model(**shard(whole, mesh)).loss.backward()
+        model(**shard_batch(whole, mesh)).loss.backward()
         ours, theirs = ours + squared_error(model, exact), theirs + squared_error(half, exact)
     return ours, theirs
 
@@ -154,7 +154,7 @@ def half_without_labels() -> tuple[float, float]:
     half = deepcopy(exact).bfloat16()
     model = parallelize(deepcopy(half), mesh, return_logits=False)
     alone(half, "llama", whole).backward()
-    loss = model(**shard(whole, mesh)).loss
+    loss = model(**shard_batch(whole, mesh)).loss
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
     return squared_error(model, exact), squared_error(half, exact)
@@ -172,7 +172,7 @@ def checkpointed_whole(zero: int) -> None:
     mesh, reference, whole = mesh_of(2, 1), model_of("decoder"), batches("odd length", False)
     model = parallelize(deepcopy(reference), mesh, zero=zero)
     alone(reference, "decoder", whole).backward()
-    part = shard(whole, mesh)
+    part = shard_batch(whole, mesh)
     checkpoint(lambda: model(**part).loss, use_reentrant=False).backward()
     assert_gradients(model, reference, 1e-10)
 
@@ -187,14 +187,14 @@ def fails_once(zero: int) -> str:
     mesh, ids = mesh_of(2, 1), batches("odd length", False)["input_ids"]
     model = parallelize(Decoder(SHAPE), mesh, zero=zero)
     for _ in range(2):
-        output = model(**shard({"input_ids": ids, "labels": ids}, mesh))
+        output = model(**shard_batch({"input_ids": ids, "labels": ids}, mesh))
         output.loss.backward()
-    output = model(**shard({"input_ids": ids, "labels": ids}, mesh))
+    output = model(**shard_batch({"input_ids": ids, "labels": ids}, mesh))
     output.hidden.register_hook(lambda grad: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         output.loss.backward()
     with pytest.raises(ModelError) as error:
-        model(**shard({"input_ids": ids, "labels": ids}, mesh))
+        model(**shard_batch({"input_ids": ids, "labels": ids}, mesh))
     return str(error.value)
 
 
@@ -210,7 +210,7 @@ def in_half() -> tuple[float, set[torch.dtype], torch.dtype]:
     model = parallelize(Decoder(SHAPE), mesh, zero=2, dtype=torch.bfloat16)
     model.blocks[0].feed.register_forward_hook(lambda *call: seen.append(call[2].dtype))
     ids = batches("odd length", False)["input_ids"]
-    loss = model(**shard({"input_ids": ids, "labels": ids}, mesh)).loss
+    loss = model(**shard_batch({"input_ids": ids, "labels": ids}, mesh)).loss
     loss.backward()
     return loss.item(), {parameter.grad.dtype for parameter in model.parameters()}, seen[0]
 
@@ -239,7 +239,7 @@ def unused_on_one_rank() -> float:
     parallelize(model, mesh, zero=3)
     ids = batches("even", False)["input_ids"]
     one = ids[mesh.place.data_rank : mesh.place.data_rank + 1]
-    model(**shard({"input_ids": one, "labels": one}, mesh)).loss.backward()
+    model(**shard_batch({"input_ids": one, "labels": one}, mesh)).loss.backward()
     grad = model.blocks[1].feed.up.weight.grad.full_tensor()
     if torch.distributed.get_rank() != 0:
         return 0.0
@@ -316,7 +316,7 @@ def unknown_tokens() -> list[str]:
         batch = {"input_ids": torch.full((1, 9), 5), "labels": torch.full((1, 9), 5)}
         batch[key][0, 4] = wrong if mesh.place.data_rank else 5
         with pytest.raises(BatchError) as error:
-            model(**shard(batch, mesh))
+            model(**shard_batch(batch, mesh))
         texts.append(str(error.value))
     return texts
 
@@ -337,7 +337,7 @@ def unknown_tokens() -> list[str]:
         ({"head_chunks": 0}, "head_chunks=0 does not cut"),
         ({"memory_budget_gib": 2.0}, 'memory_budget_gib= is for memory="auto"'),
         ({"tokens": 99}, 'tokens= is for memory="auto"'),
-        ({"memory": "auto", "memory_budget_gib": 2.0, "tokens": 99, "zero": 3}, 'chooses zero, which was given as 3'),
+        ({"memory": "auto", "memory_budget_gib": 2.0, "tokens": 99, "zero": 3}, "chooses zero, which was given as 3"),
         ({"memory": "auto", "memory_budget_gib": 2.0, "tokens": 99, "tile_tokens": 8}, "chooses tile_tokens"),
         ({"memory": "auto", "memory_budget_gib": -1.0, "tokens": 99}, "more than 0"),
         ({"memory": "auto", "memory_budget_gib": 2.0, "tokens": 0}, "at least 1"),
@@ -368,7 +368,7 @@ def test_an_optimizer_that_would_train_nothing_is_refused() -> None:
         parallelize(model, mesh, zero=3)
     parallelize(model, mesh)  # without shares it keeps its parameters
     ids = torch.full((1, 9), 5)
-    model(**shard({"input_ids": ids, "labels": ids.where(ids > 0, IGNORE)}, mesh)).loss.backward()
+    model(**shard_batch({"input_ids": ids, "labels": ids.where(ids > 0, IGNORE)}, mesh)).loss.backward()
     before = model.head.weight.detach().clone()
     optimizer.step()
     assert not torch.equal(before, model.head.weight)
@@ -387,7 +387,7 @@ def too_many_chunks() -> str:
 
 def test_an_unknown_word_for_recomputation_is_refused() -> None:
     """By itself: in the tests ``parallelize`` checks the types of its arguments first."""
-    with pytest.raises(ModelError, match="recompute='some' is unknown; legal are 'none', 'full', 'keep attention'"):
+    with pytest.raises(ModelError, match="recompute='some' is unknown; legal are 'none', 'full', 'selective'"):
         memory.refuse_unknown("some")
 
 
@@ -405,5 +405,5 @@ def shares_after_an_evaluation(zero: int) -> bool:
     mesh, ids = mesh_of(2, 1), batches("odd length", False)["input_ids"]
     model = parallelize(Decoder(SHAPE), mesh, zero=zero)
     with torch.no_grad():
-        model(**shard({"input_ids": ids, "labels": ids}, mesh))
+        model(**shard_batch({"input_ids": ids, "labels": ids}, mesh))
     return all(isinstance(parameter, DTensor) for parameter in model.parameters())

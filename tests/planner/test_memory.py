@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from longspan import ParallelMesh, parallelize, shard
+from longspan import ParallelMesh, parallelize, shard_batch
 from longspan.distributed.collectives import Arrival, TorchTransport
 from longspan.memory.profiler import Recorded
 from longspan.models.decoder import Decoder, DecoderConfig
@@ -19,7 +19,7 @@ CONFIG = DecoderConfig(vocab=512, layers=3, hidden=128, heads=4, kv_heads=2, hea
 SETS: dict[str, dict[str, Any]] = {
     "none": {},
     "recomputed": {"recompute": "full", "tile_tokens": 256},
-    "all": {"recompute": "keep attention", "tile_tokens": 256, "head_chunks": 2, "zero": 3},
+    "all": {"recompute": "selective", "tile_tokens": 256, "head_chunks": 2, "zero": 3},
 }
 LENGTHS = (2048, 4096, 6144, 8192, 12288)
 
@@ -82,7 +82,7 @@ def steps(config: DecoderConfig, tools: dict[str, Any], lengths: tuple[int, ...]
         ids = torch.randint(config.vocab, (1, tokens))
         torch.distributed.broadcast(ids, 0)
         with Recorded(model, optimizer) as recorded:
-            model(**shard({"input_ids": ids, "labels": ids}, mesh)).loss.backward()
+            model(**shard_batch({"input_ids": ids, "labels": ids}, mesh)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         found.append(recorded.timeline.at_peak())

@@ -78,7 +78,7 @@ def attend(
     key_tokens: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    sinks: Float[Tensor, " sink_heads"] | None = None,
+    sink_logits: Float[Tensor, " sink_heads"] | None = None,
     bias: Bias | None = None,
     kernel: str | Kernel | KernelFunction = "auto",
     head_chunks: int = 1,
@@ -86,12 +86,12 @@ def attend(
     """This rank's tokens of the attention that one device would compute over the whole sequence.
 
     Equals ``F.scaled_dot_product_attention`` on the whole q, k, v with the mask, cut to this rank's tokens; so do the
-    gradients of q, k and v. The gradient of ``sinks`` and of a bias' parameters is this rank's share of the sum.
+    gradients of q, k and v. The gradient of ``sink_logits`` and of a bias' parameters is this rank's share of the sum.
 
     ``tokens`` is the whole length; without it every rank must hold equally many. ``key_tokens`` is that of k and v where it
     is another one: with ``tokens`` it is needed. A sequence of masks has one per row of the batch. ``mesh=None`` is one
-    device. ``scale`` defaults to 1/sqrt(qk_dim); ``softcap`` c turns a score s into c·tanh(s/c); ``sinks`` are logits that
-    take part in each head's softmax and have no value.
+    device. ``scale`` defaults to 1/sqrt(qk_dim); ``softcap`` c turns a score s into c·tanh(s/c); ``sink_logits`` take
+    part in each head's softmax and have no value.
     ``head_chunks`` c exchanges and attends a c-th of each rank's heads at a time, the next on its way meanwhile, and exchanges
     again in the backward pass: 2 c collectives each way, and the copies on the heads' side are those of two parts of c.
 
@@ -100,28 +100,28 @@ def attend(
     Source: DeepSpeed-Ulysses, arXiv:2309.14509.
     """
     q, k, v, parameters, plan = prepare(
-        q, k, v, mask, mesh, tokens, key_tokens, scale, softcap, sinks, bias, kernel, head_chunks
+        q, k, v, mask, mesh, tokens, key_tokens, scale, softcap, sink_logits, bias, kernel, head_chunks
     )
     if head_chunks > 1:
-        kept: Tensor = kept_attention(q, k, v, sinks, parameters, plan.chunks)[0]
+        kept: Tensor = kept_attention(q, k, v, sink_logits, parameters, plan.chunks)[0]
         return kept
     q_RGD, k_RGD, v_RGD = _to_rows(q, k, v, plan.part.there)
-    my_sinks = None if sinks is None else sinks[plan.part.heads.start : plan.part.heads.stop]
+    my_sinks = None if sink_logits is None else sink_logits[plan.part.heads.start : plan.part.heads.stop]
     out_RGD, _ = attention(q_RGD, k_RGD, v_RGD, my_sinks, parameters, plan.part.core)
     return _to_tokens(out_RGD, plan.part.back, q.shape[:2])
 
 
 def prepare(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | Sequence[Mask], mesh: ParallelMesh | None, tokens: int | None,
-    key_tokens: int | None, scale: float | None, softcap: float | None, sinks: Tensor | None, bias: Bias | None,
+    key_tokens: int | None, scale: float | None, softcap: float | None, sink_logits: Tensor | None, bias: Bias | None,
     kernel: str | Kernel | KernelFunction, head_chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Plan]:  # fmt: skip
     """(q, k, v as autocast wants them, the bias' parameters, the plan): everything that is refused is refused here."""
     q, k, v = _as_autocast_wants(q, k, v)
-    _refuse_what_does_not_fit(q, k, v, sinks)
+    _refuse_what_does_not_fit(q, k, v, sink_logits)
     plan = _plan(
         q.shape, k.shape, v.shape, q.dtype, q.device.type, mask if isinstance(mask, Mask) else tuple(mask),
-        mesh, tokens, key_tokens, scale, softcap, sinks is not None, bias, kernel, head_chunks,
+        mesh, tokens, key_tokens, scale, softcap, sink_logits is not None, bias, kernel, head_chunks,
     )  # fmt: skip
     return q, k, v, [] if bias is None else list(bias.parameters), plan
 
@@ -144,7 +144,7 @@ def _plan(
     held = Ring(hops) if mesh is None else Ring(hops, mesh.ring_group, mesh.transport)
     scale = 1 / math.sqrt(q_shape[3]) if scale is None else scale
     if callable(kernel):
-        _refuse_beside_a_function(kernel, place, {"softcap": softcap, "sinks": has_sinks or None, "bias": bias})
+        _refuse_beside_a_function(kernel, place, {"softcap": softcap, "sink_logits": has_sinks or None, "bias": bias})
         chosen: Kernel = FunctionKernel(kernel)
     else:
         chosen = kernels.choose(
@@ -210,7 +210,7 @@ def _as_autocast_wants(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _refuse_what_does_not_fit(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> None:
+def _refuse_what_does_not_fit(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> None:
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         kinds = ", ".join(f"{name} is {x.dtype} on {x.device}" for name, x in {"q": q, "k": k, "v": v}.items())
         raise KernelError(f"{kinds}: kernels need one dtype and one device; cast them, or use autocast")
@@ -219,8 +219,10 @@ def _refuse_what_does_not_fit(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | N
             f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit; they are [batch, tokens, heads, dim]: "
             f"q and k share batch and dim, k and v share batch, tokens and heads"
         )
-    if sinks is not None and sinks.shape != q.shape[2:3]:
-        raise LayoutError(f"sinks of shape {list(sinks.shape)} do not fit {q.shape[2]} query heads; pass one logit a head")
+    if sink_logits is not None and sink_logits.shape != q.shape[2:3]:
+        raise LayoutError(
+            f"sink_logits of shape {list(sink_logits.shape)} do not fit {q.shape[2]} query heads; pass one logit a head"
+        )
 
 
 def refuse_kernel(kernel: str | Kernel | KernelFunction, place: Place) -> None:

@@ -170,9 +170,7 @@ def _nothing() -> None:
     pass
 
 
-def _bring(
-    queries: Sequence[Tensor], keys: Sequence[Tensor], part: Part, trade: Trade | None
-) -> Callable[[], list[Tensor]]:
+def _bring(queries: Sequence[Tensor], keys: Sequence[Tensor], part: Part, trade: Trade | None) -> Callable[[], list[Tensor]]:
     """Start to bring the heads of a part: call the result for their rows [rows, my heads, dim]."""
     if trade is not None:
         arriving = start_tokens_for_heads([*queries, *keys], trade)
@@ -182,9 +180,7 @@ def _bring(
     return lambda: rows
 
 
-def _send_home(
-    xs_RGD: list[Tensor], homes: Sequence[tuple[Tensor, range, bool]], trade: Trade | None
-) -> Callable[[], None]:
+def _send_home(xs_RGD: list[Tensor], homes: Sequence[tuple[Tensor, range, bool]], trade: Trade | None) -> Callable[[], None]:
     """Start to take rows home to (tensor of every head, which of them, whether they are summed): call the result to end it.
 
     They travel in the dtype of the first home, and ``xs_RGD`` is left empty.
@@ -253,18 +249,14 @@ def _backward(
 ) -> Gradients:  # fmt: skip
     leaves = tuple(parameter.detach().requires_grad_() for parameter in parameters)
     with _exactly(q_RGD):
-        dq, dk, dv, dparameters = ring.backward(
-            dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, lse, core.local, core.ring, leaves
-        )
+        dq, dk, dv, dparameters = ring.backward(dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, lse, core.local, core.ring, leaves)
     if sinks is None:
         return dq, dk, dv, None, dparameters
     flow = (dout_RGD.to(lse.dtype) * out_RGD).sum(-1).T
     return dq, dk, dv, -((sinks.to(lse.dtype).unsqueeze(1) - lse).exp() * flow).sum(1), dparameters
 
 
-def _as_inputs(
-    grads: Gradients, qkv: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Tensor]
-) -> list[Tensor]:
+def _as_inputs(grads: Gradients, qkv: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Tensor]) -> list[Tensor]:
     """The gradients that there are, each in the dtype of its input, and lying as the fakes promise."""
     dq, dk, dv, dsinks, dparameters = grads
     present = [dq, dk, dv, *([] if dsinks is None else [dsinks]), *dparameters]

@@ -45,9 +45,7 @@ class Ring:
     transport: Transport | None = None
 
 
-def plan_hops(
-    bands: tuple[Band, ...], query_rows: Sequence[Runs], key_rows: Sequence[Runs], rank: int
-) -> tuple[Hop, ...]:
+def plan_hops(bands: tuple[Band, ...], query_rows: Sequence[Runs], key_rows: Sequence[Runs], rank: int) -> tuple[Hop, ...]:
     """The hops of ``rank``, from who holds which rows of queries and keys. Every rank leaves out the same hops.
 
     ``bands`` are those of the whole row; ``query_rows[r]`` and ``key_rows[r]`` are what ring rank r holds of it.
@@ -78,9 +76,7 @@ def _seen(bands: tuple[Band, ...]) -> Runs:
     return tuple(runs)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, local: Local, ring: Ring, parameters: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, local: Local, ring: Ring, parameters: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """(out [queries, heads, v_dim], lse [heads, queries]) over every piece of keys; one piece is given as it is."""
     result: tuple[Tensor, Tensor] | None = None
     for hop, k_piece, v_piece in _pieces(k, v, ring):
@@ -105,9 +101,7 @@ def backward(
             continue
         dk, dv = k_piece.to(total[1].dtype), v_piece.to(total[2].dtype)  # no rows, where this hop serves other ranks
         if hop.bands:
-            dq, dk, dv, dparameters = local.backward(
-                dout, q, k_piece, v_piece, out, lse, hop.bands, hop.arriving, parameters
-            )
+            dq, dk, dv, dparameters = local.backward(dout, q, k_piece, v_piece, out, lse, hop.bands, hop.arriving, parameters)
             for sum_, part in zip([total[0], *total[3]], [dq, *dparameters]):
                 sum_.add_(part)
         _add_returned(going_home, total[1], total[2])

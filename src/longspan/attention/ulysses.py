@@ -55,9 +55,7 @@ class Crowd:
 class Trade(OpaqueBase):
     """One exchange, planned: crowds of tensors on the ranks of a group, what carries it, and what it packs into."""
 
-    def __init__(
-        self, crowds: Sequence[Crowd], group: dist.ProcessGroup, transport: Transport, scratch: Scratch
-    ) -> None:
+    def __init__(self, crowds: Sequence[Crowd], group: dist.ProcessGroup, transport: Transport, scratch: Scratch) -> None:
         self.crowds, self.group, self.transport, self.scratch = tuple(crowds), group, transport, scratch
         self.rank, self.ranks = group.rank(), range(group.size())
         self.columns = tuple(crowd.widths(self.rank) for crowd in self.crowds)
@@ -174,7 +172,7 @@ def _sizes(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> tuple[i
     if sizes[place.ulysses_rank] != shape[1]:
         raise LayoutError(
             f"this rank passed {shape[1]} tokens, but holds {sizes[place.ulysses_rank]} of tokens={whole}; "
-            f"pass tokens= the length of the whole row, and the tokens that shard gave to this rank"
+            f"pass tokens= the length of the whole row, and the tokens that shard_batch gave to this rank"
         )
     return sizes
 
@@ -250,17 +248,19 @@ def _blocks(flat: Tensor, trade: Trade, batch: int) -> list[list[list[Tensor]]]:
     blocks = []
     for p, block in zip(trade.ranks, flat.split(trade.sent(batch))):
         shares = block.split([batch * crowd.sizes[trade.rank] * sum(crowd.widths(p)) for crowd in trade.crowds])
-        blocks.append([
+        blocks.append(
             [
-                columns.unflatten(2, (len(heads[p]), dim))
-                for columns, heads, dim in zip(
-                    share.view(batch, crowd.sizes[trade.rank], sum(crowd.widths(p))).split(crowd.widths(p), 2),
-                    crowd.heads,
-                    crowd.dims,
-                )
+                [
+                    columns.unflatten(2, (len(heads[p]), dim))
+                    for columns, heads, dim in zip(
+                        share.view(batch, crowd.sizes[trade.rank], sum(crowd.widths(p))).split(crowd.widths(p), 2),
+                        crowd.heads,
+                        crowd.dims,
+                    )
+                ]
+                for share, crowd in zip(shares, trade.crowds)
             ]
-            for share, crowd in zip(shares, trade.crowds)
-        ])
+        )
     return blocks
 
 

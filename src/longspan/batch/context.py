@@ -1,8 +1,8 @@
 """What one forward must know of the whole batch, and a rank cannot see in its part of it.
 
-    model(**part)    part["longspan"] = Step    ->   attention: tokens, mask    positions: last_position    loss: labelled
+    model(**part)    part["longspan"] = BatchInfo    ->   attention: tokens, mask    positions: last_position    loss: labelled
 
-Made by ``batch.cut``, agreed on by ``batch.agree``, and frozen: it hangs on a call, never on a model. Knows no collective.
+Made by ``shard_local``, agreed on by ``sync_batches``, and frozen: it hangs on a call, never on a model. Knows no collective.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from longspan.distributed.layout import Runs
 from longspan.errors import BatchError
 from longspan.masks.bands import rectangle
-from longspan.masks.constructors import Bands, Documents, Full, Mask, Only
+from longspan.masks.constructors import Bands, Documents, Full, Mask, Span
 
 TARGET = "decoder_"
 """How tensors of an encoder-decoder's batch are named that hold its decoder's tokens; ``labels`` are theirs too."""
 
 
 @dataclass(frozen=True)
-class Step:
+class BatchInfo:
     """The keyword ``longspan`` of a call.
 
     ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``counted`` (whether the batch
@@ -26,10 +26,10 @@ class Step:
     ``last_position`` (the largest ``position_ids`` of the batch), ``mask`` (None: what the model says itself; a tuple has one
     mask a row), ``padding`` (None, or for each row the run of tokens that are real), ``documents`` (None, or those that the
     batch says to every layer), ``restarts`` (None, or for each row the documents between which the caller's ``position_ids``
-    begin anew), ``labelled`` tokens that are learned from (by agreement: over all replicas and micro-batches of the step),
+    begin anew), ``num_labels`` tokens that are learned from (by agreement: over all replicas and micro-batches of the step),
     ``digest`` of the whole content, equal on the ranks that share a sequence, ``largest`` token or label, ``largest_label``,
     ``furthest`` position of rows without ``position_ids`` and ``furthest_placed`` of rows with them (by agreement: of all ranks
-    and micro-batches; -1 without such a row), so that all ranks can refuse what a model does not know. ``target`` is the Step
+    and micro-batches; -1 without such a row), so that all ranks can refuse what a model does not know. ``target`` is that
     of the decoder's tokens, where the batch is an encoder-decoder's.
     """
 
@@ -41,16 +41,16 @@ class Step:
     masked: bool
     last_position: int
     mask: Mask | tuple[Mask, ...] | None
-    padding: tuple[Only, ...] | None
+    padding: tuple[Span, ...] | None
     documents: tuple[Documents, ...] | None
     restarts: tuple[Documents, ...] | None
-    labelled: int
+    num_labels: int
     digest: int
     largest: int
     largest_label: int
     furthest: int
     furthest_placed: int
-    target: "Step | None" = None
+    target: "BatchInfo | None" = None
 
     @property
     def is_plain(self) -> bool:
@@ -81,7 +81,7 @@ class Step:
         return each
 
 
-def refuse_unknown_tokens(step: Step, vocab: int | None, name: str) -> None:
+def refuse_unknown_tokens(step: BatchInfo, vocab: int | None, name: str) -> None:
     """Raise BatchError, on every rank alike, if any rank holds a token or label beyond a model's ``vocab``."""
     if vocab is not None and step.largest >= vocab:
         raise BatchError(

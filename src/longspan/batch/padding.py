@@ -1,6 +1,6 @@
 """What a batch says of its rows beside tokens: where padding is, where documents begin.
 
-    attention_mask   0 0 1 1 1 1     ->   Only(2, 6)            the run of tokens that are real
+    attention_mask   0 0 1 1 1 1     ->   Span(2, 6)            the run of tokens that are real
     position_ids     0 1 2 0 1 2     ->   Documents([3, 3])     positions begin anew: another document to most decoders
     cu_seq_lens_q    0 3 6           ->   Documents([3, 3])     to every layer, as kernels of varying lengths take it
     seq_idx          0 0 0 1 1 1     ->   the same
@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.errors import BatchError
-from longspan.masks.constructors import Documents, Only
+from longspan.masks.constructors import Documents, Span
 
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """What collators of packed documents say to kernels of varying lengths."""
 
 
-def padding_of(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Only, ...] | None:
+def padding_of(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Span, ...] | None:
     """For each row the one run of tokens that are not padding; None where none is. Padding may be left, right or both."""
     if attention_mask is None:
         return None
     if attention_mask.shape != (rows, tokens) or bool(((attention_mask != 0) & (attention_mask != 1)).any()):
         raise BatchError(
             f"attention_mask of shape {list(attention_mask.shape)} must be [{rows}, {tokens}] like input_ids, 1 for a token "
-            f"and 0 for padding; say anything else by shard(batch, mesh, mask=...)"
+            f"and 0 for padding; say anything else by shard_batch(batch, mesh, mask=...)"
         )
     if bool(attention_mask.all()):
         return None
@@ -41,7 +41,7 @@ def padding_of(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[O
                 f"attention_mask has a hole in row {row}: its {int(count)} tokens are not one run; padding may stand before "
                 f"and behind them, and documents in one row are said by mask=Documents(lengths) & Causal()"
             )
-    return tuple(Only(start, start + int(count)) for start, count in zip(starts, counts))
+    return tuple(Span(start, start + int(count)) for start, count in zip(starts, counts))
 
 
 def restarts_of(position_ids: Tensor | None, rows: int, tokens: int) -> tuple[Documents, ...] | None:
@@ -77,7 +77,7 @@ def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Docu
         names = ", ".join(name for name in VARLEN if name in batch)
         raise BatchError(
             f"{names} and position_ids that begin anew must say the same beginnings of documents in one row, from 0 to its "
-            f"{tokens} tokens; say anything else by shard(batch, mesh, mask=...)"
+            f"{tokens} tokens; say anything else by shard_batch(batch, mesh, mask=...)"
         )
     return documents
 

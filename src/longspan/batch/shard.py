@@ -1,14 +1,16 @@
 """Cut a batch to a rank's tokens, agree on it, and put tensors together again. Knows nothing of attention or models.
 
-    whole batch  --cut-->   my tokens + Step   --agree-->   the same, Step.labelled of all ranks      shard = agree(cut(...))
-       [B, N]    (pure)     [B, n]           (one all-reduce)
+    shard_batch = sync_batches(shard_local(...))
+
+    whole batch  --shard_local-->  my tokens + BatchInfo  --sync_batches-->  the same, with num_labels of all ranks
+       [B, N]       (no ranks)        [B, n]               (one all-reduce)
 
     ids        a  b  c  d  e  f        rank 0: a b c    labels predict b c d       shifted on the whole, then cut: my last
     shifted    b  c  d  e  f  .        rank 1: d e f    labels predict e f .       token predicts the next rank's first
 
-Everything that changes from step to step is in the one frozen ``Step``, which reaches attention and the loss as the
+Everything that changes from step to step is in the one frozen ``BatchInfo``, which reaches attention and the loss as the
 keyword ``longspan`` of the model's call (step.py). An encoder-decoder has two rows of tokens, each cut by its own length: the
-Step of the decoder's is the ``target`` of the encoder's.
+BatchInfo of the decoder's is the ``target`` of the encoder's.
 """
 
 import hashlib
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Int, Num
 from torch import Tensor
 
-from longspan.batch.context import TARGET, Step
+from longspan.batch.context import TARGET, BatchInfo
 from longspan.batch.padding import VARLEN, documents_of, padding_of, restarts_of
 from longspan.distributed.collectives import all_gather
 from longspan.distributed.consensus import agree_on_error, exchange_facts, raise_the_first_error
@@ -46,10 +48,10 @@ TOKEN_DIM = {
 last); others are declared by ``dims=``."""
 
 Part = dict[str, Any]
-"""A rank's tensors by name, and under ``longspan`` the Step: ``model(**part)``."""
+"""A rank's tensors by name, and under ``longspan`` the BatchInfo: ``model(**part)``."""
 
 
-def shard(
+def shard_batch(
     batch: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     mesh: ParallelMesh,
     *,
@@ -71,16 +73,16 @@ def shard(
     micro_batches = [batch] if isinstance(batch, Mapping) else batch
     try:
         if not micro_batches:
-            raise BatchError("shard was given no micro-batch; pass at least one, without rows one of shape [0, tokens]")
-        parts = [cut(one, mesh.place, shift=shift, mask=mask, dims=dims) for one in micro_batches]
+            raise BatchError("shard_batch was given no micro-batch; pass at least one, without rows one of shape [0, tokens]")
+        parts = [shard_local(one, mesh.place, shift=shift, mask=mask, dims=dims) for one in micro_batches]
     except Exception as error:
         agree_on_error(error if isinstance(error, LongspanError) else BatchError(f"{type(error).__name__}: {error}"), mesh)
         raise
-    agreed = agree(parts, mesh)
+    agreed = sync_batches(parts, mesh)
     return agreed[0] if isinstance(batch, Mapping) else agreed
 
 
-def cut(
+def shard_local(
     batch: Mapping[str, Any],
     place: Place,
     *,
@@ -91,7 +93,7 @@ def cut(
     """The tensors of ``batch`` [batch, tokens, ...] cut to the tokens of the rank at ``place``; pure, so a worker may call it.
 
     Adds ``position_ids`` (global) where there are none, and with ``shift`` the ``shift_labels``: labels shifted on the whole
-    row, then cut. ``Step.labelled`` counts this batch alone until ``agree``.
+    row, then cut. ``BatchInfo.num_labels`` counts this batch alone until ``sync_batches``.
     """
     if any(name in batch for name in (f"{TARGET}input_ids", f"{TARGET}inputs_embeds")):
         return _cut_pair(batch, place, shift, mask, dims or {})
@@ -112,19 +114,19 @@ def cut(
     learned = _learned_labels(whole, rows, tokens, shift)
     declared = TOKEN_DIM | {"shift_labels": 1, "position_ids": max(1, whole["position_ids"].ndim - 1)} | dict(dims or {})
     part: Part = {name: _cut_one(name, value, declared, tokens, positions) for name, value in whole.items()}
-    labelled = 0 if learned is None else int((learned != IGNORE).sum())
+    num_labels = 0 if learned is None else int((learned != IGNORE).sum())
     counted, masked = "position_ids" not in batch, rows == 0 or "attention_mask" in batch
     named = rows == 0 or not counted or "input_ids" in batch
     furthest = (last_position, -1) if counted else (-1, last_position)
-    part["longspan"] = step = Step(
-        tokens, rows, positions, counted, named, masked, last_position, step_mask, padding, documents, restarts, labelled,
+    part["longspan"] = step = BatchInfo(
+        tokens, rows, positions, counted, named, masked, last_position, step_mask, padding, documents, restarts, num_labels,
         _digest(batch, step_mask, shift, dims), *_largest(batch, learned), *(furthest if rows else (-1, -1)),
     )  # fmt: skip
     _refuse_blind_labels(learned, step, shift)
     return part
 
 
-def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
+def sync_batches(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
     """The parts of one step, with what their Steps say of all micro-batches and replicas: one small all-reduce.
 
     A rank whose data has ended passes none; then no other may have any.
@@ -132,19 +134,19 @@ def agree(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
     Raises BatchError on every rank alike where the ranks of a sequence were given different batches, or a rank another
     number of micro-batches.
     """
-    steps: list[Step] = [part["longspan"] for part in parts]
+    steps: list[BatchInfo] = [part["longspan"] for part in parts]
     table = [_Facts(*row[: len(_Facts._fields)]) for row in exchange_facts(_facts(steps), mesh)]
     raise_the_first_error(table, None, mesh)
     _refuse_disagreement(table, mesh.place)
-    labelled = sum(facts.labelled for facts in table[:: mesh.place.ring * mesh.place.ulysses])
+    num_labels = sum(facts.num_labels for facts in table[:: mesh.place.ring * mesh.place.ulysses])
     most = _Facts(*map(max, zip(*table)))
 
-    def agreed(step: Step) -> Step:
+    def agreed(step: BatchInfo) -> BatchInfo:
         target = step.target and replace(
             step.target, largest=most.target_largest, furthest=most.target_furthest, furthest_placed=most.target_placed
         )
         return replace(
-            step, largest=most.largest, furthest=most.furthest, furthest_placed=most.placed, labelled=labelled,
+            step, largest=most.largest, furthest=most.furthest, furthest_placed=most.placed, num_labels=num_labels,
             largest_label=most.largest_label, named=not most.nameless, masked=not most.unmasked, target=target,
         )  # fmt: skip
 
@@ -158,7 +160,7 @@ class _Facts(NamedTuple):
     micro_batches: int
     rows: int
     tokens: int
-    labelled: int
+    num_labels: int
     digest: int
     largest: int
     furthest: int
@@ -172,30 +174,28 @@ class _Facts(NamedTuple):
     unmasked: int
 
 
-def _facts(steps: Sequence[Step]) -> _Facts:
+def _facts(steps: Sequence[BatchInfo]) -> _Facts:
     rows, tokens = (steps[0].rows, steps[0].tokens) if steps else (0, 0)
     digest = _hash(repr([(step.digest, step.tokens, step.rows) for step in steps]).encode())
     targets = [step.target for step in steps if step.target is not None]
     return _Facts(
-        0, len(steps), rows, tokens, sum(step.labelled for step in steps), digest, *_most(steps), *_most(targets),
+        0, len(steps), rows, tokens, sum(step.num_labels for step in steps), digest, *_most(steps), *_most(targets),
         max((step.largest_label for step in steps), default=-1), len(targets), sum(not step.named for step in steps),
         sum(not step.masked for step in steps),
     )  # fmt: skip
 
 
-def _most(steps: Sequence[Step]) -> tuple[int, int, int]:
+def _most(steps: Sequence[BatchInfo]) -> tuple[int, int, int]:
     """The largest token, the furthest position that is counted, and that is given: -1 without any."""
     each = [(step.largest, step.furthest, step.furthest_placed) for step in steps]
     largest, furthest, placed = map(max, zip((-1, -1, -1), *each))
     return largest, furthest, placed
 
 
-def unshard(
-    tensor: Num[Tensor, "*part"], mesh: ParallelMesh, dim: int = 1, tokens: int | None = None
-) -> Num[Tensor, "*whole"]:
+def unshard(tensor: Num[Tensor, "*part"], mesh: ParallelMesh, dim: int = 1, tokens: int | None = None) -> Num[Tensor, "*whole"]:
     """Every rank's tokens of its sequence along ``dim``, in the order of the whole row; the inverse of the cut.
 
-    ``tokens`` is the whole length (``Step.tokens``); without it every rank must hold equally many. Differentiable: the
+    ``tokens`` is the whole length (``BatchInfo.tokens``); without it every rank must hold equally many. Differentiable: the
     gradient of a rank's part is the sum of what all ranks ask of it.
     """
     place = mesh.place
@@ -207,7 +207,7 @@ def unshard(
     if tensor.shape[dim] != mine:
         raise BatchError(
             f"unshard was given {tensor.shape[dim]} tokens in dim {dim}, but this rank holds {mine} of tokens={layout.tokens}; "
-            f"pass tokens= the length of the whole row (Step.tokens)"
+            f"pass tokens= the length of the whole row (BatchInfo.tokens)"
         )
     gathered = all_gather(tensor, mesh.sequence_group, mesh.transport, dim, sizes)
     if not place.zigzag:
@@ -221,13 +221,11 @@ def take(x: Num[Tensor, "*whole"], runs: Runs, dim: int) -> Num[Tensor, "*part"]
     return torch.cat([x.narrow(dim, run.start, len(run)) for run in runs], dim)
 
 
-def shift_right(
-    labels: Int[Tensor, "batch tokens"], start: int | None, padding: int | None
-) -> Int[Tensor, "batch tokens"]:
+def shift_right(labels: Int[Tensor, "batch tokens"], start: int | None, padding: int | None) -> Int[Tensor, "batch tokens"]:
     """What an encoder-decoder's decoder is given to predict ``labels``: ``start``, then all but the last, -100 as padding.
 
     ``start`` and ``padding`` are the model's ``config.decoder_start_token_id`` and ``config.pad_token_id``. Made of the whole
-    row, before the cut: ``shard({"input_ids": ..., "decoder_input_ids": ..., "labels": labels}, mesh, shift=False)``.
+    row, before the cut: ``shard_batch({"input_ids": ..., "decoder_input_ids": ..., "labels": labels}, mesh, shift=False)``.
     Equals ``model.prepare_decoder_input_ids_from_labels(labels)`` of BART, Marian, Pegasus and T5; models that begin otherwise
     (mBART and PLBart: with the language, which stands last) say so there. Raises BatchError where either is None.
     """
@@ -247,7 +245,7 @@ def _cut_pair(
     if shift and "labels" in batch:
         raise BatchError(
             "labels of an encoder-decoder stand where they are predicted, its decoder_input_ids are what is shifted; "
-            "use shard(batch, mesh, shift=False)"
+            "use shard_batch(batch, mesh, shift=False)"
         )
     if mask is not None:
         raise BatchError(
@@ -259,24 +257,24 @@ def _cut_pair(
     theirs = {name: name.removeprefix(TARGET) for name in (*batch, *dims) if name.startswith(TARGET) or name == "labels"}
     encoder = {name: value for name, value in batch.items() if name not in theirs}
     decoder = {theirs[name]: value for name, value in batch.items() if name in theirs}
-    mine = cut(encoder, place, shift=False, dims={name: dim for name, dim in dims.items() if name not in theirs})
+    mine = shard_local(encoder, place, shift=False, dims={name: dim for name, dim in dims.items() if name not in theirs})
     try:
         wanted = {theirs[name]: dim for name, dim in dims.items() if name in theirs}
-        other = cut(decoder, place, shift=False, dims=wanted)
+        other = shard_local(decoder, place, shift=False, dims=wanted)
     except LongspanError as error:
         raise type(error)(f"of the decoder's tensors ({TARGET}..., labels): {error}") from error
     source, target = mine.pop("longspan"), other.pop("longspan")
     _refuse_unfit(source, target, decoder.get("labels"))
     digest = _hash(repr((source.digest, target.digest)).encode())
     step = replace(
-        source, target=target, labelled=target.labelled, largest_label=target.largest_label, digest=digest,
+        source, target=target, num_labels=target.num_labels, largest_label=target.largest_label, digest=digest,
         masked=source.masked and target.masked,
     )  # fmt: skip
     renamed = {name if name == "labels" else f"{TARGET}{name}": value for name, value in other.items()}
     return mine | renamed | {"longspan": step}
 
 
-def _refuse_unfit(source: Step, target: Step, labels: Any) -> None:
+def _refuse_unfit(source: BatchInfo, target: BatchInfo, labels: Any) -> None:
     if source.rows != target.rows:
         raise BatchError(f"the encoder was given {source.rows} rows and the decoder {target.rows}; pass as many of each")
     if not isinstance(labels, Tensor) or labels.ndim != 2:
@@ -319,7 +317,7 @@ def _largest(batch: Mapping[str, Any], learned: Tensor | None) -> tuple[int, int
     return max(found.values()), found["labels"]
 
 
-def _refuse_blind_labels(learned: Tensor | None, step: Step, shift: bool) -> None:
+def _refuse_blind_labels(learned: Tensor | None, step: BatchInfo, shift: bool) -> None:
     if step.mask is None and step.padding is None and step.documents is None:
         return
     bands = masks.rows(step.mask_for(Full()), step.rows, step.tokens, step.tokens)  # refuses a mask of another length too
@@ -353,9 +351,7 @@ def _cut_one(name: str, value: Any, declared: Mapping[str, int], tokens: int, po
     return take(value, positions, dim)
 
 
-def _digest(
-    batch: Mapping[str, Any], mask: Mask | tuple[Mask, ...] | None, shift: bool, dims: Mapping[str, int] | None
-) -> int:
+def _digest(batch: Mapping[str, Any], mask: Mask | tuple[Mask, ...] | None, shift: bool, dims: Mapping[str, int] | None) -> int:
     said = (sorted(batch), masks.spelled(mask), shift, sorted((dims or {}).items()))
     content = hashlib.blake2b(repr(said).encode(), digest_size=7)
     for name in sorted(batch):
@@ -392,4 +388,4 @@ def _refuse_disagreement(table: Sequence[_Facts], place: Place) -> None:
 
 
 def _describe(facts: _Facts) -> str:
-    return f"{facts.rows} rows of {facts.tokens} tokens, {facts.labelled} labelled, content {facts.digest:014x}"
+    return f"{facts.rows} rows of {facts.tokens} tokens, {facts.num_labels} labelled, content {facts.digest:014x}"

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from longspan.attention.ring import plan_hops
-from longspan.batch.shard import IGNORE, Part, shard
+from longspan.batch.shard import IGNORE, Part, shard_batch
 from longspan.cli import model_source as recipes
 from longspan.cli.config import Check
 from longspan.cli.model_source import DecoderRecipe, Recipe
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.consensus import together
-from longspan.distributed.grad_sync import norm
+from longspan.distributed.grad_sync import grad_norm
 from longspan.distributed.layout import (
     Heads,
     Traffic,
@@ -153,7 +153,7 @@ def _parallel(
     mine = consecutive(split(config.rows, mesh.place.data))[mesh.place.data_rank]
     whole = _batch(config, recipe, seed, mesh.device)
     rows = {name: tensor[mine.start : mine.stop] for name, tensor in whole.items()}
-    part: Part = shard(rows, mesh, shift=not recipe.in_place)
+    part: Part = shard_batch(rows, mesh, shift=not recipe.in_place)
     before = mesh.transport.traffic
     with _compute_in(dtype, mesh):
         loss = _loss(model, part, mesh)
@@ -170,7 +170,7 @@ def _loss(model: Any, part: Part, mesh: ParallelMesh) -> Tensor:
         return loss
     labels = part["shift_labels" if "shift_labels" in part else "labels"]
     inputs = {name: value for name, value in part.items() if "labels" not in name}
-    return cross_entropy(model(**inputs).logits, labels, mesh=mesh, labelled=part["longspan"].labelled)
+    return cross_entropy(model(**inputs).logits, labels, mesh=mesh, num_labels=part["longspan"].num_labels)
 
 
 def _model(recipe: Recipe, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> nn.Module:
@@ -200,7 +200,7 @@ def _outcome(model: nn.Module, loss: Tensor) -> Outcome:
     for name, parameter in model.named_parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # BERT's pooler is not used
         grads[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).double()
-    return Outcome(loss.item(), grads, norm(model.parameters()).item())
+    return Outcome(loss.item(), grads, grad_norm(model.parameters()).item())
 
 
 def _relative(found: Tensor, expected: Tensor, norm: float) -> float:
@@ -228,7 +228,7 @@ def _decoder_traffic(
     place, layout = mesh.place, mesh.place.layout(config.tokens)
     sizes, dim, rows = layout.sizes(place.ring_rank), shape.head_dim, split(config.rows, place.data)[place.data_rank]
     chunked = Heads(shape.heads, shape.kv_heads, config.head_chunks)
-    once = config.recompute == "keep attention" or config.head_chunks > 1
+    once = config.recompute == "selective" or config.head_chunks > 1
     exchange = kept_attention_traffic if once else attention_traffic
     held = [layout.batch_runs(rank, rows) for rank in range(place.ring)]
     bands = masks.rows(Causal(), rows, config.tokens, config.tokens)

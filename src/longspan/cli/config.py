@@ -59,7 +59,7 @@ class Layout(Ranks):
     """Rings of such ranks that hold one sequence together, where the heads are fewer than the ranks."""
     zero: Literal[0, 2, 3] = 0
     """0: every rank holds all. 2: gradients and optimizer states are sharded over all ranks; 3: parameters too (FSDP2)."""
-    recompute: Literal["none", "full", "keep attention"] = "none"
+    recompute: Literal["none", "full", "selective"] = "none"
     """What a block computes again in its backward instead of keeping it: nothing, everything, or all but attention."""
     tile_tokens: int | None = None
     """Tokens that feed-forwards and norms work on at a time, forward and backward (default: all)."""
@@ -150,7 +150,6 @@ class Train(Layout):
             )
         if Path(self.run).name != self.run or self.run == LATEST:
             raise RunError(f"run={self.run!r} is not a plain name; put the folder of the runs into --runs-folder")
-
 
     @property
     def after_a_death(self) -> str:

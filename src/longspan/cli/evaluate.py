@@ -1,7 +1,7 @@
 """Loss and perplexity of whole documents, each cut over all ranks: one document, one forward.
 
-    document   |<---- tokens, up to --max-tokens ---->|
-                 rank 0   |   rank 1   |   rank 2           --forward-->   its loss, the same on every rank
+document   |<---- tokens, up to --max-tokens ---->|
+             rank 0   |   rank 1   |   rank 2           --forward-->   its loss, the same on every rank
 """
 
 import math
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from longspan.batch.shard import agree
+from longspan.batch.shard import sync_batches
 from longspan.cli import checkpoint
 from longspan.cli import model_source as recipes
 from longspan.cli.config import Evaluate
@@ -56,7 +56,7 @@ def work(config: Evaluate) -> int:
 
     judged = []
     for number, start, tokens in chosen:
-        (mine,) = agree([part(text, [start], tokens, _my_tokens(tokens, mesh))], mesh)
+        (mine,) = sync_batches([part(text, [start], tokens, _my_tokens(tokens, mesh))], mesh)
         with torch.autocast(mesh.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
             loss = model(**{k: v.to(mesh.device) if isinstance(v, Tensor) else v for k, v in mine.items()}).loss.item()
         begins = tokenizer.decode(text.read(start, start + min(tokens, 48)).numpy())

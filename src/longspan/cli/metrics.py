@@ -196,13 +196,15 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def _state(record: Record, peak_flops: float) -> str:
-    return "  ".join((
-        f"loss {record['loss']:.4f}",
-        f"{short(record['tokens_per_s'])} tokens/s",
-        f"{record['peak_share']:.0%} of {short(peak_flops)}FLOP/s",
-        f"{binary(record['memory_bytes'])} a rank",
-        f"{binary(record['exchanged_bytes'])} exchanged",
-    ))
+    return "  ".join(
+        (
+            f"loss {record['loss']:.4f}",
+            f"{short(record['tokens_per_s'])} tokens/s",
+            f"{record['peak_share']:.0%} of {short(peak_flops)}FLOP/s",
+            f"{binary(record['memory_bytes'])} a rank",
+            f"{binary(record['exchanged_bytes'])} exchanged",
+        )
+    )
 
 
 def short(number: int | float) -> str:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from longspan.batch.shard import Part, agree
+from longspan.batch.shard import Part, sync_batches
 from longspan.cli import checkpoint
 from longspan.cli import model_source as recipes
 from longspan.cli.config import LATEST, Train, as_json
@@ -34,7 +34,7 @@ from longspan.data.packing import Corpus, bits, tokenize
 from longspan.data.tokenizers import load as load_tokenizer
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.consensus import agree_on_error, refuse_difference, together
-from longspan.distributed.grad_sync import clip
+from longspan.distributed.grad_sync import clip_grad_norm_
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LongspanError, RunError
 from longspan.memory.profiler import Recorded
@@ -81,7 +81,7 @@ def work(config: Train) -> int:
                         part_loss = model(**part).loss
                     part_loss.backward()
                     loss += part_loss.item()
-                grad_norm = clip(model.parameters(), config.clip_norm).item()
+                grad_norm = clip_grad_norm_(model.parameters(), config.clip_norm).item()
                 _refuse_divergence(step, loss, grad_norm)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -132,7 +132,7 @@ def learning_rate(step: int, config: Train) -> float:
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: Loader, config: Train, mesh: ParallelMesh) -> float:
     """Mean loss (nats a token) of the first ``eval_rows`` held-out sequences, cut over the same ranks as in training."""
-    parts = agree(list(held_out.epoch(config.eval_rows)), mesh)
+    parts = sync_batches(list(held_out.epoch(config.eval_rows)), mesh)
     loss = 0.0
     for part in parts:
         with _computing_in(config, mesh):
@@ -166,7 +166,7 @@ def _parts(loader: Loader, step: int, journal: Journal, mesh: ParallelMesh) -> l
         parts = loader.step(step - 1)
     except LongspanError as error:
         agree_on_error(error, mesh)
-    return [_on_device(part, mesh) for part in agree(parts, mesh)]
+    return [_on_device(part, mesh) for part in sync_batches(parts, mesh)]
 
 
 def _on_device(part: Part, mesh: ParallelMesh) -> Part:
@@ -306,14 +306,16 @@ def _closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, c
     lines = [f"  {what:<24}{loss:7.4f} nats a token {bits(loss * per_byte):8.4f} bits a byte" for what, loss in learned]
     ours = "longspan" if shutil.which("longspan") else sys.argv[0]
     where = "" if config.runs_folder == "runs" else f" --runs-folder {config.runs_folder}"
-    return "\n".join([
-        "",
-        "Learned",
-        *lines,
-        f"Kept in {run}",
-        f"  checkpoints/step-{config.steps:06d}, metrics.jsonl, config.json, TensorBoard events"
-        + ", and export/: the model for from_pretrained" * exported,
-        "Next",
-        f"  {ours} evaluate {run.name} --ranks {config.ulysses}{where}",
-        f"  {Path(ours).with_name('tensorboard')} --logdir {config.runs_folder}",
-    ])
+    return "\n".join(
+        [
+            "",
+            "Learned",
+            *lines,
+            f"Kept in {run}",
+            f"  checkpoints/step-{config.steps:06d}, metrics.jsonl, config.json, TensorBoard events"
+            + ", and export/: the model for from_pretrained" * exported,
+            "Next",
+            f"  {ours} evaluate {run.name} --ranks {config.ulysses}{where}",
+            f"  {Path(ours).with_name('tensorboard')} --logdir {config.runs_folder}",
+        ]
+    )

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from longspan.batch.context import Step
+from longspan.batch.context import BatchInfo
 from longspan.batch.shard import IGNORE, Part
 from longspan.distributed.layout import Runs, consecutive, split
 from longspan.distributed.mesh import Place
@@ -47,9 +47,7 @@ class Loader:
     ranks.
     """
 
-    def __init__(
-        self, stream: Stream, *, tokens: int, rows: int, seed: int, place: Place, micro_batches: int = 1
-    ) -> None:
+    def __init__(self, stream: Stream, *, tokens: int, rows: int, seed: int, place: Place, micro_batches: int = 1) -> None:
         self.sequences = stream.tokens // tokens
         if not self.sequences:
             raise DataError(_too_short(stream, tokens))
@@ -60,8 +58,8 @@ class Loader:
     def step(self, step: int) -> list[Part]:
         """The micro-batches of a step, each {input_ids, labels, shift_labels, position_ids [rows, my tokens], longspan}.
 
-        A part equals ``batch.cut(whole, place)`` of the whole rows, of which only this rank's tokens and their successors
-        are read. A replica for which there is no row gets [0, my tokens]. ``agree`` counts the labels of all.
+        A part equals ``shard_local(whole, place)`` of the whole rows, of which only this rank's tokens and their successors
+        are read. A replica for which there is no row gets [0, my tokens]. ``sync_batches`` counts the labels of all.
         """
         first = step * self._rows
         return [
@@ -92,7 +90,7 @@ class Loader:
 def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) -> Part:
     """A rank's part of the rows of ``tokens`` tokens that begin at ``starts``: the tokens at ``positions``, and their labels.
 
-    Equals ``batch.cut({"input_ids": rows, "labels": rows}, place)``; the digest is one of where the tokens come from, equal on
+    Equals ``shard_local({"input_ids": rows, "labels": rows}, place)``; the digest is that of their source, equal on
     all ranks that share the rows. The last token of a row has no label.
     """
     rows = [[_with_successors(stream, start, tokens, run) for run in positions] for start in starts]
@@ -106,7 +104,7 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
         "labels": ids.clone(),
         "shift_labels": following,
         "position_ids": torch.cat([torch.arange(run.start, run.stop) for run in positions]).repeat(len(rows), 1),
-        "longspan": Step(
+        "longspan": BatchInfo(
             tokens=tokens,
             rows=len(rows),
             positions=positions,
@@ -118,7 +116,7 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             padding=None,
             documents=None,
             restarts=None,
-            labelled=len(rows) * (tokens - 1),
+            num_labels=len(rows) * (tokens - 1),
             digest=_digest(f"{stream.fingerprint} {starts} {tokens}"),
             largest=max((int(x.max()) for x in (ids, following) if x.numel()), default=-1),
             largest_label=int(following.max()) if following.numel() else -1,

@@ -118,7 +118,7 @@ class MeanGradients:
 
 
 @torch.no_grad()
-def norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
+def grad_norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
     """The 2-norm of all gradients together, whole where parameters are sharded: the same fp64 number on every rank.
 
     Equals ``torch.nn.utils.get_total_norm`` of one device's gradients.
@@ -139,13 +139,13 @@ def norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
 
 
 @torch.no_grad()
-def clip(parameters: Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
     """Scale all gradients so that their true ``norm`` is at most ``max_norm``; returns the norm before.
 
     Equals ``torch.nn.utils.clip_grad_norm_`` on one device.
     """
     members = list(parameters)
-    before = norm(members)
+    before = grad_norm(members)
     scale = min(1.0, max_norm / (before.item() + 1e-6))
     for parameter in members:
         if parameter.grad is not None and scale != 1.0:

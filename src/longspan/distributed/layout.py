@@ -1,15 +1,15 @@
 """Who holds which tokens and computes which heads, and what that costs on the wire. Integers only: no torch, no process groups.
 
-    tokens 0 .. N-1      ring=2, ulysses=2, contiguous            ring=2, ulysses=2, zigzag
+tokens 0 .. N-1      ring=2, ulysses=2, contiguous            ring=2, ulysses=2, zigzag
 
-      ring rank 0        |--u0--|--u1--|                           |-u0-u1-|               |-u0-u1-|
-      ring rank 1                      |--u0--|--u1--|                     |-u0-u1-|-u0-u1-|
+  ring rank 0        |--u0--|--u1--|                           |-u0-u1-|               |-u0-u1-|
+  ring rank 1                      |--u0--|--u1--|                     |-u0-u1-|-u0-u1-|
 
-    Zigzag cuts 2R pieces and gives ring rank r the pieces r and 2R-1-r: under a causal mask an early piece is cheap and a
-    late one dear, and every rank gets one of each. Ulysses then cuts the run of a ring rank into consecutive shares.
+Zigzag cuts 2R pieces and gives ring rank r the pieces r and 2R-1-r: under a causal mask an early piece is cheap and a
+late one dear, and every rank gets one of each. Ulysses then cuts the run of a ring rank into consecutive shares.
 
-    heads 0 .. H-1       dealt as evenly as possible to the ulysses ranks, in contiguous runs; a rank also gets the key/value
-                         heads that its query heads read, so a key/value head that two ranks need is replicated.
+heads 0 .. H-1       dealt as evenly as possible to the ulysses ranks, in contiguous runs; a rank also gets the key/value
+                     heads that its query heads read, so a key/value head that two ranks need is replicated.
 """
 
 from collections.abc import Sequence

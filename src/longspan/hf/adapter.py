@@ -2,7 +2,7 @@
 
     model(**part)   ->   embeddings, norms, MLPs, experts: this rank's tokens, the model's own code
                               |
-                         attention(module, query, key, value, mask, ..., longspan=Step)      by the *name* "longspan" in
+                         attention(module, query, key, value, mask, ..., longspan=BatchInfo)      by the *name* "longspan" in
                               |                                                              Transformers' public registries
                          attend(...) over the mesh that hangs on the module
                               |
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from longspan.attention.api import attend, refuse_kernel
-from longspan.batch.context import Step
+from longspan.batch.context import BatchInfo
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, KernelError, ModelError
 from longspan.hf.chunked_loss import forward_without_logits, refuse_without_logits
@@ -52,7 +52,7 @@ NAME = "longspan"
 def _attention(
     module: nn.Module, query_BHSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, attention_mask: Any, *,
     dropout: float = 0.0, scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None, longspan: "Step | Probe | None" = None, **more: Any,
+    position_bias: Tensor | None = None, longspan: "BatchInfo | Probe | None" = None, **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention that Transformers calls by name: (out [batch, my tokens, heads, dim], no weights)."""
     _refuse_additions(module, more)
@@ -67,18 +67,18 @@ def _attention(
     if layer is None or longspan is None:
         raise ModelError(
             f"the attention 'longspan' of {type(module).__name__} was not handed a step: its model hands it no keywords, "
-            f"and is not supported, or was not called by model(**shard(batch, mesh)) after parallelize(model, mesh)"
+            f"and is not supported, or was not called by model(**shard_batch(batch, mesh)) after parallelize(model, mesh)"
         )
     if dropout:
         _refuse_dropout(module, layer)
     go = _attend if longspan.is_plain else _attend_uncompiled
-    beside: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    beside: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
     if position_bias is not None and layer.over != ACROSS:
         beside["bias"] = bias_of(module, position_bias, layer.row(longspan).tokens)
     return go(q, k, v, layer, longspan, beside), None
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, layer: Layer, step: Step, more: dict[str, Any]) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, layer: Layer, step: BatchInfo, more: dict[str, Any]) -> Tensor:
     if layer.over == ACROSS and step.target is not None:
         return layer.attend(q, k, v, mask=step.mask_across(), tokens=step.target.tokens, key_tokens=step.tokens, **more)
     row = layer.row(step)
@@ -111,7 +111,7 @@ def _refuse_dropout(module: nn.Module, layer: Layer) -> None:
 def _mask(
     *_: Any, mask_function: Callable[..., Tensor], device: torch.device, attention_mask: Tensor | None = None, **__: Any
 ) -> Said:
-    """The mask that Transformers asks for by name. Padding and documents are the Step's; this is what the layer itself is."""
+    """The mask that Transformers asks for by name. Padding and documents come from the BatchInfo, this from the layer."""
     return Said(mask_function, device, attention_mask)
 
 
@@ -192,7 +192,7 @@ class Pretrained:
     def install(self, mesh: ParallelMesh, tools: Tools) -> None:
         """Give the model its mesh: copies of its configs, its attention layers' mesh, its loss, its hooks."""
         self._rename()
-        chosen = attend_once if tools.recompute == "keep attention" else attend
+        chosen = attend_once if tools.recompute == "selective" else attend
         chosen = partial(chosen, mesh=mesh, head_chunks=tools.head_chunks)
         for (module, layer), kernel in zip(self.layers, self.kernels):
             over_mesh = partial(kernel.attend, by=chosen) if isinstance(kernel, Registered) else partial(chosen, kernel=kernel)
@@ -280,15 +280,13 @@ WHOLE = (
 """Keywords of a call that mean the whole sequence."""
 
 
-def _check_call(
-    offer: Pretrained, mesh: ParallelMesh, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _check_call(offer: Pretrained, mesh: ParallelMesh, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Refuse what a part of the tokens cannot honour; give positions as the model counts them."""
     step, name = kwargs.get("longspan"), type(model).__name__
     if step is None:
         raise ModelError(
             "each sequence of this model lies on several ranks, but the batch was not cut; call "
-            "model(**shard(batch, mesh)), and to generate, unparallelize(model) first"
+            "model(**shard_batch(batch, mesh)), and to generate, unparallelize(model) first"
         )
     for keyword in WHOLE:
         value = kwargs.get(keyword)
@@ -301,23 +299,25 @@ def _check_call(
     return args, kwargs | place(kwargs, step, offer.counting.behind_padding, offer.counting.padding_id, mesh)
 
 
-def _refuse_other_rows(model: Any, name: str, step: Step) -> None:
+def _refuse_other_rows(model: Any, name: str, step: BatchInfo) -> None:
     if is_pair(model) and step.target is None:
         raise ModelError(
             f"{name} is an encoder-decoder, and the batch had no decoder_input_ids; make them before the cut, by "
             f"model.prepare_decoder_input_ids_from_labels(labels) or longspan.shift_right(labels, start, padding)"
         )
     if step.target is not None and not is_pair(model):
-        raise ModelError(f"the batch had decoder_input_ids, and {name} has no decoder apart; leave them out of shard(...)")
+        raise ModelError(
+            f"the batch had decoder_input_ids, and {name} has no decoder apart; leave them out of shard_batch(...)"
+        )
 
 
-def _refuse_labels(offer: Pretrained, name: str, step: Step) -> None:
+def _refuse_labels(offer: Pretrained, name: str, step: BatchInfo) -> None:
     if offer.classes is not None and step.largest_label >= offer.classes:
         raise BatchError(f"the step holds label {step.largest_label}, and {name} tells 0 to {offer.classes - 1} apart")
     if offer.loss_kind is None:
         raise ModelError(
             f"{name} computes its loss from labels by itself, over this rank's tokens; leave labels out of the call, and use "
-            f"longspan.cross_entropy(outputs.logits, labels, mesh=mesh, labelled=part['longspan'].labelled)"
+            f"longspan.cross_entropy(outputs.logits, labels, mesh=mesh, num_labels=part['longspan'].num_labels)"
         )
 
 

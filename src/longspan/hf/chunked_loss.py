@@ -39,7 +39,7 @@ def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args
     base, given = model.base_model, given | {"return_dict": True}
     output = base(*args, **{name: value for name, value in given.items() if name not in LEARNED})
     total, wanted = _sum_of_tiles(model, output, targets, given["longspan"])
-    loss = mean_over_ranks(total, wanted, mesh, given["longspan"].labelled)
+    loss = mean_over_ranks(total, wanted, mesh, given["longspan"].num_labels)
     output.last_hidden_state = output.last_hidden_state[:, :0]
     with _giving(base, output), losing(model, lambda *_, **__: loss):
         whole = type(model).forward(model, *args, **given)

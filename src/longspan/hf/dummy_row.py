@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longspan.batch.context import Step
+from longspan.batch.context import BatchInfo
 from longspan.batch.shard import IGNORE
 
 
-class StandIn(Step):
+class StandIn(BatchInfo):
     """The step of a replica without rows."""
 
 

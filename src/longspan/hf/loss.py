@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.batch.context import Step
+from longspan.batch.context import BatchInfo
 from longspan.batch.shard import IGNORE
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
@@ -99,13 +99,13 @@ def losing(base: Any, loss: Callable[..., Tensor]) -> Iterator[None]:
 
 
 def loss_over_ranks(
-    logits: Tensor, labels: Tensor, vocab_size: int | None = None, *, mesh: ParallelMesh, in_place: bool, longspan: Step,
+    logits: Tensor, labels: Tensor, vocab_size: int | None = None, *, mesh: ParallelMesh, in_place: bool, longspan: BatchInfo,
     shift_labels: Tensor | None = None, **_: Any,
 ) -> Tensor:  # fmt: skip
     """``model.loss_function`` over the mesh: the mean over the labelled tokens of all ranks."""
     _refuse_labels_of_another_kind(in_place, shift_labels)
     targets = labels if shift_labels is None else shift_labels
-    return mean_cross_entropy(logits, targets, mesh, longspan.labelled)
+    return mean_cross_entropy(logits, targets, mesh, longspan.num_labels)
 
 
 def forward_with_loss(
@@ -116,7 +116,7 @@ def forward_with_loss(
     output = type(model).forward(model, *args, **given | {"return_dict": True})
     if labels is not None:
         _refuse_labels_of_another_kind(True, shift_labels)
-        loss = mean_cross_entropy(output.logits, labels, mesh, given["longspan"].labelled)
+        loss = mean_cross_entropy(output.logits, labels, mesh, given["longspan"].num_labels)
         output = type(output)(**{"loss": loss} | {name: value for name, value in output.items() if name != "loss"})
     return output.to_tuple() if (model.config.return_dict if asked is None else asked) is False else output
 
@@ -124,4 +124,4 @@ def forward_with_loss(
 def _refuse_labels_of_another_kind(in_place: bool, shift_labels: Tensor | None) -> None:
     if in_place is (shift_labels is not None):
         asked = "shift=False" if in_place else "shift=True"
-        raise ModelError(f"the labels were cut for another kind of model; use shard(batch, mesh, {asked})")
+        raise ModelError(f"the labels were cut for another kind of model; use shard_batch(batch, mesh, {asked})")

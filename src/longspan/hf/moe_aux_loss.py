@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longspan.batch.context import Step
+from longspan.batch.context import BatchInfo
 from longspan.distributed.collectives import all_gather
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
@@ -52,7 +52,7 @@ def gather_routers(module: nn.Module, base: nn.Module, mesh: ParallelMesh) -> li
     return [module.register_forward_hook(gather, with_kwargs=True), base.register_forward_hook(cut)]
 
 
-def _of_all_ranks(mine: tuple[Tensor, ...], step: Step, mesh: ParallelMesh) -> _Whole:
+def _of_all_ranks(mine: tuple[Tensor, ...], step: BatchInfo, mesh: ParallelMesh) -> _Whole:
     real = _real(step).to(mine[0].device)
     counts = torch.zeros(mesh.degree, dtype=torch.long)
     counts[mesh.mean_group.rank()] = len(real)
@@ -65,7 +65,7 @@ def _of_all_ranks(mine: tuple[Tensor, ...], step: Step, mesh: ParallelMesh) -> _
     return whole
 
 
-def _real(step: Step) -> Tensor:
+def _real(step: BatchInfo) -> Tensor:
     """Which of my [rows * my tokens] are not padding; none of a row that only stands in."""
     positions = torch.tensor([position for run in step.positions for position in run])
     if isinstance(step, StandIn):

@@ -1,8 +1,8 @@
 """The Hugging Face model inside peft's wrapper, and which adapters can hold a part of the tokens. Knows nothing of meshes.
 
-    PeftModel(**part)     what the user calls, proves, shards and trains: LoRA and its kin work on each token by itself
-        LoraModel
-            LlamaForCausalLM(**part, longspan=Step)     what attends and forms the loss: it gets the mesh
+PeftModel(**part)     what the user calls, proves, shards and trains: LoRA and its kin work on each token by itself
+    LoraModel
+        LlamaForCausalLM(**part, longspan=BatchInfo)     what attends and forms the loss: it gets the mesh
 """
 
 import sys

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.batch.context import TARGET, Step
+from longspan.batch.context import TARGET, BatchInfo
 from longspan.batch.shard import take, unshard
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
@@ -31,7 +31,7 @@ def of_ids(ids: Tensor, padding_id: int) -> Tensor:
 
 
 def place(
-    kwargs: dict[str, Any], step: Step, behind_padding: bool, padding_id: int | None, mesh: ParallelMesh
+    kwargs: dict[str, Any], step: BatchInfo, behind_padding: bool, padding_id: int | None, mesh: ParallelMesh
 ) -> dict[str, Tensor]:
     """The ``position_ids`` of a call, and its decoder's, as the model counts them, with the batch's last written on them."""
     found = {}
@@ -43,7 +43,7 @@ def place(
 
 
 def _placed(
-    positions: Tensor, ids: Tensor | None, step: Step, behind_padding: bool, padding_id: int | None, mesh: ParallelMesh
+    positions: Tensor, ids: Tensor | None, step: BatchInfo, behind_padding: bool, padding_id: int | None, mesh: ParallelMesh
 ) -> Tensor:
     if padding_id is not None and step.counted:
         assert ids is not None  # or refused by Counting

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.batch.context import TARGET, Step, refuse_unknown_tokens
+from longspan.batch.context import TARGET, BatchInfo, refuse_unknown_tokens
 from longspan.errors import BatchError, ModelError
 from longspan.hf.mask_functions import Said
 from longspan.hf.position_ids import handed_over, is_table, of_ids
@@ -39,26 +39,28 @@ class Counting:
     behind_padding: bool
     padding_id: int | None
 
-    def refuse(self, model: Any, step: Step) -> None:
+    def refuse(self, model: Any, step: BatchInfo) -> None:
         """Raise, on every rank alike, for rows that ``model`` would count or hide in another way than over all tokens."""
         name = type(model).__name__
         if self.hides_padding and not step.masked:
             masks = "attention_mask and decoder_attention_mask" if step.target else "attention_mask"
             raise ModelError(
                 f"{name} hides the padding token by itself where no mask is given, and of each rank's part it would not be "
-                f"known to the others; give shard {masks}, 1 for a token and 0 for padding"
+                f"known to the others; give shard_batch {masks}, 1 for a token and 0 for padding"
             )
         if self.padding_id is not None and not step.named:
-            raise ModelError(f"{name} counts its positions from input_ids; with inputs_embeds, give shard position_ids too")
+            raise ModelError(
+                f"{name} counts its positions from input_ids; with inputs_embeds, give shard_batch position_ids too"
+            )
         for prefix, row in {"": step, TARGET: step.target}.items():
             if row is not None:
                 embeddings = (model.get_decoder() if prefix else model).get_input_embeddings()
                 refuse_unknown_tokens(row, getattr(embeddings, "num_embeddings", None), name)
                 self._refuse_positions(row, prefix, name)
 
-    def _refuse_positions(self, row: Step, prefix: str, name: str) -> None:
+    def _refuse_positions(self, row: BatchInfo, prefix: str, name: str) -> None:
         if prefix in self.handed_over and row.furthest_placed >= 0:
-            raise ModelError(f"{name} counts its positions itself and ignores {prefix}position_ids; give shard none")
+            raise ModelError(f"{name} counts its positions itself and ignores {prefix}position_ids; give shard_batch none")
         before = 0 if self.padding_id is None else self.padding_id + 1
         for furthest, first in ((row.furthest, before), (row.furthest_placed, 0)):
             known = self.known.get(prefix, first + furthest + 1) - first
@@ -121,8 +123,8 @@ def _prove_positions(model: Any, base: Any) -> tuple[bool, int | None]:
         if padding_id is not None and _counts_ids(model, padding_id):
             return False, padding_id
         raise ModelError(
-            f"{type(model).__name__} does not count its positions 0, 1, 2, ..., which shard gives it; such a model is not "
-            f"supported yet"
+            f"{type(model).__name__} does not count its positions 0, 1, 2, ..., which shard_batch gives it; such a model is "
+            f"not supported yet"
         )
     if "attention_mask" not in inspect.signature(base.forward).parameters:
         return False, None

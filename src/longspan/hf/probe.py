@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from longspan.attention.api import attend
 from longspan.batch.context import TARGET as PREFIX
-from longspan.batch.context import Step
+from longspan.batch.context import BatchInfo
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LongspanError, ModelError
@@ -55,7 +55,7 @@ class Layer(NamedTuple):
     attend: Callable[..., Tensor]
     over: str
 
-    def row(self, step: Step) -> Step:
+    def row(self, step: BatchInfo) -> BatchInfo:
         """The tokens that attend."""
         return step if self.over == SOURCE or step.target is None else step.target
 

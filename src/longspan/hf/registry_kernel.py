@@ -91,17 +91,19 @@ class Registered:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, by: Callable[..., Tensor],
-        softcap: float | None = None, sinks: Tensor | None = None, bias: Any = None, **more: Any,
+        softcap: float | None = None, sink_logits: Tensor | None = None, bias: Any = None, **more: Any,
     ) -> Tensor:  # fmt: skip
         """``by`` (``attend`` over a mesh) with this kernel, which is given the sinks as parameters beside q, k, v."""
         if bias is not None:
             raise KernelError(f"kernel={self.name!r} cannot carry the bias of {self.layer}, asked a tile at a time; use 'auto'")
-        for what, asked in {"softcap": softcap, "sinks": sinks}.items():
+        for what, asked in {"softcap": softcap, "sink_logits": sink_logits}.items():
             if asked is not None and self.takes == "booleans":
                 raise KernelError(
                     f"kernel={self.name!r} cannot carry {what}, which {self.layer} asks for; use 'hf:eager' or 'auto'"
                 )
-        out: Tensor = by(q, k, v, kernel=self, softcap=softcap, bias=None if sinks is None else _Sinks(sinks), **more)
+        out: Tensor = by(
+            q, k, v, kernel=self, softcap=softcap, bias=None if sink_logits is None else _Sinks(sink_logits), **more
+        )
         return out
 
     def forward(
@@ -169,9 +171,7 @@ class _Sinks:
     def __init__(self, sinks: Tensor) -> None:
         self.parameters = (sinks,)
 
-    def __call__(
-        self, heads: range, q_positions: Tensor, k_positions: Tensor, parameters: tuple[Tensor, ...]
-    ) -> Tensor:
+    def __call__(self, heads: range, q_positions: Tensor, k_positions: Tensor, parameters: tuple[Tensor, ...]) -> Tensor:
         return parameters[0][heads.start : heads.stop].view(-1, 1, 1)
 
 

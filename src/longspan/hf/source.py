@@ -1,9 +1,9 @@
 """The recipe of ``--model hf:FOLDER``: a language model of Transformers, from a folder and back. Needs the extra ``hf``.
 
-    FOLDER   config.json      ->  class, heads, parameters: counted on the meta device
-             *.safetensors    ->  its weights: whole on each rank (zero=0), or read in shares by ``parallelize`` (zero=3)
-             tokenizer.json   ->  the run's tokenizer, where it names no other
-    runs/NAME/export          <-  the trained model as such a folder
+FOLDER   config.json      ->  class, heads, parameters: counted on the meta device
+         *.safetensors    ->  its weights: whole on each rank (zero=0), or read in shares by ``parallelize`` (zero=3)
+         tokenizer.json   ->  the run's tokenizer, where it names no other
+runs/NAME/export          <-  the trained model as such a folder
 """
 
 import json

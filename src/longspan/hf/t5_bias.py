@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from longspan.batch.context import Step
+from longspan.batch.context import BatchInfo
 from longspan.errors import ModelError
 
 SHOWN = 9
@@ -91,8 +91,8 @@ class ByDistance:
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step, hidden = kwargs.get("longspan"), args[0] if args else kwargs["hidden_states"]
-        row = step.target if isinstance(step, Step) and module.is_decoder and step.target is not None else step
-        self._tokens = row.tokens if isinstance(row, Step) else hidden.shape[1]
+        row = step.target if isinstance(step, BatchInfo) and module.is_decoder and step.target is not None else step
+        self._tokens = row.tokens if isinstance(row, BatchInfo) else hidden.shape[1]
         handed = kwargs.get("position_bias")
         if handed is not None:
             kwargs = kwargs | {"position_bias": handed.clone()}  # FSDP2 wants what a block hands on to be no view

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from longspan.distributed.grad_sync import clip
+from longspan.distributed.grad_sync import clip_grad_norm_
 from longspan.distributed.mesh import ParallelMesh, Place
 from longspan.errors import BatchError, RunError
 
@@ -167,7 +167,7 @@ class OneDevice(Numbered, Accelerator):  # type: ignore[misc]
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
         if norm_type != 2:
             raise RunError(f"norm_type={norm_type} is not supported over a mesh; the norm of sharded gradients is the 2-norm")
-        return clip(parameters, max_norm)
+        return clip_grad_norm_(parameters, max_norm)
 
     def prepare_data_loader(self, data_loader: DataLoader[Any], *args: Any, **keywords: Any) -> Any:
         if self.place.data > 1 and data_loader.batch_size is None and data_loader.batch_sampler is None:

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from longspan.batch.shard import IGNORE, agree, shard, unshard
+from longspan.batch.shard import IGNORE, shard_batch, sync_batches, unshard
 from longspan.distributed.collectives import all_gather
 from longspan.distributed.consensus import agree_on_error, refuse_difference
 from longspan.distributed.mesh import ParallelMesh
@@ -54,7 +54,7 @@ class LongTrainer(Base):  # type: ignore[misc]
     """``transformers.Trainer`` whose every sequence lies on ``ring x ulysses`` ranks of ``mesh``.
 
     Takes what Trainer takes, and ``mesh``, ``zero`` and ``tools`` (its other keywords) of ``parallelize``, and ``dims`` of
-    ``shard``. Before another trainer class it does the same to that one: ``class LongSFT(LongTrainer, SFTTrainer): ...``.
+    ``shard_batch``. Before another trainer class it does the same to that one: ``class LongSFT(LongTrainer, SFTTrainer): ...``.
     Every rank runs the same script; ``per_device_train_batch_size`` and ``per_device_eval_batch_size`` are rows a data replica.
 
     Equals ``Trainer`` on one device with ``per_device_train_batch_size`` times ``mesh.place.data``: batches and their order,
@@ -65,7 +65,7 @@ class LongTrainer(Base):  # type: ignore[misc]
     With ``compute_metrics`` the logits of all rows and tokens are gathered on every rank. A ``compute_loss`` of your own
     belongs into a class in front of this one; its ``inputs`` are this rank's tokens, its loss must be equal on every rank.
 
-    Raises RunError for arguments that do not go with a mesh, and what ``parallelize`` and ``shard`` raise.
+    Raises RunError for arguments that do not go with a mesh, and what ``parallelize`` and ``shard_batch`` raise.
     """
 
     accelerator: Any
@@ -135,21 +135,21 @@ class LongTrainer(Base):  # type: ignore[misc]
         return [_Dealt(batch, part) for batch, part in zip(batches, self._shard(batches))], None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
-        """``shard`` counts."""
+        """``shard_batch`` counts."""
 
     def _shard(self, batches: Sequence[Mapping[str, Any]]) -> list[Any]:
         if not batches:
-            return agree([], self.mesh)
+            return sync_batches([], self.mesh)
         offer = self.model._longspan.offer
         given = [offer.with_targets(dict(batch.items())) for batch in batches]
         shifts = self._loss_shifts_labels if offer.loss_kind is None else not is_in_place(offer.loss_kind)
         shift = shifts and not is_pair(self.model)
-        parts: list[Any] = shard(given, self.mesh, shift=shift, dims=self.dims)
+        parts: list[Any] = shard_batch(given, self.mesh, shift=shift, dims=self.dims)
         return parts
 
     @contextmanager
     def _for_all_ranks(self) -> Iterator[None]:
-        """What fails on one rank (a row, a collator) where the others go on to ``shard`` is raised by all of them."""
+        """What fails on one rank (a row, a collator) where the others go on to ``shard_batch`` is raised by all of them."""
         try:
             yield
         except Exception as error:
@@ -202,16 +202,16 @@ class LongTrainer(Base):  # type: ignore[misc]
     ) -> tuple[Tensor | None, Any, Any]:
         """The loss of the batch of all replicas and, unless ``prediction_loss_only``, its logits and labels, whole."""
         part = self._prepare_inputs(self._shard([inputs])[0])
-        labelled = bool(self.label_names) and all(inputs.get(name) is not None for name in self.label_names)
+        has_labels = bool(self.label_names) and all(inputs.get(name) is not None for name in self.label_names)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, part, return_outputs=True) if labelled else (None, model(**part))
+            loss, outputs = self.compute_loss(model, part, return_outputs=True) if has_labels else (None, model(**part))
         loss = None if loss is None else loss.detach().mean()
         if prediction_loss_only:
             return loss, None, None
         ignored = ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])
         step = part["longspan"]
         logits = tuple(self._put_together(name, x, step) for name, x in outputs.items() if name not in [*ignored, "loss"])
-        labels = tuple(self._of_all_replicas(inputs[name]) for name in self.label_names) if labelled else None
+        labels = tuple(self._of_all_replicas(inputs[name]) for name in self.label_names) if has_labels else None
         return loss, _alone(logits), _alone(labels)
 
     def _put_together(self, name: str, mine: Any, step: Any) -> Any:

@@ -1,7 +1,7 @@
 """Local attention over bands, forward and backward: one kernel a file, all with the interface of ``protocol.py``.
 
-    reference  dense fp64, the oracle           sdpa  PyTorch's fused flash operators
-    online     blocked softmax: softcap, bias, unequal dims, any dtype           flex  compiled block masks, CUDA only
+reference  dense fp64, the oracle           sdpa  PyTorch's fused flash operators
+online     blocked softmax: softcap, bias, unequal dims, any dtype           flex  compiled block masks, CUDA only
 """
 
 import torch

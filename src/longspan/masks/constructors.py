@@ -163,8 +163,8 @@ class PrefixLM(Mask):
 
 
 @dataclass(frozen=True)
-class Sinks(Mask):
-    """Everybody sees the first ``n`` keys: Causal() & (Window(255) | Sinks(4)) keeps four tokens in sight for ever."""
+class SinkTokens(Mask):
+    """Everybody sees the first ``n`` keys: Causal() & (Window(255) | SinkTokens(4)) keeps four tokens in sight for ever."""
 
     n: int
 
@@ -176,7 +176,7 @@ class Sinks(Mask):
 
 
 @dataclass(frozen=True)
-class Only(Mask):
+class Span(Mask):
     """The tokens of [start, stop) see each other; those outside, padding, see nothing and are not seen."""
 
     start: int

@@ -1,9 +1,9 @@
 """The tools that cost least time of those with which a step fits into a budget. Knows configs and the closed form, not tensors.
 
-    config of a model  -->  sizes  -->  no tool                          |  the first whose footprint fits,
-                                        tiles                            |  in the order of what they cost
-                                        tiles, zero=2                    |
-                                        tiles, attention kept  ...       v
+config of a model  -->  sizes  -->  no tool                          |  the first whose footprint fits,
+                                    tiles                            |  in the order of what they cost
+                                    tiles, zero=2                    |
+                                    tiles, attention kept  ...       v
 """
 
 import inspect
@@ -101,7 +101,7 @@ def cheapest(
 ) -> Choice:
     """The first of the sets of tools whose step fits into ``budget`` bytes a rank; the smallest where none does."""
     tiles = {"tile_tokens": TILE_TOKENS} | ({"return_logits": False} if whole_logits else {})
-    kept = tiles | {"recompute": "keep attention"}
+    kept = tiles | {"recompute": "selective"}
     tried: list[dict[str, Any]] = [{}, tiles, {"zero": 2} | tiles, kept, {"zero": 2} | kept, {"zero": 3} | kept]
     if sharded:
         tried = [{"zero": 2}, *(tools for tools in tried if "zero" in tools)]

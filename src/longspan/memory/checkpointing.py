@@ -3,7 +3,7 @@
     block(x)        none    everything that its backward needs is kept
                     full    x is kept, all else computed again in the backward
 
-    checkpoint(block, x, use_reentrant=False, context_fn=keep_attention)          a block that calls attend_once
+    checkpoint(block, x, use_reentrant=False, context_fn=selective_context)          a block that calls attend_once
 
                       norm, q, k, v      attention                    out, feed-forward
       forward         compute, drop      exchange, attend, exchange   compute, drop
@@ -41,7 +41,7 @@ from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import KernelFunction
 from longspan.masks.constructors import Causal, Mask
 
-Recompute = Literal["none", "full", "keep attention"]
+Recompute = Literal["none", "full", "selective"]
 """What a block computes again in its backward: nothing, everything, or everything but attention and its exchanges."""
 AWAY_BYTES = 2**20
 """What is smaller stays: a copy would cost more than it frees."""
@@ -69,7 +69,7 @@ def attend_once(
     key_tokens: int | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    sinks: Float[Tensor, " sink_heads"] | None = None,
+    sink_logits: Float[Tensor, " sink_heads"] | None = None,
     bias: Bias | None = None,
     kernel: str | Kernel | KernelFunction = "auto",
     head_chunks: int = 1,
@@ -78,16 +78,16 @@ def attend_once(
 
     Equals ``attend`` of the same arguments, gradients included, and sends twice as much in the backward pass: q, k and v, which
     are not kept on the heads' side, and the output come with the gradient. Give it to a model as its attention,
-    ``Decoder(config, attention=attend_once)``, and checkpoint with ``keep_attention``.
+    ``Decoder(config, attention=attend_once)``, and checkpoint with ``selective``.
     """
     q, k, v, parameters, plan = prepare(
-        q, k, v, mask, mesh, tokens, key_tokens, scale, softcap, sinks, bias, kernel, head_chunks
+        q, k, v, mask, mesh, tokens, key_tokens, scale, softcap, sink_logits, bias, kernel, head_chunks
     )
-    out: Tensor = kept_attention(q, k, v, sinks, parameters, plan.chunks)[0]
+    out: Tensor = kept_attention(q, k, v, sink_logits, parameters, plan.chunks)[0]
     return out
 
 
-def keep_attention() -> tuple[Any, Any]:
+def selective_context() -> tuple[Any, Any]:
     """The ``context_fn`` of a ``torch.utils.checkpoint.checkpoint`` that computes all again but ``attend_once``.
 
     The gradients are those without a checkpoint. Plain ``attend`` is computed again, its exchanges too.
@@ -99,12 +99,12 @@ def keep_attention() -> tuple[Any, Any]:
 def recompute(block: nn.Module, what: Recompute) -> None:
     """Let ``block`` keep its inputs alone and compute again what its backward needs; ``vars(block).pop("forward")`` undoes it.
 
-    ``"keep attention"`` computes ``attend_once`` once, and ``attend`` again. Raises ModelError for an unknown word.
+    ``"selective"`` computes ``attend_once`` once, and ``attend`` again. Raises ModelError for an unknown word.
     """
     refuse_unknown(what)
     if what == "none":
         return
-    context: dict[str, Any] = {"context_fn": keep_attention} if what == "keep attention" else {}
+    context: dict[str, Any] = {"context_fn": selective_context} if what == "selective" else {}
     vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False, **context)
 
 

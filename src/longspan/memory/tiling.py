@@ -134,9 +134,7 @@ class _Kept(torch.autograd.Function):
 
 class _Tiles(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, run: Run, tokens: int, lead: torch.Size | None, kept: Any, x: Tensor, *parameters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, run: Run, tokens: int, lead: torch.Size | None, kept: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         x_RM = x.reshape(-1, x.shape[-1])
         ctx.run, ctx.tiles = run, [slice(start, start + tokens) for start in range(0, len(x_RM), tokens)]
         ctx.autocast, ctx.random = _autocast_of(x), _Random(x.device)

@@ -24,13 +24,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from longspan.attention.api import attend
-from longspan.batch.context import Step
+from longspan.batch.context import BatchInfo
 from longspan.distributed.layout import Heads
 from longspan.errors import ModelError
 from longspan.kernels.matmul import Linear, linear
 from longspan.loss import linear_cross_entropy
 from longspan.masks.constructors import Causal
-from longspan.memory.checkpointing import keep_attention
+from longspan.memory.checkpointing import selective_context
 from longspan.planner.memory import Sizes
 
 TURNED_TOKENS = 2_048
@@ -80,9 +80,7 @@ class DecoderConfig(Sizes):
 PRESETS: dict[str, DecoderConfig] = {
     "tiny": DecoderConfig(vocab=256, layers=2, hidden=256, heads=4, kv_heads=2, head_dim=16, ffn=768, rope_theta=10_000.0),
     "small": DecoderConfig(vocab=256, layers=12, hidden=768, heads=12, kv_heads=4, head_dim=64, ffn=2_048),
-    "llama-1b": DecoderConfig(
-        vocab=128_256, layers=16, hidden=2_048, heads=32, kv_heads=8, head_dim=64, ffn=8_192, tied=True
-    ),
+    "llama-1b": DecoderConfig(vocab=128_256, layers=16, hidden=2_048, heads=32, kv_heads=8, head_dim=64, ffn=8_192, tied=True),
     "llama-8b": DecoderConfig(vocab=128_256, layers=32, hidden=4_096, heads=32, kv_heads=8, head_dim=128, ffn=14_336),
     "llama-70b": DecoderConfig(vocab=128_256, layers=80, hidden=8_192, heads=64, kv_heads=8, head_dim=128, ffn=28_672),
 }
@@ -164,12 +162,12 @@ class Decoder(nn.Module):
         labels: Int[Tensor, "rows my_tokens"] | None = None,
         shift_labels: Int[Tensor, "rows my_tokens"] | None = None,
         position_ids: Int[Tensor, "rows my_tokens"] | None = None,
-        longspan: Step | None = None,
+        longspan: BatchInfo | None = None,
     ) -> Output:
-        """``model(**shard(batch, mesh))`` on a rank, ``model(input_ids=ids, labels=ids)`` on one device.
+        """``model(**shard_batch(batch, mesh))`` on a rank, ``model(input_ids=ids, labels=ids)`` on one device.
 
         ``labels`` are the ids themselves and are shifted here; a rank that has only a part of a row needs ``shift_labels``
-        (shifted on the whole row, which ``shard`` does). ``position_ids`` are global and count from 0 by default.
+        (shifted on the whole row, which ``shard_batch`` does). ``position_ids`` are global and count from 0 by default.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
@@ -181,10 +179,10 @@ class Decoder(nn.Module):
         targets = _targets(labels, shift_labels, longspan)
         if targets is None:
             return Output(None, hidden, self.head)
-        labelled = longspan.labelled if longspan else None
-        return Output(self.cross_entropy(hidden, self.head.weight, targets, labelled=labelled), hidden, self.head)
+        num_labels = longspan.num_labels if longspan else None
+        return Output(self.cross_entropy(hidden, self.head.weight, targets, num_labels=num_labels), hidden, self.head)
 
-    def _mix(self, position_ids: Tensor, dtype: torch.dtype, step: Step | None) -> Mix:
+    def _mix(self, position_ids: Tensor, dtype: torch.dtype, step: BatchInfo | None) -> Mix:
         cos, sin = rope(position_ids, self.config.head_dim, self.config.rope_theta, dtype)
         mask = Causal() if step is None else step.mask_for(Causal())
         tokens = None if step is None else step.tokens
@@ -232,7 +230,7 @@ class Block(nn.Module):
         sum_RM = torch.zeros_like(n_RM)
         for chunk in self.chunks:
             sum_RM += checkpoint(
-                self._attend_chunk, n_RM, mix, n_BSM.shape[:2], *chunk, use_reentrant=False, context_fn=keep_attention
+                self._attend_chunk, n_RM, mix, n_BSM.shape[:2], *chunk, use_reentrant=False, context_fn=selective_context
             )
         return sum_RM.view(n_BSM.shape)
 
@@ -334,12 +332,12 @@ def _share(whole: Tensor, like: DTensor) -> DTensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _targets(labels: Tensor | None, shift_labels: Tensor | None, step: Step | None) -> Tensor | None:
+def _targets(labels: Tensor | None, shift_labels: Tensor | None, step: BatchInfo | None) -> Tensor | None:
     if shift_labels is not None or labels is None:
         return shift_labels
     if step is not None:
         raise ModelError(
             "the decoder predicts the next token, but its batch was cut with shift=False, and labels cannot be shifted after "
-            "the cut; use shard(batch, mesh, shift=True)"
+            "the cut; use shard_batch(batch, mesh, shift=True)"
         )
     return F.pad(labels[:, 1:], (0, 1), value=-100)

@@ -77,7 +77,7 @@ def footprint(
     residual, norms, feed = 2 * hidden, (2 if tiled else 4) * hidden, 0 if tiled else 4 * ffn
     exchanged, home = (query + 2 * key) + query, query  # q, k, v and the output of my heads; the output of my tokens
     layer = residual + norms + feed + exchanged + home
-    kept_of_layer = {"none": layer, "full": hidden, "keep attention": hidden + query}[recompute]
+    kept_of_layer = {"none": layer, "full": hidden, "selective": hidden + query}[recompute]
     angles = sizes.head_dim * n * WIDE
     lse = sizes.heads * n * WIDE * (recompute != "full")
     kept = (sizes.layers * kept_of_layer + hidden + (1 if tiled else 2) * hidden) * n * itemsize + angles + sizes.layers * lse
@@ -88,7 +88,7 @@ def footprint(
     at_the_end = max(0, finished - let_go)
 
     # What is there again of a layer, while its backward runs
-    again = norms + hidden + feed + {"none": 0, "full": exchanged + home, "keep attention": query + 2 * key}[recompute]
+    again = norms + hidden + feed + {"none": 0, "full": exchanged + home, "selective": query + 2 * key}[recompute]
     again *= recompute != "none"
     words = min(sizes.vocab, LOSS_WORDS)
     narrow = itemsize if itemsize < WIDE else 0  # the products, and the gradient's, beside those that are summed
@@ -116,7 +116,7 @@ def _attending(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, it
     query, key = sizes.heads * dim // chunks, sizes.kv_heads * dim // chunks  # of my tokens
     mine, mine_kv = (ranks * dim * -(-heads // chunks // ranks) for heads in (sizes.heads, sizes.kv_heads))  # of my heads
     partial = (mine + 2 * mine_kv) * WIDE
-    if recompute != "keep attention" and chunks == 1:
+    if recompute != "selective" and chunks == 1:
         there = 0 if recompute == "none" else 2 * hidden + (query + 2 * key) + query
         return n * ((there + query) * itemsize + partial + partial)  # its own results are as large as those they are added to
     flash = partial + mine * itemsize  # and a copy of the gradient that lies as it reads it
