@@ -1,4 +1,4 @@
-"""The verdict on law 1: it holds for every layout, and it fails where something is off."""
+"""The verdict on guarantee 1: it holds for every layout, and it fails where something is wrong."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def verdict(config: Check, tmp_path: Path, work: str = "into_a_file") -> tuple[i
     ],
     ids=["2x2", "1x4-gqa", "ring-2x2", "3x1-zero-3", "a-replica-without-a-row", "1x3-bf16", "one-rank"],
 )
-def test_the_law_holds(config: Check, tmp_path: Path) -> None:
+def test_guarantee_1_holds(config: Check, tmp_path: Path) -> None:
     code, lines = verdict(config, tmp_path)
     assert {words[-1] for words in lines.values()} == {"holds"}
     assert code == 0
@@ -94,7 +94,9 @@ def hugging_face(folder: Path, model: str, **more: Any) -> str:
         ("llama", {"num_key_value_heads": 1}, {"dtype": "bf16", "tokens": 64, "layers": 1}, 0),
     ],
 )
-def test_the_law_holds_for_a_hugging_face_model(model: str, more: Any, settings: Any, parameters: int, tmp_path: Path) -> None:
+def test_guarantee_1_holds_for_a_hugging_face_model(
+    model: str, more: Any, settings: Any, parameters: int, tmp_path: Path
+) -> None:
     config = replace(SMALL, layers=None, model=hugging_face(tmp_path / "model", model, **more))
     code, lines = verdict(replace(config, **settings), tmp_path)
     assert {words[-1] for words in lines.values()} == {"holds"}
@@ -164,11 +166,11 @@ def the_loss_of_one_rank_is_nan(job: Any) -> int:
         ("the_loss_of_one_rank_is_nan", ["loss"]),
     ],
 )
-def test_a_fault_of_any_rank_fails_the_law(work: str, fails: list[str], tmp_path: Path) -> None:
+def test_a_fault_of_any_rank_fails_guarantee_1(work: str, fails: list[str], tmp_path: Path) -> None:
     code, lines = verdict(SMALL, tmp_path, work)
     assert [what for what, words in lines.items() if words[-1] == "FAILS"] == fails
     assert code == 1
-    assert "The law FAILS on this machine." in (tmp_path / "said0").read_text()
+    assert "Guarantee 1 FAILS on this machine." in (tmp_path / "said0").read_text()
 
 
 def test_the_smallest_batch_has_a_label(tmp_path: Path) -> None:

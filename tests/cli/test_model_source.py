@@ -10,10 +10,10 @@ import transformers
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
-from longspan.cli import model_source as recipes
-from longspan.cli.model_source import DecoderRecipe
+from longspan.cli import model_source
+from longspan.cli.model_source import DecoderSource
 from longspan.distributed.mesh import ParallelMesh
-from longspan.hf.source import FolderRecipe
+from longspan.hf.source import FolderSource
 from longspan.models.decoder import DecoderConfig
 from longspan.parallelize import parallelize
 from tests.helpers.ranks import on_ranks
@@ -27,45 +27,45 @@ OURS = DecoderConfig(vocab=97, layers=2, hidden=32, heads=4, kv_heads=2, head_di
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_llama_costs_what_our_decoder_of_its_shape_costs(tied: bool) -> None:
-    ours = DecoderRecipe(DecoderConfig(**{**vars(OURS), "tied": tied}))
-    theirs = FolderRecipe(LlamaConfig(**SHAPE, tie_word_embeddings=tied), None)
+    ours = DecoderSource(DecoderConfig(**{**vars(OURS), "tied": tied}))
+    theirs = FolderSource(LlamaConfig(**SHAPE, tie_word_embeddings=tied), None)
     assert theirs.flops_per_token(1000) == ours.flops_per_token(1000)
     assert (theirs.heads, theirs.vocab) == (ours.heads, ours.vocab)
-    for recipe in (ours, theirs):
-        assert recipe.summary.endswith(f"{ours.config.parameters:,} parameters")
+    for source in (ours, theirs):
+        assert source.summary.endswith(f"{ours.config.parameters:,} parameters")
 
 
 def test_a_token_is_sent_to_some_experts_only() -> None:
     configs = [MixtralConfig(**SHAPE, num_local_experts=experts, num_experts_per_tok=2) for experts in (2, 4)]
-    two, four = (FolderRecipe(config, None).flops_per_token(10) for config in configs)
+    two, four = (FolderSource(config, None).flops_per_token(10) for config in configs)
     assert four - two == 6 * 2 * 2 * 32  # the router's rows for two more experts, in two layers
 
 
-@pytest.mark.parametrize("recipe", [DecoderRecipe(OURS), FolderRecipe(LlamaConfig(**SHAPE, rope_theta=3e4), None)])
-def test_a_recipe_is_made_again_from_what_it_says(recipe: Any) -> None:
-    said = json.loads(json.dumps(recipe.described()))
-    assert said == recipe.described()
-    again = recipes.from_description(said)
+@pytest.mark.parametrize("source", [DecoderSource(OURS), FolderSource(LlamaConfig(**SHAPE, rope_theta=3e4), None)])
+def test_a_source_is_made_again_from_its_description(source: Any) -> None:
+    said = json.loads(json.dumps(source.described()))
+    assert said == source.described()
+    again = model_source.from_description(said)
     assert again.described() == said
-    assert again.summary == recipe.summary
-    first, second = recipe.build(3), again.build(3)
+    assert again.summary == source.summary
+    first, second = source.build(3), again.build(3)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def written(folder: str, out: str) -> None:
-    mesh, recipe = ParallelMesh(), recipes.named(f"hf:{folder}")
-    model = parallelize(recipe.build(0, 3), mesh, 3)
-    assert recipe.export(model, Path(out), recipe.tokenizer, mesh)
+    mesh, source = ParallelMesh(), model_source.from_name(f"hf:{folder}")
+    model = parallelize(source.build(0, 3), mesh, 3)
+    assert source.export(model, Path(out), source.tokenizer, mesh)
 
 
 def test_the_folder_s_tokenizer_is_the_default_and_goes_back_with_the_model(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
-    assert recipes.named(f"hf:{folder}").tokenizer == "bytes"
+    assert model_source.from_name(f"hf:{folder}").tokenizer == "bytes"
     backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?").save_pretrained(folder)
     transformers.GenerationConfig(max_new_tokens=7).save_pretrained(folder)
-    assert recipes.named(f"hf:{folder}").tokenizer == str(folder)
+    assert model_source.from_name(f"hf:{folder}").tokenizer == str(folder)
     on_ranks(2, written, str(folder), str(tmp_path / "out"), tmp_path=tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == {"a": 0, "b": 1, "?": 2}
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 7

@@ -143,7 +143,7 @@ def test_refusals_of_a_missing_field_name_those_that_there_are(ending: str, tmp_
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (b'{"text": "x"', "is not valid JSON: Expecting ',' delimiter: line 1 column 13 (char 12); mend the line"),
+        (b'{"text": "x"', "is not valid JSON: Expecting ',' delimiter: line 1 column 13 (char 12); repair the line"),
         (b'{"text": "\xff"}', "is not valid JSON: 'utf-8' codec can't decode byte 0xff"),
         (b'["x"]', "holds a JSON list; it must hold an object with the field 'text'"),
         (b"{}", "has no field 'text'; there is none: choose with --text-field"),
@@ -161,7 +161,7 @@ def test_refusals_of_damaged_files(ending: str, damage: Callable[[bytes], bytes]
     WRITERS[ending](path, as_lines(TEXTS))
     path.write_bytes(damage(path.read_bytes()))
     said = refusal(path)
-    unreadable = re.fullmatch(r"the data '.*' cannot be read: .+; mend it, or leave it out", said)
+    unreadable = re.fullmatch(r"the data '.*' cannot be read: .+; repair it, or leave it out", said)
     assert unreadable or (path.stat().st_size == 0 and "holds no text" in said)
 
 
@@ -172,14 +172,14 @@ def test_refusals_of_what_the_system_refuses(tmp_path: Path, monkeypatch: pytest
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_bytes", forbidden)
-    assert refusal(tmp_path / "a.txt").endswith("a.txt' cannot be read: Permission denied; mend it, or leave it out")
+    assert refusal(tmp_path / "a.txt").endswith("a.txt' cannot be read: Permission denied; repair it, or leave it out")
 
 
 @pytest.mark.parametrize("ending", [".jsonl.zst", ".parquet"])
 def test_refusals_without_pyarrow_say_how_to_get_it(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f"a{ending}").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert refusal(tmp_path / f"a{ending}").endswith("needs pyarrow, which is not here; pip install longspan[data]")
+    assert refusal(tmp_path / f"a{ending}").endswith("needs pyarrow, which is not installed; pip install longspan[data]")
 
 
 def test_refusal_of_a_python_without_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,12 @@
-"""Law 1 on this machine: the loss, every gradient, the norm and the traffic of a layout, beside those of one device.
+"""``longspan check``: compares loss, gradients, gradient norm and traffic of a layout with those of one device (guarantee 1).
 
-    batch of random ids, unequally labelled
-        |-- whole, on every rank, one device's model -------------->  loss, gradients, norm
-        |-- cut, over the ranks, the same model parallelized ------>  loss, gradients, norm, traffic (of a decoder)
+    batch of random ids, rows with different numbers of labels
+        |-- whole, on every rank, the model of one device --------->  loss, gradients, norm
+        |-- sharded over the ranks, the model parallelized -------->  loss, gradients, norm, traffic (decoder only)
                                                                           each line: found, expected, error, bound, verdict
 
-Dropout is off: the law is stated without. One device's loss is ``cross_entropy`` of its logits: a Hugging Face model would
-compute its own in fp32.
+Dropout is off, because the guarantee is stated at dropout 0. The loss of one device is ``cross_entropy`` of its logits: a
+Hugging Face model would compute its own loss in fp32.
 """
 
 import math
@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor
 
 from longspan.attention.ring import plan_hops
 from longspan.batch.shard import IGNORE, Part, shard_batch
-from longspan.cli import model_source as recipes
+from longspan.cli import model_source
 from longspan.cli.config import Check
-from longspan.cli.model_source import DecoderRecipe, Recipe
+from longspan.cli.model_source import DecoderSource, ModelSource
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.consensus import together
 from longspan.distributed.grad_sync import grad_norm
@@ -48,13 +48,13 @@ from longspan.parallelize import parallelize
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 FLOOR = 1e-3
-"""A gradient is compared with its own size, or with this share of all gradients' norm where that is larger."""
+"""A gradient's error is relative to its own norm, or to this fraction of the global gradient norm where that is larger."""
 BF16_RATIO = 1.2
 BF16_SEEDS = 8
 
 
 class Line(NamedTuple):
-    """One line of the verdict: what was compared, what was found and expected, and how far off it may be."""
+    """One comparison: its name, the found and the expected value, the error and the largest error that passes."""
 
     what: str
     found: str
@@ -64,13 +64,13 @@ class Line(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """NaN holds nothing."""
+        """Whether the error is within the bound; NaN is not."""
         return self.error <= self.bound
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one forward and backward gave on this rank."""
+    """Loss, full gradients (fp64) and gradient norm of one forward and backward on this rank."""
 
     loss: float
     grads: dict[str, Tensor]
@@ -78,22 +78,29 @@ class Outcome:
 
 
 def work(config: Check) -> int:
-    """Print the verdict on the lead rank; 0 where the law holds, 1 where it does not."""
+    """Run the check on this rank and print the table on rank 0.
+
+    Returns:
+        The exit code, equal on every rank: 0 where the guarantee holds, 1 where it does not.
+
+    Raises:
+        LongspanError: a layout or model that cannot run; raised on every rank with the same text.
+    """
     mesh = ParallelMesh(config.ulysses, config.ring, transport=CountingTransport(TorchTransport()))
     with together(mesh):
-        recipe = recipes.named(config.model, config.layers, config.heads, config.kv_heads)
-    lines = _pooled(config, recipe, mesh) if config.dtype == "bf16" else _exact(config, recipe, mesh)
-    lines = _of_the_worst_rank(lines, mesh)
+        source = model_source.from_name(config.model, config.layers, config.heads, config.kv_heads)
+    lines = _pooled(config, source, mesh) if config.dtype == "bf16" else _exact(config, source, mesh)
+    lines = _worst_of_all_ranks(lines, mesh)
     holds = all(line.holds for line in lines)
     if dist.get_rank() == 0:
-        _print(config, recipe, mesh, lines, holds)
+        _print(config, source, mesh, lines, holds)
     return 0 if holds else 1
 
 
-def _exact(config: Check, recipe: Recipe, mesh: ParallelMesh) -> list[Line]:
+def _exact(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line]:
     dtype = torch.float64 if config.dtype == "fp64" else torch.float32
-    ours, traffic = _parallel(config, recipe, config.seed, dtype, mesh)  # first: it refuses what cannot be
-    one = _one_device(config, recipe, config.seed, dtype, mesh)
+    ours, traffic = _parallel(config, source, config.seed, dtype, mesh)  # first: it refuses what cannot be
+    one = _one_device(config, source, config.seed, dtype, mesh)
     worst = max(ours.grads, key=lambda name: _relative(ours.grads[name], one.grads[name], one.norm))
     bound = TOLERANCE[config.dtype]
     return [
@@ -106,18 +113,18 @@ def _exact(config: Check, recipe: Recipe, mesh: ParallelMesh) -> list[Line]:
             bound,
         ),
         Line("norm of all gradients", f"{ours.norm:.12g}", f"{one.norm:.12g}", abs(ours.norm - one.norm) / one.norm, bound),
-        *_traffic_lines(config, recipe, mesh, traffic, dtype.itemsize),
+        *_traffic_lines(config, source, mesh, traffic, dtype.itemsize),
     ]
 
 
-def _pooled(config: Check, recipe: Recipe, mesh: ParallelMesh) -> list[Line]:
-    """The error against fp64 of this layout in bf16 and of one device in bf16, over all parameters and seeds."""
+def _pooled(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line]:
+    """Compare the pooled bf16 gradient error of this layout with that of one device, both against fp64, over 8 seeds."""
     ours_squared = one_squared = 0.0
     loss_error = 0.0
     for seed in range(config.seed, config.seed + BF16_SEEDS):
-        truth = _one_device(config, recipe, seed, torch.float64, mesh)
-        one = _one_device(config, recipe, seed, torch.bfloat16, mesh)
-        ours, traffic = _parallel(config, recipe, seed, torch.bfloat16, mesh)
+        truth = _one_device(config, source, seed, torch.float64, mesh)
+        one = _one_device(config, source, seed, torch.bfloat16, mesh)
+        ours, traffic = _parallel(config, source, seed, torch.bfloat16, mesh)
         ours_squared += _squared_error(ours, truth)
         one_squared += _squared_error(one, truth)
         loss_error = max(loss_error, abs(ours.loss - one.loss) / abs(one.loss))
@@ -131,14 +138,14 @@ def _pooled(config: Check, recipe: Recipe, mesh: ParallelMesh) -> list[Line]:
             ratio,
             BF16_RATIO,
         ),
-        *_traffic_lines(config, recipe, mesh, traffic, torch.bfloat16.itemsize),
+        *_traffic_lines(config, source, mesh, traffic, torch.bfloat16.itemsize),
     ]
 
 
-def _one_device(config: Check, recipe: Recipe, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> Outcome:
-    model = _model(recipe, seed, dtype, mesh)
-    batch = _batch(config, recipe, seed, mesh.device)
-    labels = batch["labels"] if recipe.in_place else F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+def _one_device(config: Check, source: ModelSource, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> Outcome:
+    model = _model(source, seed, dtype, mesh)
+    batch = _batch(config, source, seed, mesh.device)
+    labels = batch["labels"] if source.in_place else F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     with _compute_in(dtype, mesh):
         loss = cross_entropy(model(input_ids=batch["input_ids"]).logits, labels)
     loss.backward()
@@ -146,14 +153,14 @@ def _one_device(config: Check, recipe: Recipe, seed: int, dtype: torch.dtype, me
 
 
 def _parallel(
-    config: Check, recipe: Recipe, seed: int, dtype: torch.dtype, mesh: ParallelMesh
+    config: Check, source: ModelSource, seed: int, dtype: torch.dtype, mesh: ParallelMesh
 ) -> tuple[Outcome, tuple[Traffic, Traffic]]:
     assert isinstance(mesh.transport, CountingTransport)
-    model = parallelize(_model(recipe, seed, dtype, mesh), mesh, **config.tools)
+    model = parallelize(_model(source, seed, dtype, mesh), mesh, **config.tools)
     mine = consecutive(split(config.rows, mesh.place.data))[mesh.place.data_rank]
-    whole = _batch(config, recipe, seed, mesh.device)
+    whole = _batch(config, source, seed, mesh.device)
     rows = {name: tensor[mine.start : mine.stop] for name, tensor in whole.items()}
-    part: Part = shard_batch(rows, mesh, shift=not recipe.in_place)
+    part: Part = shard_batch(rows, mesh, shift=not source.in_place)
     before = mesh.transport.traffic
     with _compute_in(dtype, mesh):
         loss = _loss(model, part, mesh)
@@ -164,7 +171,7 @@ def _parallel(
 
 
 def _loss(model: Any, part: Part, mesh: ParallelMesh) -> Tensor:
-    """The model's own loss over all ranks; of one that computes another from this rank's tokens, that of its logits."""
+    """The model's own loss over all ranks; cross-entropy of its logits where its own loss is not per token."""
     if getattr(model._longspan.offer, "loss_kind", "ours") is not None:
         loss: Tensor = model(**part).loss
         return loss
@@ -173,9 +180,9 @@ def _loss(model: Any, part: Part, mesh: ParallelMesh) -> Tensor:
     return cross_entropy(model(**inputs).logits, labels, mesh=mesh, num_labels=part["longspan"].num_labels)
 
 
-def _model(recipe: Recipe, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> nn.Module:
-    """Parameters are fp64 for fp64, else fp32: bf16 is what the forward and backward compute in, as in training."""
-    model = recipe.build(seed, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+def _model(source: ModelSource, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> nn.Module:
+    """The model with fp64 parameters for fp64, else fp32: bf16 is the compute dtype of autocast, as in training."""
+    model = source.build(seed, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     return model.to(mesh.device).eval()
 
 
@@ -183,13 +190,16 @@ def _compute_in(dtype: torch.dtype, mesh: ParallelMesh) -> AbstractContextManage
     return torch.autocast(mesh.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
-def _batch(config: Check, recipe: Recipe, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """Random ids, of which each row has another share labelled, the last row none in its second half, and one always."""
+def _batch(config: Check, source: ModelSource, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """Random ids and labels; rows differ in how many labels they have, and one token of the batch always has one.
+
+    The last row has no labels in its second half.
+    """
     random = torch.Generator().manual_seed(seed)
-    plain = torch.tensor([token for token in range(recipe.vocab) if token not in recipe.special])
+    plain = torch.tensor([token for token in range(source.vocab) if token not in source.special])
     ids = plain[torch.randint(len(plain), (config.rows, config.tokens), generator=random)]
-    share = (1 + torch.arange(config.rows)[:, None]) / config.rows
-    labels = ids.where(torch.rand(ids.shape, generator=random) < share, IGNORE)
+    labelled_fraction = (1 + torch.arange(config.rows)[:, None]) / config.rows
+    labels = ids.where(torch.rand(ids.shape, generator=random) < labelled_fraction, IGNORE)
     labels[-1, (config.tokens + 1) // 2 :] = IGNORE
     labels[0, 1] = ids[0, 1]
     return {"input_ids": ids.to(device), "labels": labels.to(device)}
@@ -216,10 +226,10 @@ def _minus(after: Traffic, before: Traffic) -> Traffic:
 
 
 def _traffic_lines(
-    config: Check, recipe: Recipe, mesh: ParallelMesh, found: tuple[Traffic, Traffic], itemsize: int
+    config: Check, source: ModelSource, mesh: ParallelMesh, found: tuple[Traffic, Traffic], itemsize: int
 ) -> list[Line]:
-    """Of a decoder, whose layers are alike and causal: the closed form needs to know them."""
-    return _decoder_traffic(config, recipe.config, mesh, found, itemsize) if isinstance(recipe, DecoderRecipe) else []
+    """Found and predicted traffic a layer; only for the decoder, whose layers are all causal and of one shape."""
+    return _decoder_traffic(config, source.config, mesh, found, itemsize) if isinstance(source, DecoderSource) else []
 
 
 def _decoder_traffic(
@@ -246,20 +256,20 @@ def _decoder_traffic(
     lines = []
     for way, counted, formula in zip(("forward", "backward"), found, (forward, backward)):
         for what in ("collectives", "bytes"):
-            a_layer, law = getattr(counted, what) / shape.layers, getattr(formula, what)
-            lines.append(Line(f"{what} a layer, {way}", f"{a_layer:,.10g}", f"{law:,}", abs(a_layer - law), 0.0))
+            a_layer, expected = getattr(counted, what) / shape.layers, getattr(formula, what)
+            lines.append(Line(f"{what} a layer, {way}", f"{a_layer:,.10g}", f"{expected:,}", abs(a_layer - expected), 0.0))
     return lines
 
 
-def _of_the_worst_rank(lines: list[Line], mesh: ParallelMesh) -> list[Line]:
-    """Each line as the rank meets it that is furthest off; every rank gives the same verdict."""
+def _worst_of_all_ranks(lines: list[Line], mesh: ParallelMesh) -> list[Line]:
+    """Each line from the rank with the largest error, so that every rank gives the same verdict."""
     everyone: list[list[Line]] = [lines] * mesh.degree
     if mesh.degree > 1:
         dist.all_gather_object(everyone, lines, group=mesh.agreement_group)
     return [max(same, key=lambda line: math.inf if math.isnan(line.error) else line.error) for same in zip(*everyone)]
 
 
-def _print(config: Check, recipe: Recipe, mesh: ParallelMesh, lines: list[Line], holds: bool) -> None:
+def _print(config: Check, source: ModelSource, mesh: ParallelMesh, lines: list[Line], holds: bool) -> None:
     place = mesh.place
     table = Table("", "found", "expected", "error", "bound", "verdict", box=None, pad_edge=False)
     for line in lines:
@@ -269,8 +279,8 @@ def _print(config: Check, recipe: Recipe, mesh: ParallelMesh, lines: list[Line],
     console.print(
         f"{mesh.degree} ranks = data {place.data} x ring {place.ring} x ulysses {place.ulysses}, zero={config.zero}, "
         f"{config.dtype}: "
-        f"{config.rows} rows of {config.tokens:,} tokens, {recipe.summary}",
+        f"{config.rows} rows of {config.tokens:,} tokens, {source.summary}",
         highlight=False,
     )
     console.print(table, highlight=False)
-    console.print("[green]The law holds.[/]" if holds else "[red]The law FAILS on this machine.[/]", highlight=False)
+    console.print("[green]Guarantee 1 holds.[/]" if holds else "[red]Guarantee 1 FAILS on this machine.[/]", highlight=False)

@@ -1,12 +1,12 @@
-"""The state of a run on disk: whole, or not there. Knows folders and state dicts; nothing of steps, losses or data.
+"""Sharded, atomic checkpoints of a training run (PyTorch distributed checkpoint). Knows nothing of losses or data.
 
     runs/NAME/checkpoints/
-        .step-000150        being written by every rank, each its share
-        step-000100/        renamed when all of it is on disk:  .metadata  __0_0.distcp  __1_0.distcp ...  run.json
-        latest              the name of the newest, replaced last
+        .step-000150        a draft that every rank is writing its shards to
+        step-000100/        complete, renamed from its draft:  .metadata  __0_0.distcp  __1_0.distcp ...  run.json
+        latest              the name of the newest complete checkpoint, replaced last
 
-Tensors go through PyTorch's distributed checkpoint, so any number of ranks reads what any other number wrote;
-``run.json`` holds what is not a tensor, and can be read without one.
+A checkpoint can be loaded on any number of ranks and under any ZeRO stage. ``run.json`` holds what is not a tensor (step,
+model description, data, settings) and is read without loading a tensor.
 """
 
 import errno
@@ -48,9 +48,10 @@ def save(
     mesh: ParallelMesh,
     keep: int,
 ) -> None:
-    """Write the checkpoint of ``step`` and let the newest ``keep`` stay. Every rank calls it.
+    """Write the checkpoint of ``step`` and remove all but the newest ``keep``. Every rank calls it.
 
-    Raises RunError on every rank alike where one of them cannot write; then nothing of this checkpoint stays.
+    Raises:
+        RunError: a rank cannot write (full disk, quota); raised on every rank, and the draft is removed.
     """
     folder = run / "checkpoints"
     written, final = folder / f".step-{step:06d}", folder / f"step-{step:06d}"
@@ -80,9 +81,12 @@ def _step_of(path: Path) -> int:
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Read the weights of a checkpoint into ``model``; with an ``optimizer``, all that training needs to go on bit by bit.
+    """Load the weights into ``model``; with an ``optimizer`` also its states and the random state, to resume bit for bit.
 
-    Every rank calls it; one process without ranks may, too. Raises RunError for a checkpoint that is damaged.
+    Every rank calls it, or one process without a process group.
+
+    Raises:
+        RunError: the checkpoint is damaged.
     """
     tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
@@ -98,7 +102,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """What is known of a checkpoint beside its tensors. Raises RunError where it is damaged."""
+    """The contents of ``run.json``. Raises RunError where it cannot be read."""
     try:
         held: dict[str, Any] = json.loads((path / FACTS).read_text())
     except (OSError, ValueError) as error:
@@ -107,7 +111,7 @@ def facts(path: Path) -> dict[str, Any]:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; None where it wrote none yet."""
+    """The newest complete checkpoint of a run, or None."""
     folder = run / "checkpoints"
     try:
         return folder / (folder / LATEST).read_text().strip()
@@ -116,7 +120,7 @@ def newest(run: Path) -> Path | None:
 
 
 def find(name: str, runs_folder: str) -> Path:
-    """The checkpoint that is meant: its folder, the newest of a run (by name or folder), or of the latest run."""
+    """The checkpoint that ``name`` means: a checkpoint's folder, or the newest one of a run (name, folder or ``latest``)."""
     if (Path(name) / FACTS).is_file():
         return Path(name)
     is_run = (Path(name) / "config.json").is_file()
@@ -128,7 +132,7 @@ def find(name: str, runs_folder: str) -> Path:
 
 
 def refuse_differences(path: Path, what: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Raise RunError, naming the fields, where a checkpoint is of another ``what`` (model, text) than was asked for."""
+    """Raise RunError with the fields in which the checkpoint's ``what`` (model, text, optimizer) differs from this run's."""
     different = [name for name in mine if theirs.get(name) != mine[name]]
     if different:
         listed = ", ".join(f"{name} is {theirs.get(name)}, not {mine[name]}" for name in different)
@@ -137,7 +141,7 @@ def refuse_differences(path: Path, what: str, theirs: dict[str, Any], mine: dict
 
 @contextmanager
 def _all_or_none(written: Path, mesh: ParallelMesh) -> Iterator[None]:
-    """What fails on one rank's disk fails on all, with one text and nothing left behind."""
+    """Raise a write error of any rank on every rank with the same text, and remove the draft."""
     error: RunError | None = None
     try:
         yield
@@ -157,7 +161,7 @@ def _all_or_none(written: Path, mesh: ParallelMesh) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what lies at the bottom of an exception: the system's own words, where it was the system."""
+    """The first line of the underlying error; the operating system's own text where it is an OSError."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
@@ -166,7 +170,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a small file as a whole."""
+    """Replace a small file atomically."""
     draft = path.with_name(f".{path.name}")
     with open(draft, "w") as file:
         file.write(text)

@@ -1,11 +1,11 @@
-"""What each verb can be asked: frozen, flat, one meaning for the whole run, checked at birth.
+"""Settings of each verb: frozen, flat dataclasses, validated on construction.
 
     flags  --\\
     FILE   ---+-->  Train(ranks=2, ulysses=2, tokens=8192, ...)  --json-->  runs/NAME/config.json  --json-->  --resume NAME
     default -/
 
-A number is that of the whole run, never of one rank: ``rows_per_step`` counts the rows of all replicas and micro-batches. Knows
-names and legal values; nothing of processes or tensors.
+A number counts for the whole run, never for one rank: ``rows_per_step`` is the rows of all replicas and micro-batches. This
+file knows names and legal values; nothing of processes or tensors, and it imports no torch.
 """
 
 import json
@@ -19,7 +19,7 @@ from tyro.conf import Positional
 from longspan.errors import RunError
 
 PRESETS = ("tiny", "small", "llama-1b", "llama-8b", "llama-70b")
-"""The names of ``models.decoder.PRESETS``, which this file does not import: ``--help`` need not wait for torch."""
+"""The names of ``models.decoder.PRESETS``, repeated here so that ``--help`` does not import torch."""
 
 LATEST = "latest"
 """What ``--resume`` and ``evaluate`` take where no run is named."""
@@ -27,12 +27,12 @@ LATEST = "latest"
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where a verb runs: what all verbs have in common."""
+    """Settings of every verb: processes and debugging."""
 
     ranks: int | None = None
-    """Ranks to start on this machine (default: as many as one sequence needs). Under torchrun it joins those that are there."""
+    """Ranks to start on this machine. Under torchrun or another launcher its ranks are used instead."""
     debug: bool = False
-    """Show the traceback of an error, not only its sentence."""
+    """Show the traceback of an error beside its message."""
 
     def __post_init__(self) -> None:
         _legal_choices(self)
@@ -45,20 +45,20 @@ class Ranks:
 
     @property
     def after_a_death(self) -> str:
-        """What to do when a rank died, to be said after what happened."""
+        """The advice that is printed behind the message of a rank that died."""
         return ""
 
 
 @dataclass(frozen=True)
 class Layout(Ranks):
-    """How the ranks share the work."""
+    """Parallel layout, ZeRO stage and memory options."""
 
     ulysses: int = 2
-    """Ranks that hold one sequence together and trade tokens for heads. The other ranks are data replicas."""
+    """Degree of Ulysses sequence parallelism: an all-to-all turns shards of tokens into shards of heads around attention."""
     ring: int = 1
-    """Rings of such ranks that hold one sequence together, where the heads are fewer than the ranks."""
+    """Degree of ring attention (context parallelism): key/value blocks pass from rank to rank. For more ranks than heads."""
     zero: Literal[0, 2, 3] = 0
-    """0: every rank holds all. 2: gradients and optimizer states are sharded over all ranks; 3: parameters too (FSDP2)."""
+    """ZeRO stage (FSDP2). 0: nothing is sharded. 2: gradients and optimizer states are sharded; 3: parameters too."""
     recompute: Literal["none", "full", "selective"] = "none"
     """What a block computes again in its backward instead of keeping it: nothing, everything, or all but attention."""
     tile_tokens: int | None = None
@@ -87,36 +87,36 @@ class Layout(Ranks):
 
 @dataclass(frozen=True)
 class Train(Layout):
-    """A training run."""
+    """Settings of a training run."""
 
     model: str = "tiny"
     """tiny, small, llama-1b, llama-8b or llama-70b: a decoder of that shape. hf:FOLDER: the Hugging Face model in FOLDER."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """What the forward and backward compute in. Parameters, gradients and optimizer states are fp32 with both."""
+    """Compute dtype of forward and backward. Parameters, gradients and optimizer states are fp32 with both."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .txt, .md, .py, .jsonl(.gz, .zst) and .parquet. Default: Python's own standard library."""
     text_field: str = "text"
     """The field of .jsonl and the column of .parquet that holds the text."""
     tokenizer: str = ""
-    """bytes, a tokenizers JSON file, or the folder of a Hugging Face tokenizer. Default: the model's own, where it has one."""
+    """bytes, a tokenizers JSON file, or the folder of a Hugging Face tokenizer. Default: the model's own, else bytes."""
     tokens: int = 8_192
-    """Tokens of one sequence."""
+    """Tokens of one sequence (the context length)."""
     rows_per_step: int = 1
-    """Sequences of one optimizer step, over all data replicas and micro-batches."""
+    """Sequences of one optimizer step (the global batch size), over all data replicas and micro-batches."""
     micro_batches: int = 1
-    """Forwards and backwards that one optimizer step is accumulated from."""
+    """Micro-batches whose gradients are accumulated in one optimizer step."""
     steps: int = 55
     """Optimizer steps of the whole run."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW (betas 0.9 and 0.95), or SGD without momentum."""
     learning_rate: float = 2e-3
-    """Peak of the schedule: linear warm-up, then a cosine down to a tenth."""
+    """Peak learning rate: linear warm-up, then a cosine decay to a tenth of it at the last step."""
     warmup_steps: int = 6
-    """Steps until the peak."""
+    """Steps of the warm-up."""
     weight_decay: float = 0.1
-    """Of matrices; norms are not decayed."""
+    """Weight decay of matrices; vectors (norms, biases) are not decayed."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Global gradient norm to which gradients are clipped."""
     eval_every_steps: int = 25
     """Steps between two evaluations on held-out text (0: only at the end)."""
     eval_rows: int = 4
@@ -124,17 +124,17 @@ class Train(Layout):
     checkpoint_every_steps: int = 25
     """Steps between two checkpoints (0: only at the end)."""
     keep_checkpoints: int = 2
-    """How many checkpoints stay; the oldest goes when a newer one is complete."""
+    """How many checkpoints to keep; the oldest is removed when a newer one is complete."""
     seed: int = 0
-    """Of the first parameters and of the order of the data."""
+    """Seed of the initial parameters and of the data order."""
     run: str = ""
     """Name of the run's folder. Default: the next free of train-001, train-002, ..."""
     memory_report: bool = False
-    """Write where the memory of rank 0 went in the second step of this start: memory.html in the run's folder, and a table."""
+    """Profile the memory of rank 0 in the second step after the start: a table, and memory.html in the run's folder."""
     runs_folder: str = "runs"
-    """Where the folders of runs are."""
+    """Folder that holds the folders of all runs."""
     resume: str | None = None
-    """Go on with this run (alone: the latest) from its newest checkpoint, with its settings where no flag says otherwise."""
+    """Resume this run (without a name: the latest) from its newest checkpoint. Flags override the settings of the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,7 +159,7 @@ class Train(Layout):
 
 @dataclass(frozen=True)
 class Evaluate(Ranks):
-    """An evaluation of a checkpoint on whole documents."""
+    """Settings of an evaluation on whole documents."""
 
     checkpoint: Positional[str] = LATEST
     """A run's name or folder, a checkpoint's folder, or ``latest``."""
@@ -168,13 +168,13 @@ class Evaluate(Ranks):
     text_field: str = "text"
     """The field of .jsonl and the column of .parquet that holds the text."""
     max_tokens: int = 16_384
-    """A longer document is cut to its first this many tokens."""
+    """Documents are truncated to their first this many tokens."""
     documents: int = 8
-    """How many documents, the longest first. Each is one forward over all ranks."""
+    """How many documents, the longest first. Each is one forward pass over all ranks."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """What the forward computes in."""
+    """Compute dtype of the forward."""
     runs_folder: str = "runs"
-    """Where the folders of runs are."""
+    """Folder that holds the folders of all runs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,24 +184,24 @@ class Evaluate(Ranks):
 
 @dataclass(frozen=True)
 class Check(Layout):
-    """A test of law 1 on this machine."""
+    """Settings of a check of guarantee 1 on this machine."""
 
     dtype: Literal["fp64", "fp32", "bf16"] = "fp64"
-    """fp64, fp32: every gradient against one device's. bf16: the error pooled over 8 seeds against one device's own."""
+    """fp64, fp32: every gradient against that of one device. bf16: the error pooled over 8 seeds against that of one device."""
     model: str = "tiny"
     """tiny, small, llama-1b, llama-8b or llama-70b: a decoder of that shape. hf:FOLDER: the Hugging Face model in FOLDER."""
     layers: int | None = None
-    """Layers, where not all of the model's own."""
+    """Number of layers instead of the model's own."""
     heads: int | None = None
-    """Query heads of a decoder, where not its own."""
+    """Number of query heads of a decoder instead of its own."""
     kv_heads: int | None = None
-    """Key/value heads of a decoder, where not its own."""
+    """Number of key/value heads of a decoder instead of its own."""
     tokens: int = 1_024
     """Tokens of one sequence."""
     rows: int = 2
     """Sequences of the batch, over all data replicas."""
     seed: int = 0
-    """Of parameters and batch."""
+    """Seed of parameters and batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,7 +226,11 @@ def read_file(path: str) -> dict[str, Any]:
 
 
 def settings_of_run(runs_folder: str, name: str) -> tuple[str, dict[str, Any]]:
-    """The name of a run (``latest``: the one that was started last) and the settings it was started with."""
+    """The name of a run (``latest``: the one that was started last) and the settings it was started with.
+
+    Raises:
+        RunError: there is no such run, with the names of those that there are.
+    """
     folder = Path(runs_folder)
     try:
         name = (folder / LATEST).read_text().strip() if name == LATEST else name
@@ -246,7 +250,7 @@ def known(kind: type[Ranks], values: dict[str, Any], where: str) -> dict[str, An
 
 
 def as_json(config: Ranks) -> str:
-    """What ``read_file`` gives back: the settings of a run, kept beside its results."""
+    """The settings as JSON, which ``read_file`` reads back: config.json in a run's folder."""
     return json.dumps(asdict(config), indent=2) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Loss and perplexity of whole documents, each cut over all ranks: one document, one forward.
+"""``longspan evaluate``: loss and perplexity of whole documents, one sequence-parallel forward pass each.
 
 document   |<---- tokens, up to --max-tokens ---->|
              rank 0   |   rank 1   |   rank 2           --forward-->   its loss, the same on every rank
@@ -14,10 +14,9 @@ from rich.table import Table
 from torch import Tensor
 
 from longspan.batch.shard import sync_batches
-from longspan.cli import checkpoint
-from longspan.cli import model_source as recipes
+from longspan.cli import checkpoint, model_source
 from longspan.cli.config import Evaluate
-from longspan.cli.model_source import Recipe
+from longspan.cli.model_source import ModelSource
 from longspan.data.loader import part
 from longspan.data.packing import Corpus, Split, bits, tokenize
 from longspan.data.tokenizers import load as load_tokenizer
@@ -27,8 +26,8 @@ from longspan.errors import DataError, LayoutError, RunError
 from longspan.parallelize import parallelize
 
 
-class Judged(NamedTuple):
-    """A document: its number in the text, how it begins, how many of its tokens were read, and their mean loss in nats."""
+class DocumentLoss(NamedTuple):
+    """A document: its number in the text, its first words, how many of its tokens were read, and their mean loss in nats."""
 
     number: int
     begins: str
@@ -38,7 +37,14 @@ class Judged(NamedTuple):
 
 @torch.no_grad()
 def work(config: Evaluate) -> int:
-    """Print the loss of each document and of all, on the lead rank."""
+    """Evaluate on this rank and print the table on rank 0.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        LongspanError: a checkpoint, text or number of ranks that cannot be used; raised on every rank with the same text.
+    """
     mesh = ParallelMesh(ulysses=dist.get_world_size())
     with together(mesh):
         path = checkpoint.find(config.checkpoint, config.runs_folder)
@@ -47,27 +53,27 @@ def work(config: Evaluate) -> int:
         tokenizer = load_tokenizer(trained["tokenizer"])
         corpus = tokenize(config.data or trained["data"], tokenizer, text_field=config.text_field)
         text = corpus.whole if config.data else corpus.held_out
-        recipe = recipes.from_description(facts["model"])
+        source = model_source.from_description(facts["model"])
         _refuse_another_vocabulary(corpus, facts["text"])
-        _refuse_more_ranks_than_heads(recipe, mesh)
+        _refuse_more_ranks_than_heads(source, mesh)
         chosen = _longest(text, config, mesh)
-    model = parallelize(recipe.build(0).to(mesh.device), mesh)
+    model = parallelize(source.build(0).to(mesh.device), mesh)
     checkpoint.load(path, model)
 
-    judged = []
+    losses = []
     for number, start, tokens in chosen:
         (mine,) = sync_batches([part(text, [start], tokens, _my_tokens(tokens, mesh))], mesh)
         with torch.autocast(mesh.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
             loss = model(**{k: v.to(mesh.device) if isinstance(v, Tensor) else v for k, v in mine.items()}).loss.item()
         begins = tokenizer.decode(text.read(start, start + min(tokens, 48)).numpy())
-        judged.append(Judged(number, " ".join(begins.split())[:32], tokens, loss))
+        losses.append(DocumentLoss(number, " ".join(begins.split())[:32], tokens, loss))
     if dist.get_rank() == 0:
-        _print(f"{path}, {config.dtype}, each document over {mesh.degree} ranks", judged, corpus)
+        _print(f"{path}, {config.dtype}, each document over {mesh.degree} ranks", losses, corpus)
     return 0
 
 
 def _longest(text: Split, config: Evaluate, mesh: ParallelMesh) -> list[tuple[int, int, int]]:
-    """(number, first token, how many) of the longest documents. Raises DataError where one is too short to be cut."""
+    """(number, first token, number of tokens) of the longest documents. Raises DataError where one is too short to shard."""
     bounds = [(number, int(start), int(stop - start)) for number, (start, stop) in enumerate(text.documents)]
     chosen = sorted(bounds, key=lambda bound: -bound[2])[: config.documents]
     least = max(2, mesh.degree)
@@ -90,11 +96,11 @@ def _refuse_another_vocabulary(corpus: Corpus, text: dict[str, Any]) -> None:
         )
 
 
-def _refuse_more_ranks_than_heads(recipe: Recipe, mesh: ParallelMesh) -> None:
-    if mesh.degree > recipe.heads:
+def _refuse_more_ranks_than_heads(source: ModelSource, mesh: ParallelMesh) -> None:
+    if mesh.degree > source.heads:
         raise LayoutError(
-            f"{mesh.degree} ranks cannot share the model's {recipe.heads} query heads, and each document lies on all ranks; "
-            f"use --ranks {recipe.heads} or fewer"
+            f"{mesh.degree} ranks cannot share the model's {source.heads} query heads, and each document lies on all ranks; "
+            f"use --ranks {source.heads} or fewer"
         )
 
 
@@ -102,16 +108,16 @@ def _my_tokens(tokens: int, mesh: ParallelMesh) -> tuple[range, ...]:
     return mesh.place.layout(tokens).mine(mesh.place.ring_rank, mesh.place.ulysses_rank)
 
 
-def _print(title: str, judged: list[Judged], corpus: Corpus) -> None:
-    predicted = sum(document.tokens - 1 for document in judged)
-    loss = sum(document.loss * (document.tokens - 1) for document in judged) / predicted
+def _print(title: str, losses: list[DocumentLoss], corpus: Corpus) -> None:
+    predicted = sum(document.tokens - 1 for document in losses)
+    loss = sum(document.loss * (document.tokens - 1) for document in losses) / predicted
     table = Table("document", "begins", box=None, pad_edge=False)
     for name in ("tokens", "nats a token", "perplexity"):
         table.add_column(name, justify="right")
-    for number, begins, tokens, own in judged:
+    for number, begins, tokens, own in losses:
         table.add_row(str(number), begins, f"{tokens:,}", f"{own:.4f}", f"{math.exp(own):,.3f}")
     table.add_section()
-    tokens = sum(document.tokens for document in judged)
+    tokens = sum(document.tokens for document in losses)
     table.add_row("all", "", f"{tokens:,}", f"{loss:.4f}", f"{math.exp(loss):,.3f}")
     console = Console(width=None if Console().is_terminal else 120)
     console.print(title, highlight=False, markup=False, soft_wrap=True)

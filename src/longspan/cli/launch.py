@@ -1,4 +1,4 @@
-r"""Start the ranks of a run on this machine, or join those that a launcher started. Knows nothing of what they compute.
+r"""Start the ranks of a run on this machine, or join the world of a launcher (torchrun). Knows nothing of what they compute.
 
     longspan train --ranks 3                            torchrun --nproc-per-node 3 --no-python longspan train
        |            \                                             |
@@ -6,9 +6,9 @@ r"""Start the ranks of a run on this machine, or join those that a launcher star
     torch's           /     |     \                        |       |       |
     elastic agent   rank   rank   rank                    rank    rank    rank
 
-Ranks are forked from a process that has no thread: the agent's own threads hold locks at any moment, and a rank forked from
-it would wait for them for ever. Whatever ends one rank ends all of them, and the caller meets one exception: the
-LongspanError that the ranks raised, or RankDied, which says which rank was lost.
+Ranks are forked from a server process without threads: the agent's threads hold locks at any moment, and a rank forked from
+the agent would deadlock on them. Whatever ends one rank ends all of them, and the caller gets one exception: the
+LongspanError that the ranks raised, or RankDied, which names the rank.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ SECONDS_TO_BE_ENDED = 10.0
 
 
 class RankDied(RuntimeError):
-    """A rank was killed, or met an error that is not a refusal. ``trace`` is its traceback, where it left one."""
+    """A rank was killed, or raised an error that is no LongspanError. ``trace`` is its traceback, where it left one."""
 
     def __init__(self, text: str, trace: str = "") -> None:
         super().__init__(text)
@@ -42,10 +42,19 @@ class RankDied(RuntimeError):
 
 
 def run(work: str, config: Any, ranks: int) -> int:
-    """The exit code of ``work`` on ``ranks`` local ranks, or on the ranks that torchrun, Slurm or Ray started.
+    """Run ``work`` on ``ranks`` local ranks, or on this rank where a launcher started the process.
 
-    ``work`` names a function as ``module:function``; it is given the config (picklable) on every rank and returns the exit code
-    of the run. Raises the ranks' LongspanError, or RankDied.
+    Args:
+        work: a function as ``module:function``; every rank calls it with ``config``.
+        config: its picklable argument.
+        ranks: how many ranks to start where no launcher did.
+
+    Returns:
+        The largest exit code of all ranks.
+
+    Raises:
+        LongspanError: what the ranks raised.
+        RankDied: a rank was killed, or raised something else.
     """
     if joins():
         return _work_as_a_rank(work, config)
@@ -63,7 +72,7 @@ def speaks_for_all(error: Exception) -> bool:
         return True
     from torch._C._distributed_c10d import TCPStore
 
-    with suppress(Exception):  # the store may be gone with the rank that held it: better said twice than not at all
+    with suppress(Exception):  # the store may be gone with the rank that held it: printing twice is better than not at all
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         return store.add(f"longspan/{hashlib.sha1(str(error).encode()).hexdigest()}", 1) == 1
     return True
@@ -124,7 +133,7 @@ def _work_as_a_rank(work: str, config: Any) -> int:
     except LongspanError:
         raise
     except RuntimeError:
-        # A rank that lost its peer must not be found dead before the peer is: the agent ends this one while it sleeps.
+        # The agent reports the rank that ends first, so a rank that only lost its peer sleeps until the agent ends it.
         if dist.is_torchelastic_launched():
             time.sleep(SECONDS_TO_BE_ENDED)
         raise
@@ -150,7 +159,7 @@ def _what_happened(rank: int, failure: "ProcessFailure") -> Exception:
 
 
 def _silence_the_agent() -> None:
-    """What the agent logs of a rank's end, the caller says in one sentence."""
+    """The caller reports the end of a rank in one sentence; the agent's log lines would repeat it."""
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logger = logging.getLogger(name)
         logger.propagate = False

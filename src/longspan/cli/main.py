@@ -1,10 +1,10 @@
-"""The command line: a verb, its flags, and one sentence for whatever goes wrong. Knows the verbs by name, not what they do.
+"""The command line ``longspan VERB --flags``: parses settings, runs the verb, prints one sentence for an error.
 
     longspan VERB --flags   ->   config   ->   launch.run(commands.VERB.work, config)   ->   exit code
 
-    0  it did what was asked      1  the law failed, or a rank died      2  refused: one sentence, nothing half-done
+    0  success      1  the check failed, or a rank died      2  refused with one sentence, nothing written
 
-Flags win over ``--config FILE``, and that wins over the settings of a run that is resumed.
+Flags override ``--config FILE``, which overrides the settings of a run that is resumed.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from longspan.errors import LongspanError, RunError
 
 
 class Verb(NamedTuple):
-    """A verb's settings, what it does in a line, and a call with what it printed."""
+    """A verb's settings, its one-line description, and a real call with its output."""
 
     settings: type[Ranks]
     does: str
@@ -37,7 +37,7 @@ train-001  step 55/55  loss 2.4264  670 MiB a rank  6 MiB exchanged
 
   loss, held-out text      2.4619 nats a token   3.5520 bits a byte
 
-A Hugging Face model, written back to runs/NAME/export:  longspan train --model hf:FOLDER --data FILES --zero 3"""
+A Hugging Face model, exported to runs/NAME/export:  longspan train --model hf:FOLDER --data FILES --zero 3"""
 
 EVALUATED = """$ longspan evaluate train-001 --ranks 2
 document  begins                             tokens  nats a token  perplexity
@@ -49,7 +49,7 @@ all: 3.7403 bits a byte; byte frequencies alone: 4.6691 bits a byte"""
 CHECKED = """$ longspan check --ranks 4 --ulysses 4 --heads 7 --kv-heads 7
 worst gradient of 21: blocks.0.out.weight  error 1.4e-15  bound 1e-10  holds
 
-The law holds.
+Guarantee 1 holds.
 
 A Hugging Face model of your own:  longspan check --model hf:FOLDER --layers 2"""
 
@@ -61,7 +61,14 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb and give its exit code. ``arguments`` defaults to those of the process."""
+    """Run a verb.
+
+    Args:
+        arguments: the command line behind ``longspan``; default: that of the process.
+
+    Returns:
+        The exit code (see the table above).
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
@@ -76,15 +83,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(verb: str, arguments: Sequence[str]) -> Any:
-    """The settings that these flags mean. Raises RunError for flags, or a file, that cannot be read as settings."""
+    """The validated settings of a verb, an instance of ``VERBS[verb].settings``.
+
+    Raises:
+        RunError: an unknown verb or flag, a value of another type or range, or a config file that cannot be read.
+    """
     if verb not in VERBS:
         raise RunError(f"{verb!r} is not a verb of longspan; legal are {', '.join(VERBS)} (see longspan --help)")
     kind = VERBS[verb].settings
     flags, file = _take_config_out(_name_the_latest(arguments))
     base: Any = None
-    asked = _read(verb, flags, None)
-    if isinstance(asked, Train) and asked.resume is not None:
-        name, settings = settings_of_run(asked.runs_folder, asked.resume)
+    given = _read(verb, flags, None)
+    if isinstance(given, Train) and given.resume is not None:
+        name, settings = settings_of_run(given.runs_folder, given.resume)
         base = _read(verb, _as_flags(known(kind, settings, f"the run {name}")), base)
         flags += ["--run", name]
     if file is not None:
@@ -104,7 +115,7 @@ def _run(verb: str, flags: Sequence[str]) -> int:
 
 
 def _say(error: LongspanError | OSError, debug: bool) -> None:
-    """One line, once: under a launcher every rank meets the error, and the first one speaks."""
+    """Print an error as one line; under a launcher every rank has the error, and one of them prints it."""
     if not launch.speaks_for_all(error):
         return
     if debug:
@@ -113,12 +124,12 @@ def _say(error: LongspanError | OSError, debug: bool) -> None:
 
 
 def _read(verb: str, flags: Sequence[str], base: Any) -> Any:
-    """The settings as tyro reads them, not yet checked: a base need not be legal by itself."""
+    """The settings as tyro parses them, not yet validated: a base need not be legal by itself."""
     kind = VERBS[verb].settings
     unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None, "__doc__": kind.__doc__})
-    said = io.StringIO()
+    message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(message):
             return tyro.cli(
                 unchecked,
                 prog=f"longspan {verb}",
@@ -130,11 +141,11 @@ def _read(verb: str, flags: Sequence[str], base: Any) -> Any:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise RunError(f"{_first_sentence(said.getvalue())}; see longspan {verb} --help") from None
+        raise RunError(f"{_first_sentence(message.getvalue())}; see longspan {verb} --help") from None
 
 
 def _first_sentence(box: str) -> str:
-    """What tyro frames: the text below the title, up to the first rule."""
+    """The message inside the box that tyro prints: the text below the title, up to the first rule."""
 
     def is_rule(line: str) -> bool:
         return set(line) <= set("─-╭╮╰╯")
@@ -162,7 +173,7 @@ def _take_config_out(flags: list[str]) -> tuple[list[str], str | None]:
 
 
 def _as_flags(settings: dict[str, Any]) -> list[str]:
-    """Settings from a file as flags, so that one parser reads and judges both."""
+    """Settings of a file as flags, so that one parser reads both and their errors are the same."""
     flags: list[str] = []
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
@@ -180,12 +191,12 @@ def _as_flags(settings: dict[str, Any]) -> list[str]:
 def _overview() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  longspan {name:<{width}}  {verb.does}" for name, verb in VERBS.items())
-    return f"""Train a transformer on sequences that one device cannot hold, and get the numbers of one device.
+    return f"""Train a transformer on sequences that one device cannot hold, and get the results of one device.
 
 {verbs}
 
 Every verb shows a real call and its flags with --help, and takes --config FILE (JSON or TOML) in place of flags.
-The first run, on this machine and with the source of Python itself as text:  longspan train
+A first run on this machine, with Python's own standard library as text:  longspan train
 """
 
 

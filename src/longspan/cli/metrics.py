@@ -1,10 +1,10 @@
-"""What a run says while it runs: to a file, to TensorBoard, to the terminal. Knows numbers and units, not where they come from.
+"""Metrics of a run: written to a file and to TensorBoard, shown on the terminal. Knows numbers and units only.
 
     record {"step": 42, "loss": 2.31, ...}  --Journal-->  runs/NAME/metrics.jsonl, events.out.tfevents.*
                                             --Display-->  train-001 ━━━━━╸━━━━━━━ step 42/100 0:00:48
                                                           loss 2.3100  11.2k tokens/s  48% of 170 GFLOP/s ...
 
-The lead rank writes and shows; the others hold the same objects, which do nothing there.
+Rank 0 writes and shows; on the other ranks the same objects do nothing.
 """
 
 import errno
@@ -34,16 +34,16 @@ from longspan.memory.profiler import Timeline
 METRICS = "metrics.jsonl"
 MEMORY = "memory.html"
 Record = dict[str, int | float]
-"""A step's figures by name, units in the name; ``step`` is one of them."""
+"""The metrics of a step by name, with units in the name; ``step`` is one of them."""
 
 PLAIN_LINES = 20
-"""About how many lines a run prints where there is no terminal to draw on."""
+"""About how many progress lines a run prints where the output is no terminal."""
 
 
 class Journal:
-    """The records of a run, a line and a point in TensorBoard each; what lies behind ``step`` is dropped when it is opened.
+    """Writes the records of a run to metrics.jsonl and to TensorBoard; opening it drops the records after ``step``.
 
-    A disk that fails does not raise here, where one rank alone would meet it: it stands in ``fault`` for the next agreement.
+    A write error is not raised here, where one rank alone would have it: it is kept in ``fault`` for the next agreement.
     """
 
     def __init__(self, folder: Path, step: int, lead: bool) -> None:
@@ -61,7 +61,7 @@ class Journal:
             self._keep(error)
 
     def write(self, record: Record) -> None:
-        """Append a record, which has a ``step``, and let it reach the disk."""
+        """Append a record, which has a ``step``, and flush it to the disk."""
         if not self._lead or self.fault is not None:
             return
         try:
@@ -71,7 +71,7 @@ class Journal:
             self._keep(error)
 
     def write_memory(self, timeline: Timeline) -> None:
-        """Write where the memory of a step went, as a page."""
+        """Write the memory timeline of a step as an HTML page."""
         if not self._lead or self.fault is not None:
             return
         try:
@@ -80,7 +80,7 @@ class Journal:
             self._keep(error)
 
     def close(self) -> None:
-        """Let everything reach the disk."""
+        """Flush and close the files."""
         if not self._lead or self.fault is not None:
             return
         try:
@@ -90,7 +90,7 @@ class Journal:
             self._keep(error)
 
     def _append(self, line: bytes) -> None:
-        """The whole line, or none of it: a disk that is nearly full takes a part."""
+        """Write the whole line or nothing: a disk that is nearly full takes only a part of it."""
         whole = self._file.tell()
         written = self._file.write(line)
         if written != len(line):
@@ -105,13 +105,13 @@ class Journal:
 
 
 class _Events:
-    """TensorBoard's file of scalars. Its own writer has a thread, which prints a traceback on a full disk; this one raises."""
+    """TensorBoard's event file of scalars; unlike TensorBoard's own writer, it raises on a full disk."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self._file = (folder / f"events.out.tfevents.{time.time():.0f}.{first_step}").open("wb")
         self._records = RecordWriter(self._file)
         self._add(Event(file_version="brain.Event:2"))
-        start = SessionLog(status=SessionLog.START)  # TensorBoard drops what earlier files say of this step and later ones
+        start = SessionLog(status=SessionLog.START)  # TensorBoard then drops this step and later ones of earlier files
         self._add(Event(step=first_step, session_log=start))
 
     def write(self, record: Record) -> None:
@@ -128,7 +128,7 @@ class _Events:
 
 
 class Display:
-    """The state of a run, redrawn in place on a terminal, or as a few plain lines where there is none."""
+    """The progress of a run: redrawn in place on a terminal, a few plain lines where the output is none."""
 
     def __init__(self, name: str, steps: int, done: int, lead: bool, console: Console | None = None) -> None:
         self._name, self._steps, self._lead = name, steps, lead
@@ -142,7 +142,7 @@ class Display:
         self._started, self._done = time.monotonic(), done
 
     def show(self, record: Record, peak_flops: float) -> None:
-        """Redraw, or print a line where it is due."""
+        """Redraw the progress, or print a line where it is due; ``peak_flops`` is the reference of ``peak_share``."""
         step, state = int(record["step"]), _state(record, peak_flops)
         self._bar.update(self._task, completed=step)
         if self._redraws:
@@ -152,7 +152,7 @@ class Display:
             self.say(f"{self._name}  step {step}/{self._steps}  {state}  {clock(left)} left")
 
     def say(self, line: str) -> None:
-        """A line that stays, above the one that is redrawn."""
+        """Print a line above the progress that is redrawn."""
         if self._lead:
             self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -166,7 +166,7 @@ class Display:
 
 
 def measured_peak_flops(mesh: ParallelMesh, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Floating-point operations per second that the ranks reach together in square matmuls, all of them at once."""
+    """FLOP/s of large square matmuls on all ranks at once, for ``seconds``: the best rate of each rank, summed."""
     size = 1024 if mesh.device.type == "cpu" else 8192
     x = torch.ones(size, size, dtype=dtype, device=mesh.device)
     dist.barrier(group=mesh.agreement_group)
@@ -181,14 +181,14 @@ def measured_peak_flops(mesh: ParallelMesh, dtype: torch.dtype, seconds: float =
 
 
 def fullest_rank_bytes(mesh: ParallelMesh) -> int:
-    """The most memory that any rank has held at once: of its device, or of its process on the CPU."""
+    """The largest ``peak_bytes`` of all ranks."""
     mine = torch.tensor(peak_bytes(mesh.device))
     dist.all_reduce(mine, dist.ReduceOp.MAX, group=mesh.agreement_group)
     return int(mine)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this rank has held at once."""
+    """Peak memory of this rank in bytes: allocated on its CUDA device, or resident in its process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -208,26 +208,26 @@ def _state(record: Record, peak_flops: float) -> str:
 
 
 def short(number: int | float) -> str:
-    """12345 as 12.3k, 3.4e11 as 340 G."""
+    """A number with an SI prefix: 12345 as 12.3k, 3.4e11 as 340 G."""
     power = min(5, max(0, int(math.log10(number) // 3))) if number >= 1 else 0
     return f"{number / 1000**power:.3g}{('', 'k', ' M', ' G', ' T', ' P')[power]}"
 
 
 def binary(size: int | float) -> str:
-    """2048 bytes as 2.0 KiB."""
+    """Bytes with a binary prefix: 2048 as 2 KiB."""
     power = min(4, int(math.log2(size) // 10)) if size >= 1 else 0
     return f"{size / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def clock(seconds: int | float) -> str:
-    """75 as 1:15."""
+    """Seconds as minutes and hours: 75 as 1:15."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _is_up_to(step: int, line: str) -> bool:
-    """Whether a line is a record of this step or of one before; a damaged line is none."""
+    """Whether a line is a record of this step or an earlier one; a damaged line is not."""
     try:
         return int(json.loads(line)["step"]) <= step
     except (ValueError, KeyError, TypeError):
@@ -235,14 +235,14 @@ def _is_up_to(step: int, line: str) -> bool:
 
 
 def _lines(path: Path) -> list[str]:
-    """Whole lines only: a killed run may leave half of one."""
+    """The complete lines of a file: a killed run may leave half of one at the end."""
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def memory_table(timeline: Timeline, step: int) -> str:
-    """What was there when most was there in this step, a line a category."""
+    """The bytes of each category at the peak of a step, a line each, for the terminal."""
     peak, total = timeline.at_peak(), timeline.peak()
     lines = [f"  {name:<14}{size / 2**20:10,.1f} MiB {size / total:7.1%}" for name, size in peak.items()]
     return "\n".join([f"Memory of rank 0 at the peak of step {step}: {total / 2**20:,.1f} MiB", *lines])

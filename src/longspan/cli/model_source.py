@@ -1,10 +1,10 @@
-"""What a run computes with, from one word: a preset of our decoder, or the folder of a Hugging Face model.
+"""The model that ``--model`` names: a preset of longspan's decoder, or the folder of a Hugging Face model.
 
-    --model tiny        ->  the shape of a preset; its vocabulary is the text's       build  ->  Decoder
-    --model hf:FOLDER   ->  the folder's class, weights (or a seed) and tokenizer     build  ->  a Transformers model
+    --model tiny        ->  the shape of a preset; the vocabulary of the text          build  ->  Decoder
+    --model hf:FOLDER   ->  the folder's class, weights (or a seed) and tokenizer      build  ->  a Transformers model
 
-The verbs ask a recipe, and never what kind of model it makes. A recipe is made before any weight is: it refuses in a moment.
-Transformers is imported for ``hf:`` alone (models/folder.py).
+The verbs use a ``ModelSource`` and never ask which kind it is. It is made before any weight, so what it refuses is refused
+at once. Transformers is imported for ``hf:`` only (hf/source.py).
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -22,12 +22,12 @@ FOLDER = "hf:"
 
 
 @runtime_checkable
-class Recipe(Protocol):
-    """A model that can be built, and what the verbs want to know of it."""
+class ModelSource(Protocol):
+    """A model that can be built, and the properties of it that the verbs need."""
 
     @property
     def summary(self) -> str:
-        """Kind, layers, heads and parameters, for people."""
+        """Kind, layers, heads and parameters, for the opening line."""
         ...
 
     @property
@@ -36,46 +36,50 @@ class Recipe(Protocol):
     def vocab(self) -> int: ...
     @property
     def special(self) -> frozenset[int]:
-        """Tokens that mean something to the model itself."""
+        """Special token ids (padding, begin, end), which random batches leave out."""
         ...
 
     @property
     def tokenizer(self) -> str:
-        """The name of the tokenizer that the model came with; ``bytes`` where it came with none."""
+        """The name of the model's own tokenizer; ``bytes`` where it has none."""
         ...
 
     @property
     def in_place(self) -> bool:
-        """Whether a token is predicted in its own place (masked LM), not in that of the one before."""
+        """Whether labels stand at the token's own position (masked LM), not one before it (causal LM)."""
         ...
 
-    def for_text(self, tokenizer: str, vocab: int) -> "Recipe":
-        """The same for text of this vocabulary. Raises ModelError for a model that cannot be trained on it."""
+    def for_text(self, tokenizer: str, vocab: int) -> "ModelSource":
+        """The source for text of this vocabulary size. Raises ModelError for a model that cannot be trained on it."""
         ...
 
     def build(self, seed: int, zero: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The model, the same on every rank; with zero=3 it may get its weights in ``parallelize`` only."""
+        """The model, equal on every rank; with zero=3 it may be without weights until ``parallelize``."""
         ...
 
     def flops_per_token(self, tokens: int) -> float:
-        """Floating-point operations that a token of a causal row of ``tokens`` costs in training, forward and backward."""
+        """Floating-point operations of forward and backward for one token of a causal row of ``tokens`` tokens."""
         ...
 
     def described(self) -> dict[str, Any]:
-        """All that ``from_description`` needs to make this recipe again, as JSON gives it back."""
+        """The fields, readable from JSON, from which ``from_description`` makes this source again."""
         ...
 
     def export(self, model: nn.Module, folder: Path, tokenizer: str, mesh: ParallelMesh) -> bool:
-        """Write a trained model as others read it; False where a checkpoint is all there is. Every rank calls it."""
+        """Write the trained model for other libraries. Every rank calls it. Returns False where no such format exists."""
         ...
 
 
-def named(name: str, layers: int | None = None, heads: int | None = None, kv_heads: int | None = None) -> Recipe:
-    """The recipe of ``--model NAME``, with other layers and heads where they are given. Raises ModelError for no model."""
+def from_name(name: str, layers: int | None = None, heads: int | None = None, kv_heads: int | None = None) -> ModelSource:
+    """The source of ``--model NAME``, with ``layers`` and heads replaced where they are given.
+
+    Raises:
+        ModelError: the folder holds no language model, or cannot have these layers or heads.
+    """
     if name.startswith(FOLDER):
         return _of_folder(name.removeprefix(FOLDER), layers, heads, kv_heads)
     preset = PRESETS[name]
-    return DecoderRecipe(
+    return DecoderSource(
         replace(
             preset,
             layers=layers or preset.layers,
@@ -85,30 +89,30 @@ def named(name: str, layers: int | None = None, heads: int | None = None, kv_hea
     )
 
 
-def from_description(described: dict[str, Any]) -> Recipe:
-    """The recipe that said this of itself; its weights are in a checkpoint."""
+def from_description(described: dict[str, Any]) -> ModelSource:
+    """The source of a model whose ``described()`` is in a checkpoint, as its weights are."""
     if "model_type" not in described:
-        return DecoderRecipe(DecoderConfig(**described))
-    from longspan.hf.source import FolderRecipe, config_of
+        return DecoderSource(DecoderConfig(**described))
+    from longspan.hf.source import FolderSource, config_of
 
-    return FolderRecipe(config_of(described), None)
+    return FolderSource(config_of(described), None)
 
 
-def _of_folder(folder: str, layers: int | None, heads: int | None, kv_heads: int | None) -> Recipe:
+def _of_folder(folder: str, layers: int | None, heads: int | None, kv_heads: int | None) -> ModelSource:
     if heads or kv_heads:
         raise ModelError(f"the heads of {FOLDER}{folder} are those of its config.json; leave out --heads and --kv-heads")
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ModelError(f"{FOLDER}{folder} needs transformers, which is not here; pip install 'longspan[hf]'") from error
+        raise ModelError(f"{FOLDER}{folder} needs transformers, which is not installed; pip install 'longspan[hf]'") from error
     from longspan.hf.source import read
 
     return read(folder, layers)
 
 
 @dataclass(frozen=True)
-class DecoderRecipe:
-    """Our own decoder."""
+class DecoderSource:
+    """longspan's own decoder (models/decoder.py)."""
 
     config: DecoderConfig
     tokenizer = "bytes"
@@ -130,8 +134,8 @@ class DecoderRecipe:
     def vocab(self) -> int:
         return self.config.vocab
 
-    def for_text(self, tokenizer: str, vocab: int) -> "DecoderRecipe":
-        return DecoderRecipe(replace(self.config, vocab=vocab))
+    def for_text(self, tokenizer: str, vocab: int) -> "DecoderSource":
+        return DecoderSource(replace(self.config, vocab=vocab))
 
     def build(self, seed: int, zero: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
         return Decoder(self.config, seed=seed).to(dtype)

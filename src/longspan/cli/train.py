@@ -1,12 +1,12 @@
-"""Train a model: each step, a rank's tokens forward and backward, the mean gradient of all ranks, one update.
+"""``longspan train``: the training loop, from the text to the last checkpoint and the exported model.
 
-    text -> my tokens of a step -> agreed by all -> forward, backward (for each micro-batch) -> clip -> update -> record
+    text -> my tokens of a step -> sync_batches -> forward, backward (for each micro-batch) -> clip -> update -> record
                                                                                                            |
                                       runs/NAME/  config.json  metrics.jsonl  events.*  checkpoints/  <----+
                                                   export/, where the model came from a Hugging Face folder
 
-Order, learning rate and evaluation are functions of the step, so a run that goes on from a checkpoint is the run that never
-stopped, bit by bit.
+Data order, learning rate and evaluation are functions of the step, so a resumed run equals one that never stopped, bit for
+bit.
 """
 
 import math
@@ -24,11 +24,10 @@ import torch.distributed as dist
 from torch import nn
 
 from longspan.batch.shard import Part, sync_batches
-from longspan.cli import checkpoint
-from longspan.cli import model_source as recipes
+from longspan.cli import checkpoint, model_source
 from longspan.cli.config import LATEST, Train, as_json
 from longspan.cli.metrics import Display, Journal, Record, fullest_rank_bytes, measured_peak_flops, memory_table
-from longspan.cli.model_source import Recipe
+from longspan.cli.model_source import ModelSource
 from longspan.data.loader import Loader
 from longspan.data.packing import Corpus, bits, tokenize
 from longspan.data.tokenizers import load as load_tokenizer
@@ -42,36 +41,43 @@ from longspan.parallelize import parallelize
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FINAL_RATE = 0.1
-"""The cosine ends at this share of the peak learning rate."""
+"""The cosine ends at this fraction of the peak learning rate."""
 LAST_STEPS = 10
-"""The final training loss is the mean over so many steps."""
+"""The final training loss is the mean over this many steps."""
 
 
 def work(config: Train) -> int:
-    """One rank of a run, from its text to its last checkpoint. Raises on every rank alike what stops the run."""
+    """Run the training of this rank, from the text to the last checkpoint.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        LongspanError: what stops the run; raised on every rank with the same text.
+    """
     transport = CountingTransport(TorchTransport())
     mesh = ParallelMesh(config.ulysses, config.ring, transport=transport)
     lead = dist.get_rank() == 0
     with together(mesh):
-        recipe = recipes.named(config.model)
-        config = replace(config, tokenizer=config.tokenizer or recipe.tokenizer)
+        source = model_source.from_name(config.model)
+        config = replace(config, tokenizer=config.tokenizer or source.tokenizer)
         corpus = tokenize(config.data, load_tokenizer(config.tokenizer), text_field=config.text_field)
-        recipe = recipe.for_text(config.tokenizer, corpus.vocab_size)
+        source = source.for_text(config.tokenizer, corpus.vocab_size)
         loader = _loader(corpus, config, mesh)
         held_out = _held_out(corpus, config, mesh)
     refuse_difference("the text", corpus.fingerprint, mesh, "give every machine the same files and tokenizer")
-    model = parallelize(_on(mesh, recipe.build(config.seed, config.zero)), mesh, **config.tools)
+    model = parallelize(_on(mesh, source.build(config.seed, config.zero)), mesh, **config.tools)
     optimizer = _optimizer(model, config)
     run = _open_run(config, mesh)
-    done = _resume(run, model, optimizer, recipe, corpus, config, mesh)
-    flops_per_token = recipe.flops_per_token(config.tokens)
+    done = _resume(run, model, optimizer, source, corpus, config, mesh)
+    flops_per_token = source.flops_per_token(config.tokens)
     peak_flops = measured_peak_flops(mesh, DTYPE[config.dtype])
     journal = Journal(run, done, lead)
     losses, eval_loss = [], math.nan
     watched, reported = Recorded(model, optimizer), min(done + 2, config.steps) if config.memory_report and lead else 0
 
     with Display(run.name, config.steps, done, lead) as display:
-        display.say(_opening(recipe, corpus, config, mesh, done))
+        display.say(_opening(source, corpus, config, mesh, done))
         for step in range(done + 1, config.steps + 1):
             started, sent_before = time.perf_counter(), transport.traffic.bytes
             loss, rate = 0.0, learning_rate(step, config)
@@ -108,20 +114,20 @@ def work(config: Train) -> int:
                 journal.write({"step": step, "eval_loss": eval_loss})
                 display.say(f"{run.name}  step {step}: held-out loss {eval_loss:.4f}")
             if _is_due(step, config.checkpoint_every_steps, config):
-                facts = _facts(step, recipe, corpus, config)
+                facts = _facts(step, source, corpus, config)
                 checkpoint.save(run, step, model, optimizer, facts, mesh, config.keep_checkpoints)
             if step == reported:
                 journal.write_memory(watched.timeline)
                 display.say(memory_table(watched.timeline, step))
     journal.close()
     agree_on_error(journal.fault, mesh)
-    exported = recipe.export(model, run / "export", config.tokenizer, mesh)
+    exported = source.export(model, run / "export", config.tokenizer, mesh)
     display.say(_closing(run, losses[-LAST_STEPS:], eval_loss, corpus, config, exported))
     return 0
 
 
 def learning_rate(step: int, config: Train) -> float:
-    """Of step 1, 2, ...: up in a line to the peak, then down along a cosine to a tenth of it at the last step."""
+    """The learning rate of ``step`` (from 1): linear warm-up to the peak, cosine decay to a tenth of it at the last step."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -131,7 +137,7 @@ def learning_rate(step: int, config: Train) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: Loader, config: Train, mesh: ParallelMesh) -> float:
-    """Mean loss (nats a token) of the first ``eval_rows`` held-out sequences, cut over the same ranks as in training."""
+    """Mean loss (nats a token) of the first ``eval_rows`` held-out sequences, sharded as in training."""
     parts = sync_batches(list(held_out.epoch(config.eval_rows)), mesh)
     loss = 0.0
     for part in parts:
@@ -158,7 +164,7 @@ def _held_out(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
 
 
 def _parts(loader: Loader, step: int, journal: Journal, mesh: ParallelMesh) -> list[Part]:
-    """This rank's micro-batches of a step, agreed on; a fault of any rank's disk or text is raised here on all of them."""
+    """This rank's micro-batches of a step, after ``sync_batches``; a disk or text error of one rank is raised on all."""
     parts: list[Part] = []
     try:
         if journal.fault is not None:
@@ -174,12 +180,12 @@ def _on_device(part: Part, mesh: ParallelMesh) -> Part:
 
 
 def _on(mesh: ParallelMesh, model: nn.Module) -> nn.Module:
-    """The model on its device; one that has no weights yet gets them there."""
+    """The model on its device; a meta model stays where it is and gets its weights on the device in ``parallelize``."""
     return model if any(parameter.is_meta for parameter in model.parameters()) else model.to(mesh.device)
 
 
 def _computing_in(config: Train, mesh: ParallelMesh) -> torch.autocast:
-    """Parameters stay fp32 and are cast where they are used: their gradients, the means and the update are fp32 too."""
+    """Autocast: parameters stay fp32 and are cast where they are used, so gradients, reductions and update are fp32 too."""
     return torch.autocast(mesh.device.type, torch.bfloat16, enabled=config.dtype == "bf16")
 
 
@@ -205,7 +211,7 @@ def _is_due(step: int, every: int, config: Train) -> bool:
 
 
 def _open_run(config: Train, mesh: ParallelMesh) -> Path:
-    """The folder of the run, made by the lead rank, which alone may choose its name."""
+    """The folder of the run; rank 0 chooses its name and makes it."""
     names = [""]
     with together(mesh):
         if dist.get_rank() == 0:
@@ -247,17 +253,17 @@ def _resume(
     run: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
+    source: ModelSource,
     corpus: Corpus,
     config: Train,
     mesh: ParallelMesh,
 ) -> int:
-    """How many steps are done; with --resume, model and optimizer are as they were then."""
+    """Load model and optimizer from the newest checkpoint with --resume. Returns how many steps are done."""
     path = checkpoint.newest(run) if config.resume else None
     if path is None:
         return 0
     with together(mesh):
-        theirs, mine = checkpoint.facts(path), _facts(0, recipe, corpus, config)
+        theirs, mine = checkpoint.facts(path), _facts(0, source, corpus, config)
         for what in ("model", "text", "optimizer"):
             checkpoint.refuse_differences(path, what, theirs[what], mine[what])
         done: int = theirs["step"]
@@ -267,11 +273,11 @@ def _resume(
     return done
 
 
-def _facts(step: int, recipe: Recipe, corpus: Corpus, config: Train) -> dict[str, Any]:
-    """What a checkpoint says of itself beside its tensors. The position in the text is the step."""
+def _facts(step: int, source: ModelSource, corpus: Corpus, config: Train) -> dict[str, Any]:
+    """What a checkpoint's ``run.json`` holds. The position in the text follows from the step."""
     return {
         "step": step,
-        "model": recipe.described(),
+        "model": source.described(),
         "text": {
             "corpus": corpus.fingerprint,
             "vocab": corpus.vocab_size,
@@ -284,19 +290,19 @@ def _facts(step: int, recipe: Recipe, corpus: Corpus, config: Train) -> dict[str
     }
 
 
-def _opening(recipe: Recipe, corpus: Corpus, config: Train, mesh: ParallelMesh, done: int) -> str:
+def _opening(source: ModelSource, corpus: Corpus, config: Train, mesh: ParallelMesh, done: int) -> str:
     place = mesh.place
-    share = config.tokens // (place.ring * place.ulysses)
+    tokens_a_rank = config.tokens // (place.ring * place.ulysses)
     return (
         f"{mesh.degree} ranks = data {place.data} x ring {place.ring} x ulysses {place.ulysses}; "
-        f"{recipe.summary}; "
-        f"{corpus.train.tokens:,} tokens of text; {config.tokens:,} tokens a sequence, {share:,} of them a rank"
+        f"{source.summary}; "
+        f"{corpus.train.tokens:,} tokens of text; {config.tokens:,} tokens a sequence, {tokens_a_rank:,} of them a rank"
         + (f"; going on after step {done}" if done else "")
     )
 
 
 def _closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, config: Train, exported: bool) -> str:
-    """What was learned, where it lies, what to run next."""
+    """The losses of the run, the files it wrote, and the commands to run next."""
     per_byte = 1 / corpus.bytes_per_token
     learned = [
         (f"loss, last {len(losses)} steps", sum(losses) / len(losses)),

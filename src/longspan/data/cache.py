@@ -1,12 +1,12 @@
-"""Folders that are whole or not there, each made once, by whoever comes first. Knows nothing of what is in them.
+"""A cache of folders on disk, each made once by the first process that needs it. Knows nothing of their contents.
 
     ~/.cache/longspan/
-        keys/KEY        who holds its lock may make what belongs to KEY; inside it, once known: NAME
-        .draft-KEY/     being made; without a holder of its lock it is what a crash left, and goes
-        NAME/           whole: renamed when all of it was on the disk
+        keys/KEY        a lock file: its holder may make the folder of KEY; its text, once known, is NAME
+        .draft-KEY/     a folder that is being made; if nobody holds its lock, a crash left it and it is removed
+        NAME/           complete: renamed from its draft when everything was on the disk
 
-A KEY is cheap to know (paths, sizes, times), a NAME says what the content is. The kernel lets go of the lock of a process
-that dies, so nobody waits for the dead.
+A KEY is cheap to compute (paths, sizes, times), a NAME is a hash of the content. The kernel releases the lock of a process
+that dies, so nobody waits for it.
 """
 
 import fcntl
@@ -26,12 +26,19 @@ def default_folder() -> Path:
 
 
 def kept(folder: Path, key: str, name: Callable[[], str], make: Callable[[Path], None], settled: bool) -> Path:
-    """The folder called ``name()`` in ``folder``; where it is not there, ``make`` fills a draft that is renamed to it.
+    """The folder ``folder / name()``; where it is missing, ``make`` fills a draft that is renamed to it.
 
-    With ``settled`` the key always means this name: it is noted, and ``name`` is not asked again. Any number of processes
-    may call it at once: one makes, the others wait for it.
+    Any number of processes may call it at once: one makes the folder, the others wait for it.
 
-    Raises DataError where the disk refuses (full, read-only), and what ``make`` raises; then nothing half-made stays.
+    Args:
+        folder: the cache.
+        key: what is locked.
+        name: computes the name of the content; called only where it is not recorded for ``key``.
+        make: fills the draft.
+        settled: record the name for ``key``, which will always mean it.
+
+    Raises:
+        DataError: the disk refuses (full, read-only); the draft is removed, as it is where ``make`` raises.
     """
     with _writable(folder):
         (folder / "keys").mkdir(parents=True, exist_ok=True)
@@ -50,14 +57,14 @@ def kept(folder: Path, key: str, name: Callable[[], str], make: Callable[[Path],
 
 
 def write(path: Path, content: bytes | memoryview) -> None:
-    """A small file, on the disk when this returns."""
+    """Write a small file and wait until it is on the disk."""
     with path.open("wb") as file:
         file.write(content)
         sync(file)
 
 
 def sync(file: IO[bytes]) -> None:
-    """Wait until what was written is on the disk: a rename must not overtake it."""
+    """Wait until what was written is on the disk, so that a later rename cannot reach the disk first."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -69,14 +76,14 @@ def _make(draft: Path, path: Path, make: Callable[[Path], None]) -> None:
         make(draft)
         os.rename(draft, path)
     except OSError:
-        if not path.is_dir():  # else the same content under another key was faster
+        if not path.is_dir():  # else another process made the same content under another key
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the drafts of the dead: those whose lock is free."""
+    """Remove the drafts whose lock is free: the process that made them has died."""
     for draft in folder.glob(".draft-*"):
         with suppress(BlockingIOError), _locked(folder / "keys" / draft.name.removeprefix(".draft-"), fcntl.LOCK_NB):
             shutil.rmtree(draft, ignore_errors=True)
@@ -84,7 +91,7 @@ def _sweep(folder: Path) -> None:
 
 @contextmanager
 def _locked(path: Path, how: int = 0) -> Iterator[IO[str]]:
-    """The file at ``path``, which nobody else has open so; closing it lets go of the lock."""
+    """The file at ``path`` under an exclusive lock, which closing it releases."""
     with path.open("a+", encoding="ascii") as file:
         fcntl.flock(file, fcntl.LOCK_EX | how)
         file.seek(0)

@@ -1,4 +1,4 @@
-"""Texts, from where they lie, one document after the other, always in the same order. Knows nothing of tokens.
+"""Reads documents from files (text, JSON lines, Parquet), always in the same order. Knows nothing of tokens.
 
     notes.txt  src/*.py                     a file is a document
     books.jsonl(.gz, .zst)                  a line is a document: {"text": "..."}          -->  Document, Document, ...
@@ -6,7 +6,7 @@
     folder/                                 every such file below it, sorted by path
     (nothing)                               the source of Python's own standard library
 
-A text is bytes, as it lies on the disk: nothing is decoded here, so nothing can be undecodable.
+A text is bytes as on the disk: nothing is decoded here, so no text can fail to decode.
 """
 
 import glob
@@ -25,7 +25,7 @@ from typing import IO, Any
 from longspan.errors import DataError
 
 STANDARD_LIBRARY = "the Python standard library"
-"""What is read where no source is named: real, long, and on every machine."""
+"""The default text: real, long, and present on every machine."""
 
 NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 """Folders of the standard library that are left out: tests, and what others installed."""
@@ -33,7 +33,7 @@ NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-pa
 
 @dataclass(frozen=True)
 class Document:
-    """One text. ``read`` counts the bytes of all sources, as they lie on the disk, up to its end: for a progress bar."""
+    """One text. ``read`` counts the bytes on disk of all sources up to its end, for a progress bar."""
 
     name: str
     text: bytes
@@ -42,26 +42,30 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """What was asked for, and the files that it means."""
+    """One ``--data`` argument, and the files that it names."""
 
-    asked: str
+    given: str
     files: tuple[Path, ...]
 
 
 def documents(sources: Sequence[str], text_field: str = "text") -> Iterator[Document]:
-    """Every text of ``sources`` (files, folders, globs; none: the standard library), in their order; files sorted by path.
+    """Every text of ``sources``, in their order; files sorted by path.
 
-    Empty texts (an empty file, ``""`` or ``null``) are no documents. A named file or a glob may hold only kinds that are
-    known; in a folder files of other kinds and hidden ones are passed over.
+    Empty texts (an empty file, ``""`` or ``null``) are no documents. A named file or a glob may hold only known kinds; in a
+    folder, hidden files and files of other kinds are skipped.
 
-    Raises DataError for a source that does not exist, cannot be read or holds no text, and for a line or row without
-    ``text_field``.
+    Args:
+        sources: files, folders and globs; empty: the Python standard library.
+        text_field: the JSON field and Parquet column of the text.
+
+    Raises:
+        DataError: a source does not exist, cannot be read or holds no text, or a line or row has no ``text_field``.
     """
     return documents_of(find(sources), text_field)
 
 
 def documents_of(found: Sequence[Source], text_field: str) -> Iterator[Document]:
-    """``documents`` of the files that ``find`` found."""
+    """``documents`` of files that ``find`` has found."""
     behind = 0
     for source in found:
         empty = True
@@ -73,7 +77,7 @@ def documents_of(found: Sequence[Source], text_field: str) -> Iterator[Document]
             behind += size(path)
         if empty:
             raise DataError(
-                f"the data {source.asked!r} holds no text: {_count(len(source.files), 'file')}, nothing in it; "
+                f"the data {source.given!r} holds no text: {_count(len(source.files), 'file')}, nothing in it; "
                 f"name files that hold some"
             )
 
@@ -85,7 +89,7 @@ def size(path: Path) -> int:
 
 
 def find(sources: Sequence[str]) -> list[Source]:
-    """The files that ``sources`` mean. Raises DataError as ``documents`` does, but opens none of them."""
+    """The files of ``sources``. Raises DataError as ``documents`` does, but opens none of the files."""
     if not sources:
         return [_standard_library()]
     return [_find_one(source) for source in sources]
@@ -99,19 +103,19 @@ def _standard_library() -> Source:
     return Source(STANDARD_LIBRARY, files)
 
 
-def _find_one(asked: str) -> Source:
-    path = Path(asked).expanduser()
+def _find_one(given: str) -> Source:
+    path = Path(given).expanduser()
     if path.is_dir():
-        return Source(asked, _texts_below(path))
+        return Source(given, _texts_below(path))
     if path.is_file():
-        return Source(asked, (_known(path),))
-    if not glob.has_magic(asked):
-        raise DataError(f"the data {asked!r} does not exist; name a file, a folder or a glob of {_KINDS}")
+        return Source(given, (_known(path),))
+    if not glob.has_magic(given):
+        raise DataError(f"the data {given!r} does not exist; name a file, a folder or a glob of {_KINDS}")
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     files = [file for match in matches for file in (_texts_below(match) if match.is_dir() else (_known(match),))]
     if not files:
-        raise DataError(f"the glob {asked!r} matches nothing; name a file, a folder or a glob of {_KINDS}")
-    return Source(asked, tuple(dict.fromkeys(files)))  # "**" meets a file once by itself and once in its folder
+        raise DataError(f"the glob {given!r} matches nothing; name a file, a folder or a glob of {_KINDS}")
+    return Source(given, tuple(dict.fromkeys(files)))  # "**" meets a file once by itself and once in its folder
 
 
 def _texts_below(folder: Path) -> tuple[Path, ...]:
@@ -122,7 +126,7 @@ def _texts_below(folder: Path) -> tuple[Path, ...]:
 
 
 def _below(folder: Path, left_out: frozenset[str]) -> list[Path]:
-    """The files below a folder by path, without hidden ones; a folder that cannot be listed is an error, not empty."""
+    """The files below a folder sorted by path, without hidden ones. Raises DataError for a folder that cannot be listed."""
     paths = []
     with readable(folder):
         for parent, folders, names in os.walk(folder, onerror=_raise):
@@ -155,12 +159,12 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"the data '{path}' cannot be read: {_first_line(error)}; mend it, or leave it out") from error
+        raise DataError(f"the data '{path}' cannot be read: {_first_line(error)}; repair it, or leave it out") from error
 
 
 def _first_line(error: Exception) -> str:
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (said.splitlines() or [type(error).__name__])[0]
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 def _read_text(path: Path, text_field: str) -> Iterator[Document]:
@@ -185,7 +189,7 @@ def _read_jsonl_zst(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _lines(path: Path, file: IO[bytes], lines: Any, text_field: str) -> Iterator[Document]:
-    """A document a line of ``lines``, which are those of ``file`` or what it decompresses to."""
+    """A document for each line of ``lines``, which are those of ``file`` or what it decompresses to."""
     for number, line in enumerate(lines, 1):
         if line.isspace():
             continue
@@ -197,7 +201,7 @@ def _text_of_line(line: bytes, text_field: str, where: str) -> bytes:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{where} is not valid JSON: {_first_line(error)}; mend the line, or remove it") from error
+        raise DataError(f"{where} is not valid JSON: {_first_line(error)}; repair the line, or remove it") from error
     if not isinstance(record, dict):
         raise DataError(f"{where} holds a JSON {type(record).__name__}; it must hold an object with the field {text_field!r}")
     if text_field not in record:
@@ -220,7 +224,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
                     where = f"{path}, row {row}"
                     yield Document(where, _as_bytes(text, where, text_field), size * row // file.metadata.num_rows)
     except pyarrow.ArrowException as error:
-        raise DataError(f"the data '{path}' cannot be read: {_first_line(error)}; mend it, or leave it out") from error
+        raise DataError(f"the data '{path}' cannot be read: {_first_line(error)}; repair it, or leave it out") from error
 
 
 def _as_bytes(text: Any, where: str, text_field: str) -> bytes:
@@ -233,16 +237,16 @@ def _as_bytes(text: Any, where: str, text_field: str) -> bytes:
     return text.encode(errors="replace")  # JSON can escape half a surrogate pair, which UTF-8 cannot write
 
 
-def _no_field(where: str, what: str, asked: str, there: Sequence[str] | dict[str, Any]) -> DataError:
+def _no_field(where: str, what: str, given: str, there: Sequence[str] | dict[str, Any]) -> DataError:
     listed = f"there are {', '.join(there)}" if there else "there is none"
-    return DataError(f"{where} has no {what} {asked!r}; {listed}: choose with --text-field")
+    return DataError(f"{where} has no {what} {given!r}; {listed}: choose with --text-field")
 
 
 def _pyarrow(path: Path) -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise DataError(f"the data '{path}' needs pyarrow, which is not here; pip install longspan[data]") from error
+        raise DataError(f"the data '{path}' needs pyarrow, which is not installed; pip install longspan[data]") from error
     return pyarrow
 
 

@@ -1,13 +1,13 @@
-"""Which sequences a step trains on, and a rank's tokens of them. The order is a function; nothing has to be remembered.
+"""The data loader: which sequences a step trains on, and this rank's tokens of them. It has no state to save or resume.
 
     split       |--- 0 ---|--- 1 ---|--- 2 ---|--- 3 ---|--- 4 ---|..      sequences of ``tokens`` tokens; the rest is not used
     epoch 0      3  0  4  1  2            permuted by (seed, 0)
-    epoch 1                     1  4  ..  permuted by (seed, 1); steps run on over the seam
-    step 0       3  0  4                  rows=3: dealt to micro-batches, these to the data replicas
+    epoch 1                     1  4  ..  permuted by (seed, 1); a step may take rows of two epochs
+    step 0       3  0  4                  rows=3: split into micro-batches, and these over the data replicas
     step 1                1  2  1
 
-So step 731 is asked for as step 731, and a run that resumes asks for its next one. The sequences of a step do not depend
-on how many ranks there are. Knows nothing of models.
+The sequences of a step are a function of its number alone, so a resumed run just asks for its next step, and they do not
+depend on the number of ranks. Knows nothing of models.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from longspan.errors import DataError
 
 @runtime_checkable
 class Stream(Protocol):
-    """Tokens that can be read anywhere: a ``packing.Split``."""
+    """A token stream with random access: a ``packing.Split``."""
 
     @property
     def name(self) -> str: ...
@@ -41,10 +41,19 @@ class Stream(Protocol):
 
 
 class Loader:
-    """A rank's part of every step. ``rows`` is those of one step, over all its micro-batches and all data replicas.
+    """This rank's part of every step.
 
-    Raises DataError where the text is shorter than one sequence, and LayoutError where a sequence has fewer tokens than
-    ranks.
+    Args:
+        stream: the tokens.
+        tokens: tokens of one sequence.
+        rows: sequences of one step, over all its micro-batches and all data replicas.
+        seed: the seed of the order.
+        place: this rank's coordinates in the mesh.
+        micro_batches: the parts that a step is accumulated from.
+
+    Raises:
+        DataError: the text is shorter than one sequence.
+        LayoutError: a sequence has fewer tokens than ranks.
     """
 
     def __init__(self, stream: Stream, *, tokens: int, rows: int, seed: int, place: Place, micro_batches: int = 1) -> None:
@@ -56,10 +65,10 @@ class Loader:
         self._mine = place.layout(tokens).mine(place.ring_rank, place.ulysses_rank)
 
     def step(self, step: int) -> list[Part]:
-        """The micro-batches of a step, each {input_ids, labels, shift_labels, position_ids [rows, my tokens], longspan}.
+        """The micro-batches of step 0, 1, ..: {input_ids, labels, shift_labels, position_ids [rows, my tokens], longspan}.
 
-        A part equals ``shard_local(whole, place)`` of the whole rows, of which only this rank's tokens and their successors
-        are read. A replica for which there is no row gets [0, my tokens]. ``sync_batches`` counts the labels of all.
+        A part equals ``shard_local(whole, place)`` of the whole rows, but only this rank's tokens and their successors are
+        read. A replica without a row gets [0, my tokens]. ``sync_batches`` counts the labels of all ranks.
         """
         first = step * self._rows
         return [
@@ -68,30 +77,30 @@ class Loader:
         ]
 
     def epoch(self, sequences: int | None = None) -> Iterator[Part]:
-        """Every sequence once (or the first ``sequences`` of epoch 0), ``rows`` at a time: for evaluation.
+        """Every sequence of epoch 0 once (or its first ``sequences``), ``rows`` at a time, for evaluation.
 
-        The last part may have fewer rows, some replicas none; every replica gets equally many parts.
+        The last part may have fewer rows, and some replicas none; every replica gets the same number of parts.
         """
         count = self.sequences if sequences is None else min(sequences, self.sequences)
         for first in range(0, count, self._rows):
             yield self._part([self.sequence(i) for i in range(first, min(first + self._rows, count))])
 
     def sequence(self, index: int) -> int:
-        """Which sequence of the split stands at ``index`` of the endless order."""
+        """The sequence of the split at ``index`` of the order, which runs on over all epochs."""
         epoch, place = divmod(index, self.sequences)
         return int(_permutation(self._seed, epoch, self.sequences)[place])
 
     def _part(self, sequences: Sequence[int]) -> Part:
-        share = consecutive(split(len(sequences), self._place.data))[self._place.data_rank]
-        starts = [sequences[i] * self._tokens for i in share]
+        my_rows = consecutive(split(len(sequences), self._place.data))[self._place.data_rank]
+        starts = [sequences[i] * self._tokens for i in my_rows]
         return part(self._stream, starts, self._tokens, self._mine)
 
 
 def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) -> Part:
     """A rank's part of the rows of ``tokens`` tokens that begin at ``starts``: the tokens at ``positions``, and their labels.
 
-    Equals ``shard_local({"input_ids": rows, "labels": rows}, place)``; the digest is that of their source, equal on
-    all ranks that share the rows. The last token of a row has no label.
+    Equals ``shard_local({"input_ids": rows, "labels": rows}, place)``, except that the digest hashes the stream's name and
+    the rows' starts; it is equal on all ranks of a sequence. The last token of a row has no label.
     """
     rows = [[_with_successors(stream, start, tokens, run) for run in positions] for start in starts]
     mine = sum(map(len, positions))
@@ -127,15 +136,15 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
 
 
 def _with_successors(stream: Stream, start: int, tokens: int, run: range) -> tuple[Tensor, Tensor]:
-    """The tokens at ``run`` of a row, and those that follow each."""
+    """The tokens at ``run`` of a row, and the next token of each."""
     read = stream.read(start + run.start, start + min(run.stop + 1, tokens))
     ids, following = read[: len(run)], read[1:]
     return ids, following if run.stop < tokens else torch.cat([following, following.new_tensor([IGNORE])])
 
 
-@lru_cache(maxsize=4)  # an epoch, the next one at the seam, and those of an evaluation
+@lru_cache(maxsize=4)  # the current epoch, the next one where a step takes rows of both, and those of an evaluation
 def _permutation(seed: int, epoch: int, count: int) -> Int64[Tensor, "count"]:
-    """0 .. count-1 in an order of their own for each seed and epoch; 8 bytes a sequence."""
+    """A random permutation of 0 .. count-1 for a seed and epoch; 8 bytes a sequence."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(_digest(f"{seed} {epoch}")))
 
 

@@ -1,13 +1,13 @@
-"""Documents as one stream of tokens in a memory map, tokenized once. Knows nothing of sequences, ranks or order.
+"""Packing: documents tokenized once into one memory-mapped token stream. Knows nothing of sequences, ranks or order.
 
     documents     [def f...]   [import os...]   [class A...]
     stream        d e f ... EOS i m p ... EOS c l a ... EOS          tokens.bin: uint8, uint16 or int32, as the vocabulary needs
-    train         |<---------->|            |<------------>|         a split is documents of the stream, side by side
+    train         |<---------->|            |<------------>|         a split concatenates some documents of the stream
     held out                   |<---------->|
 
-The stream lies in the cache under a name that is a hash of the content of the files, the tokenizer and this format: the
-same text is never tokenized twice, and changed text never read from an old stream. To know that files did not change,
-their paths, sizes and times of change are enough; where one changed in the last seconds, its content is hashed.
+The stream is cached under a hash of the files' contents, the tokenizer and this format: the same text is never tokenized
+twice, and changed text is never read from an old stream. Files count as unchanged by their paths, sizes and modification
+times; where one changed within the last seconds, the contents are hashed.
 """
 
 import hashlib
@@ -38,25 +38,25 @@ FORMAT = 1
 TOKENS, FACTS = "tokens.bin", "corpus.json"
 
 HELD_OUT = 20
-"""One document in so many is held out, chosen by its content."""
+"""One document in this many is held out, chosen by the hash of its content."""
 
 BATCH_BYTES = 8 << 20
-"""Text that is tokenized at once: what all threads of a tokenizer share, and what the progress bar moves by."""
+"""Text that is tokenized at once, in parallel by the tokenizer's threads; the progress bar moves by it."""
 
 SETTLED_SECONDS = 2.0
-"""A file that changed this lately could change again without a newer time: file systems count coarsely."""
+"""A file that changed this recently could change again without a newer time: file systems count time coarsely."""
 
 QUIET_SECONDS = 0.5
-"""Work that is shorter needs no progress bar."""
+"""Work that takes no longer shows no progress bar."""
 
 Bounds = Int64[np.ndarray, "_ 2"]
-"""Where documents start and stop, a row each."""
+"""First and end token of each document, a row each."""
 
 
 class Split:
-    """Documents of a stream, side by side: token 0 is the first of the first document.
+    """Some documents of a stream, concatenated: token 0 is the first token of the first document.
 
-    ``documents`` are their bounds, each with its end-of-document token; ``fingerprint`` is equal where the tokens are.
+    ``documents`` are their bounds, the end-of-document token included; equal ``fingerprint`` means equal tokens.
     """
 
     def __init__(self, name: str, stream: Integer[np.ndarray, "stream"], bounds: Bounds, fingerprint: str) -> None:
@@ -64,18 +64,18 @@ class Split:
         self._stream = stream
         ends = (bounds[:, 1] - bounds[:, 0]).cumsum()
         self.documents: Bounds = np.stack([np.concatenate([[0], ends[:-1]]), ends], 1)
-        # Neighbours in the stream are read as one run: a long sequence of short documents is few reads.
+        # Documents that are adjacent in the stream are read as one run: a long sequence of short documents is few reads.
         first = np.concatenate([[True], bounds[1:, 0] != bounds[:-1, 1]])
         self._run_starts = self.documents[first, 0]
         self._run_shifts = bounds[first, 0] - self._run_starts
 
     @property
     def tokens(self) -> int:
-        """How many tokens it has in all."""
+        """Number of tokens."""
         return int(self.documents[-1, 1])
 
     def read(self, start: int, stop: int) -> Int64[Tensor, "tokens"]:
-        """The tokens at ``start`` .. ``stop - 1``; nothing else of the stream is touched."""
+        """The tokens at ``start`` .. ``stop - 1``; no other part of the stream is read."""
         assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
         first, last = np.searchsorted(self._run_starts, [start, stop], side="right") - 1
         cuts = [start, *self._run_starts[first + 1 : last + 1].tolist(), stop]
@@ -86,10 +86,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized text. ``text_bytes`` of text became ``tokens`` tokens (an end-of-document token each included).
+    """A tokenized text: ``text_bytes`` of text became ``tokens`` tokens, one end-of-document token for each document included.
 
-    ``byte_entropy`` is what a model that knows only how frequent bytes are would pay: nats per byte of the whole text.
-    ``whole`` is every document; ``train`` and ``held_out`` share none of its tokens.
+    ``byte_entropy`` is the loss of a model that predicts every byte by its frequency alone, in nats per byte of the whole
+    text. ``whole`` is every document; ``train`` and ``held_out`` have no token in common.
     """
 
     fingerprint: str
@@ -104,7 +104,7 @@ class Corpus:
 
     @property
     def tokens(self) -> int:
-        """How many tokens the stream has."""
+        """Number of tokens of the stream."""
         return self.whole.tokens
 
     @property
@@ -121,11 +121,19 @@ def tokenize(
     folder: Path | None = None,
     console: Console | None = None,
 ) -> Corpus:
-    """The stream of ``sources`` (see ``corpora.documents``), made where it is not in the cache ``folder`` yet.
+    """The tokenized ``sources`` (see ``corpora.documents``), from the cache or made now.
 
-    Every rank may call it: on each machine one makes the stream and shows its progress on ``console`` (default: stderr),
-    the others wait for it. Raises DataError as ``documents`` does, where the data changes while it is read, and where
-    the disk is full; then nothing half-made stays.
+    Every rank may call it: on each machine one makes the stream, the others wait for it.
+
+    Args:
+        sources: files, folders and globs.
+        tokenizer: text to tokens.
+        text_field: the JSON field and Parquet column of the text.
+        folder: the cache; default: ``cache.default_folder()``.
+        console: where the progress is shown; default: stderr.
+
+    Raises:
+        DataError: as ``documents`` does; the data changes while it is read; the disk is full. The draft is removed.
     """
     found = corpora.find(sources)
     state, newest = _state(found)
@@ -142,9 +150,9 @@ def tokenize(
 
 
 def hold_out(bounds: Bounds, hashes: Integer[np.ndarray, "documents"]) -> tuple[Bounds, Bounds]:
-    """(train, held out): one document in 20 is held out, by the hash of its content, so the same text stays on one side.
+    """(train, held out): one document in 20 is held out by the hash of its content, so equal texts are in the same split.
 
-    Where these are not about a twentieth of the tokens (one document, few, or some huge), it is the tail of the stream.
+    Where these are not about a twentieth of the tokens (one or few documents, or a huge one), the tail of the stream is.
     """
     held = hashes % HELD_OUT == 0
     tokens = int(bounds[-1, 1])
@@ -209,13 +217,13 @@ def _write(draft: Path, found: Sequence[Source], text_field: str, tokenizer: Tok
 
 
 def entropy(frequencies: Int64[np.ndarray, "kinds"]) -> float:
-    """Nats per item of a text whose items are this frequent: -sum p log p."""
+    """The entropy of a distribution with these frequencies, in nats: -sum p log p."""
     some = frequencies[frequencies > 0] / frequencies.sum()
     return float(-(some * np.log(some)).sum())
 
 
 def bits(nats: float) -> float:
-    """Nats as bits."""
+    """Nats converted to bits."""
     return nats / math.log(2)
 
 
@@ -237,17 +245,17 @@ def _narrowest(vocab_size: int) -> np.dtype[np.generic]:
 
 
 def _state(found: Sequence[Source]) -> tuple[str, float]:
-    """Every file with its size and times, and the latest of these times. A changed file has another state."""
+    """Every file with its size and times, as text, and the latest of these times. A changed file changes the text."""
     try:
         stats = [(str(path.resolve()), path.stat()) for source in found for path in source.files]
     except OSError as error:
-        raise DataError(f"the data '{error.filename}' cannot be read: {error.strerror}; mend it, or leave it out") from error
+        raise DataError(f"the data '{error.filename}' cannot be read: {error.strerror}; repair it, or leave it out") from error
     newest = max(max(stat.st_mtime, stat.st_ctime) for _, stat in stats)
     return repr([(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]), newest
 
 
 def _content(found: Sequence[Source], made_by: str) -> str:
-    """The name of the stream: what is in the files, in their order, and who makes tokens of it."""
+    """The name of the stream: a hash of the files' contents, in their order, and of ``made_by``."""
     digests = []
     for path in (path for source in found for path in source.files):
         with corpora.readable(path), path.open("rb") as file:
@@ -265,18 +273,18 @@ def _document_hash(text: bytes) -> int:
 
 @contextmanager
 def _progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """A function to be told how much of ``total`` bytes is done; it shows a bar (without a terminal: a line) if this lasts."""
+    """A function that takes the bytes done out of ``total``; work that takes long shows a bar (without a terminal: a line)."""
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console, transient=True)
     task = bar.add_task("tokenizing, once", total=total)
-    start, said = time.monotonic(), False
+    start, shown = time.monotonic(), False
 
     def show(done: int) -> None:
-        nonlocal said
+        nonlocal shown
         bar.update(task, completed=done)
-        if said or done >= total or time.monotonic() - start < QUIET_SECONDS:
+        if shown or done >= total or time.monotonic() - start < QUIET_SECONDS:
             return
-        said = True
+        shown = True
         if console.is_terminal:
             bar.start()
         else:
@@ -285,5 +293,5 @@ def _progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
     try:
         yield show
     finally:
-        if said and console.is_terminal:
+        if shown and console.is_terminal:
             bar.stop()

@@ -1,10 +1,10 @@
-"""Text to token ids and back. Knows one text at a time; nothing of files of text, streams or sequences.
+"""Tokenizers: bytes, a file of the ``tokenizers`` library, or a Hugging Face folder. Knows nothing of data files or streams.
 
     "bytes"                      "abc"  ->  97 98 99              256 bytes, and 256 for the end of a document
     path/to/tokenizer.json       "abc"  ->  39305                 a file of the ``tokenizers`` library
     path/to/folder/              "abc"  ->  39305                 a Hugging Face tokenizer, from the disk only
 
-An end-of-document token that a tokenizer does not have is added behind its vocabulary.
+Where a tokenizer has no end-of-document token, one is added behind its vocabulary.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from longspan.errors import DataError
 Ids = Integer[np.ndarray, "tokens"]
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
-"""What tokenizers of well-known models call the end of a document, tried in this order where a file does not say."""
+"""Names of the end-of-document token in well-known models, tried in this order for a tokenizers file, which names none."""
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What turns text into ids below ``vocab_size``; ``eos`` ends a document; ``fingerprint`` names what it does."""
+    """Text to ids below ``vocab_size``; ``eos`` ends a document; equal ``fingerprint`` means equal tokens for every text."""
 
     @property
     def name(self) -> str: ...
@@ -37,19 +37,23 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str: ...
 
     def encode(self, text: str | bytes) -> Ids:
-        """The ids of a text, without ``eos``."""
+        """The token ids of a text, without ``eos``."""
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
-        """``[encode(text) for text in texts]``, on as many threads as there are."""
+        """``[encode(text) for text in texts]``, in parallel where the library can."""
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
-        """The text of ids, ``eos`` left out."""
+        """The text of token ids, without ``eos``."""
 
 
 def load(name: str) -> Tokenizer:
-    """The tokenizer that is called ``bytes``, or lies in a ``tokenizers`` JSON file or a Hugging Face folder.
+    """Load a tokenizer.
 
-    Raises DataError where there is no such file or folder, or it holds something else.
+    Args:
+        name: ``bytes``, the path of a ``tokenizers`` JSON file, or a Hugging Face folder.
+
+    Raises:
+        DataError: there is no such file or folder, or it holds something else.
     """
     if name == Bytes.name:
         return Bytes()
@@ -65,7 +69,7 @@ def load(name: str) -> Tokenizer:
 
 
 class Bytes:
-    """A token is a byte: no training, no unknown words, and a loss that is nats per byte."""
+    """One token a byte: no training, no unknown words, and a loss in nats per byte."""
 
     name = "bytes"
     vocab_size = 257
@@ -83,7 +87,7 @@ class Bytes:
 
 
 class Fast:
-    """A ``tokenizers.Tokenizer``. Equals its own ``encode(text, add_special_tokens=False).ids``, never cut or padded.
+    """A ``tokenizers.Tokenizer``: ``encode(text, add_special_tokens=False).ids``, never truncated or padded.
 
     Bytes that are not UTF-8 are read as U+FFFD.
     """
@@ -110,7 +114,7 @@ class Fast:
 
 
 class Slow:
-    """A Hugging Face tokenizer that is not one of the ``tokenizers`` library. Equals its own ``encode``, as ``Fast`` does."""
+    """A Hugging Face tokenizer that does not use the ``tokenizers`` library; it encodes as ``Fast`` does."""
 
     def __init__(self, name: str, backend: Any) -> None:
         self.name = name
@@ -134,7 +138,7 @@ def _from_file(path: Path) -> Tokenizer:
     try:
         import tokenizers
     except ImportError as error:
-        raise DataError(f"the tokenizer '{path}' needs tokenizers, which is not here; pip install longspan[hf]") from error
+        raise DataError(f"the tokenizer '{path}' needs tokenizers, which is not installed; pip install longspan[hf]") from error
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
@@ -150,10 +154,12 @@ def _from_folder(path: Path) -> Tokenizer:
     try:
         import transformers
     except ImportError as error:
-        raise DataError(f"the tokenizer '{path}' needs transformers, which is not here; pip install longspan[hf]") from error
+        raise DataError(
+            f"the tokenizer '{path}' needs transformers, which is not installed; pip install longspan[hf]"
+        ) from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # whatever a folder of something else makes it stumble over
+    except Exception as error:  # Transformers raises many kinds for a folder of something else
         raise DataError(
             f"the folder '{path}' holds no Hugging Face tokenizer: {_first_line(error)}; legal are 'bytes', a tokenizers JSON "
             f"file, and a folder that save_pretrained wrote"
@@ -164,7 +170,7 @@ def _from_folder(path: Path) -> Tokenizer:
 
 
 def _end(eos: int | None, vocabulary: int) -> tuple[int, int]:
-    """The end-of-document token and the size of the vocabulary with it."""
+    """The end-of-document token, and the size of the vocabulary with it."""
     return (vocabulary, vocabulary + 1) if eos is None else (eos, max(vocabulary, eos + 1))
 
 

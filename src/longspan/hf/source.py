@@ -1,4 +1,4 @@
-"""The recipe of ``--model hf:FOLDER``: a language model of Transformers, from a folder and back. Needs the extra ``hf``.
+"""The model of ``--model hf:FOLDER``: a language model of Transformers, loaded and exported. Needs the extra ``hf``.
 
 FOLDER   config.json      ->  class, heads, parameters: counted on the meta device
          *.safetensors    ->  its weights: whole on each rank (zero=0), or read in shares by ``parallelize`` (zero=3)
@@ -35,8 +35,8 @@ OF_THE_FOLDER = ("_name_or_path", "transformers_version", "dtype")
 """Fields of a config that say where it lies, not what the model is."""
 
 
-def read(folder: str, layers: int | None = None) -> "FolderRecipe":
-    """The recipe of a folder, cut to its first ``layers`` where they are given. Raises ModelError for no language model."""
+def read(folder: str, layers: int | None = None) -> "FolderSource":
+    """The source of a folder, cut to its first ``layers`` where they are given. Raises ModelError for no language model."""
     config = read_config(folder)
     kind = class_of(config)
     causal, masked = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MASKED_LM_MAPPING
@@ -47,7 +47,7 @@ def read(folder: str, layers: int | None = None) -> "FolderRecipe":
         )
     if layers is not None:
         _cut(config, folder, layers)
-    return FolderRecipe(config, str(Path(folder).expanduser()))
+    return FolderSource(config, str(Path(folder).expanduser()))
 
 
 def config_of(described: dict[str, Any]) -> PreTrainedConfig:
@@ -63,7 +63,7 @@ def config_of(described: dict[str, Any]) -> PreTrainedConfig:
 
 
 @dataclass(frozen=True)
-class FolderRecipe:
+class FolderSource:
     """A language model of Transformers; without a folder, one whose weights are elsewhere."""
 
     config: PreTrainedConfig
@@ -104,7 +104,7 @@ class FolderRecipe:
     def in_place(self) -> bool:
         return class_of(self.config) in _classes(transformers.MODEL_FOR_MASKED_LM_MAPPING, self.config)
 
-    def for_text(self, tokenizer: str, vocab: int) -> "FolderRecipe":
+    def for_text(self, tokenizer: str, vocab: int) -> "FolderSource":
         kind = class_of(self.config).__name__
         if self.in_place:
             raise ModelError(f"{kind} predicts masked tokens, and a run trains on the next one; name a causal language model")
