@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,8 @@ def test_the_readme_s_tree_is_the_package() -> None:
     package = ROOT / "src" / "longspan"
     files = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
     assert named == files
+
+
+def test_the_version_is_one_literal() -> None:
+    assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
+    assert f"\nversion: {longspan.__version__}\n" in (ROOT / "CITATION.cff").read_text()

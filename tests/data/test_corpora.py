@@ -179,7 +179,9 @@ def test_refusals_of_what_the_system_refuses(tmp_path: Path, monkeypatch: pytest
 def test_refusals_without_pyarrow_say_how_to_get_it(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / f"a{ending}").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert refusal(tmp_path / f"a{ending}").endswith("needs pyarrow, which is not installed; pip install longspan[data]")
+    assert refusal(tmp_path / f"a{ending}").endswith(
+        "needs pyarrow, which is not installed; pip install '.[data]' in a checkout"
+    )
 
 
 def test_refusal_of_a_python_without_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

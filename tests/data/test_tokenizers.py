@@ -115,5 +115,5 @@ def test_refusals_without_the_libraries_say_how_to_get_them(tmp_path: Path, monk
     path = saved(trained(), tmp_path / "t.json")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert refusal(path).endswith("needs tokenizers, which is not installed; pip install longspan[hf]")
-    assert refusal(tmp_path).endswith("needs transformers, which is not installed; pip install longspan[hf]")
+    assert refusal(path).endswith("needs tokenizers, which is not installed; pip install '.[hf]' in a checkout")
+    assert refusal(tmp_path).endswith("needs transformers, which is not installed; pip install '.[hf]' in a checkout")

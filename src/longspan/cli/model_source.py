@@ -104,7 +104,9 @@ def _of_folder(folder: str, layers: int | None, heads: int | None, kv_heads: int
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ModelError(f"{FOLDER}{folder} needs transformers, which is not installed; pip install 'longspan[hf]'") from error
+        raise ModelError(
+            f"{FOLDER}{folder} needs transformers, which is not installed; pip install '.[hf]' in a checkout"
+        ) from error
     from longspan.hf.source import read
 
     return read(folder, layers)

@@ -246,7 +246,9 @@ def _pyarrow(path: Path) -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise DataError(f"the data '{path}' needs pyarrow, which is not installed; pip install longspan[data]") from error
+        raise DataError(
+            f"the data '{path}' needs pyarrow, which is not installed; pip install '.[data]' in a checkout"
+        ) from error
     return pyarrow
 
 

@@ -138,7 +138,9 @@ def _from_file(path: Path) -> Tokenizer:
     try:
         import tokenizers
     except ImportError as error:
-        raise DataError(f"the tokenizer '{path}' needs tokenizers, which is not installed; pip install longspan[hf]") from error
+        raise DataError(
+            f"the tokenizer '{path}' needs tokenizers, which is not installed; pip install '.[hf]' in a checkout"
+        ) from error
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
@@ -155,7 +157,7 @@ def _from_folder(path: Path) -> Tokenizer:
         import transformers
     except ImportError as error:
         raise DataError(
-            f"the tokenizer '{path}' needs transformers, which is not installed; pip install longspan[hf]"
+            f"the tokenizer '{path}' needs transformers, which is not installed; pip install '.[hf]' in a checkout"
         ) from error
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
