@@ -81,7 +81,7 @@ def _kernel(mask: Mask, dtype: torch.dtype, arguments: argparse.Namespace) -> fl
 
 def _attend(mask: Mask, dtype: torch.dtype, arguments: argparse.Namespace, mesh: ParallelMesh) -> float:
     """Seconds of one forward and backward of ``attend`` on the ranks of the mesh, until the last is done."""
-    mine = (4, 1, arguments.tokens // mesh.degree, arguments.heads, arguments.dim)
+    mine = (4, 1, arguments.tokens // mesh.world_group.size(), arguments.heads, arguments.dim)
     q, k, v, dout = (x.to(dtype).requires_grad_() for x in torch.randn(mine))
     dist.barrier()
     start = time.perf_counter()

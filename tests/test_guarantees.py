@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from longspan.batch.shard import IGNORE, shard_batch, unshard
 from longspan.distributed import grad_sync as gradients
 from longspan.distributed.collectives import all_reduce_sum
-from longspan.distributed.mesh import ParallelMesh, Place
+from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.models.decoder import Decoder, DecoderConfig
 from longspan.parallelize import parallelize
 from tests.helpers.ranks import Ranks
@@ -75,19 +75,19 @@ def build(case: Case) -> Probed:
     return model.to(case.dtype)
 
 
-def whole_batches(case: Case, place: Place) -> list[list[dict[str, torch.Tensor]]]:
+def whole_batches(case: Case, coordinate: MeshCoordinate) -> list[list[dict[str, torch.Tensor]]]:
     """[micro-batch][data replica] -> input_ids and labels, unequally many of them."""
     generator = torch.Generator().manual_seed(case.seed)
     batches = []
     for _ in range(case.micro_batches):
         replicas = []
-        for data in range(place.data):
-            last = data == place.data - 1
+        for data in range(coordinate.data):
+            last = data == coordinate.data - 1
             rows = 0 if case.without_rows and last else ROWS
             ids = torch.randint(11, (rows, case.tokens), generator=generator)
             labels = ids.where(torch.rand(ids.shape, generator=generator) < (0.9, 0.3)[data % 2], IGNORE)
             if case.without_labels and last:
-                for run in place.layout(case.tokens).mine(place.ring - 1, place.ulysses - 1):
+                for run in coordinate.layout(case.tokens).mine(coordinate.ring - 1, coordinate.ulysses - 1):
                     labels[:, run.start + 1 : run.stop + 1] = IGNORE
             replicas.append({"input_ids": ids, "labels": labels})
             if case.padded:
@@ -115,13 +115,13 @@ def without_padding(logits_of: Callable[[torch.Tensor], torch.Tensor], ids: torc
     return torch.cat([F.pad(row, (0, 0, *cut)) for row, cut in zip(rows, cuts)])
 
 
-def on_one_device(model: Probed, case: Case, place: Place) -> float:
+def on_one_device(model: Probed, case: Case, coordinate: MeshCoordinate) -> float:
     batches = [
         {name: torch.cat([replica[name] for replica in replicas]) for name in replicas[0]}
-        for replicas in whole_batches(case, place)
+        for replicas in whole_batches(case, coordinate)
     ]
     num_labels = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
-    extras = [EXTRAS[name](place) for name in case.extras if name != "penalty"]
+    extras = [EXTRAS[name](coordinate) for name in case.extras if name != "penalty"]
     total = 0.0
     for batch in batches:
         if case.padded:
@@ -138,7 +138,7 @@ def on_one_device(model: Probed, case: Case, place: Place) -> float:
 
 
 def on_the_mesh(model: Probed, case: Case, mesh: ParallelMesh) -> float:
-    mine = [replicas[mesh.place.data_rank] for replicas in whole_batches(case, mesh.place)]
+    mine = [replicas[mesh.coordinate.data_rank] for replicas in whole_batches(case, mesh.coordinate)]
     parts = shard_batch(mine, mesh) if case.micro_batches > 1 else [shard_batch(mine[0], mesh)]
     extras = [EXTRAS[f"{name} on ranks"](mesh, case.tokens) for name in case.extras if name != "penalty"]
     total = 0.0
@@ -157,7 +157,7 @@ def penalty(model: nn.Module) -> torch.Tensor:
     return 0.01 * sum(square.full_tensor() if isinstance(square, DTensor) else square for square in squares)
 
 
-def pooled(place):
+def pooled(coordinate):
     return lambda model, logits: model.pool(logits.tanh().mean(1)).square().sum()
 
 
@@ -165,22 +165,22 @@ def pooled_on_ranks(mesh, tokens):
     def extra(model, logits):
         whole = unshard(logits, mesh, tokens=tokens)  # the ranks of a sequence all pool its rows
         mine = model.pool(whole.tanh().mean(1)).square().sum()
-        return all_reduce_sum(mine, mesh.mean_group) / (mesh.place.ring * mesh.place.ulysses)
+        return all_reduce_sum(mine, mesh.loss_group) / (mesh.coordinate.sequence_ranks)
 
     return extra
 
 
-def balance(place):
+def balance(coordinate):
     return lambda model, logits: logits.softmax(-1).sum((0, 1)).square().sum() / 100
 
 
 def balance_on_ranks(mesh, tokens):
-    return lambda model, logits: all_reduce_sum(logits.softmax(-1).sum((0, 1)), mesh.mean_group).square().sum() / 100
+    return lambda model, logits: all_reduce_sum(logits.softmax(-1).sum((0, 1)), mesh.loss_group).square().sum() / 100
 
 
-def odd(place):
+def odd(coordinate):
     def extra(model, logits):
-        (mine,) = place.layout(logits.shape[1]).mine(0, 0)[:1]
+        (mine,) = coordinate.layout(logits.shape[1]).mine(0, 0)[:1]
         return model.odd(logits[:ROWS, mine.start : mine.stop]).tanh().sum() / 10
 
     return extra
@@ -188,10 +188,10 @@ def odd(place):
 
 def odd_on_ranks(mesh, tokens):
     def extra(model, logits):
-        first = (mesh.place.data_rank, mesh.place.ring_rank, mesh.place.ulysses_rank) == (0, 0, 0)
-        (mine,) = mesh.place.layout(tokens).mine(0, 0)[:1]
+        first = (mesh.coordinate.data_rank, mesh.coordinate.ring_rank, mesh.coordinate.ulysses_rank) == (0, 0, 0)
+        (mine,) = mesh.coordinate.layout(tokens).mine(0, 0)[:1]
         found = model.odd(logits[:, : len(mine)]).tanh().sum() / 10 if first else logits.sum() * 0
-        return all_reduce_sum(found, mesh.mean_group)
+        return all_reduce_sum(found, mesh.loss_group)
 
     return extra
 
@@ -215,7 +215,7 @@ def check(case: Case, mesh: ParallelMesh) -> tuple[float, str]:
     """Compare with one device; what is returned must be equal on all ranks: the loss, and a word for the gradients."""
     reference = build(case)
     model = parallelize(deepcopy(reference), mesh, zero=case.zero)
-    expected, found = on_one_device(reference, case, mesh.place), on_the_mesh(model, case, mesh)
+    expected, found = on_one_device(reference, case, mesh.coordinate), on_the_mesh(model, case, mesh)
     tolerance = TOLERANCE[case.dtype]
     assert abs(found - expected) <= tolerance * max(abs(expected), 1e-3), f"{case}: loss {found}, one device {expected}"
 
@@ -309,13 +309,13 @@ def exact() -> dict[int, tuple[list[Grads], float]]:
     """By the ulysses degree of four ranks: the fp64 gradients of each seed, and one device's squared error in bf16."""
     found = {}
     for ulysses in (1, 2, 4):
-        place, wides, error = Place(data=4 // ulysses, ulysses=ulysses), [], 0.0
+        coordinate, wides, error = MeshCoordinate(data=4 // ulysses, ulysses=ulysses), [], 0.0
         for seed in SEEDS:
             case = bfloat16_case(ulysses, seed)
             half = build(case)
             wide = deepcopy(half).double()
-            on_one_device(half, case, place)
-            on_one_device(wide, replace(case, dtype=torch.float64), place)
+            on_one_device(half, case, coordinate)
+            on_one_device(wide, replace(case, dtype=torch.float64), coordinate)
             wides.append(whole_grads(wide))
             error += squared_error(whole_grads(half), wides[-1])
         found[ulysses] = wides, error

@@ -72,7 +72,7 @@ def test_over_ranks_it_is_the_loss_of_one_device(ranks, tmp_path):
 def _loss_and_gradient(num_labels):
     """The loss with the labels counted, given, and as a sum over micro-batches; the gradient of all three."""
     mesh, weight = ParallelMesh(), _weight()
-    hidden, labels = _tokens(mesh.place.data_rank)
+    hidden, labels = _tokens(mesh.coordinate.data_rank)
     logits = hidden @ weight
     micro = [
         cross_entropy(some_logits, some_labels, mesh=mesh, num_labels=num_labels)
@@ -167,7 +167,7 @@ def test_a_label_of_one_rank_that_is_no_word_is_refused_on_every_rank(num_labels
 
 def _wrong_on_one(num_labels, whole_logits):
     mesh, (hidden, labels) = ParallelMesh(), _tokens(2)
-    labels[0, 2] = VOCAB if mesh.place.data_rank == 1 else 4
+    labels[0, 2] = VOCAB if mesh.coordinate.data_rank == 1 else 4
     given = (hidden @ _weight(), labels) if whole_logits else (hidden, _weight().T.detach(), labels)
     loss = cross_entropy if whole_logits else linear_cross_entropy
     with pytest.raises(BatchError) as error:
@@ -242,7 +242,7 @@ def test_over_ranks_a_tiled_loss_is_that_of_one_device(sharded, tmp_path):
 def _tiled_over_ranks(sharded):
     mesh, weight = ParallelMesh(), _weight().T.detach()
     weight = (distribute_tensor(weight, mesh.fsdp_mesh, [Shard(0)]) if sharded else weight).requires_grad_()
-    hidden, labels = _tokens(mesh.place.data_rank)
+    hidden, labels = _tokens(mesh.coordinate.data_rank)
     loss = linear_cross_entropy(hidden, weight, labels, mesh=mesh)
     loss.backward()
     return loss.item(), weight.grad.full_tensor() if sharded else weight.grad

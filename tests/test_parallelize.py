@@ -27,7 +27,7 @@ def _batch(step: int = 0, rows: int = 4, tokens: int = 10) -> dict[str, torch.Te
 
 
 def _mine(batch: dict[str, torch.Tensor], mesh: ParallelMesh) -> dict[str, torch.Tensor]:
-    return {name: value.tensor_split(mesh.place.data)[mesh.place.data_rank] for name, value in batch.items()}
+    return {name: value.tensor_split(mesh.coordinate.data)[mesh.coordinate.data_rank] for name, value in batch.items()}
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -111,7 +111,7 @@ def test_half_gradients_are_averaged_in_fp32(zero, tmp_path):
 def _half_means(zero):
     mesh = ParallelMesh()
     model = parallelize(Scaled(), mesh, zero=zero)
-    mine = [order[mesh.place.data_rank] for order in permutations((256.0, 1.0, 1.0, -256.0))]
+    mine = [order[mesh.coordinate.data_rank] for order in permutations((256.0, 1.0, 1.0, -256.0))]
     model(torch.tensor(mine, dtype=torch.bfloat16)).backward()
     grads = [parameter.grad for parameter in model.parameters()]
     return [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
@@ -170,23 +170,23 @@ REFUSALS = {
     # What one rank alone can know is raised by all.
     r"embed\.weight is .* on rank 0 and .* on rank 2; build it with the same config and seed": (
         ModelError,
-        lambda mesh: parallelize(_decoder(seed=mesh.place.ulysses_rank // 2), mesh),
+        lambda mesh: parallelize(_decoder(seed=mesh.coordinate.ulysses_rank // 2), mesh),
     ),
     "zero is 3 on rank 0 and 0 on rank 1": (
         ModelError,
-        lambda mesh: parallelize(_decoder(), mesh, zero=0 if mesh.place.ulysses_rank else 3),
+        lambda mesh: parallelize(_decoder(), mesh, zero=0 if mesh.coordinate.ulysses_rank else 3),
     ),
     "blocks.1.attention_norm.weight is nothing on rank 0": (
         ModelError,
-        lambda mesh: parallelize(_decoder(layers=2 if mesh.place.ulysses_rank == 3 else 1), mesh),
+        lambda mesh: parallelize(_decoder(layers=2 if mesh.coordinate.ulysses_rank == 3 else 1), mesh),
     ),
     "zero=5 is not supported": (
         ModelError,
-        lambda mesh: parallelize(_decoder(), mesh, zero=5 if mesh.place.ulysses_rank == 1 else 0),
+        lambda mesh: parallelize(_decoder(), mesh, zero=5 if mesh.coordinate.ulysses_rank == 1 else 0),
     ),
     "recompute is full on rank 0 and none on rank 1": (
         ModelError,
-        lambda mesh: parallelize(_decoder(), mesh, recompute="none" if mesh.place.ulysses_rank else "full"),
+        lambda mesh: parallelize(_decoder(), mesh, recompute="none" if mesh.coordinate.ulysses_rank else "full"),
     ),
 }
 

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from longspan.batch.shard import IGNORE
 from longspan.distributed.collectives import all_reduce_sum
-from longspan.distributed.consensus import agree_on_error
+from longspan.distributed.consensus import raise_first_error
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError
 from longspan.kernels.matmul import product_dtype
@@ -102,8 +102,8 @@ def mean_over_ranks(total: Tensor, wanted: Tensor, mesh: ParallelMesh | None, nu
     """The sum of all ranks' ``total``, divided by ``num_labels`` (None: by how many tokens they want); 0 where none is."""
     count = wanted.sum() if num_labels is None else torch.tensor(num_labels, device=total.device)
     if mesh is not None:
-        total = all_reduce_sum(total, mesh.mean_group)
-        count = all_reduce_sum(count, mesh.mean_group) if num_labels is None else count
+        total = all_reduce_sum(total, mesh.loss_group)
+        count = all_reduce_sum(count, mesh.loss_group) if num_labels is None else count
     return total / count.clamp(min=1)
 
 
@@ -115,7 +115,7 @@ def _refuse_unknown_words(targets: Tensor, vocab: int, ignore_index: int, mesh: 
             f"{ignore_index} where nothing is learned"
         )
     if mesh is not None:
-        agree_on_error(error, mesh)
+        raise_first_error(error, mesh.world_group)
     elif error is not None:
         raise error
 

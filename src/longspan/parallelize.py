@@ -22,18 +22,18 @@ from functools import partial
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from longspan.attention.api import attend, refuse_kernel
 from longspan.batch.context import refuse_unknown_tokens
+from longspan.distributed.consensus import first_difference, gather_or_raise
 from longspan.distributed.fsdp import Shares, refuse_what_cannot_be, shard_parameters
 from longspan.distributed.grad_sync import MeanGradients
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import ParallelMesh
-from longspan.errors import LongspanError, ModelError
+from longspan.errors import ModelError
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import KernelFunction
 from longspan.memory.auto import Choice, choose, refuse_half_asked
@@ -121,7 +121,7 @@ def _choose(
 ) -> dict[str, Any]:
     """The tools of ``memory="auto"``, on every rank the same or none; the first rank says why."""
     chosen: list[Choice] = []
-    ranks, itemsize = mesh.place.ring * mesh.place.ulysses, (asked.dtype or next(model.parameters()).dtype).itemsize
+    ranks, itemsize = mesh.coordinate.sequence_ranks, (asked.dtype or next(model.parameters()).dtype).itemsize
 
     def look() -> dict[str, str]:
         found = choose(
@@ -132,7 +132,7 @@ def _choose(
         return {'memory="auto"': chosen[0].why}
 
     _agree(mesh, look)
-    if mesh.mean_group.rank() == 0:
+    if mesh.loss_group.rank() == 0:
         logging.getLogger(__name__).warning('memory="auto" takes %s', chosen[0].why)
     return chosen[0].tools
 
@@ -240,13 +240,13 @@ class _Given:
                 f"{type(self.model).__name__} offers no {', '.join(missing)}, so its attention cannot be made parallel; use "
                 f"a Hugging Face model, the Decoder, or a model with attention, cross_entropy, blocks and config as attributes"
             )
-        refuse_kernel(self.kernel, mesh.place)
-        Heads(self.model.config.heads, self.model.config.kv_heads, mesh.place.ulysses)
+        refuse_kernel(self.kernel, mesh.coordinate)
+        Heads(self.model.config.heads, self.model.config.kv_heads, mesh.coordinate.ulysses)
         if tools.head_chunks != 1:
             if not hasattr(self.model, "chunk_heads"):
                 raise ModelError(f"{type(self.model).__name__} has no chunk_heads(count); leave out head_chunks")
             chunk_rows(self.model.config, tools.head_chunks)
-            heads, ulysses = self.model.config.heads, mesh.place.ulysses
+            heads, ulysses = self.model.config.heads, mesh.coordinate.ulysses
             if heads // tools.head_chunks < ulysses:
                 raise ModelError(
                     f"head_chunks={tools.head_chunks} leaves {heads // tools.head_chunks} query heads to a chunk, and each of "
@@ -265,7 +265,7 @@ class _Given:
         self.model.attention = partial(attention, mesh=mesh, **chosen)
         self.model.cross_entropy = partial(self.cross_entropy, mesh=mesh)
         self.guards = [self.model.register_forward_pre_hook(_refuse_unknown_tokens, with_kwargs=True)]
-        if mesh.place.ring * mesh.place.ulysses > 1:
+        if mesh.coordinate.sequence_ranks > 1:
             guard = self.model.register_forward_pre_hook(_refuse_what_is_not_cut, prepend=True, with_kwargs=True)
             self.guards.append(guard)
 
@@ -297,20 +297,13 @@ def _name(kernel: str | Kernel | KernelFunction) -> str:
 
 def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
     """Raise on every rank what any rank finds: one exchange of each rank's error and of what it holds."""
-    error: LongspanError | None = None
-    facts: dict[str, str] = {}
-    try:
-        facts = look()
-    except LongspanError as found:
-        error = found
-    everyone: list[Any] = [(error, facts)]
-    if mesh.degree > 1:
-        everyone = [None] * mesh.degree
-        dist.all_gather_object(everyone, (error, facts), group=mesh.agreement_group)
-    for theirs, _ in everyone:
-        if theirs is not None:
-            raise theirs
-    _refuse_differences([held for _, held in everyone])
+    difference = first_difference(gather_or_raise(look, mesh.world_group))
+    if difference is not None:
+        name, first, rank, other = difference
+        raise ModelError(
+            f"the model differs between ranks: {name} is {first} on rank 0 and {other} on rank {rank}; "
+            f"build it with the same config and seed, or load the same checkpoint, on every rank"
+        )
 
 
 def _refuse_what_cannot_be(model: nn.Module, mesh: ParallelMesh, tools: Tools, shares: Shares) -> dict[str, str]:
@@ -380,18 +373,6 @@ def _hash(tensor: Tensor) -> str:
         raise ModelError("the model is on the meta device; give it weights first: model.to_empty(device=...), then initialize")
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
-def _refuse_differences(everyone: list[dict[str, str]]) -> None:
-    for rank, held in enumerate(everyone):
-        # What one rank lacks comes first: it explains why the rest differs.
-        for name in sorted(everyone[0] | held, key=lambda name: name in everyone[0] and name in held):
-            first, other = everyone[0].get(name, "nothing"), held.get(name, "nothing")
-            if first != other:
-                raise ModelError(
-                    f"the model differs between ranks: {name} is {first} on rank 0 and {other} on rank {rank}; "
-                    f"build it with the same config and seed, or load the same checkpoint, on every rank"
-                )
 
 
 def _refuse_what_is_not_cut(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

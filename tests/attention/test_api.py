@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from longspan.attention.api import attend
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.layout import Heads, Traffic, attention_traffic, kept_attention_traffic, ring_traffic
-from longspan.distributed.mesh import ParallelMesh, Place
+from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import KernelError, LayoutError, MaskError
 from longspan.kernels.reference import Reference
 from longspan.masks.constructors import BlockSparse, Causal, Chunked, Documents, Full, Mask, PrefixLM, SinkTokens, Span, Window
@@ -128,7 +128,7 @@ def on_this_rank(case: Case) -> tuple[dict[str, torch.Tensor], tuple[Traffic, Tr
     transport = mesh.transport
     assert isinstance(transport, CountingTransport)
     transport.traffic = Traffic()
-    cut = mine(whole_inputs(case), case, mesh.place)
+    cut = mine(whole_inputs(case), case, mesh.coordinate)
     x = {name: stored(value, case.stored).requires_grad_() for name, value in cut.items()}
     out = attend(
         x["q"], x["k"], x["v"], mask=case.mask, mesh=mesh, tokens=case.tokens, key_tokens=case.key_tokens,
@@ -148,7 +148,7 @@ def stored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     return x.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
 
 
-def mine(whole: dict[str, torch.Tensor], case: Case, place: Place) -> dict[str, torch.Tensor]:
+def mine(whole: dict[str, torch.Tensor], case: Case, coordinate: MeshCoordinate) -> dict[str, torch.Tensor]:
     """A rank's tokens of everything that has tokens."""
     cut = {}
     for name, value in whole.items():
@@ -156,7 +156,7 @@ def mine(whole: dict[str, torch.Tensor], case: Case, place: Place) -> dict[str, 
             cut[name] = value.clone()
         else:
             length = case.key_tokens if name in ("k", "v") else case.tokens
-            runs = place.layout(length).mine(place.ring_rank, place.ulysses_rank)
+            runs = coordinate.layout(length).mine(coordinate.ring_rank, coordinate.ulysses_rank)
             cut[name] = torch.cat([value[:, run.start : run.stop] for run in runs], 1)
     return cut
 
@@ -169,25 +169,25 @@ def gathered(case: Case, parts: list[dict[str, torch.Tensor]]) -> dict[str, torc
             whole[name] = torch.stack([part[name].double() for part in parts]).sum(0)
             continue
         length = case.key_tokens if name in ("k", "v") else case.tokens
-        held = [place.layout(length).mine(place.ring_rank, place.ulysses_rank) for place in places(case)]
+        held = [coordinate.layout(length).mine(coordinate.ring_rank, coordinate.ulysses_rank) for coordinate in places(case)]
         order = [p for runs in held for run in runs for p in run]
         together = torch.cat([part[name].double() for part in parts], 1)
         whole[name] = together[:, torch.tensor(order).argsort()]
     return whole
 
 
-def places(case: Case) -> list[Place]:
+def places(case: Case) -> list[MeshCoordinate]:
     """Where each rank stands, in the order of the ranks."""
     spots = [(r, u) for r in range(case.ring) for u in range(case.ulysses)]
-    return [Place(1, case.ring, case.ulysses, 0, r, u, case.zigzag) for r, u in spots]
+    return [MeshCoordinate(1, case.ring, case.ulysses, 0, r, u, case.zigzag) for r, u in spots]
 
 
 def run(case: Case, pool: Callable[[int], Ranks]) -> dict[str, torch.Tensor]:
     """The whole out and gradients; law 3 is checked on the way: every rank's traffic is the closed form."""
     parts = pool(case.ulysses * case.ring).run(on_this_rank, case)
     rows_needed = keys_needed(case)
-    for place, (_, counted) in zip(places(case), parts):
-        assert counted == closed_form(case, place, rows_needed), f"traffic of {place} in {case}"
+    for coordinate, (_, counted) in zip(places(case), parts):
+        assert counted == closed_form(case, coordinate, rows_needed), f"traffic of {coordinate} in {case}"
     return gathered(case, [results for results, _ in parts])
 
 
@@ -203,22 +203,22 @@ def keys_needed(case: Case) -> dict[tuple[int, int], int]:
     }
 
 
-def closed_form(case: Case, place: Place, needed: dict[tuple[int, int], int]) -> tuple[Traffic, Traffic]:
+def closed_form(case: Case, coordinate: MeshCoordinate, needed: dict[tuple[int, int], int]) -> tuple[Traffic, Traffic]:
     """(forward, backward) of one attention of one rank by the formulas of layout.py."""
     heads = Heads(case.heads, case.kv_heads, case.ulysses, case.head_chunks)
-    sizes, key_sizes = (place.layout(n).sizes(place.ring_rank) for n in (case.tokens, case.key_tokens))
+    sizes, key_sizes = (coordinate.layout(n).sizes(coordinate.ring_rank) for n in (case.tokens, case.key_tokens))
     formula = kept_attention_traffic if case.head_chunks > 1 else attention_traffic
     itemsize = case.dtype.itemsize
     forward, backward = formula(
-        heads, sizes, key_sizes, place.ulysses_rank,
+        heads, sizes, key_sizes, coordinate.ulysses_rank,
         rows=case.batch, qk_dim=case.qk_dim, v_dim=case.v_dim, itemsize=itemsize,
     )  # fmt: skip
-    ranks, rank = range(case.ring), place.ring_rank
+    ranks, rank = range(case.ring), coordinate.ring_rank
     hops = [hop for hop in ranks[1:] if any(needed[source, (source + hop) % case.ring] for source in ranks)]
     leaving = [needed[rank, (rank + hop) % case.ring] for hop in hops]
     arriving = [needed[(rank - hop) % case.ring, rank] for hop in hops]
     for chunk in range(case.head_chunks):
-        width = len(heads.kv_of(place.ulysses_rank, chunk)) * (case.qk_dim + case.v_dim)
+        width = len(heads.kv_of(coordinate.ulysses_rank, chunk)) * (case.qk_dim + case.v_dim)
         there, home = ring_traffic(leaving, arriving, width, itemsize=itemsize, grad_itemsize=max(itemsize, 4))
         forward, backward = forward + there, backward + home
     return forward, backward

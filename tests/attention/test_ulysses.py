@@ -42,7 +42,7 @@ def _every_token_of_my_heads() -> None:
 def _one_shape(batch: int, tokens: int, key_tokens: int, heads: int, kv: int, qk_dim: int, v_dim: int) -> None:
     transport = CountingTransport(TorchTransport())
     mesh = ParallelMesh(ulysses=torch.distributed.get_world_size(), transport=transport)
-    rank, ranks = mesh.place.ulysses_rank, mesh.place.ulysses
+    rank, ranks = mesh.coordinate.ulysses_rank, mesh.coordinate.ulysses
     torch.manual_seed(0)  # the same whole tensors on every rank
     kinds = [(tokens, heads, qk_dim), (key_tokens, kv, qk_dim), (key_tokens, kv, v_dim)]
     wholes = [torch.randn(batch, n, h, d).double() for n, h, d in kinds]
@@ -105,8 +105,8 @@ def _there_and_back() -> None:
     mesh = ParallelMesh(ulysses=3)
     torch.manual_seed(0)
     whole = torch.randn(2, 10, 7, 5)
-    mine = _my_tokens(whole, mesh.place.ulysses_rank, 3)
+    mine = _my_tokens(whole, mesh.coordinate.ulysses_rank, 3)
     there = tokens_to_heads(mine, mesh, tokens=10)
-    own = Heads(7, 7, 3).query_of(mesh.place.ulysses_rank)
+    own = Heads(7, 7, 3).query_of(mesh.coordinate.ulysses_rank)
     assert torch.equal(there, whole[:, :, own.start : own.stop])
     assert torch.equal(heads_to_tokens(there, mesh, heads=7, tokens=10), mine)

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from longspan.batch.shard import IGNORE, shard_batch, shard_local, sync_batches, unshard
-from longspan.distributed.consensus import agree_on_error, refuse_difference
-from longspan.distributed.mesh import ParallelMesh, Place
+from longspan.distributed.consensus import raise_first_error, refuse_difference
+from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import BatchError, LayoutError, LongspanError, MaskError
 from longspan.masks.constructors import Causal, Documents, Full, Span
 from tests.helpers.ranks import on_ranks
@@ -23,8 +23,8 @@ LAYOUTS = [(1, 1, False), (2, 1, False), (3, 1, False), (1, 2, True), (2, 2, Tru
 def test_the_parts_of_all_ranks_are_the_whole(ulysses: int, ring: int, zigzag: bool, tokens: int) -> None:
     ids = torch.arange(2 * tokens).view(2, tokens)
     batch = {"input_ids": ids, "labels": ids, "inputs_embeds": torch.randn(2, tokens, 3), "name": "kept as it is"}
-    places = [Place(1, ring, ulysses, 0, r, u, zigzag) for r in range(ring) for u in range(ulysses)]
-    parts = [shard_local(batch, place) for place in places]
+    places = [MeshCoordinate(1, ring, ulysses, 0, r, u, zigzag) for r in range(ring) for u in range(ulysses)]
+    parts = [shard_local(batch, coordinate) for coordinate in places]
     positions = torch.cat([part["position_ids"] for part in parts], 1)
     order = positions[0].argsort()
     assert torch.equal(positions[0].sort().values, torch.arange(tokens))
@@ -39,21 +39,23 @@ def test_the_parts_of_all_ranks_are_the_whole(ulysses: int, ring: int, zigzag: b
 
 def test_models_that_predict_in_place_keep_their_labels() -> None:
     ids = torch.arange(8).view(1, 8)
-    part = shard_local({"input_ids": ids, "labels": ids}, Place(ulysses=2, ulysses_rank=1), shift=False)
+    part = shard_local({"input_ids": ids, "labels": ids}, MeshCoordinate(ulysses=2, ulysses_rank=1), shift=False)
     assert part["labels"].tolist() == [[4, 5, 6, 7]]
     assert "shift_labels" not in part
     assert part["longspan"].num_labels == 8
 
 
 def test_labels_without_a_token_dimension_stay_whole() -> None:
-    part = shard_local({"input_ids": torch.zeros(3, 8, dtype=torch.long), "labels": torch.tensor([0, 1, 2])}, Place(ulysses=2))
+    part = shard_local(
+        {"input_ids": torch.zeros(3, 8, dtype=torch.long), "labels": torch.tensor([0, 1, 2])}, MeshCoordinate(ulysses=2)
+    )
     assert part["labels"].tolist() == [0, 1, 2]
 
 
 def test_other_tensors_are_cut_where_their_dimension_is_declared() -> None:
     mrope = torch.arange(3 * 8).view(3, 1, 8)
     batch = {"input_ids": torch.zeros(1, 8, dtype=torch.long), "grid": mrope}
-    part = shard_local(batch, Place(ulysses=2, ulysses_rank=1), dims={"grid": 2})
+    part = shard_local(batch, MeshCoordinate(ulysses=2, ulysses_rank=1), dims={"grid": 2})
     assert torch.equal(part["grid"], mrope[:, :, 4:])
 
 
@@ -63,7 +65,7 @@ VARLEN = {"cu_seq_lens_q": torch.tensor([0, 3, 3, 8]), "cu_seq_lens_k": torch.te
 
 def test_documents_are_read_from_the_keywords_of_varlen_kernels() -> None:
     numbers = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
-    part = shard_local({"input_ids": IDS[:1], **VARLEN, "seq_idx": numbers}, Place(ulysses=2))
+    part = shard_local({"input_ids": IDS[:1], **VARLEN, "seq_idx": numbers}, MeshCoordinate(ulysses=2))
     assert part["longspan"].mask_for(Full()) == (Full() & Documents((3, 5)),)
     assert part["longspan"].restarts is None
     assert set(part) == {"input_ids", "position_ids", "longspan"}
@@ -96,7 +98,7 @@ def test_documents_are_read_from_the_keywords_of_varlen_kernels() -> None:
 )
 def test_refusals_say_what_is_legal(batch: Any, keywords: Any, error: type[LongspanError], text: str) -> None:
     with pytest.raises(error, match=text):
-        shard_local(batch, Place(ulysses=2), **keywords)
+        shard_local(batch, MeshCoordinate(ulysses=2), **keywords)
 
 
 def test_labels_are_counted_over_replicas_and_micro_batches(tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_labels_are_counted_over_replicas_and_micro_batches(tmp_path: Path) -> N
 
 def _labelled() -> int:
     mesh = ParallelMesh(ulysses=2)
-    rows = mesh.place.data_rank + 1
+    rows = mesh.coordinate.data_rank + 1
     ids = torch.randint(9, (rows, 8), generator=torch.Generator().manual_seed(rows))
     parts = shard_batch([{"input_ids": ids, "labels": ids}] * 3, mesh)
     counts = {part["longspan"].num_labels for part in parts}
@@ -119,7 +121,7 @@ def test_a_replica_without_a_row_joins(tmp_path: Path) -> None:
 
 def _without_a_row() -> tuple[int, int]:
     mesh = ParallelMesh(ulysses=2)
-    ids = torch.zeros(1 - mesh.place.data_rank, 8, dtype=torch.long)
+    ids = torch.zeros(1 - mesh.coordinate.data_rank, 8, dtype=torch.long)
     part = shard_batch({"input_ids": ids, "labels": ids}, mesh)
     return len(part["input_ids"]), part["longspan"].num_labels
 
@@ -187,7 +189,7 @@ def _one_breaks(rank: int) -> None:
 
 
 def _one_disk_is_full(rank: int) -> None:
-    agree_on_error(BatchError("the disk of rank 1 is full") if rank == 1 else None, ParallelMesh(ulysses=2))
+    raise_first_error(BatchError("the disk of rank 1 is full") if rank == 1 else None, ParallelMesh(ulysses=2).world_group)
 
 
 def _another_of_many_documents(rank: int) -> None:
@@ -203,11 +205,11 @@ def _no_micro_batch(rank: int) -> None:
 
 
 def _another_text(rank: int) -> None:
-    refuse_difference("the text", f"f{rank}", ParallelMesh(), "give every machine the same files")
+    refuse_difference("the text", f"f{rank}", ParallelMesh().world_group, "give every machine the same files")
 
 
 def _part_of_another_step(rank: int) -> None:
-    part = shard_local({"input_ids": IDS + rank}, Place(ulysses=2, ulysses_rank=rank))
+    part = shard_local({"input_ids": IDS + rank}, MeshCoordinate(ulysses=2, ulysses_rank=rank))
     sync_batches([part], ParallelMesh(ulysses=2))
 
 

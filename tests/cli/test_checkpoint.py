@@ -30,7 +30,7 @@ def _trained(zero: int, seed: int = 0, steps: int = 2) -> tuple[Any, torch.optim
 
 def _step(model: Any, optimizer: torch.optim.Optimizer, mesh: ParallelMesh, step: int) -> float:
     ids = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(step))
-    rows = ids.tensor_split(mesh.place.data)[mesh.place.data_rank]
+    rows = ids.tensor_split(mesh.coordinate.data)[mesh.coordinate.data_rank]
     loss = model(**shard_batch({"input_ids": rows, "labels": rows}, mesh)).loss
     loss.backward()
     optimizer.step()
@@ -103,7 +103,7 @@ def test_the_millionth_step_is_newer_than_the_one_before(tmp_path: Path) -> None
 
 def _save_where_only_rank_0_can(folder: Path) -> str:
     model, optimizer, mesh = _trained(3)
-    if mesh.place.data_rank == 1:
+    if mesh.coordinate.data_rank == 1:
         storage = torch.distributed.checkpoint.filesystem
         storage._write_item = _refuse
     with pytest.raises(RunError) as error:

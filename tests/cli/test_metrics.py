@@ -127,7 +127,7 @@ def _fullest():
     mesh = ParallelMesh()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that of this rank, not of the process it was forked from
     before = metrics.peak_bytes(mesh.device)
-    if mesh.place.data_rank == 0:
+    if mesh.coordinate.data_rank == 0:
         with mmap.mmap(-1, 64 * 2**20) as fresh:  # what is freed on the heap may be given out again and takes no new memory
             fresh.write(bytes(64 * 2**20))
     return metrics.fullest_rank_bytes(mesh), before, metrics.peak_bytes(mesh.device)

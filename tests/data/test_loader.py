@@ -14,7 +14,7 @@ from torch import Tensor
 from longspan.batch.shard import Part, shard_local, sync_batches
 from longspan.data.loader import Loader, part
 from longspan.distributed.layout import Layout
-from longspan.distributed.mesh import ParallelMesh, Place
+from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import BatchError, DataError, LayoutError
 from tests.helpers.ranks import on_ranks
 
@@ -35,8 +35,10 @@ class Tokens:
         return 3 * torch.arange(start, stop) + 1
 
 
-def places(ring: int, ulysses: int, zigzag: bool, data: int = 1) -> list[Place]:
-    return [Place(data, ring, ulysses, d, r, u, zigzag) for d in range(data) for r in range(ring) for u in range(ulysses)]
+def places(ring: int, ulysses: int, zigzag: bool, data: int = 1) -> list[MeshCoordinate]:
+    return [
+        MeshCoordinate(data, ring, ulysses, d, r, u, zigzag) for d in range(data) for r in range(ring) for u in range(ulysses)
+    ]
 
 
 def whole(starts: Sequence[int], tokens: int) -> dict[str, Tensor]:
@@ -60,9 +62,9 @@ def assert_same(one: Part, other: Part) -> None:
 @pytest.mark.parametrize("starts", [[0], [40, 3], []])
 @pytest.mark.parametrize("tokens", [6, 13, 32])
 def test_a_part_is_the_cut_of_the_whole(ring: int, ulysses: int, zigzag: bool, starts: list[int], tokens: int) -> None:
-    for place in places(ring, ulysses, zigzag):
-        mine = part(Tokens(99), starts, tokens, place.layout(tokens).mine(place.ring_rank, place.ulysses_rank))
-        oracle = shard_local(whole(starts, tokens), place)
+    for coordinate in places(ring, ulysses, zigzag):
+        mine = part(Tokens(99), starts, tokens, coordinate.layout(tokens).mine(coordinate.ring_rank, coordinate.ulysses_rank))
+        oracle = shard_local(whole(starts, tokens), coordinate)
         assert_same(mine, oracle)
         for name in ("tokens", "rows", "positions", "mask", "num_labels"):
             assert getattr(mine["longspan"], name) == getattr(oracle["longspan"], name)
@@ -71,8 +73,8 @@ def test_a_part_is_the_cut_of_the_whole(ring: int, ulysses: int, zigzag: bool, s
 @pytest.mark.parametrize(("ring", "ulysses", "zigzag"), LAYOUTS)
 def test_a_rank_reads_its_own_tokens_and_the_next_of_each_run(ring: int, ulysses: int, zigzag: bool) -> None:
     tokens = 13
-    for place in places(ring, ulysses, zigzag):
-        stream, positions = Tokens(99), place.layout(tokens).mine(place.ring_rank, place.ulysses_rank)
+    for coordinate in places(ring, ulysses, zigzag):
+        stream, positions = Tokens(99), coordinate.layout(tokens).mine(coordinate.ring_rank, coordinate.ulysses_rank)
         part(stream, [20, 50], tokens, positions)
         needed = {start + t for start in (20, 50) for run in positions for t in range(run.start, min(run.stop + 1, tokens))}
         assert set(stream.touched) == needed
@@ -82,14 +84,14 @@ def test_a_rank_reads_its_own_tokens_and_the_next_of_each_run(ring: int, ulysses
 @settings(deadline=None)
 @given(st.integers(0, 5), st.integers(1, 12), st.integers(0, 4))
 def test_every_epoch_is_a_permutation_of_its_own(seed: int, sequences: int, epoch: int) -> None:
-    loader = Loader(Tokens(8 * sequences + 7), tokens=8, rows=1, seed=seed, place=Place())
+    loader = Loader(Tokens(8 * sequences + 7), tokens=8, rows=1, seed=seed, coordinate=MeshCoordinate())
     order = [loader.sequence(epoch * sequences + index) for index in range(sequences)]
     assert sorted(order) == list(range(sequences))
 
 
 def test_the_order_is_a_function_of_seed_epoch_and_index() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        loader = Loader(Tokens(800), tokens=8, rows=1, seed=seed, place=Place())
+        loader = Loader(Tokens(800), tokens=8, rows=1, seed=seed, coordinate=MeshCoordinate())
         return [loader.sequence(100 * epoch + index) for index in range(100)]
 
     orders = [order(seed, epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
@@ -104,7 +106,9 @@ def starts_of(parts: Sequence[Part]) -> list[int]:
 
 def test_a_step_that_is_asked_for_alone_is_that_of_a_run_from_the_start() -> None:
     def loader() -> Loader:
-        return Loader(Tokens(100), tokens=8, rows=5, seed=3, place=Place(ulysses=2, ulysses_rank=1), micro_batches=2)
+        return Loader(
+            Tokens(100), tokens=8, rows=5, seed=3, coordinate=MeshCoordinate(ulysses=2, ulysses_rank=1), micro_batches=2
+        )
 
     running = loader()
     run = [running.step(step) for step in range(12)]
@@ -115,7 +119,7 @@ def test_a_step_that_is_asked_for_alone_is_that_of_a_run_from_the_start() -> Non
 
 
 def test_epochs_run_on_without_a_gap_or_a_missing_row() -> None:
-    loader = Loader(Tokens(56 + 7), tokens=8, rows=5, seed=0, place=Place())
+    loader = Loader(Tokens(56 + 7), tokens=8, rows=5, seed=0, coordinate=MeshCoordinate())
     seen = [start // 8 for step in range(7) for start in starts_of(loader.step(step))]
     assert len(seen) == 35
     assert all(sorted(seen[first : first + 7]) == list(range(7)) for first in range(0, 35, 7))
@@ -124,9 +128,16 @@ def test_epochs_run_on_without_a_gap_or_a_missing_row() -> None:
 @pytest.mark.parametrize("data", [1, 2, 3, 7])
 @pytest.mark.parametrize("micro_batches", [1, 2, 5])
 def test_the_rows_of_a_step_do_not_depend_on_replicas_or_micro_batches(data: int, micro_batches: int) -> None:
-    oracle = Loader(Tokens(800), tokens=8, rows=5, seed=1, place=Place())
+    oracle = Loader(Tokens(800), tokens=8, rows=5, seed=1, coordinate=MeshCoordinate())
     replicas = [
-        Loader(Tokens(800), tokens=8, rows=5, seed=1, place=Place(data=data, data_rank=rank), micro_batches=micro_batches)
+        Loader(
+            Tokens(800),
+            tokens=8,
+            rows=5,
+            seed=1,
+            coordinate=MeshCoordinate(data=data, data_rank=rank),
+            micro_batches=micro_batches,
+        )
         for rank in range(data)
     ]
     for step in (0, 9):
@@ -142,8 +153,8 @@ def test_the_rows_of_a_step_do_not_depend_on_replicas_or_micro_batches(data: int
 
 
 def test_the_digest_says_which_text_and_which_rows() -> None:
-    def digests(fingerprint: str = "some text", seed: int = 0, **place: int) -> list[int]:
-        loader = Loader(Tokens(800, fingerprint), tokens=8, rows=4, seed=seed, place=Place(**place))
+    def digests(fingerprint: str = "some text", seed: int = 0, **coordinate: int) -> list[int]:
+        loader = Loader(Tokens(800, fingerprint), tokens=8, rows=4, seed=seed, coordinate=MeshCoordinate(**coordinate))
         return [loader.step(step)[0]["longspan"].digest for step in range(3)]
 
     assert digests() == digests(ulysses=2, ulysses_rank=0) == digests(ulysses=2, ulysses_rank=1)
@@ -154,8 +165,8 @@ def test_the_digest_says_which_text_and_which_rows() -> None:
 
 def test_an_evaluation_reads_every_sequence_once_and_ends_on_all_replicas_alike() -> None:
     def parts(rank: int, sequences: int | None = None) -> list[Part]:
-        place = Place(data=3, data_rank=rank)
-        return list(Loader(Tokens(8 * 10), tokens=8, rows=4, seed=0, place=place).epoch(sequences))
+        coordinate = MeshCoordinate(data=3, data_rank=rank)
+        return list(Loader(Tokens(8 * 10), tokens=8, rows=4, seed=0, coordinate=coordinate).epoch(sequences))
 
     replicas = [parts(rank) for rank in range(3)]
     assert [[one["longspan"].rows for one in replica] for replica in replicas] == [[2, 2, 1], [1, 1, 1], [1, 1, 0]]
@@ -172,26 +183,26 @@ def test_text_shorter_than_a_sequence_is_refused_with_what_would_fit() -> None:
         stream = Tokens(tokens)
         stream.name = name
         with pytest.raises(DataError) as caught:
-            Loader(stream, tokens=8192, rows=1, seed=0, place=Place())
+            Loader(stream, tokens=8192, rows=1, seed=0, coordinate=MeshCoordinate())
         return str(caught.value)
 
     too_short = "text has {} tokens, fewer than one sequence of tokens=8,192;"
     fits = "use --tokens 8191 or fewer, or give more text"
     assert refusal(8191, "train") == f"the train {too_short.format('8,191')} {fits}"
     assert refusal(1, "held_out") == f"the held-out {too_short.format(1)} give more text"
-    assert Loader(Tokens(8192), tokens=8192, rows=1, seed=0, place=Place()).sequences == 1
+    assert Loader(Tokens(8192), tokens=8192, rows=1, seed=0, coordinate=MeshCoordinate()).sequences == 1
 
 
 def test_a_sequence_shorter_than_its_ranks_is_refused() -> None:
     with pytest.raises(LayoutError, match="tokens=3 is fewer than the 4 ranks"):
-        Loader(Tokens(99), tokens=3, rows=1, seed=0, place=Place(ulysses=4))
+        Loader(Tokens(99), tokens=3, rows=1, seed=0, coordinate=MeshCoordinate(ulysses=4))
 
 
 def agreed(seed_of_the_last: int) -> Any:
     mesh = ParallelMesh(ulysses=2)
-    last = mesh.place.data_rank == mesh.place.ulysses_rank == 1
+    last = mesh.coordinate.data_rank == mesh.coordinate.ulysses_rank == 1
     stream, seed = Tokens(800), seed_of_the_last if last else 0
-    loader = Loader(stream, tokens=9, rows=3, seed=seed, place=mesh.place, micro_batches=2)
+    loader = Loader(stream, tokens=9, rows=3, seed=seed, coordinate=mesh.coordinate, micro_batches=2)
     try:
         return [part["longspan"] for part in sync_batches(loader.step(1), mesh)]
     except BatchError as error:

@@ -73,9 +73,9 @@ def test_every_gradient_is_that_of_one_device(ranks, bucket_bytes, tmp_path, mon
 def _three_backwards():
     toy, mesh = Toy(), ParallelMesh()
     MeanGradients(toy, mesh)
-    rank = mesh.place.data_rank
+    rank = mesh.coordinate.data_rank
     for step in range(3):
-        (all_reduce_sum(toy.score(_ids(rank, step), rank), mesh.mean_group) + toy.penalty()).backward()
+        (all_reduce_sum(toy.score(_ids(rank, step), rank), mesh.loss_group) + toy.penalty()).backward()
     return _grads(toy)
 
 
@@ -104,7 +104,7 @@ def _reentrant(toy, ids):
 def _reentrant_on_ranks():
     toy, mesh = Toy(), ParallelMesh()
     MeanGradients(toy, mesh)
-    return _reentrant(toy, _ids(mesh.place.data_rank, 0))
+    return _reentrant(toy, _ids(mesh.coordinate.data_rank, 0))
 
 
 def test_half_gradients_are_averaged_in_fp32(tmp_path):
@@ -116,7 +116,7 @@ def test_half_gradients_are_averaged_in_fp32(tmp_path):
 def _half_mean():
     model, mesh = nn.ParameterList([nn.Parameter(torch.ones(24, dtype=torch.bfloat16))]), ParallelMesh()
     MeanGradients(model, mesh)
-    mine = [order[mesh.place.data_rank] for order in permutations((256.0, 1.0, 1.0, -256.0))]
+    mine = [order[mesh.coordinate.data_rank] for order in permutations((256.0, 1.0, 1.0, -256.0))]
     (model[0] * torch.tensor(mine, dtype=torch.bfloat16)).sum().backward()
     return model[0].grad
 
@@ -130,12 +130,12 @@ def test_a_backward_that_failed_leaves_nothing_for_the_next(tmp_path):
 def _fail_then_succeed():
     toy, mesh = Toy(), ParallelMesh()
     MeanGradients(toy, mesh)
-    rank = mesh.place.data_rank
+    rank = mesh.coordinate.data_rank
     x = toy.embed(_ids(rank, 0))
     x.register_hook(_raise)
     with pytest.raises(MemoryError):
         (toy.first(x) @ toy.embed.weight.T).sum().backward()
-    (all_reduce_sum(toy.score(_ids(rank, 0), rank), mesh.mean_group) + toy.penalty()).backward()
+    (all_reduce_sum(toy.score(_ids(rank, 0), rank), mesh.loss_group) + toy.penalty()).backward()
     return _grads(toy)
 
 
@@ -153,7 +153,7 @@ def test_remove_gives_back_the_ranks_own_gradient(tmp_path):
 def _without():
     toy, mesh = Toy(), ParallelMesh()
     MeanGradients(toy, mesh).remove()
-    toy.score(_ids(mesh.place.data_rank, 0), mesh.place.data_rank).backward()
+    toy.score(_ids(mesh.coordinate.data_rank, 0), mesh.coordinate.data_rank).backward()
     return _grads(toy)
 
 

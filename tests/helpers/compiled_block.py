@@ -22,9 +22,9 @@ def compiled_is_eager(rows: int) -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     mesh = ParallelMesh(ulysses=torch.distributed.get_world_size())
-    place = mesh.place
-    mine = sum(map(len, place.layout(TOKENS).mine(place.ring_rank, place.ulysses_rank)))
-    torch.manual_seed(place.ulysses_rank)
+    coordinate = mesh.coordinate
+    mine = sum(map(len, coordinate.layout(TOKENS).mine(coordinate.ring_rank, coordinate.ulysses_rank)))
+    torch.manual_seed(coordinate.ulysses_rank)
     block = Block(CONFIG).double()
     x, weight = torch.randn(2, rows, mine, CONFIG.hidden, dtype=torch.float64)
 

@@ -272,7 +272,7 @@ def one_row_in_two_replicas(name: str) -> None:
     model = parallelize(deepcopy(reference), mesh)
     ids = batches("odd length", False)["input_ids"]
     forward_alone(reference, {"input_ids": ids, "labels": ids}, False)[0].backward()
-    mine = ids if mesh.place.data_rank == 0 else ids[:0]
+    mine = ids if mesh.coordinate.data_rank == 0 else ids[:0]
     model(**shard_batch({"input_ids": mine, "labels": mine}, mesh)).loss.backward()
     assert_gradients(model, reference, kind.tolerance)
 
@@ -292,7 +292,7 @@ def replicas(empty: bool) -> None:
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), row[:, 1:].flatten(), reduction="sum") / num_labels
         loss.backward()
         expected += loss.item()
-    mine = [{"input_ids": replica[mesh.place.data_rank], "labels": replica[mesh.place.data_rank]} for replica in rows]
+    mine = [{"input_ids": replica[mesh.coordinate.data_rank], "labels": replica[mesh.coordinate.data_rank]} for replica in rows]
     found = 0.0
     for part in shard_batch(mine, mesh):
         output = model(**part)
@@ -461,7 +461,7 @@ def replicas_that_count(what: str) -> str:
     mesh = ParallelMesh()
     model = parallelize(build("roberta", max_position_embeddings=64), mesh)
     rows: dict[str, Tensor] = {"input_ids": torch.full((1, 8), 7), "position_ids": torch.arange(8).unsqueeze(0)}
-    if mesh.place.data_rank == 1:
+    if mesh.coordinate.data_rank == 1:
         embedded = torch.zeros(1, 8, model.config.hidden_size, dtype=torch.float64)
         rows = {"inputs_embeds": embedded} if what == "embeddings" else {"input_ids": torch.full((1, 62), 7)}
     try:

@@ -27,7 +27,7 @@ from longspan import (
 )
 from longspan.attention.api import refuse_kernel
 from longspan.distributed.collectives import all_reduce_sum
-from longspan.distributed.mesh import Place
+from longspan.distributed.mesh import MeshCoordinate
 from longspan.hf.registry_kernel import refuse_name
 from longspan.masks.constructors import PrefixLM
 from tests.helpers.ranks import Ranks
@@ -153,9 +153,9 @@ def balance(name: str, batch: str, ulysses: int, ring: int, zero: int, empty: bo
     expected = cross_entropy(output.logits, targets(whole["labels"], False)) + 0.5 * output.aux_loss
     expected.backward()
     model = parallelize(build(name, **BALANCED), mesh, zero)
-    rows = slice(mesh.place.data_rank, mesh.place.data_rank + 1) if mesh.place.data > 1 else slice(0, 2)
+    rows = slice(mesh.coordinate.data_rank, mesh.coordinate.data_rank + 1) if mesh.coordinate.data > 1 else slice(0, 2)
     if empty:
-        rows = slice(0, 2) if mesh.place.data_rank == 0 else slice(0, 0)
+        rows = slice(0, 2) if mesh.coordinate.data_rank == 0 else slice(0, 0)
     found = model(**shard_batch({key: value[rows] for key, value in whole.items()}, mesh))
     found.loss.backward()
     assert found.aux_loss.item() == pytest.approx(output.aux_loss.item(), rel=1e-6)
@@ -266,11 +266,11 @@ def three_rows(ulysses: int, ring: int, replicas: bool) -> None:
     weights = torch.randn(2, 13, 32, generator=drawn, dtype=torch.float64)
     out = reference(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
     (out * weights).sum().backward()
-    rows = slice(0, 2) if not replicas or mesh.place.data_rank == 0 else slice(0, 0)
+    rows = slice(0, 2) if not replicas or mesh.coordinate.data_rank == 0 else slice(0, 0)
     part = shard_batch({"input_ids": ids[rows], "position_ids": positions[:, rows]}, mesh)
     mine = unshard(model(**part).last_hidden_state, mesh, tokens=13)
     torch.testing.assert_close(mine, out[rows], rtol=1e-10, atol=1e-10)
-    (all_reduce_sum((mine * weights[rows]).sum(), mesh.mean_group) / (1 if replicas else mesh.degree)).backward()
+    (all_reduce_sum((mine * weights[rows]).sum(), mesh.loss_group) / (1 if replicas else mesh.world_group.size())).backward()
     assert_gradients(model, reference, 1e-10)
 
 
@@ -355,9 +355,9 @@ def test_a_kernel_that_cannot_be_is_refused(name: str, kernel: str, text: str) -
     assert model.config._attn_implementation != "longspan"
     assert not hasattr(model, "_longspan")
     with pytest.raises(KernelError, match="kernel='hf:eager' returns only its output, which cannot carry a ring"):
-        refuse_name("hf:eager", model, Place(ring=2))
+        refuse_name("hf:eager", model, MeshCoordinate(ring=2))
     with pytest.raises(KernelError, match="kernel 'by_hand' returns only its output, which cannot carry ring"):
-        refuse_kernel(by_hand, Place(ring=2))
+        refuse_kernel(by_hand, MeshCoordinate(ring=2))
 
 
 def test_a_registered_attention_is_told_all_by_keywords_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from longspan import (
     unshard,
 )
 from longspan.batch.shard import IGNORE, shard_local
-from longspan.distributed.mesh import Place
+from longspan.distributed.mesh import MeshCoordinate
 from longspan.masks.constructors import Causal
 from tests.helpers.ranks import Ranks, mesh_of
 
@@ -195,8 +195,8 @@ def replicas(name: str) -> None:
     mesh, reference = mesh_of(2), build(name)
     model = parallelize(deepcopy(reference), mesh)
     whole, tolerance = batches(name, "right padding"), tolerance_of(name)
-    first = {key: value[[mesh.place.data_rank]] for key, value in whole.items()}
-    second = {key: value[:1] if mesh.place.data_rank == 0 else value[:0] for key, value in whole.items()}
+    first = {key: value[[mesh.coordinate.data_rank]] for key, value in whole.items()}
+    second = {key: value[:1] if mesh.coordinate.data_rank == 0 else value[:0] for key, value in whole.items()}
     num_labels = int((whole["labels"] != IGNORE).sum()) + int((whole["labels"][:1] != IGNORE).sum())
     expected = torch.zeros(())
     for batch in (whole, {key: value[:1] for key, value in whole.items()}):
@@ -369,7 +369,7 @@ EMPTY = torch.ones_like(IDS).index_fill(0, torch.tensor([1]), 0)
 )
 def test_batches_that_are_refused(batch: Any, keywords: Any, text: str) -> None:
     with pytest.raises(BatchError, match=text):
-        shard_local(batch, Place(ulysses=2), **{"shift": False} | keywords)
+        shard_local(batch, MeshCoordinate(ulysses=2), **{"shift": False} | keywords)
 
 
 @pytest.mark.parametrize("name", ["bart", "marian", "pegasus", "t5", "umt5"])
@@ -410,7 +410,7 @@ def replicas_of_unequal_kind(kind: str, name: str) -> str:
         "a longer row": whole | {"input_ids": long},
         "a longer target": whole | {"decoder_input_ids": long, "labels": long},
     }
-    whole = others[kind] if mesh.place.data_rank == 1 else whole
+    whole = others[kind] if mesh.coordinate.data_rank == 1 else whole
     try:
         model(**shard_batch(whole, mesh, shift=False))
     except LongspanError as error:

@@ -57,7 +57,9 @@ def whole(tensor: Tensor | None) -> Tensor:
 
 def steps(model: Any, mesh: ParallelMesh) -> tuple[list[float], dict[str, Tensor]]:
     """The losses of two steps, and the gradients of the first."""
-    ids = torch.randint(3, 97, (mesh.place.data, 1, 23), generator=torch.Generator().manual_seed(1))[mesh.place.data_rank]
+    ids = torch.randint(3, 97, (mesh.coordinate.data, 1, 23), generator=torch.Generator().manual_seed(1))[
+        mesh.coordinate.data_rank
+    ]
     optimizer, losses, grads = torch.optim.AdamW(model.parameters(), lr=1e-2), [], {}
     for _ in range(2):
         loss = model(**shard_batch({"input_ids": ids, "labels": ids}, mesh)).loss
@@ -250,7 +252,7 @@ def refused(folders: list[str]) -> str:
     """The text with which the model is refused, of which this rank was given its own folder."""
     mesh = ParallelMesh()
     with pytest.raises(ModelError) as error:
-        parallelize(load(folders[mesh.place.data_rank]), mesh, 3)
+        parallelize(load(folders[mesh.coordinate.data_rank]), mesh, 3)
     return str(error.value)
 
 

@@ -80,7 +80,7 @@ def test_what_one_rank_asks_alone_is_refused_by_all(pool: Callable[[int], Ranks]
 
 def asked_differently() -> str:
     mesh = ParallelMesh(ulysses=2)
-    budget = 99.0 if mesh.place.ulysses_rank else 0.01
+    budget = 99.0 if mesh.coordinate.ulysses_rank else 0.01
     with pytest.raises(ModelError) as error:
         parallelize(Decoder(SMALL), mesh, memory="auto", memory_budget_gib=budget, tokens=20_000)
     return str(error.value)

@@ -99,11 +99,11 @@ def step(case: Case, attention: Attention, again: dict[str, Any] | None) -> tupl
     """(One device's output and gradients at my tokens, this rank's with the parameters' summed over the ranks)."""
     transport, kernel = CountingTransport(TorchTransport()), Counting()
     mesh = ParallelMesh(case.ulysses, case.ring, transport=transport)
-    place = mesh.place
+    coordinate = mesh.coordinate
     torch.manual_seed(0)
     stack = Stack(case).double()
     x, weight = torch.randn(2, case.rows, case.tokens, 12, dtype=torch.float64)
-    positions = [p for run in place.layout(case.tokens).mine(place.ring_rank, place.ulysses_rank) for p in run]
+    positions = [p for run in coordinate.layout(case.tokens).mine(coordinate.ring_rank, coordinate.ulysses_rank) for p in run]
 
     whole = x.clone().requires_grad_()
     out = stack(whole, attend)
@@ -133,18 +133,18 @@ def assert_exact(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
 
 def layer_traffic(case: Case, kept: bool) -> tuple[Traffic, Traffic]:
     """(forward, backward) of one layer of this rank by the closed forms, rings included."""
-    place = ParallelMesh(case.ulysses, case.ring).place
-    layout = Layout(case.tokens, case.ring, case.ulysses, place.zigzag)
-    sizes = layout.sizes(place.ring_rank)
+    coordinate = ParallelMesh(case.ulysses, case.ring).coordinate
+    layout = Layout(case.tokens, case.ring, case.ulysses, coordinate.zigzag)
+    sizes = layout.sizes(coordinate.ring_rank)
     heads = Heads(case.heads, case.kv_heads, case.ulysses, case.head_chunks)
     shape = {"rows": case.rows, "qk_dim": HEAD_DIM, "v_dim": HEAD_DIM, "itemsize": 8}
     formula = kept_attention_traffic if kept else attention_traffic
-    forward, backward = formula(heads, sizes, sizes, place.ulysses_rank, **shape)
+    forward, backward = formula(heads, sizes, sizes, coordinate.ulysses_rank, **shape)
     held = [layout.batch_runs(rank, case.rows) for rank in range(case.ring)]
-    hops = plan_hops(masks.rows(Causal(), case.rows, case.tokens, case.tokens), held, held, place.ring_rank)[1:]
+    hops = plan_hops(masks.rows(Causal(), case.rows, case.tokens, case.tokens), held, held, coordinate.ring_rank)[1:]
     leaving, arriving = ([sum(map(len, getattr(hop, name))) for hop in hops] for name in ("leaving", "arriving"))
     for chunk in range(case.head_chunks):
-        width = len(heads.kv_of(place.ulysses_rank, chunk)) * 2 * HEAD_DIM
+        width = len(heads.kv_of(coordinate.ulysses_rank, chunk)) * 2 * HEAD_DIM
         passed = ring_traffic(leaving, arriving, width, itemsize=8, grad_itemsize=8)
         forward, backward = forward + passed[0], backward + passed[1]
     return forward, backward
@@ -216,7 +216,7 @@ def chunked_is_whole(attention: Callable[..., Tensor]) -> None:
     ranks, tokens = dist.get_world_size(), 11
     transport, kernel = CountingTransport(TorchTransport()), Counting()
     mesh = ParallelMesh(ranks, transport=transport)
-    positions = [p for run in mesh.place.layout(tokens).mine(0, mesh.place.ulysses_rank) for p in run]
+    positions = [p for run in mesh.coordinate.layout(tokens).mine(0, mesh.coordinate.ulysses_rank) for p in run]
     for heads, kv_heads, head_chunks in ((12, 4, 4), (12, 2, 3), (9, 3, 3), (12, 12, 3), (6, 1, 2), (12, 4, 1)):
         config = DecoderConfig(8, 1, 12, heads, kv_heads, HEAD_DIM, ffn=16)
         torch.manual_seed(0)

@@ -238,7 +238,7 @@ def unused_on_one_rank() -> float:
     mesh, model = mesh_of(1, 1), Odd(False).double()
     parallelize(model, mesh, zero=3)
     ids = batches("even", False)["input_ids"]
-    one = ids[mesh.place.data_rank : mesh.place.data_rank + 1]
+    one = ids[mesh.coordinate.data_rank : mesh.coordinate.data_rank + 1]
     model(**shard_batch({"input_ids": one, "labels": one}, mesh)).loss.backward()
     grad = model.blocks[1].feed.up.weight.grad.full_tensor()
     if torch.distributed.get_rank() != 0:
@@ -314,7 +314,7 @@ def unknown_tokens() -> list[str]:
     for name, key, wrong in (("decoder", "input_ids", 97), ("llama", "labels", 200), ("llama", "labels", -1)):
         model = parallelize(model_of(name), mesh)
         batch = {"input_ids": torch.full((1, 9), 5), "labels": torch.full((1, 9), 5)}
-        batch[key][0, 4] = wrong if mesh.place.data_rank else 5
+        batch[key][0, 4] = wrong if mesh.coordinate.data_rank else 5
         with pytest.raises(BatchError) as error:
             model(**shard_batch(batch, mesh))
         texts.append(str(error.value))

@@ -132,7 +132,7 @@ def wrapped(wrapper: str) -> list[torch.Tensor]:
     mesh = ParallelMesh()
     inner = tiled(feed(), 5)
     module = DistributedDataParallel(inner) if wrapper == "ddp" else fully_shard(inner, mesh=mesh.fsdp_mesh)
-    outcome(module, rows(9 + 14 * mesh.place.data_rank, seed=mesh.place.data_rank))
+    outcome(module, rows(9 + 14 * mesh.coordinate.data_rank, seed=mesh.coordinate.data_rank))
     return [p.grad if wrapper == "ddp" else p.grad.full_tensor() for p in module.parameters()]
 
 

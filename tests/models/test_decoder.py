@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longspan.attention.api import attend
 from longspan.batch.shard import shard_local
-from longspan.distributed.mesh import Place
+from longspan.distributed.mesh import MeshCoordinate
 from longspan.errors import LayoutError, ModelError
 from longspan.masks.constructors import Causal, Full
 from longspan.models.decoder import PRESETS, Decoder, DecoderConfig, rope, turn
@@ -181,7 +181,7 @@ def test_it_calls_the_attention_and_the_loss_it_is_given():
 
     decoder = Decoder(CONFIG, attention=attention)
     decoder.cross_entropy = loss
-    step = shard_local({"input_ids": _ids(), "labels": _ids()}, Place(), mask=Full())["longspan"]
+    step = shard_local({"input_ids": _ids(), "labels": _ids()}, MeshCoordinate(), mask=Full())["longspan"]
     assert decoder(_ids(), shift_labels=_ids(), longspan=step).loss.item() == 7
     assert calls == [((2, 9, 4, 6), (2, 9, 2, 6), {"mask": Full(), "tokens": 9})] * 2 + [16]
     calls.clear()
@@ -225,7 +225,7 @@ def test_autocast_trains_in_bfloat16():
 
 
 def test_labels_that_were_cut_without_a_shift_are_refused():
-    step = shard_local({"input_ids": _ids()}, Place())["longspan"]
+    step = shard_local({"input_ids": _ids()}, MeshCoordinate())["longspan"]
     with pytest.raises(ModelError, match="shift=True"):
         _decoder()(_ids(), labels=_ids(), longspan=step)
 

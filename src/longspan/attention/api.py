@@ -32,7 +32,7 @@ from longspan.attention.custom_ops import Chunks, Core, Part, attention, columns
 from longspan.attention.ring import Hop, Ring
 from longspan.attention.ulysses import Trade, plan_trades, trade_heads_for_tokens, trade_tokens_for_heads
 from longspan.distributed.layout import Heads, Runs
-from longspan.distributed.mesh import ParallelMesh, Place
+from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import KernelError, LayoutError
 from longspan.kernels import table as kernels
 from longspan.kernels.head_groups import Local
@@ -133,29 +133,29 @@ def _plan(
     scale: float | None, softcap: float | None, has_sinks: bool, bias: Bias | None,
     kernel: str | Kernel | KernelFunction, head_chunks: int,
 ) -> Plan:  # fmt: skip
-    place = mesh.place if mesh is not None else Place()
-    ranks = place.ring * place.ulysses
+    coordinate = mesh.coordinate if mesh is not None else MeshCoordinate()
+    ranks = coordinate.sequence_ranks
     equal_pieces = tokens is None
     tokens = q_shape[1] * ranks if tokens is None else tokens
     if key_tokens is None:  # decided by what was said, which is the same on every rank, not by this rank's share
         key_tokens = k_shape[1] * ranks if equal_pieces else tokens
-    heads = Heads(q_shape[2], k_shape[2], place.ulysses, head_chunks)
-    hops = _plan_hops(mask, q_shape[0], tokens, key_tokens, place)
+    heads = Heads(q_shape[2], k_shape[2], coordinate.ulysses, head_chunks)
+    hops = _plan_hops(mask, q_shape[0], tokens, key_tokens, coordinate)
     held = Ring(hops) if mesh is None else Ring(hops, mesh.ring_group, mesh.transport)
     scale = 1 / math.sqrt(q_shape[3]) if scale is None else scale
     if callable(kernel):
-        _refuse_beside_a_function(kernel, place, {"softcap": softcap, "sink_logits": has_sinks or None, "bias": bias})
+        _refuse_beside_a_function(kernel, coordinate, {"softcap": softcap, "sink_logits": has_sinks or None, "bias": bias})
         chosen: Kernel = FunctionKernel(kernel)
     else:
         chosen = kernels.choose(
             kernel, device_type=device_type, dtype=dtype, qk_dim=q_shape[3], v_dim=v_shape[3], softcap=softcap, bias=bias
         )
-    my_queries = place.layout(tokens).batch_runs(place.ring_rank, q_shape[0])
+    my_queries = coordinate.layout(tokens).batch_runs(coordinate.ring_rank, q_shape[0])
 
     def core_of(chunk: int) -> Core:
-        mine = heads.query_of(place.ulysses_rank, chunk)
+        mine = heads.query_of(coordinate.ulysses_rank, chunk)
         bind = None if bias is None else partial(_TileBias, bias, mine, tokens, key_tokens, my_queries)
-        return Core(Local(chosen, heads.groups(place.ulysses_rank, chunk), scale, softcap, bind), held)
+        return Core(Local(chosen, heads.groups(coordinate.ulysses_rank, chunk), scale, softcap, bind), held)
 
     nowhere: tuple[Trade | None, ...] = (None,) * head_chunks
     there, back, again = nowhere, nowhere, nowhere
@@ -165,20 +165,29 @@ def _plan(
         back = plan_trades([out_shape], [], heads, mesh, tokens)
         again = plan_trades([q_shape, out_shape, out_shape], [k_shape, v_shape], heads, mesh, tokens, key_tokens)
     parts = tuple(
-        Part(heads.query_of(place.ulysses_rank, j), heads.kv_of(place.ulysses_rank, j), core_of(j), there[j], back[j], again[j])
+        Part(
+            heads.query_of(coordinate.ulysses_rank, j),
+            heads.kv_of(coordinate.ulysses_rank, j),
+            core_of(j),
+            there[j],
+            back[j],
+            again[j],
+        )
         for j in range(head_chunks)
     )
-    ring_tokens = sum(map(len, place.layout(tokens).runs(place.ring_rank)))
+    ring_tokens = sum(map(len, coordinate.layout(tokens).runs(coordinate.ring_rank)))
     return Plan(parts[0], Chunks(parts, heads.replicated, ring_tokens))
 
 
 @lru_cache(maxsize=256)
-def _plan_hops(mask: Mask | tuple[Mask, ...], rows: int, tokens: int, key_tokens: int, place: Place) -> tuple[Hop, ...]:
+def _plan_hops(
+    mask: Mask | tuple[Mask, ...], rows: int, tokens: int, key_tokens: int, coordinate: MeshCoordinate
+) -> tuple[Hop, ...]:
     bands = masks.rows(mask, rows, tokens, key_tokens)
     queries, keys = (
-        [place.layout(length).batch_runs(rank, rows) for rank in range(place.ring)] for length in (tokens, key_tokens)
+        [coordinate.layout(length).batch_runs(rank, rows) for rank in range(coordinate.ring)] for length in (tokens, key_tokens)
     )
-    return ring.plan_hops(bands, queries, keys, place.ring_rank)
+    return ring.plan_hops(bands, queries, keys, coordinate.ring_rank)
 
 
 class _TileBias:
@@ -225,17 +234,17 @@ def _refuse_what_does_not_fit(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tens
         )
 
 
-def refuse_kernel(kernel: str | Kernel | KernelFunction, place: Place) -> None:
+def refuse_kernel(kernel: str | Kernel | KernelFunction, coordinate: MeshCoordinate) -> None:
     """Raise KernelError for what no attention at this place can have as its kernel: an unknown name, a function on a ring."""
     if callable(kernel):
-        _refuse_beside_a_function(kernel, place, {})
+        _refuse_beside_a_function(kernel, coordinate, {})
     elif isinstance(kernel, str):
         kernels.refuse_unknown(kernel)
 
 
-def _refuse_beside_a_function(function: KernelFunction, place: Place, extras: dict[str, Any]) -> None:
+def _refuse_beside_a_function(function: KernelFunction, coordinate: MeshCoordinate, extras: dict[str, Any]) -> None:
     name = FunctionKernel(function).name
-    asked = [extra for extra, value in extras.items() if value is not None] + ["ring"] * (place.ring > 1)
+    asked = [extra for extra, value in extras.items() if value is not None] + ["ring"] * (coordinate.ring > 1)
     if asked:
         raise KernelError(
             f"kernel {name!r} returns only its output, which cannot carry {' and '.join(asked)}; pass a Kernel "

@@ -97,9 +97,9 @@ def heads_to_tokens(
 ) -> Shaped[Tensor, "batch my_tokens heads head_dim"]:
     """My tokens of all ``heads`` heads: the inverse, and the adjoint, of ``tokens_to_heads``."""
     batch, held, _, dim = x_BTGD.shape
-    place = mesh.place
-    whole = tokens if tokens is not None else held * place.ring
-    mine = place.layout(whole).sizes(place.ring_rank)[place.ulysses_rank]
+    coordinate = mesh.coordinate
+    whole = tokens if tokens is not None else held * coordinate.ring
+    mine = coordinate.layout(whole).sizes(coordinate.ring_rank)[coordinate.ulysses_rank]
     trade = plan_trade([torch.Size((batch, mine, heads, dim))], mesh, whole)
     if trade is None:
         return x_BTGD
@@ -115,7 +115,7 @@ def plan_trade(
     The first has the query heads, the others the key/value heads; ``key_tokens`` is the length of k and v where it is not
     that of q.
     """
-    heads = Heads(shapes[0][2], shapes[-1][2], mesh.place.ulysses)
+    heads = Heads(shapes[0][2], shapes[-1][2], mesh.coordinate.ulysses)
     (trade,) = plan_trades(shapes[:1], shapes[1:], heads, mesh, tokens, key_tokens)
     return trade
 
@@ -166,12 +166,12 @@ def _crowd(sizes: tuple[int, ...], shares: Sequence[_Share], ranks: int, chunk: 
 
 
 def _sizes(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> tuple[int, ...]:
-    place = mesh.place
-    whole = tokens if tokens is not None else shape[1] * place.ring * place.ulysses
-    sizes = place.layout(whole).sizes(place.ring_rank)
-    if sizes[place.ulysses_rank] != shape[1]:
+    coordinate = mesh.coordinate
+    whole = tokens if tokens is not None else shape[1] * coordinate.sequence_ranks
+    sizes = coordinate.layout(whole).sizes(coordinate.ring_rank)
+    if sizes[coordinate.ulysses_rank] != shape[1]:
         raise LayoutError(
-            f"this rank passed {shape[1]} tokens, but holds {sizes[place.ulysses_rank]} of tokens={whole}; "
+            f"this rank passed {shape[1]} tokens, but holds {sizes[coordinate.ulysses_rank]} of tokens={whole}; "
             f"pass tokens= the length of the whole row, and the tokens that shard_batch gave to this rank"
         )
     return sizes

@@ -26,9 +26,9 @@ from torch import Tensor
 from longspan.batch.context import TARGET, BatchInfo
 from longspan.batch.padding import VARLEN, documents_of, padding_of, restarts_of
 from longspan.distributed.collectives import all_gather
-from longspan.distributed.consensus import agree_on_error, exchange_facts, raise_the_first_error
+from longspan.distributed.consensus import exchange_integers, raise_failed
 from longspan.distributed.layout import Runs
-from longspan.distributed.mesh import ParallelMesh, Place
+from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import BatchError, LongspanError
 from longspan.masks import constructors as masks
 from longspan.masks.bands import blind_rows
@@ -71,20 +71,21 @@ def shard_batch(
     sequence, LayoutError for fewer tokens than ranks, MaskError for a mask of another length.
     """
     micro_batches = [batch] if isinstance(batch, Mapping) else batch
+    parts: list[Part] = []
+    problem: LongspanError | None = None
     try:
         if not micro_batches:
             raise BatchError("shard_batch was given no micro-batch; pass at least one, without rows one of shape [0, tokens]")
-        parts = [shard_local(one, mesh.place, shift=shift, mask=mask, dims=dims) for one in micro_batches]
+        parts = [shard_local(one, mesh.coordinate, shift=shift, mask=mask, dims=dims) for one in micro_batches]
     except Exception as error:
-        agree_on_error(error if isinstance(error, LongspanError) else BatchError(f"{type(error).__name__}: {error}"), mesh)
-        raise
-    agreed = sync_batches(parts, mesh)
+        problem = error if isinstance(error, LongspanError) else BatchError(f"{type(error).__name__}: {error}")
+    agreed = sync_batches(parts, mesh, error=problem)
     return agreed[0] if isinstance(batch, Mapping) else agreed
 
 
 def shard_local(
     batch: Mapping[str, Any],
-    place: Place,
+    coordinate: MeshCoordinate,
     *,
     shift: bool = True,
     mask: Mask | Sequence[Mask] | None = None,
@@ -96,12 +97,12 @@ def shard_local(
     row, then cut. ``BatchInfo.num_labels`` counts this batch alone until ``sync_batches``.
     """
     if any(name in batch for name in (f"{TARGET}input_ids", f"{TARGET}inputs_embeds")):
-        return _cut_pair(batch, place, shift, mask, dims or {})
+        return _cut_pair(batch, coordinate, shift, mask, dims or {})
     ids = batch.get("input_ids", batch.get("inputs_embeds"))
     if not isinstance(ids, Tensor) or ids.ndim < 2:
         raise BatchError("the batch has no input_ids of shape [batch, tokens] (nor inputs_embeds); it needs one of them")
     rows, tokens = ids.shape[:2]
-    positions = place.layout(tokens).mine(place.ring_rank, place.ulysses_rank)
+    positions = coordinate.layout(tokens).mine(coordinate.ring_rank, coordinate.ulysses_rank)
     whole = dict(batch)
     step_mask = mask if isinstance(mask, Mask) or mask is None else tuple(mask)
     padding = padding_of(whole.get("attention_mask"), rows, tokens)
@@ -126,19 +127,23 @@ def shard_local(
     return part
 
 
-def sync_batches(parts: Sequence[Part], mesh: ParallelMesh) -> list[Part]:
-    """The parts of one step, with what their Steps say of all micro-batches and replicas: one small all-reduce.
+def sync_batches(parts: Sequence[Part], mesh: ParallelMesh, *, error: LongspanError | None = None) -> list[Part]:
+    """Complete the parts of one step with what all micro-batches and replicas hold, by one small all-reduce.
 
-    A rank whose data has ended passes none; then no other may have any.
+    Args:
+        parts: what ``shard_local`` returned on this rank. A rank whose data has ended passes none; then no other may have any.
+        error: what kept this rank from making its parts. Every rank raises the first rank's error.
 
-    Raises BatchError on every rank alike where the ranks of a sequence were given different batches, or a rank another
-    number of micro-batches.
+    Raises:
+        BatchError: on every rank alike, where the ranks of a sequence were given different batches, or ranks different
+            numbers of micro-batches.
     """
     steps: list[BatchInfo] = [part["longspan"] for part in parts]
-    table = [_Facts(*row[: len(_Facts._fields)]) for row in exchange_facts(_facts(steps), mesh)]
-    raise_the_first_error(table, None, mesh)
-    _refuse_disagreement(table, mesh.place)
-    num_labels = sum(facts.num_labels for facts in table[:: mesh.place.ring * mesh.place.ulysses])
+    facts = _facts(steps)._replace(failed=int(error is not None))
+    table = [_Facts(*row) for row in exchange_integers(facts, mesh.world_group)]
+    raise_failed(table, error, mesh.world_group)
+    _refuse_disagreement(table, mesh.coordinate)
+    num_labels = sum(facts.num_labels for facts in table[:: mesh.coordinate.sequence_ranks])
     most = _Facts(*map(max, zip(*table)))
 
     def agreed(step: BatchInfo) -> BatchInfo:
@@ -198,19 +203,19 @@ def unshard(tensor: Num[Tensor, "*part"], mesh: ParallelMesh, dim: int = 1, toke
     ``tokens`` is the whole length (``BatchInfo.tokens``); without it every rank must hold equally many. Differentiable: the
     gradient of a rank's part is the sum of what all ranks ask of it.
     """
-    place = mesh.place
-    sequence = place.ring * place.ulysses
-    layout = place.layout(tokens if tokens is not None else tensor.shape[dim] * sequence)
-    owned = [layout.mine(ring, ulysses) for ring in range(place.ring) for ulysses in range(place.ulysses)]
+    coordinate = mesh.coordinate
+    sequence = coordinate.sequence_ranks
+    layout = coordinate.layout(tokens if tokens is not None else tensor.shape[dim] * sequence)
+    owned = [layout.mine(ring, ulysses) for ring in range(coordinate.ring) for ulysses in range(coordinate.ulysses)]
     sizes = [sum(map(len, runs)) for runs in owned]
-    mine = sizes[place.ring_rank * place.ulysses + place.ulysses_rank]
+    mine = sizes[coordinate.sequence_rank]
     if tensor.shape[dim] != mine:
         raise BatchError(
             f"unshard was given {tensor.shape[dim]} tokens in dim {dim}, but this rank holds {mine} of tokens={layout.tokens}; "
             f"pass tokens= the length of the whole row (BatchInfo.tokens)"
         )
     gathered = all_gather(tensor, mesh.sequence_group, mesh.transport, dim, sizes)
-    if not place.zigzag:
+    if not coordinate.zigzag:
         return gathered
     order = torch.cat([torch.arange(run.start, run.stop) for runs in owned for run in runs])
     return gathered.index_select(dim, order.argsort().to(gathered.device))
@@ -239,7 +244,11 @@ def shift_right(labels: Int[Tensor, "batch tokens"], start: int | None, padding:
 
 
 def _cut_pair(
-    batch: Mapping[str, Any], place: Place, shift: bool, mask: Mask | Sequence[Mask] | None, dims: Mapping[str, int]
+    batch: Mapping[str, Any],
+    coordinate: MeshCoordinate,
+    shift: bool,
+    mask: Mask | Sequence[Mask] | None,
+    dims: Mapping[str, int],
 ) -> Part:
     """The batch of an encoder-decoder: the decoder's tensors and labels by their own length, all else by the encoder's."""
     if shift and "labels" in batch:
@@ -257,10 +266,10 @@ def _cut_pair(
     theirs = {name: name.removeprefix(TARGET) for name in (*batch, *dims) if name.startswith(TARGET) or name == "labels"}
     encoder = {name: value for name, value in batch.items() if name not in theirs}
     decoder = {theirs[name]: value for name, value in batch.items() if name in theirs}
-    mine = shard_local(encoder, place, shift=False, dims={name: dim for name, dim in dims.items() if name not in theirs})
+    mine = shard_local(encoder, coordinate, shift=False, dims={name: dim for name, dim in dims.items() if name not in theirs})
     try:
         wanted = {theirs[name]: dim for name, dim in dims.items() if name in theirs}
-        other = shard_local(decoder, place, shift=False, dims=wanted)
+        other = shard_local(decoder, coordinate, shift=False, dims=wanted)
     except LongspanError as error:
         raise type(error)(f"of the decoder's tensors ({TARGET}..., labels): {error}") from error
     source, target = mine.pop("longspan"), other.pop("longspan")
@@ -366,7 +375,7 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "big")
 
 
-def _refuse_disagreement(table: Sequence[_Facts], place: Place) -> None:
+def _refuse_disagreement(table: Sequence[_Facts], coordinate: MeshCoordinate) -> None:
     if len(counts := {facts.micro_batches for facts in table}) > 1:
         raise BatchError(
             f"ranks were given different numbers of micro-batches ({', '.join(map(str, sorted(counts)))}); every rank must "
@@ -377,7 +386,7 @@ def _refuse_disagreement(table: Sequence[_Facts], place: Place) -> None:
             "some ranks' batches have decoder_input_ids and some have none; pass them on every rank, where there is no row of "
             "shape [0, tokens]"
         )
-    sequence = place.ring * place.ulysses
+    sequence = coordinate.sequence_ranks
     for first in range(0, len(table), sequence):
         for rank in range(first + 1, first + sequence):
             if table[rank][:6] != table[first][:6]:  # a loader knows the largest token of its own part alone

@@ -28,7 +28,7 @@ from longspan.cli import model_source
 from longspan.cli.config import Check
 from longspan.cli.model_source import DecoderSource, ModelSource
 from longspan.distributed.collectives import CountingTransport, TorchTransport
-from longspan.distributed.consensus import together
+from longspan.distributed.consensus import gather, raise_together
 from longspan.distributed.grad_sync import grad_norm
 from longspan.distributed.layout import (
     Heads,
@@ -87,7 +87,7 @@ def work(config: Check) -> int:
         LongspanError: a layout or model that cannot run; raised on every rank with the same text.
     """
     mesh = ParallelMesh(config.ulysses, config.ring, transport=CountingTransport(TorchTransport()))
-    with together(mesh):
+    with raise_together(mesh.world_group):
         source = model_source.from_name(config.model, config.layers, config.heads, config.kv_heads)
     lines = _pooled(config, source, mesh) if config.dtype == "bf16" else _exact(config, source, mesh)
     lines = _worst_of_all_ranks(lines, mesh)
@@ -157,7 +157,7 @@ def _parallel(
 ) -> tuple[Outcome, tuple[Traffic, Traffic]]:
     assert isinstance(mesh.transport, CountingTransport)
     model = parallelize(_model(source, seed, dtype, mesh), mesh, **config.tools)
-    mine = consecutive(split(config.rows, mesh.place.data))[mesh.place.data_rank]
+    mine = consecutive(split(config.rows, mesh.coordinate.data))[mesh.coordinate.data_rank]
     whole = _batch(config, source, seed, mesh.device)
     rows = {name: tensor[mine.start : mine.stop] for name, tensor in whole.items()}
     part: Part = shard_batch(rows, mesh, shift=not source.in_place)
@@ -235,20 +235,24 @@ def _traffic_lines(
 def _decoder_traffic(
     config: Check, shape: DecoderConfig, mesh: ParallelMesh, found: tuple[Traffic, Traffic], itemsize: int
 ) -> list[Line]:
-    place, layout = mesh.place, mesh.place.layout(config.tokens)
-    sizes, dim, rows = layout.sizes(place.ring_rank), shape.head_dim, split(config.rows, place.data)[place.data_rank]
+    coordinate, layout = mesh.coordinate, mesh.coordinate.layout(config.tokens)
+    sizes, dim, rows = (
+        layout.sizes(coordinate.ring_rank),
+        shape.head_dim,
+        split(config.rows, coordinate.data)[coordinate.data_rank],
+    )
     chunked = Heads(shape.heads, shape.kv_heads, config.head_chunks)
     once = config.recompute == "selective" or config.head_chunks > 1
     exchange = kept_attention_traffic if once else attention_traffic
-    held = [layout.batch_runs(rank, rows) for rank in range(place.ring)]
+    held = [layout.batch_runs(rank, rows) for rank in range(coordinate.ring)]
     bands = masks.rows(Causal(), rows, config.tokens, config.tokens)
-    hops = plan_hops(bands, held, held, place.ring_rank)[1:]
+    hops = plan_hops(bands, held, held, coordinate.ring_rank)[1:]
     leaving, arriving = ([sum(map(len, getattr(hop, keys))) for hop in hops] for keys in ("leaving", "arriving"))
     forward = backward = Traffic()
     for chunk in range(config.head_chunks):
-        heads = Heads(len(chunked.query_of(chunk)), len(chunked.kv_of(chunk)), place.ulysses)
-        exchanged = exchange(heads, sizes, sizes, place.ulysses_rank, rows=rows, qk_dim=dim, v_dim=dim, itemsize=itemsize)
-        width = 2 * dim * len(heads.kv_of(place.ulysses_rank))
+        heads = Heads(len(chunked.query_of(chunk)), len(chunked.kv_of(chunk)), coordinate.ulysses)
+        exchanged = exchange(heads, sizes, sizes, coordinate.ulysses_rank, rows=rows, qk_dim=dim, v_dim=dim, itemsize=itemsize)
+        width = 2 * dim * len(heads.kv_of(coordinate.ulysses_rank))
         passed = ring_traffic(leaving, arriving, width, itemsize=itemsize, grad_itemsize=max(itemsize, 4))
         forward, backward = forward + exchanged[0] + passed[0], backward + exchanged[1] + passed[1]
     if config.recompute == "full":
@@ -263,21 +267,20 @@ def _decoder_traffic(
 
 def _worst_of_all_ranks(lines: list[Line], mesh: ParallelMesh) -> list[Line]:
     """Each line from the rank with the largest error, so that every rank gives the same verdict."""
-    everyone: list[list[Line]] = [lines] * mesh.degree
-    if mesh.degree > 1:
-        dist.all_gather_object(everyone, lines, group=mesh.agreement_group)
+    everyone = gather(lines, mesh.world_group)
     return [max(same, key=lambda line: math.inf if math.isnan(line.error) else line.error) for same in zip(*everyone)]
 
 
 def _print(config: Check, source: ModelSource, mesh: ParallelMesh, lines: list[Line], holds: bool) -> None:
-    place = mesh.place
+    coordinate = mesh.coordinate
     table = Table("", "found", "expected", "error", "bound", "verdict", box=None, pad_edge=False)
     for line in lines:
         verdict = "[green]holds[/]" if line.holds else "[red]FAILS[/]"
         table.add_row(line.what, line.found, line.expected, f"{line.error:.2g}", f"{line.bound:.2g}", verdict)
     console = Console(width=None if Console().is_terminal else 140)
     console.print(
-        f"{mesh.degree} ranks = data {place.data} x ring {place.ring} x ulysses {place.ulysses}, zero={config.zero}, "
+        f"{mesh.world_group.size()} ranks = data {coordinate.data} x "
+        f"ring {coordinate.ring} x ulysses {coordinate.ulysses}, zero={config.zero}, "
         f"{config.dtype}: "
         f"{config.rows} rows of {config.tokens:,} tokens, {source.summary}",
         highlight=False,

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from longspan.cli.config import LATEST, settings_of_run
-from longspan.distributed.consensus import agree_on_error
+from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import RunError
 
@@ -142,22 +142,23 @@ def refuse_differences(path: Path, what: str, theirs: dict[str, Any], mine: dict
 @contextmanager
 def _all_or_none(written: Path, mesh: ParallelMesh) -> Iterator[None]:
     """Raise a write error of any rank on every rank with the same text, and remove the draft."""
-    error: RunError | None = None
-    try:
-        yield
-    except (OSError, CheckpointException, RuntimeError) as found:
+
+    def convert(found: Exception) -> RunError | None:
+        if not isinstance(found, OSError | CheckpointException | RuntimeError):
+            return None
         full = written.parent.exists() and shutil.disk_usage(written.parent).free < 2**20
         cause = os.strerror(errno.ENOSPC) if full else _cause(found)  # torch's writer reports a full disk as a wrong position
-        error = RunError(
+        return RunError(
             f"the checkpoint {written.parent / written.name[1:]} cannot be written: {cause}; make room, or choose another disk "
             f"with --runs-folder; earlier checkpoints are whole"
         )
-    try:
-        agree_on_error(error, mesh)
-    except RunError:
+
+    def undo() -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(written, ignore_errors=True)
-        raise
+
+    with raise_together(mesh.world_group, convert, undo):
+        yield
 
 
 def _cause(error: BaseException) -> str:

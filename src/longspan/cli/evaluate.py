@@ -20,7 +20,7 @@ from longspan.cli.model_source import ModelSource
 from longspan.data.loader import part
 from longspan.data.packing import Corpus, Split, bits, tokenize
 from longspan.data.tokenizers import load as load_tokenizer
-from longspan.distributed.consensus import together
+from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import DataError, LayoutError, RunError
 from longspan.parallelize import parallelize
@@ -46,7 +46,7 @@ def work(config: Evaluate) -> int:
         LongspanError: a checkpoint, text or number of ranks that cannot be used; raised on every rank with the same text.
     """
     mesh = ParallelMesh(ulysses=dist.get_world_size())
-    with together(mesh):
+    with raise_together(mesh.world_group):
         path = checkpoint.find(config.checkpoint, config.runs_folder)
         facts = checkpoint.facts(path)
         trained = facts["config"]
@@ -68,7 +68,7 @@ def work(config: Evaluate) -> int:
         begins = tokenizer.decode(text.read(start, start + min(tokens, 48)).numpy())
         losses.append(DocumentLoss(number, " ".join(begins.split())[:32], tokens, loss))
     if dist.get_rank() == 0:
-        _print(f"{path}, {config.dtype}, each document over {mesh.degree} ranks", losses, corpus)
+        _print(f"{path}, {config.dtype}, each document over {mesh.world_group.size()} ranks", losses, corpus)
     return 0
 
 
@@ -76,15 +76,17 @@ def _longest(text: Split, config: Evaluate, mesh: ParallelMesh) -> list[tuple[in
     """(number, first token, number of tokens) of the longest documents. Raises DataError where one is too short to shard."""
     bounds = [(number, int(start), int(stop - start)) for number, (start, stop) in enumerate(text.documents)]
     chosen = sorted(bounds, key=lambda bound: -bound[2])[: config.documents]
-    least = max(2, mesh.degree)
+    least = max(2, mesh.world_group.size())
     for number, _, tokens in chosen:
         if tokens < least:
             raise DataError(
-                f"document {number} has {tokens} tokens, fewer than the {least} that {mesh.degree} ranks need; "
+                f"document {number} has {tokens} tokens, fewer than the {least} that {mesh.world_group.size()} ranks need; "
                 f"use fewer --documents (the longest come first), fewer --ranks, or longer text"
             )
     if config.max_tokens < least:
-        raise DataError(f"max_tokens={config.max_tokens} is too few for {mesh.degree} ranks; use --max-tokens {least} or more")
+        raise DataError(
+            f"max_tokens={config.max_tokens} is too few for {mesh.world_group.size()} ranks; use --max-tokens {least} or more"
+        )
     return [(number, start, min(tokens, config.max_tokens)) for number, start, tokens in chosen]
 
 
@@ -97,15 +99,16 @@ def _refuse_another_vocabulary(corpus: Corpus, text: dict[str, Any]) -> None:
 
 
 def _refuse_more_ranks_than_heads(source: ModelSource, mesh: ParallelMesh) -> None:
-    if mesh.degree > source.heads:
+    if mesh.world_group.size() > source.heads:
         raise LayoutError(
-            f"{mesh.degree} ranks cannot share the model's {source.heads} query heads, and each document lies on all ranks; "
+            f"{mesh.world_group.size()} ranks cannot share the model's {source.heads} query heads, "
+            f"and each document lies on all ranks; "
             f"use --ranks {source.heads} or fewer"
         )
 
 
 def _my_tokens(tokens: int, mesh: ParallelMesh) -> tuple[range, ...]:
-    return mesh.place.layout(tokens).mine(mesh.place.ring_rank, mesh.place.ulysses_rank)
+    return mesh.coordinate.layout(tokens).mine(mesh.coordinate.ring_rank, mesh.coordinate.ulysses_rank)
 
 
 def _print(title: str, losses: list[DocumentLoss], corpus: Corpus) -> None:

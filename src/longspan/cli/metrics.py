@@ -169,21 +169,21 @@ def measured_peak_flops(mesh: ParallelMesh, dtype: torch.dtype, seconds: float =
     """FLOP/s of large square matmuls on all ranks at once, for ``seconds``: the best rate of each rank, summed."""
     size = 1024 if mesh.device.type == "cpu" else 8192
     x = torch.ones(size, size, dtype=dtype, device=mesh.device)
-    dist.barrier(group=mesh.agreement_group)
+    dist.barrier(group=mesh.world_group)
     best, stop = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < stop:
         start = time.perf_counter()
         x[0, 0] = (x @ x)[0, 0].item()  # reading a number waits for the device
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     total = torch.tensor(best, dtype=torch.float64)
-    dist.all_reduce(total, group=mesh.agreement_group)
+    dist.all_reduce(total, group=mesh.world_group)
     return float(total)
 
 
 def fullest_rank_bytes(mesh: ParallelMesh) -> int:
     """The largest ``peak_bytes`` of all ranks."""
     mine = torch.tensor(peak_bytes(mesh.device))
-    dist.all_reduce(mine, dist.ReduceOp.MAX, group=mesh.agreement_group)
+    dist.all_reduce(mine, dist.ReduceOp.MAX, group=mesh.world_group)
     return int(mine)
 
 

@@ -32,7 +32,7 @@ from longspan.data.loader import Loader
 from longspan.data.packing import Corpus, bits, tokenize
 from longspan.data.tokenizers import load as load_tokenizer
 from longspan.distributed.collectives import CountingTransport, TorchTransport
-from longspan.distributed.consensus import agree_on_error, refuse_difference, together
+from longspan.distributed.consensus import raise_first_error, raise_together, refuse_difference
 from longspan.distributed.grad_sync import clip_grad_norm_
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LongspanError, RunError
@@ -58,14 +58,14 @@ def work(config: Train) -> int:
     transport = CountingTransport(TorchTransport())
     mesh = ParallelMesh(config.ulysses, config.ring, transport=transport)
     lead = dist.get_rank() == 0
-    with together(mesh):
+    with raise_together(mesh.world_group):
         source = model_source.from_name(config.model)
         config = replace(config, tokenizer=config.tokenizer or source.tokenizer)
         corpus = tokenize(config.data, load_tokenizer(config.tokenizer), text_field=config.text_field)
         source = source.for_text(config.tokenizer, corpus.vocab_size)
         loader = _loader(corpus, config, mesh)
         held_out = _held_out(corpus, config, mesh)
-    refuse_difference("the text", corpus.fingerprint, mesh, "give every machine the same files and tokenizer")
+    refuse_difference("the text", corpus.fingerprint, mesh.world_group, "give every machine the same files and tokenizer")
     model = parallelize(_on(mesh, source.build(config.seed, config.zero)), mesh, **config.tools)
     optimizer = _optimizer(model, config)
     run = _open_run(config, mesh)
@@ -120,7 +120,7 @@ def work(config: Train) -> int:
                 journal.write_memory(watched.timeline)
                 display.say(memory_table(watched.timeline, step))
     journal.close()
-    agree_on_error(journal.fault, mesh)
+    raise_first_error(journal.fault, mesh.world_group)
     exported = source.export(model, run / "export", config.tokenizer, mesh)
     display.say(_closing(run, losses[-LAST_STEPS:], eval_loss, corpus, config, exported))
     return 0
@@ -152,7 +152,7 @@ def _loader(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
         tokens=config.tokens,
         rows=config.rows_per_step,
         seed=config.seed,
-        place=mesh.place,
+        coordinate=mesh.coordinate,
         micro_batches=config.micro_batches,
     )
 
@@ -160,19 +160,18 @@ def _loader(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
 def _held_out(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
     """A short text has less held-out text than one sequence of training; then one sequence is all of it."""
     tokens = min(config.tokens, corpus.held_out.tokens)
-    return Loader(corpus.held_out, tokens=tokens, rows=mesh.place.data, seed=config.seed, place=mesh.place)
+    return Loader(corpus.held_out, tokens=tokens, rows=mesh.coordinate.data, seed=config.seed, coordinate=mesh.coordinate)
 
 
 def _parts(loader: Loader, step: int, journal: Journal, mesh: ParallelMesh) -> list[Part]:
     """This rank's micro-batches of a step, after ``sync_batches``; a disk or text error of one rank is raised on all."""
     parts: list[Part] = []
+    error: LongspanError | None = journal.fault
     try:
-        if journal.fault is not None:
-            raise journal.fault
-        parts = loader.step(step - 1)
-    except LongspanError as error:
-        agree_on_error(error, mesh)
-    return [_on_device(part, mesh) for part in sync_batches(parts, mesh)]
+        parts = [] if error else loader.step(step - 1)
+    except LongspanError as found:
+        error = found
+    return [_on_device(part, mesh) for part in sync_batches(parts, mesh, error=error)]
 
 
 def _on_device(part: Part, mesh: ParallelMesh) -> Part:
@@ -213,10 +212,10 @@ def _is_due(step: int, every: int, config: Train) -> bool:
 def _open_run(config: Train, mesh: ParallelMesh) -> Path:
     """The folder of the run; rank 0 chooses its name and makes it."""
     names = [""]
-    with together(mesh):
+    with raise_together(mesh.world_group):
         if dist.get_rank() == 0:
             names = [config.run if config.resume else _new_run(config)]
-    dist.broadcast_object_list(names, group=mesh.agreement_group, group_src=0)
+    dist.broadcast_object_list(names, group=mesh.world_group, group_src=0)
     return Path(config.runs_folder, names[0])
 
 
@@ -262,7 +261,7 @@ def _resume(
     path = checkpoint.newest(run) if config.resume else None
     if path is None:
         return 0
-    with together(mesh):
+    with raise_together(mesh.world_group):
         theirs, mine = checkpoint.facts(path), _facts(0, source, corpus, config)
         for what in ("model", "text", "optimizer"):
             checkpoint.refuse_differences(path, what, theirs[what], mine[what])
@@ -291,10 +290,10 @@ def _facts(step: int, source: ModelSource, corpus: Corpus, config: Train) -> dic
 
 
 def _opening(source: ModelSource, corpus: Corpus, config: Train, mesh: ParallelMesh, done: int) -> str:
-    place = mesh.place
-    tokens_a_rank = config.tokens // (place.ring * place.ulysses)
+    coordinate = mesh.coordinate
+    tokens_a_rank = config.tokens // coordinate.sequence_ranks
     return (
-        f"{mesh.degree} ranks = data {place.data} x ring {place.ring} x ulysses {place.ulysses}; "
+        f"{mesh.world_group.size()} ranks = data {coordinate.data} x ring {coordinate.ring} x ulysses {coordinate.ulysses}; "
         f"{source.summary}; "
         f"{corpus.train.tokens:,} tokens of text; {config.tokens:,} tokens a sequence, {tokens_a_rank:,} of them a rank"
         + (f"; going on after step {done}" if done else "")

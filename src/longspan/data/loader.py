@@ -22,7 +22,7 @@ from torch import Tensor
 from longspan.batch.context import BatchInfo
 from longspan.batch.shard import IGNORE, Part
 from longspan.distributed.layout import Runs, consecutive, split
-from longspan.distributed.mesh import Place
+from longspan.distributed.mesh import MeshCoordinate
 from longspan.errors import DataError
 
 
@@ -48,7 +48,7 @@ class Loader:
         tokens: tokens of one sequence.
         rows: sequences of one step, over all its micro-batches and all data replicas.
         seed: the seed of the order.
-        place: this rank's coordinates in the mesh.
+        coordinate: this rank's coordinate in the mesh.
         micro_batches: the parts that a step is accumulated from.
 
     Raises:
@@ -56,18 +56,20 @@ class Loader:
         LayoutError: a sequence has fewer tokens than ranks.
     """
 
-    def __init__(self, stream: Stream, *, tokens: int, rows: int, seed: int, place: Place, micro_batches: int = 1) -> None:
+    def __init__(
+        self, stream: Stream, *, tokens: int, rows: int, seed: int, coordinate: MeshCoordinate, micro_batches: int = 1
+    ) -> None:
         self.sequences = stream.tokens // tokens
         if not self.sequences:
             raise DataError(_too_short(stream, tokens))
-        self._stream, self._tokens, self._rows, self._seed, self._place = stream, tokens, rows, seed, place
+        self._stream, self._tokens, self._rows, self._seed, self._coordinate = stream, tokens, rows, seed, coordinate
         self._micro_batches = micro_batches
-        self._mine = place.layout(tokens).mine(place.ring_rank, place.ulysses_rank)
+        self._mine = coordinate.layout(tokens).mine(coordinate.ring_rank, coordinate.ulysses_rank)
 
     def step(self, step: int) -> list[Part]:
         """The micro-batches of step 0, 1, ..: {input_ids, labels, shift_labels, position_ids [rows, my tokens], longspan}.
 
-        A part equals ``shard_local(whole, place)`` of the whole rows, but only this rank's tokens and their successors are
+        A part equals ``shard_local(whole, coordinate)`` of the whole rows, but only this rank's tokens and their successors are
         read. A replica without a row gets [0, my tokens]. ``sync_batches`` counts the labels of all ranks.
         """
         first = step * self._rows
@@ -87,11 +89,11 @@ class Loader:
 
     def sequence(self, index: int) -> int:
         """The sequence of the split at ``index`` of the order, which runs on over all epochs."""
-        epoch, place = divmod(index, self.sequences)
-        return int(_permutation(self._seed, epoch, self.sequences)[place])
+        epoch, offset = divmod(index, self.sequences)
+        return int(_permutation(self._seed, epoch, self.sequences)[offset])
 
     def _part(self, sequences: Sequence[int]) -> Part:
-        my_rows = consecutive(split(len(sequences), self._place.data))[self._place.data_rank]
+        my_rows = consecutive(split(len(sequences), self._coordinate.data))[self._coordinate.data_rank]
         starts = [sequences[i] * self._tokens for i in my_rows]
         return part(self._stream, starts, self._tokens, self._mine)
 
@@ -99,7 +101,7 @@ class Loader:
 def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) -> Part:
     """A rank's part of the rows of ``tokens`` tokens that begin at ``starts``: the tokens at ``positions``, and their labels.
 
-    Equals ``shard_local({"input_ids": rows, "labels": rows}, place)``, except that the digest hashes the stream's name and
+    Equals ``shard_local({"input_ids": rows, "labels": rows}, coordinate)``, except that the digest hashes the stream's name and
     the rows' starts; it is equal on all ranks of a sequence. The last token of a row has no label.
     """
     rows = [[_with_successors(stream, start, tokens, run) for run in positions] for start in starts]

@@ -1,67 +1,135 @@
-"""What one rank alone can know, on every rank: facts in one small all-reduce, and the first error raised by all of them.
+"""Consensus: what one rank alone knows, a fact or an error, becomes known to every rank of a group, so that all act alike.
 
-    rank 0   (0, facts ...)     each fills its own row of zeros,      table of every rank's facts, and where a first column
-    rank 1   (1, facts ...)     the sum brings all everywhere         is 1 the text of the first such rank, raised by all
+    gather                    every rank's fact, on every rank
+    refuse_difference         raise on every rank where a fact differs
+    raise_together            an error of one rank in a block is raised by all; optionally what the block wrote is removed
+    exchange_integers         a row of integers of every rank, by one all-reduce:
 
-So no rank waits for one that has failed. Knows nothing of batches or models.
+    rank 0   (0, facts ...)     each rank fills its own row of zeros,      the table of every rank's facts; where a first
+    rank 1   (1, facts ...)     the sum has all rows everywhere            column is 1, all ranks raise that rank's error
+
+So no rank waits for one that has failed. The groups are control traffic, on gloo. Knows nothing of meshes, batches or models.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, LongspanError
 
-FACTS = 16
-"""How many a rank brings at most: in one all-reduce, one rank may bring its error where the others bring facts of a step."""
+Fact = TypeVar("Fact")
 
 
-@contextmanager
-def together(mesh: ParallelMesh) -> Iterator[None]:
-    """What fails in the block on one rank is raised on every rank, with the text of the first. The block has no collective."""
-    error: LongspanError | None = None
-    try:
-        yield
-    except LongspanError as found:
-        error = found
-    agree_on_error(error, mesh)
-
-
-def agree_on_error(error: LongspanError | None, mesh: ParallelMesh) -> None:
-    """Raise on every rank what any rank brings: the text of the first one that has an error. Every rank must call it."""
-    raise_the_first_error(exchange_facts((int(error is not None),), mesh), error, mesh)
-
-
-def refuse_difference(what: str, mine: str, mesh: ParallelMesh, remedy: str) -> None:
-    """Raise on every rank alike where ``mine`` is not the same text on all of them. Every rank must call it."""
-    found = [mine] * mesh.degree
-    if mesh.degree > 1:
-        dist.all_gather_object(found, mine, group=mesh.agreement_group)
-    for rank, other in enumerate(found):
-        if other != found[0]:
-            raise BatchError(f"{what} differs between ranks: {found[0]} on rank 0 and {other} on rank {rank}; {remedy}")
-
-
-def exchange_facts(mine: Sequence[int], mesh: ParallelMesh) -> list[list[int]]:
-    """Every rank's facts, a row a rank: each fills its own row of zeros, and the sum brings all of them everywhere."""
-    table = torch.zeros(mesh.degree, FACTS, dtype=torch.int64)
-    table[mesh.agreement_group.rank(), : len(mine)] = torch.tensor(mine)
-    if mesh.degree > 1:
-        dist.all_reduce(table, group=mesh.agreement_group)
-    facts: list[list[int]] = table.tolist()
+def gather(fact: Fact, group: dist.ProcessGroup) -> list[Fact]:
+    """The ``fact`` of every rank of ``group``, by rank. Facts are pickled. Every rank must call it."""
+    facts: list[Any] = [fact] * group.size()
+    if group.size() > 1:
+        dist.all_gather_object(facts, fact, group=group)
     return facts
 
 
-def raise_the_first_error(table: Sequence[Sequence[int]], mine: LongspanError | None, mesh: ParallelMesh) -> None:
-    """Raise on every rank the error of the first whose facts begin with 1; ``mine`` is this rank's, or None."""
-    failing = [rank for rank, row in enumerate(table) if row[0]]
-    if not failing:
+def gather_or_raise(find: Callable[[], Fact], group: dist.ProcessGroup) -> list[Fact]:
+    """What ``find`` returns on every rank, by rank; if it raises a LongspanError on any, all ranks raise the first one's."""
+    error: LongspanError | None = None
+    fact: Any = None
+    try:
+        fact = find()
+    except LongspanError as found:
+        error = found
+    everyone = gather((error, fact), group)
+    for first, _ in everyone:
+        if first is not None:
+            raise first
+    return [fact for _, fact in everyone]
+
+
+class Difference(NamedTuple):
+    """The first fact that two ranks do not share: its name, its value on rank 0, and another rank with its value."""
+
+    name: str
+    first: str
+    rank: int
+    other: str
+
+
+def first_difference(facts: Sequence[Mapping[str, str]]) -> Difference | None:
+    """Compare the named facts of all ranks with those of rank 0; a fact that a rank lacks counts as "nothing"."""
+    for rank, held in enumerate(facts):
+        names = {**facts[0], **held}
+        # A name that one of them lacks comes first: it explains why the rest differs.
+        for name in sorted(names, key=lambda name: name in facts[0] and name in held):
+            first, other = facts[0].get(name, "nothing"), held.get(name, "nothing")
+            if first != other:
+                return Difference(name, first, rank, other)
+    return None
+
+
+def refuse_difference(what: str, mine: str, group: dist.ProcessGroup, remedy: str) -> None:
+    """Raise BatchError on every rank where ``mine`` is not the same text on all of them. Every rank must call it."""
+    difference = first_difference([{what: text} for text in gather(mine, group)])
+    if difference is not None:
+        _, first, rank, other = difference
+        raise BatchError(f"{what} differs between ranks: {first} on rank 0 and {other} on rank {rank}; {remedy}")
+
+
+def own_error(found: Exception) -> LongspanError | None:
+    """The error itself if it is one of longspan's; any other is a defect, and passes on as it is."""
+    return found if isinstance(found, LongspanError) else None
+
+
+@contextmanager
+def raise_together(
+    group: dist.ProcessGroup,
+    convert: Callable[[Exception], LongspanError | None] = own_error,
+    undo: Callable[[], None] | None = None,
+) -> Iterator[None]:
+    """An error in the block on one rank is raised on every rank, after the block, with the text of the first such rank.
+
+    Args:
+        group: every rank of it must enter the block. The block may hold collectives only if they cannot fail on one rank.
+        convert: the LongspanError to raise for an exception of the block; None where that exception is not to be shared.
+        undo: called on every rank before the error is raised, to remove what the block has written: all or none.
+    """
+    error: LongspanError | None = None
+    try:
+        yield
+    except Exception as found:
+        error = convert(found)
+        if error is None:
+            raise
+    try:
+        raise_first_error(error, group)
+    except LongspanError:
+        if undo is not None:
+            undo()
+        raise
+
+
+def raise_first_error(error: LongspanError | None, group: dist.ProcessGroup) -> None:
+    """Raise on every rank the error of the first rank that has one. Every rank must call it, with None where it has none."""
+    raise_failed(exchange_integers((int(error is not None),), group), error, group)
+
+
+def exchange_integers(mine: Sequence[int], group: dist.ProcessGroup) -> list[list[int]]:
+    """The integers of every rank, a row a rank, by one all-reduce; all ranks must pass equally many."""
+    table = torch.zeros(group.size(), len(mine), dtype=torch.int64)
+    table[group.rank()] = torch.tensor(mine)
+    if group.size() > 1:
+        dist.all_reduce(table, group=group)
+    rows: list[list[int]] = table.tolist()
+    return rows
+
+
+def raise_failed(table: Sequence[Sequence[int]], error: LongspanError | None, group: dist.ProcessGroup) -> None:
+    """Raise on every rank the error of the first rank whose row of ``table`` begins with 1; ``error``: this rank's, or None."""
+    failed = [rank for rank, row in enumerate(table) if row[0]]
+    if not failed:
         return
-    box: list[LongspanError | None] = [mine]
-    if mesh.degree > 1:
-        dist.broadcast_object_list(box, group=mesh.agreement_group, group_src=failing[0])
+    box: list[LongspanError | None] = [error]
+    if group.size() > 1:
+        dist.broadcast_object_list(box, group=group, group_src=failed[0])
     assert box[0] is not None
     raise box[0]

@@ -57,9 +57,9 @@ def refuse_what_cannot_be(shares: Shares, model: nn.Module, mesh: ParallelMesh) 
             )
     if shares.dtype is not None and not shares.dtype.is_floating_point:
         raise ModelError(f"dtype={shares.dtype} is nothing to compute in; use torch.bfloat16, or leave it out")
-    if shares.ranks is not None and (shares.ranks < 1 or mesh.degree % shares.ranks):
-        legal = ", ".join(str(ranks) for ranks in range(1, mesh.degree + 1) if mesh.degree % ranks == 0)
-        raise ModelError(f"shard_ranks={shares.ranks} does not divide the {mesh.degree} ranks; use {legal}")
+    if shares.ranks is not None and (shares.ranks < 1 or mesh.fsdp_group.size() % shares.ranks):
+        legal = ", ".join(str(ranks) for ranks in range(1, mesh.fsdp_group.size() + 1) if mesh.fsdp_group.size() % ranks == 0)
+        raise ModelError(f"shard_ranks={shares.ranks} does not divide the {mesh.fsdp_group.size()} ranks; use {legal}")
     _refuse_earlier_optimizers(model)
 
 
@@ -100,9 +100,9 @@ def _let_go_without_a_backward(model: nn.Module, *_: object) -> None:
 
 def _where(mesh: ParallelMesh, ranks: int | None) -> DeviceMesh:
     """Over all ranks, or over each ``ranks`` neighbours with a copy in every such group."""
-    if ranks is None or ranks == mesh.degree:
+    if ranks is None or ranks == mesh.fsdp_group.size():
         return mesh.fsdp_mesh
-    return init_device_mesh(mesh.device.type, (mesh.degree // ranks, ranks), mesh_dim_names=("copies", "shares"))
+    return init_device_mesh(mesh.device.type, (mesh.fsdp_group.size() // ranks, ranks), mesh_dim_names=("copies", "shares"))
 
 
 def _refuse_earlier_optimizers(model: nn.Module) -> None:

@@ -46,7 +46,7 @@ class MeanGradients:
         self._buckets = _buckets(self._parameters)
         self._arrived: WeakValueDictionary[int, _Arrived] = WeakValueDictionary()
         # On one rank the mean is what is there already.
-        hooked = self._parameters if mesh.degree > 1 else []
+        hooked = self._parameters if mesh.fsdp_group.size() > 1 else []
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._refuse_what_changed),
             *(parameter.register_hook(partial(self._keep, index)) for index, parameter in enumerate(hooked)),
@@ -111,10 +111,10 @@ class MeanGradients:
                 if index in arrived:
                     pieces[place].copy_(arrived.pop(index).flatten())
                     present[place] = 1
-            dist.all_reduce(flat, group=self._mesh.mean_group)
+            dist.all_reduce(flat, group=self._mesh.fsdp_group)
             for parameter, piece, ranks in zip(members, pieces, present.tolist()):
                 if ranks:
-                    _add(parameter, piece.div_(self._mesh.degree).view(parameter.shape))
+                    _add(parameter, piece.div_(self._mesh.fsdp_group.size()).view(parameter.shape))
 
 
 @torch.no_grad()

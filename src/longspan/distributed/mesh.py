@@ -1,4 +1,4 @@
-"""The ranks of a run as a grid, on one DeviceMesh. Knows degrees and groups; nothing of tensors, masks or models.
+"""The device mesh: which ranks share a sequence, which share the loss, which shard parameters. Knows degrees and groups only.
 
     world  =  data x ring x ulysses        (the rightmost axis varies fastest, so ulysses ranks are neighbours)
 
@@ -8,10 +8,16 @@
       data 1  ring 0    4           5       \\  another replica: other rows
               ring 1    6           7       /
 
-Parameters are the same on all of data x ring x ulysses, and their gradients are averaged over all of it.
+Code asks for one of four rank sets by name, never for a product of degrees, so that it stays right when an axis is added:
+
+    sequence   the ranks that pass the same rows to ``shard_batch`` and hold their tokens together
+    loss       the ranks over which the loss is summed; its size divides the sum of the gradients
+    fsdp       the ranks that hold the same parameters: FSDP2's mesh, and the mean of the gradients at zero=0
+    world      all ranks: control traffic (agreement, errors), on gloo
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +26,31 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longspan.distributed.collectives import Scratch, TorchTransport, Transport
+from longspan.distributed.consensus import gather
 from longspan.distributed.layout import Degrees, Layout, choose_degrees
 from longspan.errors import LayoutError
 
 
 @dataclass(frozen=True)
-class Place:
-    """The degrees of a mesh and where one rank stands in it: integers that a DataLoader worker can be given."""
+class Axis:
+    """One axis of the mesh, and the rank sets that extend over it."""
+
+    name: str
+    sets: frozenset[str]
+
+
+AXES = (
+    Axis("data", frozenset({"loss", "fsdp", "world"})),
+    Axis("ring", frozenset({"sequence", "loss", "fsdp", "world"})),
+    Axis("ulysses", frozenset({"sequence", "loss", "fsdp", "world"})),
+)
+"""The axes in the order of the ranks, the fastest last. A new axis is a row here, a degree of ``ParallelMesh`` and two fields
+of ``MeshCoordinate``; every rank set follows from its row."""
+
+
+@dataclass(frozen=True)
+class MeshCoordinate:
+    """The degrees of a mesh and the position of one rank on it: plain integers, so that a DataLoader worker can have it."""
 
     data: int = 1
     ring: int = 1
@@ -36,68 +60,156 @@ class Place:
     ulysses_rank: int = 0
     zigzag: bool = False
 
+    @property
+    def sequence_ranks(self) -> int:
+        """How many ranks hold the tokens of one sequence together."""
+        return self.ring * self.ulysses
+
+    @property
+    def sequence_rank(self) -> int:
+        """The number of this rank among the ranks of its sequence."""
+        return self.ring_rank * self.ulysses + self.ulysses_rank
+
     def layout(self, tokens: int) -> Layout:
-        """How a sequence of ``tokens`` tokens lies on this mesh."""
+        """How a sequence of ``tokens`` tokens is laid out over the ranks of a sequence."""
         return Layout(tokens, self.ring, self.ulysses, self.zigzag)
 
 
 class ParallelMesh:
-    """``data x ring x ulysses`` ranks; what the degrees leave of the world is data parallel.
+    """``data x ring x ulysses`` ranks on one DeviceMesh; what the degrees leave of the world is data parallel.
 
-    Joins the process group that exists, or that torchrun's environment names (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
-    whoever sets it); in a plain Python process it is a world of one.
-    ``ulysses="auto"`` shares each sequence among the whole world, and chooses ulysses x ring from ``heads`` = (query heads,
-    key/value heads) and the ranks of a node; ``why`` is then the reason in a sentence. ``layout`` is "contiguous" or
-    "zigzag", by default zigzag where ring > 1. ``device`` defaults to this rank's CUDA device, or the CPU. ``transport``
-    carries every exchange (default: PyTorch's all-to-all).
+    Joins the process group that exists, or that the launcher's environment describes (torchrun's RANK, WORLD_SIZE,
+    MASTER_ADDR, MASTER_PORT); a plain Python process is a world of one.
 
-    Raises LayoutError, on every rank alike, for degrees that the world cannot be cut into, or that differ between ranks.
+    Args:
+        ulysses: ranks that exchange tokens for heads by all-to-all (DeepSpeed-Ulysses, arXiv:2309.14509). "auto" gives each
+            sequence to the whole world, and chooses ulysses x ring from ``heads`` and the ranks of a node (LOCAL_WORLD_SIZE).
+        ring: ranks that pass keys and values around a ring (ring attention, arXiv:2310.01889).
+        layout: "contiguous" or "zigzag"; by default zigzag where ring > 1, which balances a causal mask.
+        device: default: the CUDA device of this rank, or the CPU.
+        transport: carries every exchange of tensors; default: PyTorch's all-to-all.
+        heads: (query heads, key/value heads), needed by ``ulysses="auto"`` only.
+
+    Attributes:
+        coordinate: the degrees and this rank's position.
+        device_mesh: the DeviceMesh below; ``data_group``, ``ring_group`` and ``ulysses_group`` are the groups of its axes.
+        sequence_group, loss_group, fsdp_group, world_group: the rank sets (``world_group`` on gloo); ``fsdp_mesh``: the
+            DeviceMesh of the fsdp set.
+        why: the reason for ulysses x ring, one sentence.
+
+    Raises:
+        LayoutError: on every rank alike, for degrees that do not divide the world, or that differ between ranks.
     """
 
     def __init__(
         self,
         ulysses: int | str = 1,
         ring: int = 1,
-        tensor: int = 1,
-        pipeline: int = 1,
+        *,
         layout: str | None = None,
         device: torch.device | str | None = None,
         transport: Transport | None = None,
         heads: tuple[int, int] | None = None,
     ) -> None:
-        self.device = _own_device(device)
-        _join_world(self.device)
-        self.agreement_group = dist.new_group(backend="gloo")
-        _refuse_different_asks(f"ulysses={ulysses} ring={ring} layout={layout}", self.agreement_group)
-        _refuse_unsupported(tensor, pipeline, layout)
-        world = dist.get_world_size()
-        degrees = _degrees(ulysses, ring, heads, world)
-        self.why = degrees.why
-        axes = ("data", "ring", "ulysses")
-        shape = (world // (degrees.ring * degrees.ulysses), degrees.ring, degrees.ulysses)
-        self.device_mesh: DeviceMesh = init_device_mesh(self.device.type, shape, mesh_dim_names=axes)
-        zigzag = layout == "zigzag" or (layout is None and degrees.ring > 1)
-        mine = tuple(self.device_mesh.get_local_rank(axis) for axis in axes)
-        self.place = Place(*shape, mine[0], mine[1], mine[2], zigzag)
-        self.transport: Transport = transport or TorchTransport()
-        self.scratch = Scratch()
-        self.ulysses_group = self.device_mesh.get_group("ulysses")
-        self.ring_group = self.device_mesh.get_group("ring")
-        self.sequence_group = self.device_mesh["ring", "ulysses"]._flatten("sequence").get_group()
-        self.fsdp_mesh: DeviceMesh = self.device_mesh[axes]._flatten("mean")
-        self.mean_group = self.fsdp_mesh.get_group()
+        own_device = _own_device(device)
+        _join_world(own_device)
+        world_group = dist.new_group(backend="gloo")
+        _refuse_different_meshes(f"ulysses={ulysses} ring={ring} layout={layout}", world_group)
+        _refuse_unknown_layout(layout)
+        degrees = _degrees(ulysses, ring, heads, world_group.size())
+        shape = (world_group.size() // (degrees.ring * degrees.ulysses), degrees.ring, degrees.ulysses)
+        names = tuple(axis.name for axis in AXES)
+        device_mesh = init_device_mesh(own_device.type, shape, mesh_dim_names=names)
+        self._build(device_mesh, dict(zip(names, names)), world_group, layout)
+        self.device, self.transport, self.why = own_device, transport or TorchTransport(), degrees.why
+
+    @classmethod
+    def from_device_mesh(
+        cls,
+        device_mesh: DeviceMesh,
+        *,
+        ulysses: str = "cp",
+        ring: str | None = None,
+        data: str | None = "dp",
+        layout: str | None = None,
+        transport: Transport | None = None,
+    ) -> "ParallelMesh":
+        """Take over a DeviceMesh that exists already, with its process groups, by the names of its dims.
+
+            device_mesh = init_device_mesh("cuda", (4, 2), mesh_dim_names=("dp", "cp"))
+            mesh = ParallelMesh.from_device_mesh(device_mesh, ulysses="cp", data="dp")
+
+        Args:
+            device_mesh: a DeviceMesh with named dims over all ranks of the process group, in the order of the ranks.
+            ulysses, ring, data: the name of the dim that becomes this axis; None for an axis of size 1 that the DeviceMesh
+                does not have. They must stand in the order data, ring, ulysses. Every other dim must have size 1.
+            layout, transport: as in ``ParallelMesh``.
+
+        Returns:
+            A ParallelMesh that equals ``ParallelMesh(ulysses=..., ring=...)`` of the same sizes.
+
+        Raises:
+            LayoutError: on every rank alike, where a name is missing or used twice, dims stand in another order, a dim of
+                more than one rank is left over, or the DeviceMesh is not all ranks in order.
+        """
+        mesh = cls.__new__(cls)
+        world_group = dist.new_group(backend="gloo")
+        names = {axis: name for axis, name in (("data", data), ("ring", ring), ("ulysses", ulysses)) if name is not None}
+        known = f"{device_mesh.mesh_dim_names} of sizes {tuple(device_mesh.shape)}"
+        _refuse_different_meshes(f"ulysses={ulysses} ring={ring} data={data} layout={layout} of {known}", world_group)
+        _refuse_unknown_layout(layout)
+        _refuse_unfit_dims(device_mesh, names, known, world_group.size())
+        mesh._build(device_mesh, names, world_group, layout)
+        mesh.device = _device_of(device_mesh)
+        mesh.transport, mesh.why = transport or TorchTransport(), f"the DeviceMesh {known} was given"
+        return mesh
+
+    def _build(
+        self, device_mesh: DeviceMesh, names: Mapping[str, str], world_group: dist.ProcessGroup, layout: str | None
+    ) -> None:
+        """Set the coordinate and the groups; ``names`` are the dims of ``device_mesh`` by axis."""
+        degrees = {axis: device_mesh[name].size() for axis, name in names.items()}
+        ranks = {f"{axis}_rank": device_mesh.get_local_rank(name) for axis, name in names.items()}
+        zigzag = layout == "zigzag" or (layout is None and degrees.get("ring", 1) > 1)
+        self.coordinate = MeshCoordinate(**degrees, **ranks, zigzag=zigzag)
+        self.device_mesh, self.world_group, self.scratch = device_mesh, world_group, Scratch()
+        axes: dict[str, dist.ProcessGroup] = {
+            axis.name: device_mesh[names[axis.name]].get_group() for axis in AXES if axis.name in names
+        }
+        # use_local_synchronization: only this rank takes part in making its group.
+        for axis in AXES:
+            if axis.name not in axes:
+                axes[axis.name] = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        self.data_group: dist.ProcessGroup = axes["data"]
+        self.ring_group: dist.ProcessGroup = axes["ring"]
+        self.ulysses_group: dist.ProcessGroup = axes["ulysses"]
+        sets = rank_sets(device_mesh, names)
+        self.sequence_group, self.loss_group = sets["sequence"].get_group(), sets["loss"].get_group()
+        self.fsdp_mesh = sets["fsdp"]
+        self.fsdp_group = self.fsdp_mesh.get_group()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ParallelMesh":
-        return self  # process groups are what they are; a copied model stands in the same world
-
-    @property
-    def degree(self) -> int:
-        """How many ranks hold the same parameters: the number that a mean over ranks divides by."""
-        return self.place.data * self.place.ring * self.place.ulysses
+        return self  # process groups cannot be copied; a copied model belongs to the same ranks
 
     def __repr__(self) -> str:
-        place = self.place
-        return f"ParallelMesh(data={place.data}, ring={place.ring}, ulysses={place.ulysses}, device={str(self.device)!r})"
+        at = self.coordinate
+        return f"ParallelMesh(data={at.data}, ring={at.ring}, ulysses={at.ulysses}, device={str(self.device)!r})"
+
+
+def rank_sets(device_mesh: DeviceMesh, names: Mapping[str, str], axes: Sequence[Axis] = AXES) -> dict[str, DeviceMesh]:
+    """The rank sets of tensors (sequence, loss, fsdp), each as a DeviceMesh of one dim.
+
+    Args:
+        device_mesh: has a dim for every axis in ``names``.
+        names: the dim of each axis; an axis without one has size 1.
+        axes: the table that says which sets an axis belongs to.
+    """
+    sets = {}
+    for name in ("sequence", "loss", "fsdp"):
+        dims = tuple(names[axis.name] for axis in axes if name in axis.sets and axis.name in names)
+        # Named by its dims, so that two sets of the same ranks have one group: every gloo group keeps a thread.
+        sets[name] = device_mesh[dims]._flatten("_".join(dims))
+    return sets
 
 
 def _own_device(device: torch.device | str | None) -> torch.device:
@@ -106,6 +218,11 @@ def _own_device(device: torch.device | str | None) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _device_of(device_mesh: DeviceMesh) -> torch.device:
+    """The device of this rank on a mesh that has been made: init_device_mesh has chosen it."""
+    return torch.device("cuda", torch.cuda.current_device()) if device_mesh.device_type == "cuda" else torch.device("cpu")
 
 
 def _join_world(device: torch.device) -> None:
@@ -118,21 +235,41 @@ def _join_world(device: torch.device) -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
-def _refuse_different_asks(mine: str, group: dist.ProcessGroup) -> None:
-    asks: list[str] = [mine] * group.size()
-    if group.size() > 1:
-        dist.all_gather_object(asks, mine, group=group)
-    for rank, ask in enumerate(asks):
-        if ask != asks[0]:
-            raise LayoutError(f"rank 0 asks for {asks[0]} but rank {rank} for {ask}; every rank must ask for the same mesh")
+def _refuse_different_meshes(mine: str, world_group: dist.ProcessGroup) -> None:
+    asked = gather(mine, world_group)
+    for rank, other in enumerate(asked):
+        if other != asked[0]:
+            raise LayoutError(f"rank 0 asks for {asked[0]} but rank {rank} for {other}; every rank must ask for the same mesh")
 
 
-def _refuse_unsupported(tensor: int, pipeline: int, layout: str | None) -> None:
-    for name, degree in {"tensor": tensor, "pipeline": pipeline}.items():
-        if degree != 1:
-            raise LayoutError(f"{name}={degree} is not supported yet; use {name}=1 and more ulysses, ring or data ranks")
+def _refuse_unknown_layout(layout: str | None) -> None:
     if layout not in (None, "contiguous", "zigzag"):
         raise LayoutError(f"layout={layout!r} is unknown; legal are 'contiguous' and 'zigzag'")
+
+
+def _refuse_unfit_dims(device_mesh: DeviceMesh, names: Mapping[str, str], known: str, world: int) -> None:
+    dims = device_mesh.mesh_dim_names or ()
+    wanted = ", ".join(f"{axis}={name!r}" for axis, name in names.items())
+    for axis, name in names.items():
+        if name not in dims:
+            raise LayoutError(f"{axis}={name!r} is no dim of the DeviceMesh {known}; name one of its dims, or pass {axis}=None")
+    order = [dims.index(name) for name in names.values()]
+    if order != sorted(set(order)):
+        raise LayoutError(
+            f"{wanted} are not in the order of the DeviceMesh {known}; they must be different dims in the order data, "
+            f"ring, ulysses, because neighbouring ranks exchange most"
+        )
+    left = [name for name in dims if name not in names.values() and device_mesh[name].size() > 1]
+    if left:
+        raise LayoutError(
+            f"the dims {', '.join(left)} of the DeviceMesh {known} are left over from {wanted}; longspan has no axis for them: "
+            f"use a DeviceMesh without them, or of size 1 there"
+        )
+    if device_mesh.mesh.flatten().tolist() != list(range(world)):
+        raise LayoutError(
+            f"the DeviceMesh {known} is not the {world} ranks of the process group in their order; make it by "
+            f"init_device_mesh over all ranks"
+        )
 
 
 def _degrees(ulysses: int | str, ring: int, heads: tuple[int, int] | None, world: int) -> Degrees:

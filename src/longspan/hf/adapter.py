@@ -167,9 +167,9 @@ class Pretrained:
         """Raise ModelError by name for what cannot be parallel, LayoutError for heads that do not fit. Changes nothing."""
         registered = isinstance(self.kernel, str) and self.kernel.startswith(PREFIX)
         if registered:
-            refuse_name(cast(str, self.kernel), self.model, mesh.place)
+            refuse_name(cast(str, self.kernel), self.model, mesh.coordinate)
         else:
-            refuse_kernel(self.kernel, mesh.place)
+            refuse_kernel(self.kernel, mesh.coordinate)
         refuse_by_config(self.model)
         refuse_adapters(self.called, self.model)
         balanced = any(getattr(config, "output_router_logits", False) for _, config in self.configs)

@@ -15,12 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from longspan.batch.context import BatchInfo
 from longspan.distributed.collectives import all_gather
+from longspan.distributed.consensus import exchange_integers
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf.dummy_row import StandIn
@@ -54,13 +54,9 @@ def gather_routers(module: nn.Module, base: nn.Module, mesh: ParallelMesh) -> li
 
 def _of_all_ranks(mine: tuple[Tensor, ...], step: BatchInfo, mesh: ParallelMesh) -> _Whole:
     real = _real(step).to(mine[0].device)
-    counts = torch.zeros(mesh.degree, dtype=torch.long)
-    counts[mesh.mean_group.rank()] = len(real)
-    if mesh.degree > 1:
-        dist.all_reduce(counts, group=mesh.agreement_group)
-    sizes: list[int] = counts.tolist()
+    sizes = [count for (count,) in exchange_integers((len(real),), mesh.world_group)]
     rows = (logits.flatten(0, -2).index_select(0, real) for logits in mine)
-    whole = _Whole(all_gather(row, mesh.mean_group, mesh.transport, 0, sizes) for row in rows)
+    whole = _Whole(all_gather(row, mesh.loss_group, mesh.transport, 0, sizes) for row in rows)
     whole.mine = mine
     return whole
 

@@ -242,7 +242,7 @@ def _prove_attention(model: Any, mesh: ParallelMesh, head_chunks: int) -> list[t
 
 def _layer(call: Call, anew: Call, names: dict[nn.Module, str], mesh: ParallelMesh, head_chunks: int) -> Layer:
     """What a layer said; ``anew`` is the same call where positions begin anew in the middle."""
-    Heads(*call.heads, mesh.place.ulysses, head_chunks)
+    Heads(*call.heads, mesh.coordinate.ulysses, head_chunks)
     name = f"{type(call.module).__name__} '{names[call.module]}'"
     own = call.said.mask if isinstance(call.said, Said) else None
     known = {(TOKENS, TOKENS): SOURCE, (TARGETS, TARGETS): TARGET, (TARGETS, TOKENS): ACROSS}

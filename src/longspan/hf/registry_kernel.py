@@ -23,7 +23,7 @@ from transformers import AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from longspan.distributed.mesh import Place
+from longspan.distributed.mesh import MeshCoordinate
 from longspan.errors import KernelError
 from longspan.kernels.protocol import BoundBias
 from longspan.masks.bands import Band, rectangle
@@ -35,7 +35,7 @@ TAKES = {sdpa_mask: "booleans", eager_mask: "numbers", flash_attention_mask: "no
 """What an attention takes as its mask, by the mask function that Transformers has registered under the same name."""
 
 
-def refuse_name(kernel: str, model: PreTrainedModel, place: Place) -> None:
+def refuse_name(kernel: str, model: PreTrainedModel, coordinate: MeshCoordinate) -> None:
     """Raise KernelError for a name that is not in the registry, that the model cannot use, or that a ring cannot."""
     legal = _names()
     name = kernel.removeprefix(PREFIX)
@@ -44,7 +44,7 @@ def refuse_name(kernel: str, model: PreTrainedModel, place: Place) -> None:
             f"kernel={kernel!r} is no attention of Transformers' registry that longspan can call; use "
             f"{', '.join(repr(PREFIX + each) for each in legal)}, or one of longspan's own: 'auto', 'flex'"
         )
-    if place.ring > 1:
+    if coordinate.ring > 1:
         raise KernelError(
             f"kernel={kernel!r} returns only its output, which cannot carry a ring; use ring=1, or one of longspan's own: "
             f"kernel='auto'"

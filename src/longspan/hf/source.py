@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from longspan.distributed.consensus import together
+from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf.weights import build_empty, class_of, load, load_whole, read_config, save
@@ -158,7 +158,7 @@ class FolderSource:
         assert isinstance(model, transformers.PreTrainedModel)
         with _quietly():
             save(model, folder, mesh)
-            with together(mesh):
+            with raise_together(mesh.world_group):
                 if dist.get_rank() == 0:
                     _copy_beside(folder, tokenizer, self.folder)
         return True

@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from longspan.distributed.consensus import agree_on_error
+from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf.adapter import blocks
@@ -239,17 +239,18 @@ def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None
 @contextmanager
 def _all_or_none(final: Path, draft: Path, mesh: ParallelMesh) -> Iterator[None]:
     """What fails on one rank's disk fails on all, with one text and nothing left behind."""
-    error: ModelError | None = None
-    try:
-        yield
-    except (OSError, CheckpointException) as found:
-        error = ModelError(f"the model cannot be saved to '{final}': {_cause(found)}; make room, or name another folder")
-    try:
-        agree_on_error(error, mesh)
-    except ModelError:
+
+    def convert(found: Exception) -> ModelError | None:
+        if not isinstance(found, OSError | CheckpointException):
+            return None
+        return ModelError(f"the model cannot be saved to '{final}': {_cause(found)}; make room, or name another folder")
+
+    def undo() -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(draft, ignore_errors=True)
-        raise
+
+    with raise_together(mesh.world_group, convert, undo):
+        yield
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from longspan.distributed.grad_sync import clip_grad_norm_
-from longspan.distributed.mesh import ParallelMesh, Place
+from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import BatchError, RunError
 
 WAY_OUT = {
@@ -83,9 +83,9 @@ def as_one_device(args: TrainingArguments, mesh: ParallelMesh) -> TrainingArgume
     told: Any = copy(args)
     told.accelerator_config = copy(args.accelerator_config)
     told.accelerator_config.dispatch_batches = False
-    told.per_device_train_batch_size = args.per_device_train_batch_size * mesh.place.data
-    told.per_device_eval_batch_size = args.per_device_eval_batch_size * mesh.place.data
-    told.distributed_state = OneProcess(mesh.agreement_group.rank(), _local_rank(), args.device)
+    told.per_device_train_batch_size = args.per_device_train_batch_size * mesh.coordinate.data
+    told.per_device_eval_batch_size = args.per_device_eval_batch_size * mesh.coordinate.data
+    told.distributed_state = OneProcess(mesh.world_group.rank(), _local_rank(), args.device)
     return told  # type: ignore[no-any-return]
 
 
@@ -125,13 +125,13 @@ class OneDevice(Numbered, Accelerator):  # type: ignore[misc]
     A DataLoader that it prepares has batches of the rows of all data replicas, and gives each its own.
     """
 
-    place: Place
+    coordinate: MeshCoordinate
 
     @classmethod
     def over(cls, accelerator: Accelerator, mesh: ParallelMesh) -> "OneDevice":
         """``accelerator`` itself, from now on one of these; before it prepares anything."""
         accelerator.__class__ = cls
-        accelerator.place = mesh.place
+        accelerator.coordinate = mesh.coordinate
         accelerator.step_scheduler_with_optimizer = False  # else a prepared scheduler steps once for every process
         return accelerator  # type: ignore[no-any-return]
 
@@ -170,13 +170,13 @@ class OneDevice(Numbered, Accelerator):  # type: ignore[misc]
         return clip_grad_norm_(parameters, max_norm)
 
     def prepare_data_loader(self, data_loader: DataLoader[Any], *args: Any, **keywords: Any) -> Any:
-        if self.place.data > 1 and data_loader.batch_size is None and data_loader.batch_sampler is None:
+        if self.coordinate.data > 1 and data_loader.batch_size is None and data_loader.batch_sampler is None:
             raise BatchError(
                 "the dataset yields whole batches (batch_size=None), which cannot be dealt out to data replicas; let it yield "
                 "rows, or use a mesh without data parallel"
             )
         if not isinstance(data_loader.collate_fn, Rows):
-            data_loader.collate_fn = Rows(data_loader.collate_fn, self.place.data, self.place.data_rank)
+            data_loader.collate_fn = Rows(data_loader.collate_fn, self.coordinate.data, self.coordinate.data_rank)
         return super().prepare_data_loader(data_loader, *args, **keywords)
 
 
@@ -205,9 +205,9 @@ def share(rows: int, replicas: int, replica: int) -> range:
     return range(start, start + size + (replica < larger))
 
 
-def refuse_undealt(loader: Any, place: Place) -> None:
+def refuse_undealt(loader: Any, coordinate: MeshCoordinate) -> None:
     """Raise BatchError for a DataLoader that every data replica would read alike."""
-    if place.data > 1 and not isinstance(getattr(loader, "collate_fn", None), Rows):
+    if coordinate.data > 1 and not isinstance(getattr(loader, "collate_fn", None), Rows):
         raise BatchError(
             "the DataLoader gives every data replica the same rows; return self.accelerator.prepare(DataLoader(...)) from "
             "get_train_dataloader and get_eval_dataloader, with batches of all replicas' rows"

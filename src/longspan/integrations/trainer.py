@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from longspan.batch.shard import IGNORE, shard_batch, sync_batches, unshard
 from longspan.distributed.collectives import all_gather
-from longspan.distributed.consensus import agree_on_error, refuse_difference
+from longspan.distributed.consensus import gather, raise_together, refuse_difference
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, LongspanError, RunError
 from longspan.hf.loss import is_in_place
@@ -57,10 +57,10 @@ class LongTrainer(Base):  # type: ignore[misc]
     ``shard_batch``. Before another trainer class it does the same to that one: ``class LongSFT(LongTrainer, SFTTrainer): ...``.
     Every rank runs the same script; ``per_device_train_batch_size`` and ``per_device_eval_batch_size`` are rows a data replica.
 
-    Equals ``Trainer`` on one device with ``per_device_train_batch_size`` times ``mesh.place.data``: batches and their order,
-    logged losses and norms, weights, ``eval_loss`` (Trainer's own: each batch's mean over its labelled tokens, weighted by
-    the batch's rows), predictions, and the files of a checkpoint. A last batch that does not divide is dealt out as it is,
-    no row is repeated. ``trainer.args`` is a copy, that of the one device.
+    Equals ``Trainer`` on one device with ``per_device_train_batch_size`` times ``mesh.coordinate.data``: batches and their
+    order, logged losses and norms, weights, ``eval_loss`` (Trainer's own: each batch's mean over its labelled tokens, weighted
+    by the batch's rows), predictions, and the files of a checkpoint. A last batch that does not divide is split as it is, no
+    row is repeated. ``trainer.args`` is a copy, that of the one device.
 
     With ``compute_metrics`` the logits of all rows and tokens are gathered on every rank. A ``compute_loss`` of your own
     belongs into a class in front of this one; its ``inputs`` are this rank's tokens, its loss must be equal on every rank.
@@ -153,14 +153,14 @@ class LongTrainer(Base):  # type: ignore[misc]
         try:
             yield
         except Exception as error:
-            agree_on_error(_as_ours(error, BatchError), self.mesh)
+            sync_batches([], self.mesh, error=_as_ours(error, BatchError))
             raise
 
     def _share_random_numbers(self) -> None:
         """Rank 0's: samplers and collators draw the same on every rank, whatever its dropout drew."""
-        if self.mesh.degree > 1:
+        if self.mesh.world_group.size() > 1:
             state = torch.get_rng_state()
-            dist.broadcast(state, group=self.mesh.agreement_group, group_src=0)
+            dist.broadcast(state, group=self.mesh.world_group, group_src=0)
             torch.set_rng_state(state)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -187,13 +187,13 @@ class LongTrainer(Base):  # type: ignore[misc]
     def _over_replicas(self, count: int | float) -> float:
         """The sum over data replicas of what every rank of a sequence counts alike."""
         total = torch.tensor(count, dtype=torch.float64)
-        dist.all_reduce(total, group=self.mesh.agreement_group)
-        return total.item() / (self.mesh.place.ring * self.mesh.place.ulysses)
+        dist.all_reduce(total, group=self.mesh.world_group)
+        return total.item() / (self.mesh.coordinate.sequence_ranks)
 
     # ---- Evaluation
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **keywords: Any) -> Any:
-        refuse_undealt(dataloader, self.mesh.place)
+        refuse_undealt(dataloader, self.mesh.coordinate)
         self._share_random_numbers()
         return super().evaluation_loop(dataloader, *args, **keywords)
 
@@ -230,13 +230,12 @@ class LongTrainer(Base):  # type: ignore[misc]
     def _of_all_replicas(self, rows: Tensor) -> Tensor:
         """[rows, tokens, ...] of all replicas, in the order of the batch; shorter ones padded with -100 as Trainer does."""
         mesh = self.mesh
-        shapes: list[Any] = [None] * mesh.degree
-        dist.all_gather_object(shapes, tuple(rows.shape), group=mesh.agreement_group)
-        replicas = shapes[:: mesh.place.ring * mesh.place.ulysses]
+        shapes = gather(tuple(rows.shape), mesh.world_group)
+        replicas = shapes[:: mesh.coordinate.sequence_ranks]
         longest = max(shape[1] for shape in replicas)
         padding = [0, 0] * (rows.ndim - 2) + [0, longest - rows.shape[1]]
         padded = F.pad(rows.to(self.args.device), padding, value=IGNORE).contiguous()
-        group = mesh.device_mesh.get_group("data")
+        group = mesh.data_group
         return all_gather(padded, group, mesh.transport, 0, [shape[0] for shape in replicas])
 
     # ---- Checkpoints
@@ -248,24 +247,23 @@ class LongTrainer(Base):  # type: ignore[misc]
         if resume_from_checkpoint:
             held = sorted(os.listdir(folder)) if folder and os.path.isdir(folder) else "nothing"
             refuse_difference(
-                "the checkpoint to resume from", f"{folder} with {held}", self.mesh, "let every rank read the same folder"
+                "the checkpoint to resume from",
+                f"{folder} with {held}",
+                self.mesh.world_group,
+                "let every rank read the same folder",
             )
             resume_from_checkpoint = folder or resume_from_checkpoint
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        refuse_undealt(train_dataloader, self.mesh.place)
+        refuse_undealt(train_dataloader, self.mesh.coordinate)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     @contextmanager
     def _or_none(self, what: str) -> Iterator[None]:
         """What fails on one rank's disk fails on all, with one text; and none goes on before all are done."""
-        error = None
-        try:
+        with raise_together(self.mesh.world_group, lambda found: _as_ours(found, RunError, f"{what} failed: ")):
             yield
-        except Exception as found:
-            error = _as_ours(found, RunError, f"{what} failed: ")
-        agree_on_error(error, self.mesh)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if state_dict is None and self.zero:
