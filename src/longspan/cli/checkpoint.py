@@ -143,7 +143,7 @@ def refuse_differences(path: Path, what: str, theirs: dict[str, Any], mine: dict
 def _all_or_none(written: Path, mesh: ParallelMesh) -> Iterator[None]:
     """Raise a write error of any rank on every rank with the same text, and remove the draft."""
 
-    def convert(found: Exception) -> RunError | None:
+    def convert(found: BaseException) -> RunError | None:
         if not isinstance(found, OSError | CheckpointException | RuntimeError):
             return None
         full = written.parent.exists() and shutil.disk_usage(written.parent).free < 2**20

@@ -75,7 +75,7 @@ def refuse_difference(what: str, mine: str, group: dist.ProcessGroup, remedy: st
         raise BatchError(f"{what} differs between ranks: {first} on rank 0 and {other} on rank {rank}; {remedy}")
 
 
-def own_error(found: Exception) -> LongspanError | None:
+def own_error(found: BaseException) -> LongspanError | None:
     """The error itself if it is one of longspan's; any other is a defect, and passes on as it is."""
     return found if isinstance(found, LongspanError) else None
 
@@ -83,7 +83,7 @@ def own_error(found: Exception) -> LongspanError | None:
 @contextmanager
 def raise_together(
     group: dist.ProcessGroup,
-    convert: Callable[[Exception], LongspanError | None] = own_error,
+    convert: Callable[[BaseException], LongspanError | None] = own_error,
     undo: Callable[[], None] | None = None,
 ) -> Iterator[None]:
     """An error in the block on one rank is raised on every rank, after the block, with the text of the first such rank.
@@ -96,7 +96,7 @@ def raise_together(
     error: LongspanError | None = None
     try:
         yield
-    except Exception as found:
+    except BaseException as found:  # a CheckpointException of torch is no Exception
         error = convert(found)
         if error is None:
             raise

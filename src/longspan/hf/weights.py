@@ -240,7 +240,7 @@ def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None
 def _all_or_none(final: Path, draft: Path, mesh: ParallelMesh) -> Iterator[None]:
     """What fails on one rank's disk fails on all, with one text and nothing left behind."""
 
-    def convert(found: Exception) -> ModelError | None:
+    def convert(found: BaseException) -> ModelError | None:
         if not isinstance(found, OSError | CheckpointException):
             return None
         return ModelError(f"the model cannot be saved to '{final}': {_cause(found)}; make room, or name another folder")
