@@ -262,7 +262,11 @@ class LongTrainer(Base):  # type: ignore[misc]
     @contextmanager
     def _or_none(self, what: str) -> Iterator[None]:
         """What fails on one rank's disk fails on all, with one text; and none goes on before all are done."""
-        with raise_together(self.mesh.world_group, lambda found: _as_ours(found, RunError, f"{what} failed: ")):
+
+        def convert(found: BaseException) -> LongspanError | None:
+            return _as_ours(found, RunError, f"{what} failed: ") if isinstance(found, Exception) else None
+
+        with raise_together(self.mesh.world_group, convert):
             yield
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
