@@ -9,18 +9,17 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from hypothesis import settings
-from jaxtyping import install_import_hook
 
+import tests.helpers.shapes  # noqa: F401  # before longspan
 from tests.helpers.ranks import Ranks
 
-install_import_hook("longspan", "beartype.beartype")
 settings.register_profile("no deadline", deadline=None)  # on two busy cores an example takes what it takes
 settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
-    """The same ranks for all tests of a file, by their number."""
+    """The same ranks for all tests of a file, by their number; of one file, because what a body leaves behind stays on them."""
     pools: dict[int, Ranks] = {}
 
     def of(ranks: int) -> Ranks:

@@ -28,7 +28,7 @@ def into_a_file(job: tuple[Check, str]) -> int:
 
 def verdict(config: Check, tmp_path: Path, work: str = "into_a_file") -> tuple[int, dict[str, list[str]]]:
     """The exit code, and the words of each line of the table by its first two words."""
-    code = launch.run(f"test_check:{work}", (config, str(tmp_path / "said")), config.local_ranks)
+    code = launch.run(f"{__name__}:{work}", (config, str(tmp_path / "said")), config.local_ranks)
     lines = [line.split() for line in (tmp_path / "said0").read_text().splitlines()]
     return code, {" ".join(words[:-5]): words[-5:] for words in lines if words and words[-1] in ("holds", "FAILS")}
 

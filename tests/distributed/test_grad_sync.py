@@ -63,14 +63,14 @@ def _grads(model: nn.Module) -> dict[str, torch.Tensor | None]:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("bucket_bytes", [1, 500, 2**20])
-def test_every_gradient_is_that_of_one_device(ranks, bucket_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(gradients, "BUCKET_BYTES", bucket_bytes)
+def test_every_gradient_is_that_of_one_device(ranks, bucket_bytes, tmp_path):
     expected = _grads(_one_device(ranks, 3))
-    for found in on_ranks(ranks, _three_backwards, tmp_path=tmp_path):
+    for found in on_ranks(ranks, _three_backwards, bucket_bytes, tmp_path=tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
 
 
-def _three_backwards():
+def _three_backwards(bucket_bytes=gradients.BUCKET_BYTES):
+    gradients.BUCKET_BYTES = bucket_bytes
     toy, mesh = Toy(), ParallelMesh()
     MeanGradients(toy, mesh)
     rank = mesh.coordinate.data_rank

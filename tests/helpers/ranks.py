@@ -5,29 +5,31 @@
     with Ranks(4, tmp_path) as ranks:                 the same ranks for many bodies: what a process group costs is
         ranks.run(body, *args)                        paid once, so hypothesis can ask for hundreds of examples
 
-A body runs inside an initialised process group with one thread a rank. When a rank raises, the others are ended at once
+A body is a function of a module: it reaches the ranks by its name, and what a test has patched is not patched there.
+It runs inside an initialised process group with one thread a rank. When a rank raises, the others are ended at once
 and the test fails with that rank's traceback, so a dead-lock shows as the error that caused it.
 """
 
-import gc
-import multiprocessing as mp
+import atexit
+import importlib
+import json
 import os
+import socket
+import subprocess
+import sys
 import tempfile
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from functools import cache
+from multiprocessing import Pipe, current_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import torch
-import torch._dynamo  # 500 modules that torch.testing.assert_close would import again on every rank
-import torch.distributed as dist
-from torch.distributed import ProcessGroupGloo
+from typing import Any, Self
 
 from longspan import ParallelMesh
+
+ROOT = Path(__file__).parents[2]
+MOST_GROUPS = 60  # a pool whose ranks have more is forked anew, because every gloo group keeps a thread that polls
 
 
 def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, tmp_path: Path, seconds: float = 240.0) -> list[Any]:
@@ -37,7 +39,7 @@ def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, tmp_path: Path, s
 
 @cache
 def mesh_of(ulysses: int = 1, ring: int = 1) -> ParallelMesh:
-    """One of each layout for all bodies of a rank: every gloo group keeps a thread that polls, and hundreds take a core."""
+    """One of each layout for all bodies of a rank: a mesh takes milliseconds and leaves groups behind."""
     return ParallelMesh(ulysses, ring)
 
 
@@ -46,12 +48,16 @@ class Ranks:
 
     def __init__(self, ranks: int, tmp_path: Path, seconds: float = 240.0) -> None:
         self.ranks, self.tmp_path, self.seconds = ranks, tmp_path, seconds
-        self.processes: list[Any] = []
-        self.pipes: list[Connection] = []
+        self.processes: list[int] = []
+        self.pipes: list[Connection[Any, Any]] = []
+        self.groups = 0
 
     def run(self, body: Callable[..., Any], *args: Any) -> list[Any]:
+        body = _of_a_module(body)
+        if self.groups > MOST_GROUPS:
+            self.close()
         if not self.processes:
-            self._fork()
+            self._fork(body.__module__)
         for pipe in self.pipes:
             pipe.send((body, args))
         results: dict[int, Any] = {}
@@ -63,8 +69,8 @@ class Ranks:
             for pipe in answered:
                 rank = self.pipes.index(pipe)  # type: ignore[arg-type]
                 try:
-                    failure, results[rank] = pipe.recv()  # type: ignore[union-attr]
-                except EOFError:
+                    failure, results[rank], self.groups = pipe.recv()  # type: ignore[union-attr]
+                except (EOFError, ConnectionResetError):
                     failure = f"rank {rank} died"
                 if failure is not None:
                     self.close()
@@ -72,56 +78,69 @@ class Ranks:
         return [results[rank] for rank in range(self.ranks)]
 
     def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
+        if self.processes:
+            server().ask(end=self.processes)
         for pipe in self.pipes:
             pipe.close()
-        self.processes, self.pipes = [], []
+        self.processes, self.pipes, self.groups = [], [], 0
 
-    def __enter__(self) -> "Ranks":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _fork(self) -> None:
+    def _fork(self, module: str) -> None:
         folder = tempfile.mkdtemp(dir=self.tmp_path)
-        context = mp.get_context("fork")
-        gc.collect()
-        gc.freeze()  # a rank that collected what it inherits would meet process groups whose threads were not forked
-        for rank in range(self.ranks):
-            mine, theirs = context.Pipe()
-            process = context.Process(target=_rank, args=(rank, self.ranks, theirs, folder, self.seconds), daemon=True)
-            process.start()
-            theirs.close()
-            self.processes.append(process)
-            self.pipes.append(mine)
-        gc.unfreeze()
-
-
-# Every gloo group has two workers, and torch 2.13 lets both write "the last completed collective" into one std::string
-# without a lock. A name of more than 15 letters is on the heap (ALLGATHER_COALESCED, which DTensor.full_tensor is to gloo),
-# so two that finish together free it twice: some rank aborts, now and then. One worker has nobody to race with;
-# torch passes gloo no options, hence the constructor.
-_with_two_workers = ProcessGroupGloo.__init__
-
-
-def _with_one_worker(group: ProcessGroupGloo, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-    options = ProcessGroupGloo._Options()
-    options._threads, options._timeout, options._devices = 1, timeout, [ProcessGroupGloo.create_default_device()]
-    _with_two_workers(group, store, rank, size, options)
-
-
-def _rank(rank: int, ranks: int, pipe: Connection, folder: str, seconds: float) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    ProcessGroupGloo.__init__ = _with_one_worker
-    store = dist.FileStore(f"{folder}/rendezvous", ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds))
-    while True:
-        body, args = pipe.recv()
+        self.pipes, theirs = map(list, zip(*(Pipe() for _ in range(self.ranks))))
         try:
-            pipe.send((None, body(*args)))
-        except BaseException:
-            pipe.send((traceback.format_exc(), None))
+            fork = {"module": module, "folder": folder, "seconds": self.seconds, "key": current_process().authkey.hex()}
+            self.processes = server().ask([pipe.fileno() for pipe in theirs], fork=fork)["ranks"]
+        finally:
+            for pipe in theirs:
+                pipe.close()
+
+
+class ForkServer:
+    """The other end of ``fork_server``: a process of its own that has imported ``modules``."""
+
+    def __init__(self, modules: list[str]) -> None:
+        self.control, theirs = socket.socketpair()
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        command = [sys.executable, "-m", "tests.helpers.fork_server", str(theirs.fileno()), *modules]
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
+        theirs.close()
+
+    def ask(self, pipes: list[int] | None = None, **request: Any) -> dict[str, Any]:
+        socket.send_fds(self.control, [json.dumps(request).encode()], pipes or [])
+        answer = self.control.recv(65_536)
+        if not answer:
+            raise RuntimeError("the fork server of the test ranks has died")
+        found: dict[str, Any] = json.loads(answer)
+        if "failure" in found:
+            raise AssertionError(f"the fork server of the test ranks:\n{found['failure']}")
+        return found
+
+    def close(self) -> None:
+        self.control.close()
+        self.process.wait()
+
+
+@cache
+def server() -> ForkServer:
+    """One for this process, which checks shapes if this process does (compile tests do not: dynamo cannot trace the checks)."""
+    checked = "tests.helpers.shapes"
+    found = ForkServer([*[checked] * (checked in sys.modules), __name__])
+    atexit.register(found.close)
+    return found
+
+
+def _of_a_module(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function under the name that ranks import it by, where its module is the script that runs."""
+    if body.__module__ != "__main__":
+        return body
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "run the script as a module: python -m"
+    found: Callable[..., Any] = getattr(importlib.import_module(spec.name), body.__name__)
+    return found
