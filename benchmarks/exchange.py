@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from longspan import ParallelMesh
-from longspan.attention.ulysses import plan_trade, trade_tokens_for_heads
+from longspan.attention.ulysses import exchange_to_heads, plan_exchange
 
 HEADS, DIM = 16, 64
 
@@ -40,8 +40,8 @@ def _rank(rank: int, folder: str, sizes: list[int], pairs: int) -> None:
     for mib in sizes:
         tokens = mib * 2**20 // (3 * HEADS * DIM * 4)
         qkv = [torch.randn(1, tokens, HEADS, DIM) for _ in range(3)]
-        trade = plan_trade([x.shape for x in qkv], mesh, 2 * tokens)
-        assert trade is not None
+        plan = plan_exchange([x.shape for x in qkv], mesh, 2 * tokens)
+        assert plan is not None
         send = torch.randn(3 * tokens * HEADS * DIM)
         reused = torch.empty_like(send)
 
@@ -49,8 +49,8 @@ def _rank(rank: int, folder: str, sizes: list[int], pairs: int) -> None:
             dist.all_to_all_single(torch.empty_like(send), send)
             reused.copy_(send)
 
-        def exchange(qkv: list[torch.Tensor] = qkv, trade: object = trade) -> None:
-            trade_tokens_for_heads(qkv, trade)
+        def exchange(qkv: list[torch.Tensor] = qkv, plan: object = plan) -> None:
+            exchange_to_heads(qkv, plan)
 
         times = [(_seconds(bare), _seconds(exchange)) for _ in range(pairs + 2)][2:]
         low, middle, high = quantiles([ours / theirs for theirs, ours in times], n=4)

@@ -37,7 +37,7 @@ from longspan.errors import ModelError
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import KernelFunction
 from longspan.memory.auto import Choice, choose, refuse_half_asked
-from longspan.memory.checkpointing import Recompute, Tools, attend_once, put_away, recompute, refuse_unknown
+from longspan.memory.checkpointing import Recompute, Tools, put_away, recompute, refuse_unknown
 from longspan.memory.tiling import refuse_to_tile, tiled
 from longspan.models.decoder import FeedForward, chunk_rows
 
@@ -257,7 +257,7 @@ class _Given:
         self.attention, self.cross_entropy = self.model.attention, self.model.cross_entropy
         attention = self.attention
         if attention is attend and (tools.recompute == "selective" or tools.head_chunks > 1):
-            attention = attend_once
+            attention = partial(attend, recomputable=True)
         self.chunks = {block: block.chunks for block in self.model.blocks} if tools.head_chunks > 1 else {}
         if self.chunks:
             self.model.chunk_heads(tools.head_chunks)

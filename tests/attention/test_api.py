@@ -402,13 +402,13 @@ Q, KV = torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, 2, 4)
         ((2, 1), {"k": KV.half()}, KernelError, "k is torch.float16 on cpu.*: kernels need one dtype and one device"),
         ((2, 1), {"v": KV.to("meta")}, KernelError, "v is torch.float32 on meta: kernels need one dtype and one device"),
         ((2, 1), {"k": KV[:, :, :, :2]}, LayoutError, "do not fit; .* q and k share batch and dim"),
-        ((2, 1), {"sinks": torch.zeros(3)}, LayoutError, r"sinks of shape \[3\] do not fit 4 query heads"),
+        ((2, 1), {"sink_logits": torch.zeros(3)}, LayoutError, r"sink_logits of shape \[3\] do not fit 4 query heads"),
         ((2, 1), {"mask": Documents((5, 4))}, MaskError, "holds 9 queries and 9 keys, but is asked for 16"),
         ((2, 1), {"mask": [Causal()] * 2}, MaskError, "2 masks for a batch of 1 rows"),
         ((2, 1), {"softcap": 5.0, "kernel": "sdpa"}, KernelError, "no softcap"),
         ((2, 1), {"kernel": "flash"}, KernelError, "flash"),
         ((1, 2), {"kernel": dropping}, KernelError, "'dropping' returns only its output, which cannot carry ring; pass"),
-        ((2, 1), {"kernel": dropping, "sinks": torch.zeros(4)}, KernelError, "cannot carry sinks"),
+        ((2, 1), {"kernel": dropping, "sink_logits": torch.zeros(4)}, KernelError, "cannot carry sink_logits"),
         ((2, 1), {"head_chunks": 3}, LayoutError, "head_chunks=3 cannot cut the 2 query heads"),
     ],
 )
@@ -425,7 +425,7 @@ def refusal(degrees: tuple[int, int], asked: dict[str, object]) -> tuple[Excepti
     transport = CountingTransport(TorchTransport())
     mesh = ParallelMesh(*degrees, transport=transport)
     try:
-        attend(**{"q": Q, "k": KV, "v": KV, "mesh": mesh} | asked)  # type: ignore[arg-type]
+        attend(**{"q": Q, "k": KV, "v": KV, "mask": Causal(), "mesh": mesh} | asked)  # type: ignore[arg-type]
     except Exception as error:
         return error, transport.traffic
     raise AssertionError("nothing was refused")
@@ -456,8 +456,8 @@ def squared_error(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -
 def test_a_gradient_that_is_one_number_everywhere() -> None:
     """``out.sum().backward()`` hands the kernel a gradient without memory of its own."""
     q, k, v = (torch.randn(1, 31, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    found = torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
-    expected = torch.autograd.grad(attend(q, k, v), (q, k, v), torch.ones(1, 31, 4, 8, dtype=torch.float64))
+    found = torch.autograd.grad(attend(q, k, v, mask=Causal()).sum(), (q, k, v))
+    expected = torch.autograd.grad(attend(q, k, v, mask=Causal()), (q, k, v), torch.ones(1, 31, 4, 8, dtype=torch.float64))
     for mine, theirs in zip(found, expected):
         torch.testing.assert_close(mine, theirs)
 
@@ -467,10 +467,10 @@ def test_autocast_casts_the_inputs_and_nothing_else(extras: dict[str, object]) -
     q, k, v = (torch.randn(1, 64, 4, 16, requires_grad=True) for _ in range(3))
     dout = torch.randn(1, 64, 4, 16)
     halves = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
-    expected = attend(*halves, **extras)  # type: ignore[arg-type]
+    expected = attend(*halves, mask=Causal(), **extras)  # type: ignore[arg-type]
     expected.backward(dout.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        found = attend(q, k, v, **extras)  # type: ignore[arg-type]
+        found = attend(q, k, v, mask=Causal(), **extras)  # type: ignore[arg-type]
     found.backward(dout.bfloat16())
     assert torch.equal(found, expected)
     for mine, theirs in zip((q, k, v), halves):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from longspan.attention.ulysses import (
+    exchange_to_heads,
+    exchange_to_tokens,
     heads_to_tokens,
-    plan_trade,
+    plan_exchange,
     tokens_to_heads,
-    trade_heads_for_tokens,
-    trade_tokens_for_heads,
 )
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.layout import Heads, Layout, Traffic, attention_traffic
@@ -47,14 +47,14 @@ def _one_shape(batch: int, tokens: int, key_tokens: int, heads: int, kv: int, qk
     kinds = [(tokens, heads, qk_dim), (key_tokens, kv, qk_dim), (key_tokens, kv, v_dim)]
     wholes = [torch.randn(batch, n, h, d).double() for n, h, d in kinds]
     mine = [_my_tokens(x, rank, ranks).requires_grad_() for x in wholes]
-    dealt = Heads(heads, kv, ranks)
-    trade = plan_trade([x.shape for x in mine], mesh, tokens, key_tokens)
-    if trade is None:
+    heads_of = Heads(heads, kv, ranks)
+    plan = plan_exchange([x.shape for x in mine], mesh, tokens, key_tokens)
+    if plan is None:
         assert ranks == 1
         return
-    rows = trade_tokens_for_heads(mine, trade)
-    columns = [c for x, crowd in zip(rows, trade.crowds) for c in x.split(crowd.widths(rank), 1)]
-    owned = [dealt.query_of(rank), dealt.kv_of(rank), dealt.kv_of(rank)]
+    rows = exchange_to_heads(mine, plan)
+    columns = [c for x, group in zip(rows, plan.groups) for c in x.split(group.widths(rank), 1)]
+    owned = [heads_of.query_of(rank), heads_of.kv_of(rank), heads_of.kv_of(rank)]
     for got, whole, own in zip(columns, wholes, owned):
         assert torch.equal(got, whole[:, :, own.start : own.stop].flatten(0, 1).flatten(1))
 
@@ -68,24 +68,24 @@ def _one_shape(batch: int, tokens: int, key_tokens: int, heads: int, kv: int, qk
 
     # The gradient of a head is the sum of what every rank that computes it sends back.
     all_ys = [None] * ranks
-    my_ys = [c for y, crowd in zip(ys, trade.crowds) for c in y.split(crowd.widths(rank), 1)]
+    my_ys = [c for y, group in zip(ys, plan.groups) for c in y.split(group.widths(rank), 1)]
     torch.distributed.all_gather_object(all_ys, my_ys)
     for t, (grad, whole) in enumerate(zip(back, wholes)):
         expected = torch.zeros_like(whole)
         for p in range(ranks):
-            own = dealt.query_of(p) if t == 0 else dealt.kv_of(p)
+            own = heads_of.query_of(p) if t == 0 else heads_of.kv_of(p)
             expected[:, :, own.start : own.stop] += all_ys[p][t].view(batch, whole.shape[1], len(own), whole.shape[3])
         torch.testing.assert_close(grad, _my_tokens(expected, rank, ranks), rtol=1e-12, atol=1e-12)
 
     # Two collectives each way for a layer, and every byte of the closed form.
-    out = plan_trade([torch.Size((*mine[0].shape[:3], v_dim))], mesh, tokens)
+    out = plan_exchange([torch.Size((*mine[0].shape[:3], v_dim))], mesh, tokens)
     assert out is not None
     out_rows = torch.zeros(batch * tokens, len(owned[0]) * v_dim, dtype=torch.float64, requires_grad=True)
     sizes, key_sizes = (Layout(n, 1, ranks).sizes(0) for n in (tokens, key_tokens))
-    expected_traffic = attention_traffic(dealt, sizes, key_sizes, rank, rows=batch, qk_dim=qk_dim, v_dim=v_dim, itemsize=8)
+    expected_traffic = attention_traffic(heads_of, sizes, key_sizes, rank, rows=batch, qk_dim=qk_dim, v_dim=v_dim, itemsize=8)
     transport.traffic = Traffic()
-    rows = trade_tokens_for_heads(mine, trade)
-    outs = trade_heads_for_tokens([out_rows], out, batch)
+    rows = exchange_to_heads(mine, plan)
+    outs = exchange_to_tokens([out_rows], out, batch)
     assert transport.traffic == expected_traffic[0]
     transport.traffic = Traffic()
     torch.autograd.grad([*rows, *outs], [*mine, out_rows], [*ys, *(torch.zeros_like(x) for x in outs)])

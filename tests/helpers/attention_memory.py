@@ -7,14 +7,15 @@ import gc
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from longspan import ParallelMesh, attend
-from longspan.memory.checkpointing import attend_once, selective_context
+from longspan import Causal, ParallelMesh, attend
+from longspan.memory.checkpointing import selective_context
 from longspan.models.decoder import Block, DecoderConfig
 from tests.helpers.ranks import on_ranks
 
@@ -56,10 +57,9 @@ def exchanged(head_chunks: int) -> float:
     mesh = ParallelMesh(ulysses=2)
     q, k, v, dout = (torch.randn(1, TOKENS // 2, HEADS, DIM) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    attend_ = attend_once if head_chunks == 1 else attend
 
     def work() -> object:
-        out = attend_(q, k, v, mesh=mesh, head_chunks=head_chunks)
+        out = attend(q, k, v, mask=Causal(), mesh=mesh, head_chunks=head_chunks, recomputable=True)
         return out, torch.autograd.grad(out, leaves, dout)
 
     return (peak_of(work) - 4 / 2) * 2  # in hidden states of my tokens
@@ -85,9 +85,11 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     tmp_path = Path(sys.argv[1])
-    kept_by(attend_once, {"context_fn": selective_context})  # what the first call loads is not what a call holds
-    print("kept", 0, kept_by(attend_once, {"context_fn": selective_context}), kept_by(attend, {}))
+    plain = partial(attend, mask=Causal())
+    recomputable = partial(plain, recomputable=True)
+    kept_by(recomputable, {"context_fn": selective_context})  # what the first call loads is not what a call holds
+    print("kept", 0, kept_by(recomputable, {"context_fn": selective_context}), kept_by(plain, {}))
     for chunks in (1, 8):
-        print("block", chunks, attention_of_a_block(chunks, attend), attention_of_a_block(chunks, attend_once))
+        print("block", chunks, attention_of_a_block(chunks, plain), attention_of_a_block(chunks, recomputable))
     for chunks in (1, 8):
         print("exchanged", chunks, *on_ranks(2, exchanged, chunks, tmp_path=tmp_path))

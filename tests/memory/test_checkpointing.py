@@ -1,10 +1,10 @@
 """What is kept is kept once and what is computed again is the same: gradients, collectives, bytes, kernel calls, memory."""
 
-import inspect
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +23,13 @@ from longspan.errors import LayoutError, ModelError
 from longspan.kernels.online import Online
 from longspan.masks import constructors as masks
 from longspan.masks.constructors import Causal
-from longspan.memory.checkpointing import attend_once, selective_context
+from longspan.memory.checkpointing import selective_context
 from longspan.models.decoder import Block, DecoderConfig
 from tests.helpers.ranks import Ranks
 
 LAYERS, HEAD_DIM = 2, 4
+PLAIN = partial(attend, mask=Causal())
+RECOMPUTABLE = partial(attend, mask=Causal(), recomputable=True)
 
 
 class Case(NamedTuple):
@@ -106,7 +108,7 @@ def step(case: Case, attention: Attention, again: dict[str, Any] | None) -> tupl
     positions = [p for run in coordinate.layout(case.tokens).mine(coordinate.ring_rank, coordinate.ulysses_rank) for p in run]
 
     whole = x.clone().requires_grad_()
-    out = stack(whole, attend)
+    out = stack(whole, PLAIN)
     grads = torch.autograd.grad((out * weight).sum(), [whole, *stack.parameters()])
     want = [out.detach()[:, positions], grads[0][:, positions], *grads[1:]]
 
@@ -160,9 +162,9 @@ def test_kept_attention_is_computed_once_and_exact(case: Case, pool: Callable[[i
 
 
 def kept_is_exact(case: Case) -> None:
-    want, plain = step(case, attend_once, None)
+    want, plain = step(case, RECOMPUTABLE, None)
     assert_exact(plain.results, want)
-    want, kept = step(case, attend_once, {"context_fn": selective_context})
+    want, kept = step(case, RECOMPUTABLE, {"context_fn": selective_context})
     assert_exact(kept.results, want)
     assert kept.calls == plain.calls >= LAYERS * case.head_chunks  # no kernel runs forward again
     forward, backward = layer_traffic(case, kept=True)
@@ -179,17 +181,13 @@ def test_plain_attention_computed_again_is_exact(case: Case, pool: Callable[[int
 
 
 def recomputed_is_exact(case: Case) -> None:
-    _, plain = step(case, attend, None)
-    want, again = step(case, attend, {})
+    _, plain = step(case, PLAIN, None)
+    want, again = step(case, PLAIN, {})
     assert_exact(again.results, want)
     forward, backward = layer_traffic(case, kept=False)
     assert again.forward == times(forward, LAYERS)
     assert again.backward == times(forward + backward, LAYERS)
     assert again.calls == 2 * plain.calls
-
-
-def test_attend_once_takes_what_attend_takes() -> None:
-    assert str(inspect.signature(attend_once)) == str(inspect.signature(attend))
 
 
 def test_what_is_really_held(tmp_path: Path) -> None:
@@ -207,7 +205,7 @@ def test_what_is_really_held(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("attention", [attend, attend_once])
+@pytest.mark.parametrize("attention", [PLAIN, RECOMPUTABLE])
 def test_a_block_in_head_chunks_is_the_block(ranks: int, attention: Attention, pool: Callable[[int], Ranks]) -> None:
     pool(ranks).run(chunked_is_whole, attention)
 
@@ -224,7 +222,7 @@ def chunked_is_whole(attention: Callable[..., Tensor]) -> None:
         chunked.load_state_dict(whole.state_dict())
         x, weight = torch.randn(2, 2, tokens, 12, dtype=torch.float64)
         every = x.clone().requires_grad_()
-        out = whole(every, attend)
+        out = whole(every, PLAIN)
         grads = torch.autograd.grad((out * weight).sum(), [every, *whole.parameters()])
         want = [out.detach()[:, positions], grads[0][:, positions], *grads[1:]]
 
@@ -242,7 +240,7 @@ def chunked_is_whole(attention: Callable[..., Tensor]) -> None:
                 dist.all_reduce(parameter.grad)
             assert_exact([out.detach(), mine.grad, *(parameter.grad for parameter in chunked.parameters())], want)
             if not outer:
-                again = 0 if head_chunks == 1 or attention is attend_once else 1
+                again = 0 if head_chunks == 1 or attention.keywords.get("recomputable") else 1
                 assert kernel.calls == (1 + again) * forward_calls
                 expected = (4 + 2 * again) * head_chunks if ranks > 1 else 0
                 assert transport.traffic.collectives == expected
@@ -259,5 +257,5 @@ def too_many_chunks() -> None:
     mesh = ParallelMesh(3, transport=transport)
     q, k = torch.randn(1, 4, 8, 4), torch.randn(1, 4, 2, 4)
     with pytest.raises(LayoutError, match=r"head_chunks=3 cannot cut the 2 query heads .*; use head_chunks=2"):
-        attend(q, k, k, mesh=mesh, head_chunks=3)
+        attend(q, k, k, mask=Causal(), mesh=mesh, head_chunks=3)
     assert transport.traffic == Traffic()

@@ -1,70 +1,88 @@
-"""Attention over a sequence that no rank holds whole: exchange, kernel, exchange. Knows nothing of models.
+"""``attend``: scaled dot-product attention over a sequence that is split over ranks. Knows nothing of models.
 
     q, k, v  [batch, my tokens, every head, dim]
-        |   one exchange            tokens -> heads
+        |   one all-to-all          tokens -> heads                                                    ulysses.py
         v
     rows     [batch * every token, my heads, dim]
-        |   the operator            kernel over the bands of the mask (and, over a ring, over every piece of keys)
+        |   one operator            the kernel over the mask's bands, and over every piece of a ring   custom_ops.py, ring.py
         v
     rows     [batch * every token, my heads, dim] and log-sum-exp
-        |   one exchange            heads -> tokens
+        |   one all-to-all          heads -> tokens
         v
     out      [batch, my tokens, every head, dim]
 
-Everything that is decided on integers is decided once, in a ``Plan``, before a tensor moves. The operator in the middle is
-one node for autograd, torch.compile and selective checkpointing, whatever happens inside it.
+``attend`` writes down what it was called with as an ``AttentionSpec``; ``plan_attention`` turns a spec into an
+``AttentionPlan``, once per spec. The operator is one node for autograd, torch.compile and selective checkpointing.
 
 R rows: batch * every token   H every head   G my heads   D head size
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from longspan.attention import ring
-from longspan.attention.custom_ops import Chunks, Core, Part, attention, columns, kept_attention
-from longspan.attention.ring import Hop, Ring
-from longspan.attention.ulysses import Trade, plan_trades, trade_heads_for_tokens, trade_tokens_for_heads
-from longspan.distributed.layout import Heads, Runs
+from longspan.attention.custom_ops import attention, attention_recomputable, columns
+from longspan.attention.plan import AttentionPlan, Bias, HeadChunk, Hop
+from longspan.attention.plan_cache import Constant, cached
+from longspan.attention.ulysses import ExchangePlan, exchange_to_heads, exchange_to_tokens, plan_exchanges
+from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import KernelError, LayoutError
 from longspan.kernels import table as kernels
-from longspan.kernels.head_groups import Local
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import FunctionKernel, KernelFunction
 from longspan.masks import constructors as masks
-from longspan.masks.constructors import Causal, Mask
+from longspan.masks.constructors import Mask
+
+__all__ = ["AttentionSpec", "Bias", "attend", "plan_attention", "refuse_kernel"]
 
 
-@runtime_checkable
-class Bias(Protocol):
-    """What is added to the scores, asked tile by tile: ALiBi, T5's table. Differentiable in its ``parameters``.
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """One attention of one rank without the values of its tensors: local shapes, mask, mesh and options.
 
-    Called with the query heads of one kernel, the positions of the tile's queries and keys, and the parameters to use.
+    Hashable: two calls with equal specs have the same plan. The fields are those of ``attend``, but ``tokens`` and
+    ``key_tokens`` of None mean equally many on every rank, and ``has_sink_logits`` says whether there are sink logits.
     """
 
-    parameters: tuple[Tensor, ...]
+    q_shape: torch.Size
+    k_shape: torch.Size
+    v_shape: torch.Size
+    dtype: torch.dtype
+    device_type: str
+    mask: Mask | tuple[Mask, ...]
+    mesh: ParallelMesh | None = None
+    tokens: int | None = None
+    key_tokens: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    has_sink_logits: bool = False
+    bias: Bias | None = None
+    kernel: str | Kernel | KernelFunction | None = "auto"
+    head_chunks: int = 1
 
-    def __call__(
-        self, heads: range, q_positions: Tensor, k_positions: Tensor, parameters: tuple[Tensor, ...]
-    ) -> Float[Tensor, "some_heads queries keys"]: ...
+    @property
+    def coordinate(self) -> MeshCoordinate:
+        """Where this rank is on the mesh."""
+        return MeshCoordinate() if self.mesh is None else self.mesh.coordinate
 
+    @property
+    def whole_tokens(self) -> int:
+        """The length of a whole row of queries."""
+        return self.q_shape[1] * self.coordinate.sequence_ranks if self.tokens is None else self.tokens
 
-@dataclass(frozen=True)
-class Plan:
-    """One attention of one rank, decided on integers: how q, k, v come to their heads, what happens there, and the way back.
-
-    ``part`` is the first chunk of the heads, which is all of them where ``head_chunks`` is 1; ``chunks`` are all of them.
-    """
-
-    part: Part
-    chunks: Chunks
+    @property
+    def whole_key_tokens(self) -> int:
+        """The length of a whole row of keys: by arguments that are the same on every rank, not by this rank's part."""
+        if self.key_tokens is not None:
+            return self.key_tokens
+        return self.k_shape[1] * self.coordinate.sequence_ranks if self.tokens is None else self.tokens
 
 
 def attend(
@@ -72,7 +90,7 @@ def attend(
     k: Float[Tensor, "batch my_keys kv_heads _"],
     v: Float[Tensor, "batch my_values value_heads v_dim"],
     *,
-    mask: Mask | Sequence[Mask] = Causal(),  # noqa: B008 - masks are frozen
+    mask: Mask | Sequence[Mask],
     mesh: ParallelMesh | None = None,
     tokens: int | None = None,
     key_tokens: int | None = None,
@@ -82,135 +100,149 @@ def attend(
     bias: Bias | None = None,
     kernel: str | Kernel | KernelFunction = "auto",
     head_chunks: int = 1,
+    recomputable: bool = False,
 ) -> Float[Tensor, "batch my_tokens heads v_dim"]:
-    """This rank's tokens of the attention that one device would compute over the whole sequence.
+    """Scaled dot-product attention of this rank's tokens over the whole sequence.
 
     Equals ``F.scaled_dot_product_attention`` on the whole q, k, v with the mask, cut to this rank's tokens; so do the
-    gradients of q, k and v. The gradient of ``sink_logits`` and of a bias' parameters is this rank's share of the sum.
+    gradients of q, k and v. The gradients of ``sink_logits`` and of a bias' parameters are this rank's part of the sum.
 
-    ``tokens`` is the whole length; without it every rank must hold equally many. ``key_tokens`` is that of k and v where it
-    is another one: with ``tokens`` it is needed. A sequence of masks has one per row of the batch. ``mesh=None`` is one
-    device. ``scale`` defaults to 1/sqrt(qk_dim); ``softcap`` c turns a score s into c·tanh(s/c); ``sink_logits`` take
-    part in each head's softmax and have no value.
-    ``head_chunks`` c exchanges and attends a c-th of each rank's heads at a time, the next on its way meanwhile, and exchanges
-    again in the backward pass: 2 c collectives each way, and the copies on the heads' side are those of two parts of c.
+    Args:
+        q: Queries of this rank's tokens, [batch, my tokens, heads, qk_dim].
+        k: Keys of this rank's tokens, [batch, my tokens, kv_heads, qk_dim]; ``heads`` is a multiple of ``kv_heads``.
+        v: Values of this rank's tokens, [batch, my tokens, kv_heads, v_dim].
+        mask: Which keys each query sees, for all rows of the batch; or one mask per row.
+        mesh: The mesh whose ulysses and ring axes hold the sequence. None is one device.
+        tokens: The length of a whole row. Without it every rank must hold equally many tokens.
+        key_tokens: The length of a whole row of k and v where it is not that of q; then needed wherever ``tokens`` is.
+        scale: Factor of the scores (default: 1/sqrt(qk_dim)).
+        softcap: c turns a score s into c·tanh(s/c).
+        sink_logits: One logit per query head, [heads], that takes part in the head's softmax and has no value.
+        bias: A term added to the scores, computed tile by tile (see ``Bias``).
+        kernel: The name of a kernel, "auto" for the fastest that can do it, a ``Kernel``, or a function
+            ``(q, k, v, *, bands, scale) -> out``.
+        head_chunks: Exchange and compute so many parts of each rank's heads in turn, the next on its way meanwhile: the copies
+            on the heads' side are those of two parts. Implies ``recomputable``.
+        recomputable: Make attention one operator, exchanges included, that saves only q, k, v, its output and the log-sum-exp:
+            a selective checkpoint (``selective_context``) can then save its result and repeat neither attention nor exchange.
+            The backward pass sends twice as much, because it exchanges q, k, v and the output again.
 
-    Raises, before anything is sent: LayoutError (heads or tokens that do not fit the mesh), MaskError (a mask of another
-    length), KernelError (mixed dtypes or devices, an unknown kernel, or one that lacks what is asked).
-    Source: DeepSpeed-Ulysses, arXiv:2309.14509.
+    Returns:
+        [batch, my tokens, heads, v_dim] in the dtype of q (under autocast: of autocast).
+
+    Raises:
+        LayoutError: Heads or tokens do not fit the mesh, or the shapes do not fit one another.
+        MaskError: The mask is of another length, or there is not one mask per row.
+        KernelError: Mixed dtypes or devices, an unknown kernel, or one that lacks an option used here.
+        All are raised before anything is sent.
+
+    Source: DeepSpeed-Ulysses, arXiv:2309.14509; ring: arXiv:2310.01889; sink logits: arXiv:2309.17453.
     """
-    q, k, v, parameters, plan = prepare(
-        q, k, v, mask, mesh, tokens, key_tokens, scale, softcap, sink_logits, bias, kernel, head_chunks
-    )
-    if head_chunks > 1:
-        kept: Tensor = kept_attention(q, k, v, sink_logits, parameters, plan.chunks)[0]
-        return kept
-    q_RGD, k_RGD, v_RGD = _to_rows(q, k, v, plan.part.there)
-    my_sinks = None if sink_logits is None else sink_logits[plan.part.heads.start : plan.part.heads.stop]
-    out_RGD, _ = attention(q_RGD, k_RGD, v_RGD, my_sinks, parameters, plan.part.core)
-    return _to_tokens(out_RGD, plan.part.back, q.shape[:2])
-
-
-def prepare(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Sequence[Mask], mesh: ParallelMesh | None, tokens: int | None,
-    key_tokens: int | None, scale: float | None, softcap: float | None, sink_logits: Tensor | None, bias: Bias | None,
-    kernel: str | Kernel | KernelFunction, head_chunks: int,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Plan]:  # fmt: skip
-    """(q, k, v as autocast wants them, the bias' parameters, the plan): everything that is refused is refused here."""
-    q, k, v = _as_autocast_wants(q, k, v)
-    _refuse_what_does_not_fit(q, k, v, sink_logits)
-    plan = _plan(
-        q.shape, k.shape, v.shape, q.dtype, q.device.type, mask if isinstance(mask, Mask) else tuple(mask),
-        mesh, tokens, key_tokens, scale, softcap, sink_logits is not None, bias, kernel, head_chunks,
+    q, k, v = _as_autocast(q, k, v)
+    _refuse_tensors(q, k, v, sink_logits)
+    constant: Constant[AttentionPlan] = _plan(
+        q_shape=q.shape, k_shape=k.shape, v_shape=v.shape, dtype=q.dtype, device_type=q.device.type,
+        mask=mask if isinstance(mask, Mask) else tuple(mask), mesh=mesh, tokens=tokens, key_tokens=key_tokens,
+        scale=scale, softcap=softcap, has_sink_logits=sink_logits is not None, bias=bias, kernel=kernel,
+        head_chunks=head_chunks,
     )  # fmt: skip
-    return q, k, v, [] if bias is None else list(bias.parameters), plan
+    plan, parameters = constant.plan, [] if bias is None else list(bias.parameters)
+    if recomputable or head_chunks > 1:
+        out: Tensor = attention_recomputable(q, k, v, sink_logits, parameters, plan)[0]
+        return out
+    chunk: HeadChunk = plan.chunks[0]
+    q_RGD, k_RGD, v_RGD = _to_rows(q, k, v, chunk.qkv)
+    my_sinks = None if sink_logits is None else sink_logits[chunk.heads.start : chunk.heads.stop]
+    out_RGD, _ = attention(q_RGD, k_RGD, v_RGD, my_sinks, parameters, plan)
+    return _to_tokens(out_RGD, chunk.out, q.shape[:2])
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _plan(
-    q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, dtype: torch.dtype, device_type: str,
-    mask: Mask | tuple[Mask, ...], mesh: ParallelMesh | None, tokens: int | None, key_tokens: int | None,
-    scale: float | None, softcap: float | None, has_sinks: bool, bias: Bias | None,
-    kernel: str | Kernel | KernelFunction, head_chunks: int,
-) -> Plan:  # fmt: skip
-    coordinate = mesh.coordinate if mesh is not None else MeshCoordinate()
-    ranks = coordinate.sequence_ranks
-    equal_pieces = tokens is None
-    tokens = q_shape[1] * ranks if tokens is None else tokens
-    if key_tokens is None:  # decided by what was said, which is the same on every rank, not by this rank's share
-        key_tokens = k_shape[1] * ranks if equal_pieces else tokens
-    heads = Heads(q_shape[2], k_shape[2], coordinate.ulysses, head_chunks)
-    hops = _plan_hops(mask, q_shape[0], tokens, key_tokens, coordinate)
-    held = Ring(hops) if mesh is None else Ring(hops, mesh.ring_group, mesh.transport)
-    scale = 1 / math.sqrt(q_shape[3]) if scale is None else scale
-    if callable(kernel):
-        _refuse_beside_a_function(kernel, coordinate, {"softcap": softcap, "sink_logits": has_sinks or None, "bias": bias})
-        chosen: Kernel = FunctionKernel(kernel)
-    else:
-        chosen = kernels.choose(
-            kernel, device_type=device_type, dtype=dtype, qk_dim=q_shape[3], v_dim=v_shape[3], softcap=softcap, bias=bias
-        )
-    my_queries = coordinate.layout(tokens).batch_runs(coordinate.ring_rank, q_shape[0])
+def _plan(**fields: Any) -> Constant[AttentionPlan]:
+    """``plan_attention`` for torch.compile: its arguments are constants, which a dataclass made in a graph is not."""
+    return Constant(plan_attention(AttentionSpec(**fields)))
 
-    def core_of(chunk: int) -> Core:
-        mine = heads.query_of(coordinate.ulysses_rank, chunk)
-        bind = None if bias is None else partial(_TileBias, bias, mine, tokens, key_tokens, my_queries)
-        return Core(Local(chosen, heads.groups(coordinate.ulysses_rank, chunk), scale, softcap, bind), held)
 
-    nowhere: tuple[Trade | None, ...] = (None,) * head_chunks
-    there, back, again = nowhere, nowhere, nowhere
-    if mesh is not None:
-        out_shape = torch.Size((*q_shape[:3], v_shape[3]))
-        there = plan_trades([q_shape], [k_shape, v_shape], heads, mesh, tokens, key_tokens)
-        back = plan_trades([out_shape], [], heads, mesh, tokens)
-        again = plan_trades([q_shape, out_shape, out_shape], [k_shape, v_shape], heads, mesh, tokens, key_tokens)
-    parts = tuple(
-        Part(
-            heads.query_of(coordinate.ulysses_rank, j),
-            heads.kv_of(coordinate.ulysses_rank, j),
-            core_of(j),
-            there[j],
-            back[j],
-            again[j],
-        )
-        for j in range(head_chunks)
+def plan_attention(spec: AttentionSpec) -> AttentionPlan:
+    """Decide everything about an attention that needs no tensor: heads, exchanges, ring hops, kernel.
+
+    Args:
+        spec: The attention. A spec that was planned before on its mesh gets the same plan; a kernel object, a function and a
+            bias are bound to a copy of it, and not kept.
+
+    Returns:
+        The plan, an opaque argument of the attention operators.
+
+    Raises:
+        LayoutError, MaskError, KernelError: As ``attend``.
+    """
+    if spec.bias is None and isinstance(spec.kernel, str):
+        return cached(spec.mesh, spec, lambda: _make_plan(spec, _choose_kernel(spec)))
+    kernel = _choose_kernel(spec)
+    unbound = replace(spec, kernel=None, bias=None)
+    return cached(spec.mesh, unbound, lambda: _make_plan(unbound, None)).bind(kernel, spec.bias)
+
+
+def _choose_kernel(spec: AttentionSpec) -> Kernel:
+    assert spec.kernel is not None
+    if callable(spec.kernel):
+        extras = {"softcap": spec.softcap, "sink_logits": spec.has_sink_logits or None, "bias": spec.bias}
+        _refuse_beside_a_function(spec.kernel, spec.coordinate, extras)
+        return FunctionKernel(spec.kernel)
+    return kernels.choose(
+        spec.kernel, device_type=spec.device_type, dtype=spec.dtype, qk_dim=spec.q_shape[3], v_dim=spec.v_shape[3],
+        softcap=spec.softcap, bias=spec.bias,
+    )  # fmt: skip
+
+
+def _make_plan(spec: AttentionSpec, kernel: Kernel | None) -> AttentionPlan:
+    coordinate, mesh, tokens, key_tokens = spec.coordinate, spec.mesh, spec.whole_tokens, spec.whole_key_tokens
+    heads = Heads(spec.q_shape[2], spec.k_shape[2], coordinate.ulysses, spec.head_chunks)
+    return AttentionPlan(
+        kernel=kernel,
+        scale=1 / math.sqrt(spec.q_shape[3]) if spec.scale is None else spec.scale,
+        softcap=spec.softcap,
+        hops=_plan_hops(spec),
+        chunks=_plan_chunks(spec, heads),
+        replicated=heads.replicated,
+        ring_group=None if mesh is None else mesh.ring_group,
+        transport=None if mesh is None else mesh.transport,
+        tokens=tokens,
+        key_tokens=key_tokens,
+        query_runs=coordinate.layout(tokens).batch_runs(coordinate.ring_rank, spec.q_shape[0]),
     )
-    ring_tokens = sum(map(len, coordinate.layout(tokens).runs(coordinate.ring_rank)))
-    return Plan(parts[0], Chunks(parts, heads.replicated, ring_tokens))
 
 
-@lru_cache(maxsize=256)
-def _plan_hops(
-    mask: Mask | tuple[Mask, ...], rows: int, tokens: int, key_tokens: int, coordinate: MeshCoordinate
-) -> tuple[Hop, ...]:
-    bands = masks.rows(mask, rows, tokens, key_tokens)
-    queries, keys = (
-        [coordinate.layout(length).batch_runs(rank, rows) for rank in range(coordinate.ring)] for length in (tokens, key_tokens)
+def _plan_hops(spec: AttentionSpec) -> tuple[Hop, ...]:
+    coordinate, batch, tokens, key_tokens = spec.coordinate, spec.q_shape[0], spec.whole_tokens, spec.whole_key_tokens
+    bands = masks.rows(spec.mask, batch, tokens, key_tokens)
+    query_runs, key_runs = (
+        [coordinate.layout(length).batch_runs(rank, batch) for rank in range(coordinate.ring)]
+        for length in (tokens, key_tokens)
     )
-    return ring.plan_hops(bands, queries, keys, coordinate.ring_rank)
+    return ring.plan_hops(bands, query_runs, key_runs, coordinate.ring_rank)
 
 
-class _TileBias:
-    """A bias for some heads and some rows of keys: asked with places among my rows, it answers for positions."""
+def _plan_chunks(spec: AttentionSpec, heads: Heads) -> tuple[HeadChunk, ...]:
+    rank, tokens, key_tokens = spec.coordinate.ulysses_rank, spec.whole_tokens, spec.whole_key_tokens
+    q, k, v, out = spec.q_shape, spec.k_shape, spec.v_shape, torch.Size((*spec.q_shape[:3], spec.v_shape[3]))
 
-    def __init__(
-        self, bias: Bias, my_heads: range, tokens: int, key_tokens: int, query_rows: Runs,
-        heads: slice, key_rows: Runs, parameters: tuple[Tensor, ...],
-    ) -> None:  # fmt: skip
-        self.bias, self.heads, self.parameters = bias, my_heads[heads], parameters
-        self.q_positions = _positions(query_rows, tokens)
-        self.k_positions = _positions(key_rows, key_tokens)
+    def exchanges(queries: Sequence[torch.Size], keys: Sequence[torch.Size]) -> tuple[ExchangePlan | None, ...]:
+        if spec.mesh is None:
+            return (None,) * spec.head_chunks
+        return plan_exchanges(queries, keys, heads, spec.mesh, tokens=tokens, key_tokens=key_tokens)
 
-    def __call__(self, q_index: Tensor, k_index: Tensor) -> Tensor:
-        q_positions, k_positions = self.q_positions.to(q_index.device), self.k_positions.to(k_index.device)
-        return self.bias(self.heads, q_positions[q_index], k_positions[k_index], self.parameters)
-
-
-def _positions(rows: Runs, tokens: int) -> Tensor:
-    return torch.cat([torch.arange(run.start, run.stop) for run in rows] or [torch.arange(0)]) % tokens
+    planned = zip(exchanges([q], [k, v]), exchanges([out], []), exchanges([q, out, out], [k, v]))
+    return tuple(
+        HeadChunk(
+            heads=heads.query_of(rank, chunk), kv_heads=heads.kv_of(rank, chunk), groups=heads.groups(rank, chunk),
+            qkv=qkv, out=out_plan, backward=backward,
+        )
+        for chunk, (qkv, out_plan, backward) in enumerate(planned)
+    )  # fmt: skip
 
 
-def _as_autocast_wants(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast q, k and v get its dtype, as scaled_dot_product_attention does; fp64 stays."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
@@ -219,7 +251,7 @@ def _as_autocast_wants(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _refuse_what_does_not_fit(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> None:
+def _refuse_tensors(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> None:
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         kinds = ", ".join(f"{name} is {x.dtype} on {x.device}" for name, x in {"q": q, "k": k, "v": v}.items())
         raise KernelError(f"{kinds}: kernels need one dtype and one device; cast them, or use autocast")
@@ -235,7 +267,7 @@ def _refuse_what_does_not_fit(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tens
 
 
 def refuse_kernel(kernel: str | Kernel | KernelFunction, coordinate: MeshCoordinate) -> None:
-    """Raise KernelError for what no attention at this place can have as its kernel: an unknown name, a function on a ring."""
+    """Raise KernelError for a kernel that no attention on this mesh can have: an unknown name, a function on a ring."""
     if callable(kernel):
         _refuse_beside_a_function(kernel, coordinate, {})
     elif isinstance(kernel, str):
@@ -252,16 +284,16 @@ def _refuse_beside_a_function(function: KernelFunction, coordinate: MeshCoordina
         )
 
 
-def _to_rows(q: Tensor, k: Tensor, v: Tensor, there: Trade | None) -> tuple[Tensor, Tensor, Tensor]:
-    """My heads of every token, the rows of the batch behind one another: [batch * tokens, my heads, dim]."""
-    if there is None:
+def _to_rows(q: Tensor, k: Tensor, v: Tensor, exchange: ExchangePlan | None) -> tuple[Tensor, Tensor, Tensor]:
+    """My heads of every token, the rows of the batch one after another: [batch * tokens, my heads, dim]."""
+    if exchange is None:
         return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    q_RGD, k_RGD, v_RGD = columns(trade_tokens_for_heads([q, k, v], there), there)
+    q_RGD, k_RGD, v_RGD = columns(exchange_to_heads([q, k, v], exchange), exchange)
     return q_RGD, k_RGD, v_RGD
 
 
-def _to_tokens(out_RGD: Tensor, back: Trade | None, batch_and_tokens: torch.Size) -> Tensor:
-    if back is None:
+def _to_tokens(out_RGD: Tensor, exchange: ExchangePlan | None, batch_and_tokens: torch.Size) -> Tensor:
+    if exchange is None:
         return torch.unflatten(out_RGD, 0, batch_and_tokens)
-    out_BSHD: Tensor = trade_heads_for_tokens([out_RGD.flatten(1)], back, batch_and_tokens[0])[0]
+    out_BSHD: Tensor = exchange_to_tokens([out_RGD.flatten(1)], exchange, batch_and_tokens[0])[0]
     return out_BSHD

@@ -1,168 +1,132 @@
 """The two operators of attention, each one node for autograd, torch.compile and selective checkpointing.
 
-    attention         rows of my heads --> rows of my heads           between two exchanges that are operators of their own
+    attention               rows of my heads --> rows of my heads       between two exchanges that are operators of their own
 
-    kept_attention    my tokens, every head --> my tokens, every head       a chunk of the heads at a time:
+    attention_recomputable  my tokens, every head --> my tokens, every head       a chunk of the heads at a time:
 
-        forward     q, k, v     --exchange-->  kernels  --exchange-->  out          kept: q, k, v, out (my tokens) and the
+        forward     q, k, v     --exchange-->  kernels  --exchange-->  out          saved: q, k, v, out (my tokens) and the
         backward    q, k, v,                                                        log-sum-exp (my heads), nothing else
                     out, dout   --exchange-->  kernels  --exchange-->  dq, dk, dv
 
-        chunk 0     bring | attend         | home
-        chunk 1             bring          | attend         | home         while the kernels work on one chunk, the next
-        chunk 2                              bring          | attend ...   one is on its way
+        chunk 0     fetch | attend         | return
+        chunk 1             fetch          | attend         | return       while the kernel computes one chunk, the next
+        chunk 2                              fetch          | attend ...   one is on its way
 
-The first keeps what it was brought and sends less; the second keeps no copy on the heads' side, so that a checkpoint which
-saves its two results repeats neither attention nor exchange. Knows rows and heads; nothing of masks, meshes or models.
+The first saves the rows that it was given and sends less. The second saves no copy on the heads' side, so that a checkpoint
+which saves its two results repeats neither attention nor exchange. Knows rows and heads; nothing of masks or models.
 
 B batch  S my tokens  R rows: batch * every token   H every head  K every key/value head  G my heads   D head size
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.opaque_object import MemberType, register_opaque_type
-from torch._opaque_base import OpaqueBase
 from torch.profiler import record_function
 
 from longspan.attention import ring
-from longspan.attention.ring import Ring
-from longspan.attention.ulysses import Trade, new_home, start_heads_for_tokens, start_tokens_for_heads
-from longspan.kernels.head_groups import Local
+from longspan.attention.plan import AttentionPlan, HeadChunk
+from longspan.attention.ulysses import ExchangePlan, new_output, start_exchange_to_heads, start_exchange_to_tokens
+from longspan.kernels.protocol import accumulation_dtype
 
-
-class Core(OpaqueBase):
-    """What attention needs beside its tensors: the kernel as it is bound here, and the hops of the ring."""
-
-    def __init__(self, local: Local, ring: Ring) -> None:
-        self.local, self.ring = local, ring
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Core":
-        return self  # torch.compile copies its graphs; what names process groups is the same in all of them
-
-
-@dataclass(frozen=True)
-class Part:
-    """The attention of some of my heads: its exchanges (None on one ulysses rank), and what happens between them."""
-
-    heads: range
-    kv_heads: range
-    core: Core
-    there: Trade | None  # q, k, v
-    back: Trade | None  # the output
-    again: Trade | None  # q, the output, its gradient, k, v: what a backward needs that finds nothing there
-
-
-class Chunks(OpaqueBase):
-    """The parts of one attention, in their order; ``replicated`` says whether key/value heads come home more than once."""
-
-    def __init__(self, parts: tuple[Part, ...], replicated: bool, tokens: int) -> None:
-        self.parts, self.replicated, self.tokens = parts, replicated, tokens
-        self.heads = sum(len(part.heads) for part in parts)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Chunks":
-        return self
-
-
-Send = Callable[[], Callable[[], None]]
-"""Starts to take the results of a part home, and returns how to end it."""
-
-register_opaque_type(Core, typ="reference")
-register_opaque_type(Chunks, typ="reference", members=dict.fromkeys(("heads", "tokens"), MemberType.USE_REAL))
+Return = Callable[[], Callable[[], None]]
+"""Starts to return the results of a chunk to their tokens; call what it gives to finish."""
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]
+"""dq, dk, dv, those of the sink logits and of the bias' parameters, in the kernels' precision."""
 
 
 @torch.library.custom_op("longspan::attention", mutates_args=())
 def attention(
-    q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], core: Core
+    q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan
 ) -> tuple[Tensor, Tensor]:
-    """(out [rows, my heads, v_dim] of q's dtype, lse [my heads, rows]) of my heads, sinks included."""
-    out_RGD, lse = _forward(q_RGD, k_RGD, v_RGD, sinks, parameters, core)
+    """(out [rows, my heads, v_dim] of q's dtype, lse [my heads, rows]) of my heads, sink logits included."""
+    out_RGD, lse = _forward([q_RGD, k_RGD, v_RGD], sinks, parameters, plan, plan.chunks[0])
     return out_RGD.contiguous(), lse.contiguous()  # as the fake promises inductor; flash lays lse the other way round
 
 
 @torch.library.custom_op("longspan::attention_backward", mutates_args=())
 def attention_backward(
     dout_RGD: Tensor, q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, out_RGD: Tensor, lse: Tensor,
-    sinks: Tensor | None, parameters: Sequence[Tensor], core: Core,
+    sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of q, k, v, of the sinks if there are any, and of the bias' parameters."""
-    grads = _backward(dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, lse, sinks, parameters, core)
+    """Gradients of q, k, v, of the sink logits if there are any, and of the bias' parameters."""
+    rows = [q_RGD, out_RGD, dout_RGD, k_RGD, v_RGD]
+    grads = _backward(rows, lse, sinks, parameters, plan, plan.chunks[0])
     return _as_inputs(grads, [q_RGD, k_RGD, v_RGD], sinks, parameters)
 
 
-@torch.library.custom_op("longspan::kept_attention", mutates_args=())
-def kept_attention(
-    q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], chunks: Chunks
+@torch.library.custom_op("longspan::attention_recomputable", mutates_args=())
+def attention_recomputable(
+    q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan
 ) -> tuple[Tensor, Tensor]:
-    """(out [batch, my tokens, every head, v_dim], lse [my heads, rows]), exchanges, rings and sinks included."""
+    """(out [batch, my tokens, every head, v_dim], lse [my heads, rows]), exchanges, ring hops and sink logits included."""
     out_BSHD = q_BSHD.new_empty(*q_BSHD.shape[:3], v_BSKD.shape[3])
     lses: list[Tensor] = []
 
-    def bring(part: Part) -> Callable[[], list[Tensor]]:
-        return _bring([q_BSHD], [k_BSKD, v_BSKD], part, part.there)
+    def fetch(chunk: HeadChunk) -> Callable[[], list[Tensor]]:
+        return _fetch([q_BSHD], [k_BSKD, v_BSKD], chunk, chunk.qkv)
 
-    def attend(part: Part, rows: list[Tensor]) -> Send:
-        out_RGD, lse = _forward(rows[0], rows[1], rows[2], _of(sinks, part), parameters, part.core)
+    def attend(chunk: HeadChunk, rows: list[Tensor]) -> Return:
+        out_RGD, lse = _forward(rows, _of(sinks, chunk), parameters, plan, chunk)
         lses.append(lse)
-        return partial(_send_home, [out_RGD], [(out_BSHD, part.heads, False)], part.back)
+        return partial(_return, [out_RGD], [(out_BSHD, chunk.heads, False)], chunk.out)
 
-    _in_turn(chunks.parts, bring, attend)
+    _pipeline(plan.chunks, fetch, attend)
     return out_BSHD, torch.cat(lses)
 
 
-@torch.library.custom_op("longspan::kept_attention_backward", mutates_args=())
-def kept_attention_backward(
+@torch.library.custom_op("longspan::attention_recomputable_backward", mutates_args=())
+def attention_recomputable_backward(
     dout_BSHD: Tensor, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, out_BSHD: Tensor, lse: Tensor,
-    sinks: Tensor | None, parameters: Sequence[Tensor], chunks: Chunks,
+    sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of q, k, v, of the sinks if there are any, and of the bias' parameters."""
-    dq = new_home(q_BSHD.shape, False, q_BSHD)
-    dk, dv = (new_home(x.shape, chunks.replicated, x) for x in (k_BSKD, v_BSKD))
+    """Gradients of q, k, v, of the sink logits if there are any, and of the bias' parameters."""
+    dq = new_output(q_BSHD.shape, False, q_BSHD)
+    dk, dv = (new_output(x.shape, plan.replicated, x) for x in (k_BSKD, v_BSKD))
     dsinks = None if sinks is None else lse.new_zeros(sinks.shape)
     dparameters = [lse.new_zeros(parameter.shape) for parameter in parameters]
-    lses = iter(lse.split([len(part.heads) for part in chunks.parts]))
+    lses = iter(lse.split([len(chunk.heads) for chunk in plan.chunks]))
 
-    def bring(part: Part) -> Callable[[], list[Tensor]]:
-        return _bring([q_BSHD, out_BSHD, dout_BSHD], [k_BSKD, v_BSKD], part, part.again)
+    def fetch(chunk: HeadChunk) -> Callable[[], list[Tensor]]:
+        return _fetch([q_BSHD, out_BSHD, dout_BSHD], [k_BSKD, v_BSKD], chunk, chunk.backward)
 
-    def attend(part: Part, rows: list[Tensor]) -> Send:
-        *grads, dsinks_G, shares = _backward_of_rows(rows, next(lses), _of(sinks, part), parameters, part.core)
+    def attend(chunk: HeadChunk, rows: list[Tensor]) -> Return:
+        *grads, dsinks_G, parts = _backward(rows, next(lses), _of(sinks, chunk), parameters, plan, chunk)
         if dsinks is not None and dsinks_G is not None:
-            dsinks[part.heads.start : part.heads.stop] = dsinks_G
-        for total, share in zip(dparameters, shares):
-            total += share
-        keys = (part.kv_heads, chunks.replicated)
-        return partial(_send_home, grads, [(dq, part.heads, False), (dk, *keys), (dv, *keys)], part.there)
+            dsinks[chunk.heads.start : chunk.heads.stop] = dsinks_G
+        for total, part in zip(dparameters, parts):
+            total += part
+        keys = (chunk.kv_heads, plan.replicated)
+        return partial(_return, grads, [(dq, chunk.heads, False), (dk, *keys), (dv, *keys)], chunk.qkv)
 
-    _in_turn(chunks.parts, bring, attend)
+    _pipeline(plan.chunks, fetch, attend)
     return _as_inputs((dq, dk, dv, dsinks, dparameters), [q_BSHD, k_BSKD, v_BSKD], sinks, parameters)
 
 
-def _in_turn(
-    parts: Sequence[Part],
-    bring: Callable[[Part], Callable[[], list[Tensor]]],
-    attend: Callable[[Part, list[Tensor]], Send],
+def _pipeline(
+    chunks: Sequence[HeadChunk],
+    fetch: Callable[[HeadChunk], Callable[[], list[Tensor]]],
+    attend: Callable[[HeadChunk, list[Tensor]], Return],
 ) -> None:
-    """Bring each part its rows, attend, and take the results home, with exchanges under way while kernels work.
+    """Software pipeline over the chunks: fetch rows, attend, return the results.
 
-    While one part is at work the next arrives and the one before goes home; whatever has had its turn is let go at once.
+    The kernel on one chunk overlaps the all-to-all of the next and the return of the one before. Buffers are freed at their
+    last use.
     """
-    arriving: Callable[[], list[Tensor]] | None = bring(parts[0])
+    arriving: Callable[[], list[Tensor]] | None = fetch(chunks[0])
     leaving: Callable[[], None] = _nothing
-    for part, following in zip(parts, [*parts[1:], None]):
+    for chunk, following in zip(chunks, [*chunks[1:], None]):
         assert arriving is not None
         rows = arriving()
-        arriving = None if following is None else bring(following)
-        send = attend(part, rows)
+        arriving = None if following is None else fetch(following)
+        start_return = attend(chunk, rows)
         rows.clear()
         leaving()
-        leaving = send()
-        del send
+        leaving = start_return()
+        del start_return
     leaving()
 
 
@@ -170,37 +134,41 @@ def _nothing() -> None:
     pass
 
 
-def _bring(queries: Sequence[Tensor], keys: Sequence[Tensor], part: Part, trade: Trade | None) -> Callable[[], list[Tensor]]:
-    """Start to bring the heads of a part: call the result for their rows [rows, my heads, dim]."""
-    if trade is not None:
-        arriving = start_tokens_for_heads([*queries, *keys], trade)
-        return lambda: columns(arriving(), trade)
-    rows = [x[:, :, part.heads.start : part.heads.stop].flatten(0, 1) for x in queries]
-    rows += [x[:, :, part.kv_heads.start : part.kv_heads.stop].flatten(0, 1) for x in keys]
+def _fetch(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], chunk: HeadChunk, exchange: ExchangePlan | None
+) -> Callable[[], list[Tensor]]:
+    """Start to fetch the heads of a chunk: call the result for their rows [rows, my heads, dim]."""
+    if exchange is not None:
+        arriving = start_exchange_to_heads([*queries, *keys], exchange)
+        return lambda: columns(arriving(), exchange)
+    rows = [x[:, :, chunk.heads.start : chunk.heads.stop].flatten(0, 1) for x in queries]
+    rows += [x[:, :, chunk.kv_heads.start : chunk.kv_heads.stop].flatten(0, 1) for x in keys]
     return lambda: rows
 
 
-def _send_home(xs_RGD: list[Tensor], homes: Sequence[tuple[Tensor, range, bool]], trade: Trade | None) -> Callable[[], None]:
-    """Start to take rows home to (tensor of every head, which of them, whether they are summed): call the result to end it.
+def _return(
+    xs_RGD: list[Tensor], outputs: Sequence[tuple[Tensor, range, bool]], exchange: ExchangePlan | None
+) -> Callable[[], None]:
+    """Start to return rows to (tensor of every head, which of them, whether they are summed): call the result to finish.
 
-    They travel in the dtype of the first home, and ``xs_RGD`` is left empty.
+    They travel in the dtype of the first output, and ``xs_RGD`` is left empty.
     """
-    if trade is not None:
-        dtype = homes[0][0].dtype
-        rows = [_side_by_side([xs_RGD.pop(0).flatten(1) for _ in crowd.dims], dtype) for crowd in trade.crowds]
-        return start_heads_for_tokens(rows, trade, [home for home, _, _ in homes])
-    for x_RGD, (home, heads, summed) in zip(xs_RGD, homes):
-        place_BSGD = home[:, :, heads.start : heads.stop]
-        x_BSGD = x_RGD.reshape(place_BSGD.shape)
-        place_BSGD.copy_(place_BSGD + x_BSGD if summed else x_BSGD)
+    if exchange is not None:
+        dtype = outputs[0][0].dtype
+        rows = [_side_by_side([xs_RGD.pop(0).flatten(1) for _ in group.dims], dtype) for group in exchange.groups]
+        return start_exchange_to_tokens(rows, exchange, [output for output, _, _ in outputs])
+    for x_RGD, (output, heads, summed) in zip(xs_RGD, outputs):
+        target_BSGD = output[:, :, heads.start : heads.stop]
+        x_BSGD = x_RGD.reshape(target_BSGD.shape)
+        target_BSGD.copy_(target_BSGD + x_BSGD if summed else x_BSGD)
     xs_RGD.clear()
     return _nothing
 
 
-def columns(rows_RW: Sequence[Tensor], trade: Trade) -> list[Tensor]:
-    """The rows of each crowd as its tensors [rows, my heads, dim], which are views."""
-    xs_RW = chain.from_iterable(x.split(widths, 1) for x, widths in zip(rows_RW, trade.columns))
-    return [x.unflatten(1, (-1, dim)) for x, dim in zip(xs_RW, trade.dims)]
+def columns(rows_RW: Sequence[Tensor], exchange: ExchangePlan) -> list[Tensor]:
+    """The rows of each group as its tensors [rows, my heads, dim], which are views."""
+    xs_RW = chain.from_iterable(x.split(widths, 1) for x, widths in zip(rows_RW, exchange.my_widths))
+    return [x.unflatten(1, (-1, dim)) for x, dim in zip(xs_RW, exchange.dims)]
 
 
 def _side_by_side(xs_RW: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -211,45 +179,38 @@ def _side_by_side(xs_RW: list[Tensor], dtype: torch.dtype) -> Tensor:
         return torch.cat(xs_RW, 1, out=side_by_side)
 
 
-def _of(sinks: Tensor | None, part: Part) -> Tensor | None:
-    return None if sinks is None else sinks[part.heads.start : part.heads.stop]
+def _of(sinks: Tensor | None, chunk: HeadChunk) -> Tensor | None:
+    return None if sinks is None else sinks[chunk.heads.start : chunk.heads.stop]
 
 
 def _forward(
-    q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], core: Core
+    rows: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan, chunk: HeadChunk
 ) -> tuple[Tensor, Tensor]:
-    with _exactly(q_RGD):
-        out, lse = ring.forward(q_RGD, k_RGD, v_RGD, core.local, core.ring, tuple(parameters))
+    q_RGD, k_RGD, v_RGD = rows
+    with _without_autocast(q_RGD):
+        out, lse = ring.forward(q_RGD, k_RGD, v_RGD, plan=plan, chunk=chunk, parameters=tuple(parameters))
     if sinks is not None:
         lse_of_keys, lse = lse, torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(1))
         out = out * (lse_of_keys - lse).exp().T.unsqueeze(2)
     return out.to(q_RGD.dtype), lse
 
 
-def _exactly(like: Tensor) -> torch.autocast:
-    """Autocast has had its say on q, k and v: what a kernel forms in fp32 must not become half again."""
+def _without_autocast(like: Tensor) -> torch.autocast:
+    """q, k and v were cast before the operator: what a kernel computes in fp32 must not be cast again."""
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _backward_of_rows(
-    rows: Sequence[Tensor], lse: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], core: Core
-) -> "Gradients":
-    """``_backward`` of what ``Part.again`` brings, which none but the caller then still holds."""
-    q_RGD, out_RGD, dout_RGD, k_RGD, v_RGD = rows
-    return _backward(dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, lse, sinks, parameters, core)
-
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]
-"""Of q, k, v, the sinks and the bias' parameters, in the kernels' precision."""
-
-
 def _backward(
-    dout_RGD: Tensor, q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, out_RGD: Tensor, lse: Tensor,
-    sinks: Tensor | None, parameters: Sequence[Tensor], core: Core,
+    rows: Sequence[Tensor], lse: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor],
+    plan: AttentionPlan, chunk: HeadChunk,
 ) -> Gradients:  # fmt: skip
+    """The gradients of one chunk from the rows of q, out, dout, k and v (the order of ``HeadChunk.backward``)."""
+    q_RGD, out_RGD, dout_RGD, k_RGD, v_RGD = rows
     leaves = tuple(parameter.detach().requires_grad_() for parameter in parameters)
-    with _exactly(q_RGD):
-        dq, dk, dv, dparameters = ring.backward(dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, lse, core.local, core.ring, leaves)
+    with _without_autocast(q_RGD):
+        dq, dk, dv, dparameters = ring.backward(
+            dout_RGD, q_RGD, k_RGD, v_RGD, out_RGD, lse, plan=plan, chunk=chunk, parameters=leaves
+        )
     if sinks is None:
         return dq, dk, dv, None, dparameters
     flow = (dout_RGD.to(lse.dtype) * out_RGD).sum(-1).T
@@ -257,7 +218,7 @@ def _backward(
 
 
 def _as_inputs(grads: Gradients, qkv: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients that there are, each in the dtype of its input, and lying as the fakes promise."""
+    """The gradients that there are, each in the dtype of its input, with the strides that the fakes promise."""
     dq, dk, dv, dsinks, dparameters = grads
     present = [dq, dk, dv, *([] if dsinks is None else [dsinks]), *dparameters]
     return [grad.to(x.dtype).contiguous() for grad, x in zip(present, _inputs(qkv, sinks, parameters))]
@@ -269,33 +230,33 @@ def _inputs(qkv: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Te
 
 @attention.register_fake
 def _(
-    q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], core: Core
+    q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan
 ) -> tuple[Tensor, Tensor]:
     rows, heads, _ = q_RGD.shape
     return q_RGD.new_empty(rows, heads, v_RGD.shape[2]), _fake_lse(q_RGD, heads, rows)
 
 
-@kept_attention.register_fake
+@attention_recomputable.register_fake
 def _(
-    q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], chunks: Chunks
+    q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan
 ) -> tuple[Tensor, Tensor]:
     out_BSHD = q_BSHD.new_empty(*q_BSHD.shape[:3], v_BSKD.shape[3])
-    return out_BSHD, _fake_lse(q_BSHD, chunks.heads, q_BSHD.shape[0] * chunks.tokens)
+    return out_BSHD, _fake_lse(q_BSHD, plan.heads, plan.rows)
 
 
 def _fake_lse(like: Tensor, heads: int, rows: int) -> Tensor:
-    return like.new_empty(heads, rows, dtype=torch.promote_types(like.dtype, torch.float32))
+    return like.new_empty(heads, rows, dtype=accumulation_dtype(like.dtype))
 
 
 def _fake_gradients(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    sinks: Tensor | None, parameters: Sequence[Tensor], plan: Core | Chunks,
+    sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan,
 ) -> list[Tensor]:  # fmt: skip
     return [x.new_empty(x.shape) for x in _inputs([q, k, v], sinks, parameters)]
 
 
 attention_backward.register_fake(_fake_gradients)
-kept_attention_backward.register_fake(_fake_gradients)
+attention_recomputable_backward.register_fake(_fake_gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -303,12 +264,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(q, k, v, *output, sinks, *parameters)
 
 
-def _back_through(backward: Callable[..., list[Tensor]], ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _backward_of(operator: Callable[..., list[Tensor]], ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
     q, k, v, out, lse, sinks, *parameters = ctx.saved_tensors  # read once: a checkpoint gives them out once
-    dq, dk, dv, *rest = backward(dout, q, k, v, out, lse, sinks, parameters, ctx.plan)
+    dq, dk, dv, *rest = operator(dout, q, k, v, out, lse, sinks, parameters, ctx.plan)
     dsinks = None if sinks is None else rest.pop(0)
     return dq, dk, dv, dsinks, rest, None
 
 
-attention.register_autograd(partial(_back_through, attention_backward), setup_context=_save)
-kept_attention.register_autograd(partial(_back_through, kept_attention_backward), setup_context=_save)
+attention.register_autograd(partial(_backward_of, attention_backward), setup_context=_save)
+attention_recomputable.register_autograd(partial(_backward_of, attention_recomputable_backward), setup_context=_save)

@@ -17,7 +17,7 @@ Code asks for one of four rank sets by name, never for a product of degrees, so 
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -173,6 +173,7 @@ class ParallelMesh:
         zigzag = layout == "zigzag" or (layout is None and degrees.get("ring", 1) > 1)
         self.coordinate = MeshCoordinate(**degrees, **ranks, zigzag=zigzag)
         self.device_mesh, self.world_group, self.scratch = device_mesh, world_group, Scratch()
+        self.plans: dict[Hashable, object] = {}  # kept by attention/plan_cache.py, freed with the mesh
         axes: dict[str, dist.ProcessGroup] = {
             axis.name: device_mesh[names[axis.name]].get_group() for axis in AXES if axis.name in names
         }

@@ -42,7 +42,7 @@ from longspan.hf.registry_kernel import PREFIX, Registered, refuse_name
 from longspan.hf.t5_bias import bias_of, hand_distances, refuse_bias_across
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import KernelFunction
-from longspan.memory.checkpointing import Tools, attend_once
+from longspan.memory.checkpointing import Tools
 from longspan.memory.tiling import routes_to_experts
 
 NAME = "longspan"
@@ -192,8 +192,8 @@ class Pretrained:
     def install(self, mesh: ParallelMesh, tools: Tools) -> None:
         """Give the model its mesh: copies of its configs, its attention layers' mesh, its loss, its hooks."""
         self._rename()
-        chosen = attend_once if tools.recompute == "selective" else attend
-        chosen = partial(chosen, mesh=mesh, head_chunks=tools.head_chunks)
+        recomputable = tools.recompute == "selective"
+        chosen = partial(attend, mesh=mesh, head_chunks=tools.head_chunks, recomputable=recomputable)
         for (module, layer), kernel in zip(self.layers, self.kernels):
             over_mesh = partial(kernel.attend, by=chosen) if isinstance(kernel, Registered) else partial(chosen, kernel=kernel)
             module._longspan = layer._replace(attend=over_mesh)

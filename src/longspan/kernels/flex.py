@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from longspan.errors import KernelError
-from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
+from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, accumulation_dtype
 from longspan.masks.bands import Band
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Flex:
         bias: BoundBias | None = None,
     ) -> Partial:
         self._refuse(q, v, softcap, bias)
-        dtype = result_dtype(q.dtype)
+        dtype = accumulation_dtype(q.dtype)
         if not bands:
             out = q.new_zeros((*q.shape[:2], v.shape[2]), dtype=dtype)
             return out, out.new_full((q.shape[1], q.shape[0]), -torch.inf)
@@ -75,7 +75,7 @@ class Flex:
         bias: BoundBias | None = None,
     ) -> Gradients:
         self._refuse(q, v, softcap, bias)
-        dtype = result_dtype(q.dtype)
+        dtype = accumulation_dtype(q.dtype)
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         if not bands:
             dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))

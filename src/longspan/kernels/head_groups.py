@@ -1,46 +1,42 @@
-"""A kernel bound to one attention of one rank: its scale, softcap and bias, and heads that need not share keys regularly.
+"""A kernel for heads that do not share their key/value heads regularly: one call for each regular group of heads.
 
     query heads of rank 1    4 5 6 | 7           28 query heads, 4 key/value heads, 8 ranks: two regular groups,
     key/value heads              0 | 1           so the kernel runs twice and each time every key/value head
                                                  serves equally many query heads
 
-Knows nothing of ranks: it sees rows of tokens and the bands that say who looks at whom.
+Knows nothing of ranks: it sees rows of tokens and the bands between queries and keys.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from longspan.distributed.layout import Runs
-from longspan.kernels.protocol import BoundBias, Kernel
+from longspan._compat import autograd_below_autograd
+from longspan.kernels.protocol import BoundBias, Gradients, Kernel, Partial
 from longspan.masks.bands import Band
 
 Groups = tuple[tuple[slice, slice], ...]
-BindBias = Callable[[slice, Runs, tuple[Tensor, ...]], BoundBias]
-"""The bias of some of the heads for some rows of keys, with its parameters."""
+"""(query heads, key/value heads) of each regular group."""
+BiasOfHeads = Callable[[slice], BoundBias]
+"""The bias of some of the query heads."""
 
 
-@dataclass(frozen=True)
-class Local:
-    """Attention of some rows of queries to some rows of keys. q [queries, heads, qk_dim], k and v [keys, kv heads, dim]."""
+class GroupedKernel(NamedTuple):
+    """A kernel, the groups of heads that it is called for, and its scale and softcap."""
 
     kernel: Kernel
     groups: Groups
     scale: float
     softcap: float | None = None
-    bias: BindBias | None = None
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, bands: Sequence[Band], key_rows: Runs, parameters: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """(out [queries, heads, v_dim], lse [heads, queries]) of the keys given, as ``Kernel.forward``."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, bands: Sequence[Band], bias: BiasOfHeads | None = None) -> Partial:
+        """``Kernel.forward`` for all heads: (out [queries, heads, v_dim], lse [heads, queries])."""
         parts = [
             self.kernel.forward(
                 q[:, heads], k[:, kv], v[:, kv], bands, self.scale,
-                softcap=self.softcap, bias=self._bind(heads, key_rows, parameters),
+                softcap=self.softcap, bias=None if bias is None else bias(heads),
             )
             for heads, kv in self.groups
         ]  # fmt: skip
@@ -48,14 +44,17 @@ class Local:
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-        bands: Sequence[Band], key_rows: Runs, parameters: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-        """(dq, dk, dv, gradients of the bias' parameters), as ``Kernel.backward``: out and lse are of the whole row of keys."""
-        with _autograd_below_autograd():
+        *, bands: Sequence[Band], bias: BiasOfHeads | None = None,
+    ) -> Gradients:  # fmt: skip
+        """``Kernel.backward`` for all heads: (dq, dk, dv, gradients of the bias' parameters).
+
+        ``out`` and ``lse`` are those of the whole row of keys, of which ``k`` and ``v`` may be a part.
+        """
+        with autograd_below_autograd():
             parts = [
                 self.kernel.backward(
                     dout[:, heads], q[:, heads], k[:, kv], v[:, kv], out[:, heads], lse[heads], bands, self.scale,
-                    softcap=self.softcap, bias=self._bind(heads, key_rows, parameters),
+                    softcap=self.softcap, bias=None if bias is None else bias(heads),
                 )
                 for heads, kv in self.groups
             ]  # fmt: skip
@@ -64,21 +63,9 @@ class Local:
             return dq, *parts[0][1:]
         dk, dv = (torch.zeros_like(x, dtype=dq.dtype) for x in (k, v))
         for (_, kv), (_, dk_part, dv_part, _) in zip(self.groups, parts):
-            dk[:, kv] += dk_part  # a key/value head at the border of two groups stands in both
+            dk[:, kv] += dk_part  # a key/value head at the border of two groups is in both
             dv[:, kv] += dv_part
         return dq, dk, dv, [torch.stack(grads).sum(0) for grads in zip(*(part[3] for part in parts))]
-
-    def _bind(self, heads: slice, key_rows: Runs, parameters: tuple[Tensor, ...]) -> BoundBias | None:
-        return None if self.bias is None else self.bias(heads, key_rows, parameters)
-
-
-def _autograd_below_autograd() -> AbstractContextManager[None]:
-    """Let a kernel ask autograd for the gradients of a bias, in an operator, where the dispatcher has switched it off."""
-    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther):
-        exclude = exclude.remove(key)
-    guard: AbstractContextManager[None] = torch._C._ForceDispatchKeyGuard(include, exclude)
-    return guard
 
 
 def _join(parts: list[Tensor], dim: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
+from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, accumulation_dtype, finite_lse, merge_weights
 from longspan.masks.bands import Band, rectangle, shift, trim
 
 CELL_KEYS = 1024
@@ -55,12 +55,12 @@ class Online:
         bias: BoundBias | None = None,
     ) -> Partial:
         heads = q.shape[1]
-        out_HND = q.new_zeros((heads, q.shape[0], v.shape[2]), dtype=result_dtype(q.dtype))
+        out_HND = q.new_zeros((heads, q.shape[0], v.shape[2]), dtype=accumulation_dtype(q.dtype))
         lse_HN = out_HND.new_full(out_HND.shape[:2], -torch.inf)
         for cell in cells(bands, heads):
             scores = _Scores(q, k, cell, scale, softcap, None if bias is None else _ask(bias, cell, q.device))
             part_lse = scores.masked.logsumexp(2)
-            weights = (scores.masked - _finite(part_lse)).exp_()
+            weights = (scores.masked - finite_lse(part_lse).unsqueeze(2)).exp_()
             part = _by_kv_head(weights, k.shape[1]) @ _heads_first(v[cell.keys], weights.dtype)
             _merge(out_HND[:, cell.queries], lse_HN[:, cell.queries], part.view(heads, -1, v.shape[2]), part_lse)
         return out_HND.transpose(0, 1), lse_HN
@@ -79,14 +79,14 @@ class Online:
         softcap: float | None = None,
         bias: BoundBias | None = None,
     ) -> Gradients:
-        dtype, heads, kv_heads = result_dtype(q.dtype), q.shape[1], k.shape[1]
+        dtype, heads, kv_heads = accumulation_dtype(q.dtype), q.shape[1], k.shape[1]
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
-        dbias = [] if bias is None else [torch.zeros_like(p, dtype=result_dtype(p.dtype)) for p in bias.parameters]
+        dbias = [] if bias is None else [torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for p in bias.parameters]
         for cell in cells(bands, heads):
             with torch.enable_grad():
                 asked = None if bias is None else bias(*_indices(cell, q.device))
             scores = _Scores(q, k, cell, scale, softcap, None if asked is None else asked.detach())
-            weights = scores.masked.sub_(_finite(lse[:, cell.queries])).exp_()
+            weights = scores.masked.sub_(finite_lse(lse[:, cell.queries]).unsqueeze(2)).exp_()
             dout_HSD, out_HSD = (_heads_first(x[cell.queries], dtype) for x in (dout, out))
             dout_KGD = _by_kv_head(dout_HSD, kv_heads)
             dweights = (dout_KGD @ _heads_first(v[cell.keys], dtype).mT).view_as(weights)
@@ -124,7 +124,7 @@ class _Scores:
     """The scores of a cell: ``masked`` [H, S, T], the ``slope`` of the cap at each of them, and q as they used it."""
 
     def __init__(self, q: Tensor, k: Tensor, cell: Cell, scale: float, softcap: float | None, bias: Tensor | None) -> None:
-        dtype, heads = result_dtype(q.dtype), q.shape[1]
+        dtype, heads = accumulation_dtype(q.dtype), q.shape[1]
         self.q_KGD = _by_kv_head(_heads_first(q[cell.queries], dtype), k.shape[1])
         k_KTD = _heads_first(k[cell.keys], dtype)
         scores = (self.q_KGD @ k_KTD.mT).mul_(scale).view(heads, -1, k_KTD.shape[1])
@@ -161,16 +161,10 @@ def _by_kv_head(x_HSD: Tensor, kv_heads: int) -> Tensor:
     return x_HSD.reshape(kv_heads, -1, x_HSD.shape[2])
 
 
-def _finite(lse: Tensor) -> Tensor:
-    """[..., 1] to subtract from scores: a row that sees nothing has scores of -inf, whose weight is exp(-inf - 0) = 0."""
-    return lse.masked_fill(lse == -torch.inf, 0).unsqueeze(2)
-
-
 def _merge(out_HSD: Tensor, lse_HS: Tensor, part_HSD: Tensor, part_lse_HS: Tensor) -> None:
-    """Softmax over the keys of both, in place."""
-    both = torch.logaddexp(lse_HS, part_lse_HS)
-    share, part_share = ((lse.unsqueeze(2) - _finite(both)).exp_() for lse in (lse_HS, part_lse_HS))
-    out_HSD.mul_(share).add_(part_HSD.mul_(part_share))
+    """Softmax over the keys of both parts, in place."""
+    both, weight, part_weight = merge_weights(lse_HS, part_lse_HS)
+    out_HSD.mul_(weight.unsqueeze(2)).add_(part_HSD.mul_(part_weight.unsqueeze(2)))
     lse_HS.copy_(both)
 
 

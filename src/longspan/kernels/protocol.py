@@ -92,6 +92,21 @@ class Kernel(Protocol):
         ...
 
 
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Partial results and their gradients are summed by whoever called: fp64 for fp64, fp32 for everything else."""
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of partial results, log-sum-exps and summed gradients: fp64 for fp64, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def finite_lse(lse: Tensor) -> Tensor:
+    """``lse`` to subtract from scores or from another lse: 0 for a row that sees nothing, whose weight is exp(-inf - 0) = 0."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def merge_weights(lse: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-sum-exp over the keys of both parts, weight of the first part's output, weight of the second's), all like ``lse``.
+
+    A row that neither part reaches has lse = -inf and weights 0. Source: FlashAttention, arXiv:2205.14135, section 3.1.
+    """
+    both = torch.logaddexp(lse, part_lse)
+    reached = finite_lse(both)
+    return both, (lse - reached).exp_(), (part_lse - reached).exp_()

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
+from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, accumulation_dtype
 from longspan.masks.bands import Band
 
 
@@ -49,7 +49,7 @@ class Reference:
         scores, _ = _scores(q, k, bands, scale, softcap, bias)
         lse = torch.logsumexp(scores, 2) if k.shape[0] else scores.new_full(scores.shape[:2], -torch.inf)
         out = torch.einsum("HQK,KHD->QHD", _weights(scores, lse), _heads(v, q))
-        dtype = result_dtype(q.dtype)
+        dtype = accumulation_dtype(q.dtype)
         return out.to(dtype), lse.to(dtype)
 
     def backward(
@@ -76,7 +76,7 @@ class Reference:
         dq = torch.einsum("HQK,KHD->QHD", dscores, _heads(k, q))
         dk = torch.einsum("HQK,QHD->KHD", dscores, q.double())
         dv = torch.einsum("HQK,QHD->KHD", weights, dout)
-        dtype, kv_heads, group = result_dtype(q.dtype), k.shape[1], q.shape[1] // k.shape[1]
+        dtype, kv_heads, group = accumulation_dtype(q.dtype), k.shape[1], q.shape[1] // k.shape[1]
         dk, dv = (x.reshape(len(x), kv_heads, group, x.shape[2]).sum(2) for x in (dk, dv))
         return dq.to(dtype), dk.to(dtype), dv.to(dtype), dbias
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from longspan.errors import KernelError
 from longspan.kernels import flash_cpu as flash
 from longspan.kernels.flash_cpu import on_cuda
-from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, result_dtype
+from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, accumulation_dtype, merge_weights
 from longspan.kernels.tiles import Stack, columns, corners, plan
 from longspan.masks.bands import Band
 
@@ -50,7 +50,7 @@ class SDPA:
         bias: BoundBias | None = None,
     ) -> Partial:
         _refuse(softcap, bias)
-        dtype = result_dtype(q.dtype)
+        dtype = accumulation_dtype(q.dtype)
         stacks = _plan(bands, q)
         if _is_one_call(stacks, q):
             part, part_lse = flash.forward(stacks[0], *_tiles_of(stacks[0], q, k, v), scale)
@@ -82,7 +82,7 @@ class SDPA:
         bias: BoundBias | None = None,
     ) -> Gradients:
         _refuse(softcap, bias)
-        dtype = result_dtype(q.dtype)
+        dtype = accumulation_dtype(q.dtype)
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
         for stack in _chunked(_plan(bands, q), q, k):
             dout_tiles, out_tiles = (_queries(stack, x).to(q.dtype) for x in (dout, out))
@@ -137,9 +137,9 @@ def _tiles_of(stack: Stack, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 
 def _merge(out_THSD: Tensor, lse_THS: Tensor, part_THSD: Tensor, part_lse_THS: Tensor) -> None:
-    """Softmax over the keys of both, in place. A row without a result has lse = -inf and weight 0."""
-    both = torch.logaddexp(lse_THS, part_lse_THS)
-    out_THSD.mul_((lse_THS - both).exp_().unsqueeze(3)).add_(part_THSD * (part_lse_THS - both).exp_().unsqueeze(3))
+    """Softmax over the keys of both parts, in place."""
+    both, weight, part_weight = merge_weights(lse_THS, part_lse_THS)
+    out_THSD.mul_(weight.unsqueeze(3)).add_(part_THSD * part_weight.unsqueeze(3))
     lse_THS.copy_(both)
 
 

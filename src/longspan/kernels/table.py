@@ -9,11 +9,11 @@ import torch
 from longspan.errors import KernelError
 from longspan.kernels.flex import Flex
 from longspan.kernels.online import Online
-from longspan.kernels.protocol import BoundBias, Kernel, Need, result_dtype
+from longspan.kernels.protocol import BoundBias, Kernel, Need, accumulation_dtype
 from longspan.kernels.reference import Reference
 from longspan.kernels.sdpa import SDPA
 
-__all__ = ["KERNELS", "BoundBias", "Kernel", "Need", "choose", "refuse_unknown", "result_dtype"]
+__all__ = ["KERNELS", "BoundBias", "Kernel", "Need", "accumulation_dtype", "choose", "refuse_unknown"]
 
 # "auto" takes the first that can: order is preference
 KERNELS = {kernel.name: kernel for kernel in (SDPA(), Online(), Flex(), Reference())}

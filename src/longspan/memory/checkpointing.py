@@ -3,7 +3,7 @@
     block(x)        none    everything that its backward needs is kept
                     full    x is kept, all else computed again in the backward
 
-    checkpoint(block, x, use_reentrant=False, context_fn=selective_context)          a block that calls attend_once
+    checkpoint(block, x, use_reentrant=False, context_fn=selective_context)          a block of attend(recomputable=True)
 
                       norm, q, k, v      attention                    out, feed-forward
       forward         compute, drop      exchange, attend, exchange   compute, drop
@@ -13,8 +13,8 @@
                                          take dq, dk, dv home
 
     all-to-alls a layer a step            forward   recompute   backward
-      attend, recomputed                     2          2           2
-      attend_once, attention kept            2          0           2
+      attend, computed again                 2          2           2
+      attend(recomputable=True), saved       2          0           2
 
 Attention is most of the work of a long sequence and its output a small part of the memory, one token's hidden state: so it is
 computed once. Source: the log-sum-exp as what a backward needs, FlashAttention, arXiv:2205.14135.
@@ -22,24 +22,18 @@ computed once. Source: the log-sum-exp as what a backward needs, FlashAttention,
     put_away        what a block keeps goes to the host while later blocks run, and comes back when its backward begins
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from longspan.attention.api import Bias, prepare
-from longspan.attention.custom_ops import kept_attention
-from longspan.distributed.mesh import ParallelMesh
+import longspan.attention.custom_ops  # noqa: F401 - registers the operator that a selective checkpoint saves
 from longspan.errors import ModelError
-from longspan.kernels.protocol import Kernel
-from longspan.kernels.user_function import KernelFunction
-from longspan.masks.constructors import Causal, Mask
 
 Recompute = Literal["none", "full", "selective"]
 """What a block computes again in its backward: nothing, everything, or everything but attention and its exchanges."""
@@ -58,48 +52,21 @@ class Tools:
     return_logits: bool = True
 
 
-def attend_once(
-    q: Float[Tensor, "batch my_tokens heads qk_dim"],
-    k: Float[Tensor, "batch my_keys kv_heads _"],
-    v: Float[Tensor, "batch my_values value_heads v_dim"],
-    *,
-    mask: Mask | Sequence[Mask] = Causal(),  # noqa: B008 - masks are frozen
-    mesh: ParallelMesh | None = None,
-    tokens: int | None = None,
-    key_tokens: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sink_logits: Float[Tensor, " sink_heads"] | None = None,
-    bias: Bias | None = None,
-    kernel: str | Kernel | KernelFunction = "auto",
-    head_chunks: int = 1,
-) -> Float[Tensor, "batch my_tokens heads v_dim"]:
-    """``attend`` as one operator, exchanges included, which holds nothing but q, k, v, its output and log-sum-exp of my tokens.
-
-    Equals ``attend`` of the same arguments, gradients included, and sends twice as much in the backward pass: q, k and v, which
-    are not kept on the heads' side, and the output come with the gradient. Give it to a model as its attention,
-    ``Decoder(config, attention=attend_once)``, and checkpoint with ``selective``.
-    """
-    q, k, v, parameters, plan = prepare(
-        q, k, v, mask, mesh, tokens, key_tokens, scale, softcap, sink_logits, bias, kernel, head_chunks
-    )
-    out: Tensor = kept_attention(q, k, v, sink_logits, parameters, plan.chunks)[0]
-    return out
-
-
 def selective_context() -> tuple[Any, Any]:
-    """The ``context_fn`` of a ``torch.utils.checkpoint.checkpoint`` that computes all again but ``attend_once``.
+    """The ``context_fn`` of a ``torch.utils.checkpoint.checkpoint`` that computes all again but ``attend(recomputable=True)``.
 
     The gradients are those without a checkpoint. Plain ``attend`` is computed again, its exchanges too.
     """
-    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts([torch.ops.longspan.kept_attention.default])
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts([torch.ops.longspan.attention_recomputable.default])
     return contexts
 
 
 def recompute(block: nn.Module, what: Recompute) -> None:
     """Let ``block`` keep its inputs alone and compute again what its backward needs; ``vars(block).pop("forward")`` undoes it.
 
-    ``"selective"`` computes ``attend_once`` once, and ``attend`` again. Raises ModelError for an unknown word.
+    ``"selective"`` computes ``attend(recomputable=True)`` once, and plain ``attend`` again.
+
+    Raises ModelError for an unknown word.
     """
     refuse_unknown(what)
     if what == "none":

@@ -196,8 +196,8 @@ class Decoder(nn.Module):
 class Block(nn.Module):
     """Attention, then a gated feed-forward, each added to the residual stream.
 
-    With ``head_chunks`` a share of the heads at a time is projected, attends and is projected back, and is computed again in
-    the backward pass (attention too, unless ``mix`` is by ``attend_once``): attention holds one share instead of all.
+    With ``head_chunks`` a part of the heads at a time is projected, attends and is projected back, and is computed again in
+    the backward pass (attention too, unless ``mix`` is ``attend(recomputable=True)``): attention holds one part, not all.
     Raises ModelError for chunks in which the query heads do not share the key/value heads evenly.
     """
 
