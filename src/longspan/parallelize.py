@@ -15,7 +15,6 @@ wrong on all of them.
 
 import hashlib
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +33,7 @@ from longspan.distributed.grad_sync import MeanGradients
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
+from longspan.hf import adapter_for
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import KernelFunction
 from longspan.memory.auto import Choice, choose, refuse_half_asked
@@ -278,14 +278,7 @@ class _Given:
 
 
 def _offer(model: nn.Module, kernel: str | Kernel | KernelFunction) -> Offer:
-    if "transformers" in sys.modules:  # whoever has such a model has imported it
-        from longspan.hf.adapter import Pretrained
-        from longspan.hf.peft import inner
-
-        base = inner(model)
-        if base is not None:
-            return Pretrained(model, base, kernel)
-    return _Given(model, kernel)
+    return adapter_for(model, kernel) or _Given(model, kernel)
 
 
 def _name(kernel: str | Kernel | KernelFunction) -> str:

@@ -22,7 +22,7 @@ from transformers.masking_utils import and_masks, causal_mask_function, chunked_
 
 from longspan import LongspanError, ModelError, ParallelMesh, cross_entropy, parallelize, shard_batch, unparallelize, unshard
 from longspan.batch.shard import IGNORE
-from longspan.hf.adapter import Pretrained
+from longspan.hf.adapter import PretrainedAdapter
 from longspan.hf.mask_functions import as_mask
 from longspan.masks.constructors import Causal, Chunked, Full, Window
 from longspan.memory.checkpointing import Tools
@@ -420,7 +420,7 @@ def embedding_error(folder: str) -> float:
 )
 def test_a_layer_s_own_mask_is_read_from_the_model(name: str, masks: list[Any]) -> None:
     model = build(name)
-    offer = Pretrained(model, model)
+    offer = PretrainedAdapter(model, model)
     offer.prove(ParallelMesh(), Tools())
     assert [layer.own for _, layer in offer.layers] == masks
 

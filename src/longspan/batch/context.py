@@ -30,7 +30,8 @@ class BatchInfo:
     ``digest`` of the whole content, equal on the ranks that share a sequence, ``largest`` token or label, ``largest_label``,
     ``furthest`` position of rows without ``position_ids`` and ``furthest_placed`` of rows with them (by agreement: of all ranks
     and micro-batches; -1 without such a row), so that all ranks can refuse what a model does not know. ``target`` is that
-    of the decoder's tokens, where the batch is an encoder-decoder's.
+    of the decoder's tokens, where the batch is an encoder-decoder's. ``is_dummy``: the row is one that a replica without rows
+    computes to join the others' collectives, and that nobody learns from.
     """
 
     tokens: int
@@ -51,6 +52,7 @@ class BatchInfo:
     furthest: int
     furthest_placed: int
     target: "BatchInfo | None" = None
+    is_dummy: bool = False
 
     @property
     def is_plain(self) -> bool:

@@ -1,0 +1,34 @@
+"""Hugging Face models: ``load`` and ``save`` are public, ``parallelize`` finds the rest by itself. Needs the extra ``hf``.
+
+Imported lazily: ``adapter_for`` must be importable without Transformers.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from longspan.hf.adapter import PretrainedAdapter
+    from longspan.hf.weights import load, save
+
+__all__ = ["load", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from longspan.hf import weights
+
+    return getattr(weights, name)
+
+
+def adapter_for(model: "nn.Module", kernel: Any = "auto") -> "PretrainedAdapter | None":
+    """The adapter of a Transformers model, or of peft's wrapper of one; None for any other model."""
+    if "transformers" not in sys.modules:  # such a model exists only where the library was imported
+        return None
+    from longspan.hf.adapter import PretrainedAdapter
+    from longspan.hf.peft import base_of
+
+    base = base_of(model)
+    return None if base is None else PretrainedAdapter(model, base, kernel)

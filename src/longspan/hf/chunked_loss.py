@@ -1,4 +1,4 @@
-"""The loss of a Hugging Face model without its logits: its own head and scale and softcap, a tile of labelled tokens at a time.
+"""The loss of a Hugging Face model without its logits: by its own head, scale and softcap, a tile of labelled tokens at a time.
 
     base model(**part)   ->   hidden [rows, my tokens, M]                                                        once
     model.forward        ->   base model: a stub that gives a tile of hidden   ->   head, ...   ->   its loss    for each tile
@@ -9,6 +9,8 @@ B rows   S my tokens   M hidden
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +21,37 @@ from torch.func import functional_call
 from longspan.batch.shard import IGNORE
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
-from longspan.hf.loss import OWN, losing
-from longspan.hf.probe import ask, proving, rows
+from longspan.hf import _compat
+from longspan.hf.candidate import Candidate, Undo
+from longspan.hf.loss import OWN, Loss, as_asked, is_in_place, set_forward
+from longspan.hf.probe import forward, proving, row_lengths
 from longspan.loss import mean_over_ranks
 from longspan.memory.tiling import tile_by_tile
 from longspan.tuning import HEAD_TILE_BYTES
 
-LEARNED = ("labels", "shift_labels")
+LABELS = ("labels", "shift_labels")
+
+
+@dataclass(frozen=True)
+class ChunkedLoss:
+    """The loss is to be formed without the logits; ``in_place``: labels stand where they are predicted."""
+
+    in_place: bool
+
+    def install(self, model: Any, mesh: ParallelMesh) -> Undo:
+        """Replace the model's forward."""
+        set_forward(model, partial(forward_without_logits, model, mesh, self.in_place))
+        return partial(_compat.remove_forward, model)
+
+
+def probe(candidate: Candidate) -> ChunkedLoss | None:
+    """Whether the loss is to be formed without the logits. Raises ModelError for a model whose loss cannot be."""
+    if candidate.memory.return_logits:
+        return None
+    loss = candidate.finding(Loss)
+    kind = None if loss is None else loss.kind
+    _refuse(candidate.model, candidate.called, kind)
+    return ChunkedLoss(is_in_place(kind))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -35,33 +61,33 @@ def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args
     cut_for_another_kind = in_place is (given.get("shift_labels") is not None)
     if given.get("labels") is None or targets is None or cut_for_another_kind:
         return type(model).forward(model, *args, **given)  # whose loss refuses labels that were cut for another kind
-    asked = given.get("return_dict")
+    return_dict = given.get("return_dict")
     base, given = model.base_model, given | {"return_dict": True}
-    output = base(*args, **{name: value for name, value in given.items() if name not in LEARNED})
+    output = base(*args, **{name: value for name, value in given.items() if name not in LABELS})
     total, wanted = _sum_of_tiles(model, output, targets, given["longspan"])
     loss = mean_over_ranks(total, wanted, mesh, given["longspan"].num_labels)
     output.last_hidden_state = output.last_hidden_state[:, :0]
-    with _giving(base, output), losing(model, lambda *_, **__: loss):
+    with _forward_giving(base, output), _compat.loss_function_set_to(model, lambda *_, **__: loss):
         whole = type(model).forward(model, *args, **given)
     output = type(whole)(**{name: value for name, value in whole.items() if name != "logits"})
-    return output.to_tuple() if (model.config.return_dict if asked is None else asked) is False else output
+    return as_asked(model, output, return_dict)
 
 
-def refuse_without_logits(model: Any, called: nn.Module, loss_type: str | None) -> None:
-    """Raise ModelError for a model whose loss cannot be formed so: shown on one rank, where the logits are few."""
+def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
+    """Raise ModelError for a model whose loss cannot be formed so: proven on one rank, on a few logits."""
     reason = None
-    if loss_type in (None, OWN):
+    if loss_kind in (None, OWN):
         reason = "computes its loss by itself"
     elif "forward" in vars(model):
         reason = "has a forward of its own hung on it by another library"
     elif model.base_model is model:
         reason = "has no base model apart from its head"
     else:
-        targets = torch.full((1, list(rows(model).values())[-1]), 5, device=model.device)
+        targets = torch.full((1, list(row_lengths(model).values())[-1]), 5, device=model.device)
         with proving(called):
-            logits = ask(called)["logits"]
+            logits = forward(called)["logits"]
             with _catching(model.base_model) as caught:
-                ask(called)
+                forward(called)
             total, _ = _sum_of_tiles(model, caught[0], targets, None)
         expected = F.cross_entropy(logits[0].double(), targets[0], reduction="sum")
         if not torch.allclose(total.double(), expected, rtol=5e-2 if logits.dtype.itemsize == 2 else 1e-4):
@@ -84,7 +110,7 @@ def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any) -> tuple[
     head = _Head(model)
 
     def run(tile_RM: Tensor, rows: slice, parameters: Sequence[Tensor]) -> Tensor:
-        with _giving(base, type(output)(last_hidden_state=tile_RM.unsqueeze(0))):
+        with _forward_giving(base, type(output)(last_hidden_state=tile_RM.unsqueeze(0))):
             logits = functional_call(head, dict(zip(held, parameters)), (step,)).squeeze(0)
         exact = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(exact, targets[rows], reduction="sum").unsqueeze(0)
@@ -99,18 +125,18 @@ class _Head(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.asked: dict[str, Any] = {"return_dict": True}
+        self.keywords: dict[str, Any] = {"return_dict": True}
         if hasattr(model.config, "output_router_logits"):
-            self.asked["output_router_logits"] = False  # a balance loss is not of a tile
+            self.keywords["output_router_logits"] = False  # a balance loss needs the tokens of all tiles
 
     def forward(self, step: Any) -> Tensor:
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-        logits: Tensor = type(self.model).forward(self.model, input_ids=ids, longspan=step, **self.asked).logits
+        logits: Tensor = type(self.model).forward(self.model, input_ids=ids, longspan=step, **self.keywords).logits
         return logits
 
 
 @contextmanager
-def _giving(base: Any, output: Any) -> Iterator[None]:
+def _forward_giving(base: Any, output: Any) -> Iterator[None]:
     had = vars(base).get("forward")
     base.forward = lambda *_, **__: output
     try:

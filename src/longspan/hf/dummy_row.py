@@ -1,25 +1,37 @@
-"""A replica without rows joins every collective of the others, by a row that nobody learns from. Knows nothing of attention.
+"""A data replica without rows joins every collective of the others by a row of padding that nobody learns from.
 
-    no row   --stand_in-->   one row of zeros, labelled -100   --model-->   logits of it   --take_out-->   no row
+    no row   --add-->   one row of zeros, labelled -100   --model-->   logits of it   --remove-->   no row
 
-Layers reshape by -1, which no tensor without elements can answer; so the model computes one row.
+Layers reshape by -1, which fails on a tensor without elements; so the model computes one row. Does not know attention.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from longspan.batch.context import BatchInfo
 from longspan.batch.shard import IGNORE
+from longspan.distributed.mesh import ParallelMesh
+from longspan.hf.candidate import Candidate, Undo, remove_all
 
 
-class StandIn(BatchInfo):
-    """The step of a replica without rows."""
+@dataclass(frozen=True)
+class DummyRow:
+    """Any replica may have no row in some step."""
+
+    def install(self, model: nn.Module, mesh: ParallelMesh) -> Undo:
+        """Add the dummy row before the model's forward, and remove it from the outputs."""
+        return remove_all([
+            model.register_forward_pre_hook(_add, with_kwargs=True), model.register_forward_hook(_remove, with_kwargs=True)
+        ])  # fmt: skip
 
 
-def stand_in(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A hook before the model's forward: where no row is given, one."""
+def probe(candidate: Candidate) -> DummyRow:
+    """Every model needs it."""
+    return DummyRow()
+
+
+def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     step = kwargs.get("longspan")
     if step is None or step.rows:
         return args, kwargs
@@ -30,13 +42,12 @@ def stand_in(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     }
     alone: dict[str, Any] = {"rows": 1, "mask": None, "padding": None, "documents": None, "restarts": None}
     target = step.target if step.target is None else replace(step.target, **alone)
-    return args, kwargs | row | {"longspan": StandIn(**vars(step) | alone | {"target": target})}
+    return args, kwargs | row | {"longspan": replace(step, **alone, is_dummy=True, target=target)}
 
 
-def take_out(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """A hook behind it: where no row was given, none is returned."""
-    if isinstance(kwargs["longspan"], StandIn):
+def _remove(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    if kwargs["longspan"].is_dummy:
         for name, value in output.items():
             if isinstance(value, Tensor) and value.ndim:
-                output[name] = value[:0].clone()  # FSDP2 hooks outputs, and wants none to be a view
+                output[name] = value[:0].clone()  # FSDP2 hooks outputs, which may be no views
     return output

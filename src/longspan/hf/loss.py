@@ -1,16 +1,17 @@
-"""The loss of a Hugging Face model over all ranks, in the place of the one that it would form of one rank's tokens.
+"""The loss of a Hugging Face model over all ranks, in place of the one that it would form of one rank's tokens.
 
-    model.loss_function(logits, labels, ...)       called by most models; by its name their labels are shifted, or in place
-    F.cross_entropy(logits, labels) of its own     (BERT, BART) shown on one rank to be that and no more: the forward is then
+    model.loss_function(logits, labels, ...)       called by most models; its name says whether labels are shifted or in place
+    F.cross_entropy(logits, labels) of its own     (BERT, BART) proven on one rank to be that and no more: the forward is then
                                                    given no labels, and the loss is put beside its logits
 
-Both become the mean over the labelled tokens of all ranks. Whatever else a model computes as its loss is not touched, and a
-call with labels refused. Knows nothing of attention.
+Both become the mean over the labelled tokens of all ranks. Another loss is left as it is, and a call with labels refused.
+Does not know attention.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,65 @@ from torch import Tensor
 from longspan.batch.context import BatchInfo
 from longspan.batch.shard import IGNORE
 from longspan.distributed.mesh import ParallelMesh
-from longspan.errors import ModelError
-from longspan.hf.probe import Probe, ask, proving, rows, special
+from longspan.errors import BatchError, ModelError
+from longspan.hf import _compat
+from longspan.hf.candidate import Candidate, Undo, remove_all
+from longspan.hf.probe import Probe, forward, proving, row_lengths, special_ids
 from longspan.loss import mean_cross_entropy
 
 IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
-"""Losses of the library whose labels stand where they are predicted."""
+"""Losses of Transformers whose labels stand where they are predicted."""
 SHIFTED = ("ForCausalLM",)
+"""Losses of Transformers whose labels are predicted by the token before."""
 OWN = "its own, in place"
-"""What the model's forward computes by itself is the cross-entropy of its logits and labels, in place."""
+"""The model's forward computes the cross-entropy of its logits and labels, in place, without ``model.loss_function``."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a model.
+
+    Attributes:
+        kind: a name of Transformers' table, ``OWN``, or None where it cannot be formed over ranks.
+        classes: the number of labels that the logits of a token distinguish; None without such logits.
+    """
+
+    kind: str | None
+    classes: int | None
+
+    def install(self, model: Any, mesh: ParallelMesh) -> Undo:
+        """Let the model form its loss over all ranks, and refuse labels that it cannot learn from."""
+        handle = model.register_forward_pre_hook(partial(self._check, type(model).__name__), with_kwargs=True)
+        restore: Callable[[], None] = lambda: None  # noqa: E731
+        if self.kind == OWN:
+            set_forward(model, partial(forward_with_loss, model, mesh))
+            restore = partial(_compat.remove_forward, model)
+        elif self.kind is not None:
+            _compat.set_loss_function(model, partial(loss_over_ranks, mesh=mesh, in_place=is_in_place(self.kind)))
+            restore = partial(_compat.reset_loss_function, model)
+
+        def undo() -> None:
+            remove_all([handle])()
+            restore()
+
+        return undo
+
+    def _check(self, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("labels") is None:
+            return
+        largest = kwargs["longspan"].largest_label
+        if self.classes is not None and largest >= self.classes:
+            raise BatchError(f"the step holds label {largest}, and {name} tells 0 to {self.classes - 1} apart")
+        if self.kind is None:
+            raise ModelError(
+                f"{name} computes its loss from labels by itself, over this rank's tokens; leave labels out of the call, and "
+                f"use longspan.cross_entropy(outputs.logits, labels, mesh=mesh, num_labels=part['longspan'].num_labels)"
+            )
+
+
+def probe(candidate: Candidate) -> Loss:
+    """The loss of the candidate."""
+    return Loss(_kind(candidate.called, candidate.model), _classes(candidate.called))
 
 
 def is_in_place(kind: str | None) -> bool:
@@ -36,8 +87,14 @@ def is_in_place(kind: str | None) -> bool:
     return kind in (*IN_PLACE, OWN)
 
 
-def prove_loss(model: Any, base: Any) -> str | None:
-    """The kind of the model's loss; None where it is none that can be formed over ranks. Changes nothing."""
+def set_forward(model: Any, function: Callable[..., Any]) -> None:
+    """Let ``function`` be the model's forward, with the signature of its class: trainers read there which columns it takes."""
+    signature = inspect.signature(model.forward)
+    model.forward = function
+    model.forward.__signature__ = signature
+
+
+def _kind(model: Any, base: Any) -> str | None:
     if "labels" not in inspect.signature(base.forward).parameters:
         return None
     calls = []
@@ -46,56 +103,40 @@ def prove_loss(model: Any, base: Any) -> str | None:
         calls.append(keywords.get("longspan"))
         return logits.sum() * 0
 
-    labels = torch.zeros(1, list(rows(base).values())[-1], dtype=torch.long, device=model.device)
-    already = "_loss_function" in vars(base)
+    labels = torch.zeros(1, list(row_lengths(base).values())[-1], dtype=torch.long, device=model.device)
+    kind = _compat.loss_kind(base)
     with proving(model):
         try:
-            with losing(base, note):
-                ask(model, labels=labels, shift_labels=labels)
+            with _compat.loss_function_set_to(base, note):
+                forward(model, labels=labels, shift_labels=labels)
         except ModelError:
             return None
         if not calls:
             return OWN if _is_plain(model, base) else None
-    kind: str | None = getattr(base, "loss_type", None)
     knows_the_step = len(calls) == 1 and isinstance(calls[0], Probe)
-    return kind if knows_the_step and not already and kind in (*IN_PLACE, *SHIFTED) else None
+    return kind if knows_the_step and kind in (*IN_PLACE, *SHIFTED) else None
 
 
-def labels_known(model: Any) -> int | None:
-    """How many labels the model's logits tell apart; None without logits of tokens."""
+def _classes(model: Any) -> int | None:
     with proving(model):
-        logits = ask(model).get("logits")
+        logits = forward(model).get("logits")
     return None if logits is None or logits.ndim != 3 else logits.shape[2]
 
 
 def _is_plain(model: Any, base: Any) -> bool:
     """Whether the loss that the forward computes is the cross-entropy of its logits, of padding too, but not of -100."""
-    logits = ask(model).get("logits")
+    logits = forward(model).get("logits")
     if logits is None or logits.ndim != 3 or "forward" in vars(base):
         return False
-    named = [token for token in sorted(special(model, "pad", "bos", "eos")) if 0 <= token < logits.shape[2]][:6]
+    named = [token for token in sorted(special_ids(model, "pad", "bos", "eos")) if 0 <= token < logits.shape[2]][:6]
     labels = torch.arange(logits.shape[1], device=model.device) % logits.shape[2]
     labels[: len(named)], labels[-2:] = torch.tensor(named, dtype=torch.long), IGNORE
     try:
-        found = ask(model, labels=labels.unsqueeze(0)).get("loss")
+        found = forward(model, labels=labels.unsqueeze(0)).get("loss")
     except ModelError:
         return False
     expected = F.cross_entropy(logits[0].double(), labels)
     return found is not None and torch.allclose(found.double(), expected, rtol=2e-2 if logits.dtype.itemsize == 2 else 1e-5)
-
-
-@contextmanager
-def losing(base: Any, loss: Callable[..., Tensor]) -> Iterator[None]:
-    """With another loss function than the model's own."""
-    had = vars(base).get("_loss_function")
-    base._loss_function = loss
-    try:
-        yield
-    finally:
-        if had is None:
-            del base._loss_function
-        else:
-            base._loss_function = had
 
 
 def loss_over_ranks(
@@ -112,16 +153,21 @@ def forward_with_loss(
     model: Any, mesh: ParallelMesh, *args: Any, labels: Tensor | None = None, shift_labels: Tensor | None = None, **given: Any
 ) -> Any:
     """``model.forward`` of a model that computes its loss by itself: without labels, and the loss put beside its logits."""
-    asked = given.get("return_dict")
+    return_dict = given.get("return_dict")
     output = type(model).forward(model, *args, **given | {"return_dict": True})
     if labels is not None:
         _refuse_labels_of_another_kind(True, shift_labels)
         loss = mean_cross_entropy(output.logits, labels, mesh, given["longspan"].num_labels)
         output = type(output)(**{"loss": loss} | {name: value for name, value in output.items() if name != "loss"})
-    return output.to_tuple() if (model.config.return_dict if asked is None else asked) is False else output
+    return as_asked(model, output, return_dict)
+
+
+def as_asked(model: Any, output: Any, return_dict: bool | None) -> Any:
+    """The output as a tuple where ``return_dict``, or the model's config without it, is False."""
+    return output.to_tuple() if (model.config.return_dict if return_dict is None else return_dict) is False else output
 
 
 def _refuse_labels_of_another_kind(in_place: bool, shift_labels: Tensor | None) -> None:
     if in_place is (shift_labels is not None):
-        asked = "shift=False" if in_place else "shift=True"
-        raise ModelError(f"the labels were cut for another kind of model; use shard_batch(batch, mesh, {asked})")
+        argument = "shift=False" if in_place else "shift=True"
+        raise ModelError(f"the labels were cut for another kind of model; use shard_batch(batch, mesh, {argument})")

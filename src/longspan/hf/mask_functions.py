@@ -1,13 +1,12 @@
-"""What a Hugging Face model says of itself: who may look at whom, by mask functions, which are closures, as masks.
+"""Transformers' mask functions, which are closures over (row, head, query, key), as masks of longspan.
 
-    mask_function(row, head, q, k) -> sees or not     asked at rows and keys of interest     Causal(), Full(), Window(...), ...
+    mask_function(row, head, q, k) -> sees or not     evaluated at rows and keys of interest     Causal(), Full(), Window(...)
 
-Knows nothing of batches, layers or meshes.
+Does not know batches, layers or meshes.
 """
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +14,21 @@ from torch import Tensor
 from longspan.masks.constructors import Causal, Chunked, Full, Mask, Window
 
 
-def is_pair(model: Any) -> bool:
-    """Whether the model is an encoder-decoder."""
-    return bool(getattr(model.config, "is_encoder_decoder", False)) and model.get_encoder() is not model.get_decoder()
+class MaskFunction:
+    """What a layer of a parallel model is given as its ``attention_mask``: its mask function, evaluated only when needed.
 
-
-class Said:
-    """A layer's mask function, asked when it is needed; and whether the model hides tokens besides (``hides``), as padding."""
+    Args:
+        function: Transformers' closure.
+        device: where it is evaluated.
+        padding: the ``attention_mask`` [batch, tokens] that the model passed beside it, or None.
+    """
 
     def __init__(self, function: Callable[..., Tensor], device: torch.device, padding: Tensor | None = None) -> None:
         self.function, self.device, self._padding = function, device, padding
 
     @property
-    def hides(self) -> bool:
+    def hides_padding(self) -> bool:
+        """Whether the model hides tokens besides, as padding."""
         return self._padding is not None and not bool(self._padding.all())
 
     def sees(self, q: int, k: int) -> bool:
@@ -42,10 +43,15 @@ class Said:
 
 
 def as_mask(function: Callable[..., Tensor], device: torch.device, tokens: int = 2**21) -> Mask | None:
-    """One of Transformers' mask functions, which are closures, as a mask; None where it is of no kind that it builds.
+    """One of Transformers' mask functions as a mask; None where it is of no kind that Transformers builds.
 
-    Its first column says how far it reaches; the kind that this allows is then compared with it at rows and keys of interest:
-    where rows begin and end, and a few hundred others.
+    The number of queries that see the first key gives the reach; the kind that this allows is then compared with the function
+    at rows and keys of interest: where rows begin and end, and a few hundred others.
+
+    Args:
+        function: (row, head, query, key) -> bool tensor.
+        device: where it is evaluated.
+        tokens: the length of the row that is looked at.
     """
     every, zero = torch.arange(tokens, device=device), torch.zeros((), dtype=torch.long, device=device)
     reach = int(function(zero, zero, every, zero).expand(tokens).sum())

@@ -1,4 +1,4 @@
-"""The balance loss of a mixture of experts over every token of the batch, by the model's own function. Knows nothing of masks.
+"""The load-balancing loss of a mixture of experts over every token of the batch, by the model's own function.
 
     base model   ->   router_logits   one [my tokens, experts] a layer          (config.output_router_logits)
                           |
@@ -6,11 +6,12 @@
                           |
     the model's own load_balancing_loss_func(router_logits, ...)   ->   aux_loss   ->   loss + coefficient * aux_loss
 
-Which experts are chosen too often is a question to the whole batch: a mean of the ranks' answers is another number. The
-function is a mean over tokens, so it needs no mask where padding was left out, and no order: shown on one rank first. Over
-accumulated micro-batches one balance loss a micro-batch is added, as Transformers does.
+The loss is not linear in the tokens: a mean of the ranks' losses is another number. It is a function of means over tokens, so
+that it needs no mask where padding is left out, and no order: proven on one rank first. Over accumulated micro-batches one
+balance loss a micro-batch is added, as Transformers does. Does not know masks.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,10 +24,40 @@ from longspan.distributed.collectives import all_gather
 from longspan.distributed.consensus import exchange_integers
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
-from longspan.hf.dummy_row import StandIn
-from longspan.hf.loss import losing
+from longspan.hf._compat import loss_function_set_to
+from longspan.hf.candidate import Candidate, Undo, remove_all
+from longspan.hf.loss import Loss
 from longspan.hf.position_probe import LEFT
-from longspan.hf.probe import TOKENS, all_equal, ask, proving
+from longspan.hf.probe import TOKENS, all_equal, forward, proving
+
+
+@dataclass(frozen=True)
+class BalanceLoss:
+    """``routers``: the module whose output holds the router logits; None where the config asks for no balance loss."""
+
+    routers: nn.Module | None
+
+    def install(self, model: nn.Module, mesh: ParallelMesh) -> Undo:
+        """Gather the router logits of all ranks; refuse a call that asks for what was not proven."""
+        handles: list[Any] = [model.register_forward_pre_hook(self._check, with_kwargs=True)]
+        if self.routers is not None:
+            handles += gather_routers(self.routers, model, mesh)
+        return remove_all(handles)
+
+    def _check(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs.get("output_router_logits") and self.routers is None:
+            raise ModelError(
+                "output_router_logits= was not proven for this model, and its balance loss would be that of this rank's "
+                "tokens; set config.output_router_logits before parallelize"
+            )
+
+
+def probe(candidate: Candidate) -> BalanceLoss:
+    """Where the balance loss takes its router logits from. Raises ModelError where it depends on anything else."""
+    wanted = any(getattr(config, "output_router_logits", False) for _, config in candidate.configs)
+    loss = candidate.finding(Loss)
+    kind = None if loss is None else loss.kind
+    return BalanceLoss(_prove_balance(candidate.called, candidate.model, kind) if wanted else None)
 
 
 class _Whole(tuple[Tensor, ...]):
@@ -62,19 +93,19 @@ def _of_all_ranks(mine: tuple[Tensor, ...], step: BatchInfo, mesh: ParallelMesh)
 
 
 def _real(step: BatchInfo) -> Tensor:
-    """Which of my [rows * my tokens] are not padding; none of a row that only stands in."""
+    """Which of my [rows * my tokens] are not padding; none of a dummy row."""
     positions = torch.tensor([position for run in step.positions for position in run])
-    if isinstance(step, StandIn):
+    if step.is_dummy:
         return positions[:0]
     runs = step.padding or (range(step.tokens),) * step.rows
     real = torch.stack([(positions >= run.start) & (positions < run.stop) for run in runs])
     return real.flatten().nonzero().flatten()
 
 
-def prove_balance(model: Any, base: PreTrainedModel, loss_type: str | None) -> nn.Module:
-    """The module whose ``router_logits`` the balance loss is formed of, shown by what the loss is where they are exchanged.
+def _prove_balance(model: Any, base: PreTrainedModel, loss_kind: str | None) -> nn.Module:
+    """The module whose ``router_logits`` the balance loss is formed of, proven by replacing them.
 
-    Raises ModelError where the loss knows anything else of the tokens. Changes nothing.
+    Raises ModelError where the loss depends on anything else of the tokens. Changes nothing.
     """
     recorded: dict[nn.Module, tuple[Tensor, ...]] = {}
 
@@ -83,21 +114,21 @@ def prove_balance(model: Any, base: PreTrainedModel, loss_type: str | None) -> n
             recorded[module] = output["router_logits"]
 
     labels = torch.zeros(1, TOKENS, dtype=torch.long, device=base.device)
-    learned: dict[str, Any] = {} if loss_type is None else {"labels": labels, "shift_labels": labels}
+    learned: dict[str, Any] = {} if loss_kind is None else {"labels": labels, "shift_labels": labels}
     padding = (torch.arange(TOKENS, device=base.device) >= LEFT).long().unsqueeze(0)
     inside = [module for module in base.modules() if module is not base and isinstance(module, PreTrainedModel)]
     handles = [module.register_forward_hook(record) for module in inside]
     try:
-        with proving(model), losing(base, lambda logits, *_, **__: logits.sum() * 0):
-            wanted = ask(model, attention_mask=padding, output_router_logits=True, **learned)
+        with proving(model), loss_function_set_to(base, lambda logits, *_, **__: logits.sum() * 0):
+            wanted = forward(model, attention_mask=padding, output_router_logits=True, **learned)
             for handle in handles:
                 handle.remove()
             if len(recorded) == 1 and "aux_loss" in wanted:
                 (module, logits), *_ = recorded.items()
                 real = tuple(layer.flatten(0, -2)[LEFT:] for layer in logits)
-                handles = [module.register_forward_hook(partial(_exchange, real))]
+                handles = [module.register_forward_hook(partial(_replace, real))]
                 learned = {name: value[:, : TOKENS // 2] for name, value in learned.items()}
-                found = ask(model, 0, output_router_logits=True, **learned)
+                found = forward(model, 0, output_router_logits=True, **learned)
                 of_loss = ("aux_loss", "loss")
                 if all_equal(*({name: x[name] for name in of_loss if name in x} for x in (wanted, found))):
                     return module
@@ -110,6 +141,6 @@ def prove_balance(model: Any, base: PreTrainedModel, loss_type: str | None) -> n
     )
 
 
-def _exchange(logits: tuple[Tensor, ...], module: nn.Module, args: Any, output: Any) -> Any:
+def _replace(logits: tuple[Tensor, ...], module: nn.Module, args: Any, output: Any) -> Any:
     output["router_logits"] = logits
     return output

@@ -1,4 +1,4 @@
-"""The Hugging Face model inside peft's wrapper, and which adapters can hold a part of the tokens. Knows nothing of meshes.
+"""The Hugging Face model inside peft's wrapper, and the adapters that work on each token by itself. Does not know meshes.
 
 PeftModel(**part)     what the user calls, proves, shards and trains: LoRA and its kin work on each token by itself
     LoraModel
@@ -12,18 +12,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from longspan.errors import ModelError
+from longspan.hf.candidate import Candidate
 
 
-def inner(model: nn.Module) -> PreTrainedModel | None:
+def base_of(model: nn.Module) -> PreTrainedModel | None:
     """The Transformers model that ``model`` is or, as a PeftModel, has inside; None where there is none."""
-    library = sys.modules.get("peft")  # whoever has such a model has imported it
+    library = sys.modules.get("peft")  # a PeftModel exists only where peft was imported
     found: Any = model.get_base_model() if library is not None and isinstance(model, library.PeftModel) else model
     return found if isinstance(found, PreTrainedModel) else None
 
 
-def refuse_adapters(model: Any, base: PreTrainedModel) -> None:
-    """Raise ModelError for adapters that look at the whole sequence, which a rank has a part of."""
-    for name, config in model.peft_config.items() if model is not base else ():
+def probe(candidate: Candidate) -> None:
+    """Raise ModelError for adapters that look at the whole sequence, of which a rank has a part."""
+    for name, config in candidate.called.peft_config.items() if candidate.called is not candidate.model else ():
         reason = None
         if config.is_prompt_learning or config.is_adaption_prompt:
             reason = "puts learned tokens before the sequence, which would stand before every rank's part of it"

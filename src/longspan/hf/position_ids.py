@@ -1,16 +1,17 @@
-"""A model's positions where a rank has a part of the tokens: counted as the model counts them, over the whole row.
+"""The positions of a rank's tokens, counted as the model counts them over the whole row; and position tables of a model.
 
-    0 1 2 3 ...                       what shard gives, and most models count themselves
+    0 1 2 3 ...                       what shard_batch gives, and most models count themselves
     0 0 0 | 0 1 2 ...                 counted from the first token behind padding                          (OPT)
     5 6 1 7 8 1 ...                   from padding_id + 1, and only tokens that are not padding_id         (RoBERTa)
 
-The last reads the ids of the whole row, which one exchange brings. A rotary table that is chosen by the longest position
-sees that of the whole batch behind this rank's. A table of positions that its stack of layers counts by itself (BART) is
-handed those of the call. Knows nothing of attention or losses.
+The last needs the ids of the whole row, which one all-gather brings. A rotary table that is chosen by the longest position
+sees that of the whole batch behind this rank's. A table of positions that its stack of layers counts by itself (BART) looks up
+those of the call. Does not know attention or losses.
 """
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,69 +22,82 @@ from longspan.batch.context import TARGET, BatchInfo
 from longspan.batch.shard import take, unshard
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
-from longspan.hf.mask_functions import is_pair
+from longspan.hf.candidate import Candidate, Undo, remove_all
+from longspan.hf.names import is_encoder_decoder, is_position_table
 
 
-def of_ids(ids: Tensor, padding_id: int) -> Tensor:
-    """The positions [rows, tokens] of whole rows of ids, where padding stands still and all else counts from behind it."""
+@dataclass(frozen=True)
+class PositionTables:
+    """Tables of a model that are chosen by the longest position, or counted by their stack of layers."""
+
+    def install(self, model: Any, mesh: ParallelMesh) -> Undo:
+        """Let them see the positions of the whole batch, and look up those of the call."""
+        return remove_all([*lengthen_tables(model), *pass_positions_to_tables(model)])
+
+
+def probe(candidate: Candidate) -> PositionTables:
+    """The tables of positions; position_probe.py proves how the model counts."""
+    return PositionTables()
+
+
+def positions_of_ids(ids: Tensor, padding_id: int) -> Tensor:
+    """The positions [rows, tokens] of whole rows of ids: padding has ``padding_id``, all else counts on from behind it."""
     real = (ids != padding_id).long()
     return real.cumsum(1) * real + padding_id
 
 
-def place(
-    kwargs: dict[str, Any], step: BatchInfo, behind_padding: bool, padding_id: int | None, mesh: ParallelMesh
+def model_positions(
+    kwargs: dict[str, Any], step: BatchInfo, mesh: ParallelMesh, *, behind_padding: bool, padding_id: int | None
 ) -> dict[str, Tensor]:
-    """The ``position_ids`` of a call, and its decoder's, as the model counts them, with the batch's last written on them."""
+    """The ``position_ids`` of a call, and its decoder's, as the model counts them, carrying the batch's largest position.
+
+    Args:
+        kwargs: the keywords of the call.
+        step: the call's BatchInfo.
+        mesh: where the ids of the whole row are gathered.
+        behind_padding: whether the model counts from the first token behind padding.
+        padding_id: the id of padding, for a model that counts from ids; else None.
+    """
     found = {}
     for prefix, row in {"": step, TARGET: step.target}.items():
         positions, ids = kwargs.get(f"{prefix}position_ids"), kwargs.get(f"{prefix}input_ids")
         if row is not None and isinstance(positions, Tensor):
-            found[f"{prefix}position_ids"] = _placed(positions, ids, row, behind_padding, padding_id, mesh)
+            if padding_id is not None and row.counted:
+                assert ids is not None  # or refused by Counting
+                whole = positions_of_ids(unshard(ids, mesh, tokens=row.tokens), padding_id)
+                positions = take(whole, row.positions, 1)
+            if behind_padding and row.counted and row.padding is not None:
+                starts = torch.tensor([real.start for real in row.padding], device=positions.device)
+                positions = (positions - starts.unsqueeze(1)).clamp(min=0)
+            positions = positions.view_as(positions)  # carries the attribute, the caller's tensor does not
+            positions._longspan_last = row.last_position  # type: ignore[attr-defined]
+            found[f"{prefix}position_ids"] = positions
     return found
 
 
-def _placed(
-    positions: Tensor, ids: Tensor | None, step: BatchInfo, behind_padding: bool, padding_id: int | None, mesh: ParallelMesh
-) -> Tensor:
-    if padding_id is not None and step.counted:
-        assert ids is not None  # or refused by Counting
-        positions = take(of_ids(unshard(ids, mesh, tokens=step.tokens), padding_id), step.positions, 1)
-    if behind_padding and step.counted and step.padding is not None:
-        starts = torch.tensor([row.start for row in step.padding], device=positions.device)
-        positions = (positions - starts.unsqueeze(1)).clamp(min=0)
-    positions = positions.view_as(positions)
-    positions._longspan_last = step.last_position  # type: ignore[attr-defined]
-    return positions
-
-
-def hand_over(model: Any) -> list[Any]:
+def pass_positions_to_tables(model: Any) -> list[Any]:
     """Let tables whose stack of layers takes no positions look up those of the call; returns the hooks' handles."""
     handles: list[Any] = []
     for stack in _counting(model):
-        name = f"{TARGET}position_ids" if is_pair(model) and stack is model.get_decoder() else "position_ids"
+        name = f"{TARGET}position_ids" if is_encoder_decoder(model) and stack is model.get_decoder() else "position_ids"
         held: list[Tensor | None] = []
         handles.append(stack.register_forward_pre_hook(partial(_hold, held, name), with_kwargs=True))
-        for table in filter(is_table, stack.children()):
+        for table in filter(is_position_table, stack.children()):
             handles.append(table.register_forward_pre_hook(partial(_look_up, held), with_kwargs=True))
             handles.append(table.register_forward_hook(partial(_into_rows, held)))
-        handles.append(stack.register_forward_hook(partial(_let_go, held), always_call=True))
+        handles.append(stack.register_forward_hook(partial(_forget, held), always_call=True))
     return handles
 
 
-def handed_over(model: Any) -> set[str]:
-    """How the names of positions begin that a stack does not take, and looks up all the same: those of the row it counts."""
-    return {"" if stack is not model.get_decoder() or not is_pair(model) else TARGET for stack in _counting(model)}
+def rows_counted_by_stacks(model: Any) -> set[str]:
+    """The prefixes ("" or "decoder_") of the rows whose positions a stack counts by itself and does not take."""
+    return {"" if stack is not model.get_decoder() or not is_encoder_decoder(model) else TARGET for stack in _counting(model)}
 
 
 def _counting(model: Any) -> list[nn.Module]:
     """The stacks with a table of positions that take no positions."""
-    stacks = [stack for stack in model.modules() if any(is_table(child) for child in stack.children())]
+    stacks = [stack for stack in model.modules() if any(is_position_table(child) for child in stack.children())]
     return [stack for stack in stacks if "position_ids" not in inspect.signature(stack.forward).parameters]
-
-
-def is_table(module: nn.Module) -> bool:
-    """Whether it is a table of positions that is told which: BART's and its kin's."""
-    return "PositionalEmbedding" in type(module).__name__ and "position_ids" in inspect.signature(module.forward).parameters
 
 
 def _hold(held: list[Tensor | None], name: str, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -100,7 +114,7 @@ def _into_rows(held: list[Tensor | None], table: nn.Module, args: Any, output: T
     return output if not held or held[-1] is None else output.view(*held[-1].shape, -1)
 
 
-def _let_go(held: list[Tensor | None], *_: Any) -> None:
+def _forget(held: list[Tensor | None], *_: Any) -> None:
     held.clear()
 
 

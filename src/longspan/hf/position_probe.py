@@ -1,24 +1,28 @@
-"""How a model counts positions, and what it hides, where it is told neither: shown on one rank.
+"""How a model counts positions, and which tokens it hides as padding, where the batch gives neither: proven on one rank.
 
     positions   0 1 2 3 ...      from the first token, from behind padding (OPT), from ids (RoBERTa); by tables that end
     hidden      pad a b pad      tokens that are padding by their ids, where no mask is given (T5Gemma)
 
-A rank would count and hide its own part of the tokens otherwise than all of them. So it is given what all of them say
-(positions.py), or refused, on every rank. Knows nothing of attention or losses.
+A rank would count and hide otherwise over its part of the tokens than over all of them. So it is given positions of the whole
+row (position_ids.py), or refused, on every rank. Does not know attention or losses.
 """
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longspan.batch.context import TARGET, BatchInfo, refuse_unknown_tokens
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, ModelError
-from longspan.hf.mask_functions import Said
-from longspan.hf.position_ids import handed_over, is_table, of_ids
-from longspan.hf.probe import TOKENS, Probe, all_equal, ask, ids_of, proving, rows, special, whole
+from longspan.hf.candidate import Candidate, Undo, remove_all
+from longspan.hf.mask_functions import MaskFunction
+from longspan.hf.names import is_position_table
+from longspan.hf.position_ids import model_positions, positions_of_ids, rows_counted_by_stacks
+from longspan.hf.probe import TOKENS, Probe, all_equal, batch_of, forward, ids_of, proving, row_lengths, special_ids
 
 LEFT = 3
 """Tokens of padding on the left, where the proof has some."""
@@ -26,21 +30,34 @@ LEFT = 3
 
 @dataclass(frozen=True)
 class Counting:
-    """What was found. Rows are told apart by how the names of their tensors begin: "", or "decoder_".
+    """What was proven. A row is named by the prefix of its tensors' names: "", or "decoder_".
 
-    ``hides_padding``: by ids, where no mask is given. ``handed_over``: rows whose positions it counts whatever it is given.
-    ``known``: how many positions the tables of a row have. ``behind_padding``: whether its own positions begin there.
-    ``padding_id``: that of the ids that it counts positions from, or None.
+    Attributes:
+        hides_padding: whether the model hides padding by the ids of tokens, where no mask is given.
+        ignoring: the rows whose positions it counts by itself, whatever it is given.
+        known: the number of positions in the tables of a row.
+        behind_padding: whether its own positions begin behind padding on the left.
+        padding_id: the id of padding, for a model that counts positions from ids; else None.
     """
 
     hides_padding: bool
-    handed_over: set[str]
+    ignoring: set[str]
     known: dict[str, int]
     behind_padding: bool
     padding_id: int | None
 
+    def install(self, model: Any, mesh: ParallelMesh) -> Undo:
+        """Before each forward, refuse what the model would count otherwise, and give it the positions of the whole row."""
+        return remove_all([model.register_forward_pre_hook(partial(self._before, mesh), with_kwargs=True)])
+
+    def _before(self, mesh: ParallelMesh, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        step = kwargs["longspan"]
+        self.refuse(model, step)
+        behind, padding_id = self.behind_padding, self.padding_id
+        return args, kwargs | model_positions(kwargs, step, mesh, behind_padding=behind, padding_id=padding_id)
+
     def refuse(self, model: Any, step: BatchInfo) -> None:
-        """Raise, on every rank alike, for rows that ``model`` would count or hide in another way than over all tokens."""
+        """Raise, on every rank alike, for rows that ``model`` would count or hide otherwise than over all tokens."""
         name = type(model).__name__
         if self.hides_padding and not step.masked:
             masks = "attention_mask and decoder_attention_mask" if step.target else "attention_mask"
@@ -59,7 +76,7 @@ class Counting:
                 self._refuse_positions(row, prefix, name)
 
     def _refuse_positions(self, row: BatchInfo, prefix: str, name: str) -> None:
-        if prefix in self.handed_over and row.furthest_placed >= 0:
+        if prefix in self.ignoring and row.furthest_placed >= 0:
             raise ModelError(f"{name} counts its positions itself and ignores {prefix}position_ids; give shard_batch none")
         before = 0 if self.padding_id is None else self.padding_id + 1
         for furthest, first in ((row.furthest, before), (row.furthest_placed, 0)):
@@ -71,42 +88,41 @@ class Counting:
                 )
 
 
-def prove_counting(model: Any, base: Any) -> Counting:
-    """How ``model`` counts and hides; ``base`` is the one inside an adapter's wrapper, or the same. Changes nothing.
-
-    Raises ModelError for a model that counts its positions in a way that is none of these.
-    """
+def probe(candidate: Candidate) -> Counting:
+    """How the candidate counts positions and hides padding. Raises ModelError for a way of counting that is none of these."""
+    model, base = candidate.called, candidate.model
     with proving(model):
-        return Counting(_hides_padding(model), handed_over(model), _positions_known(model), *_prove_positions(model, base))
+        ignoring, known = rows_counted_by_stacks(model), _positions_known(model)
+        return Counting(_hides_padding(model), ignoring, known, *_prove_positions(model, base))
 
 
 def _hides_padding(model: Any) -> bool:
-    """Whether some layer is told to hide tokens that are padding by their ids, though no mask was given."""
+    """Whether some layer hides tokens that are padding by their ids, though no mask was given."""
     known = getattr(model.get_input_embeddings(), "num_embeddings", 0)
-    padding, probe = sorted(token for token in special(model, "pad") if 0 <= token < known), Probe()
-    changed: dict[str, Any] = {name: x for name, x in whole(model).items() if name.endswith("input_ids")} if padding else {}
+    padding, probe = sorted(token for token in special_ids(model, "pad") if 0 <= token < known), Probe()
+    changed: dict[str, Any] = {name: x for name, x in batch_of(model).items() if name.endswith("input_ids")} if padding else {}
     for ids in changed.values():
         ids[0, 1 : 1 + len(padding)] = torch.tensor(padding, device=ids.device)
-    ask(model, probe=probe, **changed)
-    return any(isinstance(call.said, Said) and call.said.hides for call in probe.calls)
+    forward(model, probe=probe, **changed)
+    return any(isinstance(call.mask, MaskFunction) and call.mask.hides_padding for call in probe.calls)
 
 
 def _positions_known(model: Any) -> dict[str, int]:
-    """The length of the shortest table that is looked up by the positions of the tokens, of each row that has one."""
+    """For each row that has a table looked up by its tokens' positions, the length of the shortest."""
     lengths: dict[str, int] = {}
-    row_of = {count: name for name, count in rows(model).items()}
+    row_of = {count: name for name, count in row_lengths(model).items()}
 
     def note(table: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("position_ids") if is_table(table) else args[0] if args else kwargs.get("input")
+        ids = kwargs.get("position_ids") if is_position_table(table) else args[0] if args else kwargs.get("input")
         if isinstance(ids, Tensor) and ids.numel() in row_of and bool((ids.flatten().diff() == 1).all()):
-            first = getattr(table, "offset", 0) if is_table(table) else int(ids.min())
+            first = getattr(table, "offset", 0) if is_position_table(table) else int(ids.min())
             row = row_of[ids.numel()]
             lengths[row] = min(table.num_embeddings - first, lengths.get(row, table.num_embeddings))
 
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     handles = [table.register_forward_pre_hook(note, with_kwargs=True) for table in tables]
     try:
-        ask(model)
+        forward(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -116,9 +132,9 @@ def _positions_known(model: Any) -> dict[str, int]:
 def _prove_positions(model: Any, base: Any) -> tuple[bool, int | None]:
     """How positions are counted where none are given: from 0, or True, behind padding on the left (OPT), or from the ids,
     whose padding is this one (RoBERTa)."""
-    given = ask(model)
-    uncounted: dict[str, Any] = {f"{name}position_ids": None for name in rows(model)}
-    if not all_equal(given, ask(model, **uncounted)):
+    given = forward(model)
+    uncounted: dict[str, Any] = {f"{name}position_ids": None for name in row_lengths(model)}
+    if not all_equal(given, forward(model, **uncounted)):
         padding_id = model.config.get_text_config().pad_token_id
         if padding_id is not None and _counts_ids(model, padding_id):
             return False, padding_id
@@ -128,25 +144,25 @@ def _prove_positions(model: Any, base: Any) -> tuple[bool, int | None]:
         )
     if "attention_mask" not in inspect.signature(base.forward).parameters:
         return False, None
-    places = {name: torch.arange(count, device=model.device).unsqueeze(0) for name, count in rows(model).items()}
+    places = {name: torch.arange(count, device=model.device).unsqueeze(0) for name, count in row_lengths(model).items()}
     padding: dict[str, Any] = {f"{name}attention_mask": (at >= LEFT).long() for name, at in places.items()}
-    counted = _behind_padding(ask(model, **uncounted, **padding))
+    counted = _behind_padding(forward(model, **uncounted, **padding))
     if all_equal(_behind_padding(given), counted):
         return False, None
     behind: dict[str, Any] = {f"{name}position_ids": (at - LEFT).clamp(min=0) for name, at in places.items()}
-    moved = ask(model, **behind, **padding)
+    moved = forward(model, **behind, **padding)
     if not all_equal(_behind_padding(moved), counted):
         raise ModelError(f"{type(model).__name__} counts its positions from padding in its own way, which is not supported yet")
     return True, None
 
 
 def _counts_ids(model: Any, padding_id: int) -> bool:
-    """Whether the model gives the same where its positions are those of ``of_ids``, with and without a mask of padding."""
+    """Whether the model counts as ``positions_of_ids`` does, with and without a mask of padding."""
     ids = ids_of(model).unsqueeze(0)
     ids[0, [0, 1, LEFT + 1, TOKENS - 1]] = padding_id
-    counted = ask(model, input_ids=ids, position_ids=of_ids(ids, padding_id))
+    counted = forward(model, input_ids=ids, position_ids=positions_of_ids(ids, padding_id))
     masks: tuple[dict[str, Any], ...] = ({}, {"attention_mask": (ids != padding_id).long()})
-    return all(all_equal(counted, ask(model, input_ids=ids, position_ids=None, **mask)) for mask in masks)
+    return all(all_equal(counted, forward(model, input_ids=ids, position_ids=None, **mask)) for mask in masks)
 
 
 def _behind_padding(given: dict[str, Tensor]) -> dict[str, Tensor]:

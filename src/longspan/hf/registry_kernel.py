@@ -1,38 +1,73 @@
-"""An attention of Transformers' registry as a kernel, by its name: what the layer would call, on my heads of every token.
+"""An attention of Transformers' registry as a kernel, by its name (kernel="hf:sdpa"): on my heads of every token.
 
     rows      d d d d e e . . f f f f f        R rows of the batch behind one another, as a kernel gets them with their bands
-    blocks    [d d d d][e e]   [f f f f f]     rows that see one another only: a document, a row of the batch without padding
+    blocks    [d d d d][e e]   [f f f f f]     rows that see only one another: a document, a row of the batch without padding
               function(module, q, k, v, mask, scaling=, ...)      once a block, [1, my heads, rows of the block, dim]
 
-A block that is all causal, full or a window says so by keywords; any other shape needs a mask of its rows x rows, which "sdpa"
-and "eager" take as Transformers builds them, and flash attention does not. The layer's module is seen through a stand-in: its
-sinks are those of my heads, and another tensor of it, which has every head, is refused. Such a function returns no log-sum-exp:
-it runs once more for the gradients, and its parts cannot be merged over a ring.
+A block that is causal, full or a window is described by keywords; any other shape needs a mask of its rows x rows, which "sdpa"
+and "eager" take as Transformers builds them, and flash attention does not. The function is given a view of the layer's module:
+its sinks are those of my heads, and any other tensor of it, which has every head, is refused. Such a function returns no
+log-sum-exp: it runs once more for the gradients, and its parts cannot be merged over a ring.
 
-Knows nothing of ranks. R rows of a block   G my heads   D head dim
+Does not know ranks. R rows of a block   G my heads   D head dim
 """
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
-from longspan.distributed.mesh import MeshCoordinate
+from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import KernelError
+from longspan.hf._compat import (
+    ALL_ATTENTION_FUNCTIONS,
+    eager_mask,
+    flash_attention_mask,
+    mask_functions,
+    sdpa_mask,
+    set_attention_name,
+)
+from longspan.hf.attention_layers import AttentionLayers
+from longspan.hf.candidate import Candidate, Undo
+from longspan.hf.names import SINK_PARAMETERS
 from longspan.kernels.protocol import BoundBias
 from longspan.masks.bands import Band, rectangle
 from longspan.masks.constructors import Causal, Full, Mask, Window
 
 PREFIX = "hf:"
-"""How names of the registry are told from longspan's own: both have an "sdpa"."""
+"""Distinguishes names of the registry from longspan's own: both have an "sdpa"."""
 TAKES = {sdpa_mask: "booleans", eager_mask: "numbers", flash_attention_mask: "nothing", None: "nothing"}
 """What an attention takes as its mask, by the mask function that Transformers has registered under the same name."""
+
+
+@dataclass(frozen=True)
+class RegistryKernels:
+    """The kernel of each attention layer."""
+
+    kernels: tuple[tuple[Any, "Registered"], ...]
+
+    def install(self, model: Any, mesh: ParallelMesh) -> Undo:
+        """Let each layer attend by its kernel; undone with the layers."""
+        for module, kernel in self.kernels:
+            layer = module._longspan
+            module._longspan = layer._replace(attend=partial(kernel.attend, by=layer.attend))
+        return lambda: None
+
+
+def probe(candidate: Candidate) -> RegistryKernels | None:
+    """The kernels of a candidate with kernel="hf:...". Raises KernelError for a layer that cannot have it."""
+    kernel, found = candidate.kernel, candidate.finding(AttentionLayers)
+    if not isinstance(kernel, str) or not kernel.startswith(PREFIX) or found is None:
+        return None
+    if any(layer.crosses for _, layer in found.layers):
+        raise KernelError(f"kernel={kernel!r} attends within one row of tokens, an encoder-decoder has two; use kernel='auto'")
+    return RegistryKernels(tuple((module, Registered(kernel, module, layer.name, layer.own)) for module, layer in found.layers))
 
 
 def refuse_name(kernel: str, model: PreTrainedModel, coordinate: MeshCoordinate) -> None:
@@ -57,47 +92,48 @@ def refuse_name(kernel: str, model: PreTrainedModel, coordinate: MeshCoordinate)
 
 def _names() -> list[str]:
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
-    return [name for name in known if _masks().get(name) in TAKES and not name.startswith("paged|")]
-
-
-def _masks() -> Any:
-    return AttentionMaskInterface()  # type: ignore[no-untyped-call]
-
-
-SINKS = ("sinks",)
-"""What a layer calls its sinks, where its function reads them from it."""
+    return [name for name in known if mask_functions().get(name) in TAKES and not name.startswith("paged|")]
 
 
 class Registered:
     """The attention ``kernel`` ("hf:" and its name) of one layer, as a Kernel; its lse means nothing.
 
-    ``own`` is who may look at whom in the layer. Raises KernelError for a layer that cannot have it. Changes nothing.
+    Args:
+        kernel: the name.
+        module: the attention module.
+        layer: its name in messages.
+        own: its mask.
+
+    Raises:
+        KernelError: the layer cannot have this kernel.
     """
 
     def __init__(self, kernel: str, module: nn.Module, layer: str, own: Mask) -> None:
         self.name, self.module, self.layer = kernel, module, layer
         name = kernel.removeprefix(PREFIX)
-        self.takes = TAKES[_masks().get(name)]
+        self.takes = TAKES[mask_functions().get(name)]
         function = _function(module, name)
         if function is None:
             raise KernelError(f"kernel={kernel!r} means the modeling file's own, and that of {layer} has none; use 'auto'")
         self.function = function
         if self.takes == "nothing" and not isinstance(own, Full | Causal | Window):
-            raise KernelError(_unsaid(kernel, f"the mask {own} of {layer}"))
+            raise KernelError(_not_expressible(kernel, f"the mask {own} of {layer}"))
         self.config = deepcopy(getattr(module, "config", None))
         if self.config is not None:
-            self.config._attn_implementation = name
+            set_attention_name(self.config, name)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, by: Callable[..., Tensor],
         softcap: float | None = None, sink_logits: Tensor | None = None, bias: Any = None, **more: Any,
     ) -> Tensor:  # fmt: skip
-        """``by`` (``attend`` over a mesh) with this kernel, which is given the sinks as parameters beside q, k, v."""
+        """``by`` (``attend`` over a mesh) with this kernel, which gets the sinks as parameters beside q, k, v."""
         if bias is not None:
-            raise KernelError(f"kernel={self.name!r} cannot carry the bias of {self.layer}, asked a tile at a time; use 'auto'")
-        for what, asked in {"softcap": softcap, "sink_logits": sink_logits}.items():
-            if asked is not None and self.takes == "booleans":
+            raise KernelError(
+                f"kernel={self.name!r} cannot carry the bias of {self.layer}, which is evaluated a tile at a time; use 'auto'"
+            )
+        for what, value in {"softcap": softcap, "sink_logits": sink_logits}.items():
+            if value is not None and self.takes == "booleans":
                 raise KernelError(
                     f"kernel={self.name!r} cannot carry {what}, which {self.layer} asks for; use 'hf:eager' or 'auto'"
                 )
@@ -138,34 +174,34 @@ class Registered:
         self, q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, block: "_Block", scale: float, softcap: float | None,
         bias: BoundBias | None,
     ) -> Tensor:  # fmt: skip
-        """What the layer's function gives for the rows of a block: [rows, my heads, v_dim]."""
+        """The output of the layer's function for the rows of a block: [rows, my heads, v_dim]."""
         zero = torch.zeros(1, dtype=torch.long, device=q_RGD.device)
         sinks = None if bias is None else bias(zero, zero).flatten()
-        said, mask, blind = block.said(), None, None
-        if not self._can_do_without_a_mask(said):
+        keywords, mask, blind = block.keywords(), None, None
+        if not self._needs_no_mask(keywords):
             mask, blind = block.mask(q_RGD.device)
-            said = {}  # the mask says it all
+            keywords = {}  # the mask expresses all of it
         if mask is not None and self.takes == "numbers":
             mask = torch.zeros_like(mask, dtype=q_RGD.dtype).masked_fill(~mask, torch.finfo(q_RGD.dtype).min)
         beside = {name: value for name, value in {"softcap": softcap, "s_aux": sinks}.items() if value is not None}
-        layer = _Seen(self, q_RGD.shape[1] // k_RGD.shape[1], sinks)
+        layer = _LayerView(self, q_RGD.shape[1] // k_RGD.shape[1], sinks)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_RGD, k_RGD, v_RGD))
-        out: Tensor = self.function(layer, q, k, v, mask, dropout=0.0, scaling=scale, **(said or {}), **beside)[0][0]
+        out: Tensor = self.function(layer, q, k, v, mask, dropout=0.0, scaling=scale, **(keywords or {}), **beside)[0][0]
         return out if blind is None else out.masked_fill(blind[:, None, None], 0.0)
 
-    def _can_do_without_a_mask(self, said: dict[str, Any] | None) -> bool:
+    def _needs_no_mask(self, keywords: dict[str, Any] | None) -> bool:
         if self.takes == "nothing":
-            if said is None:
-                raise KernelError(_unsaid(self.name, f"the mask of this step in {self.layer}"))
+            if keywords is None:
+                raise KernelError(_not_expressible(self.name, f"the mask of this step in {self.layer}"))
             return True
         causal_is_free = self.takes == "booleans"
-        return said is not None and "sliding_window" not in said and (causal_is_free or not said["is_causal"])
+        return keywords is not None and "sliding_window" not in keywords and (causal_is_free or not keywords["is_causal"])
 
 
 class _Sinks:
-    """A layer's sinks in the place of a bias, whose parameters an operator has gradients for: it adds nothing to scores.
+    """A layer's sinks in place of a bias, for whose parameters the operator forms gradients; it adds nothing to scores.
 
-    Asked for some heads, it gives their sinks [heads, 1, 1].
+    Called for some heads, it gives their sinks [heads, 1, 1].
     """
 
     def __init__(self, sinks: Tensor) -> None:
@@ -175,8 +211,8 @@ class _Sinks:
         return parameters[0][heads.start : heads.stop].view(-1, 1, 1)
 
 
-class _Seen:
-    """An attention layer as its function sees it: with my heads only."""
+class _LayerView:
+    """An attention layer as its function is to see it: with my heads only."""
 
     def __init__(self, kernel: Registered, groups: int, sinks: Tensor | None) -> None:
         self._kernel, self._sinks = kernel, sinks
@@ -186,7 +222,7 @@ class _Seen:
         value = getattr(self._kernel.module, name)
         if not isinstance(value, Tensor):
             return value
-        if name in SINKS and self._sinks is not None:
+        if name in SINK_PARAMETERS and self._sinks is not None:
             return self._sinks
         raise KernelError(
             f"kernel={self._kernel.name!r} reads {name} of {self._kernel.layer}, which has every head; use kernel='auto'"
@@ -194,14 +230,14 @@ class _Seen:
 
 
 class _Block(NamedTuple):
-    """Rows [start, stop) that see one another only, and how."""
+    """Rows [start, stop) that see only one another, and by which bands."""
 
     start: int
     stop: int
     bands: tuple[Band, ...]
 
-    def said(self) -> dict[str, Any] | None:
-        """The keywords that say the same without a mask, or None: one band of all rows, causal or full, perhaps a window."""
+    def keywords(self) -> dict[str, Any] | None:
+        """The keywords that express the same without a mask, or None: one band of all rows, causal or full, with a window."""
         if len(self.bands) > 1:
             return None
         whole, band = rectangle(self.start, self.stop, self.start, self.stop), self.bands[0]
@@ -213,7 +249,7 @@ class _Block(NamedTuple):
         return {"is_causal": band.hi == 0} | window
 
     def mask(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(who sees whom [1, 1, rows, rows], who sees nobody [rows]): a row that sees nobody is shown itself instead."""
+        """(which row sees which [1, 1, rows, rows], which sees none [rows]); such a row sees itself instead."""
         rows = self.stop - self.start
         sees = torch.zeros(rows, rows, dtype=torch.bool, device=device)
         at = torch.arange(self.start, self.stop, device=device)
@@ -226,7 +262,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(bands: Sequence[Band]) -> Iterator[_Block]:
-    """The fewest rows that see one another only, in their order; a row that neither sees nor is seen is in none."""
+    """The smallest blocks of rows that see only one another, in order; a row that neither sees nor is seen is in none."""
     block: _Block | None = None
     for band in sorted(bands, key=lambda band: min(band.q_start, band.k_start)):
         start, stop = min(band.q_start, band.k_start), max(band.q_stop, band.k_stop)
@@ -241,7 +277,7 @@ def _blocks(bands: Sequence[Band]) -> Iterator[_Block]:
 
 
 def _function(module: nn.Module, name: str) -> Callable[..., Any] | None:
-    """What the layer itself would call: by the registry of its modeling file, which may have entries of its own."""
+    """The function that the layer itself would call: by the registry of its modeling file, which may have its own entries."""
     files = [vars(sys.modules[kind.__module__]) for kind in type(module).__mro__ if kind.__module__ in sys.modules]
     own = next((file for file in files if "ALL_ATTENTION_FUNCTIONS" in file), {})
     registry = own.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
@@ -249,5 +285,5 @@ def _function(module: nn.Module, name: str) -> Callable[..., Any] | None:
     return found
 
 
-def _unsaid(kernel: str, what: str) -> str:
-    return f"kernel={kernel!r} takes no mask and cannot be told {what}; use 'hf:sdpa', 'hf:eager' or 'auto'"
+def _not_expressible(kernel: str, what: str) -> str:
+    return f"kernel={kernel!r} takes no mask and cannot express {what}; use 'hf:sdpa', 'hf:eager' or 'auto'"

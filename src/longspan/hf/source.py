@@ -1,7 +1,7 @@
 """The model of ``--model hf:FOLDER``: a language model of Transformers, loaded and exported. Needs the extra ``hf``.
 
 FOLDER   config.json      ->  class, heads, parameters: counted on the meta device
-         *.safetensors    ->  its weights: whole on each rank (zero=0), or read in shares by ``parallelize`` (zero=3)
+         *.safetensors    ->  its weights: whole on each rank (zero=0), or read in shards by ``parallelize`` (zero=3)
          tokenizer.json   ->  the run's tokenizer, where it names no other
 runs/NAME/export          <-  the trained model as such a folder
 """
@@ -26,13 +26,12 @@ from transformers.utils import logging
 from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
+from longspan.hf.names import is_dropout_field, number_of_experts
 from longspan.hf.weights import build_empty, class_of, load, load_whole, read_config, save
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""What configs call the number of their experts."""
 OF_THE_FOLDER = ("_name_or_path", "transformers_version", "dtype")
-"""Fields of a config that say where it lies, not what the model is."""
+"""Fields of a config that describe the folder, not the model."""
 
 
 def read(folder: str, layers: int | None = None) -> "FolderSource":
@@ -113,7 +112,7 @@ class FolderSource:
                 f"the tokenizer {tokenizer} has {vocab} tokens, more than the {self.vocab} that {kind} knows; name the model's "
                 f"own with --tokenizer"
             )
-        if drops := [name for name, value in vars(self._text).items() if _is_dropout(name) and value]:
+        if drops := [name for name, value in vars(self._text).items() if is_dropout_field(name) and value]:
             raise ModelError(
                 f"{kind} would drop activations in training (config.{', config.'.join(drops)}), differently on every layout; "
                 f"set {'it' if len(drops) == 1 else 'them'} to 0 in its config.json"
@@ -127,7 +126,7 @@ class FolderSource:
                 return load(self.folder, config=config, dtype=dtype, seed=seed)
             model: Any = load_whole(self.folder, config, torch.float32, seed)
             model.to(dtype)
-            if dtype == torch.float64 and _experts(config):
+            if dtype == torch.float64 and number_of_experts(config.get_text_config()):
                 model.set_experts_implementation("eager")  # the grouped matmul has no fp64
             built: nn.Module = model
             return built
@@ -136,12 +135,12 @@ class FolderSource:
         """As the decoder counts them: 6 for each parameter that a token is multiplied with (matrices, the head, of the experts
         those it is sent to), and 12 for each dimension of a head and key that it sees; windows are not counted."""
         text = self._text
-        experts = _experts(self.config)
-        share = (getattr(text, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
+        experts = number_of_experts(text)
+        active = (getattr(text, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
         matrices = 0.0
         for name, parameter in self.outline.named_parameters():
             if parameter.ndim > 1:
-                matrices += parameter.numel() * (share if ".experts." in name else 1)
+                matrices += parameter.numel() * (active if ".experts." in name else 1)
         embedding = self.outline.get_input_embeddings().weight
         if embedding is not getattr(self.outline.get_output_embeddings(), "weight", None):
             matrices -= embedding.numel()
@@ -182,15 +181,6 @@ def _cut(config: PreTrainedConfig, folder: str, layers: int) -> None:
         if isinstance(value, list) and len(value) == text.num_hidden_layers and name.endswith("layer_types"):
             setattr(text, name, value[:layers])
     text.num_hidden_layers = layers
-
-
-def _experts(config: PreTrainedConfig) -> int:
-    text = config.get_text_config()
-    return next((count for name in EXPERTS if (count := getattr(text, name, None))), 0)
-
-
-def _is_dropout(name: str) -> bool:
-    return ("dropout" in name or name.endswith("_pdrop")) and not name.startswith(("classifier", "summary"))
 
 
 def _copy_beside(folder: Path, tokenizer: str, source: str | None) -> None:

@@ -1,15 +1,16 @@
-"""The T5 family's bias by relative position: a number a head and distance, in place of a tensor [heads, queries, keys].
+"""The T5 family's relative position bias: one number for each head and distance instead of a tensor [heads, queries, keys].
 
-    model     compute_bias(n, n)[head, q, k]  ==  distances[head, k - q + n - 1]                        shown on one rank
+    model     compute_bias(n, n)[head, q, k]  ==  distances[head, k - q + n - 1]                        proven on one rank
     here      distances = compute_bias(1, 2 n - 1) of a query behind n - 1 others: the model's own function and table;
-              layers hand it on as they hand on their bias, and attention asks a tile of it at a time
+              layers pass it on as they pass on their bias, and attention evaluates a tile of it at a time
 
-n is the length of the whole row: linear in memory, where the model's own tensor is not. Layers that look from one row at
-another have no such bias, and would form zeros [heads, queries, keys]: those that take one are handed an empty one.
+n is the length of the whole row: linear in memory, where the model's own tensor is not. Cross-attention has no such bias, and
+would form zeros [heads, queries, keys]: layers that take one are given an empty one.
 Source: T5, arXiv:1910.10683, section 2.1.
 """
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +18,31 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from longspan.batch.context import BatchInfo
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
+from longspan.hf.candidate import Candidate, Undo, remove_all
 
-SHOWN = 9
-"""Tokens of the row on which ``compute_bias`` is shown to know distances alone."""
+PROVEN_TOKENS = 9
+"""Tokens of the row on which ``compute_bias`` is proven to depend on distances alone."""
+
+
+@dataclass(frozen=True)
+class RelativeBias:
+    """Layers that add a bias by relative position."""
+
+    def install(self, model: Any, mesh: ParallelMesh) -> Undo:
+        """Let them compute the bias of all distances of the whole row."""
+        return remove_all(compute_biases_by_distance(model))
+
+
+def probe(candidate: Candidate) -> RelativeBias | None:
+    """Whether layers of the candidate add a bias by relative position; ModelError for one of more than distances."""
+    prove_distances(candidate.model)
+    return RelativeBias() if any(map(_computes, candidate.model.modules())) else None
 
 
 class Distances:
-    """A bias as ``attend`` asks for it, of ``distances`` [heads, 2 n - 1] for keys n - 1 before a query to n - 1 behind it."""
+    """A bias in the form that ``attend`` takes, of ``distances`` [heads, 2 n - 1]: n - 1 before a query to n - 1 behind it."""
 
     def __init__(self, distances: Float[Tensor, "heads distances"]) -> None:
         self.parameters = (distances,)
@@ -37,15 +55,15 @@ class Distances:
         return distances[heads.start : heads.stop, k_positions - q_positions.unsqueeze(1) + own]
 
 
-def bias_of(module: nn.Module, position_bias: Tensor, tokens: int) -> Distances:
-    """What a layer hands its attention over rows of ``tokens``. Raises ModelError where it is none by distance."""
+def distances_of(module: nn.Module, position_bias: Tensor, tokens: int) -> Distances:
+    """The bias that a layer passes to its attention over rows of ``tokens``; ModelError where it is not one by distance."""
     if position_bias.shape[2:] != (1, 2 * tokens - 1):
         _refuse(module, position_bias)
     return Distances(position_bias[0, :, 0])
 
 
 def refuse_bias_across(module: nn.Module, position_bias: Tensor) -> None:
-    """Raise ModelError for a layer that looks from one row at another, and adds to its scores."""
+    """Raise ModelError for a cross-attention layer that adds to its scores."""
     if bool(position_bias.any()):
         _refuse(module, position_bias)
 
@@ -57,18 +75,21 @@ def _refuse(module: nn.Module, position_bias: Tensor) -> None:
     )
 
 
-def hand_distances(model: nn.Module) -> list["ByDistance"]:
+def compute_biases_by_distance(model: nn.Module) -> list["ByDistance"]:
     """Let every layer that computes a bias compute that of all distances; returns what takes it back by ``remove``."""
     return [ByDistance(module) for module in model.modules() if _computes(module)]
 
 
 def prove_distances(model: nn.Module) -> None:
-    """Raise ModelError for a layer whose bias knows more than distances. Changes nothing."""
+    """Raise ModelError for a layer whose bias depends on more than distances. Changes nothing."""
     for name, module in model.named_modules():
         if _computes(module) and getattr(module, "has_relative_attention_bias", False):
             compute: Any = module.compute_bias
-            bias = Distances(compute(1, 2 * SHOWN - 1, past_seen_tokens=SHOWN - 1)[0, :, 0])
-            places, own = torch.arange(SHOWN, device=bias.parameters[0].device), compute(SHOWN, SHOWN)[0]
+            bias = Distances(compute(1, 2 * PROVEN_TOKENS - 1, past_seen_tokens=PROVEN_TOKENS - 1)[0, :, 0])
+            places, own = (
+                torch.arange(PROVEN_TOKENS, device=bias.parameters[0].device),
+                compute(PROVEN_TOKENS, PROVEN_TOKENS)[0],
+            )
             if not torch.equal(bias(range(len(own)), places, places, bias.parameters), own):
                 raise ModelError(f"{type(module).__name__} '{name}' adds a bias that is not of distances alone: not supported")
 
@@ -93,9 +114,9 @@ class ByDistance:
         step, hidden = kwargs.get("longspan"), args[0] if args else kwargs["hidden_states"]
         row = step.target if isinstance(step, BatchInfo) and module.is_decoder and step.target is not None else step
         self._tokens = row.tokens if isinstance(row, BatchInfo) else hidden.shape[1]
-        handed = kwargs.get("position_bias")
-        if handed is not None:
-            kwargs = kwargs | {"position_bias": handed.clone()}  # FSDP2 wants what a block hands on to be no view
+        given = kwargs.get("position_bias")
+        if given is not None:
+            kwargs = kwargs | {"position_bias": given.clone()}  # FSDP2 hooks the outputs of a block, which may be no views
         elif self._takes_one and not module.has_relative_attention_bias:
             kwargs = kwargs | {"position_bias": hidden.new_zeros(1, module.n_heads, 1, 0)}
         return args, kwargs

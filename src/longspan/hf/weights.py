@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a model whose weights stay on the disk until each rank knows which of them are its own.
+"""Sharded reading and writing of Hugging Face folders: each rank reads the slices of the weights that it keeps.
 
     config.json      --load-->   the model on the meta device: its shapes, no weights
                                       |   parallelize(model, mesh, zero=3) shards it, still without weights, and then
@@ -7,7 +7,7 @@
                                       |   ... proves it, gathered block by block, and trains it
     folder/          <--save--   each rank its slices; put together on the disk, one tensor at a time
 
-With zero=3 no rank ever holds more than its share and the largest block. Knows nothing of how a model is sharded or proven.
+With zero=3 no rank ever holds more than its shard and the largest block. Does not know how a model is sharded or proven.
 """
 
 import hashlib
@@ -35,24 +35,35 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
+from longspan.hf import _compat
 from longspan.hf.adapter import blocks
 
 WEIGHTS = (".safetensors", ".bin")
 """How files of weights end; only the first kind can be read in parts."""
 FILE_BYTES = 5 * 2**30
-"""Of one file of saved weights; a larger tensor has a file of its own."""
+"""The size of one file of saved weights; a larger tensor has a file of its own."""
 
 
 def load(
     folder: str | Path, *, config: PreTrainedConfig | None = None, dtype: torch.dtype | None = None, seed: int = 0
 ) -> PreTrainedModel:
-    """The model of a folder, on the meta device until ``parallelize(load(folder), mesh, zero)`` reads each rank's share of it.
+    """The model of a folder, on the meta device until ``parallelize(load(folder), mesh, zero)`` reads each rank's shard of it.
 
-    Afterwards its parameters equal those of ``from_pretrained(folder, dtype=dtype)``, in the dtype that the config names where
-    none is given. A folder with a config alone means random weights, which depend on (config, seed) and on no layout.
+    Afterwards its parameters equal those of ``from_pretrained(folder, dtype=dtype)``. A folder with a config alone means random
+    weights, which depend on (config, seed) and on no layout.
 
-    Raises ModelError for a folder without a config or with one that Transformers does not know, and in ``parallelize``, on
-    every rank alike, for weights that are not those of the model by name and shape, or not the same on all ranks.
+    Args:
+        folder: with config.json and, for weights, *.safetensors.
+        config: instead of the folder's.
+        dtype: of the parameters; the config's where none is given.
+        seed: of random weights.
+
+    Returns:
+        The model, in training mode, without weights.
+
+    Raises:
+        ModelError: a folder without a config or with one that Transformers does not know; in ``parallelize``, on every rank
+            alike, weights that are not those of the model by name and shape, or not the same on all ranks.
     """
     model = build_empty(config or read_config(folder), dtype)
     vars(model)["_longspan_unread"] = Unread(model, Path(folder), seed)
@@ -82,10 +93,10 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
         class_of(config)
     except ModelError:
         raise
-    except Exception as error:  # whatever a config of something else makes the library stumble over
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # a config of something else fails in the library in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"the config of '{folder}' is of no model that Transformers {transformers.__version__} has: {said}"
+            f"the config of '{folder}' is of no model that Transformers {transformers.__version__} has: {reason}"
         ) from error
     return config
 
@@ -107,7 +118,7 @@ def build_empty(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrain
     """A model of this config, for training, on the meta device; its dtype is the config's where none is given."""
     kind: Any = class_of(config)
     with torch.device("meta"):
-        model: PreTrainedModel = kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
+        model = _compat.build(kind, config, dtype or config.dtype or torch.float32)
     model.train()
     return model
 
@@ -153,7 +164,7 @@ class Unread:
         # What the files held is marked as Transformers' own loading marks it; the rest, its class knows how to compute.
         lacking = {name for name, _ in model.named_buffers()} - state.keys()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            tensor._is_hf_initialized = name not in lacking
+            _compat.mark_initialized(tensor, name not in lacking)
         model.initialize_weights()
 
     def draw_into(self, model: PreTrainedModel, device: torch.device) -> None:
@@ -169,7 +180,7 @@ class Unread:
             for prefix, module, recurse in _parts(twin):
                 module.to_empty(device="cpu", recurse=recurse)
                 for each in module.modules() if recurse else [module]:
-                    _owner(twin, prefix)._init_weights(each)
+                    _compat.draw_weights(_owner(twin, prefix), each)
                 for name, tensor in _own(module, recurse):
                     if (full := f"{prefix}.{name}".lstrip(".")) in mine:  # named once, where it is tied
                         _keep(mine[full], tensor)
@@ -195,7 +206,7 @@ class Unread:
                     f"'{self.folder}' holds {there[0]} of shape {stored[there[0]].shape}, and {type(model).__name__} has "
                     f"{shapes[first]}; {way_out}"
                 )
-        ignored = [*(model._keys_to_ignore_on_load_unexpected or ())]
+        ignored = _compat.ignored_on_load(model)
         ignored += [rf"(^|\.){re.escape(name.rpartition('.')[2])}$" for name, _ in model.named_buffers()]
         known = {name for names in self.names for name in names}
         for name in stored.keys() - known:
@@ -216,8 +227,15 @@ def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None
 
     ``from_pretrained(folder)`` gives its parameters, equal in every bit. Each rank writes what it holds, and the first one puts
     the pieces together on the disk, one tensor at a time; all ranks must see the same disk, and a rank needs memory for two
-    more copies of its share. An older folder is replaced when the new one is whole. Raises ModelError on every rank alike
-    where one of them cannot write.
+    more copies of its shard. An older folder is replaced when the new one is whole.
+
+    Args:
+        model: what ``parallelize`` returned.
+        folder: where it is written.
+        mesh: the ranks that write.
+
+    Raises:
+        ModelError: on every rank alike, where one of them cannot write.
     """
     final = Path(folder)
     draft = final.with_name(f".{final.name}")

@@ -29,7 +29,7 @@ from longspan.distributed.consensus import gather, raise_together, refuse_differ
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, LongspanError, RunError
 from longspan.hf.loss import is_in_place
-from longspan.hf.mask_functions import is_pair
+from longspan.hf.names import is_encoder_decoder
 from longspan.integrations.accelerate import OneDevice, as_one_device, refuse, refuse_undealt
 from longspan.integrations.state_dict import read_whole_weights, spread_optimizer, whole
 from longspan.parallelize import parallelize
@@ -143,7 +143,7 @@ class LongTrainer(Base):  # type: ignore[misc]
         offer = self.model._longspan.offer
         given = [offer.with_targets(dict(batch.items())) for batch in batches]
         shifts = self._loss_shifts_labels if offer.loss_kind is None else not is_in_place(offer.loss_kind)
-        shift = shifts and not is_pair(self.model)
+        shift = shifts and not is_encoder_decoder(self.model)
         parts: list[Any] = shard_batch(given, self.mesh, shift=shift, dims=self.dims)
         return parts
 

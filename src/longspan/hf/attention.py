@@ -1,0 +1,101 @@
+"""The attention and the mask function that are registered with Transformers under the name "longspan".
+
+    model.forward(..., longspan=BatchInfo)
+        create_causal_mask(...)   -->  _mask       -->  MaskFunction(the layer's mask function)     what the model passes on
+        attention layer           -->  _attention  -->  attend(...) over the mesh of the layer      my tokens, every head
+
+The layer's ``Layer`` (attention_layers.py) hangs on its module; what changes from step to step comes as the keyword
+``longspan`` of the call. A module without either is refused.
+
+B batch   H heads   K key/value heads   S my tokens   D head dim
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan.batch.context import BatchInfo
+from longspan.errors import ModelError
+from longspan.hf._compat import AttentionInterface, AttentionMaskInterface
+from longspan.hf.mask_functions import MaskFunction
+from longspan.hf.names import is_dropout_field
+from longspan.hf.probe import Probe
+from longspan.hf.t5_bias import distances_of, refuse_bias_across
+
+if TYPE_CHECKING:
+    from longspan.hf.attention_layers import Layer
+
+NAME = "longspan"
+"""The attention that a parallel model's configs name."""
+
+
+def _attention(
+    module: nn.Module, query_BHSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, attention_mask: Any, *,
+    dropout: float = 0.0, scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None, longspan: "BatchInfo | Probe | None" = None, **more: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The attention that Transformers calls by name: (output [batch, my tokens, heads, dim], no weights)."""
+    _refuse_additions(module, more)
+    q, k, v = (x.transpose(1, 2) for x in (query_BHSD, key_BKSD, value_BKSD))
+    if isinstance(longspan, Probe):
+        if position_bias is not None and q.shape[1] == k.shape[1]:
+            distances_of(module, position_bias, q.shape[1])
+        elif position_bias is not None:
+            refuse_bias_across(module, position_bias)
+        return longspan.attend(module, q, k, v, attention_mask), None
+    layer: Any = getattr(module, "_longspan", None)
+    if layer is None or longspan is None:
+        raise ModelError(
+            f"the attention 'longspan' of {type(module).__name__} was not handed a step: its model hands it no keywords, "
+            f"and is not supported, or was not called by model(**shard_batch(batch, mesh)) after parallelize(model, mesh)"
+        )
+    if dropout:
+        _refuse_dropout(module, layer)
+    function = _attend if longspan.is_plain else _attend_uncompiled
+    beside: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
+    if position_bias is not None and not layer.crosses:
+        beside["bias"] = distances_of(module, position_bias, layer.row(longspan).tokens)
+    return function(q, k, v, layer, longspan, beside), None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, layer: "Layer", step: BatchInfo, more: dict[str, Any]) -> Tensor:
+    if layer.crosses and step.target is not None:
+        return layer.attend(q, k, v, mask=step.mask_across(), tokens=step.target.tokens, key_tokens=step.tokens, **more)
+    row = layer.row(step)
+    return layer.attend(q, k, v, mask=row.mask_for(layer.own, restarts=layer.packs), tokens=row.tokens, **more)
+
+
+# A mask that differs from step to step would make torch.compile compile anew at each step: it is left out of the graphs.
+_attend_uncompiled = torch.compiler.disable(_attend, reason="the mask differs from step to step")
+
+
+def _refuse_additions(module: nn.Module, more: dict[str, Any]) -> None:
+    """What a layer adds to its scores would be dropped without a word."""
+    for name, value in more.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            raise ModelError(
+                f"{type(module).__name__} hands its attention {name} of shape {list(value.shape)}, counted over this rank's "
+                f"tokens; such a layer is not supported"
+            )
+
+
+def _refuse_dropout(module: nn.Module, layer: "Layer") -> None:
+    config: Any = getattr(module, "config", None)
+    fields = [name for name, value in vars(config).items() if is_dropout_field(name) and value] if config is not None else []
+    raise ModelError(
+        f"{layer.name} asks for attention dropout, which would differ on every layout; set "
+        f"{' or '.join(f'config.{name}' for name in fields) or 'its attention dropout'} to 0 before the model is built"
+    )
+
+
+def _mask(
+    *_: Any, mask_function: Callable[..., Tensor], device: torch.device, attention_mask: Tensor | None = None, **__: Any
+) -> MaskFunction:
+    """The mask that Transformers asks for by name. Padding and documents come from the BatchInfo, this from the layer."""
+    return MaskFunction(mask_function, device, attention_mask)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)

@@ -1,0 +1,194 @@
+"""The attention layers of a Hugging Face model: found by one forward, each with its mask, heads and row of tokens.
+
+    every attention module of the model     reached longspan through Transformers' registry, once in a forward
+    its mask function                       is causal, full, a sliding window or chunked: something that bands can express
+    positions that restart                  mean another document to it, or do not
+
+``install`` names longspan's attention in copies of the model's configs, and attaches to each module a ``Layer``, which
+attention.py reads at every call. Knows nothing of losses or hooks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from longspan.attention.api import attend
+from longspan.batch.context import BatchInfo
+from longspan.distributed.layout import Heads
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import ModelError
+from longspan.hf._compat import set_attention_name
+from longspan.hf.attention import NAME
+from longspan.hf.candidate import Candidate, Undo
+from longspan.hf.mask_functions import MaskFunction
+from longspan.hf.names import is_attention
+from longspan.hf.probe import TARGETS, TOKENS, Call, Probe, batch_of, forward, prove_token_wise, proving
+from longspan.masks.constructors import And, Chunked, Full, Mask, Or
+
+SOURCE, TARGET, ACROSS = "source", "target", "across"
+"""The tokens that a layer attends over: the batch's, its decoder's in an encoder-decoder, or from the latter to the former."""
+
+
+class Layer(NamedTuple):
+    """What longspan knows of an attention module, attached to it as ``_longspan``.
+
+    Attributes:
+        own: the layer's mask.
+        name: its class and its name in the model, for messages.
+        packs: whether positions that restart mean another document to it, as they do to most decoders.
+        attend: ``attend`` with everything that does not change from step to step.
+        over: the row or rows of tokens: ``SOURCE``, ``TARGET`` or ``ACROSS``.
+    """
+
+    own: Mask
+    name: str
+    packs: bool
+    attend: Callable[..., Tensor]
+    over: str
+
+    @property
+    def crosses(self) -> bool:
+        """Whether it is cross-attention, from the decoder's tokens to the encoder's."""
+        return self.over == ACROSS
+
+    def row(self, step: BatchInfo) -> BatchInfo:
+        """The row whose tokens are the queries."""
+        return step if self.over == SOURCE or step.target is None else step.target
+
+
+@dataclass(frozen=True)
+class AttentionLayers:
+    """The attention modules of a model, with what ``install`` needs."""
+
+    layers: tuple[tuple[Any, Layer], ...]
+    configs: Sequence[tuple[Any, Any]]
+    fixed: dict[str, Any]
+
+    def install(self, model: Any, mesh: ParallelMesh) -> Undo:
+        """Name longspan's attention in the configs and attach its ``Layer`` to each module."""
+        restore = name_attention(self.configs)
+        over_mesh = partial(attend, mesh=mesh, **self.fixed)
+        for module, layer in self.layers:
+            module._longspan = layer._replace(attend=over_mesh)
+
+        def undo() -> None:
+            for module, _ in self.layers:
+                del module._longspan
+            restore()
+
+        return undo
+
+
+def probe(candidate: Candidate) -> AttentionLayers:
+    """The attention layers of the candidate, every operator beside them proven token-wise.
+
+    Raises:
+        ModelError: a layer that does not reach longspan, that attends twice, or whose mask no bands express; a module that
+            mixes tokens outside attention.
+        LayoutError: heads that do not fit the mesh.
+    """
+    head_chunks = candidate.memory.head_chunks
+    with proving(candidate.called):
+        layers = tuple(_layers_of(candidate.called, candidate.mesh, head_chunks))
+        prove_token_wise(candidate.called)
+    registered = isinstance(candidate.kernel, str) and candidate.kernel.startswith("hf:")  # installed by registry_kernel.py
+    fixed: dict[str, Any] = {"head_chunks": head_chunks, "recomputable": candidate.memory.recompute == "selective"}
+    if not registered:
+        fixed["kernel"] = candidate.kernel
+    return AttentionLayers(layers, candidate.configs, fixed)
+
+
+def name_attention(configs: Sequence[tuple[Any, Any]]) -> Undo:
+    """Give each module a copy of its config that names longspan's attention; modules that shared one share the copy.
+
+    The originals stay as they are: other models may share them. Returns what gives the modules their configs back.
+    """
+    copies: dict[int, Any] = {}
+    for module, config in configs:
+        module.config = deepcopy(config, copies)
+    for module, _ in configs:
+        set_attention_name(module.config, NAME)
+        if hasattr(module.config, "use_cache"):
+            module.config.use_cache = False
+
+    def undo() -> None:
+        for module, config in configs:
+            module.config = config
+
+    return undo
+
+
+@contextmanager
+def attention_named(configs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+    """For the proof: the configs name longspan's attention, and no balance loss mixes all tokens."""
+    undo = name_attention(configs)
+    for module, _ in configs:
+        if hasattr(module.config, "output_router_logits"):
+            module.config.output_router_logits = False
+    try:
+        yield
+    finally:
+        undo()
+
+
+def _layers_of(model: Any, mesh: ParallelMesh, head_chunks: int) -> list[tuple[Any, Layer]]:
+    """Every attention layer, each of which called longspan's attention once, with fitting heads and a mask of bands."""
+    plain, restarted = Probe(), Probe()
+    forward(model, probe=plain)
+    positions = {name: x for name, x in batch_of(model).items() if name.endswith("position_ids")}
+    restarting: dict[str, Any] = {name: x % (x.shape[1] // 2) for name, x in positions.items()}
+    forward(model, probe=restarted, **restarting)
+    names = {module: name for name, module in model.named_modules()}
+    reached = [call.module for call in plain.calls]
+    for name, module in model.named_modules():
+        if reached.count(module) > 1:
+            raise ModelError(
+                f"{type(module).__name__} '{name}' attends {reached.count(module)} times in a forward; once is supported"
+            )
+        apart = not any(_is_within(name, names[other]) or _is_within(names[other], name) for other in reached)
+        if is_attention(module) and apart and any(True for _ in module.parameters()):
+            raise ModelError(
+                f"{type(module).__name__} '{name}' did not reach longspan: it does not attend through Transformers' attention "
+                f"registry and would see this rank's tokens only; such a model is not supported"
+            )
+    if not reached:
+        raise ModelError(f"no layer of {type(model).__name__} attends through Transformers' attention registry")
+    calls = zip(plain.calls, restarted.calls)
+    for call in plain.calls:
+        Heads(*call.heads, mesh.coordinate.ulysses, head_chunks)
+    return [(call.module, _layer(call, again, f"{type(call.module).__name__} '{names[call.module]}'")) for call, again in calls]
+
+
+def _layer(call: Call, restarted: Call, name: str) -> Layer:
+    """A layer by its call, and by the same call where positions restart in the middle."""
+    own = call.mask.mask if isinstance(call.mask, MaskFunction) else None
+    known = {(TOKENS, TOKENS): SOURCE, (TARGETS, TARGETS): TARGET, (TARGETS, TOKENS): ACROSS}
+    over = known.get(call.tokens)
+    if own is None or (over == ACROSS and own != Full()):
+        raise ModelError(
+            f"{name} was given a mask that is none of causal, full, sliding or chunked: what it lets tokens see cannot "
+            f"be expressed in bands, and such a layer is not supported"
+        )
+    if over is None:
+        raise ModelError(
+            f"{name} lets {call.tokens[0]} queries look at {call.tokens[1]} keys, which are neither all tokens nor all of an "
+            f"encoder; such a layer is not supported"
+        )
+    middle = call.tokens[0] // 2
+    packs = not restarted.mask.sees(middle, middle - 1)  # the first token of a document, the last of the one before
+    if packs and _is_chunked(own):
+        raise ModelError(f"{name} counts its chunks anew in each packed document, which is not supported; pass one a row")
+    return Layer(own, name, packs, attend, over)
+
+
+def _is_chunked(mask: Mask) -> bool:
+    return isinstance(mask, Chunked) or (isinstance(mask, And | Or) and any(map(_is_chunked, (mask.left, mask.right))))
+
+
+def _is_within(name: str, other: str) -> bool:
+    return name == other or name.startswith(f"{other}.") or not other

@@ -1,0 +1,56 @@
+"""Refusals at each call of a parallel Hugging Face model: what a part of the tokens cannot answer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from longspan.batch.context import BatchInfo
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import ModelError
+from longspan.hf.candidate import Candidate, Undo, remove_all
+from longspan.hf.names import is_encoder_decoder
+
+WHOLE_SEQUENCE = (
+    "past_key_values", "output_attentions", "logits_to_keep", "use_cache", "attention_mask", "decoder_attention_mask",
+    "encoder_outputs", "start_positions", "end_positions",
+)  # fmt: skip
+"""Keywords of a call that mean the whole sequence."""
+
+
+@dataclass(frozen=True)
+class CallChecks:
+    """The checks that every model needs."""
+
+    def install(self, model: Any, mesh: ParallelMesh) -> Undo:
+        """Check the keywords before each forward."""
+        return remove_all([model.register_forward_pre_hook(_check, with_kwargs=True)])
+
+
+def probe(candidate: Candidate) -> CallChecks:
+    """Every model needs them."""
+    return CallChecks()
+
+
+def _check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    step = kwargs.get("longspan")
+    if step is None:
+        raise ModelError(
+            "each sequence of this model lies on several ranks, but the batch was not cut; call "
+            "model(**shard_batch(batch, mesh)), and to generate, unparallelize(model) first"
+        )
+    for keyword in WHOLE_SEQUENCE:
+        value = kwargs.get(keyword)
+        if value is not None and value is not False and not (isinstance(value, int) and value == 0):
+            raise ModelError(f"{keyword}= means the whole sequence, and a rank has a part of it; leave it out of model(...)")
+    _refuse_other_rows(model, type(model).__name__, step)
+
+
+def _refuse_other_rows(model: Any, name: str, step: BatchInfo) -> None:
+    if is_encoder_decoder(model) and step.target is None:
+        raise ModelError(
+            f"{name} is an encoder-decoder, and the batch had no decoder_input_ids; make them before the cut, by "
+            f"model.prepare_decoder_input_ids_from_labels(labels) or longspan.shift_right(labels, start, padding)"
+        )
+    if step.target is not None and not is_encoder_decoder(model):
+        raise ModelError(
+            f"the batch had decoder_input_ids, and {name} has no decoder apart; leave them out of shard_batch(...)"
+        )

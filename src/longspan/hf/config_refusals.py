@@ -1,0 +1,22 @@
+"""Models that their config, or their having no weights, already rules out."""
+
+from longspan.errors import ModelError
+from longspan.hf.candidate import Candidate
+from longspan.hf.names import SELECTING_FIELDS, is_layerdrop_field
+
+
+def probe(candidate: Candidate) -> None:
+    """Raise ModelError, naming the field, for what the config rules out."""
+    model = candidate.model
+    config = model.config.get_text_config()
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(f"{type(model).__name__} is on the meta device; give it weights before parallelize, which proves it")
+    selecting = sorted(name for name in vars(config) if name.startswith(SELECTING_FIELDS))
+    if selecting:
+        raise ModelError(
+            f"config.{selecting[0]} says that {type(model).__name__} selects or compresses keys by their content on long rows, "
+            f"which it would do among this rank's tokens; such a model is not supported"
+        )
+    dropped = sorted(name for name, value in vars(config).items() if is_layerdrop_field(name) and value)
+    if dropped:
+        raise ModelError(f"config.{dropped[0]} drops layers at random, other ones on every rank; set it to 0")

@@ -1,0 +1,62 @@
+"""Names by which modules and config fields of Transformers are recognised where no type tells: one table for the folder.
+
+Transformers copies each architecture into a modeling file of its own, so that most of its modules share no base class, only a
+way to name them. Every such name that longspan relies on stands here; our own classes are recognised by ``isinstance``.
+"""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+ATTENTION = ("Attention",)
+"""In the class names of attention modules: one that does not reach the registry would attend to this rank's tokens alone."""
+NORM = ("Norm",)
+"""In the class names of norms, which work on each token by itself."""
+POSITION_TABLE = ("PositionalEmbedding",)
+"""In the class names of tables of learned or sinusoidal positions that are looked up by ``position_ids``."""
+SELECTING_FIELDS = ("index_topk", "index_block", "index_n_heads", "compress_rate")
+"""How config fields begin that select keys by content. On rows as short as those of the proof such layers see every key."""
+EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""The config fields that hold the number of experts."""
+SINK_PARAMETERS = ("sinks",)
+"""The parameters of an attention layer that are its sinks, where its attention function reads them from the layer."""
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether the model has an encoder and a decoder, each with its own row of tokens."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and model.get_encoder() is not model.get_decoder()
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether the module attends, by its class name."""
+    return _is_named(module, ATTENTION)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm: one of PyTorch's, or by its class name."""
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or _is_named(module, NORM)
+
+
+def is_position_table(module: nn.Module) -> bool:
+    """Whether the module is a table of positions that is given the positions to look up, as BART's is."""
+    return _is_named(module, POSITION_TABLE) and "position_ids" in inspect.signature(module.forward).parameters
+
+
+def is_dropout_field(name: str) -> bool:
+    """Whether a config field holds a dropout rate that a language model applies in training."""
+    return ("dropout" in name or name.endswith("_pdrop")) and not name.startswith(("classifier", "summary"))
+
+
+def is_layerdrop_field(name: str) -> bool:
+    """Whether a config field holds the rate at which whole layers are dropped."""
+    return "layerdrop" in name
+
+
+def number_of_experts(text_config: Any) -> int:
+    """The number of experts of a config; 0 for a dense model."""
+    return next((count for name in EXPERT_COUNT_FIELDS if (count := getattr(text_config, name, None))), 0)
+
+
+def _is_named(module: nn.Module, parts: tuple[str, ...]) -> bool:
+    return any(part in type(module).__name__ for part in parts)
