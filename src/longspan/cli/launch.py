@@ -70,11 +70,11 @@ def speaks_for_all(error: Exception) -> bool:
     """Whether this rank is the first to report this error, so that ranks started by a launcher print it once."""
     if not joins():
         return True
-    from torch._C._distributed_c10d import TCPStore
+    from longspan import _compat
 
     with suppress(Exception):  # the store may be gone with the rank that held it: printing twice is better than not at all
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        return store.add(f"longspan/{hashlib.sha1(str(error).encode()).hexdigest()}", 1) == 1
+        store = _compat.tcp_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        return bool(store.add(f"longspan/{hashlib.sha1(str(error).encode()).hexdigest()}", 1) == 1)
     return True
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from longspan import _compat
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 
@@ -82,8 +83,8 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
 
 def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
     """FSDP2 ends a backward by a callback. One that an exception kept from it is never ended, nor any after it."""
-    within_a_backward = torch._C._current_graph_task_id() != -1  # a checkpoint around the model computes it again
-    if not within_a_backward and model._get_fsdp_state()._state_ctx.post_backward_final_callback_queued:
+    within_a_backward = _compat.backward_id() != -1  # a checkpoint around the model computes it again
+    if not within_a_backward and _compat.fsdp_backward_is_unfinished(model):
         raise ModelError(
             "an earlier backward of this model failed: FSDP2 would no longer form the mean of the gradients, and an optimizer "
             "would train nothing; build the model anew and load a checkpoint, or use zero=0"

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
+from longspan import _compat
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 
@@ -72,17 +72,16 @@ class MeanGradients:
 
     def _of_this_backward(self, index: int) -> "_Arrived":
         """The engine's callback alone holds it, so that a backward that failed leaves nothing behind for the next."""
-        task: int = torch._C._current_graph_task_id()
+        task = _compat.backward_id()
         arrived = self._arrived.get(task)
         if arrived is None:
             self._refuse_what_cannot_be_averaged(index)
             arrived = self._arrived[task] = _Arrived()
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(partial(self._reduce, arrived))
+            _compat.after_backward(partial(self._reduce, arrived))
         return arrived
 
     def _refuse_what_cannot_be_averaged(self, index: int) -> None:
-        if torch.is_grad_enabled() or not _accumulates(self._parameters[index]):
+        if torch.is_grad_enabled() or not _compat.accumulates_gradient(self._parameters[index]):
             raise ModelError(
                 "torch.autograd.grad and create_graph=True would give this rank's part of a parameter's gradient; "
                 "call loss.backward() and read .grad, which is the mean over the ranks"
@@ -155,14 +154,6 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Float[Tens
 
 class _Arrived(dict[int, Tensor]):
     """What one backward brought, by the number of the parameter. (A plain dict cannot be referred to weakly.)"""
-
-
-def _accumulates(parameter: Tensor) -> bool:
-    """Whether this backward adds to ``parameter.grad``: under ``torch.autograd.grad`` the engine refuses the question."""
-    try:
-        return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
-    except RuntimeError:
-        return False
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

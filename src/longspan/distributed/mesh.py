@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from longspan import _compat
 from longspan.distributed.collectives import Scratch, TorchTransport, Transport
 from longspan.distributed.consensus import gather
 from longspan.distributed.layout import Degrees, Layout, choose_degrees
@@ -233,7 +233,7 @@ def _join_world(device: torch.device) -> None:
     if dist.is_torchelastic_launched() or os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=_compat.hash_store(), rank=0, world_size=1)
 
 
 def _refuse_different_meshes(mine: str, world_group: dist.ProcessGroup) -> None:

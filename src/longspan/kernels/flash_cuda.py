@@ -4,7 +4,8 @@
     UPPER      window (0, unlimited)                    BAND  window (keys - rows, 0), aligned bottom right
     documents  one call over all of them: cum_seq_q, cum_seq_k
 
-Same law as ``flash.py``, which calls this where the tensors are on CUDA. The operators want [tiles, tokens, heads, dim].
+The same functions as flash_cpu.py. The operators take [tiles, tokens, heads, dim]; without documents their cumulative lengths
+are None: an empty tensor would mean documents too.
 """
 
 from itertools import accumulate
@@ -12,9 +13,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from longspan.kernels.tiles import Shape, Stack
+from longspan.kernels.tiles import Shape, Stack, corners
 
 aten = torch.ops.aten
+
+arrange = corners
+"""How to arrange the stacks of an attention: packed documents in one call."""
 
 Lengths = tuple[Tensor | None, Tensor | None, int, int]  # cum_seq_q, cum_seq_k, max_q, max_k
 
@@ -41,12 +45,9 @@ def backward(
     stack: Stack, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     left, right = _window(stack)
-    cum_seq_q, cum_seq_k, max_q, max_k = _lengths(stack, q.device)
-    dense, no_dropout = q.new_empty(0, dtype=torch.int32), q.new_zeros(2, dtype=torch.uint64)
     dq, dk, dv = aten._flash_attention_backward(
         *(_operand(stack, x) for x in (dout, q, k, v, out)), (lse[0] if stack.documents else lse).contiguous(),
-        dense if cum_seq_q is None else cum_seq_q, dense if cum_seq_k is None else cum_seq_k, max_q, max_k,
-        0.0, stack.shape is Shape.LOWER, no_dropout, dense,
+        *_lengths(stack, q.device), 0.0, stack.shape is Shape.LOWER, None, None,  # without dropout there is no random state
         scale=scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
     return _tile(stack, dq), _tile(stack, dk), _tile(stack, dv)

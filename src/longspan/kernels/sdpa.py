@@ -16,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longspan.errors import KernelError
-from longspan.kernels import flash_cpu as flash
-from longspan.kernels.flash_cpu import on_cuda
+from longspan.kernels import flash_cpu, flash_cuda
 from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, accumulation_dtype, merge_weights
-from longspan.kernels.tiles import Stack, columns, corners, plan
+from longspan.kernels.tiles import Stack, plan
 from longspan.masks.bands import Band
 
+OPERATORS = {"cpu": flash_cpu, "cuda": flash_cuda}
+"""The flash operators of each device type."""
 CHUNK = 2**21  # elements of q, k and v that one call is given, where one tile alone is not larger
 
 
@@ -36,7 +37,10 @@ class SDPA:
             return f"PyTorch's fused attention has no {'softcap' if need.softcap else 'bias'}"
         if need.qk_dim != need.v_dim:
             return f"PyTorch's fused attention wants equal query/key and value dims, not {need.qk_dim} and {need.v_dim}"
-        return flash.lacks(need.device_type, need.dtype, need.qk_dim)
+        if need.device_type not in OPERATORS:
+            return f"PyTorch's flash operators are for {' and '.join(OPERATORS)}, not {need.device_type}"
+        reason: str | None = OPERATORS[need.device_type].lacks(need.dtype, need.qk_dim)
+        return reason
 
     def forward(
         self,
@@ -50,8 +54,9 @@ class SDPA:
         bias: BoundBias | None = None,
     ) -> Partial:
         _refuse(softcap, bias)
-        dtype = accumulation_dtype(q.dtype)
-        stacks = _plan(bands, q)
+        dtype, flash = accumulation_dtype(q.dtype), OPERATORS[q.device.type]
+        q, k, v = (_readable(x) for x in (q, k, v))
+        stacks = flash.arrange(plan(bands))
         if _is_one_call(stacks, q):
             part, part_lse = flash.forward(stacks[0], *_tiles_of(stacks[0], q, k, v), scale)
             return part[0].transpose(0, 1).to(dtype), part_lse[0]
@@ -82,9 +87,10 @@ class SDPA:
         bias: BoundBias | None = None,
     ) -> Gradients:
         _refuse(softcap, bias)
-        dtype = accumulation_dtype(q.dtype)
+        dtype, flash = accumulation_dtype(q.dtype), OPERATORS[q.device.type]
+        dout, q, k, v, out = (_readable(x) for x in (dout, q, k, v, out))
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
-        for stack in _chunked(_plan(bands, q), q, k):
+        for stack in _chunked(flash.arrange(plan(bands)), q, k):
             dout_tiles, out_tiles = (_queries(stack, x).to(q.dtype) for x in (dout, out))
             lse_tiles = _queries(stack, lse.T.unsqueeze(2)).squeeze(3)
             q_tiles, k_tiles, v_tiles = _tiles_of(stack, q, k, v)
@@ -100,8 +106,9 @@ def _refuse(softcap: float | None, bias: BoundBias | None) -> None:
         raise KernelError("kernel='sdpa' has neither softcap nor bias; use kernel='online' or 'auto'")
 
 
-def _plan(bands: Sequence[Band], q: Tensor) -> tuple[Stack, ...]:
-    return corners(plan(bands)) if on_cuda(q) else columns(plan(bands))
+def _readable(x: Tensor) -> Tensor:
+    """The operators read the elements of a head side by side, whatever the stride says; a gradient may be expanded."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _is_one_call(stacks: Sequence[Stack], q: Tensor) -> bool:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from longspan import _compat
+
 CATEGORIES = ("parameters", "optimizer", "gradients", "activations", "logits", "exchange")
 """In the order in which a plot stacks them. Activations are whatever is nothing else, temporary results among them."""
 NAMES = (
@@ -132,7 +134,7 @@ class Recorded:
 
     def _changes(self) -> list[Change]:
         profiler: Any = self._profile.profiler
-        found = sorted(_allocations(profiler.kineto_results.experimental_event_tree(), ()))
+        found = sorted(_allocations(_compat.event_tree(profiler), ()))
         stepped = next((when for when, _, _, names in found if any(name.startswith("Optimizer.step") for name in names)), None)
         live: dict[int, tuple[int, int]] = {}
         changes: list[Change] = []
