@@ -30,14 +30,14 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan import ParallelMesh, cross_entropy, parallelize, shard_batch
+from longspan import MemoryOptions, ParallelMesh, cross_entropy, parallelize, shard_batch
 from longspan.memory import checkpointing as memory
 from longspan.models.decoder import Decoder, DecoderConfig
 
 BASELINE: dict[str, Any] = {"ranks": 1}
 OURS: dict[str, Any] = {
     "ranks": 2, "whole_logits": False,
-    "tools": {"zero": 3, "recompute": "selective", "tile_tokens": 4096, "head_chunks": 2},
+    "options": {"zero": 3, "recompute": "selective", "tile_tokens": 4096, "head_chunks": 2},
 }  # fmt: skip
 STEP = 256
 """Lengths are multiples of it."""
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--cap", type=float, default=3.0, help="GiB a rank")
     parser.add_argument("--enough", type=float, default=16.0, help="stop at so many times the baseline")
-    parser.add_argument("--ablate", action="store_true", help="take away one tool at a time")
+    parser.add_argument("--ablate", action="store_true", help="leave out one option at a time")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -58,19 +58,19 @@ def main() -> None:
     print(f"vocabulary {arguments.vocab:,}, cap {arguments.cap} GiB a rank, torch {torch.__version__}")
     print("| dtype | what | longest | x baseline | GiB there |\n| --- | --- | --- | --- | --- |", flush=True)
     for dtype in arguments.dtypes:
-        common = {"vocab": arguments.vocab, "dtype": dtype, "whole_logits": True, "tools": {}}
+        common = {"vocab": arguments.vocab, "dtype": dtype, "whole_logits": True, "options": {}}
         baseline = _print_row("one rank, fused attention, checkpointed, compiled loss", common | BASELINE, arguments, None)
-        for what, changes in (_ablations() if arguments.ablate else {"two ranks, every tool": OURS}).items():
+        for what, changes in (_ablations() if arguments.ablate else {"two ranks, every option": OURS}).items():
             _print_row(what, common | changes, arguments, baseline)
 
 
 def _ablations() -> dict[str, dict[str, Any]]:
-    tools = OURS["tools"]
-    without = {f"without {name}": OURS | {"tools": {n: v for n, v in tools.items() if n != name}} for name in tools}
+    options = OURS["options"]
+    without = {f"without {name}": OURS | {"options": {n: v for n, v in options.items() if n != name}} for name in options}
     return {
-        "two ranks, no tool": {"ranks": 2},
-        "two ranks, every tool": OURS,
-        "without the tiled loss": OURS | {"whole_logits": True},
+        "two ranks, no option": {"ranks": 2},
+        "two ranks, every option": OURS,
+        "without the chunked loss": OURS | {"whole_logits": True},
         **without,
     }
 
@@ -165,11 +165,11 @@ def _baseline(case: dict[str, Any]) -> Callable[[int], None]:
 
 
 def _ours(case: dict[str, Any]) -> Callable[[int], None]:
-    mesh, tools = ParallelMesh(ulysses=case["ranks"]), dict(case["tools"])
-    half, sharded = case["dtype"] == "bf16", bool(tools.get("zero"))
-    if half and sharded:
-        tools["dtype"] = torch.bfloat16
-    model = parallelize(Decoder(_shape(case)), mesh, **tools)
+    mesh, options = ParallelMesh(ulysses=case["ranks"]), dict(case["options"])
+    half, zero = case["dtype"] == "bf16", options.pop("zero", 0)
+    sharded = zero > 0
+    dtype = torch.bfloat16 if half and sharded else None
+    model = parallelize(Decoder(_shape(case)), mesh, zero=zero, dtype=dtype, memory=MemoryOptions(**options))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step(tokens: int) -> None:

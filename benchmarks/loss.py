@@ -1,4 +1,4 @@
-"""The tiled loss beside the same loss of whole logits: time and peak memory of a forward and backward, in one run.
+"""The chunked loss beside the same loss of whole logits: time and peak memory of a forward and backward, in one run.
 
     python benchmarks/loss.py --help
     python benchmarks/loss.py --tokens 4096 --vocab 128256 --hidden 256 1024
@@ -34,7 +34,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
     torch.set_num_threads(1)
     print(f"{arguments.tokens:,} tokens, vocabulary {arguments.vocab:,}, torch {torch.__version__}")
-    print("| hidden | dtype | whole | tiled | time, ratio | whole, peak | tiled, peak | whole / tiled |")
+    print("| hidden | dtype | whole | chunked | time, ratio | whole, peak | chunked, peak | whole / chunked |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for hidden in arguments.hidden:
         for name in arguments.dtypes:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from longspan import Causal, ParallelMesh, Window, parallelize, shard_batch
+from longspan import Causal, MemoryOptions, ParallelMesh, Window, parallelize, shard_batch
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.grad_sync import clip_grad_norm_
 from longspan.models.decoder import Decoder, DecoderConfig
@@ -57,8 +57,8 @@ def _rank(rank: int, folder: str, arguments: argparse.Namespace) -> None:
     mesh = ParallelMesh(ulysses=arguments.ranks, transport=transport)
     shape = DecoderConfig(vocab=256, layers=arguments.layers, hidden=256, heads=4, kv_heads=4, head_dim=64, ffn=768)
     model = parallelize(
-        Decoder(shape), mesh, zero=2, dtype=torch.bfloat16, recompute="selective", tile_tokens=arguments.tile_tokens,
-        head_chunks=arguments.head_chunks,
+        Decoder(shape), mesh, zero=2, dtype=torch.bfloat16,
+        memory=MemoryOptions("selective", arguments.tile_tokens, arguments.head_chunks),
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = _text(arguments.tokens)

@@ -40,7 +40,7 @@ def peaks(how: str, folder: str) -> list[float]:
     """Of making the model parallel, and of saving it."""
     mesh, before = ParallelMesh(), reset()
     whole = how == "whole"
-    parallelize(model := LlamaForCausalLM.from_pretrained(folder) if whole else load(folder), mesh, 3)
+    parallelize(model := LlamaForCausalLM.from_pretrained(folder) if whole else load(folder), mesh, zero=3)
     made, before_saving = resident("VmHWM") - before, reset()
     save(model, f"{folder}-{how}", mesh)
     return [made, resident("VmHWM") - before_saving]

@@ -123,7 +123,7 @@ def _written_out(hidden, weight, labels, bias=None, scale=1.0, softcap=None, z_l
 
 @pytest.mark.parametrize("saying", SAYINGS, ids=str)
 @pytest.mark.usefixtures("_small_tiles")
-def test_a_tiled_loss_is_the_whole_one(saying):
+def test_a_chunked_loss_is_the_whole_one(saying):
     hidden, labels = _tokens(2)
     keywords = dict(saying)
     labels = labels.where(labels >= 0, keywords.get("ignore_index", -100))
@@ -187,7 +187,7 @@ def test_more_tokens_and_words_than_one_block():
 
 
 @pytest.mark.usefixtures("_small_tiles")
-def test_a_tiled_loss_sums_the_gradient_of_a_half_precision_head_in_fp32():
+def test_a_chunked_loss_sums_the_gradient_of_a_half_precision_head_in_fp32():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 999, 6, generator=generator, dtype=torch.float64)
     labels = torch.randint(VOCAB, (1, 999), generator=generator)
@@ -202,7 +202,7 @@ def test_a_tiled_loss_sums_the_gradient_of_a_half_precision_head_in_fp32():
     assert tiled <= 1.5 * untiled
 
 
-def test_under_autocast_a_tiled_loss_computes_in_its_dtype(monkeypatch):
+def test_under_autocast_a_chunked_loss_computes_in_its_dtype(monkeypatch):
     monkeypatch.setattr(products, "SLOW_ON_CPU", frozenset())
     hidden, labels = _tokens(2, torch.float32)
     weight = _weight(torch.float32).T.detach().requires_grad_()
@@ -216,7 +216,7 @@ def test_under_autocast_a_tiled_loss_computes_in_its_dtype(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)])
-def test_a_tiled_loss_without_a_label_is_zero_with_zero_gradients(shape):
+def test_a_chunked_loss_without_a_label_is_zero_with_zero_gradients(shape):
     hidden, weight = torch.randn(*shape, 6, requires_grad=True), _weight().T.detach().float().requires_grad_()
     loss = linear_cross_entropy(hidden, weight, torch.full(shape, -100))
     loss.backward()
@@ -226,7 +226,7 @@ def test_a_tiled_loss_without_a_label_is_zero_with_zero_gradients(shape):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_over_ranks_a_tiled_loss_is_that_of_one_device(sharded, tmp_path):
+def test_over_ranks_a_chunked_loss_is_that_of_one_device(sharded, tmp_path):
     everyone = [_tokens(rank) for rank in range(3)]
     weight = _weight()
     hidden, labels = (torch.cat(pieces, 1) for pieces in zip(*everyone))

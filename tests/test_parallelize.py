@@ -10,6 +10,8 @@ from longspan.batch.shard import shard_batch
 from longspan.distributed import grad_sync as gradients
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LayoutError, ModelError
+from longspan.memory.options import MemoryOptions
+from longspan.models.adapter import parallel_state
 from longspan.models.decoder import Decoder, DecoderConfig
 from longspan.parallelize import parallelize, unparallelize
 from tests.helpers.ranks import on_ranks
@@ -186,7 +188,7 @@ REFUSALS = {
     ),
     "recompute is full on rank 0 and none on rank 1": (
         ModelError,
-        lambda mesh: parallelize(_decoder(), mesh, recompute="none" if mesh.coordinate.ulysses_rank else "full"),
+        lambda mesh: parallelize(_decoder(), mesh, memory=MemoryOptions("none" if mesh.coordinate.ulysses_rank else "full")),
     ),
 }
 
@@ -215,5 +217,5 @@ def _left_alone():
     with pytest.raises(ModelError, match="differs between ranks"):
         parallelize(model, mesh)
     assert model.attention is before
-    assert not hasattr(model, "_longspan")
+    assert parallel_state(model) is None
     assert model(**_batch()).loss.isfinite()

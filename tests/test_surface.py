@@ -15,11 +15,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 NAMES = [
-    "BatchError", "BatchInfo", "Bias", "BlockSparse", "Causal", "Chunked",
+    "AutoMemory", "BatchError", "BatchInfo", "Bias", "BlockSparse", "Causal", "Chunked",
     "DataError", "Documents", "Full", "Kernel", "KernelError", "LayoutError",
-    "LongspanError", "Mask", "MaskError", "ModelError", "ParallelMesh", "PrefixLM",
+    "LongspanError", "Mask", "MaskError", "MemoryOptions", "ModelError", "ParallelMesh", "PrefixLM",
     "RunError", "SinkTokens", "Span", "Transport", "Window", "attend",
-    "clip_grad_norm_", "cross_entropy", "heads_to_tokens", "linear_cross_entropy", "parallelize", "shard_batch",
+    "clip_grad_norm_", "cross_entropy", "forward_backward", "heads_to_tokens", "linear_cross_entropy", "parallel_state",
+    "parallelize", "shard_batch",
     "shard_local", "shift_right", "sync_batches", "tiled", "tokens_to_heads", "unparallelize",
     "unshard",
 ]  # fmt: skip

@@ -48,7 +48,11 @@ if TYPE_CHECKING:
     from longspan.masks.constructors import SinkTokens as SinkTokens
     from longspan.masks.constructors import Span as Span
     from longspan.masks.constructors import Window as Window
+    from longspan.memory.options import AutoMemory as AutoMemory
+    from longspan.memory.options import MemoryOptions as MemoryOptions
     from longspan.memory.tiling import tiled as tiled
+    from longspan.models.adapter import parallel_state as parallel_state
+    from longspan.parallelize import forward_backward as forward_backward
     from longspan.parallelize import parallelize as parallelize
     from longspan.parallelize import unparallelize as unparallelize
 
@@ -68,8 +72,10 @@ _MODULE_OF = {
         "kernels.protocol": "Kernel",
         "loss": "cross_entropy linear_cross_entropy",
         "masks.constructors": "BlockSparse Causal Chunked Documents Full Mask PrefixLM SinkTokens Span Window",
+        "memory.options": "AutoMemory MemoryOptions",
         "memory.tiling": "tiled",
-        "parallelize": "parallelize unparallelize",
+        "models.adapter": "parallel_state",
+        "parallelize": "forward_backward parallelize unparallelize",
     }.items()
     for name in names.split()
 }

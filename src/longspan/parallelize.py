@@ -1,45 +1,43 @@
-"""Make a model parallel from the outside: its attention, its loss, its gradients, its parameters, its memory.
+"""Make a model parallel from outside: attention and loss over the mesh, averaged or sharded gradients, memory options.
 
-    what the model offers          what it is given
-    attention, cross_entropy       the same, over the mesh: tokens are traded for heads and back, labels of all ranks counted
-                                   (a Hugging Face model offers them by models/transformers.py, which proves it first)
-    parameters                     zero=0  each rank keeps all; MeanGradients after every backward
+    what the model has             what parallelize does with it
+    attention, cross_entropy       replaced by the same over the mesh: tokens are exchanged for heads and back, the labels
+                                    of all ranks are counted (hf/adapter.py does so for a Hugging Face model, proven first)
+    parameters                     zero=0  every rank keeps all; gradients are averaged after every backward (grad_sync.py)
     blocks                         zero=2  each rank keeps 1/P of gradients and optimizer states, of parameters between steps
                                    zero=3  of parameters always: a block is gathered while it computes (both by FSDP2)
-                                   recomputation, what they keep put away on the host
+                                   activation checkpointing, offload
     feed-forwards, norms           tiles
 
-All ranks first exchange what they hold, in one small agreement: a model that differs on one rank would train on, and be
-wrong on all of them.
+All ranks first compare what they hold, in one small exchange: a model that differs on one rank would train on, and be wrong on
+all of them.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 
-from longspan.attention.api import attend, refuse_kernel
-from longspan.batch.context import refuse_unknown_tokens
 from longspan.distributed.consensus import first_difference, gather_or_raise
-from longspan.distributed.fsdp import Shares, refuse_what_cannot_be, shard_parameters
+from longspan.distributed.fsdp import FSDPOptions, refuse_options, shard_parameters
 from longspan.distributed.grad_sync import MeanGradients
-from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf import adapter_for
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import KernelFunction
-from longspan.memory.auto import Choice, choose, refuse_half_asked
-from longspan.memory.checkpointing import Recompute, Tools, put_away, recompute, refuse_unknown
+from longspan.memory.auto import Choice, choose
+from longspan.memory.checkpointing import checkpoint_block
+from longspan.memory.offload import offload_activations
+from longspan.memory.options import AutoMemory, MemoryOptions
 from longspan.memory.tiling import refuse_to_tile, tiled
-from longspan.models.decoder import FeedForward, chunk_rows
+from longspan.models.adapter import STATE, UNREAD, ModelAdapter, ParallelState, UnreadWeights, parallel_state
+from longspan.models.decoder_adapter import DecoderAdapter, SeededWeights
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,103 +45,77 @@ Model = TypeVar("Model", bound=nn.Module)
 def parallelize(
     model: Model,
     mesh: ParallelMesh,
-    zero: int = 0,
     *,
-    recompute: Recompute = "none",
-    tile_tokens: int | None = None,
-    head_chunks: int = 1,
-    offload_activations: bool = False,
-    return_logits: bool = True,
+    zero: int = 0,
     dtype: torch.dtype | None = None,
     offload_parameters: bool = False,
-    shard_ranks: int | None = None,
-    memory: Literal["auto"] | None = None,
-    memory_budget_gib: float | None = None,
-    tokens: int | None = None,
+    fsdp_ranks: int | None = None,
+    memory: MemoryOptions | AutoMemory = MemoryOptions(),  # noqa: B008 - frozen
     kernel: str | Kernel | KernelFunction = "auto",
 ) -> Model:
-    """Change ``model`` in place so that law 1 holds on ``mesh``, and return it: loss and gradients are those of one device.
+    """Change ``model`` in place so that its loss and gradients on ``mesh`` are those of one device (guarantee 1).
 
-    Every rank calls it, with equal parameters (the same seed, or the same checkpoint), before it builds its optimizer;
-    afterwards each calls ``model(**shard_batch(batch, mesh))``. A model whose weights are still on the disk
-    (``models.pretrained.load``), or a Decoder on the meta device, is sharded first; then each rank reads or draws its share.
+    Every rank calls it, with equal parameters (the same seed, or the same checkpoint), before it builds its optimizer; then
+    each calls ``model(**shard_batch(batch, mesh))``. A model whose weights are still on disk (``longspan.hf.load``), or a
+    Decoder on the meta device, is sharded first; then each rank reads or draws its own shards.
 
-    What each rank keeps of the parameters: ``zero=0`` all; ``zero=2`` a share of gradients and optimizer states, and all
-    parameters from their first use in a step to its end (``zero=1`` is the same: FSDP2 has no smaller step); ``zero=3`` a share
-    of everything. For 2 and 3, ``dtype`` is what blocks compute in (parameters and their gradients keep their own),
-    ``shard_ranks`` keeps shares among so many neighbouring ranks, a node's, and copies beyond them, and
-    ``offload_parameters`` keeps them and the optimizer's states on the host.
+    Args:
+        model: a Hugging Face model, the Decoder, or a model with the attributes that ``models/decoder_adapter.py`` names.
+        mesh: the ranks, by axis.
+        zero: what each rank keeps. 0: everything. 2: a shard of gradients and optimizer states, and all parameters from their
+            first use in a step to its end (1 is the same: FSDP2 has no smaller step). 3: a shard of the parameters too
+            (ZeRO, arXiv:1910.02054).
+        dtype: for zero=2 and 3, what blocks compute in; parameters and their gradients keep their own dtype.
+        offload_parameters: for zero=2 and 3, keep parameter shards and optimizer states in host memory.
+        fsdp_ranks: for zero=2 and 3, shard over so many neighbouring ranks (a node's) and replicate beyond them (default: all).
+        memory: how activations are saved, or an ``AutoMemory``, which chooses ``zero`` and these from a budget. None of them
+            changes a result.
+        kernel: what computes attention, as ``attend(kernel=)`` takes it: a name, a Kernel, or a function. A Hugging Face model
+            can use one of Transformers' registry, on the whole sequence for this rank's heads: "hf:sdpa", "hf:eager",
+            "hf:flash_attention_2" (which was never run), a hub kernel or one that you registered.
 
-    What a step needs beside them: ``recompute`` "full" or "selective" (see ``memory``), ``tile_tokens`` for each tile of
-    feed-forwards and norms, ``head_chunks`` shares of the heads to attend one after the other, ``offload_activations`` for
-    what all blocks but the last keep, and ``return_logits=False`` for a loss of a Hugging Face model that never forms all
-    logits. No tool changes a number.
+    Returns:
+        The model, the same object.
 
-    ``memory="auto"`` chooses ``zero`` and these but the offload, so that a step on a row of ``tokens`` needs at most
-    ``memory_budget_gib`` a rank by the closed form of ``footprint``; a line of the log says why.
-
-    ``kernel`` is what attention computes with, as ``attend(kernel=)`` takes it: one of longspan's own by name, a Kernel, or a
-    function. A Hugging Face model can have one of Transformers' registry, on the whole sequence for this rank's heads:
-    "hf:sdpa", "hf:eager", "hf:flash_attention_2" (which has never been run), a hub kernel or one of yours that is registered.
-
-    Raises on every rank alike: KernelError (an unknown kernel, or one that the model or a ring cannot have), LayoutError
-    (fewer heads than ulysses ranks), ModelError (a model that offers no attention, that
-    is parallel already, or whose parameters differ between the ranks; an optimizer that was built before; a tool that it
-    cannot be given).
+    Raises:
+        KernelError: a kernel that is unknown, or that the model or a ring cannot use.
+        LayoutError: fewer heads than ulysses ranks.
+        ModelError: a model that has no attention to replace, is parallel already, or differs between ranks; an optimizer that
+            was built before; an option that the model cannot have; a budget that nothing fits into.
     """
-    tools = Tools(recompute, tile_tokens, head_chunks, offload_activations, return_logits)
-    _agree(mesh, lambda: refuse_half_asked(memory, memory_budget_gib, tokens, zero, tools))
-    if memory is not None:
-        chosen = _choose(model, mesh, tokens, memory_budget_gib, Shares(0, dtype, offload_parameters, shard_ranks))
-        return parallelize(
-            model, mesh, kernel=kernel, dtype=dtype, offload_activations=offload_activations,
-            offload_parameters=offload_parameters, shard_ranks=shard_ranks, **chosen,
-        )  # fmt: skip
-    shares = Shares(zero, dtype, offload_parameters, shard_ranks)
-    offer = _offer(model, kernel)
+    fsdp = FSDPOptions(zero, dtype, offload_parameters, fsdp_ranks)
+    fsdp, options = _options(model, mesh, fsdp, memory)
+    adapter = _adapter(model, kernel)
+    job = _Job(model, mesh, adapter, fsdp, options)
     unread = _unread(model)
     if unread is not None:
-        _agree(mesh, lambda: _refuse_what_cannot_be(model, mesh, tools, shares) | unread.facts(model))
-        _read(model, unread, offer, mesh, shares)
-    _agree(mesh, lambda: _look(model, offer, mesh, tools, shares, read_alike=unread is not None) | {"kernel": _name(kernel)})
-    offer.install(mesh, tools)
-    state = _Parallel(offer, _equip(offer, tools))
-    if zero == 0:
+        _agree(mesh, lambda: _refuse_options(job) | unread.facts(model))
+        _read(job, unread)
+    _agree(mesh, lambda: _prove(job, read_alike=unread is not None) | {"kernel": _name(kernel)})
+    adapter.install(mesh, options)
+    state = ParallelState(mesh, 2 if fsdp.zero == 1 else fsdp.zero, options, adapter, _apply_options(adapter, options))
+    if fsdp.zero == 0:
         state.gradients = MeanGradients(model, mesh)
     elif unread is None:
-        shard_parameters(model, offer.blocks(), mesh, shares)
-    vars(model)["_longspan"] = state
+        shard_parameters(model, adapter.blocks(), mesh, fsdp)
+    vars(model)[STATE] = state
     return model
 
 
-def _choose(
-    model: nn.Module, mesh: ParallelMesh, tokens: int | None, budget_gib: float | None, asked: Shares
-) -> dict[str, Any]:
-    """The tools of ``memory="auto"``, on every rank the same or none; the first rank says why."""
-    chosen: list[Choice] = []
-    ranks, itemsize = mesh.coordinate.sequence_ranks, (asked.dtype or next(model.parameters()).dtype).itemsize
-
-    def look() -> dict[str, str]:
-        found = choose(
-            model, tokens=tokens, ranks=ranks, budget_gib=budget_gib, itemsize=itemsize, sharded=asked != Shares(0),
-            shares=asked.ranks,
-        )  # fmt: skip
-        chosen.append(found)
-        return {'memory="auto"': chosen[0].why}
-
-    _agree(mesh, look)
-    if mesh.loss_group.rank() == 0:
-        logging.getLogger(__name__).warning('memory="auto" takes %s', chosen[0].why)
-    return chosen[0].tools
-
-
 def unparallelize(model: Model) -> Model:
-    """Undo ``parallelize(model, mesh, zero=0)`` in place and return the model: it is one device's again, weights kept.
+    """Undo ``parallelize(model, mesh, zero=0)`` in place: the model computes on one device again and keeps its weights.
 
-    Raises ModelError for a model that is not parallel, or whose parameters are sharded (zero=2 and 3).
+    Args:
+        model: a model that ``parallelize`` changed.
+
+    Returns:
+        The model, the same object.
+
+    Raises:
+        ModelError: a model that is not parallel, or whose parameters are sharded (zero=2 and 3).
     """
-    state = getattr(model, "_longspan", None)
-    if not isinstance(state, _Parallel):
+    state = parallel_state(model)
+    if state is None:
         raise ModelError("unparallelize was given a model that is not parallel; call parallelize(model, mesh) first")
     if state.gradients is None:
         raise ModelError(
@@ -151,134 +123,101 @@ def unparallelize(model: Model) -> Model:
             "load a checkpoint of this one"
         )
     state.gradients.remove()
-    for module, forward in state.equipped:
+    for module, forward in state.replaced:
         vars(module).pop("forward", None)
         if forward is not None:
             vars(module)["forward"] = forward
-    state.offer.undo()
-    del vars(model)["_longspan"]
+    state.adapter.undo()
+    del vars(model)[STATE]
     return model
 
 
-@runtime_checkable
-class Offer(Protocol):
-    """A kind of model, as ``parallelize`` wants it."""
+def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Forward and backward of all micro-batches of a step.
 
-    def blocks(self) -> Sequence[nn.Module]:
-        """What computes one after the other: what FSDP2 gathers, and recomputation computes again."""
-        ...
+    Equals the loop ``for part in parts: model(**part).loss.backward()``: gradients are added to ``.grad``. Every rank calls it
+    with equally many parts.
 
-    def token_wise(self) -> Sequence[nn.Module]:
-        """What works token by token and may do so in tiles."""
-        ...
+    Args:
+        model: a parallel model.
+        parts: this rank's micro-batches, as ``shard_batch`` of a list returns them: their labels are counted over the step.
 
-    def prove(self, mesh: ParallelMesh, tools: Tools) -> None:
-        """Raise what stands against the mesh or the tools. Changes nothing, and has no collective."""
-        ...
+    Returns:
+        The step's global loss, a detached scalar that is equal on every rank.
 
-    def install(self, mesh: ParallelMesh, tools: Tools) -> None:
-        """Give the model its attention and its loss."""
-        ...
-
-    def undo(self) -> None: ...
-
-
-@runtime_checkable
-class Unread(Protocol):
-    """The weights of a model on the meta device, wherever they wait until it is sharded."""
-
-    def facts(self, model: Any) -> dict[str, str]:
-        """What all ranks must have alike. Raises ModelError for weights that are not the model's; has no collective."""
-        ...
-
-    def read_into(self, model: Any, device: torch.device) -> None:
-        """Give the model, sharded or not, its weights. Every rank calls it."""
-        ...
+    Raises:
+        ModelError: a model that is not parallel, no micro-batch at all, or a model that returns no loss.
+    """
+    if parallel_state(model) is None:
+        raise ModelError("forward_backward was given a model that is not parallel; call parallelize(model, mesh) first")
+    if isinstance(parts, Mapping) or not parts:
+        raise ModelError(
+            "forward_backward takes the micro-batches of a step as a list of at least one; pass shard_batch([batch, ...], mesh)"
+        )
+    losses = []
+    for part in parts:
+        loss = model(**part).loss
+        if loss is None:
+            raise ModelError(f"{type(model).__name__} returned no loss; put labels into the batch before shard_batch")
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
 
 
-@dataclass
-class _Parallel:
-    """What parallelize changed, for the way back."""
+@dataclass(frozen=True)
+class _Job:
+    """A model, and everything that is to be done to it."""
 
-    offer: Offer
-    equipped: Sequence[tuple[nn.Module, Any]]
-    gradients: MeanGradients | None = None
+    model: nn.Module
+    mesh: ParallelMesh
+    adapter: ModelAdapter
+    fsdp: FSDPOptions
+    memory: MemoryOptions
 
 
-def _equip(offer: Offer, tools: Tools) -> list[tuple[nn.Module, Any]]:
-    """Give blocks and feed-forwards their tools; returns each that has one with the forward that hung on it before."""
-    blocks = offer.blocks()
-    before = [(module, vars(module).get("forward")) for module in (*offer.token_wise(), *blocks)]
-    if tools.tile_tokens is not None:
-        for module in offer.token_wise():
-            tiled(module, tools.tile_tokens)
+def _options(
+    model: nn.Module, mesh: ParallelMesh, fsdp: FSDPOptions, memory: MemoryOptions | AutoMemory
+) -> tuple[FSDPOptions, MemoryOptions]:
+    """The options as they are, or those that a budget leads to: on every rank the same or none; the first rank logs why."""
+    chosen: list[tuple[Choice, str]] = []
+    itemsize = (fsdp.dtype or next((parameter.dtype for parameter in model.parameters()), torch.float32)).itemsize
+
+    def look() -> dict[str, str]:
+        if isinstance(memory, MemoryOptions):
+            return {"memory": "MemoryOptions"}
+        if fsdp.zero:
+            raise ModelError(f"AutoMemory chooses zero, which was given as {fsdp.zero}; leave zero out, or pass MemoryOptions")
+        ranks, sharded = mesh.coordinate.sequence_ranks, fsdp != FSDPOptions(0)
+        found = choose(model, memory, ranks=ranks, itemsize=itemsize, sharded=sharded, fsdp_ranks=fsdp.fsdp_ranks)
+        chosen.append(found)
+        return {"memory": found[1]}
+
+    _agree(mesh, look)
+    if isinstance(memory, MemoryOptions):
+        return fsdp, memory
+    ((choice, why),) = chosen
+    if mesh.loss_group.rank() == 0:
+        logging.getLogger(__name__).info("AutoMemory chooses %s", why)
+    return replace(fsdp, zero=choice.zero), choice.memory
+
+
+def _apply_options(adapter: ModelAdapter, memory: MemoryOptions) -> list[tuple[nn.Module, Any]]:
+    """Tile, checkpoint and offload; returns each module that changed with the forward that hung on it before."""
+    blocks = adapter.blocks()
+    before = [(module, vars(module).get("forward")) for module in (*adapter.token_wise(), *blocks)]
+    if memory.tile_tokens is not None:
+        for module in adapter.token_wise():
+            tiled(module, memory.tile_tokens)
     for block in blocks:
-        recompute(block, tools.recompute)
-    if tools.put_away:
+        checkpoint_block(block, memory.recompute)
+    if memory.offload_activations:
         for block in blocks[:-1]:  # the last block's backward comes first
-            put_away(block)
+            offload_activations(block)
     return [(module, forward) for module, forward in before if vars(module).get("forward") is not forward]
 
 
-class _Given:
-    """A model that is given its attention and its loss, as the Decoder is."""
-
-    def __init__(self, model: Any, kernel: str | Kernel | KernelFunction) -> None:
-        self.model, self.kernel = model, kernel
-        self.guards: list[RemovableHandle] = []
-
-    def blocks(self) -> Sequence[nn.Module]:
-        return list(self.model.blocks)
-
-    def token_wise(self) -> Sequence[nn.Module]:
-        return [module for module in self.model.modules() if type(module) in (FeedForward, nn.RMSNorm)]
-
-    def prove(self, mesh: ParallelMesh, tools: Tools) -> None:
-        missing = [name for name in ("attention", "cross_entropy", "blocks", "config") if not hasattr(self.model, name)]
-        if missing:
-            raise ModelError(
-                f"{type(self.model).__name__} offers no {', '.join(missing)}, so its attention cannot be made parallel; use "
-                f"a Hugging Face model, the Decoder, or a model with attention, cross_entropy, blocks and config as attributes"
-            )
-        refuse_kernel(self.kernel, mesh.coordinate)
-        Heads(self.model.config.heads, self.model.config.kv_heads, mesh.coordinate.ulysses)
-        if tools.head_chunks != 1:
-            if not hasattr(self.model, "chunk_heads"):
-                raise ModelError(f"{type(self.model).__name__} has no chunk_heads(count); leave out head_chunks")
-            chunk_rows(self.model.config, tools.head_chunks)
-            heads, ulysses = self.model.config.heads, mesh.coordinate.ulysses
-            if heads // tools.head_chunks < ulysses:
-                raise ModelError(
-                    f"head_chunks={tools.head_chunks} leaves {heads // tools.head_chunks} query heads to a chunk, and each of "
-                    f"ulysses={ulysses} ranks needs one; use head_chunks up to {heads // ulysses}"
-                )
-
-    def install(self, mesh: ParallelMesh, tools: Tools) -> None:
-        self.attention, self.cross_entropy = self.model.attention, self.model.cross_entropy
-        attention = self.attention
-        if attention is attend and (tools.recompute == "selective" or tools.head_chunks > 1):
-            attention = partial(attend, recomputable=True)
-        self.chunks = {block: block.chunks for block in self.model.blocks} if tools.head_chunks > 1 else {}
-        if self.chunks:
-            self.model.chunk_heads(tools.head_chunks)
-        chosen: dict[str, Any] = {} if self.kernel == "auto" else {"kernel": self.kernel}
-        self.model.attention = partial(attention, mesh=mesh, **chosen)
-        self.model.cross_entropy = partial(self.cross_entropy, mesh=mesh)
-        self.guards = [self.model.register_forward_pre_hook(_refuse_unknown_tokens, with_kwargs=True)]
-        if mesh.coordinate.sequence_ranks > 1:
-            guard = self.model.register_forward_pre_hook(_refuse_what_is_not_cut, prepend=True, with_kwargs=True)
-            self.guards.append(guard)
-
-    def undo(self) -> None:
-        for guard in self.guards:
-            guard.remove()
-        self.model.attention, self.model.cross_entropy = self.attention, self.cross_entropy
-        for block, chunks in self.chunks.items():
-            block.chunks = chunks
-
-
-def _offer(model: nn.Module, kernel: str | Kernel | KernelFunction) -> Offer:
-    return adapter_for(model, kernel) or _Given(model, kernel)
+def _adapter(model: nn.Module, kernel: str | Kernel | KernelFunction) -> ModelAdapter:
+    return adapter_for(model, kernel) or DecoderAdapter(model, kernel)
 
 
 def _name(kernel: str | Kernel | KernelFunction) -> str:
@@ -289,7 +228,7 @@ def _name(kernel: str | Kernel | KernelFunction) -> str:
 
 
 def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
-    """Raise on every rank what any rank finds: one exchange of each rank's error and of what it holds."""
+    """Raise on every rank what any rank raises or holds differently: one exchange of errors and facts."""
     difference = first_difference(gather_or_raise(look, mesh.world_group))
     if difference is not None:
         name, first, rank, other = difference
@@ -299,62 +238,51 @@ def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
         )
 
 
-def _refuse_what_cannot_be(model: nn.Module, mesh: ParallelMesh, tools: Tools, shares: Shares) -> dict[str, str]:
-    if hasattr(model, "_longspan"):
+def _refuse_options(job: _Job) -> dict[str, str]:
+    """Refuse what no model or this mesh can have; returns the options, which must be equal on all ranks."""
+    if parallel_state(job.model) is not None:
         raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
-    refuse_what_cannot_be(shares, model, mesh)
-    refuse_unknown(tools.recompute)
-    return {name: str(value) for name, value in (vars(tools) | vars(shares)).items()}
+    refuse_options(job.fsdp, job.model, job.mesh)
+    return {name: str(value) for name, value in (vars(job.memory) | vars(job.fsdp)).items()}
 
 
-def _look(model: nn.Module, offer: Offer, mesh: ParallelMesh, tools: Tools, shares: Shares, read_alike: bool) -> dict[str, str]:
-    """Prove the model, and say what it holds, unless all ranks have read their shares of the same."""
-    facts = _refuse_what_cannot_be(model, mesh, tools, shares)
-    offer.prove(mesh, tools)
-    if tools.tile_tokens is not None:
-        _refuse_to_tile(offer.token_wise(), tools.tile_tokens)
-    return facts if read_alike else facts | _fingerprints(model)
+def _prove(job: _Job, read_alike: bool) -> dict[str, str]:
+    """Prove the model; returns what must be equal on all ranks: its parameters too, unless all ranks read them alike."""
+    facts = _refuse_options(job)
+    job.adapter.prove(job.mesh, job.memory)
+    if job.memory.tile_tokens is not None:
+        _refuse_to_tile(job.adapter.token_wise(), job.memory.tile_tokens)
+    return facts if read_alike else facts | _fingerprints(job.model)
 
 
-def _refuse_to_tile(feeds: Sequence[nn.Module], tokens: int) -> None:
-    if not feeds:
+def _refuse_to_tile(modules: Sequence[nn.Module], tile_tokens: int) -> None:
+    if not modules:
         raise ModelError(
-            f"tile_tokens={tokens} finds no feed-forward or norm that works token by token in one tensor (experts do not); "
-            f"leave it out, or change modules of your own by longspan.tiled(module, tokens)"
+            f"tile_tokens={tile_tokens} finds no feed-forward or norm that takes one tensor and works token by token "
+            f"(experts do not); leave it out, or change modules of your own by longspan.tiled(module, tile_tokens)"
         )
-    for module in feeds:
-        refuse_to_tile(module, tokens)
+    for module in modules:
+        refuse_to_tile(module, tile_tokens)
 
 
-def _unread(model: nn.Module) -> "Unread | None":
-    """Where the weights wait of a model that has none yet."""
-    waiting: Unread | None = vars(model).get("_longspan_unread")
+def _unread(model: nn.Module) -> UnreadWeights | None:
+    """Where the weights of a model on the meta device come from; None for a model that has them."""
+    waiting: UnreadWeights | None = vars(model).get(UNREAD)
     if waiting is None and hasattr(model, "initialize") and any(parameter.is_meta for parameter in model.parameters()):
-        return _Seed()
+        return SeededWeights()
     return waiting
 
 
-class _Seed:
-    """The weights of a model that draws them itself, as the Decoder does."""
-
-    def facts(self, model: Any) -> dict[str, str]:
-        return {"the seed": str(model.seed)}
-
-    def read_into(self, model: Any, device: torch.device) -> None:
-        model.to_empty(device=device)
-        model.initialize(model.seed)
-
-
-def _read(model: nn.Module, unread: Unread, offer: Offer, mesh: ParallelMesh, shares: Shares) -> None:
-    """Shard a model that has no weights yet, then let each rank read its own."""
-    vars(model).pop("_longspan_unread", None)
-    if shares.zero:
-        shard_parameters(model, offer.blocks(), mesh, shares)
-    unread.read_into(model, mesh.device)
+def _read(job: _Job, unread: UnreadWeights) -> None:
+    """Shard a model that has no weights yet, then let each rank read its own shards."""
+    vars(job.model).pop(UNREAD, None)
+    if job.fsdp.zero:
+        shard_parameters(job.model, job.adapter.blocks(), job.mesh, job.fsdp)
+    unread.read_into(job.model, job.mesh.device)
 
 
 def _fingerprints(model: nn.Module) -> dict[str, str]:
-    """Of every parameter and buffer: its kind and a hash of its content."""
+    """Every parameter and buffer by name: shape, dtype, whether it is trained, and a hash of its content."""
     held = [*model.named_parameters(), *model.named_buffers()]
     return {name: f"{list(t.shape)} {t.dtype} trained={t.requires_grad} {_hash(t)}" for name, t in held}
 
@@ -366,17 +294,3 @@ def _hash(tensor: Tensor) -> str:
         raise ModelError("the model is on the meta device; give it weights first: model.to_empty(device=...), then initialize")
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
-def _refuse_what_is_not_cut(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if kwargs.get("longspan") is None:
-        raise ModelError(
-            "each sequence of this model lies on several ranks, but the batch was not cut: its positions and labels would be "
-            "wrong; call model(**shard_batch(batch, mesh))"
-        )
-
-
-def _refuse_unknown_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    step = kwargs.get("longspan")
-    if step is not None:
-        refuse_unknown_tokens(step, getattr(model.config, "vocab", None), type(model).__name__)

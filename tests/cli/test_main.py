@@ -16,14 +16,14 @@ from longspan.errors import RunError
 
 FLAGS = {
     "train": """
-        ranks debug ulysses ring zero recompute tile_tokens head_chunks offload_activations tiled_loss model dtype data
+        ranks debug ulysses ring zero recompute tile_tokens head_chunks offload_activations chunked_loss model dtype data
         text_field tokenizer tokens rows_per_step micro_batches steps optimizer learning_rate warmup_steps weight_decay
         clip_norm eval_every_steps eval_rows checkpoint_every_steps keep_checkpoints seed run memory_report runs_folder resume
     """,
     "evaluate": "ranks debug checkpoint data text_field max_tokens documents dtype runs_folder",
     "check": """
-        ranks debug ulysses ring zero recompute tile_tokens head_chunks offload_activations tiled_loss dtype model layers heads
-        kv_heads tokens rows seed
+        ranks debug ulysses ring zero recompute tile_tokens head_chunks offload_activations chunked_loss dtype model layers
+        heads kv_heads tokens rows seed
     """,
 }
 

@@ -25,7 +25,8 @@ from longspan.batch.shard import IGNORE
 from longspan.hf.adapter import PretrainedAdapter
 from longspan.hf.mask_functions import as_mask
 from longspan.masks.constructors import Causal, Chunked, Full, Window
-from longspan.memory.checkpointing import Tools
+from longspan.memory.options import MemoryOptions
+from longspan.models.adapter import parallel_state
 from tests.helpers.ranks import Ranks, mesh_of
 
 transformers.logging.set_verbosity_error()
@@ -190,7 +191,7 @@ def compare(name: str, batch: str, ulysses: int, ring: int, zero: int = 0, steps
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its name before 5.23
         enable({"use_reentrant": False})
     parallelize(model, mesh, zero)
-    knows_loss = model._longspan.offer.loss_kind is not None
+    knows_loss = parallel_state(model).adapter.computes_loss
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (reference, model)]
     for step in range(1 + steps):
         expected, logits = forward_alone(reference, whole, encoder)
@@ -421,7 +422,7 @@ def embedding_error(folder: str) -> float:
 def test_a_layer_s_own_mask_is_read_from_the_model(name: str, masks: list[Any]) -> None:
     model = build(name)
     offer = PretrainedAdapter(model, model)
-    offer.prove(ParallelMesh(), Tools())
+    offer.prove(ParallelMesh(), MemoryOptions())
     assert [layer.own for _, layer in offer.layers] == masks
 
 

@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from longspan import (
+    AutoMemory,
     BatchError,
     LongspanError,
+    MemoryOptions,
     ModelError,
     ParallelMesh,
+    parallel_state,
     parallelize,
     shard_batch,
     shift_right,
@@ -30,6 +33,7 @@ from longspan import (
 from longspan.batch.shard import IGNORE, shard_local
 from longspan.distributed.mesh import MeshCoordinate
 from longspan.masks.constructors import Causal
+from tests.helpers.options import keywords
 from tests.helpers.ranks import Ranks, mesh_of
 
 transformers.logging.set_verbosity_error()
@@ -109,7 +113,7 @@ def compare(name: str, batch: str, ulysses: int, ring: int, zero: int = 0, steps
     mesh = mesh_of(ulysses, ring)
     reference = build(name)
     model, whole, tolerance = deepcopy(reference), batches(name, batch), tolerance_of(name)
-    parallelize(model, mesh, zero, **tools)
+    parallelize(model, mesh, **keywords({"zero": zero} | tools))
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (reference, model)]
     for step in range(1 + steps):
         expected = alone(reference, whole)
@@ -219,7 +223,7 @@ def test_the_loss_of_a_model_that_calls_its_own_can_be_formed_in_tiles(pool: Cal
 def without_logits() -> None:
     mesh, reference = mesh_of(2), build("t5gemma")
     whole = batches("t5gemma", "odd lengths")
-    model = parallelize(deepcopy(reference), mesh, return_logits=False)
+    model = parallelize(deepcopy(reference), mesh, memory=MemoryOptions(chunked_loss=True))
     expected = alone(reference, whole).loss
     expected.backward()
     output = model(**shard_batch(whole, mesh, shift=False))
@@ -298,7 +302,7 @@ CALLS = {
     "a token that only the encoder knows": r"holds token or label 80, and T5GemmaForConditionalGeneration knows 0 to 59",
     "positions that one device ignores": r"counts its positions itself and ignores decoder_position_ids; give shard_batch none",
     "a kernel of the registry": r"kernel='hf:sdpa' attends within one row of tokens",
-    "memory=auto": r'memory="auto" knows models of one row of tokens, and BartForConditionalGeneration has two',
+    "AutoMemory": r"AutoMemory knows models of one row of tokens, and BartForConditionalGeneration has two",
 }
 
 
@@ -335,7 +339,7 @@ def refused_call(call: str) -> str:
         whole["input_ids"][0, 0], whole["decoder_input_ids"][1, -1] = 90, 80
     if "ignores" in call:
         whole["decoder_position_ids"] = torch.arange(16).expand(2, 16)
-    given = {"a kernel of the registry": {"kernel": "hf:sdpa"}, "memory=auto": {"memory": "auto", **AUTO}}.get(call, {})
+    given = {"a kernel of the registry": {"kernel": "hf:sdpa"}, "AutoMemory": AUTO}.get(call, {})
     beside = {"encoder_outputs": (torch.zeros(1),), "what a layer would add": torch.zeros(1, 4)}
     more = {"score_bias" if "add" in call else call: beside[call]} if call in beside else {}
     try:
@@ -346,7 +350,7 @@ def refused_call(call: str) -> str:
     return "nothing was refused"
 
 
-AUTO = {"memory_budget_gib": 1.0, "tokens": 1024}
+AUTO = {"memory": AutoMemory(budget_gib=1.0, tokens=1024)}
 
 
 IDS, FEW = torch.full((2, 8), 5), torch.full((2, 4), 5)
@@ -434,7 +438,8 @@ def test_a_loss_that_ignores_padding_by_its_id_is_not_the_plain_one(pool: Callab
 
 
 def kind_of_loss() -> str | None:
-    kind: str | None = parallelize(OfPadding(build("bart").config), mesh_of())._longspan.offer.loss_kind
+    state: Any = parallel_state(parallelize(OfPadding(build("bart").config), mesh_of()))
+    kind: str | None = state.adapter.loss_kind
     return kind
 
 

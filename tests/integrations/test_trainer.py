@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from longspan import LongspanError, parallelize
+from longspan import LongspanError, MemoryOptions, parallelize
 from longspan.batch.shard import IGNORE
 from longspan.integrations.trainer import LongTrainer
 from tests.helpers.ranks import Ranks, mesh_of
@@ -170,7 +170,7 @@ def test_twenty_steps_are_those_of_one_device(case: str, pool: Pool, tmp_path: P
     settings, zero = CASES[case]
     (alone,) = pool(1).run(train, tmp_path / "one", 4, None, settings)
     assert len([line for line in alone[0] if "loss" in line]) == settings.get("max_steps", 20)
-    tools = {"tools": {"recompute": "selective", "tile_tokens": 7, "head_chunks": 2}} if zero else None
+    tools = {"memory": MemoryOptions(recompute="selective", tile_tokens=7, head_chunks=2)} if zero else None
     for theirs in pool(4).run(train, tmp_path / "four", 2, HYBRID, settings, tools, zero, True):
         assert_equal(alone, theirs)
 

@@ -132,7 +132,7 @@ def test_autocast_rounds_both_and_multiplies_in_fp32() -> None:
 
 
 @pytest.mark.usefixtures("_slow")
-def test_a_tiled_loss_multiplies_in_fp32() -> None:
+def test_a_chunked_loss_multiplies_in_fp32() -> None:
     hidden, weight, _ = _inputs((9, 5), torch.bfloat16)
     labels = torch.arange(9) % 7
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]

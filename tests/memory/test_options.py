@@ -12,18 +12,30 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from longspan import BatchError, LongspanError, ModelError, ParallelMesh, parallelize, shard_batch, unparallelize
+from longspan import (
+    BatchError,
+    LongspanError,
+    MemoryOptions,
+    ModelError,
+    ParallelMesh,
+    parallel_state,
+    parallelize,
+    shard_batch,
+    unparallelize,
+)
 from longspan import loss as losses
 from longspan.batch.shard import IGNORE
 from longspan.distributed.grad_sync import grad_norm
 from longspan.hf import chunked_loss as without_logits
-from longspan.memory import checkpointing as memory
+from longspan.memory import offload
+from longspan.models.adapter import STATE
 from longspan.models.decoder import Decoder, DecoderConfig
+from tests.helpers.options import keywords
 from tests.helpers.ranks import Ranks, mesh_of
 from tests.hf.test_adapter import BASE, assert_gradients, batches, build, forward_alone, small, squared_error
 
 ALL: dict[str, Any] = {
-    "recompute": "selective", "tile_tokens": 5, "head_chunks": 2, "offload_activations": True, "return_logits": False,
+    "recompute": "selective", "tile_tokens": 5, "head_chunks": 2, "offload_activations": True, "chunked_loss": True,
 }  # fmt: skip
 TOOLS: dict[str, dict[str, Any]] = {
     "recompute all": {"recompute": "full"},
@@ -31,10 +43,10 @@ TOOLS: dict[str, dict[str, Any]] = {
     "tiles": {"tile_tokens": 5},
     "head chunks": {"head_chunks": 2},
     "offload": {"offload_activations": True},
-    "no logits": {"return_logits": False},
+    "no logits": {"chunked_loss": True},
     "zero 2": {"zero": 2},
     "zero 3": {"zero": 3},
-    "zero 3 in halves, on the host": {"zero": 3, "shard_ranks": 2, "offload_parameters": True},
+    "zero 3 in halves, on the host": {"zero": 3, "fsdp_ranks": 2, "offload_parameters": True},
     "all": ALL,
     "all, zero 3": ALL | {"zero": 3},
 }
@@ -63,25 +75,25 @@ def alone(model: Any, name: str, whole: dict[str, torch.Tensor]) -> torch.Tensor
 def with_tools(name: str, ulysses: int, ring: int, tools: dict[str, Any], batch: str = "odd length") -> None:
     mesh, reference = mesh_of(ulysses, ring), model_of(name)
     whole, tolerance = batches(batch, False), TOLERANCE[name]
-    model = parallelize(deepcopy(reference), mesh, **tools)
+    model = parallelize(deepcopy(reference), mesh, **keywords(tools))
     expected = alone(reference, name, whole)
     expected.backward()
     with (  # tiles of four tokens, blocks of twenty words, and nothing too small to be put away
         patch.multiple(losses, LOSS_TOKENS=4, LOSS_WORDS=20),
         patch.object(without_logits, "HEAD_TILE_BYTES", 4 * 4 * 97),
-        patch.object(memory, "AWAY_BYTES", 0),
+        patch.object(offload, "OFFLOAD_BYTES", 0),
     ):
         output = model(**shard_batch(whole, mesh))
         output.loss.backward()
     assert abs(output.loss.item() - expected.item()) <= tolerance * expected.item()
-    if not tools.get("return_logits", True) and name != "decoder":
+    if tools.get("chunked_loss") and name != "decoder":
         assert output.logits is None
     assert_gradients(model, reference, tolerance)
     total = grad_norm(reference.parameters()).item()
     assert abs(grad_norm(model.parameters()).item() - total) <= tolerance * total
     if not tools.get("zero"):
         unparallelize(model)
-        assert not [module for module in model.modules() if {"forward", "_longspan"} & set(vars(module))]
+        assert not [module for module in model.modules() if {"forward", STATE} & set(vars(module))]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -89,7 +101,7 @@ def with_tools(name: str, ulysses: int, ring: int, tools: dict[str, Any], batch:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_tool_changes_no_number(name: str, tool: str, ranks: int, pool: Callable[[int], Ranks]) -> None:
     ulysses = 1 if (tool, ranks) == ("head chunks", 2) else 2
-    halves = {"shard_ranks": ranks // 2} if "shard_ranks" in TOOLS[tool] else {}
+    halves = {"fsdp_ranks": ranks // 2} if "fsdp_ranks" in TOOLS[tool] else {}
     pool(ranks).run(with_tools, name, ulysses, ranks // ulysses, TOOLS[tool] | halves)
 
 
@@ -98,7 +110,7 @@ def test_a_tool_changes_no_number(name: str, tool: str, ranks: int, pool: Callab
 def test_all_tools_together_on_four_ranks(name: str, batch: str, pool: Callable[[int], Ranks]) -> None:
     if name == "decoder" and batch == "left padding":
         batch = "even"  # its reference here is plain
-    pool(4).run(with_tools, name, 2, 2, ALL | {"zero": 3, "shard_ranks": 2}, batch)
+    pool(4).run(with_tools, name, 2, 2, ALL | {"zero": 3, "fsdp_ranks": 2}, batch)
 
 
 def test_a_balance_loss_beside_a_loss_without_logits(pool: Callable[[int], Ranks]) -> None:
@@ -110,7 +122,9 @@ def balanced() -> None:
     ids = batches("odd length", False)["input_ids"]
     expected = reference(input_ids=ids, labels=ids, use_cache=False)
     expected.loss.backward()
-    model = parallelize(build("mixtral", output_router_logits=True, router_aux_loss_coef=0.5), mesh, return_logits=False)
+    model = parallelize(
+        build("mixtral", output_router_logits=True, router_aux_loss_coef=0.5), mesh, memory=MemoryOptions(chunked_loss=True)
+    )
     found = model(**shard_batch({"input_ids": ids, "labels": ids}, mesh))
     found.loss.backward()
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
@@ -132,7 +146,7 @@ def half_errors(name: str) -> tuple[float, float]:
         ids = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(seed))
         whole = {"input_ids": ids, "labels": ids}
         half = deepcopy(exact).bfloat16()
-        model = parallelize(deepcopy(half), mesh, **ALL)
+        model = parallelize(deepcopy(half), mesh, **keywords(ALL))
         alone(exact, name, whole).backward()
         logits = half(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
         F.cross_entropy(logits, ids[:, 1:].flatten()).backward()
@@ -152,7 +166,7 @@ def half_without_labels() -> tuple[float, float]:
     expected = alone(exact, "llama", whole)
     expected.backward()
     half = deepcopy(exact).bfloat16()
-    model = parallelize(deepcopy(half), mesh, return_logits=False)
+    model = parallelize(deepcopy(half), mesh, memory=MemoryOptions(chunked_loss=True))
     alone(half, "llama", whole).backward()
     loss = model(**shard_batch(whole, mesh)).loss
     loss.backward()
@@ -272,19 +286,19 @@ def test_unparallelize_gives_back_forwards_and_chunks_that_hung_before() -> None
     model = Decoder(SHAPE, head_chunks=2)
     mine = vars(model.blocks[0])["forward"] = lambda *given: type(model.blocks[0]).forward(model.blocks[0], *given)
     chunks = model.blocks[1].chunks
-    unparallelize(parallelize(model, ParallelMesh(), recompute="full", head_chunks=1))
+    unparallelize(parallelize(model, ParallelMesh(), memory=MemoryOptions("full")))
     assert vars(model.blocks[0])["forward"] is mine
-    parallelize(model, ParallelMesh(), head_chunks=4)
+    parallelize(model, ParallelMesh(), memory=MemoryOptions(head_chunks=4))
     assert model.blocks[1].chunks != chunks
     unparallelize(model)
     assert model.blocks[1].chunks == chunks
 
 
 def test_a_tensor_that_is_saved_twice_is_put_away_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "AWAY_BYTES", 0)
+    monkeypatch.setattr(offload, "OFFLOAD_BYTES", 0)
     made = []
-    away = memory._Away.__init__
-    monkeypatch.setattr(memory._Away, "__init__", lambda self, x: made.append(x.shape) or away(self, x))
+    copy = offload._HostCopy.__init__
+    monkeypatch.setattr(offload._HostCopy, "__init__", lambda self, x: made.append(x.shape) or copy(self, x))
 
     class Twice(torch.nn.Module):
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -292,7 +306,7 @@ def test_a_tensor_that_is_saved_twice_is_put_away_once(monkeypatch: pytest.Monke
 
     block, x, y = Twice(), torch.randn(7, requires_grad=True), torch.randn(7, requires_grad=True)
     expected = torch.autograd.grad(block(x, y), [x, y])
-    memory.put_away(block)
+    offload.offload_activations(block)
     found = torch.autograd.grad(block(x, y), [x, y])
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert len(made) == 3  # x, y and their product, of which x is saved twice and y three times
@@ -331,34 +345,28 @@ def unknown_tokens() -> list[str]:
         ({"dtype": torch.bfloat16}, r"dtype=torch.bfloat16 is for sharded parameters; use torch.autocast, or zero=2"),
         ({"zero": 3, "dtype": torch.int8}, "nothing to compute in"),
         ({"offload_parameters": True}, "offload_parameters=True is for sharded parameters"),
-        ({"zero": 3, "shard_ranks": 3}, "shard_ranks=3 does not divide the 1 ranks; use 1"),
-        ({"tile_tokens": 0}, "tiles of 0 tokens"),
+        ({"zero": 3, "fsdp_ranks": 3}, "fsdp_ranks=3 does not divide the 1 ranks; use 1"),
+        ({"tile_tokens": 0}, "tile_tokens=0 is not possible; use at least 1"),
         ({"head_chunks": 9}, "9"),
-        ({"head_chunks": 0}, "head_chunks=0 does not cut"),
-        ({"memory_budget_gib": 2.0}, 'memory_budget_gib= is for memory="auto"'),
-        ({"tokens": 99}, 'tokens= is for memory="auto"'),
-        ({"memory": "auto", "memory_budget_gib": 2.0, "tokens": 99, "zero": 3}, "chooses zero, which was given as 3"),
-        ({"memory": "auto", "memory_budget_gib": 2.0, "tokens": 99, "tile_tokens": 8}, "chooses tile_tokens"),
-        ({"memory": "auto", "memory_budget_gib": -1.0, "tokens": 99}, "more than 0"),
-        ({"memory": "auto", "memory_budget_gib": 2.0, "tokens": 0}, "at least 1"),
+        ({"head_chunks": 0}, "head_chunks=0 is not possible"),
     ],
 )
 def test_a_tool_that_cannot_be_is_refused_and_nothing_is_changed(asked: dict[str, Any], text: str) -> None:
     model = Decoder(SHAPE)
     with pytest.raises(LongspanError, match=text):
-        parallelize(model, ParallelMesh(), **asked)
-    assert "_longspan" not in vars(model)
+        parallelize(model, ParallelMesh(), **keywords(asked))
+    assert parallel_state(model) is None
 
 
 @pytest.mark.parametrize(
     ("build_it", "asked", "text"),
     [
-        (small("BertConfig", "BertForMaskedLM", **BASE), {"return_logits": False}, "computes its loss by itself"),
+        (small("BertConfig", "BertForMaskedLM", **BASE), {"chunked_loss": True}, "computes its loss by itself"),
     ],
 )
 def test_a_hugging_face_model_that_cannot_be_given_a_tool_is_refused(build_it: Any, asked: dict[str, Any], text: str) -> None:
     with pytest.raises(ModelError, match=text):
-        parallelize(build_it(), ParallelMesh(), **asked)
+        parallelize(build_it(), ParallelMesh(), **keywords(asked))
 
 
 def test_an_optimizer_that_would_train_nothing_is_refused() -> None:
@@ -381,17 +389,17 @@ def test_chunks_with_fewer_heads_than_ranks_are_refused_by_every_rank(pool: Call
 
 def too_many_chunks() -> str:
     with pytest.raises(ModelError) as error:
-        parallelize(Decoder(SHAPE), mesh_of(2, 1), head_chunks=4)
+        parallelize(Decoder(SHAPE), mesh_of(2, 1), memory=MemoryOptions(head_chunks=4))
     return str(error.value)
 
 
 def test_an_unknown_word_for_recomputation_is_refused() -> None:
-    """By itself: in the tests ``parallelize`` checks the types of its arguments first."""
     with pytest.raises(ModelError, match="recompute='some' is unknown; legal are 'none', 'full', 'selective'"):
-        memory.refuse_unknown("some")
+        MemoryOptions(recompute="some")
 
 
 def test_zero_1_says_what_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "longspan")
     parallelize(Decoder(SHAPE), ParallelMesh(), zero=1)
     assert "zero=1 is what FSDP2 does with zero=2" in caplog.text
 

@@ -13,6 +13,7 @@ from longspan.distributed.collectives import Arrival, TorchTransport
 from longspan.memory.profiler import Recorded
 from longspan.models.decoder import Decoder, DecoderConfig
 from longspan.planner.memory import footprint
+from tests.helpers.options import keywords
 from tests.helpers.ranks import on_ranks
 
 CONFIG = DecoderConfig(vocab=512, layers=3, hidden=128, heads=4, kv_heads=2, head_dim=32, ffn=512)
@@ -75,7 +76,7 @@ class Settling:
 def steps(config: DecoderConfig, tools: dict[str, Any], lengths: tuple[int, ...]) -> list[dict[str, int]]:
     """Of the second step on, what is there at the fullest, by category."""
     mesh = ParallelMesh(ulysses=torch.distributed.get_world_size(), transport=Settled())
-    model = parallelize(Decoder(config), mesh, **tools)
+    model = parallelize(Decoder(config), mesh, **keywords(tools))
     optimizer = torch.optim.AdamW(model.parameters())
     found = []
     for tokens in (256, *lengths):

@@ -43,6 +43,7 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.loss import cross_entropy
 from longspan.masks import constructors as masks
 from longspan.masks.constructors import Causal
+from longspan.models.adapter import parallel_state
 from longspan.models.decoder import DecoderConfig
 from longspan.parallelize import parallelize
 
@@ -156,7 +157,7 @@ def _parallel(
     config: Check, source: ModelSource, seed: int, dtype: torch.dtype, mesh: ParallelMesh
 ) -> tuple[Outcome, tuple[Traffic, Traffic]]:
     assert isinstance(mesh.transport, CountingTransport)
-    model = parallelize(_model(source, seed, dtype, mesh), mesh, **config.tools)
+    model = parallelize(_model(source, seed, dtype, mesh), mesh, zero=config.zero, memory=config.memory)
     mine = consecutive(split(config.rows, mesh.coordinate.data))[mesh.coordinate.data_rank]
     whole = _batch(config, source, seed, mesh.device)
     rows = {name: tensor[mine.start : mine.stop] for name, tensor in whole.items()}
@@ -172,7 +173,8 @@ def _parallel(
 
 def _loss(model: Any, part: Part, mesh: ParallelMesh) -> Tensor:
     """The model's own loss over all ranks; cross-entropy of its logits where its own loss is not per token."""
-    if getattr(model._longspan.offer, "loss_kind", "ours") is not None:
+    state = parallel_state(model)
+    if state is not None and state.adapter.computes_loss:
         loss: Tensor = model(**part).loss
         return loss
     labels = part["shift_labels" if "shift_labels" in part else "labels"]

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 from tyro.conf import Positional
 
 from longspan.errors import RunError
+from longspan.memory.options import MemoryOptions
 
 PRESETS = ("tiny", "small", "llama-1b", "llama-8b", "llama-70b")
 """The names of ``models.decoder.PRESETS``, repeated here so that ``--help`` does not import torch."""
@@ -64,11 +65,11 @@ class Layout(Ranks):
     tile_tokens: int | None = None
     """Tokens that feed-forwards and norms work on at a time, forward and backward (default: all)."""
     head_chunks: int = 1
-    """Shares of a rank's heads that are exchanged and attend one after the other."""
+    """Number of chunks of a rank's heads that are exchanged and attended one after the other."""
     offload_activations: bool = False
-    """Keep on the host what blocks keep for their backward (on a GPU)."""
-    tiled_loss: bool = False
-    """Never form all logits of a hf: model at once. (Those of our decoder never are.)"""
+    """Keep in host memory what blocks save for their backward (on a GPU)."""
+    chunked_loss: bool = False
+    """Compute the loss of a hf: model without forming all logits. (Our decoder never forms them.)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,10 +80,9 @@ class Layout(Ranks):
         return self.ranks if self.ranks is not None else self.ulysses * self.ring
 
     @property
-    def tools(self) -> dict[str, Any]:
-        """The keywords of ``parallelize``."""
-        names = ("zero", "recompute", "tile_tokens", "head_chunks", "offload_activations")
-        return {name: getattr(self, name) for name in names} | {"return_logits": not self.tiled_loss}
+    def memory(self) -> MemoryOptions:
+        """The memory options for ``parallelize``."""
+        return MemoryOptions(**{option.name: getattr(self, option.name) for option in fields(MemoryOptions)})
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def work(config: Train) -> int:
         loader = _loader(corpus, config, mesh)
         held_out = _held_out(corpus, config, mesh)
     refuse_difference("the text", corpus.fingerprint, mesh.world_group, "give every machine the same files and tokenizer")
-    model = parallelize(_on(mesh, source.build(config.seed, config.zero)), mesh, **config.tools)
+    model = parallelize(_on(mesh, source.build(config.seed, config.zero)), mesh, zero=config.zero, memory=config.memory)
     optimizer = _optimizer(model, config)
     run = _open_run(config, mesh)
     done = _resume(run, model, optimizer, source, corpus, config, mesh)

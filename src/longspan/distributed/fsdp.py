@@ -27,24 +27,28 @@ from longspan.errors import ModelError
 
 
 @dataclass(frozen=True)
-class Shares:
-    """What a rank keeps. ``dtype``: what blocks compute in (None: the parameters'); ``ranks``: how many share (None: all)."""
+class FSDPOptions:
+    """The arguments of ``parallelize`` that FSDP2 implements; see there."""
 
     zero: int
     dtype: torch.dtype | None = None
-    on_host: bool = False
-    ranks: int | None = None
+    offload_parameters: bool = False
+    fsdp_ranks: int | None = None
 
 
-def refuse_what_cannot_be(shares: Shares, model: nn.Module, mesh: ParallelMesh) -> None:
+def refuse_options(options: FSDPOptions, model: nn.Module, mesh: ParallelMesh) -> None:
     """Raise ModelError for shares that FSDP2 or this mesh cannot give, and for an optimizer that would train nothing."""
-    if shares.zero not in (0, 1, 2, 3):
+    if options.zero not in (0, 1, 2, 3):
         raise ModelError(
-            f"zero={shares.zero} is not supported; legal are 0 (every rank keeps all), 2 (a share of gradients and optimizer "
+            f"zero={options.zero} is not supported; legal are 0 (every rank keeps all), 2 (a share of gradients and optimizer "
             f"states) and 3 (of parameters too)"
         )
-    if shares.zero == 0:
-        asked = {"dtype": shares.dtype, "offload_parameters": shares.on_host or None, "shard_ranks": shares.ranks}
+    if options.zero == 0:
+        asked = {
+            "dtype": options.dtype,
+            "offload_parameters": options.offload_parameters or None,
+            "fsdp_ranks": options.fsdp_ranks,
+        }
         for name, value in asked.items():
             if value is not None:
                 instead = "torch.autocast, or " if name == "dtype" else ""
@@ -53,27 +57,28 @@ def refuse_what_cannot_be(shares: Shares, model: nn.Module, mesh: ParallelMesh) 
     for name, parameter in model.named_parameters():
         if not (parameter.is_floating_point() or parameter.is_complex()):
             raise ModelError(
-                f"zero={shares.zero} would cut {name!r} of {parameter.dtype}, a quantised weight that its layer unpacks whole; "
-                f"use zero=0"
+                f"zero={options.zero} would shard {name!r} of {parameter.dtype}, a quantised weight that its layer unpacks "
+                f"whole; use zero=0"
             )
-    if shares.dtype is not None and not shares.dtype.is_floating_point:
-        raise ModelError(f"dtype={shares.dtype} is nothing to compute in; use torch.bfloat16, or leave it out")
-    if shares.ranks is not None and (shares.ranks < 1 or mesh.fsdp_group.size() % shares.ranks):
-        legal = ", ".join(str(ranks) for ranks in range(1, mesh.fsdp_group.size() + 1) if mesh.fsdp_group.size() % ranks == 0)
-        raise ModelError(f"shard_ranks={shares.ranks} does not divide the {mesh.fsdp_group.size()} ranks; use {legal}")
+    if options.dtype is not None and not options.dtype.is_floating_point:
+        raise ModelError(f"dtype={options.dtype} is nothing to compute in; use torch.bfloat16, or leave it out")
+    degree = mesh.fsdp_group.size()
+    if options.fsdp_ranks is not None and (options.fsdp_ranks < 1 or degree % options.fsdp_ranks):
+        legal = ", ".join(str(ranks) for ranks in range(1, degree + 1) if degree % ranks == 0)
+        raise ModelError(f"fsdp_ranks={options.fsdp_ranks} does not divide the {degree} ranks; use {legal}")
     _refuse_earlier_optimizers(model)
 
 
-def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: ParallelMesh, shares: Shares) -> None:
+def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: ParallelMesh, options: FSDPOptions) -> None:
     """Shard every block, then what is left, in place. A parameter that a rank does not use counts as zero there."""
-    if shares.zero == 1:
-        logging.getLogger(__name__).warning("zero=1 is what FSDP2 does with zero=2: gradients are sharded too")
+    if options.zero == 1:
+        logging.getLogger(__name__).info("zero=1 is what FSDP2 does with zero=2: gradients are sharded too")
     exact = any(parameter.dtype == torch.float64 for parameter in model.parameters())
-    policy = MixedPrecisionPolicy(shares.dtype, None if exact else torch.float32)
-    offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if shares.on_host else OffloadPolicy()
-    where = _where(mesh, shares.ranks)
+    policy = MixedPrecisionPolicy(options.dtype, None if exact else torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if options.offload_parameters else OffloadPolicy()
+    where = _where(mesh, options.fsdp_ranks)
     for module in (*blocks, model):
-        again = shares.zero == 3 and module is not model  # what is outside the blocks begins the backward: it stays
+        again = options.zero == 3 and module is not model  # what is outside the blocks begins the backward: it stays
         fully_shard(module, mesh=where, reshard_after_forward=again, mp_policy=policy, offload_policy=offload)
     assert isinstance(model, FSDPModule)
     model.set_reduce_scatter_unused_params(True)

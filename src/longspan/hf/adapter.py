@@ -45,7 +45,7 @@ from longspan.hf.position_probe import Counting
 from longspan.hf.registry_kernel import PREFIX, refuse_name
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import KernelFunction
-from longspan.memory.checkpointing import Tools
+from longspan.memory.options import MemoryOptions
 from longspan.memory.tiling import routes_to_experts
 
 DEVIATIONS: tuple[Deviation, ...] = (
@@ -82,6 +82,11 @@ class PretrainedAdapter:
         self._findings: dict[type[Any], Found] = {}
         self._undo: list[Undo] = []
 
+    @property
+    def computes_loss(self) -> bool:
+        """Whether the model's forward gives the global loss; otherwise its loss is one of this rank's tokens."""
+        return self.loss_kind is not None
+
     def blocks(self) -> list[nn.Module]:
         """The layers that FSDP2 shards one by one, and that recomputation computes again."""
         return list(blocks(self.model).values())
@@ -95,7 +100,7 @@ class PretrainedAdapter:
         feeds = [child for child in children if _is_feed_forward(child) and not attending & set(child.modules())]
         return [module for module in (*norms, *feeds) if _takes_one_argument(module)]
 
-    def prove(self, mesh: ParallelMesh, tools: Tools) -> None:
+    def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
         """Prove that the model can be parallel, on this rank alone. Changes nothing.
 
         Raises:
@@ -107,7 +112,7 @@ class PretrainedAdapter:
             refuse_name(self.kernel, self.model, mesh.coordinate)
         else:
             refuse_kernel(self.kernel, mesh.coordinate)
-        candidate = Candidate(self.called, self.model, mesh, tools, self.kernel, self.configs)
+        candidate = Candidate(self.called, self.model, mesh, memory, self.kernel, self.configs)
         with attention_named(self.configs):
             for deviation in DEVIATIONS:
                 found = deviation.probe(candidate)
@@ -115,7 +120,7 @@ class PretrainedAdapter:
                     candidate.findings[type(found)] = found
         self._findings = candidate.findings
 
-    def install(self, mesh: ParallelMesh, tools: Tools) -> None:
+    def install(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
         """Give the model its mesh: copies of its configs, its attention layers' mesh, its loss, its hooks."""
         self._undo = [found.install(self.model, mesh) for found in self._findings.values()]
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from longspan.distributed.mesh import ParallelMesh
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import KernelFunction
-from longspan.memory.checkpointing import Tools
+from longspan.memory.options import MemoryOptions
 
 Undo = Callable[[], None]
 """Takes back what an ``install`` did."""
@@ -56,7 +56,7 @@ class Candidate:
     called: Any
     model: Any
     mesh: ParallelMesh
-    memory: Tools
+    memory: MemoryOptions
     kernel: str | Kernel | KernelFunction
     configs: Sequence[tuple[Any, Any]]
     findings: dict[type[Any], Any] = field(default_factory=dict)

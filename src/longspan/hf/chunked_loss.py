@@ -46,7 +46,7 @@ class ChunkedLoss:
 
 def probe(candidate: Candidate) -> ChunkedLoss | None:
     """Whether the loss is to be formed without the logits. Raises ModelError for a model whose loss cannot be."""
-    if candidate.memory.return_logits:
+    if not candidate.memory.chunked_loss:
         return None
     loss = candidate.finding(Loss)
     kind = None if loss is None else loss.kind
@@ -93,7 +93,7 @@ def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
         if not torch.allclose(total.double(), expected, rtol=5e-2 if logits.dtype.itemsize == 2 else 1e-4):
             reason = "gives other logits for some tokens than for all"
     if reason is not None:
-        raise ModelError(f"{type(model).__name__} {reason}, so its logits must be there; leave out return_logits=False")
+        raise ModelError(f"{type(model).__name__} {reason}, so its logits must be there; leave out chunked_loss=True")
 
 
 def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,7 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf import _compat
 from longspan.hf.adapter import blocks
+from longspan.models.adapter import UNREAD, parallel_state
 
 WEIGHTS = (".safetensors", ".bin")
 """How files of weights end; only the first kind can be read in parts."""
@@ -66,7 +67,7 @@ def load(
             alike, weights that are not those of the model by name and shape, or not the same on all ranks.
     """
     model = build_empty(config or read_config(folder), dtype)
-    vars(model)["_longspan_unread"] = Unread(model, Path(folder), seed)
+    vars(model)[UNREAD] = FolderWeights(model, Path(folder), seed)
     return model
 
 
@@ -77,7 +78,7 @@ def load_whole(folder: str | Path | None, config: PreTrainedConfig, dtype: torch
         model: PreTrainedModel = kind.from_pretrained(folder, config=config, dtype=dtype)
     else:
         model = build_empty(config, dtype)
-        Unread(model, Path(folder or ""), seed).draw_into(model, torch.device("cpu"))
+        FolderWeights(model, Path(folder or ""), seed).draw_into(model, torch.device("cpu"))
     model.train()
     return model
 
@@ -123,7 +124,7 @@ def build_empty(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrain
     return model
 
 
-class Unread:
+class FolderWeights:
     """The weights of a model on the meta device: in the files of its folder, or, where it has none, in a seed."""
 
     def __init__(self, model: PreTrainedModel, folder: Path, seed: int) -> None:
@@ -289,8 +290,8 @@ def _write(model: PreTrainedModel, folder: Path) -> None:
 
 def _config_of(model: Any) -> PreTrainedConfig:
     """The model's own config, not the copy that names our attention, with its class."""
-    state = getattr(model, "_longspan", None)
-    config: PreTrainedConfig = model.config if state is None else state.offer.configs[0][1]
+    state = parallel_state(model)
+    config: PreTrainedConfig = model.config if state is None else cast(Any, state.adapter).configs[0][1]
     kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     config.architectures = [kind.__name__]
     config.dtype = next(model.parameters()).dtype

@@ -32,6 +32,8 @@ from longspan.hf.loss import is_in_place
 from longspan.hf.names import is_encoder_decoder
 from longspan.integrations.accelerate import OneDevice, as_one_device, refuse, refuse_undealt
 from longspan.integrations.state_dict import read_whole_weights, spread_optimizer, whole
+from longspan.memory.options import MemoryOptions
+from longspan.models.adapter import parallel_state
 from longspan.parallelize import parallelize
 
 OLDEST = (5, 23)
@@ -53,8 +55,9 @@ Base: Any = Trainer
 class LongTrainer(Base):  # type: ignore[misc]
     """``transformers.Trainer`` whose every sequence lies on ``ring x ulysses`` ranks of ``mesh``.
 
-    Takes what Trainer takes, and ``mesh``, ``zero`` and ``tools`` (its other keywords) of ``parallelize``, and ``dims`` of
-    ``shard_batch``. Before another trainer class it does the same to that one: ``class LongSFT(LongTrainer, SFTTrainer): ...``.
+    Takes what Trainer takes, and ``mesh``, ``zero`` and ``memory`` of ``parallelize``, its other keywords as
+    ``parallelize_kwargs``, and ``dims`` of ``shard_batch``. Before another trainer class it does the same to that
+    one: ``class LongSFT(LongTrainer, SFTTrainer): ...``.
     Every rank runs the same script; ``per_device_train_batch_size`` and ``per_device_eval_batch_size`` are rows a data replica.
 
     Equals ``Trainer`` on one device with ``per_device_train_batch_size`` times ``mesh.coordinate.data``: batches and their
@@ -77,14 +80,16 @@ class LongTrainer(Base):  # type: ignore[misc]
         *positional: Any,
         mesh: ParallelMesh,
         zero: int = 0,
-        tools: Mapping[str, Any] | None = None,
+        memory: MemoryOptions = MemoryOptions(),  # noqa: B008 - frozen
+        parallelize_kwargs: Mapping[str, Any] | None = None,
         dims: Mapping[str, int] | None = None,
         args: TrainingArguments | None = None,
         **keywords: Any,
     ) -> None:
-        if wrong := {"zero", "memory"} & set(tools or {}):
-            raise RunError(f"tools= names {', '.join(sorted(wrong))}; pass zero= beside it, and no memory='auto'")
-        self.mesh, self.zero, self.tools, self.dims = mesh, zero, dict(tools or {}), dims
+        if wrong := {"mesh", "zero", "memory"} & set(parallelize_kwargs or {}):
+            raise RunError(f"parallelize_kwargs= names {', '.join(sorted(wrong))}; pass it to LongTrainer itself")
+        self.mesh, self.zero, self.dims = mesh, zero, dims
+        self.parallelize_kwargs = {"memory": memory, **(parallelize_kwargs or {})}
         if args is None or len(positional) > 1:
             raise RunError("LongTrainer takes all but the model by name; pass args=TrainingArguments(...) and mesh=...")
         _refuse_other_versions()
@@ -109,7 +114,7 @@ class LongTrainer(Base):  # type: ignore[misc]
             )
 
     def _parallelize(self, model: nn.Module) -> nn.Module:
-        model = parallelize(model.to(self.args.device), self.mesh, self.zero, **self.tools)
+        model = parallelize(model.to(self.args.device), self.mesh, zero=self.zero, **self.parallelize_kwargs)
         if self.zero:
             read_whole_weights(model)
         return model
@@ -140,12 +145,17 @@ class LongTrainer(Base):  # type: ignore[misc]
     def _shard(self, batches: Sequence[Mapping[str, Any]]) -> list[Any]:
         if not batches:
             return sync_batches([], self.mesh)
-        offer = self.model._longspan.offer
+        offer: Any = self._adapter()
         given = [offer.with_targets(dict(batch.items())) for batch in batches]
         shifts = self._loss_shifts_labels if offer.loss_kind is None else not is_in_place(offer.loss_kind)
         shift = shifts and not is_encoder_decoder(self.model)
         parts: list[Any] = shard_batch(given, self.mesh, shift=shift, dims=self.dims)
         return parts
+
+    def _adapter(self) -> Any:
+        state = parallel_state(self.model)
+        assert state is not None
+        return state.adapter
 
     @contextmanager
     def _for_all_ranks(self) -> Iterator[None]:

@@ -1,90 +1,88 @@
-"""The tools that cost least time of those with which a step fits into a budget. Knows configs and the closed form, not tensors.
+"""The memory options that cost least time among those with which a step fits into a budget. Knows configs, not tensors.
 
-config of a model  -->  sizes  -->  no tool                          |  the first whose footprint fits,
+config of a model  -->  sizes  -->  nothing                          |  the first whose footprint fits,
                                     tiles                            |  in the order of what they cost
                                     tiles, zero=2                    |
-                                    tiles, attention kept  ...       v
+                                    tiles, selective  ...            v
 """
 
 import inspect
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from longspan.errors import ModelError
-from longspan.memory.checkpointing import Tools
+from longspan.memory.options import AutoMemory, MemoryOptions
 from longspan.planner.memory import Footprint, Sizes, footprint
 
 TILE_TOKENS = 4_096
-"""Of a tile, where nobody says how many: large enough to keep matrix products fast."""
+"""Tokens of a tile that is chosen: large enough for an efficient GEMM."""
 THEIR_NAMES = {
     "vocab": "vocab_size", "layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "ffn": "intermediate_size",
 }  # fmt: skip
-"""Where the configs of Transformers say the sizes of a decoder."""
+"""Names of the sizes of a decoder in the configs of Transformers."""
 
 
 class Choice(NamedTuple):
-    """Tools as keywords of ``parallelize``, what a step needs with them, and why it is these."""
+    """A ZeRO stage and memory options, and the footprint of a step with them."""
 
-    tools: dict[str, Any]
+    zero: int
+    memory: MemoryOptions
     needs: Footprint
-    why: str
 
-
-def refuse_half_asked(
-    memory: str | None, budget_gib: float | None, tokens: int | None, zero: int, tools: Tools
-) -> dict[str, str]:
-    """Raise ModelError for a budget that nobody keeps, and for a tool beside the choice of all tools; returns who chooses."""
-    if memory not in (None, "auto"):
-        raise ModelError(f'memory={memory!r} is unknown; use memory="auto", or leave it out and name the tools')
-    if memory is None:
-        for name, value in {"memory_budget_gib": budget_gib, "tokens": tokens}.items():
-            if value is not None:
-                raise ModelError(f'{name}= is for memory="auto", which chooses the tools; give that too, or leave both out')
-    else:
-        default = {"zero": 0} | vars(Tools())
-        for name, value in ({"zero": zero} | vars(replace(tools, put_away=False))).items():
-            if value != default[name]:
-                raise ModelError(f'memory="auto" chooses {name}, which was given as {value!r}; leave one of the two out')
-    return {"memory": str(memory)}
+    def __str__(self) -> str:
+        defaults = MemoryOptions()
+        named = {"zero": self.zero} if self.zero else {}
+        named |= {f.name: v for f in fields(defaults) if (v := getattr(self.memory, f.name)) != getattr(defaults, f.name)}
+        return ", ".join(f"{name}={value!r}" for name, value in named.items()) or "no option"
 
 
 def choose(
-    model: nn.Module,
-    *,
-    tokens: int | None,
-    ranks: int,
-    budget_gib: float | None,
-    itemsize: int,
-    sharded: bool = False,
-    shares: int | None = None,
-) -> Choice:
-    """The tools of ``memory="auto"``. Raises ModelError where budget or length is missing, or a size in the config.
+    model: nn.Module, budget: AutoMemory, *, ranks: int, itemsize: int, sharded: bool = False, fsdp_ranks: int | None = None
+) -> tuple[Choice, str]:
+    """The ZeRO stage and memory options for a budget.
 
-    ``sharded``: what else was asked wants zero=2 or zero=3; ``shares`` as in ``footprint``.
+    Args:
+        model: a model whose config has the sizes of a decoder.
+        budget: GiB of a rank, and tokens of the longest row.
+        ranks: ranks that hold one row.
+        itemsize: bytes of an activation's element.
+        sharded: whether zero must be 2 or 3, because another argument of ``parallelize`` needs it.
+        fsdp_ranks: ranks that shard the parameters, as in ``footprint``.
+
+    Returns:
+        The choice, and one sentence that says why.
+
+    Raises:
+        ModelError: an encoder-decoder, a size that is missing in the config, or a budget that nothing fits into.
     """
-    if budget_gib is None or tokens is None or budget_gib <= 0 or tokens < 1:
-        raise ModelError(
-            f'memory="auto" needs memory_budget_gib= (of a rank, more than 0) and tokens= (of the longest row, at least 1), '
-            f"not {budget_gib} and {tokens}"
-        )
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f'memory="auto" knows models of one row of tokens, and {type(model).__name__} has two; name the tools')
+        raise ModelError(
+            f"AutoMemory knows models of one row of tokens, and {type(model).__name__} has two; pass MemoryOptions(...)"
+        )
     ours = isinstance(config, Sizes)
-    return cheapest(
+    found = cheapest(
         config if ours else _sizes(model, config),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        tokens=tokens,
+        tokens=budget.tokens,
         ranks=ranks,
-        budget=int(budget_gib * 2**30),
+        budget=int(budget.budget_gib * 2**30),
         whole_logits=not ours and "labels" in inspect.signature(model.forward).parameters,
         itemsize=itemsize,
         sharded=sharded,
-        shares=shares,
+        fsdp_ranks=fsdp_ranks,
     )
+    gib = found.needs.peak / 2**30
+    if gib > budget.budget_gib:
+        raise ModelError(
+            f"AutoMemory(budget_gib={budget.budget_gib:g}, tokens={budget.tokens}) cannot be kept: the least that a step needs "
+            f"by the closed form is {gib:.2f} GiB a rank, with {found}; use a larger budget, shorter rows, more ranks, or, to "
+            f"try it all the same, pass zero= and MemoryOptions(...)"
+        )
+    return found, f"{found}: {gib:.2f} GiB a rank for {budget.tokens:,} tokens fit into {budget.budget_gib:.2f}"
 
 
 def cheapest(
@@ -97,30 +95,33 @@ def cheapest(
     whole_logits: bool = False,
     itemsize: int = 4,
     sharded: bool = False,
-    shares: int | None = None,
+    fsdp_ranks: int | None = None,
 ) -> Choice:
-    """The first of the sets of tools whose step fits into ``budget`` bytes a rank; the smallest where none does."""
-    tiles = {"tile_tokens": TILE_TOKENS} | ({"return_logits": False} if whole_logits else {})
-    kept = tiles | {"recompute": "selective"}
-    tried: list[dict[str, Any]] = [{}, tiles, {"zero": 2} | tiles, kept, {"zero": 2} | kept, {"zero": 3} | kept]
-    if sharded:
-        tried = [{"zero": 2}, *(tools for tools in tried if "zero" in tools)]
-    if sizes.heads % 2 == sizes.kv_heads % 2 == 0 and sizes.heads // 2 >= ranks:
-        tried.append({"zero": 3, "head_chunks": 2} | kept)
+    """The first set of options whose step fits into ``budget`` bytes a rank; the smallest where none does."""
     choices = []
-    for tools in tried:
-        given = {name: value for name, value in tools.items() if name != "return_logits"}
-        if "zero" in tools:
-            given["shares"] = shares
-        logits = ("tiles" if "return_logits" in tools else "whole") if whole_logits else "blocks"
-        needs = footprint(sizes, parameters=parameters, tokens=tokens, ranks=ranks, logits=logits, itemsize=itemsize, **given)
-        said = ", ".join(f"{name}={value!r}" for name, value in tools.items()) or "no tool"
-        fits = "fits into" if needs.peak <= budget else "is the nearest to"
-        gib, cap = needs.peak / 2**30, budget / 2**30
-        choices.append(Choice(tools, needs, f"{said}: {gib:.2f} GiB a rank for {tokens:,} tokens {fits} {cap:.2f}"))
+    for zero, options in _candidates(sizes, ranks, whole_logits, sharded):
+        logits = ("tiles" if options.chunked_loss else "whole") if whole_logits else "blocks"
+        needs = footprint(
+            sizes, parameters=parameters, tokens=tokens, ranks=ranks, zero=zero, fsdp_ranks=fsdp_ranks if zero else None,
+            recompute=options.recompute, tile_tokens=options.tile_tokens, head_chunks=options.head_chunks, logits=logits,
+            itemsize=itemsize,
+        )  # fmt: skip
+        choices.append(Choice(zero, options, needs))
         if needs.peak <= budget:
             return choices[-1]
     return min(choices, key=lambda choice: choice.needs.peak)
+
+
+def _candidates(sizes: Sizes, ranks: int, whole_logits: bool, sharded: bool) -> list[tuple[int, MemoryOptions]]:
+    """In the order of the time they cost."""
+    tiles = MemoryOptions(tile_tokens=TILE_TOKENS, chunked_loss=whole_logits)
+    selective = replace(tiles, recompute="selective")
+    tried = [(0, MemoryOptions()), (0, tiles), (2, tiles), (0, selective), (2, selective), (3, selective)]
+    if sharded:
+        tried = [(2, MemoryOptions()), *((zero, options) for zero, options in tried if zero)]
+    if sizes.heads % 2 == sizes.kv_heads % 2 == 0 and sizes.heads // 2 >= ranks:
+        tried.append((3, replace(selective, head_chunks=2)))
+    return tried
 
 
 def _sizes(model: nn.Module, config: Any) -> Sizes:
@@ -130,5 +131,7 @@ def _sizes(model: nn.Module, config: Any) -> Sizes:
     if found["head_dim"] is None and found["hidden"] and found["heads"]:
         found["head_dim"] = found["hidden"] // found["heads"]
     if missing := [THEIR_NAMES[name] for name, value in found.items() if not value]:
-        raise ModelError(f'memory="auto" finds no {", ".join(missing)} in the config of {type(model).__name__}; name the tools')
+        raise ModelError(
+            f"AutoMemory finds no {', '.join(missing)} in the config of {type(model).__name__}; pass MemoryOptions(...)"
+        )
     return Sizes(**found)

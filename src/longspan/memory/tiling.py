@@ -26,8 +26,8 @@ Run = Callable[[Tensor, slice, Sequence[Tensor]], Tensor]
 """(x of a tile [rows, ...], which rows, the parameters to use) -> what the tile gives, its rows in dim 0."""
 
 
-def tiled(module: Module, tokens: int) -> Module:
-    """Change ``module`` in place so that it works on ``tokens`` tokens at a time, and return it; ``untiled`` undoes it.
+def tiled(module: Module, tile_tokens: int) -> Module:
+    """Change ``module`` in place so that it works on ``tile_tokens`` tokens at a time, and return it; ``untiled`` undoes it.
 
     Equals the module, gradients included, for any that takes one tensor [..., tokens, dim] and gives one, each token by itself:
     a feed-forward. Its forward is computed again in the backward, and the gradients of its parameters are summed over tiles in
@@ -36,15 +36,15 @@ def tiled(module: Module, tokens: int) -> Module:
     The module may not change its input in place. Raises ModelError for a mixture of experts, whose router would be recorded a
     tile at a time; at a call, for a module that takes or gives something else.
     """
-    refuse_to_tile(module, tokens)
-    vars(module)["forward"] = partial(_forward, module, tokens)
+    refuse_to_tile(module, tile_tokens)
+    vars(module)["forward"] = partial(_forward, module, tile_tokens)
     return module
 
 
-def refuse_to_tile(module: nn.Module, tokens: int) -> None:
+def refuse_to_tile(module: nn.Module, tile_tokens: int) -> None:
     """Raise ModelError for what ``tiled`` cannot change so."""
-    if tokens < 1:
-        raise ModelError(f"tiles of {tokens} tokens are not possible; use at least 1")
+    if tile_tokens < 1:
+        raise ModelError(f"tiles of {tile_tokens} tokens are not possible; use at least 1")
     if "forward" in vars(module):
         raise ModelError(
             f"{type(module).__name__} has a forward of its own hung on it (by another library, or tiled before), which tiles "

@@ -51,7 +51,7 @@ def footprint(
     tokens: int,
     ranks: int = 1,
     zero: int = 0,
-    shares: int | None = None,
+    fsdp_ranks: int | None = None,
     recompute: str = "none",
     tile_tokens: int | None = None,
     head_chunks: int = 1,
@@ -61,14 +61,14 @@ def footprint(
     """Of a step of AdamW on one row of ``tokens`` over ``ranks`` ulysses ranks, activations of ``itemsize`` bytes.
 
     Where heads divide evenly, causal, from the second step on; how near it comes is in docs/memory.md.
-    With ``zero`` each rank keeps one of as many ``shares`` (default: one a rank).
+    With ``zero`` each rank keeps one of ``fsdp_ranks`` shards (default: one a rank).
     ``logits`` are formed in "blocks" (the decoder), all at once ("whole", as Transformers' models do), or, with
-    ``return_logits=False``, by such a model's own head in "tiles".
+    ``chunked_loss``, by such a model's own head in "tiles".
     """
     n = -(-tokens // ranks)
     hidden, query, key, ffn = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
     zero = 2 if zero == 1 else zero  # which are the same
-    share = shares or (ranks if zero else 1)
+    share = fsdp_ranks or (ranks if zero else 1)
     tiled = tile_tokens is not None
     block_parameters = (parameters - sizes.vocab * hidden) // sizes.layers if sizes.layers else 0
     outside = sizes.vocab * hidden * WIDE

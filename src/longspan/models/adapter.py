@@ -1,0 +1,98 @@
+"""The protocol by which ``parallelize`` reads and changes a kind of model, and what it records on the model.
+
+    Decoder, or a model like it       --DecoderAdapter-->   |
+    a Hugging Face model              --hf/adapter.py-->    |   parallelize: prove, install, shard, checkpoint
+                                                            |   unparallelize: undo
+
+A new kind of model is one class with these methods. Knows no kind of model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from longspan.distributed.grad_sync import MeanGradients
+from longspan.distributed.mesh import ParallelMesh
+from longspan.memory.options import MemoryOptions
+
+STATE = "_longspan"
+"""The attribute of a parallel model that holds its ``ParallelState``."""
+UNREAD = "_longspan_unread"
+"""The attribute of a model on the meta device that holds its ``UnreadWeights``."""
+
+
+@runtime_checkable
+class ModelAdapter(Protocol):
+    """A kind of model, as ``parallelize`` uses it."""
+
+    @property
+    def computes_loss(self) -> bool:
+        """Whether the model's own forward gives the global loss from labels. Otherwise the caller computes it from logits."""
+        ...
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The layers, in the order in which they are computed: the units of FSDP2 and of activation checkpointing."""
+        ...
+
+    def token_wise(self) -> Sequence[nn.Module]:
+        """Modules that process each token by itself and can be tiled: feed-forwards and norms."""
+        ...
+
+    def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
+        """Raise a LongspanError if the model cannot run so. Changes nothing, communicates nothing."""
+        ...
+
+    def install(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
+        """Replace the model's attention and loss by those over the mesh."""
+        ...
+
+    def undo(self) -> None:
+        """Remove what ``install`` changed."""
+        ...
+
+
+@runtime_checkable
+class UnreadWeights(Protocol):
+    """Where the weights of a model on the meta device come from once it is sharded: files, or a seed."""
+
+    def facts(self, model: Any) -> dict[str, str]:
+        """Facts that must be equal on all ranks, by name. Raises ModelError for weights that do not fit the model."""
+        ...
+
+    def read_into(self, model: Any, device: torch.device) -> None:
+        """Fill the model, sharded or not, with its weights. Every rank calls it."""
+        ...
+
+
+@dataclass
+class ParallelState:
+    """What ``parallelize`` did to a model; ``parallel_state(model)`` returns it."""
+
+    mesh: ParallelMesh
+    """The mesh that the model was made parallel over."""
+    zero: int
+    """The ZeRO stage: 0, 2 or 3."""
+    memory: MemoryOptions
+    """The memory options, those that were chosen where the caller passed an ``AutoMemory``."""
+    adapter: ModelAdapter
+    """The adapter of this kind of model."""
+    replaced: Sequence[tuple[nn.Module, Any]] = ()
+    """Modules whose forward was replaced, each with the forward that hung on the instance before, or None."""
+    gradients: MeanGradients | None = None
+    """What averages the gradients after each backward at zero=0; None where FSDP2 does."""
+
+
+def parallel_state(model: nn.Module) -> ParallelState | None:
+    """What ``parallelize`` did to ``model``.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Its mesh, ZeRO stage, memory options and adapter; None for a model that is not parallel.
+    """
+    state = vars(model).get(STATE)
+    return state if isinstance(state, ParallelState) else None

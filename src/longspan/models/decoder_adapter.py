@@ -1,0 +1,117 @@
+"""The adapter of a model that is given its attention and its loss as attributes, as the Decoder is.
+
+    model.attention, model.cross_entropy      called by its forward; replaced by the same functions over the mesh
+    model.blocks, model.config                its layers; its numbers of heads and key/value heads
+    model.chunk_heads(n)                      only for ``head_chunks``
+
+Any model with these attributes can be made parallel.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from longspan.attention.api import attend, refuse_kernel
+from longspan.batch.context import refuse_unknown_tokens
+from longspan.distributed.layout import Heads
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import ModelError
+from longspan.kernels.protocol import Kernel
+from longspan.kernels.user_function import KernelFunction
+from longspan.memory.options import MemoryOptions
+from longspan.models.decoder import FeedForward, chunk_rows
+
+NEEDED = ("attention", "cross_entropy", "blocks", "config")
+
+
+class DecoderAdapter:
+    """The ``ModelAdapter`` of a model with ``attention``, ``cross_entropy``, ``blocks`` and ``config`` as attributes."""
+
+    computes_loss = True
+
+    def __init__(self, model: Any, kernel: str | Kernel | KernelFunction) -> None:
+        self.model, self.kernel = model, kernel
+        self.guards: list[RemovableHandle] = []
+
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.model.blocks)
+
+    def token_wise(self) -> Sequence[nn.Module]:
+        return [module for module in self.model.modules() if type(module) in (FeedForward, nn.RMSNorm)]
+
+    def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
+        """Raise ModelError, LayoutError or KernelError for what this model, mesh or kernel cannot do."""
+        if missing := [name for name in NEEDED if not hasattr(self.model, name)]:
+            raise ModelError(
+                f"{type(self.model).__name__} offers no {', '.join(missing)}, so its attention cannot be made parallel; use "
+                f"a Hugging Face model, the Decoder, or a model with attention, cross_entropy, blocks and config as attributes"
+            )
+        refuse_kernel(self.kernel, mesh.coordinate)
+        Heads(self.model.config.heads, self.model.config.kv_heads, mesh.coordinate.ulysses)
+        if memory.head_chunks != 1:
+            self._refuse_chunks(memory.head_chunks, mesh.coordinate.ulysses)
+
+    def _refuse_chunks(self, head_chunks: int, ulysses: int) -> None:
+        if not hasattr(self.model, "chunk_heads"):
+            raise ModelError(f"{type(self.model).__name__} has no chunk_heads(count); leave out head_chunks")
+        chunk_rows(self.model.config, head_chunks)
+        heads = self.model.config.heads
+        if heads // head_chunks < ulysses:
+            raise ModelError(
+                f"head_chunks={head_chunks} leaves {heads // head_chunks} query heads to a chunk, and each of "
+                f"ulysses={ulysses} ranks needs one; use head_chunks up to {heads // ulysses}"
+            )
+
+    def install(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
+        """Replace attention and loss, chunk the heads, and refuse calls with a batch that was not sharded."""
+        self.attention, self.cross_entropy = self.model.attention, self.model.cross_entropy
+        attention = self.attention
+        if attention is attend and (memory.recompute == "selective" or memory.head_chunks > 1):
+            attention = partial(attend, recomputable=True)
+        self.chunks = {block: block.chunks for block in self.model.blocks} if memory.head_chunks > 1 else {}
+        if self.chunks:
+            self.model.chunk_heads(memory.head_chunks)
+        chosen: dict[str, Any] = {} if self.kernel == "auto" else {"kernel": self.kernel}
+        self.model.attention = partial(attention, mesh=mesh, **chosen)
+        self.model.cross_entropy = partial(self.cross_entropy, mesh=mesh)
+        self.guards = [self.model.register_forward_pre_hook(_refuse_unknown_tokens, with_kwargs=True)]
+        if mesh.coordinate.sequence_ranks > 1:
+            guard = self.model.register_forward_pre_hook(_refuse_whole_rows, prepend=True, with_kwargs=True)
+            self.guards.append(guard)
+
+    def undo(self) -> None:
+        """Remove what ``install`` changed."""
+        for guard in self.guards:
+            guard.remove()
+        self.model.attention, self.model.cross_entropy = self.attention, self.cross_entropy
+        for block, chunks in self.chunks.items():
+            block.chunks = chunks
+
+
+class SeededWeights:
+    """The ``UnreadWeights`` of a model that draws them from ``model.seed`` by ``model.initialize``, as the Decoder does."""
+
+    def facts(self, model: Any) -> dict[str, str]:
+        return {"the seed": str(model.seed)}
+
+    def read_into(self, model: Any, device: torch.device) -> None:
+        model.to_empty(device=device)
+        model.initialize(model.seed)
+
+
+def _refuse_whole_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("longspan") is None:
+        raise ModelError(
+            "each sequence of this model lies on several ranks, but the batch was not cut: its positions and labels would be "
+            "wrong; call model(**shard_batch(batch, mesh))"
+        )
+
+
+def _refuse_unknown_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    step = kwargs.get("longspan")
+    if step is not None:
+        refuse_unknown_tokens(step, getattr(model.config, "vocab", None), type(model).__name__)

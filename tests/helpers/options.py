@@ -1,0 +1,13 @@
+"""Flat tables of options in tests, as keywords of ``parallelize``."""
+
+from dataclasses import fields
+from typing import Any
+
+from longspan import MemoryOptions
+
+
+def keywords(flat: dict[str, Any]) -> dict[str, Any]:
+    """{"zero": 3, "recompute": "full"} -> {"zero": 3, "memory": MemoryOptions(recompute="full")}"""
+    names = {option.name for option in fields(MemoryOptions)}
+    memory = MemoryOptions(**{name: value for name, value in flat.items() if name in names})
+    return {name: value for name, value in flat.items() if name not in names} | {"memory": memory}
