@@ -13,7 +13,7 @@ from longspan.errors import LayoutError, ModelError
 from longspan.memory.options import MemoryOptions
 from longspan.models.adapter import parallel_state
 from longspan.models.decoder import Decoder, DecoderConfig
-from longspan.parallelize import parallelize, unparallelize
+from longspan.parallelize import forward_backward, parallelize, unparallelize
 from tests.helpers.ranks import on_ranks
 
 CONFIG = DecoderConfig(vocab=11, layers=2, hidden=12, heads=4, kv_heads=2, head_dim=4, ffn=16)
@@ -219,3 +219,55 @@ def _left_alone():
     assert model.attention is before
     assert parallel_state(model) is None
     assert model(**_batch()).loss.isfinite()
+
+
+def test_forward_backward_is_the_loop_over_micro_batches_and_one_device(tmp_path):
+    for zero in (0, 3):
+        (tmp_path / str(zero)).mkdir()
+        on_ranks(4, _forward_backward, zero, tmp_path=tmp_path / str(zero))
+
+
+def _forward_backward(zero):
+    mesh, reference = ParallelMesh(ulysses=2), _decoder()
+    model, loop = (parallelize(deepcopy(reference), mesh, zero=zero) for _ in range(2))
+    wholes = [_batch(step) for step in range(3)]
+    wholes[1]["labels"] = wholes[1]["labels"].clone()
+    wholes[1]["labels"][:, 4:] = -100  # unequally many labels: the mean is over all of the step
+    parts = shard_batch([_mine(whole, mesh) for whole in wholes], mesh)
+    found, expected = forward_backward(model, parts), 0.0
+    for part in parts:
+        loss = loop(**part).loss
+        loss.backward()
+        expected += loss.item()
+    assert not found.requires_grad
+    assert found.item() == expected
+    counts = [int((whole["labels"][:, 1:] >= 0).sum()) for whole in wholes]
+    weighted = sum(reference(**whole).loss * count / sum(counts) for whole, count in zip(wholes, counts))
+    weighted.backward()
+    assert found.item() == pytest.approx(weighted.item(), rel=1e-12)
+    pairs = zip(model.parameters(), loop.parameters(), reference.parameters())
+    for mine, theirs, one in pairs:
+        grads = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in (mine.grad, theirs.grad)]
+        assert torch.equal(*grads)
+        torch.testing.assert_close(grads[0], one.grad, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"), [([], "a list of at least one"), ({"input_ids": torch.ones(1, 4)}, "a list of at least one")]
+)
+def test_forward_backward_refuses_what_is_no_list_of_micro_batches(parts, text):
+    with pytest.raises(ModelError, match=text):
+        forward_backward(parallelize(_decoder(), ParallelMesh()), parts)
+    with pytest.raises(ModelError, match="not parallel"):
+        forward_backward(_decoder(), [_batch()])
+    with pytest.raises(ModelError, match="returned no loss; put labels"):
+        forward_backward(parallelize(_decoder(), ParallelMesh()), [{"input_ids": _batch()["input_ids"]}])
+
+
+def test_parallel_state_is_what_parallelize_was_given():
+    mesh, model = ParallelMesh(), _decoder()
+    assert parallel_state(model) is None
+    state = parallel_state(parallelize(model, mesh, zero=1, memory=MemoryOptions(tile_tokens=4)))
+    assert state is not None
+    assert (state.mesh, state.zero, state.memory) == (mesh, 2, MemoryOptions(tile_tokens=4))
+    assert state.adapter.computes_loss()

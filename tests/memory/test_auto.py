@@ -83,7 +83,7 @@ def test_the_sizes_of_a_hugging_face_model_are_read_from_its_config() -> None:
     config = LlamaConfig(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     model = LlamaForCausalLM(config)
     ask = {"ranks": 2, "itemsize": 4}
-    assert choose(model, AutoMemory(0.1, 50_000), **ask)[0].memory.chunked_loss
+    assert choose(model, AutoMemory(0.2, 50_000), **ask)[0].memory.chunked_loss
     assert choose(model, AutoMemory(99.0, 50_000), **ask)[0][:2] == (0, MemoryOptions())
     other = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=64, n_layer=1, n_head=4))
     with pytest.raises(ModelError, match="finds no intermediate_size in the config of GPT2LMHeadModel; pass MemoryOptions"):

@@ -174,7 +174,7 @@ def _parallel(
 def _loss(model: Any, part: Part, mesh: ParallelMesh) -> Tensor:
     """The model's own loss over all ranks; cross-entropy of its logits where its own loss is not per token."""
     state = parallel_state(model)
-    if state is not None and state.adapter.computes_loss:
+    if state is not None and state.adapter.computes_loss():
         loss: Tensor = model(**part).loss
         return loss
     labels = part["shift_labels" if "shift_labels" in part else "labels"]

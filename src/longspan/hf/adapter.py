@@ -82,7 +82,6 @@ class PretrainedAdapter:
         self._findings: dict[type[Any], Found] = {}
         self._undo: list[Undo] = []
 
-    @property
     def computes_loss(self) -> bool:
         """Whether the model's forward gives the global loss; otherwise its loss is one of this rank's tokens."""
         return self.loss_kind is not None

@@ -28,7 +28,6 @@ UNREAD = "_longspan_unread"
 class ModelAdapter(Protocol):
     """A kind of model, as ``parallelize`` uses it."""
 
-    @property
     def computes_loss(self) -> bool:
         """Whether the model's own forward gives the global loss from labels. Otherwise the caller computes it from logits."""
         ...

@@ -31,11 +31,12 @@ NEEDED = ("attention", "cross_entropy", "blocks", "config")
 class DecoderAdapter:
     """The ``ModelAdapter`` of a model with ``attention``, ``cross_entropy``, ``blocks`` and ``config`` as attributes."""
 
-    computes_loss = True
-
     def __init__(self, model: Any, kernel: str | Kernel | KernelFunction) -> None:
         self.model, self.kernel = model, kernel
         self.guards: list[RemovableHandle] = []
+
+    def computes_loss(self) -> bool:
+        return True
 
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.blocks)
