@@ -252,12 +252,9 @@ def _forward_backward(zero):
         torch.testing.assert_close(grads[0], one.grad, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("parts", "text"), [([], "a list of at least one"), ({"input_ids": torch.ones(1, 4)}, "a list of at least one")]
-)
-def test_forward_backward_refuses_what_is_no_list_of_micro_batches(parts, text):
-    with pytest.raises(ModelError, match=text):
-        forward_backward(parallelize(_decoder(), ParallelMesh()), parts)
+def test_forward_backward_refuses_what_is_no_list_of_micro_batches():
+    with pytest.raises(ModelError, match="a list of at least one"):
+        forward_backward(parallelize(_decoder(), ParallelMesh()), [])
     with pytest.raises(ModelError, match="not parallel"):
         forward_backward(_decoder(), [_batch()])
     with pytest.raises(ModelError, match="returned no loss; put labels"):
