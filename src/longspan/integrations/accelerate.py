@@ -1,11 +1,11 @@
-"""What Transformers' Trainer and accelerate are told: one device, whose batch holds the rows of all data replicas.
+"""Adapters that make Trainer and accelerate run as a single process whose batch is the global batch.
 
-    sampler        5 0 7 2 | 6 1 4       the batches that one device would see: per_device_train_batch_size x data rows
-    collate        5 0 | 7 2             of each, every data replica collates its own run of rows; the ranks of a sequence
-                 replica 0  replica 1    the same run; a replica for which no row is left, none of the first
+    sampler        5 0 7 2 | 6 1 4       the batches of one device: per_device_train_batch_size x data replicas rows
+    collate        5 0 | 7 2             each data replica collates its own run of rows; the ranks of a sequence collate the
+                 replica 0  replica 1    same run, and a replica for which no row is left an empty batch
 
-Then nothing remains that accelerate or the Trainer could gather, scale, wrap or deal out by themselves: what concerns
-several ranks is done in the forward and the backward. Knows nothing of models, losses or checkpoints.
+accelerate and Trainer then have nothing to gather, scale, wrap or distribute: the communication is in the forward and the
+backward of the parallel model. This file knows nothing of models, losses or checkpoints.
 """
 
 import os
@@ -19,82 +19,33 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
 from longspan.distributed.grad_sync import clip_grad_norm_
+from longspan.distributed.layout import consecutive, split
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import BatchError, RunError
 
-WAY_OUT = {
-    "deepspeed": "leave it out; zero=3 of this trainer shards parameters, gradients and optimizer states",
-    "fsdp": "leave it out; zero=3 of this trainer shards parameters, gradients and optimizer states",
-    "parallelism_config": "leave it out; the trainer's mesh=ParallelMesh(ulysses=..., ring=...) says it",
-    "label_smoothing_factor": "set it to 0; the loss over all ranks is the plain cross-entropy",
-    "auto_find_batch_size": "set it to False; one rank that runs out of memory would leave the others waiting",
-    "fp16": "use bf16=True, which needs no scaling of the loss",
-    "fp16_full_eval": "leave it out, and evaluate as you train",
-    "bf16_full_eval": "leave it out, and evaluate as you train",
-    "torch_compile": "set it to False; compiling the whole model over a mesh is not proven",
-    "neftune_noise_alpha": "leave it out; its noise is scaled by the length of the row, and a rank has a part of it",
-    "use_liger_kernel": "leave it out; its loss would be that of one rank's tokens",
-    "enable_jit_checkpoint": "leave it out; the ranks would begin to save at different steps",
-    "eval_use_gather_object": "leave it out; only tensors are gathered",
-    "predict_with_generate": "leave it out; to generate, unparallelize(trainer.model) first",
-}
-"""TrainingArguments that mean one device, or another library's ranks, and what to do instead."""
-IN_THE_BACKWARD = ("lomo", "adalomo", "layerwise")
-"""How optimizers are named that step while the backward still runs, before gradients are averaged."""
 
-
-def refuse(args: TrainingArguments, mesh: ParallelMesh) -> None:
-    """Raise RunError, naming the field, for settings that cannot be honoured over ``mesh``."""
-    for name, way_out in WAY_OUT.items():
-        if getattr(args, name, None):
-            raise RunError(f"TrainingArguments({name}={getattr(args, name)!r}) does not go with a mesh: {way_out}")
-    optimizer = str(getattr(args.optim, "value", args.optim))
-    if any(kind in optimizer for kind in IN_THE_BACKWARD):
-        raise RunError(
-            f"TrainingArguments(optim={optimizer!r}) steps inside the backward, before gradients are averaged over the ranks; "
-            f"use another one, like 'adamw_torch'"
-        )
-    for name in ("split_batches", "dispatch_batches"):
-        if getattr(args.accelerator_config, name, None):
-            raise RunError(
-                f"TrainingArguments(accelerator_config={{'{name}': True}}) deals out batches by accelerate's ranks; leave it "
-                f"out: each data replica of the mesh gets per_device_train_batch_size rows"
-            )
-    if "inputs" in args.include_for_metrics:
-        raise RunError("TrainingArguments(include_for_metrics=['inputs']) is not supported: inputs are not gathered")
-    if args.n_gpu > 1:
-        raise RunError(
-            f"this process sees {args.n_gpu} GPUs and would split its batch among them; start one process a GPU: "
-            f"torchrun --nproc-per-node {args.n_gpu} ..."
-        )
-    if args.device.type != mesh.device.type or (args.device.index or 0) != (mesh.device.index or 0):
-        raise RunError(
-            f"TrainingArguments say device {args.device}, but the mesh is on {mesh.device}; pass "
-            f"ParallelMesh(device={str(args.device)!r}), or TrainingArguments(use_cpu=True)"
-        )
-
-
-def as_one_device(args: TrainingArguments, mesh: ParallelMesh) -> TrainingArguments:
-    """A copy of ``args`` for one device with the batch of all data replicas; each rank keeps its number, so that one writes."""
-    told: Any = copy(args)
-    told.accelerator_config = copy(args.accelerator_config)
-    told.accelerator_config.dispatch_batches = False
-    told.per_device_train_batch_size = args.per_device_train_batch_size * mesh.coordinate.data
-    told.per_device_eval_batch_size = args.per_device_eval_batch_size * mesh.coordinate.data
-    told.distributed_state = OneProcess(mesh.world_group.rank(), _local_rank(), args.device)
-    return told  # type: ignore[no-any-return]
+def single_process_arguments(args: TrainingArguments, mesh: ParallelMesh) -> TrainingArguments:
+    """A copy of ``args`` for one process with the batch of all data replicas. It keeps the rank, so that one rank writes."""
+    single: Any = copy(args)
+    single.accelerator_config = copy(args.accelerator_config)
+    single.accelerator_config.dispatch_batches = False
+    single.per_device_train_batch_size = args.per_device_train_batch_size * mesh.coordinate.data
+    single.per_device_eval_batch_size = args.per_device_eval_batch_size * mesh.coordinate.data
+    single.distributed_state = SingleProcessState(mesh.world_group.rank(), _local_rank(), args.device)
+    return single  # type: ignore[no-any-return]
 
 
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", dist.get_rank()))
 
 
-class Numbered:
-    """Who writes, by the numbers of the process: in the world and on its machine."""
+class _MainProcess:
+    """Which process writes, by its rank in the world and its rank on the node."""
 
     @property
     def is_main_process(self: Any) -> bool:
@@ -106,8 +57,11 @@ class Numbered:
 
 
 @dataclass(frozen=True)
-class OneProcess(Numbered):
-    """In the place of accelerate's state, which is the process's own and stays as it is: one process, and who writes."""
+class SingleProcessState(_MainProcess):
+    """Replaces accelerate's state in a copy of TrainingArguments: one process, with the rank that decides which one writes.
+
+    accelerate's own state is a singleton of the process and stays as it is.
+    """
 
     process_index: int
     local_process_index: int
@@ -119,17 +73,23 @@ class OneProcess(Numbered):
         return type(None), ()  # training_args.bin is read again where there is neither this mesh nor this library
 
 
-class OneDevice(Numbered, Accelerator):  # type: ignore[misc]
-    """An Accelerator that wraps and gathers nothing among ranks, whatever started the process; it clips by the true norm.
+class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
+    """An Accelerator that neither wraps models nor gathers tensors over ranks, and clips by the norm of the whole gradient.
 
-    A DataLoader that it prepares has batches of the rows of all data replicas, and gives each its own.
+    A DataLoader that it prepares has batches of the rows of all data replicas, of which each replica collates its own.
+    Make one by ``OneDevice.over(Accelerator(), mesh)``.
     """
 
     coordinate: MeshCoordinate
 
     @classmethod
     def over(cls, accelerator: Accelerator, mesh: ParallelMesh) -> "OneDevice":
-        """``accelerator`` itself, from now on one of these; before it prepares anything."""
+        """Turn ``accelerator`` into a OneDevice, in place, and return it.
+
+        Args:
+            accelerator: an Accelerator that has not prepared anything yet.
+            mesh: the mesh of the models that it will prepare.
+        """
         accelerator.__class__ = cls
         accelerator.coordinate = mesh.coordinate
         accelerator.step_scheduler_with_optimizer = False  # else a prepared scheduler steps once for every process
@@ -165,24 +125,70 @@ class OneDevice(Numbered, Accelerator):  # type: ignore[misc]
         return tensor
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
+        """Scale the gradients so that their norm over all ranks is at most ``max_norm``; return the norm before.
+
+        Raises:
+            RunError: for another norm than the 2-norm.
+        """
         if norm_type != 2:
             raise RunError(f"norm_type={norm_type} is not supported over a mesh; the norm of sharded gradients is the 2-norm")
         return clip_grad_norm_(parameters, max_norm)
 
     def prepare_data_loader(self, data_loader: DataLoader[Any], *args: Any, **keywords: Any) -> Any:
+        """accelerate's DataLoader around ``data_loader``, whose batches hold this replica's rows.
+
+        Raises:
+            BatchError: for a dataset that yields whole batches, which data replicas cannot divide.
+        """
         if self.coordinate.data > 1 and data_loader.batch_size is None and data_loader.batch_sampler is None:
             raise BatchError(
-                "the dataset yields whole batches (batch_size=None), which cannot be dealt out to data replicas; let it yield "
+                "the dataset yields whole batches (batch_size=None), which cannot be divided among data replicas; let it yield "
                 "rows, or use a mesh without data parallel"
             )
-        if not isinstance(data_loader.collate_fn, Rows):
-            data_loader.collate_fn = Rows(data_loader.collate_fn, self.coordinate.data, self.coordinate.data_rank)
+        if not isinstance(data_loader.collate_fn, ReplicaCollator):
+            data_loader.collate_fn = ReplicaCollator(data_loader.collate_fn, self.coordinate.data, self.coordinate.data_rank)
         return super().prepare_data_loader(data_loader, *args, **keywords)
+
+    def weigh_last_batch(self, count_rows: Callable[[], float]) -> None:
+        """Let ``gather_for_metrics`` cut the last batch of a stream to its rows, of all replicas, as on one device.
+
+        accelerate's DataLoader of one device counts them for a data set without a length; the one that is used here does not.
+        """
+        loader = self.gradient_state.active_dataloader
+        if self.gradient_state.end_of_dataloader and isinstance(getattr(loader, "dataset", None), IterableDataset):
+            loader.remainder = int(count_rows())
+
+    def save_state(self, *args: Any, **keywords: Any) -> Any:
+        """accelerate's ``save_state``, which each rank that calls it does alone. Raises RunError for sharded parameters."""
+        self._refuse_sharded("save_state")
+        return super().save_state(*args, **keywords)
+
+    def load_state(self, *args: Any, **keywords: Any) -> Any:
+        """accelerate's ``load_state``. Raises RunError for sharded parameters."""
+        self._refuse_sharded("load_state")
+        return super().load_state(*args, **keywords)
+
+    def get_state_dict(self, model: Any, *args: Any, **keywords: Any) -> Any:
+        """accelerate's ``get_state_dict``. Raises RunError for sharded parameters."""
+        self._refuse_sharded("get_state_dict", [model])
+        return super().get_state_dict(model, *args, **keywords)
+
+    def _refuse_sharded(self, method: str, models: Iterable[Any] | None = None) -> None:
+        for model in self._models if models is None else models:
+            if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+                raise RunError(
+                    f"accelerator.{method} would handle this rank's shards only, because zero=2 or 3 shards the parameters; "
+                    f"call longspan.hf.weights.save(model, folder, mesh) on every rank for a Hugging Face folder, "
+                    f"torch.distributed.checkpoint for model and optimizer, or use zero=0"
+                )
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A collator that is given the rows of all ``replicas`` and collates those of ``replica``; without any, a batch of none."""
+class ReplicaCollator:
+    """A collator that is given the rows of all ``replicas`` and collates those of ``replica``: an empty batch without any.
+
+    The rows are divided into consecutive runs whose sizes differ by at most one, the larger ones first.
+    """
 
     collate: Callable[[Any], Any]
     replicas: int
@@ -191,23 +197,16 @@ class Rows:
     def __call__(self, examples: Any) -> Any:
         if self.replicas == 1:
             return self.collate(examples)
-        mine = share(len(examples), self.replicas, self.replica)
+        mine = consecutive(split(len(examples), self.replicas))[self.replica]
         if len(mine):
             return self.collate(examples[mine.start : mine.stop])
         like = self.collate(examples[:1])
         return {name: value[:0] if isinstance(value, Tensor) and value.ndim else value for name, value in like.items()}
 
 
-def share(rows: int, replicas: int, replica: int) -> range:
-    """The rows of a batch of ``rows`` that ``replica`` takes: runs whose sizes differ by at most one, the larger ones first."""
-    size, larger = divmod(rows, replicas)
-    start = replica * size + min(replica, larger)
-    return range(start, start + size + (replica < larger))
-
-
-def refuse_undealt(loader: Any, coordinate: MeshCoordinate) -> None:
-    """Raise BatchError for a DataLoader that every data replica would read alike."""
-    if coordinate.data > 1 and not isinstance(getattr(loader, "collate_fn", None), Rows):
+def refuse_repeated_rows(loader: Any, coordinate: MeshCoordinate) -> None:
+    """Raise BatchError for a DataLoader that gives every data replica the same rows."""
+    if coordinate.data > 1 and not isinstance(getattr(loader, "collate_fn", None), ReplicaCollator):
         raise BatchError(
             "the DataLoader gives every data replica the same rows; return self.accelerator.prepare(DataLoader(...)) from "
             "get_train_dataloader and get_eval_dataloader, with batches of all replicas' rows"

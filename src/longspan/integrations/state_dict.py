@@ -1,10 +1,10 @@
-"""Sharded state in the files of one device, and back.
+"""State dicts of sharded models and optimizers, gathered for the checkpoint files of one device, and sharded again.
 
-    zero=3   rank 0 [a ]  rank 1 [ b]   --whole-->   rank 0 [a b] on the CPU, the others nothing   -->  optimizer.pt
-             rank 0 [a ]  rank 1 [ b]   <--spread--  every rank reads [a b] and keeps its part     <--  optimizer.pt
+    zero=3   rank 0 [a ]  rank 1 [ b]   --gather_state-->   rank 0 [a b] on the CPU, the others None    -->  optimizer.pt
+             rank 0 [a ]  rank 1 [ b]   <--shard_like----   every rank reads [a b] and keeps its shard  <--  optimizer.pt
 
-The files are those that one device writes: one device goes on with what four wrote, and four with what one wrote. Knows
-state dicts; nothing of files or of training.
+The files are those that one device writes: one device continues from what four ranks wrote, and four ranks from what one
+device wrote. This file knows state dicts; nothing of files or of training.
 """
 
 from collections.abc import Mapping
@@ -16,42 +16,51 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @torch.no_grad()
-def whole(state: Any, keep: bool) -> Any:
-    """``state`` with every sharded tensor gathered, one by one; on the CPU where ``keep``, else None. Every rank calls it."""
+def gather_state(state: Any, keep: bool) -> Any:
+    """Gather every sharded tensor of a nested ``state``, one after the other. Every rank of the mesh must call it.
+
+    Args:
+        state: mappings, lists and tuples of tensors and other values.
+        keep: whether this rank needs the result.
+
+    Returns:
+        The same structure; a sharded tensor is whole and on the CPU where ``keep``, else None.
+    """
     if isinstance(state, DTensor):
         gathered = state.full_tensor()
         return gathered.cpu() if keep else None
     if isinstance(state, Mapping):
-        return {name: whole(value, keep) for name, value in state.items()}
+        return {name: gather_state(value, keep) for name, value in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(whole(value, keep) for value in state)
+        return type(state)(gather_state(value, keep) for value in state)
     return state
 
 
-def spread(value: Any, like: Any) -> Any:
-    """This rank's part of a whole tensor, as ``like`` is sharded; anything else as it is. No collective."""
+def shard_like(value: Any, like: Any) -> Any:
+    """This rank's shard of a whole tensor, placed as the DTensor ``like``; any other value unchanged. No collective."""
     if not isinstance(like, DTensor) or type(value) is not Tensor or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def read_whole_weights(model: nn.Module) -> None:
-    """From now on ``model.load_state_dict`` takes whole tensors for sharded parameters."""
-    model.register_load_state_dict_pre_hook(_spread_weights)
+def load_whole_tensors(model: nn.Module) -> None:
+    """Let ``model.load_state_dict`` accept whole tensors for sharded parameters from now on."""
+    model.register_load_state_dict_pre_hook(_shard_weights)
 
 
-def _spread_weights(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _shard_weights(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for name, own in module.state_dict().items():
         if prefix + name in state:
-            state[prefix + name] = spread(state[prefix + name], own)
+            state[prefix + name] = shard_like(state[prefix + name], own)
 
 
-def spread_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A hook of ``optimizer.load_state_dict``: the moments of each parameter as it is sharded."""
+def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A pre-hook of ``optimizer.load_state_dict``: shard the moments of each parameter as the parameter is sharded."""
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    of = dict(zip(numbers, parameters))
+    by_number = dict(zip(numbers, parameters))
     moments = {
-        number: {name: spread(value, of[number]) for name, value in held.items()} for number, held in state["state"].items()
+        number: {name: shard_like(value, by_number[number]) for name, value in held.items()}
+        for number, held in state["state"].items()
     }
     return state | {"state": moments}

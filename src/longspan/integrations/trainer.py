@@ -1,12 +1,12 @@
-"""Transformers' Trainer over a mesh: the losses, weights and checkpoints of one device. Needs the extra ``hf``.
+"""LongTrainer: Transformers' Trainer over a mesh, with the losses, weights and checkpoints of one device (extra ``hf``).
 
-    get_batch_samples   micro-batches of this replica's rows  --shard-->  this rank's tokens, labels counted once for all
-    training_step       forward, backward over the mesh (parallelize); the loss is one device's, so nothing is scaled
-    prediction_step     the same loss; logits, where they are asked for, put together
-    _save, _load        one rank writes what one device would write; every rank reads it, and keeps its part
+    get_batch_samples   micro-batches of this replica's rows  --shard_batch-->  this rank's tokens, labels counted once
+    training_step       forward and backward over the mesh (parallelize); the loss is that of one device, so nothing is scaled
+    prediction_step     the same loss; predictions, where they are needed, gathered
+    _save, _load        one rank writes the files of one device; every rank reads them and keeps its shard
 
-Each rank runs the loop of one device (one_device.py), so a step that the ranks take together is a step of that device.
-The library's own loop stays: what is replaced here is named above, and a version of it that lacks one of them is refused.
+Each rank runs the loop of a single process (accelerate.py), so a step that the ranks take together is a step of one device.
+The loop of Transformers stays: the methods that are replaced are named below, and a version that lacks one is refused.
 """
 
 import os
@@ -15,37 +15,37 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from longspan.batch.shard import IGNORE, shard_batch, sync_batches, unshard
-from longspan.distributed.collectives import all_gather
-from longspan.distributed.consensus import gather, raise_together, refuse_difference
+from longspan.batch.shard import shard_batch, sync_batches
+from longspan.distributed.consensus import raise_together, refuse_difference
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, LongspanError, RunError
 from longspan.hf.loss import is_in_place
 from longspan.hf.names import is_encoder_decoder
-from longspan.integrations.accelerate import OneDevice, as_one_device, refuse, refuse_undealt
-from longspan.integrations.state_dict import read_whole_weights, spread_optimizer, whole
+from longspan.integrations import predictions, random_state
+from longspan.integrations.accelerate import OneDevice, refuse_repeated_rows, single_process_arguments
+from longspan.integrations.arguments import refuse_arguments, refuse_keywords, refuse_other_losses, refuse_versions
+from longspan.integrations.presence import absent_ranks
+from longspan.integrations.state_dict import gather_state, load_whole_tensors, shard_optimizer_state
 from longspan.memory.options import MemoryOptions
 from longspan.models.adapter import parallel_state
 from longspan.parallelize import parallelize
 
-OLDEST = (5, 23)
-"""Of Transformers. Its Trainers before saved on one rank alone, which would wait for ever for the parts of the others."""
 REPLACED = ("compute_loss", "prediction_step", "_get_num_items_in_batch")
-"""What is done here in place of the base class, not around it."""
+"""Methods of Trainer whose work is done here instead."""
 WRAPPED = (
     "create_accelerator_and_postprocess", "call_model_init", "get_batch_samples", "training_step", "evaluation_loop",
-    "store_flos", "_track_num_input_tokens", "_prepare_for_training", "_save", "_save_checkpoint", "_save_rng_state",
-    "_save_optimizer_and_scheduler", "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_best_model",
-    "loss_is_scaled_for_ga",
+    "store_flos", "_track_num_input_tokens", "_prepare_for_training", "save_model", "_save", "_save_checkpoint",
+    "_save_rng_state", "_save_optimizer_and_scheduler", "_load_from_checkpoint", "_load_optimizer_and_scheduler",
+    "_load_best_model", "loss_is_scaled_for_ga",
 )  # fmt: skip
+"""Methods of Trainer that are called from here with something before or after."""
+SAVE_WAIT_S = 10.0
+"""How long ``save_model`` with sharded parameters waits for the other ranks to call it too."""
 
 
 Base: Any = Trainer
@@ -53,26 +53,43 @@ Base: Any = Trainer
 
 
 class LongTrainer(Base):  # type: ignore[misc]
-    """``transformers.Trainer`` whose every sequence lies on ``ring x ulysses`` ranks of ``mesh``.
+    """``transformers.Trainer`` that splits every sequence over ``ring x ulysses`` ranks of ``mesh``.
 
-    Takes what Trainer takes, and ``mesh``, ``zero`` and ``memory`` of ``parallelize``, its other keywords as
-    ``parallelize_kwargs``, and ``dims`` of ``shard_batch``. Before another trainer class it does the same to that
-    one: ``class LongSFT(LongTrainer, SFTTrainer): ...``.
-    Every rank runs the same script; ``per_device_train_batch_size`` and ``per_device_eval_batch_size`` are rows a data replica.
+    In front of another trainer class it does the same to that one: ``class LongSFT(LongTrainer, SFTTrainer): ...``. Every rank
+    runs the same script. Results equal those of ``Trainer`` on one device with ``per_device_train_batch_size`` times
+    ``mesh.coordinate.data``: batches and their order, logged losses and norms, weights, ``eval_loss`` (Trainer's own: the mean
+    over labelled tokens of each batch, weighted by the rows of the batch), predictions, and the files of a checkpoint. A last
+    batch that does not divide is divided as it is; no row is repeated. ``trainer.args`` is a copy: that of one device.
 
-    Equals ``Trainer`` on one device with ``per_device_train_batch_size`` times ``mesh.coordinate.data``: batches and their
-    order, logged losses and norms, weights, ``eval_loss`` (Trainer's own: each batch's mean over its labelled tokens, weighted
-    by the batch's rows), predictions, and the files of a checkpoint. A last batch that does not divide is split as it is, no
-    row is repeated. ``trainer.args`` is a copy, that of the one device.
+    Dropout draws other random numbers on every rank, so that each token's are independent; which ones depends on
+    ``args.seed``, the step, the micro-batch and the rank. What samplers and collators draw is equal on all ranks.
 
-    With ``compute_metrics`` the logits of all rows and tokens are gathered on every rank. A ``compute_loss`` of your own
-    belongs into a class in front of this one; its ``inputs`` are this rank's tokens, its loss must be equal on every rank.
+    Predictions: with ``compute_metrics`` every rank gets them for all rows and tokens. ``preprocess_logits_for_metrics`` is
+    applied to each rank's own tokens, and only its results are gathered, where it is token-wise (argmax, top-k, the
+    log-probability of the label): this is shown once an evaluation on random logits, because it cannot be read from the
+    function. Any other function gets the logits that one device would have, whole, of one batch at a time; the same holds for
+    encoder-decoders. With a chunked loss the logits take a second forward of the evaluated batch.
 
-    Raises RunError for arguments that do not go with a mesh, and what ``parallelize`` and ``shard_batch`` raise.
+    A ``compute_loss`` of your own belongs into a class in front of this one; its ``inputs`` are this rank's tokens, and its
+    loss must be equal on every rank. ``save_model`` writes on the rank that calls it at ``zero=0``; with sharded parameters
+    every rank must call it.
+
+    Args:
+        mesh: the ranks; every rank passes an equal one.
+        zero: 0, 2 or 3, as ``parallelize`` takes it.
+        memory: MemoryOptions of ``parallelize``.
+        parallelize_kwargs: its other keywords.
+        dims: the dim of tokens of tensors in the batch that ``shard_batch`` does not know.
+        args: TrainingArguments; ``per_device_train_batch_size`` and ``per_device_eval_batch_size`` are rows a data replica.
+        positional, keywords: the model, and what Trainer takes.
+
+    Raises:
+        RunError: for arguments that are not supported over a mesh; and what ``parallelize`` and ``shard_batch`` raise.
     """
 
     accelerator: Any
     current_flos: float
+    preprocess_logits_for_metrics: Any
     loss_is_scaled_for_ga = True  # labels are counted over the whole accumulated step
 
     def __init__(
@@ -88,21 +105,25 @@ class LongTrainer(Base):  # type: ignore[misc]
     ) -> None:
         if wrong := {"mesh", "zero", "memory"} & set(parallelize_kwargs or {}):
             raise RunError(f"parallelize_kwargs= names {', '.join(sorted(wrong))}; pass it to LongTrainer itself")
-        self.mesh, self.zero, self.dims = mesh, zero, dims
+        self.mesh, self.zero, self.memory, self.dims = mesh, zero, memory, dims
         self.parallelize_kwargs = {"memory": memory, **(parallelize_kwargs or {})}
+        self._micro_batch = 0
+        self._preprocess: Any = None
+        self._token_wise: bool | None = None
         if args is None or len(positional) > 1:
             raise RunError("LongTrainer takes all but the model by name; pass args=TrainingArguments(...) and mesh=...")
-        _refuse_other_versions()
-        refuse(args, mesh)
-        _refuse_other_losses(type(self), args)
-        _refuse_by_keywords(keywords, zero)
-        super().__init__(*positional, args=as_one_device(args, mesh), **keywords)
-        self._refuse_other_ranks()
+        with raise_together(mesh.world_group):
+            refuse_versions((*REPLACED, *WRAPPED))
+            refuse_arguments(args, mesh)
+            refuse_other_losses(type(self), LongTrainer, args, REPLACED)
+            refuse_keywords(keywords, zero)
+        super().__init__(*positional, args=single_process_arguments(args, mesh), **keywords)
+        self._refuse_other_sharding()
         if self.model_init is None:
             self._parallelize(self.model)
 
-    def _refuse_other_ranks(self) -> None:
-        """What came in on the way: accelerate's configuration of the environment, a class that rebuilt the arguments."""
+    def _refuse_other_sharding(self) -> None:
+        """Refuse what only a built Trainer shows: accelerate's configuration file, a class that rebuilt the arguments."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator.parallelism_config is not None:
             raise RunError(
                 "accelerate's configuration (DeepSpeed, FSDP or a ParallelismConfig) would shard the model as well; start the "
@@ -116,7 +137,7 @@ class LongTrainer(Base):  # type: ignore[misc]
     def _parallelize(self, model: nn.Module) -> nn.Module:
         model = parallelize(model.to(self.args.device), self.mesh, zero=self.zero, **self.parallelize_kwargs)
         if self.zero:
-            read_whole_weights(model)
+            load_whole_tensors(model)
         return model
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -130,22 +151,23 @@ class LongTrainer(Base):  # type: ignore[misc]
     def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
         raise RunError("hyperparameter_search chooses on one rank what all must train with; start one run per choice instead")
 
-    # ---- Batches and the loss
+    # ---- Batches
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
         """The micro-batches of one step, each with this rank's part of it."""
-        self._share_random_numbers()
-        with self._for_all_ranks():
+        self._micro_batch = 0
+        random_state.synchronize(self.mesh)
+        with self._fail_on_all_ranks():
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return [_Dealt(batch, part) for batch, part in zip(batches, self._shard(batches))], None
+        return [_MicroBatch(batch, part) for batch, part in zip(batches, self._shard(batches))], None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
-        """``shard_batch`` counts."""
+        """Nothing: ``shard_batch`` counts the labels."""
 
     def _shard(self, batches: Sequence[Mapping[str, Any]]) -> list[Any]:
         if not batches:
             return sync_batches([], self.mesh)
-        offer: Any = self._adapter()
+        offer = self._adapter()
         given = [offer.with_targets(dict(batch.items())) for batch in batches]
         shifts = self._loss_shifts_labels if offer.loss_kind is None else not is_in_place(offer.loss_kind)
         shift = shifts and not is_encoder_decoder(self.model)
@@ -158,99 +180,124 @@ class LongTrainer(Base):  # type: ignore[misc]
         return state.adapter
 
     @contextmanager
-    def _for_all_ranks(self) -> Iterator[None]:
-        """What fails on one rank (a row, a collator) where the others go on to ``shard_batch`` is raised by all of them."""
+    def _fail_on_all_ranks(self) -> Iterator[None]:
+        """Raise an error of one rank (a row, a collator) on the other ranks too, which continue to ``shard_batch``."""
         try:
             yield
         except Exception as error:
-            sync_batches([], self.mesh, error=_as_ours(error, BatchError))
+            sync_batches([], self.mesh, error=_longspan_error(error, BatchError))
             raise
 
-    def _share_random_numbers(self) -> None:
-        """Rank 0's: samplers and collators draw the same on every rank, whatever its dropout drew."""
-        if self.mesh.world_group.size() > 1:
-            state = torch.get_rng_state()
-            dist.broadcast(state, group=self.mesh.world_group, group_src=0)
-            torch.set_rng_state(state)
+    # ---- The loss
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        part = inputs.part if isinstance(inputs, _Dealt) else self._shard([inputs])[0]
-        loss: Tensor = super().training_step(model, part, num_items_in_batch)
+        part = inputs.part if isinstance(inputs, _MicroBatch) else self._shard([inputs])[0]
+        with random_state.stream_of_this_rank(self.mesh, self.args.seed, self.state.global_step, self._micro_batch):
+            loss: Tensor = super().training_step(model, part, num_items_in_batch)
+        self._micro_batch += 1
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """The model's own loss over the mesh, whatever a class behind this one would do with one rank's logits."""
-        return Trainer.compute_loss(self, model, inputs, return_outputs)
+        """The model's own loss over the mesh; a class behind this one would compute it from one rank's logits.
 
-    # ---- What is counted
+        Without any label in the step it is what one device gives: nan with zero gradients, or 0 behind TRL's SFTTrainer.
+        """
+        labelled = inputs.get("labels") is not None and self._adapter().loss_kind is not None
+        loss, outputs = Trainer.compute_loss(self, model, inputs, return_outputs=True)
+        if self._trl_loss:
+            loss = self._average_balance_loss(loss, outputs)
+        elif labelled and inputs["longspan"].num_labels == 0:
+            loss = loss + torch.nan
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _trl_loss(self) -> bool:
+        """Whether the class behind this one is TRL's SFTTrainer, the only other loss that is accepted."""
+        behind = type(self).__mro__[type(self).__mro__.index(LongTrainer) + 1 :]
+        return next(kind for kind in behind if "compute_loss" in vars(kind)) is not Trainer
+
+    def _average_balance_loss(self, loss: Tensor, outputs: Any) -> Tensor:
+        """``loss`` with the balance loss of experts as TRL weighs it: its own coefficient, averaged over micro-batches.
+
+        Transformers adds the balance loss of every micro-batch whole.
+        """
+        aux_loss = outputs.get("aux_loss") if getattr(self, "aux_loss_enabled", False) else None
+        if aux_loss is None:
+            return loss
+        steps = self.current_gradient_accumulation_steps if self.model.training else 1
+        weight: float = self.router_aux_loss_coef / steps - self.model.router_aux_loss_coef
+        averaged: Tensor = loss + weight * aux_loss
+        return averaged
+
+    # ---- Counters
 
     def store_flos(self) -> None:
-        self.current_flos = self._over_replicas(float(self.current_flos))
+        self.current_flos = predictions.sum_over_replicas(float(self.current_flos), self.mesh)
         super().store_flos()
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)
         if self.args.include_num_input_tokens_seen != "no":
-            self.state.num_input_tokens_seen = before + int(self._over_replicas(self.state.num_input_tokens_seen - before))
-
-    def _over_replicas(self, count: int | float) -> float:
-        """The sum over data replicas of what every rank of a sequence counts alike."""
-        total = torch.tensor(count, dtype=torch.float64)
-        dist.all_reduce(total, group=self.mesh.world_group)
-        return total.item() / (self.mesh.coordinate.sequence_ranks)
+            seen = predictions.sum_over_replicas(self.state.num_input_tokens_seen - before, self.mesh)
+            self.state.num_input_tokens_seen = before + int(seen)
 
     # ---- Evaluation
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **keywords: Any) -> Any:
-        refuse_undealt(dataloader, self.mesh.coordinate)
-        self._share_random_numbers()
-        return super().evaluation_loop(dataloader, *args, **keywords)
+        refuse_repeated_rows(dataloader, self.mesh.coordinate)
+        random_state.synchronize(self.mesh)
+        if type(self).prediction_step is not LongTrainer.prediction_step:  # which wants the logits, and the loop preprocesses
+            return super().evaluation_loop(dataloader, *args, **keywords)
+        self._token_wise = None
+        self._preprocess, self.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics, None
+        try:
+            return super().evaluation_loop(dataloader, *args, **keywords)
+        finally:
+            self._preprocess, self.preprocess_logits_for_metrics = None, self._preprocess
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Any, Any]:
-        """The loss of the batch of all replicas and, unless ``prediction_loss_only``, its logits and labels, whole."""
+        """The loss of the batch of all replicas and, unless ``prediction_loss_only``, its predictions and labels, whole.
+
+        Predictions are the logits or, inside ``evaluation_loop``, what ``preprocess_logits_for_metrics`` makes of them.
+        """
         part = self._prepare_inputs(self._shard([inputs])[0])
+        self.accelerator.weigh_last_batch(lambda: predictions.sum_over_replicas(part["longspan"].rows, self.mesh))
         has_labels = bool(self.label_names) and all(inputs.get(name) is not None for name in self.label_names)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, part, return_outputs=True) if has_labels else (None, model(**part))
+            if not prediction_loss_only and has_labels and self.memory.chunked_loss:
+                outputs = model(**{name: x for name, x in part.items() if name not in ("labels", "shift_labels")})
         loss = None if loss is None else loss.detach().mean()
         if prediction_loss_only:
             return loss, None, None
-        ignored = ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])
-        step = part["longspan"]
-        logits = tuple(self._put_together(name, x, step) for name, x in outputs.items() if name not in [*ignored, "loss"])
-        labels = tuple(self._of_all_replicas(inputs[name]) for name in self.label_names) if has_labels else None
-        return loss, _alone(logits), _alone(labels)
+        ignored = [*(ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])), "loss"]
+        labels = (
+            tuple(predictions.gather_replicas(inputs[name], self.mesh) for name in self.label_names) if has_labels else None
+        )
+        logits = {name: x for name, x in outputs.items() if name not in ignored}
+        return loss, self._predictions(logits, part, predictions.single(labels)), predictions.single(labels)
 
-    def _put_together(self, name: str, mine: Any, step: Any) -> Any:
-        """An output [rows, my tokens, ...] of the model for every row of all replicas and every token."""
-        if isinstance(mine, tuple | list):
-            return type(mine)(self._put_together(name, each, step) for each in mine)
-        if step.target is not None and not name.startswith("encoder_"):
-            step = step.target
-        if not isinstance(mine, Tensor) or mine.ndim < 2 or mine.shape[1] != sum(map(len, step.positions)):
-            raise BatchError(
-                f"the model's output {name!r} has no dimension of tokens that could be put together; leave it out with "
-                f"ignore_keys, or evaluate with prediction_loss_only=True"
-            )
-        return self._of_all_replicas(unshard(mine.detach(), self.mesh, tokens=step.tokens))
-
-    def _of_all_replicas(self, rows: Tensor) -> Tensor:
-        """[rows, tokens, ...] of all replicas, in the order of the batch; shorter ones padded with -100 as Trainer does."""
-        mesh = self.mesh
-        shapes = gather(tuple(rows.shape), mesh.world_group)
-        replicas = shapes[:: mesh.coordinate.sequence_ranks]
-        longest = max(shape[1] for shape in replicas)
-        padding = [0, 0] * (rows.ndim - 2) + [0, longest - rows.shape[1]]
-        padded = F.pad(rows.to(self.args.device), padding, value=IGNORE).contiguous()
-        group = mesh.data_group
-        return all_gather(padded, group, mesh.transport, 0, [shape[0] for shape in replicas])
+    def _predictions(self, outputs: Mapping[str, Any], part: Mapping[str, Any], labels: Any) -> Any:
+        """The outputs of all ranks, preprocessed: before they are gathered if that gives the same, else after."""
+        info, function = part["longspan"], self._preprocess
+        if function is not None and info.target is None:
+            mine = predictions.single(tuple(outputs.values()))
+            cut = None if labels is None else predictions.my_labels(part, self.label_names, sum(map(len, info.positions)))
+            if self._token_wise is None:
+                self._token_wise = (cut is None) is (labels is None) and predictions.is_token_wise(function, mine, cut)
+            if self._token_wise:
+                reduced = predictions.apply_token_wise(function, mine, cut)
+                return predictions.gather_output("logits", reduced, info, self.mesh)
+        whole = predictions.single(tuple(predictions.gather_output(name, x, info, self.mesh) for name, x in outputs.items()))
+        return whole if function is None else function(whole, labels)
 
     # ---- Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords: Any) -> Any:
+        """``Trainer.train``. Raises BatchError where the ranks would resume from different checkpoints."""
         folder: Any = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
@@ -266,31 +313,47 @@ class LongTrainer(Base):  # type: ignore[misc]
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **keywords)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        refuse_undealt(train_dataloader, self.mesh.coordinate)
+        refuse_repeated_rows(train_dataloader, self.mesh.coordinate)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     @contextmanager
-    def _or_none(self, what: str) -> Iterator[None]:
-        """What fails on one rank's disk fails on all, with one text; and none goes on before all are done."""
+    def _all_or_none(self, what: str) -> Iterator[None]:
+        """Raise an error of one rank's disk on all ranks, with one text; no rank continues before all are done."""
 
         def convert(found: BaseException) -> LongspanError | None:
-            return _as_ours(found, RunError, f"{what} failed: ") if isinstance(found, Exception) else None
+            return _longspan_error(found, RunError, f"{what} failed: ") if isinstance(found, Exception) else None
 
         with raise_together(self.mesh.world_group, convert):
             yield
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model as ``Trainer.save_model`` does. With sharded parameters every rank must call it.
+
+        Raises:
+            RunError: where parameters are sharded and another rank does not call it within 10 seconds.
+        """
+        if self.zero and not _internal_call and (absent := absent_ranks("save_model", self.mesh, SAVE_WAIT_S)):
+            raise RunError(
+                f"save_model was not called on rank {absent} within {SAVE_WAIT_S:g} s, and with zero={self.zero} each rank "
+                f"holds a shard of the parameters; call it on every rank (only one writes), not under is_world_process_zero()"
+            )
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if state_dict is None and self.zero:
-            state_dict = whole(self.model.state_dict(), keep=self.args.should_save)
-        with self._or_none(f"writing the model to {output_dir or self.args.output_dir}"):
+        if not self.zero:  # every rank holds all parameters, so that one that saves needs no other
+            super()._save(output_dir, state_dict)
+            return
+        if state_dict is None:
+            state_dict = gather_state(self.model.state_dict(), keep=self.args.should_save)
+        with self._all_or_none(f"writing the model to {output_dir or self.args.output_dir}"):
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        with self._or_none(f"writing checkpoint {self.state.global_step} to {self.args.output_dir}"):
+        with self._all_or_none(f"writing checkpoint {self.state.global_step} to {self.args.output_dir}"):
             super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        state = whole(self.optimizer.state_dict(), keep=self.args.should_save)
+        state = gather_state(self.optimizer.state_dict(), keep=self.args.should_save)
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
@@ -300,72 +363,29 @@ class LongTrainer(Base):  # type: ignore[misc]
             super()._save_rng_state(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with self._or_none(f"reading the weights in {resume_from_checkpoint}"):
+        with self._all_or_none(f"reading the weights in {resume_from_checkpoint}"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        with self._or_none(f"reading the best weights in {self.state.best_model_checkpoint}"):
+        with self._all_or_none(f"reading the best weights in {self.state.best_model_checkpoint}"):
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        handle = self.optimizer.optimizer.register_load_state_dict_pre_hook(spread_optimizer)
+        handle = self.optimizer.optimizer.register_load_state_dict_pre_hook(shard_optimizer_state)
         try:
-            with self._or_none(f"reading the optimizer in {checkpoint}"):
+            with self._all_or_none(f"reading the optimizer in {checkpoint}"):
                 super()._load_optimizer_and_scheduler(checkpoint)
         finally:
             handle.remove()
 
 
-class _Dealt(dict[str, Any]):
-    """A batch of this replica's rows, whole, as the Trainer's own counters want it; and this rank's part of it."""
+class _MicroBatch(dict[str, Any]):
+    """A whole batch of this replica's rows, which Trainer's counters read, and this rank's part of it."""
 
     def __init__(self, batch: Mapping[str, Any], part: Any) -> None:
         super().__init__(batch.items())
         self.part = part
 
 
-def _as_ours(error: Exception, kind: type[LongspanError], before: str = "") -> LongspanError:
+def _longspan_error(error: Exception, kind: type[LongspanError], before: str = "") -> LongspanError:
     return error if isinstance(error, LongspanError) else kind(f"{before}{type(error).__name__}: {error}")
-
-
-def _alone(values: tuple[Any, ...] | None) -> Any:
-    return values[0] if values is not None and len(values) == 1 else values
-
-
-def _refuse_other_versions() -> None:
-    version = transformers.__version__
-    if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
-        raise RunError(
-            f"Trainer of transformers {version} saves on one rank alone, and could not gather a model's parts; install 5.23 or "
-            f"newer, or train with parallelize in a loop of your own, which needs 5.4"
-        )
-    missing = [name for name in (*REPLACED, *WRAPPED) if not hasattr(Trainer, name)]
-    if missing:
-        raise RunError(f"transformers {version} has no Trainer.{missing[0]}; install the one this is tested with, 5.23")
-
-
-def _refuse_other_losses(trainer: type, args: TrainingArguments) -> None:
-    """A class behind this one that computes its own loss would do so from one rank's tokens."""
-    behind = trainer.__mro__[trainer.__mro__.index(LongTrainer) + 1 :]
-    for name in REPLACED:
-        owner = next(kind for kind in behind if name in vars(kind))
-        known = owner.__name__ == "SFTTrainer" and getattr(args, "loss_type", "nll") == "nll"
-        mine = getattr(trainer, name) is not getattr(LongTrainer, name)
-        if owner is not Trainer and not known and not mine:
-            raise RunError(
-                f"{owner.__name__}.{name} would work on this rank's tokens only; write {name} in a class in front: "
-                f"class Mine(LongTrainer, {owner.__name__}), with unshard or longspan.cross_entropy where it needs all tokens"
-            )
-
-
-def _refuse_by_keywords(keywords: Mapping[str, Any], zero: int) -> None:
-    if keywords.get("compute_loss_func") is not None:
-        raise RunError(
-            "compute_loss_func would be given this rank's logits; write compute_loss in a class in front of LongTrainer, with "
-            "longspan.cross_entropy or unshard"
-        )
-    if zero and any(given is not None for given in keywords.get("optimizers", ())):
-        raise RunError(
-            f"optimizers= were built before zero={zero} shards the parameters and would train nothing; pass "
-            f"optimizer_cls_and_kwargs"
-        )

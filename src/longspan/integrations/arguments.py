@@ -1,0 +1,116 @@
+"""Checks of what a user gives LongTrainer: the TrainingArguments, keywords and versions that do not work on a mesh.
+
+Every check raises RunError with the name of the field, the reason and what to set instead, before anything is built.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import Trainer, TrainingArguments
+
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import RunError
+
+OLDEST = (5, 23)
+"""The oldest Transformers version: in earlier ones Trainer saves on one rank only, which then waits for the others' shards."""
+
+REMEDIES = {
+    "deepspeed": "leave it out; zero=3 of this trainer shards parameters, gradients and optimizer states",
+    "fsdp": "leave it out; zero=3 of this trainer shards parameters, gradients and optimizer states",
+    "parallelism_config": "leave it out; pass mesh=ParallelMesh(ulysses=..., ring=...) to the trainer",
+    "label_smoothing_factor": "set it to 0; the loss over all ranks is the plain cross-entropy",
+    "auto_find_batch_size": "set it to False; one rank that runs out of memory would leave the others waiting",
+    "fp16": "use bf16=True, which needs no scaling of the loss",
+    "fp16_full_eval": "leave it out, and evaluate in the dtype of training",
+    "bf16_full_eval": "leave it out, and evaluate in the dtype of training",
+    "torch_compile": "set it to False; compiling the whole model over a mesh is not tested",
+    "neftune_noise_alpha": "leave it out; its noise is scaled by the length of the row, and a rank has a part of it",
+    "use_liger_kernel": "leave it out; its loss would be that of one rank's tokens",
+    "enable_jit_checkpoint": "leave it out; the ranks would begin to save at different steps",
+    "eval_use_gather_object": "leave it out; only tensors are gathered",
+    "predict_with_generate": "leave it out; to generate, unparallelize(trainer.model) first",
+}
+"""TrainingArguments that need a single process or that start another library's sharding, and what to do instead."""
+
+STEPS_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
+"""Parts of the names of optimizers that step while the backward still runs, before gradients are averaged."""
+
+
+def refuse_arguments(args: TrainingArguments, mesh: ParallelMesh) -> None:
+    """Raise RunError, naming the field, for settings that are not supported over ``mesh``."""
+    for name, remedy in REMEDIES.items():
+        if getattr(args, name, None):
+            raise RunError(f"TrainingArguments({name}={getattr(args, name)!r}) is not supported over a mesh: {remedy}")
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    if any(kind in optimizer for kind in STEPS_IN_BACKWARD):
+        raise RunError(
+            f"TrainingArguments(optim={optimizer!r}) steps inside the backward, before gradients are averaged over the ranks; "
+            f"use another one, like 'adamw_torch'"
+        )
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(args.accelerator_config, name, None):
+            raise RunError(
+                f"TrainingArguments(accelerator_config={{'{name}': True}}) distributes batches by accelerate's ranks; leave it "
+                f"out: each data replica of the mesh gets per_device_train_batch_size rows"
+            )
+    if "inputs" in args.include_for_metrics:
+        raise RunError("TrainingArguments(include_for_metrics=['inputs']) is not supported: inputs are not gathered")
+    if args.n_gpu > 1:
+        raise RunError(
+            f"this process sees {args.n_gpu} GPUs and would split its batch among them; start one process per GPU: "
+            f"torchrun --nproc-per-node {args.n_gpu} ..."
+        )
+    if args.device.type != mesh.device.type or (args.device.index or 0) != (mesh.device.index or 0):
+        raise RunError(
+            f"TrainingArguments chose device {args.device}, but the mesh is on {mesh.device}; pass "
+            f"ParallelMesh(device={str(args.device)!r}), or TrainingArguments(use_cpu=True)"
+        )
+
+
+def refuse_keywords(keywords: Mapping[str, Any], zero: int) -> None:
+    """Raise RunError for keywords of Trainer that would compute with one rank's tokens or train nothing."""
+    if keywords.get("compute_loss_func") is not None:
+        raise RunError(
+            "compute_loss_func would be given this rank's logits; write compute_loss in a class in front of LongTrainer, with "
+            "longspan.cross_entropy or unshard"
+        )
+    if zero and any(given is not None for given in keywords.get("optimizers", ())):
+        raise RunError(
+            f"optimizers= were built before zero={zero} shards the parameters and would train nothing; pass "
+            f"optimizer_cls_and_kwargs"
+        )
+
+
+def refuse_versions(methods: tuple[str, ...]) -> None:
+    """Raise RunError for a Transformers whose Trainer is too old or lacks one of the ``methods`` that are overridden."""
+    version = transformers.__version__
+    if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
+        raise RunError(
+            f"Trainer of transformers {version} saves on one rank only, and could not gather a model's shards; install 5.23 or "
+            f"newer, or train with parallelize in a loop of your own, which needs 5.4"
+        )
+    missing = [name for name in methods if not hasattr(Trainer, name)]
+    if missing:
+        raise RunError(f"transformers {version} has no Trainer.{missing[0]}; install the version that is tested, 5.23")
+
+
+def refuse_other_losses(trainer: type, front: type, args: TrainingArguments, replaced: tuple[str, ...]) -> None:
+    """Raise RunError where a class behind LongTrainer computes its own loss: it would see one rank's tokens only.
+
+    Args:
+        trainer: the class of the trainer that is built.
+        front: LongTrainer, in the method resolution order of ``trainer``.
+        args: the arguments of the trainer; TRL names its loss there.
+        replaced: the methods that ``front`` replaces.
+    """
+    behind = trainer.__mro__[trainer.__mro__.index(front) + 1 :]
+    for name in replaced:
+        owner = next(kind for kind in behind if name in vars(kind))
+        known = owner.__name__ == "SFTTrainer" and getattr(args, "loss_type", "nll") == "nll"
+        mine = getattr(trainer, name) is not getattr(front, name)
+        if owner is not Trainer and not known and not mine:
+            raise RunError(
+                f"{owner.__name__}.{name} would see this rank's tokens only; write {name} in a class in front: "
+                f"class Mine(LongTrainer, {owner.__name__}), with unshard or longspan.cross_entropy where it needs all tokens"
+            )

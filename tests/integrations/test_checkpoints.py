@@ -1,0 +1,114 @@
+"""Checkpoints of LongTrainer: the files of one device, whatever the mesh; and what stops one rank stops all."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from longspan import LongspanError
+from tests.helpers.trainers import HYBRID, Logged, Pool, assert_equal, build, dataset, logged, train, weights
+
+SAVING = {
+    "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "eval_strategy": "steps",
+    "eval_steps": 3, "load_best_model_at_end": True,
+}  # fmt: skip
+
+
+def resume(
+    folder: Path, rows: int, mesh: dict[str, int] | None, settings: Mapping[str, Any], zero: int = 0
+) -> tuple[Logged, dict[str, Tensor]]:
+    """From the checkpoint after 3 steps, in a trainer whose own weights are others."""
+    trainer = build(folder, rows, mesh, settings, {}, zero)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(1.5)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    return logged(trainer)[:-1], weights(trainer)  # the last line is the mean loss of this call alone
+
+
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.long), 3])
+def test_a_checkpoint_is_that_of_one_device(zero: int, pool: Pool, tmp_path: Path) -> None:
+    """Four ranks go on from it, and so does one device; each as if nothing had happened."""
+    (alone,) = pool(1).run(train, tmp_path / "one", 4, None, SAVING)
+    for theirs in pool(4).run(train, tmp_path / "four", 2, HYBRID, SAVING, None, zero):
+        assert_equal(alone, theirs)
+    alone = (alone[0][:-1], alone[1])
+    files = sorted(path.name for path in (tmp_path / "one" / "checkpoint-3").iterdir())
+    assert sorted(path.name for path in (tmp_path / "four" / "checkpoint-3").iterdir()) == files
+    assert_equal(alone, pool(1).run(resume, tmp_path / "four", 4, None, SAVING)[0])
+    for theirs in pool(4).run(resume, tmp_path / "four", 2, HYBRID, SAVING, zero):
+        assert_equal(alone, theirs)
+    saved = LlamaForCausalLM.from_pretrained(tmp_path / "four" / "checkpoint-6")
+    assert saved.config._attn_implementation == "sdpa"
+    assert "longspan" not in (tmp_path / "four" / "checkpoint-6" / "config.json").read_text()
+    expected = LlamaForCausalLM.from_pretrained(tmp_path / "one" / "checkpoint-6").state_dict()
+    for name, value in saved.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+class Broken(list[Any]):
+    """A row cannot be read on one rank."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+
+def what_stops(folder: Path, what: str) -> str:
+    """The one sentence that a rank stops with."""
+    settings: dict[str, Any] = {"max_steps": 1}
+    given: dict[str, Any] = {}
+    if what == "a row":
+        given["train_dataset"] = Broken(dataset())
+    if what == "the disk":
+        settings |= {"save_strategy": "steps", "save_steps": 1}
+        (folder / "out").mkdir(exist_ok=True)
+        (folder / "out" / "checkpoint-1").write_text("in the way")
+    try:
+        trainer = build(folder / "out", 2, {"ulysses": 2}, settings, given)
+        trainer.train(resume_from_checkpoint=str(folder / str(dist.get_rank())) if what == "the checkpoint" else None)
+    except LongspanError as error:
+        return str(error)
+    return "nothing"
+
+
+STOPS = {
+    "a row": "OSError: the disk is gone",
+    "the disk": "writing checkpoint 1 to .* failed: ",
+    "the checkpoint": "the checkpoint to resume from differs between ranks: .*; let every rank read the same folder",
+}
+
+
+@pytest.mark.parametrize("what", STOPS)
+def test_what_fails_on_one_rank_stops_all_with_one_sentence(what: str, pool: Pool, tmp_path: Path) -> None:
+    first, second = pool(2).run(what_stops, tmp_path, what)
+    assert first == second
+    assert re.search(STOPS[what], first)
+
+
+def save_alone(folder: Path, zero: int) -> str:
+    """Rank 0 saves, the other one does not; then both train on."""
+    trainer = build(folder, 2, {"ulysses": 2}, {"max_steps": 1}, {}, zero)
+    found = "nothing"
+    if trainer.is_world_process_zero():
+        try:
+            trainer.save_model(str(folder / "saved"))
+        except LongspanError as error:
+            found = str(error)
+    trainer.train()
+    return found
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_one_rank_saves_alone_or_is_refused_without_a_collective(zero: int, pool: Pool, tmp_path: Path) -> None:
+    first, second = pool(2).run(save_alone, tmp_path, zero)
+    assert second == "nothing"
+    assert (tmp_path / "saved" / "model.safetensors").exists() is (zero == 0)
+    assert zero == 0 or re.search("save_model was not called on rank 1 within 10 s, and with zero=3", first)
