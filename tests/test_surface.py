@@ -1,15 +1,10 @@
-"""The surface is pinned: the public names, the README's code, and its tree of the files."""
+"""The surface is pinned: the public names, the README's tree of the files, the version."""
 
-import contextlib
-import io
 import re
 import tomllib
 from pathlib import Path
 
-import pytest
-
 import longspan
-from tests.helpers.ranks import on_ranks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,23 +24,6 @@ NAMES = [
 def test_the_public_names() -> None:
     assert sorted(longspan.__all__) == sorted(NAMES)
     assert all(hasattr(longspan, name) for name in NAMES)
-
-
-def test_the_readme_s_code_runs_on_one_rank_and_on_two_alike(tmp_path: Path) -> None:
-    """Its blocks are one program, but for the last, which asks for a whole sequence on one rank."""
-    *blocks, last = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (alone,) = on_ranks(1, _printed, "\n".join([*blocks, last]), tmp_path=tmp_path)
-    losses = re.compile(r"^\d (\d\.\d+)$", re.MULTILINE)
-    one = [float(loss) for loss in losses.findall(alone)]
-    assert len(one) == 3
-    for printed in on_ranks(2, _printed, "\n".join(blocks), tmp_path=tmp_path):
-        assert [float(loss) for loss in losses.findall(printed)] == pytest.approx(one, rel=1e-5)
-
-
-def _printed(code: str) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile(code, "README.md", "exec"), {})
-    return out.getvalue()
 
 
 def test_the_readme_s_tree_is_the_package() -> None:
