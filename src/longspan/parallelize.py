@@ -38,6 +38,7 @@ from longspan.memory.options import AutoMemory, MemoryOptions
 from longspan.memory.tiling import refuse_to_tile, tiled
 from longspan.models.adapter import STATE, UNREAD, ModelAdapter, ParallelState, UnreadWeights, parallel_state
 from longspan.models.decoder_adapter import DecoderAdapter, SeededWeights
+from longspan.models.unchanged import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -98,6 +99,7 @@ def parallelize(
         state.gradients = MeanGradients(model, mesh)
     elif unread is None:
         shard_parameters(model, adapter.blocks(), mesh, fsdp)
+    state.snapshot_hook = model.register_forward_pre_hook(Snapshot(model).refuse_changes, prepend=True)
     vars(model)[STATE] = state
     return model
 
@@ -123,6 +125,8 @@ def unparallelize(model: Model) -> Model:
             "load a checkpoint of this one"
         )
     state.gradients.remove()
+    if state.snapshot_hook is not None:
+        state.snapshot_hook.remove()
     for module, forward in state.replaced:
         vars(module).pop("forward", None)
         if forward is not None:

@@ -30,7 +30,7 @@ from longspan.attention.api import refuse_kernel
 from longspan.distributed.collectives import all_reduce_sum
 from longspan.distributed.mesh import MeshCoordinate
 from longspan.hf.registry_kernel import refuse_name
-from longspan.masks.constructors import PrefixLM
+from longspan.masks.constructors import Causal, SinkTokens, Window
 from tests.helpers.options import keywords
 from tests.helpers.ranks import Ranks
 from tests.hf.test_adapter import (
@@ -376,5 +376,5 @@ def test_a_registered_attention_is_told_all_by_keywords_or_refused(monkeypatch: 
     positions = torch.cat([torch.arange(4), torch.arange(20)])[None]
     model(**shard_batch({"input_ids": ids, "position_ids": positions}, mesh))
     assert calls == [(4, {"is_causal": True}), (20, {"is_causal": True, "sliding_window": 5})]
-    with pytest.raises(KernelError, match=r"takes no mask and cannot be told the mask of this step in MistralAttention"):
-        model(**shard_batch({"input_ids": ids}, mesh, mask=PrefixLM(7)))
+    with pytest.raises(KernelError, match=r"takes no mask and cannot express the mask of this step in MistralAttention"):
+        model(**shard_batch({"input_ids": ids}, mesh, mask=(SinkTokens(2) & Causal()) | Window(2)))

@@ -8,9 +8,9 @@ Made by ``shard_local``, agreed on by ``sync_batches``, and frozen: it hangs on 
 from dataclasses import dataclass
 
 from longspan.distributed.layout import Runs
-from longspan.errors import BatchError
+from longspan.errors import BatchError, MaskError
 from longspan.masks.bands import rectangle
-from longspan.masks.constructors import Bands, Documents, Full, Mask, Span
+from longspan.masks.constructors import Bands, Documents, Full, Mask, Span, hides_later_tokens, shows_later_tokens
 
 TARGET = "decoder_"
 """How tensors of an encoder-decoder's batch are named that hold its decoder's tokens; ``labels`` are theirs too."""
@@ -69,11 +69,24 @@ class BatchInfo:
         return tuple(Bands([band] if band else []) for band in seen)
 
     def mask_for(self, own: Mask, restarts: bool = False) -> Mask | tuple[Mask, ...]:
-        """Who may look at whom in a layer whose model says ``own``: that, or the mask of the step, but no padding.
+        """The mask of a layer in this step: its own, restricted by the step's, by padding and by documents.
 
-        For a model to which positions that begin anew mean packed documents (``restarts``), no other document either.
+        Args:
+            own: the layer's mask: causal, full, a window, chunked.
+            restarts: whether positions that restart mean another document to the model.
+
+        Returns:
+            One mask for all rows, or one for each.
+
+        Raises:
+            MaskError: the step's mask shows later tokens, which the layer's hides.
         """
-        mask = own if self.mask is None else self.mask
+        if self.mask is None:
+            mask: Mask | tuple[Mask, ...] = own
+        elif isinstance(self.mask, Mask):
+            mask = within(self.mask, own)
+        else:
+            mask = tuple(within(of_row, own) for of_row in self.mask)
         narrower = [rows for rows in (self.padding, self.documents, self.restarts if restarts else None) if rows is not None]
         if not narrower:
             return mask
@@ -81,6 +94,20 @@ class BatchInfo:
         for rows in narrower:
             each = tuple(of_row & narrow for of_row, narrow in zip(each, rows, strict=True))
         return each
+
+
+def within(mask: Mask, own: Mask) -> Mask:
+    """The tokens that both a step's mask and a layer's own let a token see: a window of the layer survives.
+
+    Raises MaskError where the step's mask shows later tokens by its kind and the layer's hides them: the intersection would
+    drop what was asked for.
+    """
+    if hides_later_tokens(own) and shows_later_tokens(mask):
+        raise MaskError(
+            f"mask={mask} lets tokens see later ones, and the model's layers are {own}; use mask=... & Causal(), or a model "
+            f"whose attention is not causal"
+        )
+    return own if mask == own else mask & own
 
 
 def refuse_unknown_tokens(step: BatchInfo, vocab: int | None, name: str) -> None:

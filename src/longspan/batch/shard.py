@@ -110,7 +110,8 @@ def shard_local(
     said = mask is not None or documents is not None or "attention_mask" in whole
     restarts = None if said else restarts_of(whole.get("position_ids"), rows, tokens)
     whole = {name: value for name, value in whole.items() if name not in ("attention_mask", *VARLEN)}
-    whole.setdefault("position_ids", torch.arange(tokens, device=ids.device).expand(rows, tokens))
+    if "position_ids" not in whole:
+        whole["position_ids"] = _positions(step_mask, rows, tokens).to(ids.device)
     last_position = int(whole["position_ids"].max()) if rows else tokens - 1
     learned = _learned_labels(whole, rows, tokens, shift)
     declared = TOKEN_DIM | {"shift_labels": 1, "position_ids": max(1, whole["position_ids"].ndim - 1)} | dict(dims or {})
@@ -299,6 +300,22 @@ def _refuse_unfit(source: BatchInfo, target: BatchInfo, labels: Any) -> None:
                 f"row {row} is padding alone, so that its decoder sees nothing of it, but it has labels; set them to "
                 f"{IGNORE}, or give it a token"
             )
+
+
+def _positions(mask: Mask | tuple[Mask, ...] | None, rows: int, tokens: int) -> Tensor:
+    """0, 1, 2, ... [rows, tokens], from 0 again in each document that the mask keeps apart."""
+    counted = torch.arange(tokens).expand(rows, tokens)
+    each = mask if isinstance(mask, tuple) else (mask,) * rows
+    packed = [masks.documents_of(one) for one in each]
+    if not any(packed) or len(each) != rows:
+        return counted
+    restarted = [
+        of_row
+        if documents is None or sum(documents.lengths) != tokens
+        else torch.cat([torch.arange(n) for n in documents.lengths])
+        for of_row, documents in zip(counted, packed)
+    ]
+    return torch.stack(restarted)
 
 
 def _learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) -> Tensor | None:

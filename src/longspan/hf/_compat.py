@@ -3,6 +3,7 @@
 Nothing else in the package touches a private name of Transformers, so that a new release is followed in this file.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -78,6 +79,13 @@ def loss_kind(model: Any) -> str | None:
     kind = getattr(model, "loss_type", None)
     kind = kind if kind in LOSS_MAPPING else "ForCausalLM"
     return None if has_loss_function(model) else kind
+
+
+def loss_keywords(kind: str | None) -> set[str]:
+    """The arguments that a loss function of Transformers' table names, and the cross-entropy behind it."""
+    functions: list[Any] = [LOSS_MAPPING[kind], fixed_cross_entropy] if kind in LOSS_MAPPING else []
+    parameters = [each for function in functions for each in inspect.signature(function).parameters.values()]
+    return {each.name for each in parameters if each.kind is not each.VAR_KEYWORD} - {"source", "target"}
 
 
 def remove_forward(model: Any) -> None:

@@ -23,7 +23,7 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf import _compat
 from longspan.hf.candidate import Candidate, Undo
-from longspan.hf.loss import OWN, Loss, as_asked, is_in_place, set_forward
+from longspan.hf.loss import OWN, Loss, as_asked, divisor, is_in_place, set_forward
 from longspan.hf.probe import forward, proving, row_lengths
 from longspan.loss import mean_over_ranks
 from longspan.memory.tiling import tile_by_tile
@@ -65,7 +65,7 @@ def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args
     base, given = model.base_model, given | {"return_dict": True}
     output = base(*args, **{name: value for name, value in given.items() if name not in LABELS})
     total, wanted = _sum_of_tiles(model, output, targets, given["longspan"])
-    loss = mean_over_ranks(total, wanted, mesh, given["longspan"].num_labels)
+    loss = mean_over_ranks(total, wanted, mesh, divisor(given["longspan"], given.get("num_items_in_batch")))
     output.last_hidden_state = output.last_hidden_state[:, :0]
     with _forward_giving(base, output), _compat.loss_function_set_to(model, lambda *_, **__: loss):
         whole = type(model).forward(model, *args, **given)

@@ -31,6 +31,8 @@ IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
 """Losses of Transformers whose labels stand where they are predicted."""
 SHIFTED = ("ForCausalLM",)
 """Losses of Transformers whose labels are predicted by the token before."""
+SUPPORTED = frozenset({"logits", "labels", "vocab_size", "shift_labels", "num_items_in_batch", "ignore_index", "config"})
+"""Arguments of Transformers' loss functions that mean the same over ranks, or are refused by a sentence of their own."""
 OWN = "its own, in place"
 """The model's forward computes the cross-entropy of its logits and labels, in place, without ``model.loss_function``."""
 
@@ -67,6 +69,7 @@ class Loss:
     def _check(self, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("labels") is None:
             return
+        _refuse_keywords(self.kind, kwargs)
         largest = kwargs["longspan"].largest_label
         if self.classes is not None and largest >= self.classes:
             raise BatchError(f"the step holds label {largest}, and {name} tells 0 to {self.classes - 1} apart")
@@ -141,12 +144,42 @@ def _is_plain(model: Any, base: Any) -> bool:
 
 def loss_over_ranks(
     logits: Tensor, labels: Tensor, vocab_size: int | None = None, *, mesh: ParallelMesh, in_place: bool, longspan: BatchInfo,
-    shift_labels: Tensor | None = None, **_: Any,
+    shift_labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **for_layers: Any,
 ) -> Tensor:  # fmt: skip
-    """``model.loss_function`` over the mesh: the mean over the labelled tokens of all ranks."""
+    """``model.loss_function`` over the mesh: the mean over the labelled tokens of all ranks.
+
+    Args:
+        logits: [rows, my tokens, vocab].
+        labels: of the call.
+        vocab_size: of the model; the logits tell it.
+        mesh: the ranks.
+        in_place: whether labels stand where they are predicted.
+        longspan: the step.
+        shift_labels: the labels shifted over the whole row.
+        num_items_in_batch: what the sum is divided by instead of the labels of the step, the same on every rank.
+        for_layers: keywords of the call for the layers, which Transformers' own loss functions ignore too; those that one
+            would use are refused before the forward.
+    """
     _refuse_labels_of_another_kind(in_place, shift_labels)
     targets = labels if shift_labels is None else shift_labels
-    return mean_cross_entropy(logits, targets, mesh, longspan.num_labels)
+    return mean_cross_entropy(logits, targets, mesh, divisor(longspan, num_items_in_batch))
+
+
+def divisor(step: BatchInfo, num_items_in_batch: Tensor | int | None) -> int:
+    """What the sum of all ranks' losses is divided by."""
+    return step.num_labels if num_items_in_batch is None else int(num_items_in_batch)
+
+
+def _refuse_keywords(kind: str | None, kwargs: dict[str, Any]) -> None:
+    """Raise ModelError for a keyword that the loss function of this kind would use and ``loss_over_ranks`` does not."""
+    if kwargs.get("ignore_index", IGNORE) != IGNORE and kind not in (OWN, None):
+        raise ModelError(
+            f"ignore_index={kwargs['ignore_index']} is another than {IGNORE}, by which shard_batch counted the labels; set the "
+            f"labels that are not learned from to {IGNORE} before shard_batch, and leave ignore_index out"
+        )
+    unsupported = sorted((_compat.loss_keywords(kind) - SUPPORTED) & kwargs.keys())
+    if unsupported:
+        raise ModelError(f"{unsupported[0]}= of the loss {kind} is not supported over ranks; leave it out of model(...)")
 
 
 def forward_with_loss(

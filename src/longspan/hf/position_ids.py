@@ -24,6 +24,7 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf.candidate import Candidate, Undo, remove_all
 from longspan.hf.names import is_encoder_decoder, is_position_table
+from longspan.masks.constructors import documents_of
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,26 @@ def model_positions(
         if row is not None and isinstance(positions, Tensor):
             if padding_id is not None and row.counted:
                 assert ids is not None  # or refused by Counting
-                whole = positions_of_ids(unshard(ids, mesh, tokens=row.tokens), padding_id)
-                positions = take(whole, row.positions, 1)
+                positions = take(_of_whole_rows(unshard(ids, mesh, tokens=row.tokens), padding_id, row), row.positions, 1)
             if behind_padding and row.counted and row.padding is not None:
-                starts = torch.tensor([real.start for real in row.padding], device=positions.device)
-                positions = (positions - starts.unsqueeze(1)).clamp(min=0)
+                place = torch.cat([torch.arange(run.start, run.stop, device=positions.device) for run in row.positions])
+                starts = torch.tensor([real.start for real in row.padding], device=positions.device).unsqueeze(1)
+                positions = (place - torch.maximum(place - positions, starts)).clamp(min=0)  # place - positions: the document's
             positions = positions.view_as(positions)  # carries the attribute, the caller's tensor does not
             positions._longspan_last = row.last_position  # type: ignore[attr-defined]
             found[f"{prefix}position_ids"] = positions
     return found
+
+
+def _of_whole_rows(ids: Tensor, padding_id: int, step: BatchInfo) -> Tensor:
+    """``positions_of_ids``, counted anew in each document that the step's mask keeps apart."""
+    each = step.mask if isinstance(step.mask, tuple) else (step.mask,) * len(ids)
+    counted = []
+    for row, mask in zip(ids.split(1), each):
+        documents = documents_of(mask)
+        pieces = row.split(list(documents.lengths), 1) if documents is not None else (row,)
+        counted.append(torch.cat([positions_of_ids(piece, padding_id) for piece in pieces], 1))
+    return torch.cat(counted)
 
 
 def pass_positions_to_tables(model: Any) -> list[Any]:

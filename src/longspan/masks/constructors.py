@@ -287,6 +287,29 @@ class Or(Mask):
         return join((*left, *subtract(right, left)))
 
 
+def hides_later_tokens(mask: Mask) -> bool:
+    """Whether the mask, by its kind, shows no token behind the query: causal, alone or combined by ``&`` with anything."""
+    if isinstance(mask, And):
+        return hides_later_tokens(mask.left) or hides_later_tokens(mask.right)
+    if isinstance(mask, Or):
+        return hides_later_tokens(mask.left) and hides_later_tokens(mask.right)
+    return isinstance(mask, Causal) or (isinstance(mask, Window) and mask.right == 0)
+
+
+def shows_later_tokens(mask: Mask) -> bool:
+    """Whether the mask is of a kind that is meant to show tokens behind the query: full, a prefix, a two-sided window."""
+    if isinstance(mask, And | Or):
+        return not hides_later_tokens(mask) and (shows_later_tokens(mask.left) or shows_later_tokens(mask.right))
+    return isinstance(mask, Full | PrefixLM) or (isinstance(mask, Window) and mask.right != 0)
+
+
+def documents_of(mask: Mask | None) -> Documents | None:
+    """The packed documents that a mask keeps apart: ``Documents(...)``, alone or combined by ``&``."""
+    if isinstance(mask, And):
+        return documents_of(mask.left) or documents_of(mask.right)
+    return mask if isinstance(mask, Documents) and mask.key_lengths is None else None
+
+
 def _at_least(least: int, mask: Mask, name: str, given: int, otherwise: str = "") -> None:
     if given < least:
         raise MaskError(f"{mask}: {name} is {given}, but it counts tokens; it must be {least} or more{otherwise}")

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from longspan.distributed.grad_sync import MeanGradients
 from longspan.distributed.mesh import ParallelMesh
@@ -82,6 +83,8 @@ class ParallelState:
     """Modules whose forward was replaced, each with the forward that hung on the instance before, or None."""
     gradients: MeanGradients | None = None
     """What averages the gradients after each backward at zero=0; None where FSDP2 does."""
+    snapshot_hook: RemovableHandle | None = None
+    """The hook that refuses a model that was changed since."""
 
 
 def parallel_state(model: nn.Module) -> ParallelState | None:

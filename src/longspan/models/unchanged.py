@@ -1,0 +1,154 @@
+"""A look at each call that a parallel model is still the one that was proven: its modules, parameters, config and layers.
+
+    parallelize(model, ...)      snapshot: which module and parameter has which name and shape, what each config field holds
+    model(**part)                the same look again; whatever differs is refused by name, before the first collective
+
+What changed afterwards was neither proven nor given a mesh: an attention that is set again attends to this rank's tokens alone,
+a new parameter gets another gradient on every rank. The look takes about 1 µs a module. ``torch.compile`` of a model traces
+no such look: there only the first call is checked, by the compiler's own guards.
+"""
+
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from longspan.errors import ModelError
+
+WAY_OUT = "call unparallelize(model), change it, then parallelize it again"
+HARMLESS_FIELDS = frozenset({
+    "use_cache", "return_dict", "output_hidden_states", "architectures", "dtype", "transformers_version", "pad_token_id",
+    "bos_token_id", "eos_token_id", "id2label", "label2id", "_name_or_path", "_commit_hash",
+    "_experts_implementation_internal",
+})  # fmt: skip
+"""Config fields that change no number of a forward over given tokens, or are refused as keywords of the call."""
+PLAIN = (bool, int, float, str)
+HARMLESS_ATTRIBUTES = frozenset({"training", "gradient_checkpointing"})
+
+
+class _Module(NamedTuple):
+    name: str
+    module: nn.Module
+    children: tuple[int, ...]
+    parameters: tuple[int, ...]
+    shapes: tuple[torch.Size | None, ...]
+
+
+class Snapshot:
+    """What ``model`` is made of now.
+
+    Args:
+        model: what the user calls, after everything was installed and sharded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = list(model.named_modules())
+        self._modules = [_look(name, module) for name, module in named]
+        self._alive = [*model.modules(), *model.parameters()]  # else a new object could have the id of an old one
+        self._configs = [(module, config) for _, module in named if (config := vars(module).get("config")) is not None]
+        unique = {id(config): config for _, config in self._configs}
+        self._fields = [(config, _fields(config)) for config in unique.values()]
+        attending = [name for name, module in named if name and "_longspan" in vars(module)]
+        watched = [(name, module) for name, module in named if name and any(_within(each, name) for each in attending)]
+        self._attributes = [
+            (name, vars(module), key, value)
+            for name, module in watched
+            for key, value in vars(module).items()
+            if type(value) in PLAIN and not key.startswith("_") and key not in HARMLESS_ATTRIBUTES
+        ]
+        self._sharded = isinstance(model, FSDPModule)
+
+    def refuse_changes(self, model: nn.Module, *_: object) -> None:
+        """Raise ModelError, naming it, for what is not as it was. A hook before the forward."""
+        if torch.compiler.is_compiling():
+            return
+        if self._sharded and torch.is_inference_mode_enabled():
+            raise ModelError(
+                "torch.inference_mode would make the gathered parameters of a sharded model unfit for training; use "
+                "torch.no_grad()"
+            )
+        for name, module, children, parameters, shapes in self._modules:
+            if tuple(map(id, module._modules.values())) != children:
+                self._refuse_modules(name, module, children)
+            held = module._parameters
+            if held and (tuple(map(id, held.values())) != parameters or tuple(map(_shape, held.values())) != shapes):
+                self._refuse_parameters(name, module, parameters, shapes)
+        self._refuse_config()
+        for name, attributes, key, value in self._attributes:
+            if attributes.get(key) != value:
+                raise ModelError(
+                    f"'{name}.{key}' was {value!r} when the model was proven and is {attributes.get(key)!r} now; {WAY_OUT}"
+                )
+
+    def _refuse_modules(self, name: str, module: nn.Module, before: tuple[int, ...]) -> None:
+        for child, value in module._modules.items():
+            if id(value) not in before:
+                raise ModelError(f"module '{_join(name, child)}' was added or replaced after parallelize; {WAY_OUT}")
+        raise ModelError(f"a module of '{name or type(module).__name__}' was removed after parallelize; {WAY_OUT}")
+
+    def _refuse_parameters(
+        self, name: str, module: nn.Module, before: tuple[int, ...], shapes: tuple[torch.Size | None, ...]
+    ) -> None:
+        gathered = _gathered(module, self._modules[0].module) if self._sharded else set()
+        for own, value in module._parameters.items():
+            if id(value) not in before and id(value) not in gathered:
+                raise ModelError(f"parameter '{_join(name, own)}' was added or replaced after parallelize; {WAY_OUT}")
+        if len(module._parameters) != len(before):
+            raise ModelError(f"a parameter of '{name}' was removed after parallelize; {WAY_OUT}")
+        for (own, value), shape in zip(module._parameters.items(), shapes):
+            if _shape(value) != shape:
+                raise ModelError(
+                    f"parameter '{_join(name, own)}' was resized after parallelize, from {list(shape or ())} to "
+                    f"{list(_shape(value) or ())}; {WAY_OUT}"
+                )
+
+    def _refuse_config(self) -> None:
+        for module, config in self._configs:
+            if vars(module).get("config") is not config:
+                raise ModelError(f"the config of {type(module).__name__} was replaced after parallelize; {WAY_OUT}")
+        for config, fields in self._fields:
+            now = vars(config)
+            for name, value in fields.items():
+                if now.get(name) != value:
+                    raise ModelError(
+                        f"config.{name.removesuffix('_internal')} was {value!r} when the model was proven and is "
+                        f"{now.get(name)!r} now; {WAY_OUT}"
+                    )
+            if len(now) != len(fields) and (added := sorted(_fields(config).keys() - fields.keys())):
+                raise ModelError(f"config.{added[0]} was added after parallelize; {WAY_OUT}")
+
+
+def _look(name: str, module: nn.Module) -> _Module:
+    parameters = module._parameters.values()
+    return _Module(
+        name, module, tuple(map(id, module._modules.values())), tuple(map(id, parameters)), tuple(map(_shape, parameters))
+    )
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """The fields of a config that can change a forward; nested configs are looked at by themselves."""
+    fields = {name: value for name, value in vars(config).items() if name not in HARMLESS_FIELDS}
+    return {name: deepcopy(value) for name, value in fields.items() if not hasattr(value, "get_text_config")}
+
+
+def _gathered(module: nn.Module, root: nn.Module) -> set[int]:
+    """The parameters that FSDP2 puts in the place of the sharded ones of ``module``, between a forward and its backward."""
+    groups = [
+        group for fsdp in root.modules() if isinstance(fsdp, FSDPModule) for group in fsdp._get_fsdp_state()._fsdp_param_groups
+    ]
+    params = [param for group in groups for param in group.fsdp_params]
+    return {id(param._unsharded_param) for param in params if hasattr(param, "_unsharded_param")}
+
+
+def _within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.")
+
+
+def _join(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child
+
+
+def _shape(parameter: torch.Tensor | None) -> torch.Size | None:
+    return None if parameter is None else parameter.shape
