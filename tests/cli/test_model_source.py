@@ -54,7 +54,7 @@ def test_a_source_is_made_again_from_its_description(source: Any) -> None:
 
 def written(folder: str, out: str) -> None:
     mesh, source = ParallelMesh(), model_source.from_name(f"hf:{folder}")
-    model = parallelize(source.build(0, 3), mesh, 3)
+    model = parallelize(source.build(0, 3), mesh, zero=3)
     assert source.export(model, Path(out), source.tokenizer, mesh)
 
 

@@ -190,7 +190,7 @@ def compare(name: str, batch: str, ulysses: int, ring: int, zero: int = 0, steps
     if checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # its name before 5.23
         enable({"use_reentrant": False})
-    parallelize(model, mesh, zero)
+    parallelize(model, mesh, zero=zero)
     knows_loss = parallel_state(model).adapter.computes_loss()
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (reference, model)]
     for step in range(1 + steps):

@@ -81,7 +81,7 @@ def adapters(zero: int) -> None:
     """Two steps of AdamW on the adapters and a head that is trained whole, then back to one device."""
     mesh, whole = mesh_of(2, 1), batches("odd length", False)
     reference = adapted(lora(modules_to_save=["lm_head"]))
-    model = parallelize(deepcopy(reference), mesh, zero)
+    model = parallelize(deepcopy(reference), mesh, zero=zero)
     trained = [[p for p in m.parameters() if p.requires_grad] for m in (reference, model)]
     optimizers = [torch.optim.AdamW(parameters, lr=1e-2) for parameters in trained]
     for _ in range(2):
@@ -154,7 +154,7 @@ def balance(name: str, batch: str, ulysses: int, ring: int, zero: int, empty: bo
     output = reference(**{key: value for key, value in whole.items() if key != "labels"}, use_cache=False)
     expected = cross_entropy(output.logits, targets(whole["labels"], False)) + 0.5 * output.aux_loss
     expected.backward()
-    model = parallelize(build(name, **BALANCED), mesh, zero)
+    model = parallelize(build(name, **BALANCED), mesh, zero=zero)
     rows = slice(mesh.coordinate.data_rank, mesh.coordinate.data_rank + 1) if mesh.coordinate.data > 1 else slice(0, 2)
     if empty:
         rows = slice(0, 2) if mesh.coordinate.data_rank == 0 else slice(0, 0)
@@ -192,7 +192,7 @@ def test_all_ranks_skip_a_step_whose_gradient_is_infinite_on_one(zero: int, pool
 def scaled(zero: int) -> None:
     """fp16 autocast: two steps as on one device, then one with an infinite gradient, which rank 1 alone may hold."""
     mesh, whole, reference = mesh_of(2, 1), batches("even", False), build("llama").float()
-    model = parallelize(deepcopy(reference), mesh, zero)
+    model = parallelize(deepcopy(reference), mesh, zero=zero)
     scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2)]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (reference, model)]
     for step in range(3):
@@ -237,7 +237,7 @@ def quantised() -> Any:
 
 def test_adapters_on_a_quantised_base_are_one_device(pool: Callable[[int], Ranks]) -> None:
     pool(2).run(adapters_on_quantised)
-    with pytest.raises(ModelError, match=r"zero=3 would cut '.*layers.0.mlp.down_proj.weight' of torch.int8"):
+    with pytest.raises(ModelError, match=r"zero=3 would shard '.*layers.0.mlp.down_proj.weight' of torch.int8"):
         parallelize(quantised(), ParallelMesh(), zero=3)
 
 

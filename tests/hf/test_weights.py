@@ -73,8 +73,8 @@ def steps(model: Any, mesh: ParallelMesh) -> tuple[list[float], dict[str, Tensor
 
 def same_as_from_pretrained(folder: str, ulysses: int, zero: int) -> None:
     mesh = ParallelMesh(ulysses=ulysses)
-    expected, wanted = steps(parallelize(LlamaForCausalLM.from_pretrained(folder), mesh, zero), mesh)
-    model = parallelize(load(folder), mesh, zero)
+    expected, wanted = steps(parallelize(LlamaForCausalLM.from_pretrained(folder), mesh, zero=zero), mesh)
+    model = parallelize(load(folder), mesh, zero=zero)
     reference = LlamaForCausalLM.from_pretrained(folder)
     for (name, mine), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert torch.equal(whole(mine), theirs), name
@@ -124,7 +124,7 @@ class Held(TorchDispatchMode):
 def peak_of_loading(folder: str) -> int:
     mesh, held = ParallelMesh(), Held()
     with held:
-        parallelize(load(folder), mesh, 3)
+        parallelize(load(folder), mesh, zero=3)
     return held.peak
 
 
@@ -151,7 +151,7 @@ def test_no_rank_holds_more_than_its_share_and_a_block(drawn: bool, tmp_path: Pa
 
 def drawn(folder: str, zero: int) -> dict[str, Tensor]:
     before = torch.get_rng_state()
-    model = parallelize(load(folder, seed=3), ParallelMesh(), zero)
+    model = parallelize(load(folder, seed=3), ParallelMesh(), zero=zero)
     assert torch.equal(before, torch.get_rng_state())
     return {name: whole(tensor).detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -179,7 +179,7 @@ def test_random_weights_depend_on_config_and_seed_alone(tied: bool, tmp_path: Pa
 def as_the_library_loads_it(name: str, folder: str) -> None:
     mesh, kind = ParallelMesh(), getattr(transformers, KINDS[name].model)
     reference = kind.from_pretrained(folder)
-    model = parallelize(load(folder), mesh, 3)
+    model = parallelize(load(folder), mesh, zero=3)
     for (key, mine), theirs in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
         assert torch.equal(whole(mine), theirs), key
     for (key, mine), theirs in zip(model.named_buffers(), reference.buffers(), strict=True):
@@ -201,7 +201,7 @@ def test_every_kind_is_read_as_the_library_reads_it(name: str, tmp_path: Path, p
 def saved(folder: str, out: str, zero: int) -> None:
     pretrained.FILE_BYTES = 2**15  # several files
     mesh = ParallelMesh(ulysses=2)
-    model = parallelize(load(folder), mesh, zero)
+    model = parallelize(load(folder), mesh, zero=zero)
     steps(model, mesh)
     ids = torch.arange(3, 27).reshape(1, 24)
     with torch.no_grad():  # leaves FSDP2's outermost parameters gathered
@@ -213,7 +213,7 @@ def saved(folder: str, out: str, zero: int) -> None:
     assert type(read) is LlamaForCausalLM
     for name, parameter in read.named_parameters():
         assert torch.equal(parameter, trained[name]), name
-    again = parallelize(load(out), mesh, 3)
+    again = parallelize(load(out), mesh, zero=3)
     assert all(torch.equal(whole(parameter), trained[name]) for name, parameter in again.named_parameters())
 
 
@@ -230,7 +230,7 @@ def test_what_is_saved_is_what_was_trained(tied: bool, zero: int, tmp_path: Path
 
 def saved_nowhere(folder: str, out: str) -> str:
     mesh = ParallelMesh()
-    model = parallelize(load(folder), mesh, 3)
+    model = parallelize(load(folder), mesh, zero=3)
     with pytest.raises(ModelError) as error:
         save(model, out, mesh)
     return str(error.value)
@@ -251,7 +251,7 @@ def refused(folders: list[str]) -> str:
     """The text with which the model is refused, of which this rank was given its own folder."""
     mesh = ParallelMesh()
     with pytest.raises(ModelError) as error:
-        parallelize(load(folders[mesh.coordinate.data_rank]), mesh, 3)
+        parallelize(load(folders[mesh.coordinate.data_rank]), mesh, zero=3)
     return str(error.value)
 
 

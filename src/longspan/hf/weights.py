@@ -48,7 +48,7 @@ FILE_BYTES = 5 * 2**30
 def load(
     folder: str | Path, *, config: PreTrainedConfig | None = None, dtype: torch.dtype | None = None, seed: int = 0
 ) -> PreTrainedModel:
-    """The model of a folder, on the meta device until ``parallelize(load(folder), mesh, zero)`` reads each rank's shard of it.
+    """The model of a folder, on the meta device until ``parallelize(load(folder), mesh, zero=3)`` reads each rank's shard.
 
     Afterwards its parameters equal those of ``from_pretrained(folder, dtype=dtype)``. A folder with a config alone means random
     weights, which depend on (config, seed) and on no layout.

@@ -4,7 +4,7 @@
     model(**part)                the same look again; whatever differs is refused by name, before the first collective
 
 What changed afterwards was neither proven nor given a mesh: an attention that is set again attends to this rank's tokens alone,
-a new parameter gets another gradient on every rank. The look takes about 1 µs a module. ``torch.compile`` of a model traces
+a new parameter gets another gradient on every rank. The look takes about 2 µs a module. ``torch.compile`` of a model traces
 no such look: there only the first call is checked, by the compiler's own guards.
 """
 
