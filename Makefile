@@ -1,5 +1,6 @@
 # make train      install into .venv and train on this machine        make test        every check, as CI runs it
-# make test-long  the full product of shapes and layouts              make clean       remove .venv and caches, not runs/
+# make quick      lint, types and the quickest tests, two minutes    make test-long   the full product of shapes and layouts, 45 minutes
+# make clean      remove .venv and caches, not runs/
 # make bench-million   real steps on one sequence of 1,048,576 tokens, two ranks, about ten minutes a step on a CPU with AVX-512
 #
 # PyTorch's default wheel brings CUDA (gigabytes). For the CPU alone:
@@ -13,19 +14,29 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
-.PHONY: train test test-long bench-million clean
+.PHONY: train lint quick test test-long bench-million clean
 
 train: .venv/installed
 	$(BIN)/longspan train $(ARGS)
 
-test: .venv/installed-dev
+lint: .venv/installed-dev
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2 -m "not long"
+
+# Integers, and one file of each kind that runs ranks: exchange, collectives, batch, gradients, loss.
+QUICK := tests/masks tests/distributed tests/planner tests/data/test_packing.py tests/batch tests/attention/test_ulysses.py \
+	tests/test_loss.py tests/test_surface.py
+
+quick: lint
+	$(BIN)/pytest -n 2 --dist worksteal -m "not long" $(QUICK)
+
+test: lint
+	$(BIN)/pytest -n 2 --dist worksteal -m "not long"
 
 test-long: .venv/installed-dev
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -n 2 --dist worksteal -m "long or examples" --hypothesis-profile many
 
 bench-million: .venv/installed
 	$(BIN)/python benchmarks/million.py $(ARGS)

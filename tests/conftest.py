@@ -11,10 +11,12 @@ import torch.distributed as dist
 from hypothesis import settings
 
 import tests.helpers.shapes  # noqa: F401  # before longspan
+from tests.helpers.examples import MANY
 from tests.helpers.ranks import Ranks
 
-settings.register_profile("no deadline", deadline=None)  # on two busy cores an example takes what it takes
-settings.load_profile("no deadline")
+settings.register_profile("few", deadline=None)  # on two busy cores an example takes what it takes
+settings.register_profile(MANY, deadline=None)
+settings.load_profile("few")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from longspan.attention.api import attend
@@ -17,6 +17,7 @@ from longspan.errors import KernelError, LayoutError, MaskError
 from longspan.kernels.reference import Reference
 from longspan.masks.constructors import BlockSparse, Causal, Chunked, Documents, Full, Mask, PrefixLM, SinkTokens, Span, Window
 from longspan.masks.constructors import rows as bands_of_rows
+from tests.helpers.examples import examples
 from tests.helpers.ranks import Ranks
 
 # beartype looks at a random item of each list that it checks
@@ -312,22 +313,13 @@ def _chunks(draw: st.DrawFn, most: int) -> int:
     return draw(st.integers(1, most)) if draw(st.booleans()) else 1
 
 
-BRIEF = settings(
-    max_examples=200, deadline=None, derandomize=True, print_blob=True, phases=(Phase.explicit, Phase.generate),
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
-
-
-LONG = settings(BRIEF, max_examples=3000, derandomize=False)
-
-
-@BRIEF
+@examples(few=70, many=1200)
 @given(case=cases())
 def test_attend_is_one_device_in_fp64(case: Case, pool: Callable[[int], Ranks]) -> None:
     assert_law(case, run(case, pool), 1e-10)
 
 
-@settings(BRIEF, max_examples=30)
+@examples(few=15, many=400)
 @given(case=cases(torch.float32))
 def test_attend_is_one_device_in_fp32(case: Case, pool: Callable[[int], Ranks]) -> None:
     assert_law_in_fp32(case, pool)
@@ -340,20 +332,6 @@ KEPT = [  # once failed: queries that see one key alone, whose gradient is 0 up 
 
 @pytest.mark.parametrize("case", KEPT)
 def test_what_once_failed(case: Case, pool: Callable[[int], Ranks]) -> None:
-    assert_law_in_fp32(case, pool)
-
-
-@pytest.mark.long
-@LONG
-@given(case=cases())
-def test_attend_is_one_device_in_fp64_for_thousands(case: Case, pool: Callable[[int], Ranks]) -> None:
-    assert_law(case, run(case, pool), 1e-10)
-
-
-@pytest.mark.long
-@LONG
-@given(case=cases(torch.float32))
-def test_attend_is_one_device_in_fp32_for_thousands(case: Case, pool: Callable[[int], Ranks]) -> None:
     assert_law_in_fp32(case, pool)
 
 
@@ -435,7 +413,7 @@ def refusal(degrees: tuple[int, int], asked: dict[str, object]) -> tuple[Excepti
 def test_bf16_is_as_exact_as_one_device_over_hundreds_of_cases(pool: Callable[[int], Ranks]) -> None:
     errors = {"ranks": 0.0, "one device": 0.0}
 
-    @settings(BRIEF, max_examples=400, derandomize=False)
+    @examples(few=200, many=200)
     @given(case=cases(torch.bfloat16))
     def add(case: Case) -> None:
         alone = case._replace(ulysses=1, ring=1, zigzag=False, head_chunks=1)

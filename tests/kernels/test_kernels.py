@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from longspan.kernels.table import KERNELS, choose
 from longspan.kernels.tiles import Shape, Stack, columns, corners, plan
 from longspan.masks.bands import Band, area, localize
 from longspan.masks.constructors import BlockSparse, Causal, Chunked, Documents, Full, Mask, PrefixLM, SinkTokens, Span, Window
+from tests.helpers.examples import examples
 
 # beartype looks at a random item of each list that it checks
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
@@ -193,8 +194,8 @@ def test_dense_formula(kernel: Kernel, mask: Mask, softcap: float | None, biased
 
 
 @pytest.mark.parametrize("kernel", [SDPA(), Online()], ids=lambda kernel: kernel.name)
+@examples(few=25, many=500)
 @given(attention=attentions())
-@settings(max_examples=100, deadline=None, print_blob=True)
 @example(attention=(Window(255), draw_inputs(1100, 1100)))
 @example(attention=(Window(1500, 100), draw_inputs(3500, 3300)))
 @example(attention=(Window(1023), draw_inputs(2500, 2500)))
@@ -207,8 +208,8 @@ def test_kernel_equals_reference(kernel: Kernel, attention: tuple[Mask, Inputs])
     assert_same(run(kernel, x, bands), run(Reference(), x, bands), 1e-10)
 
 
+@examples(few=12, many=250)
 @given(attention=attentions(), keys=st.integers(1, 150))
-@settings(max_examples=50, deadline=None, print_blob=True)
 def test_a_column_of_keys_at_a_time_is_the_whole(attention: tuple[Mask, Inputs], keys: int) -> None:
     mask, x = attention
     bands = bands_of(mask, x)
@@ -251,8 +252,8 @@ def test_a_bias_that_does_not_learn() -> None:
 
 
 @pytest.mark.parametrize("kernel", [SDPA(), Online(), Reference()], ids=lambda kernel: kernel.name)
+@examples(few=15, many=300)
 @given(attention=attentions(), cut=st.floats(0, 1))
-@settings(max_examples=60, deadline=None, print_blob=True)
 def test_parts_of_the_keys_add_up(kernel: Kernel, attention: tuple[Mask, Inputs], cut: float) -> None:
     """Out and lse of each part merge to the whole; each part's backward, given the whole out and lse, is its share."""
     mask, x = attention
@@ -377,8 +378,8 @@ def pairs(stacks: tuple[Stack, ...], queries: int, keys: int) -> Tensor:
     return count
 
 
+@examples(few=25, many=500)
 @given(attention=attentions())
-@settings(max_examples=100, deadline=None, print_blob=True)
 @example(attention=(CORNERS, draw_inputs(150, 150)))
 @example(attention=(COLUMN, draw_inputs(150, 150)))
 def test_tiles_cover_each_pair_once(attention: tuple[Mask, Inputs]) -> None:
@@ -476,8 +477,8 @@ def test_kernels_refuse_by_themselves_too() -> None:
 # ---- what runs on CUDA only: its integers, and its calls against stand-ins with the operators' documented meaning
 
 
+@examples(few=12, many=250)
 @given(attention=attentions())
-@settings(max_examples=50, deadline=None, print_blob=True)
 def test_flex_reads_the_bands(attention: tuple[Mask, Inputs]) -> None:
     mask, x = attention
     queries, keys = x.q.shape[0], x.k.shape[0]
