@@ -10,7 +10,7 @@ from longspan.attention.ring import plan_hops
 from longspan.distributed.layout import Layout
 from longspan.masks.bands import area, localize
 from longspan.masks.constructors import Causal, Documents, Full, Mask, Window
-from tests.attention.test_api import Case, oracle, run, squared_error, whole_inputs
+from tests.helpers.attention_cases import Case, oracle, run, squared_error, whole_inputs
 from tests.helpers.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")

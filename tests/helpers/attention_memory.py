@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def peak_of(work: Callable[[], object]) -> float:
     return after
 
 
-def kept_by(attention: Callable[..., Tensor], context: dict[str, object]) -> float:
+def kept_by(attention: Callable[..., Tensor], context: dict[str, Any]) -> float:
     """What a checkpointed block holds from its forward to its backward, beside its input and output."""
     torch.manual_seed(0)
     block, x = Block(CONFIG), torch.randn(1, TOKENS, CONFIG.hidden, requires_grad=True)

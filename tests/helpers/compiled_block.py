@@ -32,7 +32,8 @@ def compiled_is_eager(rows: int) -> None:
         return attend(q, k, v, mask=Causal(), mesh=mesh, tokens=TOKENS)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return block(x, mix)
+        out: torch.Tensor = block(x, mix)
+        return out
 
     results = []
     for function in (forward, torch.compile(forward, fullgraph=True)):
@@ -40,8 +41,9 @@ def compiled_is_eager(rows: int) -> None:
         leaf = x.clone().requires_grad_()
         out = function(leaf)
         (out * weight).sum().backward()
-        results.append([out.detach(), leaf.grad, *(p.grad.clone() for p in block.parameters())])
-    for eager, compiled in zip(*results):
+        grads = [parameter.grad for parameter in block.parameters()]
+        results.append([out.detach(), leaf.grad, *(grad.clone() for grad in grads if grad is not None)])
+    for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-12)
 
 

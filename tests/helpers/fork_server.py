@@ -28,6 +28,7 @@ import torch.distributed.fsdp
 import torch.distributed.tensor
 import torch.testing
 import torch.utils.checkpoint
+from torch._C._distributed_c10d import FileStore, Store
 from torch.distributed import ProcessGroupGloo
 
 MESSAGE_BYTES, MOST_RANKS = 65_536, 64
@@ -98,8 +99,8 @@ def _fork(control: socket.socket, pipes: list[int], rank: int, folder: str, seco
 def _work(rank: int, ranks: int, pipe: "Connection[Any, Any]", folder: str, seconds: float) -> NoReturn:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    ProcessGroupGloo.__init__ = _with_one_worker
-    store = dist.FileStore(f"{folder}/rendezvous", ranks)
+    ProcessGroupGloo.__init__ = _with_one_worker  # type: ignore[method-assign, assignment]
+    store = FileStore(f"{folder}/rendezvous", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds))
     while True:
         body, args = pipe.recv()
@@ -122,11 +123,9 @@ def groups() -> int:
 _with_two_workers = ProcessGroupGloo.__init__
 
 
-def _with_one_worker(
-    group: ProcessGroupGloo, store: dist.Store, rank: int, size: int, timeout: timedelta, **later: object
-) -> None:
+def _with_one_worker(group: ProcessGroupGloo, store: Store, rank: int, size: int, timeout: timedelta, **later: object) -> None:
     """``later``: keywords that torch versions after 2.13 pass (``enable_reconfigure``); options stand in their place."""
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._threads, options._timeout, options._devices = 1, timeout, [ProcessGroupGloo.create_default_device()]
     _with_two_workers(group, store, rank, size, options)
 

@@ -24,7 +24,7 @@ from multiprocessing import Pipe, current_process
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from longspan import ParallelMesh
 
@@ -62,14 +62,15 @@ class Ranks:
             pipe.send((body, args))
         results: dict[int, Any] = {}
         while len(results) < self.ranks:
-            answered = wait([p for rank, p in enumerate(self.pipes) if rank not in results], timeout=self.seconds)
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
+            answered = cast("list[Connection[Any, Any]]", wait(waiting, timeout=self.seconds))
             if not answered:
                 self.close()
                 raise AssertionError(f"of {self.ranks} ranks only {sorted(results)} answered within {self.seconds:g} s")
             for pipe in answered:
-                rank = self.pipes.index(pipe)  # type: ignore[arg-type]
+                rank = self.pipes.index(pipe)
                 try:
-                    failure, results[rank], self.groups = pipe.recv()  # type: ignore[union-attr]
+                    failure, results[rank], self.groups = pipe.recv()
                 except (EOFError, ConnectionResetError):
                     failure = f"rank {rank} died"
                 if failure is not None:

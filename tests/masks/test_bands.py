@@ -11,7 +11,7 @@ from longspan.masks import bands as algebra
 from longspan.masks import constructors as masks
 from longspan.masks.bands import Band, area, blind_rows, intersect, join, localize, rectangle, shift, subtract, trim
 from longspan.masks.constructors import Causal, Documents, Full, Mask, SinkTokens, Span, Window, rows
-from tests.masks.test_constructors import Pairs, around, asked, dense, of_one, pairs, partitions, some_mask
+from tests.helpers.mask_cases import Pairs, around, asked, dense, of_one, pairs, partitions, some_mask
 
 # beartype, which checks signatures in the tests, picks the item that it checks by the random module
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
