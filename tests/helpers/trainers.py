@@ -21,7 +21,7 @@ from longspan.batch.shard import IGNORE
 from longspan.integrations.trainer import LongTrainer
 from tests.helpers.ranks import Ranks, mesh_of
 
-transformers.logging.set_verbosity_error()
+transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 Pool = Callable[[int], Ranks]
 Logged = list[dict[str, float]]
@@ -74,7 +74,7 @@ def pad_left(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def arguments(folder: Path, **more: Any) -> TrainingArguments:
-    settings = {
+    settings: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": 20, "learning_rate": 1e-3, "logging_steps": 1, "report_to": "none",
         "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "dataloader_pin_memory": False,
         "logging_nan_inf_filter": False,
@@ -104,6 +104,7 @@ def logged(trainer: Trainer) -> Logged:
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
+    assert trainer.model is not None
     held = trainer.model.state_dict()
     return {name: (x.full_tensor() if isinstance(x, DTensor) else x).clone() for name, x in held.items()}
 
