@@ -24,7 +24,8 @@ import torch.multiprocessing as mp
 
 from longspan import ParallelMesh, Window, attend
 from longspan.distributed.collectives import Arrival, CountingTransport, TorchTransport
-from longspan.distributed.layout import Heads, Traffic, attention_traffic
+from longspan.distributed.layout import Heads
+from longspan.distributed.traffic import Traffic, attention_traffic
 
 TURNS = 5
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from longspan.batch.shard import sync_batches as sync_batches
     from longspan.batch.shard import unshard as unshard
     from longspan.distributed.collectives import Transport as Transport
+    from longspan.distributed.grad_sync import average_gradients as average_gradients
     from longspan.distributed.grad_sync import clip_grad_norm_ as clip_grad_norm_
     from longspan.distributed.mesh import ParallelMesh as ParallelMesh
     from longspan.errors import BatchError as BatchError
@@ -66,7 +67,7 @@ _MODULE_OF = {
         "batch.context": "BatchInfo",
         "batch.shard": "shard_batch shard_local shift_right sync_batches unshard",
         "distributed.collectives": "Transport",
-        "distributed.grad_sync": "clip_grad_norm_",
+        "distributed.grad_sync": "average_gradients clip_grad_norm_",
         "distributed.mesh": "ParallelMesh",
         "errors": "BatchError DataError KernelError LayoutError LongspanError MaskError ModelError RunError",
         "kernels.protocol": "Kernel",

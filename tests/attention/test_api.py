@@ -9,8 +9,8 @@ from hypothesis import given
 
 from longspan.attention.api import attend
 from longspan.distributed.collectives import CountingTransport, TorchTransport
-from longspan.distributed.layout import Traffic
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.traffic import Traffic
 from longspan.errors import KernelError, LayoutError, MaskError
 from longspan.kernels.reference import Reference
 from longspan.masks.constructors import Causal, Documents, Full, Span, Window

@@ -13,8 +13,9 @@ from longspan.attention.ulysses import (
     tokens_to_heads,
 )
 from longspan.distributed.collectives import CountingTransport, TorchTransport
-from longspan.distributed.layout import Heads, Layout, Traffic, attention_traffic
+from longspan.distributed.layout import Heads, Layout
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.traffic import Traffic, attention_traffic
 from tests.helpers.ranks import on_ranks
 
 # batch, tokens, key tokens, query heads, key/value heads, qk dim, v dim

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from longspan.cli import checkpoint, launch, metrics, train
 from longspan.cli import main as cli
 from longspan.cli.config import Train
-from longspan.distributed.layout import Heads, attention_traffic
+from longspan.distributed.layout import Heads
+from longspan.distributed.traffic import attention_traffic
 from longspan.errors import RunError
 from longspan.models.decoder import PRESETS
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from longspan.distributed import collectives
 from longspan.distributed.collectives import CountingTransport, Scratch, TorchTransport, all_gather, all_reduce_sum
-from longspan.distributed.layout import Traffic
+from longspan.distributed.traffic import Traffic
 from tests.helpers.ranks import on_ranks
 
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan.distributed import grad_sync as gradients
 from longspan.distributed.collectives import all_reduce_sum
-from longspan.distributed.grad_sync import MeanGradients
+from longspan.distributed.grad_sync import MeanGradients, average_gradients, clip_grad_norm_
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from tests.helpers.ranks import on_ranks
@@ -232,3 +232,67 @@ def _sharded_norms():
     norms = [gradients.grad_norm(parameters), gradients.clip_grad_norm_(parameters, 1.0), gradients.grad_norm(parameters)]
     grads = [*(parameter.grad.full_tensor() for parameter in sharded.parameters()), *(p.grad for p in whole.parameters())]
     return [float(one) for one in norms], grads
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_module_outside_the_parallel_model_gets_the_gradients_of_one_device(ranks, tmp_path):
+    """Three micro-batches, averaged after each or once at the end; ``odd`` has a gradient on odd ranks alone."""
+    expected = _grads(_one_device(ranks, 3))
+    for after_each, once in on_ranks(ranks, _averaged_outside, tmp_path=tmp_path):
+        torch.testing.assert_close(after_each, expected, rtol=1e-13, atol=1e-14)
+        torch.testing.assert_close(once, expected, rtol=1e-13, atol=1e-14)
+
+
+def _averaged_outside():
+    mesh = ParallelMesh()
+    found = []
+    for after_each in (True, False):
+        toy, rank = Toy(), mesh.coordinate.data_rank
+        for step in range(3):
+            (all_reduce_sum(toy.score(_ids(rank, step), rank), mesh.loss_group) + toy.penalty()).backward()
+            if after_each:
+                average_gradients(toy, mesh)
+        average_gradients(toy, mesh)
+        found.append(_grads(toy))
+    return found
+
+
+def test_the_mean_of_a_half_precision_module_is_formed_in_fp32(tmp_path):
+    """256 + 1 is 256 in bf16, so that a sum in bf16 would depend on the order of the ranks."""
+    assert on_ranks(4, _averaged_in_bf16, tmp_path=tmp_path) == [0.5] * 4
+
+
+def _averaged_in_bf16():
+    mesh = ParallelMesh()
+    module = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    module.weight.grad = torch.full_like(module.weight, (256.0, 1.0, 1.0, -256.0)[mesh.coordinate.data_rank])
+    average_gradients(module, mesh)
+    return module.weight.grad.item()
+
+
+def test_what_cannot_be_averaged_is_refused_on_every_rank(tmp_path):
+    on_ranks(2, _not_averaged, tmp_path=tmp_path)
+
+
+def _not_averaged():
+    mesh = ParallelMesh()
+    with pytest.raises(
+        ModelError, match=r"parameter weight is \[1, 2\] torch.float32 on rank 0 and \[1, 3\] .* on rank 1; pass"
+    ):
+        average_gradients(nn.Linear(2 + mesh.coordinate.data_rank, 1), mesh)
+    with pytest.raises(ModelError, match=r"average_gradients was given 'weight', a sharded parameter"):
+        average_gradients(fully_shard(nn.Linear(4, 4), mesh=mesh.fsdp_mesh), mesh)
+
+
+def test_clipping_takes_a_module_or_its_parameters_and_is_exact_in_fp32():
+    torch.manual_seed(0)
+    module, other = nn.Linear(3000, 3000), nn.Linear(3000, 3000)
+    for one, two in zip(module.parameters(), other.parameters()):
+        one.grad = torch.randn_like(one)
+        two.grad = one.grad.clone()
+    exact = torch.cat([parameter.grad.double().flatten() for parameter in module.parameters()]).norm()
+    torch.testing.assert_close(clip_grad_norm_(module, 1.0), exact, rtol=1e-12, atol=0)
+    torch.testing.assert_close(clip_grad_norm_(other.parameters(), 1.0), exact, rtol=1e-12, atol=0)
+    for one, two in zip(module.parameters(), other.parameters()):
+        assert torch.equal(one.grad, two.grad)
+    torch.testing.assert_close(clip_grad_norm_(module, 9.0), torch.ones((), dtype=torch.float64), rtol=1e-5, atol=0)

@@ -5,17 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longspan.attention.ring import plan_hops
-from longspan.distributed.layout import (
-    Heads,
-    Layout,
-    Traffic,
-    attention_traffic,
-    causal_keys_sent,
-    choose_degrees,
-    consecutive,
-    select,
-    split,
-)
+from longspan.distributed.layout import Heads, Layout, choose_degrees, consecutive, select, split
+from longspan.distributed.traffic import Traffic, attention_traffic, causal_keys_sent
 from longspan.errors import LayoutError
 from longspan.masks.constructors import Causal
 

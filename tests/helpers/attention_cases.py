@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from longspan.attention.api import attend
 from longspan.distributed.collectives import CountingTransport, TorchTransport
-from longspan.distributed.layout import Heads, Traffic, attention_traffic, kept_attention_traffic, ring_traffic
+from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
+from longspan.distributed.traffic import Traffic, attention_traffic, kept_attention_traffic, ring_traffic
 from longspan.masks.constructors import BlockSparse, Causal, Chunked, Documents, Full, Mask, PrefixLM, SinkTokens, Span, Window
 from longspan.masks.constructors import rows as bands_of_rows
 from tests.helpers.ranks import Ranks

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from longspan.attention.api import attend
 from longspan.attention.ring import plan_hops
 from longspan.distributed.collectives import CountingTransport, TorchTransport
-from longspan.distributed.layout import Heads, Layout, Traffic, attention_traffic, kept_attention_traffic, ring_traffic
+from longspan.distributed.layout import Heads, Layout
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.traffic import Traffic, attention_traffic, kept_attention_traffic, ring_traffic
 from longspan.errors import LayoutError, ModelError
 from longspan.kernels.online import Online
 from longspan.masks import constructors as masks

@@ -30,16 +30,9 @@ from longspan.cli.model_source import DecoderSource, ModelSource
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.consensus import gather, raise_together
 from longspan.distributed.grad_sync import grad_norm
-from longspan.distributed.layout import (
-    Heads,
-    Traffic,
-    attention_traffic,
-    consecutive,
-    kept_attention_traffic,
-    ring_traffic,
-    split,
-)
+from longspan.distributed.layout import Heads, consecutive, split
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.traffic import Traffic, attention_traffic, kept_attention_traffic, ring_traffic
 from longspan.loss import cross_entropy
 from longspan.masks import constructors as masks
 from longspan.masks.constructors import Causal

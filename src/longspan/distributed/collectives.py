@@ -18,7 +18,7 @@ import torch.distributed._functional_collectives as functional
 from jaxtyping import Num, Shaped
 from torch import Tensor
 
-from longspan.distributed.layout import Traffic
+from longspan.distributed.traffic import Traffic
 from longspan.tuning import SCRATCH_BYTES
 
 

@@ -1,4 +1,4 @@
-"""After every backward, the mean of the gradients over all ranks (zero=0); the true norm, and clipping by it.
+"""Gradient averaging over the ranks after every backward (zero=0); the gradient norm over sharded parameters, and clipping.
 
     backward on each rank     hook of each parameter: keep what THIS backward brings, leave .grad as it was
     end of the backward       [ p0 | p1 | p2 ... | which of them I have ] --all-reduce in fp32--> mean over ranks --> .grad +=
@@ -23,6 +23,7 @@ from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from longspan import _compat
+from longspan.distributed.consensus import first_difference, gather_or_raise
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 
@@ -31,7 +32,7 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class MeanGradients:
-    """From now on ``backward()`` adds to ``.grad`` the mean over the mesh of what the ranks' backwards bring.
+    """Hooks after which ``backward()`` adds to ``.grad`` the mean over the mesh of the gradients that the ranks have computed.
 
     Equals one device's gradient of the whole batch, where every rank's loss is the global one. The mean is formed in fp32
     (fp64 for fp64 parameters). A parameter that no rank used keeps its ``.grad``; ranks that did not use it count as zero.
@@ -59,7 +60,7 @@ class MeanGradients:
         )
 
     def remove(self) -> None:
-        """Let ``backward`` do again what it does on one rank."""
+        """Remove the hooks: ``backward`` then accumulates this rank's own gradient."""
         for handle in self._handles:
             handle.remove()
 
@@ -102,25 +103,15 @@ class MeanGradients:
     @record_function("longspan::mean_gradients")
     def _reduce(self, arrived: "_Arrived") -> None:
         for bucket in self._buckets:
-            members = [self._parameters[index] for index in bucket]
-            sizes = [parameter.numel() for parameter in members]
-            flat = torch.zeros(sum(sizes) + len(bucket), dtype=_wide(members[0].dtype), device=members[0].device)
-            *pieces, present = torch.split(flat, [*sizes, len(bucket)])
-            for place, index in enumerate(bucket):
-                if index in arrived:
-                    pieces[place].copy_(arrived.pop(index).flatten())
-                    present[place] = 1
-            dist.all_reduce(flat, group=self._mesh.fsdp_group)
-            for parameter, piece, ranks in zip(members, pieces, present.tolist()):
-                if ranks:
-                    _add(parameter, piece.div_(self._mesh.fsdp_group.size()).view(parameter.shape))
+            for index, mean in _mean_of_bucket(self._parameters, bucket, arrived, self._mesh).items():
+                _add(self._parameters[index], mean)
 
 
 @torch.no_grad()
 def grad_norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
     """The 2-norm of all gradients together, whole where parameters are sharded: the same fp64 number on every rank.
 
-    Equals ``torch.nn.utils.get_total_norm`` of one device's gradients.
+    Equals ``torch.nn.utils.get_total_norm`` of one device's gradients in fp64; torch's own fp32 norm on a CPU can be 1e-4 low.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
@@ -138,18 +129,96 @@ def grad_norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
-    """Scale all gradients so that their true ``norm`` is at most ``max_norm``; returns the norm before.
+def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
+    """Scale all gradients in place so that their true norm is at most ``max_norm``.
 
-    Equals ``torch.nn.utils.clip_grad_norm_`` on one device.
+    Args:
+        model: a module, or its parameters (an iterable of tensors); their gradients may be sharded over one mesh axis.
+        max_norm: the largest 2-norm of all gradients together.
+
+    Returns:
+        The norm before scaling, fp64, equal on every rank. It is exact against fp64 arithmetic, also where one device's
+        ``torch.nn.utils.clip_grad_norm_`` is not: torch's fp32 norm on a CPU can be 1e-4 too low for large gradients.
     """
-    members = list(parameters)
+    members = list(model.parameters() if isinstance(model, nn.Module) else model)
     before = grad_norm(members)
     scale = min(1.0, max_norm / (before.item() + 1e-6))
     for parameter in members:
         if parameter.grad is not None and scale != 1.0:
             _local(parameter.grad).mul_(scale)
     return before
+
+
+@torch.no_grad()
+def average_gradients(module: nn.Module, mesh: ParallelMesh) -> None:
+    """Average the gradients of a module outside the parallel model over the ranks: a value head, a projector, a vision tower.
+
+    Call it on every rank once after each backward, or once after the last of several micro-batches, and before clipping:
+
+        loss = cross_entropy(head(hidden), part["shift_labels"], mesh=mesh, num_labels=part["longspan"].num_labels)
+        loss.backward()
+        average_gradients(head, mesh)
+
+    With the same global loss on every rank (``cross_entropy(..., mesh=mesh)``, or ``all_reduce_sum`` of your own sums over
+    ``mesh.loss_group``), ``.grad`` is then the gradient of one device over the global batch. The mean is formed in fp32 (fp64
+    for fp64 parameters) and written to ``.grad``. Where some ranks have no gradient for a parameter they count as zero; where
+    no rank has one, ``.grad`` stays None.
+
+    Args:
+        module: equal parameters on every rank, outside of what ``parallelize``, DDP or FSDP was given. (A second mean over
+            gradients that are means already changes nothing.)
+        mesh: the mean is over ``mesh.fsdp_group``, the ranks that hold the same parameters.
+
+    Raises:
+        ModelError: on every rank alike, for sharded parameters, or where names, shapes or dtypes differ between ranks.
+    """
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    difference = first_difference(gather_or_raise(lambda: _whole_parameters(trained), mesh.world_group))
+    if difference is not None:
+        name, first, rank, other = difference
+        raise ModelError(
+            f"average_gradients was given different modules: parameter {name} is {first} on rank 0 and {other} on rank {rank}; "
+            f"pass the same module with the same trained parameters on every rank"
+        )
+    parameters = list(trained.values())
+    for bucket in _buckets(parameters):
+        found = {index: grad for index in bucket if (grad := parameters[index].grad) is not None}
+        for index, mean in _mean_of_bucket(parameters, bucket, found, mesh).items():
+            parameters[index].grad = mean.to(parameters[index].dtype, copy=True)
+
+
+def _whole_parameters(trained: dict[str, nn.Parameter]) -> dict[str, str]:
+    for name, parameter in trained.items():
+        if isinstance(parameter, DTensor):
+            raise ModelError(
+                f"average_gradients was given {name!r}, a sharded parameter, whose gradient FSDP2 averages in the "
+                f"backward; pass only modules with whole parameters, outside of the parallel model"
+            )
+    return {name: f"{list(parameter.shape)} {parameter.dtype}" for name, parameter in trained.items()}
+
+
+def _mean_of_bucket(
+    parameters: list[nn.Parameter], bucket: list[int], found: dict[int, Tensor], mesh: ParallelMesh
+) -> dict[int, Tensor]:
+    """The mean over ``mesh.fsdp_group`` of the gradients ``found`` on each rank, by the number of the parameter.
+
+    Empties ``found``. A parameter that no rank has a gradient for is left out; where some ranks have none, they count as zero.
+    """
+    sizes = [parameters[index].numel() for index in bucket]
+    first = parameters[bucket[0]]
+    flat = torch.zeros(sum(sizes) + len(bucket), dtype=_wide(first.dtype), device=first.device)
+    *pieces, present = torch.split(flat, [*sizes, len(bucket)])
+    for position, index in enumerate(bucket):
+        if index in found:
+            pieces[position].copy_(found.pop(index).flatten())
+            present[position] = 1
+    if mesh.fsdp_group.size() > 1:
+        dist.all_reduce(flat, group=mesh.fsdp_group)
+    return {
+        index: piece.div_(mesh.fsdp_group.size()).view(parameters[index].shape)
+        for index, piece, ranks in zip(bucket, pieces, present.tolist())
+        if ranks
+    }
 
 
 class _Arrived(dict[int, Tensor]):

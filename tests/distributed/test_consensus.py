@@ -1,0 +1,100 @@
+"""Consensus: facts are compared, errors of one rank are raised by all with one text, and what was written is removed."""
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from longspan.distributed.consensus import (
+    Difference,
+    exchange_integers,
+    first_difference,
+    gather,
+    gather_or_raise,
+    raise_first_error,
+    raise_together,
+    refuse_difference,
+)
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import BatchError, LongspanError, RunError
+from tests.helpers.ranks import on_ranks
+
+
+def test_a_difference_names_what_a_rank_lacks_first() -> None:
+    facts = [{"a": "1", "z": "2"}, {"a": "1", "z": "2"}, {"a": "9"}]
+    assert first_difference(facts) == Difference("z", "2", 2, "nothing")
+    assert first_difference(facts[:2]) is None
+    assert first_difference([{}, {"b": "1"}]) == Difference("b", "nothing", 1, "1")
+
+
+def test_facts_and_errors_of_one_rank_reach_all(tmp_path: Path) -> None:
+    texts = on_ranks(3, _everything, tmp_path, tmp_path=tmp_path)
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == [
+        "the text differs between ranks: a on rank 0 and b on rank 2; load one",
+        "BatchError rank 1 has no fact",
+        "BatchError rank 1 failed",
+        "RunError disk 1 is full",
+        "RunError disk 1 is full",
+    ]
+    assert not list(tmp_path.glob("draft*"))
+
+
+def _everything(folder: Path) -> list[str]:
+    group, rank = ParallelMesh().world_group, dist.get_rank()
+    assert gather({"rank": rank}, group) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+    assert exchange_integers((0, rank, -rank), group) == [[0, 0, 0], [0, 1, -1], [0, 2, -2]]
+    assert gather_or_raise(lambda: rank, group) == [0, 1, 2]
+    raise_first_error(None, group)
+    refuse_difference("the text", "a", group, "load one")
+    with raise_together(group):
+        pass
+    texts = []
+    with pytest.raises(BatchError) as caught:
+        refuse_difference("the text", "aab"[rank], group, "load one")
+    texts.append(str(caught.value))
+
+    def find() -> int:
+        if rank:
+            raise BatchError(f"rank {rank} has no fact")
+        return rank
+
+    with pytest.raises(LongspanError) as found:
+        gather_or_raise(find, group)
+    texts.append(f"{type(found.value).__name__} {found.value}")
+
+    def fail_but_on_the_first() -> None:
+        with raise_together(group):
+            if rank:
+                raise BatchError(f"rank {rank} failed")
+
+    with pytest.raises(LongspanError) as found:
+        fail_but_on_the_first()
+    texts.append(f"{type(found.value).__name__} {found.value}")
+    draft = folder / f"draft{rank}"
+
+    def convert(error: BaseException) -> LongspanError | None:
+        return RunError(f"disk {rank} is full") if isinstance(error, OSError) else None
+
+    def write() -> None:
+        with raise_together(group, convert, undo=draft.unlink):
+            draft.touch()
+            if rank:
+                raise OSError("no space left")
+
+    with pytest.raises(LongspanError) as found:
+        write()
+    texts.append(f"{type(found.value).__name__} {found.value}")
+    with pytest.raises(LongspanError) as found:
+        raise_first_error(RunError(f"disk {rank} is full") if rank else None, group)
+    texts.append(f"{type(found.value).__name__} {found.value}")
+    return texts
+
+
+def test_an_exception_that_is_not_converted_passes_on_as_it_is(tmp_path: Path) -> None:
+    on_ranks(1, _a_defect, tmp_path=tmp_path)
+
+
+def _a_defect() -> None:
+    with pytest.raises(ZeroDivisionError), raise_together(ParallelMesh().world_group):
+        _ = 1 / 0
