@@ -18,6 +18,7 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LayoutError
 from longspan.kernels.online import Online
 from longspan.masks.constructors import Causal, Documents, Full, Mask, Window
+from longspan.memory.options import MemoryOptions
 from longspan.models.decoder import Decoder, DecoderConfig
 from longspan.parallelize import parallelize
 from tests.helpers.ranks import Ranks
@@ -58,7 +59,7 @@ def test_no_plan_is_made_after_the_first_step(pool: Callable[[int], Ranks]) -> N
 def every_plan_is_made_once(ulysses: int, ring: int) -> None:
     mesh = ParallelMesh(ulysses, ring)
     torch.manual_seed(0)
-    model = parallelize(Decoder(DecoderConfig(8, 3, 16, 4, 2, 4, ffn=16)), mesh, recompute="selective")
+    model = parallelize(Decoder(DecoderConfig(8, 3, 16, 4, 2, 4, ffn=16)), mesh, memory=MemoryOptions(recompute="selective"))
     q, k = torch.randn(1, 4, 4, 4, requires_grad=True), torch.randn(1, 4, 2, 4)
     ids, bias, kernel = torch.arange(12)[None] % 8, Zero(), Online()
 

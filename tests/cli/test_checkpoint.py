@@ -21,7 +21,7 @@ CONFIG = DecoderConfig(vocab=11, layers=2, hidden=12, heads=2, kv_heads=2, head_
 
 def _trained(zero: int, seed: int = 0, steps: int = 2) -> tuple[Any, torch.optim.Optimizer, ParallelMesh]:
     mesh = ParallelMesh()
-    model = parallelize(Decoder(CONFIG, seed=seed), mesh, zero)
+    model = parallelize(Decoder(CONFIG, seed=seed), mesh, zero=zero)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(steps):
         _step(model, optimizer, mesh, step)

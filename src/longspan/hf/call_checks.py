@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from longspan.batch.context import BatchInfo
+from longspan.batch.context import BatchInfo, refuse_unknown_tokens
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf.candidate import Candidate, Undo, remove_all
@@ -42,6 +42,7 @@ def _check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if value is not None and value is not False and not (isinstance(value, int) and value == 0):
             raise ModelError(f"{keyword}= means the whole sequence, and a rank has a part of it; leave it out of model(...)")
     _refuse_other_rows(model, type(model).__name__, step)
+    _refuse_other_tokens(model, type(model).__name__, step)
 
 
 def _refuse_other_rows(model: Any, name: str, step: BatchInfo) -> None:
@@ -54,3 +55,9 @@ def _refuse_other_rows(model: Any, name: str, step: BatchInfo) -> None:
         raise ModelError(
             f"the batch had decoder_input_ids, and {name} has no decoder apart; leave them out of shard_batch(...)"
         )
+
+
+def _refuse_other_tokens(model: Any, name: str, step: BatchInfo) -> None:
+    stacks = [(model, step)] if step.target is None else [(model, step), (model.get_decoder(), step.target)]
+    for stack, row in stacks:
+        refuse_unknown_tokens(row, getattr(stack.get_input_embeddings(), "num_embeddings", None), name)

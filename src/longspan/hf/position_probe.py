@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.batch.context import TARGET, BatchInfo, refuse_unknown_tokens
+from longspan.batch.context import TARGET, BatchInfo
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, ModelError
 from longspan.hf.candidate import Candidate, Undo, remove_all
@@ -71,8 +71,6 @@ class Counting:
             )
         for prefix, row in {"": step, TARGET: step.target}.items():
             if row is not None:
-                embeddings = (model.get_decoder() if prefix else model).get_input_embeddings()
-                refuse_unknown_tokens(row, getattr(embeddings, "num_embeddings", None), name)
                 self._refuse_positions(row, prefix, name)
 
     def _refuse_positions(self, row: BatchInfo, prefix: str, name: str) -> None:
