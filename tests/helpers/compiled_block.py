@@ -1,6 +1,7 @@
 """Compile one decoder block over 1 and 2 ranks as a full graph; compare it with eager, gradients too (test_compile.py).
 
 One row lies otherwise than two: the kernel then answers in one call. Tiles are no part of a graph, and may stand between two.
+The backend "aot_eager" traces and runs the graph as it is; "inductor" compiles it, which takes a minute.
 """
 
 import sys
@@ -18,7 +19,7 @@ CONFIG = DecoderConfig(vocab=16, layers=1, hidden=48, heads=6, kv_heads=2, head_
 TOKENS = 13
 
 
-def compiled_is_eager(rows: int) -> None:
+def compiled_is_eager(rows: int, backend: str) -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     mesh = ParallelMesh(ulysses=torch.distributed.get_world_size())
@@ -36,7 +37,7 @@ def compiled_is_eager(rows: int) -> None:
         return out
 
     results = []
-    for function in (forward, torch.compile(forward, fullgraph=True)):
+    for function in (forward, torch.compile(forward, fullgraph=True, backend=backend)):
         block.zero_grad()
         leaf = x.clone().requires_grad_()
         out = function(leaf)
@@ -47,17 +48,17 @@ def compiled_is_eager(rows: int) -> None:
         torch.testing.assert_close(compiled, eager, rtol=1e-10, atol=1e-12)
 
 
-def tiles_inside_are_tiles() -> None:
+def tiles_inside_are_tiles(backend: str) -> None:
     def twice(x: torch.Tensor) -> torch.Tensor:
         return tile_by_tile(lambda tile, rows, parameters: tile * parameters[0], x, 4, [weight]) * 2
 
     weight, x = torch.tensor([2.0, 3.0], requires_grad=True), torch.ones(9, 2, requires_grad=True)
-    found = torch.autograd.grad(torch.compile(twice)(x).sum(), [x, weight])
+    found = torch.autograd.grad(torch.compile(twice, backend=backend)(x).sum(), [x, weight])
     torch.testing.assert_close(found, torch.autograd.grad((2 * x * weight).sum(), [x, weight]))
 
 
 if __name__ == "__main__":
-    folder, ranks, rows = sys.argv[1:]
-    tiles_inside_are_tiles()
-    on_ranks(int(ranks), compiled_is_eager, int(rows), tmp_path=Path(folder), seconds=240)
+    folder, ranks, rows, backend = sys.argv[1:]
+    tiles_inside_are_tiles(backend)
+    on_ranks(int(ranks), compiled_is_eager, int(rows), backend, tmp_path=Path(folder), seconds=240)
     print("exact")
