@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from longspan import ModelError, ParallelMesh, parallelize, shard_batch
 from longspan.hf import weights as pretrained
 from longspan.hf.weights import load, save
+from tests.helpers.hf_models import KINDS, build
 from tests.helpers.ranks import Ranks
-from tests.hf.test_adapter import KINDS, build
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

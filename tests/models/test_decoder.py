@@ -8,7 +8,7 @@ from longspan.attention.api import attend
 from longspan.batch.shard import shard_local
 from longspan.distributed.mesh import MeshCoordinate
 from longspan.errors import LayoutError, ModelError
-from longspan.masks.constructors import Causal, Full
+from longspan.masks.constructors import Causal, Window
 from longspan.models.decoder import PRESETS, Decoder, DecoderConfig, rope, turn
 from tests.helpers.ranks import on_ranks
 
@@ -181,9 +181,9 @@ def test_it_calls_the_attention_and_the_loss_it_is_given():
 
     decoder = Decoder(CONFIG, attention=attention)
     decoder.cross_entropy = loss
-    step = shard_local({"input_ids": _ids(), "labels": _ids()}, MeshCoordinate(), mask=Full())["longspan"]
+    step = shard_local({"input_ids": _ids(), "labels": _ids()}, MeshCoordinate(), mask=Window(3))["longspan"]
     assert decoder(_ids(), shift_labels=_ids(), longspan=step).loss.item() == 7
-    assert calls == [((2, 9, 4, 6), (2, 9, 2, 6), {"mask": Full(), "tokens": 9})] * 2 + [16]
+    assert calls == [((2, 9, 4, 6), (2, 9, 2, 6), {"mask": Window(3) & Causal(), "tokens": 9})] * 2 + [16]
     calls.clear()
     decoder(_ids())
     assert calls[0][2] == {"mask": Causal(), "tokens": None}

@@ -1,0 +1,67 @@
+"""The loss without logits, a tile of tokens at a time, by the model's own head."""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+
+from longspan import MemoryOptions, parallelize, shard_batch
+from tests.helpers.encoder_decoders import build_pair, pair_alone, pair_batches
+from tests.helpers.hf_models import assert_gradients, batches, build, squared_error
+from tests.helpers.memory_models import loss_alone, model_of
+from tests.helpers.ranks import Ranks, mesh_of
+
+
+def test_the_loss_of_a_model_that_calls_its_own_can_be_formed_in_tiles(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(without_logits)
+
+
+def without_logits() -> None:
+    mesh, reference = mesh_of(2), build_pair("t5gemma")
+    whole = pair_batches("t5gemma", "odd lengths")
+    model = parallelize(deepcopy(reference), mesh, memory=MemoryOptions(chunked_loss=True))
+    expected = pair_alone(reference, whole).loss
+    expected.backward()
+    output = model(**shard_batch(whole, mesh, shift=False))
+    output.loss.backward()
+    assert output.logits is None
+    assert abs(output.loss.item() - expected.item()) <= 1e-5 * expected.item()
+    assert_gradients(model, reference, 1e-5)
+
+
+def test_a_balance_loss_beside_a_loss_without_logits(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(balanced)
+
+
+def balanced() -> None:
+    mesh, reference = mesh_of(2, 1), build("mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    ids = batches("odd length", False)["input_ids"]
+    expected = reference(input_ids=ids, labels=ids, use_cache=False)
+    expected.loss.backward()
+    model = parallelize(
+        build("mixtral", output_router_logits=True, router_aux_loss_coef=0.5), mesh, memory=MemoryOptions(chunked_loss=True)
+    )
+    found = model(**shard_batch({"input_ids": ids, "labels": ids}, mesh))
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert found.aux_loss.item() == pytest.approx(expected.aux_loss.item(), rel=1e-5)
+    assert_gradients(model, reference, 1e-5)
+
+
+def test_a_rank_without_labels_joins_a_loss_without_logits_in_bf16(pool: Callable[[int], Ranks]) -> None:
+    for ours, theirs in pool(2).run(half_without_labels):
+        assert (ours / theirs) ** 0.5 <= 1.5
+
+
+def half_without_labels() -> tuple[float, float]:
+    """The squared errors of all gradients, without logits on two ranks and with logits on one device."""
+    mesh, exact, whole = mesh_of(2, 1), model_of("llama"), batches("a rank without labels", False)
+    expected = loss_alone(exact, "llama", whole)
+    expected.backward()
+    half = deepcopy(exact).bfloat16()
+    model = parallelize(deepcopy(half), mesh, memory=MemoryOptions(chunked_loss=True))
+    loss_alone(half, "llama", whole).backward()
+    loss = model(**shard_batch(whole, mesh)).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
+    return squared_error(model, exact), squared_error(half, exact)

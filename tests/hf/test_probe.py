@@ -1,0 +1,59 @@
+"""Models that mix tokens outside attention are refused by the name of the module, unchanged."""
+
+import re
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+
+from longspan import LongspanError, ParallelMesh, parallelize
+from tests.helpers.hf_models import BASE, EXPERTS, build, small
+
+
+def refused(build_it: Callable[[], Any]) -> str:
+    model = build_it()
+    before = deepcopy({name: parameter.detach() for name, parameter in model.named_parameters()})
+    with pytest.raises(LongspanError) as error:
+        parallelize(model, ParallelMesh())
+    assert "_longspan" not in vars(model)
+    assert model.config._attn_implementation != "longspan"
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    return str(error.value)
+
+
+def counting_from_one() -> Any:
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        given = kwargs.get("position_ids")
+        return args, kwargs | {"position_ids": 1 + torch.arange(kwargs["input_ids"].shape[1])[None] if given is None else given}
+
+    model = build("llama")
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    return model
+
+
+HYBRID = {
+    **BASE, "head_dim": 8, **EXPERTS, "shared_expert_intermediate_size": 16, "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("build_it", "text"),
+    [
+        (small("BloomConfig", "BloomForCausalLM", vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
+         "BloomForCausalLM works on its attention mask in its own code"),
+        (small("MambaConfig", "MambaForCausalLM", vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=8),
+         "no layer of MambaForCausalLM attends"),
+        (small("Qwen3NextConfig", "Qwen3NextForCausalLM", **HYBRID), "linear_attn.* mixes tokens outside attention"),
+        (counting_from_one, "does not count its positions 0, 1, 2"),
+        (small("LlamaConfig", "LlamaForSequenceClassification", **BASE), "mixes tokens outside attention"),
+        (small("DebertaConfig", "DebertaForMaskedLM", **BASE), "Attention 'deberta.* did not reach longspan"),
+        (small("BertConfig", "BertModel", **BASE), "'output pooler_output' mixes tokens outside attention"),
+        (small("LlamaConfig", "LlamaForCausalLM", **BASE, index_topk=512), "config.index_topk says .* selects"),
+    ],
+)  # fmt: skip
+def test_what_would_be_wrong_is_refused_by_name(build_it: Callable[[], Any], text: str) -> None:
+    assert re.search(text, refused(build_it), re.DOTALL)
