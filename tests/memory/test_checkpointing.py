@@ -191,6 +191,7 @@ def recomputed_is_exact(case: Case) -> None:
     assert again.calls == 2 * plain.calls
 
 
+@pytest.mark.long  # the counts of calls and bytes above show a block that keeps more; this shows that they are true
 def test_what_is_really_held(tmp_path: Path) -> None:
     """In hidden states of the rank's tokens; the shapes are those of attention_memory.py."""
     command = [sys.executable, "-m", "tests.helpers.attention_memory", str(tmp_path)]
