@@ -86,6 +86,13 @@ def test_toml_and_json_say_the_same(tmp_path: Path) -> None:
         ("a.json", "[1]", "holds a list; it must hold names and values"),
         ("a.json", None, "cannot be read: No such file or directory"),
         ("a.json", b"\xff", "is not valid JSON"),
+        ("a.yaml", "steps: 3", "is YAML; write the settings as TOML"),
+        ("a.conf", "steps = 3", "is not valid JSON: .*; where it is TOML, end its name in .toml"),
+        (
+            "a.toml",
+            "[train]\nsteps = 3",
+            "has the table train; every setting is one value or a list: write the settings at the",
+        ),
     ],
 )
 def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, name: str, content: str | bytes | None, text: str) -> None:
@@ -101,7 +108,7 @@ def test_a_run_may_not_be_called_latest() -> None:
 
 
 def test_unknown_names_are_refused_by_name() -> None:
-    with pytest.raises(RunError, match="the config x sets tokns, unknown to train; legal are ranks, debug, ulysses, "):
+    with pytest.raises(RunError, match=r"x sets tokns, unknown to train \(did you mean tokens\?\); legal are ranks, debug, "):
         known(Train, {"tokns": 1, "tokens": 2}, "the config x")
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from longspan.cli import launch
+from longspan.cli.metrics import Output
 from longspan.errors import LongspanError, RunError
+from tests.helpers import processes
 
 pytestmark = pytest.mark.usefixtures("launcher")
 
@@ -53,6 +54,15 @@ def one_has_a_bug(rank: int) -> int:
     if dist.get_rank() == rank:
         raise KeyError("a bug")
     return _wait_for_ever()
+
+
+def print_for_ever(folder: str) -> int:
+    Path(folder, f"rank{dist.get_rank()}").write_text(str(os.getpid()))
+    dist.barrier()
+    while dist.get_rank() > 0:
+        time.sleep(1)
+    while True:
+        Output().print("a line")
 
 
 def _wait_for_ever() -> int:
@@ -115,5 +125,42 @@ sys.exit(launch.run("tests.cli.test_launch:count_off", {str(tmp_path)!r}, 7))
     flags = ["--local-addr=127.0.0.1", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    subprocess.run([*torchrun, str(program)], check=True, env=environment, capture_output=True)
+    done = processes.run([*torchrun, str(program)], env=environment)
+    assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["3 of 2"] * 2
+
+
+def test_a_closed_pipe_and_ctrl_c_end_all_ranks_quietly(tmp_path: Path) -> None:
+    """As ``longspan train | head -1``, and as a user who stops it: all processes of a terminal get the signal."""
+    program = f"""
+import sys
+from longspan.cli import launch, main
+run, launch.run = launch.run, lambda work, config, ranks: run("tests.cli.test_launch:print_for_ever", {str(tmp_path)!r}, 2)
+sys.exit(main.main(["train", "--run", "mine"]))
+"""
+    for stop, code, said in [
+        ("close", 141, ""),
+        (
+            "signal",
+            130,
+            "longspan: stopped by SIGINT; the ranks were ended; if it had made a checkpoint, go on from it with: "
+            "longspan train --resume mine\n",
+        ),
+    ]:
+        process = processes.start([sys.executable, "-c", program])
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "a line\n"
+            if stop == "close":
+                process.stdout.close()
+                process.stdout = None
+            else:
+                os.killpg(process.pid, signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+            assert (process.returncode, err) == (code, said)
+            assert processes.family(process.pid) == set()
+            for rank in range(2):
+                pid = (tmp_path / f"rank{rank}").read_text()
+                assert not Path(f"/proc/{pid}").exists()
+        finally:
+            processes.end(process)

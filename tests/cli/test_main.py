@@ -2,17 +2,21 @@
 
 import json
 import os
-import subprocess
+import re
 import sys
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
+from longspan import __version__
 from longspan.cli import launch
 from longspan.cli import main as cli
 from longspan.cli.config import Check, Evaluate, Train
 from longspan.errors import RunError
+from tests.helpers import processes
 
 FLAGS = {
     "train": """
@@ -66,8 +70,23 @@ def test_a_file_names_the_checkpoint_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ("trian", "'trian' is not a verb of longspan; legal are train, evaluate, check (see longspan --help)"),
-        ("train --foo", "Unrecognized options: --foo; see longspan train --help"),
+        (
+            "trian",
+            "'trian' is not a verb of longspan (did you mean train?); legal are train, evaluate, check (see longspan --help)",
+        ),
+        ("train --qqq", "--qqq is not a flag of longspan train; see longspan train --help"),
+        ("train --step 5", "--step is not a flag of longspan train (did you mean --steps?); see longspan train --help"),
+        ("train --lr=1", "--lr is not a flag of longspan train (did you mean --learning-rate?); see "),
+        ("check --batch-size 3", "--batch-size is not a flag of longspan check; see "),
+        (
+            "train --no-memory-reports",
+            "--no-memory-reports is not a flag of longspan train (did you mean --no-memory-report?); see ",
+        ),
+        ("train --no-steps", "--no-steps is not a flag of longspan train"),
+        ("train 5", "Unrecognized options: 5; see longspan train --help"),
+        (f"train --runs-folder {__file__}", f"runs_folder='{__file__}' is a file; name a folder, which is made where it does "),
+        (f"train --resume --runs-folder {__file__}", f"runs_folder='{__file__}' is a file; "),
+        (f"evaluate --runs-folder {__file__}", f"runs_folder='{__file__}' is a file; "),
         ("train --tokens x", "Error parsing --tokens: invalid literal for int() with base 10: 'x'; see longspan train --help"),
         ("train --steps", "Missing value for argument '--steps'. Expected 1 values; see longspan train --help"),
         ("check --zero 4", "invalid choice '4' for argument '--zero'. Expected one of ('0', '2', '3'); see longspan check"),
@@ -88,8 +107,8 @@ def test_bad_flags_are_one_line(arguments: str, line: str, capsys: pytest.Captur
     ("content", "line"),
     [
         ('{"tokens": "x"}', "Error parsing --tokens: invalid literal for int()"),
-        ('{"tokens": {"a": 1}}', "tokens is a table; it must be one value or a list"),
-        ('{"tokns": 3}', "sets tokns, unknown to train; legal are ranks, "),
+        ('{"tokens": {"a": 1}}', "has the table tokens; every setting is one value or a list: write the settings at the top "),
+        ('{"tokns": 3}', "sets tokns, unknown to train (did you mean tokens?); legal are ranks, "),
     ],
 )
 def test_bad_files_are_one_line(content: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,21 +121,46 @@ def test_bad_files_are_one_line(content: str, line: str, tmp_path: Path, capsys:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_shows_a_real_call_and_every_flag(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main([verb, "--help"])
-    assert stop.value.code == 0
+    assert cli.main([verb, "--help"]) == 0
     said = capsys.readouterr().out
-    assert f"$ longspan {verb}" in said
+    assert said.rstrip().endswith(textwrap.indent(cli.VERBS[verb].example, "  "))  # each line of it on a line of its own
+    assert "(default: None)" not in said
+    assert not re.search(r"(?i)default: [^)]*\)[.)]* *\(default", said)
+    assert "{None}" not in said
     for field in fields(cli.VERBS[verb].settings):
         assert f"--{field.name.replace('_', '-')}" in said or field.name == "checkpoint"
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    program = "import sys; from longspan.cli import main; main.main([]); assert 'torch' not in sys.modules"
-    said = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+def test_help_and_version_do_not_wait_for_torch() -> None:
+    calls = "main.main([]), main.main(['train', '--help']), main.main(['--version'])"
+    program = f"import sys; from longspan.cli import main; print({calls}); assert 'torch' not in sys.modules"
+    done = processes.run([sys.executable, "-c", program])
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    assert f"longspan {__version__} (Python 3." in said
+    assert f"torch {torch.__version__}" in said
+    assert said.endswith("0 0 0\n")
     for verb, (_, does, _) in cli.VERBS.items():
         assert f"longspan {verb}" in said
         assert does in said
+
+
+def test_every_switch_can_be_turned_off_again(tmp_path: Path) -> None:
+    switches = [field.name for field in fields(Train) if field.type is bool]
+    assert "memory_report" in switches
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text(json.dumps(dict.fromkeys(switches, True)))
+    (tmp_path / "off.json").write_text(json.dumps(dict.fromkeys(switches, False)))
+    resume = ["--resume", "old", "--runs-folder", str(tmp_path)]
+    off = [f"--no-{name.replace('_', '-')}" for name in switches]
+    for flags, expected in [
+        (resume, True),
+        ([*resume, *off], False),
+        ([*resume, "--config", str(tmp_path / "off.json")], False),
+        (["--config", str(tmp_path / "off.json")], False),
+    ]:
+        config = cli.parse("train", flags)
+        assert {getattr(config, name) for name in switches} == {expected}
 
 
 def test_a_dead_rank_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +183,7 @@ def test_under_a_launcher_every_rank_meets_an_error_and_one_says_it() -> None:
     flags = ["--local-addr=127.0.0.1", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "longspan.cli.main"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    found = subprocess.run([*torchrun, "check", "--heads", "1"], env=environment, capture_output=True, text=True)
+    found = processes.run([*torchrun, "check", "--heads", "1"], env=environment)
     (ours,) = [line for line in found.stderr.splitlines() if line.startswith("longspan: ")]
     assert ours.startswith("longspan: ulysses=2 exceeds the 1 query heads; ")
 

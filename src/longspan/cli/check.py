@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -26,6 +25,7 @@ from longspan.attention.ring import plan_hops
 from longspan.batch.shard import IGNORE, Part, shard_batch
 from longspan.cli import model_source
 from longspan.cli.config import Check
+from longspan.cli.metrics import output
 from longspan.cli.model_source import DecoderSource, ModelSource
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.consensus import gather, raise_together
@@ -272,7 +272,7 @@ def _print(config: Check, source: ModelSource, mesh: ParallelMesh, lines: list[L
     for line in lines:
         verdict = "[green]holds[/]" if line.holds else "[red]FAILS[/]"
         table.add_row(line.what, line.found, line.expected, f"{line.error:.2g}", f"{line.bound:.2g}", verdict)
-    console = Console(width=None if Console().is_terminal else 140)
+    console = output(140)
     console.print(
         f"{mesh.world_group.size()} ranks = data {coordinate.data} x "
         f"ring {coordinate.ring} x ulysses {coordinate.ulysses}, zero={config.zero}, "

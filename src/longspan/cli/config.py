@@ -10,11 +10,13 @@ file knows names and legal values; nothing of processes or tensors, and it impor
 
 import json
 import tomllib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from longspan.errors import RunError
 from longspan.memory.options import MemoryOptions
@@ -22,15 +24,35 @@ from longspan.memory.options import MemoryOptions
 PRESETS = ("tiny", "small", "llama-1b", "llama-8b", "llama-70b")
 """The names of ``models.decoder.PRESETS``, repeated here so that ``--help`` does not import torch."""
 
+OTHER_NAMES = {
+    "batch_size": "rows_per_step", "global_batch_size": "rows_per_step", "gradient_accumulation_steps": "micro_batches",
+    "nproc_per_node": "ranks", "gpus": "ranks", "world_size": "ranks", "sequence_parallel": "ulysses",
+    "context_parallel": "ring", "stage": "zero", "gradient_checkpointing": "recompute", "bf16": "dtype",
+    "lr": "learning_rate", "max_steps": "steps", "num_train_epochs": "epochs", "max_grad_norm": "clip_norm",
+    "seq_len": "tokens", "seq_length": "tokens", "max_length": "tokens", "context_length": "tokens",
+    "output_dir": "runs_folder", "name": "run",
+}  # fmt: skip
+"""What other tools call a setting."""
+
 LATEST = "latest"
 """What ``--resume`` and ``evaluate`` take where no run is named."""
+
+
+def _default(hint: str) -> object:
+    """What ``--help`` shows as the default of a setting whose default, None or empty, says nothing."""
+    return arg(help_behavior_hint=f"(default: {hint})")
+
+
+def _number(hint: str) -> object:
+    """As ``_default``, for a number that may be None."""
+    return arg(help_behavior_hint=f"(default: {hint})", metavar="INT")
 
 
 @dataclass(frozen=True)
 class Ranks:
     """Settings of every verb: processes and debugging."""
 
-    ranks: int | None = None
+    ranks: Annotated[int | None, _number("2")] = None
     """Ranks to start on this machine. Under torchrun or another launcher its ranks are used instead."""
     debug: bool = False
     """Show the traceback of an error beside its message."""
@@ -54,6 +76,8 @@ class Ranks:
 class Layout(Ranks):
     """Parallel layout, ZeRO stage and memory options."""
 
+    ranks: Annotated[int | None, _number("ulysses x ring")] = None
+    """Ranks to start on this machine. Under torchrun or another launcher its ranks are used instead."""
     ulysses: int = 2
     """Degree of Ulysses sequence parallelism: an all-to-all turns shards of tokens into shards of heads around attention."""
     ring: int = 1
@@ -62,8 +86,8 @@ class Layout(Ranks):
     """ZeRO stage (FSDP2). 0: nothing is sharded. 2: gradients and optimizer states are sharded; 3: parameters too."""
     recompute: Literal["none", "full", "selective"] = "none"
     """What a block computes again in its backward instead of keeping it: nothing, everything, or all but attention."""
-    tile_tokens: int | None = None
-    """Tokens that feed-forwards and norms work on at a time, forward and backward (default: all)."""
+    tile_tokens: Annotated[int | None, _number("all")] = None
+    """Tokens that feed-forwards and norms work on at a time, forward and backward."""
     head_chunks: int = 1
     """Number of chunks of a rank's heads that are exchanged and attended one after the other."""
     offload_activations: bool = False
@@ -93,12 +117,12 @@ class Train(Layout):
     """tiny, small, llama-1b, llama-8b or llama-70b: a decoder of that shape. hf:FOLDER: the Hugging Face model in FOLDER."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute dtype of forward and backward. Parameters, gradients and optimizer states are fp32 with both."""
-    data: tuple[str, ...] = ()
-    """Files, folders or globs of .txt, .md, .py, .jsonl(.gz, .zst) and .parquet. Default: Python's own standard library."""
+    data: Annotated[tuple[str, ...], _default("Python's own standard library")] = ()
+    """Files, folders or globs of .txt, .md, .py, .jsonl(.gz, .zst) and .parquet."""
     text_field: str = "text"
     """The field of .jsonl and the column of .parquet that holds the text."""
-    tokenizer: str = ""
-    """bytes, a tokenizers JSON file, or the folder of a Hugging Face tokenizer. Default: the model's own, else bytes."""
+    tokenizer: Annotated[str, _default("the model's own, else bytes")] = ""
+    """bytes, a tokenizers JSON file, or the folder of a Hugging Face tokenizer."""
     tokens: int = 8_192
     """Tokens of one sequence (the context length)."""
     rows_per_step: int = 1
@@ -127,18 +151,19 @@ class Train(Layout):
     """How many checkpoints to keep; the oldest is removed when a newer one is complete."""
     seed: int = 0
     """Seed of the initial parameters and of the data order."""
-    run: str = ""
-    """Name of the run's folder. Default: the next free of train-001, train-002, ..."""
+    run: Annotated[str, _default("the next free of train-001, train-002, ...")] = ""
+    """Name of the run's folder."""
     memory_report: bool = False
     """Profile the memory of rank 0 in the second step after the start: a table, and memory.html in the run's folder."""
     runs_folder: str = "runs"
     """Folder that holds the folders of all runs."""
-    resume: str | None = None
+    resume: Annotated[str | None, arg(help_behavior_hint="(default: a new run)", metavar="[NAME]")] = None
     """Resume this run (without a name: the latest) from its newest checkpoint. Flags override the settings of the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _legal_model(self.model)
+        _legal_folder(self.runs_folder)
         _at_least(self, 1, "rows_per_step", "micro_batches", "steps", "eval_rows", "keep_checkpoints")
         _at_least(self, 2, "tokens")
         _at_least(self, 0, "warmup_steps", "eval_every_steps", "checkpoint_every_steps", "weight_decay", "seed")
@@ -163,8 +188,8 @@ class Evaluate(Ranks):
 
     checkpoint: Positional[str] = LATEST
     """A run's name or folder, a checkpoint's folder, or ``latest``."""
-    data: tuple[str, ...] = ()
-    """Files, folders or globs to evaluate on. Default: the held-out documents of the run."""
+    data: Annotated[tuple[str, ...], _default("the held-out documents of the run")] = ()
+    """Files, folders or globs to evaluate on."""
     text_field: str = "text"
     """The field of .jsonl and the column of .parquet that holds the text."""
     max_tokens: int = 16_384
@@ -178,6 +203,7 @@ class Evaluate(Ranks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _legal_folder(self.runs_folder)
         _at_least(self, 1, "documents")
         _at_least(self, 2, "max_tokens")
 
@@ -190,12 +216,12 @@ class Check(Layout):
     """fp64, fp32: every gradient against that of one device. bf16: the error pooled over 8 seeds against that of one device."""
     model: str = "tiny"
     """tiny, small, llama-1b, llama-8b or llama-70b: a decoder of that shape. hf:FOLDER: the Hugging Face model in FOLDER."""
-    layers: int | None = None
-    """Number of layers instead of the model's own."""
-    heads: int | None = None
-    """Number of query heads of a decoder instead of its own."""
-    kv_heads: int | None = None
-    """Number of key/value heads of a decoder instead of its own."""
+    layers: Annotated[int | None, _number("the model's own")] = None
+    """Number of layers; of a hf: model its first ones."""
+    heads: Annotated[int | None, _number("the model's own")] = None
+    """Number of query heads of a decoder."""
+    kv_heads: Annotated[int | None, _number("the model's own")] = None
+    """Number of key/value heads of a decoder."""
     tokens: int = 1_024
     """Tokens of one sequence."""
     rows: int = 2
@@ -212,16 +238,31 @@ class Check(Layout):
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """The settings in a JSON or TOML file, by name. Raises RunError for a file that is neither."""
+    """The settings in a JSON or TOML file, by name.
+
+    Raises:
+        RunError: the file cannot be read, is neither, or holds anything but names with one value or a list each.
+    """
+    if path.lower().endswith((".yaml", ".yml")):
+        raise RunError(
+            f"the config {path} is YAML; write the settings as TOML (name = value) into a file whose name ends in .toml"
+        )
+    is_toml = path.endswith(".toml")
     try:
         text = Path(path).read_text(encoding="utf-8")
-        values = tomllib.loads(text) if path.endswith(".toml") else json.loads(text)
+        values = tomllib.loads(text) if is_toml else json.loads(text)
     except OSError as error:
         raise RunError(f"the config {path} cannot be read: {error.strerror}; name a JSON or TOML file that exists") from error
     except ValueError as error:
-        raise RunError(f"the config {path} is not valid {'TOML' if path.endswith('.toml') else 'JSON'}: {error}") from error
+        advice = "" if is_toml or path.endswith(".json") else "; where it is TOML, end its name in .toml"
+        raise RunError(f"the config {path} is not valid {'TOML' if is_toml else 'JSON'}: {error}{advice}") from error
     if not isinstance(values, dict):
         raise RunError(f"the config {path} holds a {type(values).__name__}; it must hold names and values")
+    if tables := [name for name, value in values.items() if isinstance(value, dict)]:
+        raise RunError(
+            f"the config {path} has the table {tables[0]}; every setting is one value or a list: write the settings at the top "
+            f"level, without tables"
+        )
     return {name.replace("-", "_"): value for name, value in values.items()}
 
 
@@ -231,6 +272,7 @@ def settings_of_run(runs_folder: str, name: str) -> tuple[str, dict[str, Any]]:
     Raises:
         RunError: there is no such run, with the names of those that there are.
     """
+    _legal_folder(runs_folder)
     folder = Path(runs_folder)
     try:
         name = (folder / LATEST).read_text().strip() if name == LATEST else name
@@ -245,8 +287,17 @@ def known(kind: type[Ranks], values: dict[str, Any], where: str) -> dict[str, An
     """``values`` whose names are all fields of ``kind``; else a RunError that names the others."""
     names = [field.name for field in fields(kind)]
     if strange := sorted(set(values) - set(names)):
-        raise RunError(f"{where} sets {', '.join(strange)}, unknown to {kind.__name__.lower()}; legal are {', '.join(names)}")
+        near = "".join(f" (did you mean {name}?)" for name in close(strange[0], names))
+        raise RunError(
+            f"{where} sets {', '.join(strange)}, unknown to {kind.__name__.lower()}{near}; legal are {', '.join(names)}"
+        )
     return values
+
+
+def close(word: str, names: Sequence[str]) -> list[str]:
+    """The name that a misspelt ``word`` most likely means, or none: the nearest spelling, or what other tools call it."""
+    other = OTHER_NAMES.get(word, "")
+    return [other] if other in names else get_close_matches(word, names, 1)
 
 
 def as_json(config: Ranks) -> str:
@@ -264,6 +315,12 @@ def _legal_choices(config: Ranks) -> None:
 def _legal_model(name: str) -> None:
     if name not in PRESETS and not name.startswith("hf:"):
         raise RunError(f"model={name!r} is unknown; legal are {', '.join(PRESETS)}, and hf:FOLDER for a Hugging Face model")
+
+
+def _legal_folder(runs_folder: str) -> None:
+    path = Path(runs_folder)
+    if path.exists() and not path.is_dir():
+        raise RunError(f"runs_folder='{runs_folder}' is a file; name a folder, which is made where it does not exist")
 
 
 def _at_least(config: Ranks, least: int, *names: str) -> None:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from longspan.batch.shard import sync_batches
 from longspan.cli import checkpoint, model_source
 from longspan.cli.config import Evaluate
+from longspan.cli.metrics import output
 from longspan.cli.model_source import ModelSource
 from longspan.data.loader import part
 from longspan.data.packing import Corpus, Split, bits, tokenize
@@ -122,7 +122,7 @@ def _print(title: str, losses: list[DocumentLoss], corpus: Corpus) -> None:
     table.add_section()
     tokens = sum(document.tokens for document in losses)
     table.add_row("all", "", f"{tokens:,}", f"{loss:.4f}", f"{math.exp(loss):,.3f}")
-    console = Console(width=None if Console().is_terminal else 120)
+    console = output(120)
     console.print(title, highlight=False, markup=False, soft_wrap=True)
     console.print(table, highlight=False, markup=False)
     console.print(

@@ -33,12 +33,19 @@ if TYPE_CHECKING:
 SECONDS_TO_BE_ENDED = 10.0
 
 
-class RankDied(RuntimeError):
-    """A rank was killed, or raised an error that is no LongspanError. ``trace`` is its traceback, where it left one."""
+CLOSED_PIPE = 128 + signal.SIGPIPE
+"""Exit code of a rank whose output nobody reads any more, and of the command: that of any program in a pipe."""
 
-    def __init__(self, text: str, trace: str = "") -> None:
+
+class RankDied(RuntimeError):
+    """A rank was killed, or raised an error that is no LongspanError.
+
+    ``trace`` is its traceback, where it left one; ``code`` the exit code of the command.
+    """
+
+    def __init__(self, text: str, trace: str = "", code: int = 1) -> None:
         super().__init__(text)
-        self.trace = trace
+        self.trace, self.code = trace, code
 
 
 def run(work: str, config: Any, ranks: int) -> int:
@@ -54,7 +61,8 @@ def run(work: str, config: Any, ranks: int) -> int:
 
     Raises:
         LongspanError: what the ranks raised.
-        RankDied: a rank was killed, or raised something else.
+        RankDied: a rank was killed, or raised something else; or this process was stopped by a signal.
+        BrokenPipeError: what read the output closed the pipe.
     """
     if joins():
         return _work_as_a_rank(work, config)
@@ -109,7 +117,7 @@ def _start(work: str, config: Any, ranks: int) -> int:
         except ChildFailedError as failed:
             raise _what_happened(*failed.get_first_failure()) from None
         except SignalException as stopped:
-            raise RankDied(f"stopped by {stopped.sigval.name}; the ranks were ended") from None
+            raise _stopped(stopped.sigval) from None
         finally:
             if sys.stdout.isatty():
                 print("\x1b[?25h", end="")  # a rank that is ended while it draws leaves the cursor hidden
@@ -132,6 +140,8 @@ def _work_as_a_rank(work: str, config: Any) -> int:
         code: int = getattr(importlib.import_module(module), function)(config)
     except LongspanError:
         raise
+    except BrokenPipeError:
+        sys.exit(CLOSED_PIPE)
     except RuntimeError:
         # The agent reports the rank that ends first, so a rank that only lost its peer sleeps until the agent ends it.
         if dist.is_torchelastic_launched():
@@ -142,6 +152,10 @@ def _work_as_a_rank(work: str, config: Any) -> int:
 
 
 def _what_happened(rank: int, failure: "ProcessFailure") -> Exception:
+    if failure.exitcode == CLOSED_PIPE:
+        return BrokenPipeError()
+    if failure.exitcode == -signal.SIGINT:  # Ctrl-C reaches the ranks at the same time as the agent
+        return _stopped(signal.SIGINT)
     if failure.exitcode < 0:
         hint = " (the system does this when memory runs out)" if failure.exitcode == -signal.SIGKILL else ""
         return RankDied(f"rank {rank} was ended by {failure.signal_name()}{hint}, and the other ranks with it")
@@ -156,6 +170,10 @@ def _what_happened(rank: int, failure: "ProcessFailure") -> Exception:
     error: LongspanError = refusal(text)
     error.add_note(trace)
     return error
+
+
+def _stopped(by: signal.Signals) -> RankDied:
+    return RankDied(f"stopped by {by.name}; the ranks were ended", code=128 + by)
 
 
 def _silence_the_agent() -> None:

@@ -3,22 +3,31 @@
     longspan VERB --flags   ->   config   ->   launch.run(commands.VERB.work, config)   ->   exit code
 
     0  success      1  the check failed, or a rank died      2  refused with one sentence, nothing written
+    130  Ctrl-C (143: SIGTERM); every rank was ended         141  what read the output closed the pipe
 
 Flags override ``--config FILE``, which overrides the settings of a run that is resumed.
 """
 
 import contextlib
 import io
+import os
+import platform
+import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
+from dataclasses import fields
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import dropwhile, takewhile
 from typing import Any, NamedTuple
 
 import tyro
 
+import longspan
 from longspan.cli import launch
-from longspan.cli.config import LATEST, Check, Evaluate, Ranks, Train, known, read_file, settings_of_run
+from longspan.cli.config import LATEST, Check, Evaluate, Ranks, Train, close, known, read_file, settings_of_run
 from longspan.errors import LongspanError, RunError
 
 
@@ -70,16 +79,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code (see the table above).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
     try:
-        return _run(given[0], given[1:])
+        code = _answer(given)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return launch.CLOSED_PIPE
     except (LongspanError, OSError) as error:
         _say(error, debug="--debug" in given)
         return 2
     except KeyboardInterrupt:
-        return 130
+        _print_error("stopped by SIGINT", apart=True)
+        return 128 + signal.SIGINT
+
+
+def _answer(given: Sequence[str]) -> int:
+    if not given or given[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if given[0] in ("-V", "--version"):
+        print(_version())
+        return 0
+    if given[0] in VERBS and {"-h", "--help"} & set(given[1:]):
+        _help(given[0])
+        return 0
+    return _run(given[0], given[1:])
 
 
 def parse(verb: str, arguments: Sequence[str]) -> Any:
@@ -89,9 +114,11 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         RunError: an unknown verb or flag, a value of another type or range, or a config file that cannot be read.
     """
     if verb not in VERBS:
-        raise RunError(f"{verb!r} is not a verb of longspan; legal are {', '.join(VERBS)} (see longspan --help)")
+        near = "".join(f" (did you mean {name}?)" for name in close(verb, list(VERBS)))
+        raise RunError(f"{verb!r} is not a verb of longspan{near}; legal are {', '.join(VERBS)} (see longspan --help)")
     kind = VERBS[verb].settings
     flags, file = _take_config_out(_name_the_latest(arguments))
+    _refuse_unknown(verb, flags)
     base: Any = None
     given = _read(verb, flags, None)
     if isinstance(given, Train) and given.resume is not None:
@@ -108,10 +135,10 @@ def _run(verb: str, flags: Sequence[str]) -> int:
     try:
         return launch.run(f"longspan.cli.{verb}:work", config, config.local_ranks)
     except launch.RankDied as died:
-        print(f"longspan: {died}{config.after_a_death}", file=sys.stderr)
+        _print_error(f"{died}{config.after_a_death}", apart=died.code != 1)
         if config.debug:
             print(died.trace, file=sys.stderr)
-        return 1
+        return died.code
 
 
 def _say(error: LongspanError | OSError, debug: bool) -> None:
@@ -120,7 +147,24 @@ def _say(error: LongspanError | OSError, debug: bool) -> None:
         return
     if debug:
         traceback.print_exception(error)
-    print(f"longspan: {' '.join(str(error).split())}", file=sys.stderr)
+    _print_error(" ".join(str(error).split()))
+
+
+def _print_error(sentence: str, apart: bool = False) -> None:
+    """Print a sentence; ``apart`` on a line of its own where a terminal shows ^C, perhaps behind a progress line."""
+    begins = "\n" if apart and sys.stderr.isatty() else ""
+    print(f"{begins}longspan: {sentence}", file=sys.stderr)
+
+
+def _refuse_unknown(verb: str, flags: Sequence[str]) -> None:
+    """Refuse a flag that the verb does not have, with the one that is probably meant."""
+    names = [field.name for field in fields(VERBS[verb].settings)]
+    switches = [f"no_{field.name}" for field in fields(VERBS[verb].settings) if field.type is bool]
+    for flag in (flag for flag in flags if flag.startswith("--")):
+        name = flag[2:].partition("=")[0].replace("-", "_")
+        if name not in (*names, *switches):
+            near = "".join(f" (did you mean --{other.replace('_', '-')}?)" for other in close(name, [*names, *switches]))
+            raise RunError(f"{flag.partition('=')[0]} is not a flag of longspan {verb}{near}; see longspan {verb} --help")
 
 
 def _read(verb: str, flags: Sequence[str], base: Any) -> Any:
@@ -133,10 +177,9 @@ def _read(verb: str, flags: Sequence[str], base: Any) -> Any:
             return tyro.cli(
                 unchecked,
                 prog=f"longspan {verb}",
-                description=f"{VERBS[verb].does}\n\n{VERBS[verb].example}",
+                description=VERBS[verb].does,
                 args=list(flags),
                 default=unchecked(**vars(base)) if base is not None else tyro.MISSING_NONPROP,
-                config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -177,15 +220,26 @@ def _as_flags(settings: dict[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, dict):
-            raise RunError(f"{name} is a table; it must be one value or a list")
         if name == "checkpoint":
             flags.insert(0, str(value))
         elif isinstance(value, bool):
-            flags += [flag] * value
+            flags += [flag if value else f"--no-{name.replace('_', '-')}"]
         else:
             flags += [flag, *map(str, value if isinstance(value, list) else [value])]
     return flags
+
+
+def _help(verb: str) -> None:
+    """Print the flags of a verb, then the real call: below them, word for word, it is on the screen and can be copied."""
+    with contextlib.suppress(SystemExit):
+        _read(verb, ["--help"], None)
+    print(f"Example\n\n{textwrap.indent(VERBS[verb].example, '  ')}")
+
+
+def _version() -> str:
+    """The versions that a report of a defect needs, without importing any of them."""
+    others = [f"{name} {version(name)}" for name in ("torch", "transformers") if find_spec(name)]
+    return f"longspan {longspan.__version__} (Python {platform.python_version()}, {', '.join(others)})"
 
 
 def _overview() -> str:
@@ -195,7 +249,7 @@ def _overview() -> str:
 
 {verbs}
 
-Every verb shows a real call and its flags with --help, and takes --config FILE (JSON or TOML) in place of flags.
+Every verb shows its flags and a real call with --help, and takes --config FILE (JSON or TOML) in place of flags.
 A first run on this machine, with Python's own standard library as text:  longspan train
 """
 

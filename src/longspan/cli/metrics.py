@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -38,6 +39,20 @@ Record = dict[str, int | float]
 
 PLAIN_LINES = 20
 """About how many progress lines a run prints where the output is no terminal."""
+
+
+class Output(Console):
+    """A console whose closed pipe is a BrokenPipeError; rich's own ends the process with exit code 1 and no message."""
+
+    def on_broken_pipe(self) -> None:
+        with suppress(SystemExit):
+            super().on_broken_pipe()  # what is left in the buffers goes nowhere
+        raise BrokenPipeError
+
+
+def output(width: int) -> Console:
+    """The console of a verb that prints a table: as wide as the terminal, ``width`` where there is none."""
+    return Output(width=None if Output().is_terminal else width)
 
 
 class Journal:
@@ -132,7 +147,7 @@ class Display:
 
     def __init__(self, name: str, steps: int, done: int, lead: bool, console: Console | None = None) -> None:
         self._name, self._steps, self._lead = name, steps, lead
-        self._console = console or Console()
+        self._console = console or Output()
         self._redraws = lead and self._console.is_terminal
         steps_of = TextColumn("step {task.completed}/{task.total}")
         self._bar = Progress(TextColumn("{task.description}"), BarColumn(), steps_of, TimeRemainingColumn())

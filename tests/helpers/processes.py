@@ -1,0 +1,52 @@
+"""Programs that tests start: what takes too long is ended with every process that it has started, ranks too."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+
+def run(
+    command: Sequence[str], *, timeout: float = 120, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, with its output as text.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than ``timeout`` seconds; it and all that it started are killed.
+    """
+    with start(command, env=env, cwd=cwd) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            end(process)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def start(command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> subprocess.Popen[str]:
+    """Start a program in a session of its own, with pipes for its output."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, cwd=cwd, start_new_session=True)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill the program and all that it started, and wait for it."""
+    for pid in family(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def family(leader: int) -> set[int]:
+    """The processes that live of a session and of those that its members started: torchrun gives each rank its own."""
+    everyone = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if state != "Z":
+                everyone[int(path.parent.name)] = {int(parent), int(session)}
+    found = {leader}
+    while new := {pid for pid, above in everyone.items() if above & found} - found:
+        found |= new
+    return found & set(everyone)
