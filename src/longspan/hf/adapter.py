@@ -34,6 +34,7 @@ from longspan.hf import (
     position_ids,
     position_probe,
     registry_kernel,
+    saving,
     t5_bias,
 )
 from longspan.hf._compat import block_class_names
@@ -61,6 +62,7 @@ DEVIATIONS: tuple[Deviation, ...] = (
     position_probe,  # may gather ids: behind every hook that refuses
     position_ids,  # takes position_ids from stacks that count by themselves
     t5_bias,
+    saving,
 )
 """All deviations. Hooks on a module run in the order in which they are installed, which is this one."""
 

@@ -1,0 +1,46 @@
+"""``save_pretrained`` of a model whose parameters are sharded: it would write the shards of one rank, and is refused."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch.distributed.tensor import DTensor
+
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import RunError
+from longspan.hf.candidate import Candidate, Undo
+
+
+@dataclass(frozen=True)
+class Saving:
+    """The objects of which a user calls ``save_pretrained``: the model, and peft's wrapper of it."""
+
+    owners: tuple[Any, ...]
+
+    def install(self, model: Any, mesh: ParallelMesh) -> Undo:
+        """Put a check before the method of each."""
+        for owner in self.owners:
+            vars(owner)["save_pretrained"] = partial(_save, owner, owner.save_pretrained)
+
+        def undo() -> None:
+            for owner in self.owners:
+                del vars(owner)["save_pretrained"]
+
+        return undo
+
+
+def probe(candidate: Candidate) -> Saving:
+    """Every model has the method; whether its parameters are sharded is known when it is called."""
+    return Saving((candidate.called,) if candidate.called is candidate.model else (candidate.called, candidate.model))
+
+
+def _save(owner: Any, save: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    """Call ``save``. Raises RunError where it would read sharded parameters; a ``state_dict`` that is given is whole already."""
+    state_dict = keywords.get("state_dict", args[2] if len(args) > 2 else None)
+    if state_dict is None and any(isinstance(parameter, DTensor) for parameter in owner.parameters()):
+        raise RunError(
+            "save_pretrained would write the shards of one rank, because zero=2 or 3 shards the parameters; call "
+            "longspan.hf.save(model, folder, mesh) on every rank, which writes the same files, or pass the whole state_dict="
+        )
+    return save(*args, **keywords)
