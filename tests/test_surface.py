@@ -1,5 +1,6 @@
-"""The surface is pinned: the public names, the README's tree of the files, the version."""
+"""The surface is pinned: the public names, the tree of files and of tests, the version."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import longspan
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "longspan"
+ROOT_FILES = {"__init__.py", "parallelize.py", "loss.py", "errors.py", "tuning.py", "_compat.py"}
 README = (ROOT / "README.md").read_text()
 
 NAMES = [
@@ -34,9 +37,34 @@ def test_the_readme_s_tree_is_the_package() -> None:
         folder = folder if indented else ""
         named |= {folder + file for file in files if file.endswith(".py")}
         folder = folder if indented else next((file for file in files if file.endswith("/")), "")
-    package = ROOT / "src" / "longspan"
-    files = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    files = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
     assert named == files
+
+
+def test_the_package_root_holds_what_every_folder_may_use_and_no_more() -> None:
+    assert {path.name for path in PACKAGE.glob("*.py")} == ROOT_FILES
+
+
+def test_every_module_of_the_folders_below_has_a_test_of_its_own() -> None:
+    """tests/<folder>/test_<module>.py: where a reader looks for what a module promises."""
+    missing = []
+    for folder in ("batch", "distributed", "hf"):
+        modules = [path.stem.lstrip("_") for path in (PACKAGE / folder).glob("*.py") if path.stem != "__init__"]
+        tests = [ROOT / "tests" / folder / f"test_{module}.py" for module in modules]
+        missing += [str(test.relative_to(ROOT)) for test in tests if not test.exists()]
+    assert missing == []
+
+
+def test_no_test_imports_a_test() -> None:
+    """What several tests share lies in tests/helpers: a test that imports a test runs with it, and moves with it."""
+    found = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+        for node in nodes:
+            inside = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            names = [f"{inside}.{alias.name}" for alias in node.names]
+            found += [f"{path.name}: {name}" for name in names if re.search(r"(^|\.)test_\w+", name)]
+    assert found == []
 
 
 def test_the_version_is_one_literal() -> None:

@@ -1,11 +1,18 @@
-"""What BatchInfo refuses when a model meets a step: tokens and labels that it does not know."""
+"""BatchInfo: the mask of a layer in a step, and what a model refuses of a step."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from longspan import BatchError, parallelize, shard_batch
+from longspan import BatchError, MaskError, parallelize, shard_batch
+from longspan.batch.context import BatchInfo, refuse_unknown_tokens
+from longspan.batch.shard import shard_local
+from longspan.distributed.mesh import MeshCoordinate
+from longspan.masks.bands import Band
+from longspan.masks.constructors import Causal, Documents, Full, Mask, PrefixLM, Span, Window
 from tests.helpers.memory_models import model_of
 from tests.helpers.ranks import Ranks, mesh_of
 
@@ -31,3 +38,54 @@ def unknown_tokens() -> list[str]:
             model(**shard_batch(batch, mesh))
         texts.append(str(error.value))
     return texts
+
+
+def info(**changes: Any) -> BatchInfo:
+    """Two rows of eight tokens on one rank, of which the batch says nothing."""
+    whole = shard_local({"input_ids": torch.full((2, 8), 5)}, MeshCoordinate())["longspan"]
+    return replace(whole, **changes)
+
+
+def test_a_plain_step_has_the_mask_of_each_layer() -> None:
+    assert info().is_plain
+    assert info().mask_for(Window(3)) == Window(3)
+    for changed in ({"mask": Causal()}, {"padding": (Span(0, 8), Span(1, 8))}, {"restarts": (Documents([8]),) * 2}):
+        assert not info(**changed).is_plain
+
+
+def test_a_layer_s_mask_is_narrowed_by_the_step_s_by_padding_and_by_documents() -> None:
+    padding, documents = (Span(0, 8), Span(1, 8)), (Documents([3, 5]), Documents([8]))
+    assert info(mask=Window(2)).mask_for(Causal()) == Window(2) & Causal()
+    assert info(mask=Causal()).mask_for(Causal()) == Causal()
+    assert info(padding=padding).mask_for(Causal()) == tuple(Causal() & real for real in padding)
+    each = (Causal(), Window(2))
+    step = info(mask=each, documents=documents)
+    assert step.mask_for(Causal()) == (Causal() & documents[0], Window(2) & Causal() & documents[1])
+
+
+def test_restarted_positions_are_documents_only_to_models_that_say_so() -> None:
+    step = info(restarts=(Documents([3, 5]), Documents([8])))
+    assert step.mask_for(Causal()) == Causal()
+    assert step.mask_for(Causal(), restarts=True) == (Causal() & Documents([3, 5]), Causal() & Documents([8]))
+
+
+@pytest.mark.parametrize("shown", [Full(), PrefixLM(3), Window(2, 2)])
+def test_a_mask_that_shows_what_a_causal_layer_hides_is_refused(shown: Mask) -> None:
+    with pytest.raises(MaskError, match="lets tokens see later ones, and the model's layers are Causal"):
+        info(mask=shown).mask_for(Causal())
+    assert info(mask=shown & Causal()).mask_for(Causal()) == shown & Causal() & Causal()
+    assert info(mask=shown).mask_for(Full()) == (Full() if shown == Full() else shown & Full())
+
+
+def test_a_decoder_s_tokens_look_at_the_real_tokens_of_their_own_row() -> None:
+    target = replace(info(), tokens=3)
+    assert info(target=target).mask_across() == Full()
+    across = info(target=target, padding=(Span(0, 8), Span(2, 5))).mask_across()
+    assert [mask.bands(3, 8) for mask in across] == [Full().bands(3, 8), (Band(0, 3, 2, 5, 0, 4),)]
+
+
+def test_a_step_is_compared_with_the_vocabulary_once() -> None:
+    refuse_unknown_tokens(info(largest=96), 97, "Decoder")
+    refuse_unknown_tokens(info(largest=200), None, "a model without a table of tokens")
+    with pytest.raises(BatchError, match="holds token or label 97, and Decoder knows 0 to 96"):
+        refuse_unknown_tokens(info(largest=97), 97, "Decoder")

@@ -4,11 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longspan.attention.ring import plan_hops
 from longspan.distributed.layout import Heads, Layout, choose_degrees, consecutive, select, split
-from longspan.distributed.traffic import Traffic, attention_traffic, causal_keys_sent
 from longspan.errors import LayoutError
-from longspan.masks.constructors import Causal
 
 degrees = st.integers(1, 8)
 
@@ -70,15 +67,6 @@ def test_fewer_key_heads_than_ranks_are_replicated_no_more_than_needed() -> None
     assert heads.groups(1) == ((slice(0, 3), slice(0, 1)), (slice(3, 4), slice(1, 2)))
 
 
-def test_traffic_is_four_n_h_over_p() -> None:
-    ranks, tokens, heads, dim = 8, 1024, 16, 64
-    forward, backward = attention_traffic(
-        Heads(heads, heads, ranks), split(tokens, ranks), split(tokens, ranks), 0, qk_dim=dim, v_dim=dim, itemsize=1
-    )
-    others = (ranks - 1) / ranks
-    assert forward == backward == Traffic(2, int(4 * tokens * heads * dim / ranks * others))
-
-
 @pytest.mark.parametrize(
     ("ask", "text"),
     [
@@ -94,15 +82,6 @@ def test_refusals_say_what_is_legal(ask, text: str) -> None:  # type: ignore[no-
 
 def test_consecutive_ranges_lie_side_by_side() -> None:
     assert consecutive((3, 0, 2)) == (range(3), range(3, 3), range(3, 5))
-
-
-@given(st.integers(1, 6), st.booleans(), st.integers(0, 60))
-def test_a_causal_ring_sends_what_the_closed_form_says(ring: int, zigzag: bool, extra: int) -> None:
-    layout = Layout(2 * ring + extra, ring, 1, zigzag)
-    held = [layout.runs(rank) for rank in range(ring)]
-    for rank in range(ring):
-        hops = plan_hops(Causal().bands(layout.tokens, layout.tokens), held, held, rank)
-        assert sum(len(run) for hop in hops[1:] for run in hop.leaving) == causal_keys_sent(layout, rank)
 
 
 @pytest.mark.parametrize(
