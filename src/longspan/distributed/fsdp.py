@@ -12,7 +12,7 @@ Source: ZeRO, arXiv:1910.02054.
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from longspan import _compat
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
+
+UNSHARDABLE = {
+    "torch.optim.Adafactor", "torch.optim.lbfgs.LBFGS", "torch.optim.rprop.Rprop", "transformers.optimization.Adafactor",
+}  # fmt: skip
+"""Optimizers whose step fails half-way on sharded parameters, by module and name: tried with torch 2.13, transformers 5.23."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
     assert isinstance(model, FSDPModule)
     model.set_reduce_scatter_unused_params(True)
     model.register_forward_pre_hook(_refuse_after_a_failed_backward)
+    _refuse_optimizers_at_first_step(model)
     model.register_forward_hook(_let_go_without_a_backward)
 
 
@@ -113,12 +119,36 @@ def _where(mesh: ParallelMesh, ranks: int | None) -> DeviceMesh:
 
 def _refuse_earlier_optimizers(model: nn.Module) -> None:
     """Sharding puts new parameters in the place of the old, which an optimizer would go on to update, to no effect."""
+    for optimizer in _optimizers_of(model):
+        raise ModelError(
+            f"{type(optimizer).__name__} was built before the parameters are sharded, and would train nothing; call "
+            f"parallelize first, then build the optimizer"
+        )
+
+
+def _refuse_optimizers_at_first_step(model: nn.Module) -> None:
+    """Refuse, at the first forward with gradients, an optimizer that would fail when it has updated some of the parameters."""
+
+    def refuse(module: nn.Module, *_: object) -> None:
+        if not torch.is_grad_enabled():
+            return
+        handle.remove()
+        for optimizer in _optimizers_of(module):
+            kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(optimizer).__mro__}
+            if kinds & UNSHARDABLE:
+                raise ModelError(
+                    f"{type(optimizer).__name__} cannot update sharded parameters (PyTorch's DTensor lacks its operators); use "
+                    f"AdamW, SGD or another optimizer that works element by element, or zero=0"
+                )
+
+    handle = model.register_forward_pre_hook(refuse)
+
+
+def _optimizers_of(model: nn.Module) -> Iterator[torch.optim.Optimizer]:
+    """The optimizers of this process that hold a parameter of ``model``."""
     mine = {id(parameter) for parameter in model.parameters()}
     for found in gc.get_objects():
         if issubclass(type(found), torch.optim.Optimizer):
             held = (parameter for group in found.param_groups for parameter in group["params"])
             if any(id(parameter) in mine for parameter in held):
-                raise ModelError(
-                    f"{type(found).__name__} was built before the parameters are sharded, and would train nothing; call "
-                    f"parallelize first, then build the optimizer"
-                )
+                yield found
