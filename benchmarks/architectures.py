@@ -51,10 +51,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 mp.start_processes(_rank, (folder, name, model), nprocs=2, start_method="fork")
-                said = Path(folder, "verdict").read_text()
+                verdict = Path(folder, "verdict").read_text()
             except Exception as error:
-                said = f"died | {type(error).__name__}"
-        print(f"| {name} | {model} | {said} |", flush=True)
+                verdict = f"died | {type(error).__name__}"
+        print(f"| {name} | {model} | {verdict} |", flush=True)
 
 
 def _classes() -> list[tuple[str, str]]:
@@ -70,9 +70,9 @@ def _rank(rank: int, folder: str, name: str, model: str) -> None:
     transformers.logging.set_verbosity_error()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/rendezvous", 2), rank=rank, world_size=2)
-    said = _verdict(name, model)
+    verdict = _verdict(name, model)
     if rank == 0:
-        Path(folder, "verdict").write_text(" ".join(said.split()))
+        Path(folder, "verdict").write_text(" ".join(verdict.split()))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Guarantee 1: on every layout, the loss and every gradient of one device. The reference runs beside each rank, with mesh=None."""
+"""Guarantee 1: on every layout, the loss and gradients of one device. The reference runs beside each rank, with mesh=None."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -322,14 +322,8 @@ def exact() -> dict[int, tuple[list[Grads], float]]:
     return found
 
 
-BFLOAT16 = [(ulysses, head_chunks, zero) for ulysses, head_chunks in ((1, 1), (1, 4), (2, 1), (2, 2), (4, 1)) for zero in (0, 3)]
-COVERING = [(1, 4, 3), (2, 2, 0), (4, 1, 3)]  # every degree, both stages, with and without chunks
-
-
-@pytest.mark.parametrize(
-    ("ulysses", "head_chunks", "zero"),
-    [*COVERING, *(pytest.param(*case, marks=pytest.mark.long) for case in BFLOAT16 if case not in COVERING)],
-)
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize(("ulysses", "head_chunks"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
 def test_bfloat16_is_as_exact_as_on_one_device(ulysses, head_chunks, zero, on_ranks, exact):
     wides, error = exact[ulysses]
     for mine in on_ranks(4, bfloat16_error, ulysses, head_chunks, zero, wides):

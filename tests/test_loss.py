@@ -138,7 +138,7 @@ def test_a_chunked_loss_is_the_whole_one(saying):
 
 
 @pytest.mark.usefixtures("_small_tiles")
-def test_a_block_of_words_that_are_never_said():
+def test_a_block_of_tokens_that_are_never_labels():
     hidden, labels = _tokens(2)
     bias = torch.zeros(VOCAB, dtype=torch.float64)
     bias[:4] = bias[9:] = -torch.inf  # a whole block, and a part of the last
@@ -161,8 +161,8 @@ def test_a_label_that_is_no_word_of_the_head_is_refused(wrong):
 @pytest.mark.parametrize("whole_logits", [False, True])
 @pytest.mark.parametrize("num_labels", [None, 13])
 def test_a_label_of_one_rank_that_is_no_word_is_refused_on_every_rank(num_labels, whole_logits, tmp_path):
-    for said in on_ranks(3, _wrong_on_one, num_labels, whole_logits, tmp_path=tmp_path):
-        assert said.startswith("label 11 is none of the 11 words")
+    for message in on_ranks(3, _wrong_on_one, num_labels, whole_logits, tmp_path=tmp_path):
+        assert message.startswith("label 11 is none of the 11 words")
 
 
 def _wrong_on_one(num_labels, whole_logits):

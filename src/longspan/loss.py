@@ -256,7 +256,7 @@ def _column(wanted_N: Tensor, words: slice) -> tuple[Tensor, Tensor]:
 
 
 def _log_sum_exp_(logits_NW: Tensor) -> Tensor:
-    """Of each row; the logits are used up. A block of words at -inf has -inf."""
+    """The log-sum-exp of each row, -inf for a row of -inf; overwrites the logits."""
     top = logits_NW.amax(1).clamp(min=torch.finfo(logits_NW.dtype).min)
     return logits_NW.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
 

@@ -1,4 +1,4 @@
-"""Law 1 for ``attend``: every shape, mask and layout gives the numbers of one device, gradients included, on real ranks."""
+"""Guarantee 1 for ``attend``: every shape, mask and layout gives the output and gradients of one device, on real ranks."""
 
 import re
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from longspan.masks.constructors import Causal, Documents, Full, Span, Window
 from longspan.masks.constructors import rows as bands_of_rows
 from tests.helpers.attention_cases import (
     Case,
-    assert_law,
-    assert_law_in_fp32,
+    assert_like_one_device,
+    assert_like_one_device_in_fp32,
     cases,
     oracle,
     run,
@@ -35,13 +35,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module i
 @examples(few=70, many=1200)
 @given(case=cases())
 def test_attend_is_one_device_in_fp64(case: Case, pool: Callable[[int], Ranks]) -> None:
-    assert_law(case, run(case, pool), 1e-10)
+    assert_like_one_device(case, run(case, pool), 1e-10)
 
 
 @examples(few=15, many=400)
 @given(case=cases(torch.float32))
 def test_attend_is_one_device_in_fp32(case: Case, pool: Callable[[int], Ranks]) -> None:
-    assert_law_in_fp32(case, pool)
+    assert_like_one_device_in_fp32(case, pool)
 
 
 KEPT = [  # once failed: queries that see one key alone, whose gradient is 0 up to rounding
@@ -51,7 +51,7 @@ KEPT = [  # once failed: queries that see one key alone, whose gradient is 0 up 
 
 @pytest.mark.parametrize("case", KEPT)
 def test_what_once_failed(case: Case, pool: Callable[[int], Ranks]) -> None:
-    assert_law_in_fp32(case, pool)
+    assert_like_one_device_in_fp32(case, pool)
 
 
 NAMED = {
@@ -71,14 +71,14 @@ NAMED = {
 
 @pytest.mark.parametrize("name", NAMED)
 def test_attend_is_one_device_in_named_shapes(name: str, pool: Callable[[int], Ranks]) -> None:
-    assert_law(NAMED[name], run(NAMED[name], pool), 1e-10)
+    assert_like_one_device(NAMED[name], run(NAMED[name], pool), 1e-10)
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(4, 1), (1, 4), (2, 2)])
 def test_a_length_of_which_only_some_ranks_see_a_new_share(ulysses: int, ring: int, pool: Callable[[int], Ranks]) -> None:
     for tokens in (9, 10):
         case = Case(ulysses, ring, False, 1, tokens, tokens, 4, 2, 4, 4, Causal())
-        assert_law(case, run(case, pool), 1e-10)
+        assert_like_one_device(case, run(case, pool), 1e-10)
 
 
 def dropping(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: object) -> torch.Tensor:

@@ -28,8 +28,8 @@ def into_a_file(job: tuple[Check, str]) -> int:
 
 def verdict(config: Check, tmp_path: Path, work: str = "into_a_file") -> tuple[int, dict[str, list[str]]]:
     """The exit code, and the words of each line of the table by its first two words."""
-    code = launch.run(f"{__name__}:{work}", (config, str(tmp_path / "said")), config.local_ranks)
-    lines = [line.split() for line in (tmp_path / "said0").read_text().splitlines()]
+    code = launch.run(f"{__name__}:{work}", (config, str(tmp_path / "output")), config.local_ranks)
+    lines = [line.split() for line in (tmp_path / "output0").read_text().splitlines()]
     return code, {" ".join(words[:-5]): words[-5:] for words in lines if words and words[-1] in ("holds", "FAILS")}
 
 
@@ -119,9 +119,9 @@ def test_a_hugging_face_model_that_cannot_be_checked_is_refused(tmp_path: Path, 
     ]:
         capfd.readouterr()
         assert cli.main(["check", "--tokens", "19", "--model", *flags]) == 2
-        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("longspan: ")]
-        assert len(said) == 1
-        assert sentence in said[0]
+        errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("longspan: ")]
+        assert len(errors) == 1
+        assert sentence in errors[0]
 
 
 def one_gradient_is_off(job: Any) -> int:
@@ -170,7 +170,7 @@ def test_a_fault_of_any_rank_fails_guarantee_1(work: str, fails: list[str], tmp_
     code, lines = verdict(SMALL, tmp_path, work)
     assert [what for what, words in lines.items() if words[-1] == "FAILS"] == fails
     assert code == 1
-    assert "Guarantee 1 FAILS on this machine." in (tmp_path / "said0").read_text()
+    assert "Guarantee 1 FAILS on this machine." in (tmp_path / "output0").read_text()
 
 
 def test_the_smallest_batch_has_a_label(tmp_path: Path) -> None:

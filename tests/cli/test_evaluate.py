@@ -41,8 +41,8 @@ def into_a_file(job: tuple[Evaluate, str]) -> int:
 
 def table(config: Evaluate, tmp_path: Path) -> list[list[str]]:
     """The words of each line: a document's number, how it begins, its tokens, loss and perplexity; the last line is of all."""
-    assert launch.run(f"{__name__}:into_a_file", (config, str(tmp_path / "said")), config.local_ranks) == 0
-    lines = (tmp_path / "said0").read_text().splitlines()
+    assert launch.run(f"{__name__}:into_a_file", (config, str(tmp_path / "output")), config.local_ranks) == 0
+    lines = (tmp_path / "output0").read_text().splitlines()
     return [line.split() for line in lines if line[:1].isdigit() or line.startswith("all ")]
 
 

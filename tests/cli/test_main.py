@@ -97,10 +97,10 @@ def test_a_file_names_the_checkpoint_too(tmp_path: Path) -> None:
 )
 def test_bad_flags_are_one_line(arguments: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments.split()) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith(f"longspan: {line}")
-    assert said.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(f"longspan: {line}")
+    assert output.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -114,21 +114,21 @@ def test_bad_flags_are_one_line(arguments: str, line: str, capsys: pytest.Captur
 def test_bad_files_are_one_line(content: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.json").write_text(content)
     assert cli.main(["train", "--config", str(tmp_path / "a.json")]) == 2
-    said = capsys.readouterr().err
-    assert line in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert line in output
+    assert output.count("\n") == 1
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_shows_a_real_call_and_every_flag(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([verb, "--help"]) == 0
-    said = capsys.readouterr().out
-    assert said.rstrip().endswith(textwrap.indent(cli.VERBS[verb].example, "  "))  # each line of it on a line of its own
-    assert "(default: None)" not in said
-    assert not re.search(r"(?i)default: [^)]*\)[.)]* *\(default", said)
-    assert "{None}" not in said
+    output = capsys.readouterr().out
+    assert output.rstrip().endswith(textwrap.indent(cli.VERBS[verb].example, "  "))  # each line of it on a line of its own
+    assert "(default: None)" not in output
+    assert not re.search(r"(?i)default: [^)]*\)[.)]* *\(default", output)
+    assert "{None}" not in output
     for field in fields(cli.VERBS[verb].settings):
-        assert f"--{field.name.replace('_', '-')}" in said or field.name == "checkpoint"
+        assert f"--{field.name.replace('_', '-')}" in output or field.name == "checkpoint"
 
 
 def test_help_and_version_do_not_wait_for_torch() -> None:
@@ -136,13 +136,13 @@ def test_help_and_version_do_not_wait_for_torch() -> None:
     program = f"import sys; from longspan.cli import main; print({calls}); assert 'torch' not in sys.modules"
     done = processes.run([sys.executable, "-c", program])
     assert done.returncode == 0, done.stderr
-    said = done.stdout
-    assert f"longspan {__version__} (Python 3." in said
-    assert f"torch {torch.__version__}" in said
-    assert said.endswith("0 0 0\n")
+    output = done.stdout
+    assert f"longspan {__version__} (Python 3." in output
+    assert f"torch {torch.__version__}" in output
+    assert output.endswith("0 0 0\n")
     for verb, (_, does, _) in cli.VERBS.items():
-        assert f"longspan {verb}" in said
-        assert does in said
+        assert f"longspan {verb}" in output
+        assert does in output
 
 
 def test_every_switch_can_be_turned_off_again(tmp_path: Path) -> None:

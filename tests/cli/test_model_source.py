@@ -43,10 +43,10 @@ def test_a_token_is_sent_to_some_experts_only() -> None:
 
 @pytest.mark.parametrize("source", [DecoderSource(OURS), FolderSource(LlamaConfig(**SHAPE, rope_theta=3e4), None)])
 def test_a_source_is_made_again_from_its_description(source: Any) -> None:
-    said = json.loads(json.dumps(source.described()))
-    assert said == source.described()
-    again = model_source.from_description(said)
-    assert again.described() == said
+    description = json.loads(json.dumps(source.described()))
+    assert description == source.described()
+    again = model_source.from_description(description)
+    assert again.described() == description
     assert again.summary == source.summary
     first, second = source.build(3), again.build(3)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

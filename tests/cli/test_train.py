@@ -106,7 +106,7 @@ def test_bf16_trains_beside_fp32(text: str, tmp_path: Path) -> None:
 
 def into_a_file(config: Train) -> int:
     """Ranks of the tests' fork server do not write to the file that pytest captures."""
-    with open(Path(config.runs_folder) / f"said{dist.get_rank()}", "a") as file, contextlib.redirect_stdout(file):
+    with open(Path(config.runs_folder) / f"output{dist.get_rank()}", "a") as file, contextlib.redirect_stdout(file):
         return train.work(config)
 
 
@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on_bit_by_bit(zero: int, text: str, tmp_path: Path) -
     resumed = records(killed)
     for name in ("step", "loss", "grad_norm", "learning_rate"):
         assert column(resumed, name) == column(whole, name)
-    assert "going on after step 4" in (tmp_path / "said0").read_text()
+    assert "going on after step 4" in (tmp_path / "output0").read_text()
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(text: str, tmp_path: Path) -> None:
@@ -153,20 +153,20 @@ def test_a_run_leaves_what_it_says(text: str, tmp_path: Path) -> None:
     for _ in range(2):
         config = small(text, tmp_path, steps=5, checkpoint_every_steps=1, keep_checkpoints=2, memory_report=True)
         assert launch.run(f"{__name__}:into_a_file", config, 2) == 0
-    said = (tmp_path / "said0").read_text()
-    assert (tmp_path / "said1").read_text() == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "said0", "said1", "train-001", "train-002"]
+    output = (tmp_path / "output0").read_text()
+    assert (tmp_path / "output1").read_text() == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "output0", "output1", "train-001", "train-002"]
     assert (tmp_path / "latest").read_text() == "train-002\n"
     folder = tmp_path / "train-002"
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step-000004", "step-000005"]
     parts = ["checkpoints", "config", "events", "memory", "metrics"]
     assert [path.name.split(".")[0] for path in sorted(folder.iterdir())] == parts
-    assert re.search(r"Memory of rank 0 at the peak of step 2: [\d.]+ MiB\n  parameters +[\d.]+ MiB", said)
+    assert re.search(r"Memory of rank 0 at the peak of step 2: [\d.]+ MiB\n  parameters +[\d.]+ MiB", output)
     for name in ("loss, last 5 steps", "loss, held-out text", "byte frequencies alone"):
-        assert re.search(rf"{name} +\d\.\d{{4}} nats a token +\d\.\d{{4}} bits a byte", said)
-    assert f"evaluate train-002 --ranks 2 --runs-folder {tmp_path}" in said
+        assert re.search(rf"{name} +\d\.\d{{4}} nats a token +\d\.\d{{4}} bits a byte", output)
+    assert f"evaluate train-002 --ranks 2 --runs-folder {tmp_path}" in output
     figures = r"loss \d\.\d{4}  [\d.]+k? tokens/s  \d+% of [\d.]+ [GT]FLOP/s  \d+ MiB a rank  \d+ KiB exchanged  0:00 left"
-    assert re.search(f"train-002  step 5/5  {figures}", said)
+    assert re.search(f"train-002  step 5/5  {figures}", output)
 
 
 def test_the_exchanged_bytes_are_the_formula_s(text: str, tmp_path: Path) -> None:
@@ -189,8 +189,8 @@ def refuses(capfd: pytest.CaptureFixture[str], *flags: str) -> str:
     """The one line that these flags are refused with."""
     capfd.readouterr()
     assert cli.main(["train", *flags]) == 2
-    said = capfd.readouterr()
-    (line,) = said.err.splitlines()
+    output = capfd.readouterr()
+    (line,) = output.err.splitlines()
     return line.removeprefix("longspan: ")
 
 
@@ -217,9 +217,9 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
 
 def test_debug_shows_the_traceback(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--data", str(tmp_path / "none.txt"), "--debug"]) == 2
-    said = capfd.readouterr().err
-    assert "in _find_one" in said
-    assert said.splitlines()[-1].startswith("longspan: the data ")
+    output = capfd.readouterr().err
+    assert "in _find_one" in output
+    assert output.splitlines()[-1].startswith("longspan: the data ")
 
 
 def test_a_checkpoint_of_another_model_or_text_is_refused_by_field(

@@ -118,10 +118,10 @@ def test_refusals_of_what_holds_no_text(tmp_path: Path) -> None:
     (tmp_path / "full.txt").write_text("text")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.txt").touch()
-    said = r"the data '.*' holds no text: {}, nothing in it; name files that hold some"
-    assert re.fullmatch(said.format("1 file"), refusal(tmp_path / "full.txt", tmp_path / "empty" / "a.txt"))
+    message = r"the data '.*' holds no text: {}, nothing in it; name files that hold some"
+    assert re.fullmatch(message.format("1 file"), refusal(tmp_path / "full.txt", tmp_path / "empty" / "a.txt"))
     (tmp_path / "empty" / "b.jsonl").write_bytes(as_lines(["", None]))
-    assert re.fullmatch(said.format("2 files"), refusal(tmp_path / "empty"))
+    assert re.fullmatch(message.format("2 files"), refusal(tmp_path / "empty"))
 
 
 def test_refusals_of_unknown_kinds(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_refusals_of_a_missing_field_name_those_that_there_are(ending: str, tmp_
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (b'{"text": "x"', "is not valid JSON: Expecting ',' delimiter: line 1 column 13 (char 12); repair the line"),
         (b'{"text": "\xff"}', "is not valid JSON: 'utf-8' codec can't decode byte 0xff"),
@@ -149,9 +149,9 @@ def test_refusals_of_a_missing_field_name_those_that_there_are(ending: str, tmp_
         (b"{}", "has no field 'text'; there is none: choose with --text-field"),
     ],
 )
-def test_refusals_of_a_line_name_the_file_and_the_line(line: bytes, said: str, tmp_path: Path) -> None:
+def test_refusals_of_a_line_name_the_file_and_the_line(line: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(as_lines(["x"]) + b"\n" + line)
-    assert f"{tmp_path}/a.jsonl, line 3 {said}" in refusal(tmp_path / "a.jsonl")
+    assert f"{tmp_path}/a.jsonl, line 3 {message}" in refusal(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".parquet"])
@@ -160,9 +160,9 @@ def test_refusals_of_damaged_files(ending: str, damage: Callable[[bytes], bytes]
     path = tmp_path / f"a{ending}"
     WRITERS[ending](path, as_lines(TEXTS))
     path.write_bytes(damage(path.read_bytes()))
-    said = refusal(path)
-    unreadable = re.fullmatch(r"the data '.*' cannot be read: .+; repair it, or leave it out", said)
-    assert unreadable or (path.stat().st_size == 0 and "holds no text" in said)
+    message = refusal(path)
+    unreadable = re.fullmatch(r"the data '.*' cannot be read: .+; repair it, or leave it out", message)
+    assert unreadable or (path.stat().st_size == 0 and "holds no text" in message)
 
 
 def test_refusals_of_what_the_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

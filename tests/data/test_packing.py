@@ -158,7 +158,7 @@ def test_reading_is_slicing_the_documents_side_by_side_and_touches_nothing_else(
     assert (split.documents[:, 1] - split.documents[:, 0]).tolist() == [s for s, c in zip(sizes, chosen) if c]
 
 
-def said_while_tokenizing(text: str, tmp_path: Path, terminal: bool) -> str:
+def output_while_tokenizing(text: str, tmp_path: Path, terminal: bool) -> str:
     screen = io.StringIO()
     for number in range(3):
         (tmp_path / f"{number}.txt").write_text(text)
@@ -169,11 +169,11 @@ def said_while_tokenizing(text: str, tmp_path: Path, terminal: bool) -> str:
 
 def test_work_that_lasts_shows_a_bar_or_a_line_and_quick_work_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "BATCH_BYTES", 1)
-    assert said_while_tokenizing("a" * 900, tmp_path, terminal=True) == ""
+    assert output_while_tokenizing("a" * 900, tmp_path, terminal=True) == ""
     monkeypatch.setattr(packing, "QUIET_SECONDS", -1.0)
-    assert said_while_tokenizing("a" * 900, tmp_path, terminal=True) == ""  # it is in the cache
-    assert "tokenizing, once" in said_while_tokenizing("b" * 900, tmp_path, terminal=True)
-    assert said_while_tokenizing("c" * 900, tmp_path, terminal=False) == "tokenizing 2.7 kB of text, once\n"
+    assert output_while_tokenizing("a" * 900, tmp_path, terminal=True) == ""  # it is in the cache
+    assert "tokenizing, once" in output_while_tokenizing("b" * 900, tmp_path, terminal=True)
+    assert output_while_tokenizing("c" * 900, tmp_path, terminal=False) == "tokenizing 2.7 kB of text, once\n"
 
 
 def test_the_default_corpus_is_enough_to_train_on(tmp_path: Path) -> None:

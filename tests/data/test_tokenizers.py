@@ -106,8 +106,8 @@ def test_a_folder_of_a_tokenizer_in_plain_python(tmp_path: Path) -> None:
 def test_refusals_name_what_is_legal(tmp_path: Path) -> None:
     assert re.fullmatch(rf"the tokenizer 'gpt2' is unknown; {LEGAL}", refusal("gpt2"))
     (tmp_path / "a.json").write_text('{"no": "tokenizer"}')
-    said = refusal(tmp_path / "a.json")
-    assert re.fullmatch(rf"the tokenizer '.*a\.json' is not a file of the tokenizers library: .+; {LEGAL}", said)
+    message = refusal(tmp_path / "a.json")
+    assert re.fullmatch(rf"the tokenizer '.*a\.json' is not a file of the tokenizers library: .+; {LEGAL}", message)
     assert re.fullmatch(rf"the folder '.*' holds no Hugging Face tokenizer: .+; {LEGAL}", refusal(tmp_path))
 
 

@@ -49,7 +49,7 @@ def _all_gather(dim: int, sizes: tuple[int, ...]) -> None:
         assert transport.traffic == Traffic(2, others * 8)
 
 
-def test_scratch_is_kept_up_to_its_bound_and_let_go_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scratch_is_kept_up_to_its_bound_and_freed_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collectives, "SCRATCH_BYTES", 64)
     scratch, like = Scratch(), torch.empty(0)
     with scratch.lend(16, like) as lent:

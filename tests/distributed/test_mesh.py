@@ -84,7 +84,7 @@ def test_auto_takes_ulysses_as_far_as_the_heads_reach(tmp_path: Path) -> None:
     assert (coordinate.ulysses, coordinate.ring, coordinate.zigzag) == (2, 2, True)
 
 
-def test_ranks_that_ask_for_different_meshes_are_told_so(tmp_path: Path) -> None:
+def test_ranks_that_ask_for_different_meshes_are_refused(tmp_path: Path) -> None:
     on_ranks(2, _different, tmp_path=tmp_path)
 
 

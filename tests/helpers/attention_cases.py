@@ -181,7 +181,7 @@ def places(case: Case) -> list[MeshCoordinate]:
 
 
 def run(case: Case, pool: Callable[[int], Ranks]) -> dict[str, torch.Tensor]:
-    """The whole out and gradients; law 3 is checked on the way: every rank's traffic is the closed form."""
+    """The whole out and gradients; guarantee 3 is checked on the way: every rank's traffic is the closed form."""
     parts = pool(case.ulysses * case.ring).run(on_this_rank, case)
     rows_needed = keys_needed(case)
     for coordinate, (_, counted) in zip(places(case), parts):
@@ -217,13 +217,13 @@ def closed_form(case: Case, coordinate: MeshCoordinate, needed: dict[tuple[int, 
     arriving = [needed[(rank - hop) % case.ring, rank] for hop in hops]
     for chunk in range(case.head_chunks):
         width = len(heads.kv_of(coordinate.ulysses_rank, chunk)) * (case.qk_dim + case.v_dim)
-        there, home = ring_traffic(leaving, arriving, width, itemsize=itemsize, grad_itemsize=max(itemsize, 4))
-        forward, backward = forward + there, backward + home
+        sent, returned = ring_traffic(leaving, arriving, width, itemsize=itemsize, grad_itemsize=max(itemsize, 4))
+        forward, backward = forward + sent, backward + returned
     return forward, backward
 
 
 class Off(NamedTuple):
-    """By how much a tensor differs, and the size that the law measures it by."""
+    """By how much a tensor differs, and the size that the guarantee measures it by."""
 
     error: float
     scale: float
@@ -240,12 +240,12 @@ def differences(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
     return found
 
 
-def assert_law(case: Case, got: dict[str, torch.Tensor], tol: float) -> None:
+def assert_like_one_device(case: Case, got: dict[str, torch.Tensor], tol: float) -> None:
     for name, (error, scale) in differences(got, oracle(case)).items():
         assert error <= tol * scale, f"{name} differs by {error / scale:.2e} in {case}"
 
 
-def assert_law_in_fp32(case: Case, pool: Callable[[int], Ranks]) -> None:
+def assert_like_one_device_in_fp32(case: Case, pool: Callable[[int], Ranks]) -> None:
     """Against fp64; where that asks for more than fp32 can give (a gradient that is truly 0), against one device in fp32."""
     want = oracle(case)
     found = differences(run(case, pool), want)

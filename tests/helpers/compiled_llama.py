@@ -1,6 +1,6 @@
 """Compile a parallel Hugging Face llama over 2 ranks: one graph where rows are plain, exact where they are packed.
 
-The backend traces and runs eagerly: inductor's own rounding of fp32 norms is no part of the law.
+The backend traces and runs eagerly: inductor's own rounding of fp32 norms is not covered by the guarantee.
 """
 
 import sys

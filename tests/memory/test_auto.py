@@ -1,4 +1,4 @@
-"""The cheapest tools that fit a budget: those that a model can be given, said on every rank alike."""
+"""The cheapest tools that fit a budget: those that a model can be given, the same on every rank."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -28,8 +28,8 @@ LENGTHS = (2048, 4096, 6144, 8192, 12288)
 def assert_near(name: str, lengths: tuple[int, ...], tmp_path: Path) -> None:
     found = on_ranks(2, steps, CONFIG, SETS[name], lengths, tmp_path=tmp_path)[0]
     for tokens, measured in zip(lengths, (sum(fullest.values()) for fullest in found)):
-        told = footprint(CONFIG, parameters=CONFIG.parameters, tokens=tokens, ranks=2, **SETS[name]).peak
-        assert told == pytest.approx(measured, rel=0.1), f"{tokens} tokens"
+        predicted = footprint(CONFIG, parameters=CONFIG.parameters, tokens=tokens, ranks=2, **SETS[name]).peak
+        assert predicted == pytest.approx(measured, rel=0.1), f"{tokens} tokens"
 
 
 def test_the_peak_is_near_the_closed_form(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_activations_fall_as_the_ranks_grow(name: str, tmp_path: Path) -> None:
 
 
 class Settled(TorchTransport):
-    """Waits until gloo's threads have let go of what they sent: the profiler does not see what they free."""
+    """Waits until gloo's threads have freed what they sent: the profiler does not see what they free."""
 
     def all_to_all(self, *given: Any) -> Arrival:
         return Settling(super().all_to_all(*given))

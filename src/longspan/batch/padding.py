@@ -39,7 +39,7 @@ def padding_of(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[S
         if not attention_mask[row, start : start + int(count)].all():
             raise BatchError(
                 f"attention_mask has a hole in row {row}: its {int(count)} tokens are not one run; padding may stand before "
-                f"and behind them, and documents in one row are said by mask=Documents(lengths) & Causal()"
+                f"and behind them, and documents in one row are given by mask=Documents(lengths) & Causal()"
             )
     return tuple(Span(start, start + int(count)) for start, count in zip(starts, counts))
 
@@ -67,11 +67,11 @@ def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Docu
 
     None without these, or without a row. Raises BatchError where they, or ``position_ids`` that begin anew, say others.
     """
-    said = [_starts(name, batch[name]) for name in VARLEN if batch.get(name) is not None and not name.startswith("max_length")]
-    if not said or rows == 0:
+    given = [_starts(name, batch[name]) for name in VARLEN if batch.get(name) is not None and not name.startswith("max_length")]
+    if not given or rows == 0:
         return None
-    starts = said[0]
-    one = rows == 1 and all(other == starts for other in said) and (starts[0], starts[-1]) == (0, tokens)
+    starts = given[0]
+    one = rows == 1 and all(other == starts for other in given) and (starts[0], starts[-1]) == (0, tokens)
     documents = (Documents([b - a for a, b in pairwise(starts)]),) if one else None
     if documents is None or restarts_of(batch.get("position_ids"), rows, tokens) not in (None, documents):
         names = ", ".join(name for name in VARLEN if name in batch)

@@ -107,8 +107,8 @@ def shard_local(
     step_mask = mask if isinstance(mask, Mask) or mask is None else tuple(mask)
     padding = padding_of(whole.get("attention_mask"), rows, tokens)
     documents = documents_of(whole, rows, tokens)
-    said = mask is not None or documents is not None or "attention_mask" in whole
-    restarts = None if said else restarts_of(whole.get("position_ids"), rows, tokens)
+    masked_otherwise = mask is not None or documents is not None or "attention_mask" in whole
+    restarts = None if masked_otherwise else restarts_of(whole.get("position_ids"), rows, tokens)
     whole = {name: value for name, value in whole.items() if name not in ("attention_mask", *VARLEN)}
     if "position_ids" not in whole:
         whole["position_ids"] = _positions(step_mask, rows, tokens).to(ids.device)
@@ -378,8 +378,8 @@ def _cut_one(name: str, value: Any, declared: Mapping[str, int], tokens: int, po
 
 
 def _digest(batch: Mapping[str, Any], mask: Mask | tuple[Mask, ...] | None, shift: bool, dims: Mapping[str, int] | None) -> int:
-    said = (sorted(batch), masks.spelled(mask), shift, sorted((dims or {}).items()))
-    content = hashlib.blake2b(repr(said).encode(), digest_size=7)
+    described = (sorted(batch), masks.full_repr(mask), shift, sorted((dims or {}).items()))
+    content = hashlib.blake2b(repr(described).encode(), digest_size=7)
     for name in sorted(batch):
         value = batch[name]
         if isinstance(value, Tensor):

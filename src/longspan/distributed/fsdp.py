@@ -89,7 +89,7 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
     model.set_reduce_scatter_unused_params(True)
     model.register_forward_pre_hook(_refuse_after_a_failed_backward)
     _refuse_optimizers_at_first_step(model)
-    model.register_forward_hook(_let_go_without_a_backward)
+    model.register_forward_hook(_reshard_without_a_backward)
 
 
 def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
@@ -102,7 +102,7 @@ def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
         )
 
 
-def _let_go_without_a_backward(model: nn.Module, *_: object) -> None:
+def _reshard_without_a_backward(model: nn.Module, *_: object) -> None:
     """No backward will: gathered parameters would go stale, and an optimizer that is built now would take them."""
     if not torch.is_grad_enabled():
         for module in model.modules():

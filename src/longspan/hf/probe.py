@@ -31,7 +31,7 @@ TOKENS, TARGETS = 14, 10
 """Tokens of the proof and of its decoder: few, even, unequal, as their halves are, and no usual width."""
 OUTPUT = "output "
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Of the proof, relative to the largest value; other dtypes get ``COARSE``."""
+"""The tolerance of the proof by dtype, relative to the largest value; other dtypes get ``COARSE``."""
 COARSE = 5e-2
 
 

@@ -179,7 +179,7 @@ def _ask(bias: BoundBias, cell: Cell, device: torch.device) -> Tensor:
 
 
 def _add_bias_gradients(totals: list[Tensor], parameters: Sequence[Tensor], asked: Tensor, dscores: Tensor) -> None:
-    """Of the parameters that learn and that this cell asked for."""
+    """Add to ``totals`` the gradients of the bias parameters that require one and that this cell used (``asked``)."""
     learning = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
     if not asked.requires_grad:
         return

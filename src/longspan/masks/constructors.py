@@ -53,13 +53,13 @@ def rows(mask: Mask | Sequence[Mask], rows: int, tokens: int, key_tokens: int) -
     )
 
 
-def spelled(mask: object) -> str:
-    """All that a mask, or a tuple of masks, says: its repr, which people read, leaves out most of many documents."""
+def full_repr(mask: object) -> str:
+    """The repr of a mask, or of a tuple of masks, with every document length, which ``repr`` shortens."""
     if isinstance(mask, Mask):
-        said = ", ".join(spelled(getattr(mask, field.name)) for field in fields(mask))  # type: ignore[arg-type]
-        return f"{type(mask).__name__}({said})"
+        values = ", ".join(full_repr(getattr(mask, field.name)) for field in fields(mask))  # type: ignore[arg-type]
+        return f"{type(mask).__name__}({values})"
     if isinstance(mask, tuple) and any(isinstance(item, Mask) for item in mask):
-        return f"({', '.join(map(spelled, mask))})"
+        return f"({', '.join(map(full_repr, mask))})"
     return repr(mask)
 
 

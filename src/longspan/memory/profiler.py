@@ -168,7 +168,7 @@ def _category(names: Sequence[str]) -> str:
 
 
 def _bytes(tensors: Any) -> int:
-    """Of each storage once: tied weights are one."""
+    """The bytes of the storages of ``tensors``, each storage counted once (tied weights share one)."""
     sizes = {_storage(x): _local(x).untyped_storage().nbytes() for x in tensors if isinstance(x, Tensor)}
     return sum(sizes.values())
 

@@ -34,7 +34,7 @@ from longspan.memory.checkpointing import selective_context
 from longspan.planner.memory import Sizes
 
 TURNED_TOKENS = 2_048
-"""Of each row at a time: what they need in fp32 is small beside the row."""
+"""How many tokens of a row RoPE rotates at a time, so that the fp32 temporaries are small compared with the row."""
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, S, H, D], k [B, S, K, D], v [B, S, K, D]) -> [B, S, H, D]"""
 
@@ -84,7 +84,7 @@ PRESETS: dict[str, DecoderConfig] = {
     "llama-8b": DecoderConfig(vocab=128_256, layers=32, hidden=4_096, heads=32, kv_heads=8, head_dim=128, ffn=14_336),
     "llama-70b": DecoderConfig(vocab=128_256, layers=80, hidden=8_192, heads=64, kv_heads=8, head_dim=128, ffn=28_672),
 }
-"""``tiny`` learns on a laptop's CPU in minutes: narrow in attention, which 8,192 tokens make dear, and wide elsewhere;
+"""``tiny`` learns on a laptop's CPU in minutes: narrow in attention, which costs most at 8,192 tokens, and wide elsewhere;
 ``llama-*`` are the published shapes of Llama 3.2 1B, 3.1 8B and 3.1 70B."""
 
 

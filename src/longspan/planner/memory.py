@@ -18,7 +18,7 @@ WIDE = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a decoder: its widths in elements, how many layers and heads."""
+    """The sizes of a decoder: widths in elements, numbers of layers and heads."""
 
     vocab: int
     layers: int
@@ -58,7 +58,7 @@ def footprint(
     logits: str = "blocks",
     itemsize: int = 4,
 ) -> Footprint:
-    """Of a step of AdamW on one row of ``tokens`` over ``ranks`` ulysses ranks, activations of ``itemsize`` bytes.
+    """Peak memory of a training step with AdamW on one row of ``tokens`` over ``ranks`` ulysses ranks, in bytes of one rank.
 
     Where heads divide evenly, causal, from the second step on; how near it comes is in docs/memory.md.
     With ``zero`` each rank keeps one of ``fsdp_ranks`` shards (default: one a rank).
@@ -75,8 +75,8 @@ def footprint(
 
     # What a layer keeps, by name
     residual, norms, feed = 2 * hidden, (2 if tiled else 4) * hidden, 0 if tiled else 4 * ffn
-    exchanged, home = (query + 2 * key) + query, query  # q, k, v and the output of my heads; the output of my tokens
-    layer = residual + norms + feed + exchanged + home
+    exchanged, returned = (query + 2 * key) + query, query  # q, k, v and the output of my heads; the output of my tokens
+    layer = residual + norms + feed + exchanged + returned
     kept_of_layer = {"none": layer, "full": hidden, "selective": hidden + query}[recompute]
     angles = sizes.head_dim * n * WIDE
     lse = sizes.heads * n * WIDE * (recompute != "full")
@@ -84,11 +84,11 @@ def footprint(
 
     # The last layer of the backward finds the others' gradients where they kept activations; zero=0 holds these gradients twice
     finished = (sizes.layers - 1) * block_parameters * WIDE * (1 if zero else 2) // share
-    let_go = (sizes.layers - 1) * (kept_of_layer * n * itemsize + lse)
-    at_the_end = max(0, finished - let_go)
+    freed = (sizes.layers - 1) * (kept_of_layer * n * itemsize + lse)
+    at_the_end = max(0, finished - freed)
 
     # What is there again of a layer, while its backward runs
-    again = norms + hidden + feed + {"none": 0, "full": exchanged + home, "selective": query + 2 * key}[recompute]
+    again = norms + hidden + feed + {"none": 0, "full": exchanged + returned, "selective": query + 2 * key}[recompute]
     again *= recompute != "none"
     words = min(sizes.vocab, LOSS_WORDS)
     narrow = itemsize if itemsize < WIDE else 0  # the products, and the gradient's, beside those that are summed
@@ -121,7 +121,7 @@ def _attending(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, it
         return n * ((there + query) * itemsize + partial + partial)  # its own results are as large as those they are added to
     flash = partial + mine * itemsize  # and a copy of the gradient that lies as it reads it
     there = (2 + (chunks > 1)) * hidden + 2 * query + 2 * key
-    homes = query * itemsize + 2 * key * (WIDE if mine_kv > key else itemsize)
+    returned = query * itemsize + 2 * key * (WIDE if mine_kv > key else itemsize)
     brought = (3 * mine + 2 * mine_kv) * itemsize
     scratch = n * brought if n * brought <= SCRATCH_BYTES else 0
-    return n * (there * itemsize + homes + brought + partial + flash) + scratch
+    return n * (there * itemsize + returned + brought + partial + flash) + scratch
