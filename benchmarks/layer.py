@@ -3,7 +3,7 @@
     python benchmarks/layer.py [--tokens-a-rank 2048] [--heads 32] [--dim 64] [--ranks 1 2 4 8]
 
 For MHA, GQA (a quarter) and MQA, with as many tokens a rank at every number of ranks: the sequence grows with the ranks. The
-bytes are counted at the Transport, forward and backward, and stand beside the formula of ``layout.attention_traffic``.
+bytes are counted at the Transport, forward and backward, and stand beside the formula of ``traffic.attention_traffic``.
 
     time       seconds of a forward and a backward of ``attend``, Window(1023), until the last rank is done
     exchanges  what of it the ranks spend in the Transport, waiting for each other included

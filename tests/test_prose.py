@@ -23,7 +23,7 @@ WORDS = (
     f"put(?:s|ting)?{GAP}away", f"let(?:s|ting)?{GAP}go", "stand[-_]?ins?",
 )  # fmt: skip
 LOWER = re.compile(rf"(?<![A-Za-z])(?:{'|'.join(WORDS)})(?![a-z])", re.IGNORECASE)
-CAMEL = re.compile(r"(?<=[a-z0-9])(?:Laws?|Trade[sd]?|Crowds?|Homes?|Dear|Said|Told|PutAway|LetGo|StandIns?)(?![a-z])")
+CAMEL = re.compile(r"(?<![A-Z])(?:Laws?|Trade[sd]?|Crowds?|Homes?|Dear|Said|Told|PutAway|LetGo|StandIns?)(?![a-z])")
 
 
 def old_words(text: str) -> list[tuple[int, str]]:

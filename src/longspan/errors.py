@@ -1,36 +1,36 @@
-"""The few exceptions a user can meet. Each text says what was asked, why it cannot be, and what is legal.
+"""The exceptions that longspan raises for a request it cannot fulfil: what was asked, why not, and what is legal.
 
-Knows nothing of the rest: every other file may raise these, and the command line turns each into one line and exit code 2.
+Every file may raise them; the command line prints one as a single line and exits with code 2. Knows nothing of other files.
 """
 
 
 class LongspanError(Exception):
-    """What every refusal of longspan derives from; ``str(error)`` is one sentence a user can act on."""
+    """Base class of all of them; ``str(error)`` is one sentence that names the way out."""
 
 
 class LayoutError(LongspanError, ValueError):
-    """Tokens, heads or ranks that no layout can hold together."""
+    """Numbers of tokens, heads and ranks for which there is no layout."""
 
 
 class MaskError(LongspanError, ValueError):
-    """A mask that cannot be read as bands, or does not fit the tokens it is asked for."""
+    """A mask that is invalid, or whose length differs from that of the sequence."""
 
 
 class KernelError(LongspanError, ValueError):
-    """A kernel that is unknown, or lacks what this attention asks of it."""
+    """A kernel that is unknown, or that does not support an option, dtype or device of this attention."""
 
 
 class BatchError(LongspanError, ValueError):
-    """A batch that cannot be cut, or ranks that were given different ones."""
+    """A batch that cannot be split over the ranks, or that differs between ranks."""
 
 
 class ModelError(LongspanError, ValueError):
-    """A model, or a state of it, that cannot be trained in parallel as asked."""
+    """A model, or a state of it, that cannot be trained in parallel with these options."""
 
 
 class DataError(LongspanError, ValueError):
-    """A corpus or tokenizer that cannot be read, or text that is too short."""
+    """A corpus or tokenizer that cannot be read, or a corpus that is too short."""
 
 
 class RunError(LongspanError, ValueError):
-    """A run that cannot start or go on: its settings, its folder, its disk, its checkpoint, its ranks."""
+    """A training or evaluation run that cannot start or continue: its settings, folder, disk, checkpoint or ranks."""

@@ -10,7 +10,7 @@ from longspan.attention.api import attend
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
-from longspan.distributed.traffic import Traffic, attention_traffic, kept_attention_traffic, ring_traffic
+from longspan.distributed.traffic import Traffic, attention_traffic, recomputable_attention_traffic, ring_traffic
 from longspan.masks.constructors import BlockSparse, Causal, Chunked, Documents, Full, Mask, PrefixLM, SinkTokens, Span, Window
 from longspan.masks.constructors import rows as bands_of_rows
 from tests.helpers.ranks import Ranks
@@ -205,7 +205,7 @@ def closed_form(case: Case, coordinate: MeshCoordinate, needed: dict[tuple[int, 
     """(forward, backward) of one attention of one rank by the formulas of layout.py."""
     heads = Heads(case.heads, case.kv_heads, case.ulysses, case.head_chunks)
     sizes, key_sizes = (coordinate.layout(n).sizes(coordinate.ring_rank) for n in (case.tokens, case.key_tokens))
-    formula = kept_attention_traffic if case.head_chunks > 1 else attention_traffic
+    formula = recomputable_attention_traffic if case.head_chunks > 1 else attention_traffic
     itemsize = case.dtype.itemsize
     forward, backward = formula(
         heads, sizes, key_sizes, coordinate.ulysses_rank,

@@ -19,7 +19,7 @@ from longspan.attention.ring import plan_hops
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.layout import Heads, Layout
 from longspan.distributed.mesh import ParallelMesh
-from longspan.distributed.traffic import Traffic, attention_traffic, kept_attention_traffic, ring_traffic
+from longspan.distributed.traffic import Traffic, attention_traffic, recomputable_attention_traffic, ring_traffic
 from longspan.errors import LayoutError, ModelError
 from longspan.kernels.online import Online
 from longspan.masks import constructors as masks
@@ -141,7 +141,7 @@ def layer_traffic(case: Case, kept: bool) -> tuple[Traffic, Traffic]:
     sizes = layout.sizes(coordinate.ring_rank)
     heads = Heads(case.heads, case.kv_heads, case.ulysses, case.head_chunks)
     shape = {"rows": case.rows, "qk_dim": HEAD_DIM, "v_dim": HEAD_DIM, "itemsize": 8}
-    formula = kept_attention_traffic if kept else attention_traffic
+    formula = recomputable_attention_traffic if kept else attention_traffic
     forward, backward = formula(heads, sizes, sizes, coordinate.ulysses_rank, **shape)
     held = [layout.batch_runs(rank, case.rows) for rank in range(case.ring)]
     hops = plan_hops(masks.rows(Causal(), case.rows, case.tokens, case.tokens), held, held, coordinate.ring_rank)[1:]

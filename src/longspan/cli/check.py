@@ -32,7 +32,7 @@ from longspan.distributed.consensus import gather, raise_together
 from longspan.distributed.grad_sync import grad_norm
 from longspan.distributed.layout import Heads, consecutive, split
 from longspan.distributed.mesh import ParallelMesh
-from longspan.distributed.traffic import Traffic, attention_traffic, kept_attention_traffic, ring_traffic
+from longspan.distributed.traffic import Traffic, attention_traffic, recomputable_attention_traffic, ring_traffic
 from longspan.loss import cross_entropy
 from longspan.masks import constructors as masks
 from longspan.masks.constructors import Causal
@@ -238,7 +238,7 @@ def _decoder_traffic(
     )
     chunked = Heads(shape.heads, shape.kv_heads, config.head_chunks)
     once = config.recompute == "selective" or config.head_chunks > 1
-    exchange = kept_attention_traffic if once else attention_traffic
+    exchange = recomputable_attention_traffic if once else attention_traffic
     held = [layout.batch_runs(rank, rows) for rank in range(coordinate.ring)]
     bands = masks.rows(Causal(), rows, config.tokens, config.tokens)
     hops = plan_hops(bands, held, held, coordinate.ring_rank)[1:]

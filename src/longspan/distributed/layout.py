@@ -1,14 +1,15 @@
-"""The partition of tokens and heads over the ranks of a sequence. Integers only: no torch, no process groups.
+"""The partition of tokens and heads over the ranks of a sequence, for ulysses and ring. Integers only: no torch.
 
 tokens 0 .. N-1      ring=2, ulysses=2, contiguous            ring=2, ulysses=2, zigzag
 
-  ring rank 0        |--u0--|--u1--|                           |-u0-u1-|               |-u0-u1-|
-  ring rank 1                      |--u0--|--u1--|                     |-u0-u1-|-u0-u1-|
+  ring rank 0        |--u0--|--u1--|                           |--u0---|               |--u1---|
+  ring rank 1                      |--u0--|--u1--|                     |--u0---|--u1---|
 
-Zigzag cuts 2R pieces and gives ring rank r the pieces r and 2R-1-r: under a causal mask an early piece has little to
-compute and a late one much, and every rank gets one of each. Ulysses then splits the run of a ring rank into consecutive parts.
+Zigzag cuts the row into 2R pieces and gives ring rank r the pieces r and 2R-1-r. Under a causal mask an early piece has few
+visible keys and a late piece many, so every ring rank has equal work. The tokens of a ring rank, its two pieces one after the
+other, are then split into consecutive parts over the ulysses ranks.
 
-heads 0 .. H-1       split as evenly as possible over the ulysses ranks, in contiguous runs; a rank also gets the key/value
+heads 0 .. H-1       split as evenly as possible over the ulysses ranks, in contiguous ranges. A rank also gets the key/value
                      heads that its query heads read, so a key/value head that two ranks need is replicated.
 """
 
@@ -19,22 +20,26 @@ from itertools import accumulate
 from longspan.errors import LayoutError
 
 Runs = tuple[range, ...]
+"""Positions of a row as ranges, in the order in which a rank holds them."""
 
 
 def split(count: int, parts: int) -> tuple[int, ...]:
-    """``count`` items split into ``parts`` as evenly as possible, the larger parts first: split(7, 3) == (3, 2, 2)."""
+    """The sizes of ``parts`` parts of ``count`` items, as equal as possible, the larger first: split(7, 3) == (3, 2, 2)."""
     size, extra = divmod(count, parts)
     return (size + 1,) * extra + (size,) * (parts - extra)
 
 
 def consecutive(sizes: Sequence[int]) -> Runs:
-    """The ranges that lie side by side with these sizes: consecutive((3, 2)) == (range(0, 3), range(3, 5))."""
+    """The adjacent ranges with these sizes, from 0 on: consecutive((3, 2)) == (range(0, 3), range(3, 5))."""
     stops = tuple(accumulate(sizes))
     return tuple(range(stop - size, stop) for size, stop in zip(sizes, stops))
 
 
 def select(runs: Runs, window: range) -> Runs:
-    """The positions at the indices ``window`` of the runs laid side by side, without empty runs."""
+    """The slice ``window`` of the concatenation of ``runs``, as ranges without empty ones.
+
+    select((range(0, 3), range(8, 12)), range(2, 5)) == (range(2, 3), range(8, 10))
+    """
     offsets = consecutive([len(run) for run in runs])
     cuts = (run[max(window.start - at.start, 0) : max(window.stop - at.start, 0)] for run, at in zip(runs, offsets))
     return tuple(cut for cut in cuts if cut)
@@ -42,10 +47,15 @@ def select(runs: Runs, window: range) -> Runs:
 
 @dataclass(frozen=True)
 class Layout:
-    """How ``tokens`` tokens are split over ``ring`` x ``ulysses`` ranks. Every token has one rank; parts differ by at most one.
+    """The partition of the ``tokens`` tokens of a row over ``ring`` x ``ulysses`` ranks. Every token is on exactly one rank.
+
+    Attributes:
+        tokens: tokens of the row.
+        ring, ulysses: degrees of the two axes.
+        zigzag: give each ring rank an early and a late piece of the row instead of one contiguous piece.
 
     Raises:
-        LayoutError: where a rank would have no token.
+        LayoutError: there are fewer tokens than ranks.
     """
 
     tokens: int
@@ -61,36 +71,40 @@ class Layout:
             )
 
     def runs(self, ring_rank: int) -> Runs:
-        """The positions that the ulysses ranks of this ring rank hold together, in their order."""
+        """The positions that all ulysses ranks of this ring rank hold together, in order."""
         if not self.zigzag:
             return (consecutive(split(self.tokens, self.ring))[ring_rank],)
         pieces = consecutive(split(self.tokens, 2 * self.ring))
         return tuple(piece for piece in (pieces[ring_rank], pieces[2 * self.ring - 1 - ring_rank]) if piece)
 
     def batch_runs(self, ring_rank: int, rows: int) -> Runs:
-        """The same for a batch of ``rows`` laid out as one row, in which row b begins at b * tokens."""
+        """``runs`` for a batch of ``rows`` rows laid out as one row, in which row b begins at b * tokens."""
         runs = self.runs(ring_rank)
         return tuple(range(run.start + b * self.tokens, run.stop + b * self.tokens) for b in range(rows) for run in runs)
 
     def sizes(self, ring_rank: int) -> tuple[int, ...]:
-        """How many tokens each ulysses rank of this ring rank holds."""
+        """The number of tokens that each ulysses rank of this ring rank holds."""
         return split(sum(map(len, self.runs(ring_rank))), self.ulysses)
 
     def mine(self, ring_rank: int, ulysses_rank: int) -> Runs:
-        """The positions that one rank holds, in its order: this is its ``position_ids``."""
+        """The positions that one rank holds, in order: its ``position_ids``."""
         return select(self.runs(ring_rank), consecutive(self.sizes(ring_rank))[ulysses_rank])
 
 
 @dataclass(frozen=True)
 class Heads:
-    """How ``query`` query heads and ``kv`` key/value heads are split over ``ulysses`` ranks, and on each into ``chunks``.
+    """The partition of query and key/value heads over ``ulysses`` ranks, and of each rank's heads into ``chunks`` chunks.
 
-    Chunk j is the j-th part of every rank's heads, so that all ranks work on every chunk: 8 heads on 2 ranks in 2 chunks
-    are 0 1 | 4 5 and then 2 3 | 6 7. A key/value head that several ranks *or chunks* read is sent to each of them.
+    Chunk j is the j-th part of every rank's heads, so that all ranks work on every chunk: 8 heads on 2 ranks in 2 chunks are
+    0 1 | 4 5 and then 2 3 | 6 7. A key/value head that several ranks or chunks read is sent for each of them.
+
+    Attributes:
+        query, kv: numbers of query heads and of key/value heads.
+        ulysses: ranks that split the heads.
+        chunks: parts of each rank's query heads that are exchanged one after another.
 
     Raises:
-        LayoutError: where a rank would have no query head, or no query head of some chunk, or the query heads are no multiple
-            of the key/value heads.
+        LayoutError: a rank, or a chunk of a rank, would have no query head, or ``query`` is not a multiple of ``kv``.
     """
 
     query: int
@@ -122,7 +136,7 @@ class Heads:
         return f"use ulysses={best} ring={self.ulysses // best}"
 
     def query_of(self, ulysses_rank: int, chunk: int | None = None) -> range:
-        """The query heads that a rank computes: all of them, or those of one chunk."""
+        """The query heads that a rank computes, in one chunk or (None) in all."""
         mine = consecutive(split(self.query, self.ulysses))[ulysses_rank]
         if chunk is None:
             return mine
@@ -130,24 +144,27 @@ class Heads:
         return mine[part.start : part.stop]
 
     def kv_of(self, ulysses_rank: int, chunk: int | None = None) -> range:
-        """The key/value heads that these query heads read."""
+        """The key/value heads that a rank's query heads read, in one chunk or (None) in all."""
         mine, group = self.query_of(ulysses_rank, chunk), self.query // self.kv
         return range(mine.start // group, (mine.stop - 1) // group + 1)
 
     @property
     def replicated(self) -> bool:
-        """Whether some key/value head is read by several ranks or chunks, so that its gradients must be summed."""
+        """Whether several ranks or chunks read one key/value head, whose gradients must then be summed."""
         return sum(len(self.kv_of(p, j)) for p in range(self.ulysses) for j in range(self.chunks)) > self.kv
 
     def groups(self, ulysses_rank: int, chunk: int | None = None) -> tuple[tuple[slice, slice], ...]:
-        """These heads as (query heads, key/value heads) in which every key/value head serves equally many query heads.
+        """A rank's heads cut into regular groups: within a group each key/value head is read by equally many query heads.
 
-        Kernels know only regular groups. 28 query heads over 4 key/value heads on 8 ranks give rank 1 the query heads 4-7:
-        three of them read key/value head 0 and one reads head 1, so it has two groups. Indices count from these heads.
+        Kernels support regular groups only. 28 query heads over 4 key/value heads on 8 ranks give rank 1 the query heads 4-7:
+        three of them read key/value head 0 and one reads head 1, so it has two groups.
+
+        Returns:
+            (query heads, key/value heads) of each group, as slices of the heads that this rank computes (in this chunk).
         """
         mine, kv, group = self.query_of(ulysses_rank, chunk), self.kv_of(ulysses_rank, chunk), self.query // self.kv
         readers = [min(mine.stop, (head + 1) * group) - max(mine.start, head * group) for head in kv]
-        regular: list[tuple[int, int]] = []  # (readers of each head, how many heads)
+        regular: list[tuple[int, int]] = []  # (query heads of each key/value head, number of such key/value heads)
         for count in readers:
             same = bool(regular) and regular[-1][0] == count
             regular[-1:] = [(count, regular[-1][1] + 1)] if same else [*regular[-1:], (count, 1)]
@@ -158,7 +175,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Degrees:
-    """A choice of ulysses x ring, and the sentence that says why."""
+    """Degrees of the ulysses and ring axes, and a sentence with the reason for them."""
 
     ulysses: int
     ring: int
@@ -166,11 +183,20 @@ class Degrees:
 
 
 def choose_degrees(ranks: int, query_heads: int, kv_heads: int, ranks_per_node: int) -> Degrees:
-    """Choose ulysses x ring for the ``ranks`` of a sequence: ulysses inside a node as far as the heads reach, then the ring.
+    """Choose ulysses x ring for the ``ranks`` of a sequence: the largest good ulysses degree, and ring for the rest.
 
-    Ulysses sends every element once and its traffic falls with the ranks, so it is taken as far as it goes: not beyond the
-    query heads, not across nodes (an all-to-all is as fast as its slowest link; a ring hides behind the kernel), and by
-    preference to a degree that gives the fullest rank at most a tenth more heads than the mean: it decides the time.
+    Ulysses sends every element once, and its traffic per rank falls with its degree. Its degree is limited by the query heads
+    and by the ranks of a node: an all-to-all is as slow as its slowest link, while a ring overlaps with the kernel. Among the
+    divisors of ``ranks``, degrees that give no rank more than 1.1 x the mean number of query heads are preferred, because the
+    rank with the most heads determines the time.
+
+    Args:
+        ranks: ranks that hold one sequence.
+        query_heads, kv_heads: the model's heads.
+        ranks_per_node: ranks with a fast connection to each other.
+
+    Raises:
+        LayoutError: the query heads are not a multiple of the key/value heads.
     """
     Heads(query_heads, kv_heads)
     fits = [d for d in range(1, ranks + 1) if ranks % d == 0 and d <= query_heads and d <= max(ranks_per_node, 1)]

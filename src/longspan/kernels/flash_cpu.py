@@ -1,9 +1,9 @@
-"""PyTorch's fused flash operators on the CPU, on one stack of tiles. Knows nothing of bands or of merging.
+"""PyTorch's fused flash attention operators on the CPU, applied to one stack of tiles. Knows nothing of bands or of merging.
 
-    RECTANGLE  no mask          LOWER  is_causal          UPPER  LOWER read backwards          BAND  one small constant mask
+    RECTANGLE  no mask        LOWER  is_causal        UPPER  LOWER with tokens reversed        BAND  one small constant mask
 
-[tiles, heads, rows, dim] in and out, in the dtype of the inputs; lse is [tiles, heads, rows] in fp32 (fp64 for fp64). Tiles may
-be overlapping views whose last dim is contiguous. ``out`` and ``lse`` of the backward may be of more keys than the tile has.
+Inputs and outputs are [tiles, heads, rows, dim] in one dtype; lse is [tiles, heads, rows] in fp32 (fp64 for fp64). Tiles may be
+overlapping views whose last dim is contiguous. ``out`` and ``lse`` of the backward may cover more keys than the tile has.
 """
 
 import torch
@@ -24,11 +24,11 @@ _backward_cpu = _compat.flash_backward("cpu")
 
 
 arrange = columns
-"""How to arrange the stacks of an attention: columns of keys that stay in a CPU's cache."""
+"""Stacks -> stacks, applied before the calls: cut tiles into columns of keys that stay in a CPU's cache."""
 
 
 def lacks(dtype: torch.dtype, dim: int) -> str | None:
-    """None: the operators take every dtype and head dim."""
+    """None: the operators support every dtype and head dim."""
     return None
 
 
@@ -39,7 +39,8 @@ def forward(
     v: Float[Tensor, "tiles kv_heads keys dim"],
     scale: float,
 ) -> FlashPartial:
-    """Every query of a tile sees a key: the operator's lse of a fully masked row (0.0, not -inf) cannot occur."""
+    """(out, lse) of each tile. Every query of a tile sees a key, so the operator's wrong lse of a fully masked row (0.0 instead
+    of -inf) cannot occur."""
     if stack.shape is Shape.UPPER:
         q, k, v = (x.flip(2) for x in (q, k, v))
     out, lse = _forward_cpu(q, k, v, 0.0, _is_causal(stack), attn_mask=_mask(stack, q.dtype), scale=scale)
@@ -56,7 +57,10 @@ def backward(
     lse: Float[Tensor, "tiles heads rows"],
     scale: float,
 ) -> FlashGradients:
-    """dq, dk, dv of each tile, in fp32 where a CPU must; tiles that share keys each give their own part."""
+    """(dq, dk, dv) of each tile, in the inputs' dtype, or in fp32 on a CPU without native GEMM in it.
+
+    Tiles with overlapping keys return one gradient each; the caller adds them.
+    """
     if stack.shape is Shape.UPPER:
         dout, q, k, v, out, lse = (x.flip(2) for x in (dout, q, k, v, out, lse))
     dout, q, k, v, out = (x.to(product_dtype(x.dtype, x.device)) for x in (dout, q, k, v, out))
@@ -66,12 +70,12 @@ def backward(
 
 
 def _is_causal(stack: Stack) -> bool:
-    """LOWER, and UPPER once it is read backwards."""
+    """True for LOWER, and for UPPER, whose tokens are reversed before the call."""
     return stack.shape in (Shape.LOWER, Shape.UPPER)
 
 
 def _mask(stack: Stack, dtype: torch.dtype) -> Tensor | None:
-    """For a BAND: query i sees keys i to i + keys - rows. The operator wants a float mask of q's dtype, and broadcasts it."""
+    """The mask of a BAND (query i sees keys i to i + keys - rows), a float mask in q's dtype that broadcasts over tiles."""
     if stack.shape is not Shape.BAND:
         return None
     away = torch.arange(stack.keys) - torch.arange(stack.rows)[:, None]

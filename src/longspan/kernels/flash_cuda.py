@@ -1,11 +1,11 @@
-"""The flash operators of CUDA on one stack of tiles. It has never run on a GPU: only against their documented meaning.
+"""PyTorch's flash attention operators on CUDA, applied to one stack of tiles. Never run on a GPU, only on fakes of them.
 
     LOWER      is_causal (aligned bottom right, which is top left in a square)
     UPPER      window (0, unlimited)                    BAND  window (keys - rows, 0), aligned bottom right
-    documents  one call over all of them: cum_seq_q, cum_seq_k
+    documents  one variable-length call for all of them: cum_seq_q, cum_seq_k
 
-The same functions as flash_cpu.py. The operators take [tiles, tokens, heads, dim]; without documents their cumulative lengths
-are None: an empty tensor would mean documents too.
+The same functions as flash_cpu.py. The operators take [tiles, tokens, heads, dim]. For a dense call the cumulative lengths are
+None: the operators take an empty tensor for a variable-length call.
 """
 
 from itertools import accumulate
@@ -18,13 +18,13 @@ from longspan.kernels.tiles import Shape, Stack, corners
 aten = torch.ops.aten
 
 arrange = corners
-"""How to arrange the stacks of an attention: packed documents in one call."""
+"""Stacks -> stacks, applied before the calls: join packed documents into one variable-length call."""
 
 Lengths = tuple[Tensor | None, Tensor | None, int, int]  # cum_seq_q, cum_seq_k, max_q, max_k
 
 
 def lacks(dtype: torch.dtype, dim: int) -> str | None:
-    """Why the operators cannot do it, or None."""
+    """The reason why the operators do not support this dtype and head dim, or None."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"flash attention on cuda takes fp16 and bf16, not {dtype}"
     if dim % 8 or dim > 256:

@@ -1,13 +1,13 @@
-"""FlexAttention over bands, compiled for CUDA. Knows nothing of how blocks are computed. It has never run on a GPU.
+"""Kernel "flex": FlexAttention with a block mask built from the bands, compiled for CUDA. It has never run on a GPU.
 
     bands  ->  the key intervals of each query  ->  BlockMask  ->  flex_attention, compiled
 
-          query   interval 0   interval 1          A query sees as many intervals as bands meet its row, most often one or two:
-            0      [0, 1)        -                 memory is tokens x that number.
+          query   interval 0   interval 1          A query has one interval for each band that contains it, most often one or
+            0      [0, 1)        -                 two; the intervals take memory of tokens x that number.
             1      [0, 2)      [7, 9)
 
-Its backward belongs to autograd and knows only its own keys, so it is given the gradient of merging them with the others:
-with w = exp(lse_part - lse), dout_part = w * dout and dlse_part = w * (dout · (out_part - out)).
+flex_attention's own backward (autograd) covers only the keys of its call. It therefore gets the gradients of the merge with the
+other keys: with w = exp(lse_part - lse), dout_part = w * dout and dlse_part = w * (dout · (out_part - out)).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 
 class Flex:
-    """``flex_attention`` under any bands, with softcap and value dims of its own."""
+    """Kernel "flex": ``flex_attention`` for any bands, with softcap, and with a value head dim that may differ from q's."""
 
     name = "flex"
 
     def lacks(self, need: Need) -> str | None:
-        """Why this kernel cannot do it, or None."""
+        """The reason why this kernel does not support ``need``, or None."""
         if need.device_type != "cuda":
             return f"flex_attention has no backward on {need.device_type}, only on cuda"
         if need.dtype == torch.float64:
             return "flex_attention is compiled for fp32, bf16 and fp16, not for fp64"
         if need.bias:
-            return "flex_attention asks a bias one score at a time, not one tile at a time"
+            return "flex_attention takes a bias score by score, not tile by tile"
         return None
 
     def forward(
@@ -100,9 +100,15 @@ def merge_gradients(
     part: Float[Tensor, "queries heads v_dim"],
     part_lse: Float[Tensor, "heads queries"],
 ) -> Partial:
-    """The gradients of (part, part_lse), given that of ``out``, into which lse merged this part of the keys."""
-    share = torch.where(part_lse == -torch.inf, 0.0, part_lse - lse).exp().masked_fill(part_lse == -torch.inf, 0)
-    dpart = dout * share.T.unsqueeze(2)
+    """The backward of merging one partial result into ``out``: the gradients of ``part`` and ``part_lse``.
+
+    Args:
+        dout: the gradient of the merged output.
+        out, lse: the merged output and log-sum-exp, over all keys.
+        part, part_lse: the partial output and log-sum-exp, over some of the keys.
+    """
+    weight = torch.where(part_lse == -torch.inf, 0.0, part_lse - lse).exp().masked_fill(part_lse == -torch.inf, 0)
+    dpart = dout * weight.T.unsqueeze(2)
     return dpart, (dpart * (part - out)).sum(2).T
 
 
@@ -110,8 +116,14 @@ Intervals = tuple[Int[Tensor, "layers queries"], Int[Tensor, "layers queries"]]
 
 
 def intervals(bands: Sequence[Band], queries: int, device: torch.device) -> Intervals:
-    """(first, stop): the keys that each query sees are those of [first[i], stop[i]) for all i; unused ones are empty."""
-    layers: list[tuple[int, list[Band]]] = []  # the query behind the last band of a layer, and its bands: first fit
+    """The keys that each query sees, as intervals: query q sees [first[i, q], stop[i, q]) for every layer i.
+
+    Each layer holds at most one band per query; a layer without a band at a query has the empty interval [0, 0) there.
+
+    Returns:
+        (first, stop), both int32 [layers, queries].
+    """
+    layers: list[tuple[int, list[Band]]] = []  # (first query after the layer's last band, its bands), filled first-fit
     for band in sorted(bands):
         free = next((i for i, (stop, _) in enumerate(layers) if stop <= band.q_start), len(layers))
         layers[free:] = [(band.q_stop, [*layers[free][1], band] if free < len(layers) else [band]), *layers[free + 1 :]]
@@ -125,7 +137,7 @@ def intervals(bands: Sequence[Band], queries: int, device: torch.device) -> Inte
 
 
 def mask_mod(bands: Sequence[Band], queries: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The bands as flex_attention asks for them: one query, one key."""
+    """The bands as a ``mask_mod`` of flex_attention: (batch, head, query, key) -> whether the query sees the key."""
     first, stop = intervals(bands, queries, device)
     return lambda batch, head, q_index, k_index: _within(first, stop, q_index, k_index)
 

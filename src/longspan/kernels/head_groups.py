@@ -1,10 +1,10 @@
-"""A kernel for heads that do not share their key/value heads regularly: one call for each regular group of heads.
+"""Grouped-query attention for heads whose group sizes differ: one kernel call for each regular group of heads.
 
     query heads of rank 1    4 5 6 | 7           28 query heads, 4 key/value heads, 8 ranks: two regular groups,
-    key/value heads              0 | 1           so the kernel runs twice and each time every key/value head
-                                                 serves equally many query heads
+    key/value heads              0 | 1           so the kernel runs twice, each time with equally many query
+                                                 heads per key/value head
 
-Knows nothing of ranks: it sees rows of tokens and the bands between queries and keys.
+Knows nothing of ranks: its inputs are rows of tokens and the bands between queries and keys.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ BiasOfHeads = Callable[[slice], BoundBias]
 
 
 class GroupedKernel(NamedTuple):
-    """A kernel, the groups of heads that it is called for, and its scale and softcap."""
+    """A kernel that is called once for each regular group of heads, with one scale and softcap for all of them."""
 
     kernel: Kernel
     groups: Groups
@@ -32,7 +32,7 @@ class GroupedKernel(NamedTuple):
     softcap: float | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, bands: Sequence[Band], bias: BiasOfHeads | None = None) -> Partial:
-        """``Kernel.forward`` for all heads: (out [queries, heads, v_dim], lse [heads, queries])."""
+        """``Kernel.forward`` of every group, joined: (out [queries, heads, v_dim], lse [heads, queries])."""
         parts = [
             self.kernel.forward(
                 q[:, heads], k[:, kv], v[:, kv], bands, self.scale,
@@ -46,9 +46,9 @@ class GroupedKernel(NamedTuple):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         *, bands: Sequence[Band], bias: BiasOfHeads | None = None,
     ) -> Gradients:  # fmt: skip
-        """``Kernel.backward`` for all heads: (dq, dk, dv, gradients of the bias' parameters).
+        """``Kernel.backward`` of every group, joined: (dq, dk, dv, gradients of the bias parameters).
 
-        ``out`` and ``lse`` are those of the whole row of keys, of which ``k`` and ``v`` may be a part.
+        ``out`` and ``lse`` cover all keys of each query; ``k`` and ``v`` may be a subset of those keys.
         """
         with autograd_below_autograd():
             parts = [

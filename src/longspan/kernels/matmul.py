@@ -1,10 +1,10 @@
-"""Products of bf16 and fp16 matrices, in fp32 where the CPU multiplies no such halves. Knows nothing of models or ranks.
+"""Matrix multiplication (GEMM) in bf16 and fp16 that computes in fp32 on CPUs without native half-precision GEMM.
 
-    x [rows, in] bf16    a block of rows --> fp32, times the weight in fp32, rounded once --> y [rows, out] bf16
+    x [rows, in] bf16    block of rows -> fp32, multiplied by the fp32 weight, rounded once -> y [rows, out] bf16
 
-A CPU without AVX-512 multiplies halves at a tenth to a fiftieth of the speed of fp32 in PyTorch 2.13, which knows of some only
-(``torch.backends.mkldnn``). A product in fp32 is never less exact; a block of rows at a time, it takes the memory of the weight
-in fp32.
+On a CPU without AVX-512, PyTorch 2.13 multiplies bf16 and fp16 matrices at a tenth to a fiftieth of the speed of fp32;
+``torch.backends.mkldnn`` reports which dtypes are fast. fp32 is never less exact. Working on one block of rows at a time, the
+extra memory is one fp32 copy of the weight. Knows nothing of models or ranks.
 
 R rows   I in   O out
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 BLOCK_ROWS = 512
-"""Few enough that a block stays in the cache between its product and the rounding."""
+"""Rows that are multiplied at a time: few enough that the fp32 result is still in the CPU's cache when it is rounded."""
 
 
 def _slow_on_cpu() -> frozenset[torch.dtype]:
@@ -30,18 +30,28 @@ def _slow_on_cpu() -> frozenset[torch.dtype]:
 
 
 SLOW_ON_CPU = _slow_on_cpu()
-"""The dtypes that this machine's CPU does not multiply."""
+"""The dtypes for which this machine's CPU has no native GEMM."""
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """In which to multiply what is in ``dtype``: in that, or in fp32 where the CPU has no products of it."""
+    """The dtype in which to multiply matrices of ``dtype`` on ``device``.
+
+    Returns:
+        fp32 for bf16 and fp16 on a CPU without native GEMM in that dtype; otherwise ``dtype`` itself.
+    """
     return torch.float32 if device.type == "cpu" and dtype in SLOW_ON_CPU else dtype
 
 
 def linear(x: Float[Tensor, "*rows in_"], weight: Float[Tensor, "out in_"]) -> Float[Tensor, "*rows out"]:
-    """``F.linear(x, weight)``, its gradients included: in fp32, rounded once, where the CPU has no products of both's dtype.
+    """``F.linear(x, weight)`` without a bias, differentiable, in fp32 on a CPU without native GEMM in the inputs' dtype.
 
-    Under autocast both are rounded to its dtype first, as ``F.linear`` does.
+    Args:
+        x: [..., in].
+        weight: [out, in].
+
+    Returns:
+        [..., out] in the dtype of ``x``. Under autocast both inputs are cast to the autocast dtype first, as ``F.linear`` does
+        (fp64 is not).
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and torch.float64 not in (x.dtype, weight.dtype):
@@ -57,7 +67,7 @@ def linear(x: Float[Tensor, "*rows in_"], weight: Float[Tensor, "out in_"]) -> F
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without a bias, by ``linear``."""
+    """``nn.Linear`` without a bias whose forward calls ``linear``."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -67,27 +77,31 @@ class Linear(nn.Linear):
 
 
 class _Widened(torch.autograd.Function):
+    """``x @ weight.T`` and its gradients, each computed in fp32 and rounded once to the dtype of the inputs."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
-        return _times(x, weight_OI.T)
+        return _multiply(x, weight_OI.T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight_OI = ctx.saved_tensors
-        of_x, of_weight = ctx.needs_input_grad
-        return _times(dy, weight_OI) if of_x else None, _sum_of_products(dy, x) if of_weight else None
+        needs_dx, needs_dweight = ctx.needs_input_grad
+        return _multiply(dy, weight_OI) if needs_dx else None, _weight_gradient(dy, x) if needs_dweight else None
 
 
-def _times(x: Tensor, weight_IO: Tensor) -> Tensor:
+def _multiply(x: Tensor, weight_IO: Tensor) -> Tensor:
+    """``x @ weight_IO`` in fp32, one block of rows at a time, in the dtype of ``x``."""
     y, wide_IO = x.new_empty(*x.shape[:-1], weight_IO.shape[1]), weight_IO.float()
     for x_RI, y_RO in zip(_blocks(x), _blocks(y)):
         y_RO.copy_(x_RI.float() @ wide_IO)
     return y
 
 
-def _sum_of_products(dy: Tensor, x: Tensor) -> Tensor:
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """``dy.T @ x``, summed over blocks of rows in fp32, in the dtype of ``x``."""
     total_OI = x.new_zeros(dy.shape[-1], x.shape[-1], dtype=torch.float32)
     for dy_RO, x_RI in zip(_blocks(dy), _blocks(x)):
         total_OI.addmm_(dy_RO.float().T, x_RI.float())

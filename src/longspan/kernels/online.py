@@ -1,12 +1,12 @@
-r"""Blocked online softmax in plain PyTorch, for what fused operators lack. Knows nothing of devices, ranks or positions.
+r"""Kernel "online": blocked attention with online softmax in plain PyTorch, for options that fused operators lack.
 
-      keys ->  |  1024   |  1024   |      A cell is where a tile of the grid meets the bands, drawn as tight as they reach.
-     queries   |\--------+---------|      Cells that no band reaches do not exist; a cell that one band fills needs no mask.
-     a few     |#\       |         |      Each cell is one partial softmax, merged into its queries by log-sum-exp.
-     hundred   |##\      |         |      The backward computes each cell again from the lse of the whole row.
+      keys ->  |  1024   |  1024   |      A cell is the smallest rectangle around the bands' part of one block of the grid.
+     queries   |\--------+---------|      Blocks that no band reaches have no cell; a cell that one band fills needs no mask.
+     a few     |#\       |         |      Each cell gives a partial softmax, merged into its queries by log-sum-exp.
+     hundred   |##\      |         |      The backward recomputes each cell from the log-sum-exp over all keys.
 
-Softcap, a bias asked one cell at a time and differentiable in its parameters, value dims of any size. All sums are in fp32
-(fp64 for fp64), and memory beyond inputs and results is that of one cell.
+Supports softcap, a bias that is computed one cell at a time and is differentiable in its parameters, and any value head dim.
+All sums are in fp32 (fp64 for fp64). Memory beyond inputs and results is that of one cell. Knows nothing of ranks.
 
 N tokens  S queries of a cell  T its keys  H heads  K kv heads  G query heads a kv head  D dim
 """
@@ -23,11 +23,16 @@ from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, accum
 from longspan.masks.bands import Band, rectangle, shift, trim
 
 CELL_KEYS = 1024
-CELL_SCORES = 2**22  # heads x queries x keys of one cell
+"""The keys of one block of the grid."""
+CELL_SCORES = 2**22
+"""The most scores (heads x queries x keys) of one cell, which decides the queries of a block."""
 
 
 class Cell(NamedTuple):
-    """Queries and keys whose scores are computed together; ``bands`` are those inside it, counted from its corner."""
+    """A rectangle of queries and keys whose scores are computed together.
+
+    ``bands`` are the parts of the mask's bands inside it, in indices relative to its first query and key.
+    """
 
     queries: slice
     keys: slice
@@ -35,12 +40,12 @@ class Cell(NamedTuple):
 
 
 class Online:
-    """softmax(scale * q @ k.T, capped, + bias, at the visible keys) @ v, a cell at a time."""
+    """Kernel "online": softmax(softcap(scale * q @ k.T) + bias) @ v over the visible keys, one cell at a time."""
 
     name = "online"
 
     def lacks(self, need: Need) -> str | None:
-        """It lacks nothing but the speed of fused operators."""
+        """None: this kernel supports everything."""
         return None
 
     def forward(
@@ -58,7 +63,7 @@ class Online:
         out_HND = q.new_zeros((heads, q.shape[0], v.shape[2]), dtype=accumulation_dtype(q.dtype))
         lse_HN = out_HND.new_full(out_HND.shape[:2], -torch.inf)
         for cell in cells(bands, heads):
-            scores = _Scores(q, k, cell, scale, softcap, None if bias is None else _ask(bias, cell, q.device))
+            scores = _Scores(q, k, cell, scale, softcap, None if bias is None else _bias_values(bias, cell, q.device))
             part_lse = scores.masked.logsumexp(2)
             weights = (scores.masked - finite_lse(part_lse).unsqueeze(2)).exp_()
             part = _by_kv_head(weights, k.shape[1]) @ _heads_first(v[cell.keys], weights.dtype)
@@ -84,15 +89,15 @@ class Online:
         dbias = [] if bias is None else [torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for p in bias.parameters]
         for cell in cells(bands, heads):
             with torch.enable_grad():
-                asked = None if bias is None else bias(*_indices(cell, q.device))
-            scores = _Scores(q, k, cell, scale, softcap, None if asked is None else asked.detach())
+                added = None if bias is None else bias(*_indices(cell, q.device))
+            scores = _Scores(q, k, cell, scale, softcap, None if added is None else added.detach())
             weights = scores.masked.sub_(finite_lse(lse[:, cell.queries]).unsqueeze(2)).exp_()
             dout_HSD, out_HSD = (_heads_first(x[cell.queries], dtype) for x in (dout, out))
             dout_KGD = _by_kv_head(dout_HSD, kv_heads)
             dweights = (dout_KGD @ _heads_first(v[cell.keys], dtype).mT).view_as(weights)
             dscores = weights * dweights.sub_((dout_HSD * out_HSD).sum(2, keepdim=True))
-            if bias is not None and asked is not None:
-                _add_bias_gradients(dbias, bias.parameters, asked, dscores)
+            if bias is not None and added is not None:
+                _add_bias_gradients(dbias, bias.parameters, added, dscores)
             dscores_KGT = _by_kv_head(dscores.mul_(scores.slope).mul_(scale), kv_heads)
             dq_HSD = (dscores_KGT @ _heads_first(k[cell.keys], dtype)).view(heads, -1, q.shape[2])
             dq[cell.queries] += dq_HSD.transpose(0, 1)
@@ -102,12 +107,17 @@ class Online:
 
 
 def cells(bands: Sequence[Band], heads: int) -> Iterator[Cell]:
-    """The cells of a grid that the bands reach, each with the pieces of the bands in it."""
+    """The cells of all blocks that the bands reach, each with the parts of the bands in it.
+
+    Args:
+        bands: disjoint canonical bands.
+        heads: the number of query heads, which bounds the queries of a block (``CELL_SCORES``).
+    """
     rows, keys = min(512, max(32, CELL_SCORES // (CELL_KEYS * heads))), CELL_KEYS
     grid: dict[tuple[int, int], list[Band]] = defaultdict(list)
     for band in bands:
         for i in range(band.q_start // rows, (band.q_stop - 1) // rows + 1):
-            # of these rows the band reaches only keys near its diagonal: the strip is trimmed before it meets the columns
+            # in these rows the band reaches only keys near its diagonal: trim it before cutting it by columns
             strip = trim(max(band.q_start, i * rows), min(band.q_stop, (i + 1) * rows), *band[2:])
             assert strip is not None, "every query of a canonical band sees a key"
             for j in range(strip.k_start // keys, (strip.k_stop - 1) // keys + 1):
@@ -121,7 +131,11 @@ def cells(bands: Sequence[Band], heads: int) -> Iterator[Cell]:
 
 
 class _Scores:
-    """The scores of a cell: ``masked`` [H, S, T], the ``slope`` of the cap at each of them, and q as they used it."""
+    """The scores of a cell.
+
+    ``masked`` [H, S, T]: the scores, -inf at hidden keys. ``slope``: the derivative of the softcap at each score (1.0 without a
+    softcap). ``q_KGD``: the queries in the accumulation dtype, grouped by key/value head.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, cell: Cell, scale: float, softcap: float | None, bias: Tensor | None) -> None:
         dtype, heads = accumulation_dtype(q.dtype), q.shape[1]
@@ -140,7 +154,7 @@ class _Scores:
 
 
 def _hidden(cell: Cell, device: torch.device) -> Tensor | None:
-    """True [S, T] where no band shows the key to the query; None where every key is shown."""
+    """The mask [S, T] of a cell, True where the query does not see the key; None if every query sees every key."""
     queries, keys = cell.queries.stop - cell.queries.start, cell.keys.stop - cell.keys.start
     if cell.bands == (rectangle(0, queries, 0, keys),):
         return None
@@ -157,12 +171,12 @@ def _heads_first(x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _by_kv_head(x_HSD: Tensor, kv_heads: int) -> Tensor:
-    """The queries of all heads that read one kv head, behind one another: [K, G * S, D]."""
+    """[H, S, D] as [K, G * S, D]: the rows of all query heads that read one key/value head, one head after another."""
     return x_HSD.reshape(kv_heads, -1, x_HSD.shape[2])
 
 
 def _merge(out_HSD: Tensor, lse_HS: Tensor, part_HSD: Tensor, part_lse_HS: Tensor) -> None:
-    """Softmax over the keys of both parts, in place."""
+    """Merge a partial result over other keys into (out, lse), in place."""
     both, weight, part_weight = merge_weights(lse_HS, part_lse_HS)
     out_HSD.mul_(weight.unsqueeze(2)).add_(part_HSD.mul_(part_weight.unsqueeze(2)))
     lse_HS.copy_(both)
@@ -173,17 +187,24 @@ def _indices(cell: Cell, device: torch.device) -> tuple[Tensor, Tensor]:
     return q_index, k_index
 
 
-def _ask(bias: BoundBias, cell: Cell, device: torch.device) -> Tensor:
+def _bias_values(bias: BoundBias, cell: Cell, device: torch.device) -> Tensor:
     with torch.no_grad():
         return bias(*_indices(cell, device))
 
 
-def _add_bias_gradients(totals: list[Tensor], parameters: Sequence[Tensor], asked: Tensor, dscores: Tensor) -> None:
-    """Add to ``totals`` the gradients of the bias parameters that require one and that this cell used (``asked``)."""
-    learning = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
-    if not asked.requires_grad:
+def _add_bias_gradients(totals: list[Tensor], parameters: Sequence[Tensor], added: Tensor, dscores: Tensor) -> None:
+    """Add one cell's gradients of the bias parameters to ``totals``.
+
+    Args:
+        totals: one tensor for each of ``parameters``; those that require no gradient are left as they are.
+        parameters: the parameters of the bias.
+        added: the bias of the cell, with its autograd graph.
+        dscores: the gradient of the cell's scores after the bias.
+    """
+    trained = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
+    if not added.requires_grad:
         return
-    found = torch.autograd.grad(asked, [parameters[i] for i in learning], dscores.to(asked.dtype), allow_unused=True)
-    for i, gradient in zip(learning, found):
+    found = torch.autograd.grad(added, [parameters[i] for i in trained], dscores.to(added.dtype), allow_unused=True)
+    for i, gradient in zip(trained, found):
         if gradient is not None:
             totals[i] += gradient

@@ -1,11 +1,12 @@
-"""What a kernel is: local attention over bands, forward and backward. Knows nothing of ranks, rings or exchanges.
+"""The kernel interface: attention on one rank over the bands of a mask, forward and backward. Knows nothing of ranks.
 
-    forward    q, k, v, bands           ->  out, lse            s   = scale * q·k, capped, plus bias, at the keys the bands show
-                                                                lse = log(sum(exp(s)))       out = sum(exp(s - lse) * v)
-    backward   dout, q, k, v, out, lse  ->  dq, dk, dv          p   = exp(s - lse)           ds  = p * (dout·v - dout·out)
+    forward    q, k, v, bands           ->  out, lse         s   = softcap(scale * q·k) + bias, at the keys that the bands show
+                                                             lse = log(sum(exp(s)))       out = sum(exp(s - lse) * v)
+    backward   dout, q, k, v, out, lse  ->  dq, dk, dv       p   = exp(s - lse)           ds  = p * (dout·v - dout·out)
 
-The backward reads the weights of a key from ``lse`` and never sums over the other keys: given the out and lse of the
-*whole* row it is exact for any part of the keys, and the parts add up. Rings, chunks of keys and sinks rest on this.
+The backward computes the probabilities from ``lse`` and never sums over keys. Given the ``out`` and ``lse`` of all keys of a
+query, it is therefore exact for any subset of the keys, and the gradients of the subsets add up. Ring attention, key blocks and
+sink logits depend on this property.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ Gradients = tuple[
 
 @dataclass(frozen=True)
 class Need:
-    """What an attention asks of its kernel."""
+    """The requirements of an attention that decide whether a kernel supports it: device type, dtype, head dims, extras."""
 
     device_type: str
     dtype: torch.dtype
@@ -41,26 +42,30 @@ class Need:
 
 @runtime_checkable
 class BoundBias(Protocol):
-    """What is added to the scores, asked one tile at a time, differentiable in its own parameters."""
+    """A term added to the scores, computed for one tile of queries and keys at a time, differentiable in its parameters."""
 
     @property
-    def parameters(self) -> tuple[Tensor, ...]: ...
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The tensors in which the bias is differentiable."""
+        ...
 
     def __call__(self, q_index: Int[Tensor, " q"], k_index: Int[Tensor, " k"]) -> Float[Tensor, "heads q k"]:
-        """The bias of these queries (local indices) at these keys (local indices)."""
+        """The bias of the queries ``q_index`` at the keys ``k_index``, both as indices into this rank's rows."""
         ...
 
 
 @runtime_checkable
 class Kernel(Protocol):
-    """Local attention. q, k, v may be strided views whose last dim is contiguous; heads is a multiple of kv_heads.
+    """Attention on one rank, as a forward and a backward without autograd.
 
-    Results are fp64 for fp64 inputs and fp32 otherwise. A query that no band reaches has out = 0, lse = -inf and no gradient.
-    ``name`` is what users type.
+    q, k and v may be strided views whose last dim is contiguous; ``heads`` is a multiple of ``kv_heads``. Results are fp64 for
+    fp64 inputs and fp32 otherwise. A query that no band reaches has out = 0, lse = -inf and no gradient.
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The value of ``kernel=`` that selects it; used in error messages."""
+        ...
 
     def forward(
         self,
@@ -72,7 +77,20 @@ class Kernel(Protocol):
         *,
         softcap: float | None = None,
         bias: BoundBias | None = None,
-    ) -> Partial: ...
+    ) -> Partial:
+        """Attention of ``q`` over the keys that ``bands`` show.
+
+        Args:
+            q, k, v: queries, keys and values of this rank; the rows of a batch stand one after another.
+            bands: disjoint canonical bands (masks/bands.py) in indices of the rows of q and k.
+            scale: the factor of the scores.
+            softcap: c replaces a score s by c·tanh(s/c).
+            bias: added to the scores after the softcap.
+
+        Returns:
+            out [queries, heads, v_dim] and the log-sum-exp of the scores, lse [heads, queries].
+        """
+        ...
 
     def backward(
         self,
@@ -88,7 +106,16 @@ class Kernel(Protocol):
         softcap: float | None = None,
         bias: BoundBias | None = None,
     ) -> Gradients:
-        """dq, dk, dv and the gradients of ``bias.parameters`` (an empty list without a bias)."""
+        """The gradients of attention for the keys in ``k``, which may be a subset of those that ``out`` and ``lse`` cover.
+
+        Args:
+            dout: the gradient of ``out``.
+            out, lse: output and log-sum-exp over all keys of each query.
+            q, k, v, bands, scale, softcap, bias: as in ``forward``.
+
+        Returns:
+            dq, dk, dv and the gradients of ``bias.parameters`` (an empty list without a bias).
+        """
         ...
 
 
@@ -98,14 +125,22 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def finite_lse(lse: Tensor) -> Tensor:
-    """``lse`` to subtract from scores or from another lse: 0 for a row that sees nothing, whose weight is exp(-inf - 0) = 0."""
+    """``lse`` with -inf (a query that sees no key) replaced by 0, so that exp(score - lse) is exp(-inf) = 0 and not NaN."""
     return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
 def merge_weights(lse: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-sum-exp over the keys of both parts, weight of the first part's output, weight of the second's), all like ``lse``.
+    """Merge the softmax of two disjoint sets of keys: out = weight * out_1 + part_weight * out_2.
 
-    A row that neither part reaches has lse = -inf and weights 0. Source: FlashAttention, arXiv:2205.14135, section 3.1.
+    Args:
+        lse: log-sum-exp over the first set of keys.
+        part_lse: log-sum-exp over the second set, of the same shape.
+
+    Returns:
+        The log-sum-exp over both sets, the weight of the first set's output and that of the second's, all of the shape of
+        ``lse``. A query that sees no key in either set has lse = -inf and weights 0.
+
+    Source: FlashAttention, arXiv:2205.14135, section 3.1.
     """
     both = torch.logaddexp(lse, part_lse)
     reached = finite_lse(both)

@@ -1,6 +1,6 @@
-"""The oracle: attention as a dense matrix in fp64, whatever the input. Knows nothing of tiles or fused operators.
+"""The reference kernel: dense attention computed in fp64 for every input dtype. Knows nothing of tiles or fused operators.
 
-Memory is heads x queries x keys: for tests and for small inputs on which every number must be above doubt.
+Memory is heads x queries x keys, so it is meant for tests and small inputs.
 
 Q queries  K keys  H heads  D head dim
 """
@@ -16,7 +16,7 @@ from longspan.masks.bands import Band
 
 
 def visible(bands: Sequence[Band], queries: int, keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
-    """True where a band shows the key to the query."""
+    """The dense boolean mask of ``bands``: True where some band lets query q (row) attend to key k (column)."""
     q = torch.arange(queries, device=device)[:, None]
     k = torch.arange(keys, device=device)
     seen = torch.zeros(queries, keys, dtype=torch.bool, device=device)
@@ -27,12 +27,12 @@ def visible(bands: Sequence[Band], queries: int, keys: int, device: torch.device
 
 
 class Reference:
-    """softmax(scale * q @ k.T, capped, + bias, at the visible keys) @ v, in fp64."""
+    """Kernel "reference": softmax(softcap(scale * q @ k.T) + bias) @ v over the visible keys, as a dense matrix in fp64."""
 
     name = "reference"
 
     def lacks(self, need: Need) -> str | None:
-        """It lacks nothing but speed."""
+        """None: this kernel supports everything."""
         return None
 
     def forward(
@@ -82,14 +82,14 @@ class Reference:
 
 
 def _heads(x_KHD: Tensor, q: Tensor) -> Tensor:
-    """Keys or values in fp64, each head repeated for the query heads that read it."""
+    """Keys or values in fp64, each key/value head repeated once per query head that reads it."""
     return x_KHD.double().repeat_interleave(q.shape[1] // x_KHD.shape[1], 1)
 
 
 def _scores(
     q: Tensor, k: Tensor, bands: Sequence[Band], scale: float, softcap: float | None, bias: BoundBias | None
 ) -> tuple[Tensor, Tensor | float]:
-    """The scores [H, Q, K], -inf where nothing is visible, and the slope of the cap at each of them."""
+    """The scores [H, Q, K], -inf at hidden keys, and the derivative of the softcap at each score (1.0 without a softcap)."""
     scores: Tensor = torch.einsum("QHD,KHD->HQK", q.double(), _heads(k, q)) * scale
     slope: Tensor | float = 1.0
     if softcap is not None:
@@ -102,6 +102,7 @@ def _scores(
 
 
 def _weights(scores_HQK: Tensor, lse_HQ: Tensor) -> Tensor:
+    """The attention probabilities exp(score - lse); 0 for a query that sees no key."""
     return torch.exp(scores_HQK - lse_HQ.masked_fill(lse_HQ == -torch.inf, 0).unsqueeze(2))
 
 

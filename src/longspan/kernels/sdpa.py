@@ -1,10 +1,11 @@
-"""Walk the bands over fused flash attention. Knows nothing of how bands become tiles, nor of the operators' ways.
+"""Kernel "sdpa": PyTorch's fused flash attention operators applied to the tiles that cover the bands of a mask.
 
-    bands --plan--> stacks of tiles --flash--> partial results --write--> rows that no earlier stack touched
-                                                               --merge--> rows that have a result already
+    bands --plan--> stacks of tiles --flash--> partial results --write--> queries without an earlier result
+                                                               --merge--> queries that have a result already
 
-Time grows with the area of the bands, memory with the tokens: big stacks are computed a chunk at a time, and only the chunk's
-overlapping keys and values ever exist as copies. Merging and the sums of gradients are in fp32 (fp64 for fp64).
+Time is proportional to the number of visible (query, key) pairs, memory to the number of tokens: a large stack is computed in
+chunks, and only the overlapping keys and values of one chunk are copied. Partial results are merged, and gradients summed, in
+fp32 (fp64 for fp64 inputs). tiles.py makes the tiles; flash_cpu.py and flash_cuda.py call the operators.
 
 N all tokens  H heads  D head dim  T tiles of a stack  S tokens of a tile
 """
@@ -23,16 +24,17 @@ from longspan.masks.bands import Band
 
 OPERATORS = {"cpu": flash_cpu, "cuda": flash_cuda}
 """The flash operators of each device type."""
-CHUNK = 2**21  # elements of q, k and v that one call is given, where one tile alone is not larger
+CHUNK = 2**21
+"""The most elements of q, k and v that one call of an operator gets; a single larger tile is still one call."""
 
 
 class SDPA:
-    """``F.scaled_dot_product_attention`` under any bands, with its log-sum-exp and with memory that stays linear."""
+    """Kernel "sdpa": ``F.scaled_dot_product_attention`` for any bands, with log-sum-exp and memory linear in the tokens."""
 
     name = "sdpa"
 
     def lacks(self, need: Need) -> str | None:
-        """Why this kernel cannot do it, or None."""
+        """The reason why this kernel does not support ``need``, or None."""
         if need.softcap or need.bias:
             return f"PyTorch's fused attention has no {'softcap' if need.softcap else 'bias'}"
         if need.qk_dim != need.v_dim:
@@ -107,7 +109,7 @@ def _refuse(softcap: float | None, bias: BoundBias | None) -> None:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """The operators read the elements of a head side by side, whatever the stride says; a gradient may be expanded."""
+    """``x`` with a contiguous last dim, which the operators assume without a check; an expanded gradient may lack it."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -125,7 +127,7 @@ def _chunked(stacks: Sequence[Stack], q: Tensor, k: Tensor) -> list[Stack]:
 
 
 def _tiles(x_NHD: Tensor, start: int, size: int, count: int, step: int) -> Tensor:
-    """A view [T, H, S, D] of ``count`` runs of ``size`` tokens, ``step`` apart; runs may overlap."""
+    """A view [T, H, S, D] of ``count`` ranges of ``size`` tokens that begin ``step`` tokens apart; ranges may overlap."""
     token, head, element = x_NHD.stride()
     shape = (count, x_NHD.shape[1], size, x_NHD.shape[2])
     return x_NHD.as_strided(shape, (step * token, head, token, element), x_NHD.storage_offset() + start * token)
@@ -144,14 +146,17 @@ def _tiles_of(stack: Stack, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 
 def _merge(out_THSD: Tensor, lse_THS: Tensor, part_THSD: Tensor, part_lse_THS: Tensor) -> None:
-    """Softmax over the keys of both parts, in place."""
+    """Merge a partial result over other keys into (out, lse), in place."""
     both, weight, part_weight = merge_weights(lse_THS, part_lse_THS)
     out_THSD.mul_(weight.unsqueeze(3)).add_(part_THSD * part_weight.unsqueeze(3))
     lse_THS.copy_(both)
 
 
 def _add_keys(stack: Stack, total_NHD: Tensor, part_THSD: Tensor) -> None:
-    """Add the tiles' gradients where their keys lie. An in-place add on overlapping views would lose terms: go by steps."""
+    """Add each tile's gradient to the rows of its keys in ``total_NHD``.
+
+    Tiles whose keys overlap are added in pieces of one step: an in-place add to an overlapping view would lose terms.
+    """
     if stack.count == 1 or stack.k_step >= stack.keys:
         _keys(stack, total_NHD).add_(part_THSD)
     elif stack.k_step == 0:

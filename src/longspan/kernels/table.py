@@ -1,7 +1,9 @@
-"""Local attention over bands, forward and backward: one kernel a file, all with the interface of ``protocol.py``.
+"""The table of kernels by name, and the choice of one for an attention. One kernel a file, with the interface of protocol.py.
 
-reference  dense fp64, the oracle           sdpa  PyTorch's fused flash operators
-online     blocked softmax: softcap, bias, unequal dims, any dtype           flex  compiled block masks, CUDA only
+sdpa        PyTorch's fused flash attention operators, on CPU and CUDA
+online      blocked online softmax in plain PyTorch: softcap, bias, unequal head dims, every dtype
+flex        compiled FlexAttention, CUDA only
+reference   dense attention in fp64
 """
 
 import torch
@@ -15,8 +17,8 @@ from longspan.kernels.sdpa import SDPA
 
 __all__ = ["KERNELS", "BoundBias", "Kernel", "Need", "accumulation_dtype", "choose", "refuse_unknown"]
 
-# "auto" takes the first that can: order is preference
 KERNELS = {kernel.name: kernel for kernel in (SDPA(), Online(), Flex(), Reference())}
+"""Every kernel by its name. ``kernel="auto"`` takes the first one that supports the attention, so the order is a preference."""
 
 
 def choose(
@@ -29,9 +31,23 @@ def choose(
     softcap: float | None = None,
     bias: object | None = None,
 ) -> Kernel:
-    """The kernel of this name, or the fastest that can do it for "auto"; a kernel object is returned as it is.
+    """The kernel to use for an attention.
 
-    Raises KernelError for an unknown name, and for a kernel that lacks what is asked.
+    Args:
+        kernel: the name of a kernel, "auto" for the first of ``KERNELS`` that supports the attention, or a ``Kernel`` object,
+            which is returned unchanged.
+        device_type: "cpu" or "cuda".
+        dtype: the dtype of q, k and v.
+        qk_dim: the head dim of queries and keys.
+        v_dim: the head dim of values.
+        softcap: the softcap of the scores, None without one.
+        bias: the bias of the scores, None without one.
+
+    Returns:
+        The kernel.
+
+    Raises:
+        KernelError: the name is unknown, or the named kernel does not support the attention; names the kernels that do.
     """
     if not isinstance(kernel, str):
         return kernel
@@ -47,7 +63,7 @@ def choose(
 
 
 def refuse_unknown(kernel: str) -> None:
-    """Raise KernelError for a name that is none of a kernel, nor "auto"."""
+    """Raise KernelError if ``kernel`` is neither the name of a kernel nor "auto"."""
     known = ["auto", *KERNELS]
     if kernel not in known:
         raise KernelError(f"kernel={kernel!r} is unknown; use {', '.join(map(repr, known))}, or a function of your own")

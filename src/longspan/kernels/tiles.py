@@ -1,16 +1,16 @@
-r"""Cut bands into what a fused operator can do in one call. Integers only: no torch.
+r"""Cut the bands of a mask into tiles of a few shapes that fused attention operators support. Integers only: no torch.
 
-    keys ->                                        wide: as high as it is wide        narrow: a few rows, masked
-    |####\        left open: RECTANGLE, LOWER
+    keys ->                                        wide band: squares of its width    narrow band: a few masked rows
+    |####\        left edge cut: RECTANGLE, LOWER
     |#####\                                            \###|\                              \##\___
-     \#####\       both bounded: walked                  \##|#\                             _\##\__
+     \#####\       both edges slanted: a window          \##|#\                             _\##\__
       \#####\                                             \#|##\                            __\##\_
        \#####|                                             \|###\                           ___\##\
-        \####|     right open: UPPER, RECTANGLE          UPPER, LOWER                        BAND
+        \####|     right edge cut: UPPER, RECTANGLE      UPPER, LOWER                        BAND
 
-A tile is a RECTANGLE that is fully visible, a LOWER square (key <= query, top left aligned), an UPPER square (key >= query)
-or a BAND: query i of the tile sees its keys i to i + keys - rows. Equal tiles at equal distances are one Stack, computed in
-one call. No tile knows how it is computed, and none has a mask that grows with the sequence.
+A tile is a RECTANGLE (every query sees every key), a LOWER square (key <= query, aligned top left), an UPPER square
+(key >= query), or a BAND: query i of the tile sees its keys i to i + keys - rows. Equal tiles at equal distances form one
+Stack, which one operator call computes. The size of a mask of a tile never depends on the length of the sequence.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,17 +20,24 @@ from itertools import groupby
 
 from longspan.masks.bands import Band
 
-NARROW = 1024  # keys; up to here a few masked rows at a time are faster than squares of the band's width, from here slower
+NARROW = 1024
+"""Band width in keys below which BAND tiles (a few masked rows) are faster than UPPER and LOWER squares of the band's width."""
 
-COLUMN = 16_384  # keys; what so many bring and take stays in a CPU's cache: a tenth faster over 65,536 keys and more
+COLUMN = 16_384
+"""The most keys of one tile on a CPU: their keys, values and gradients stay in cache (a tenth faster from 65,536 keys on)."""
 
 
 def masked_rows(width: int) -> int:
-    """The height of a masked tile. It computes rows + width - 1 keys a row, but the operator is slow on very few rows."""
+    """The number of queries of a BAND tile of a band ``width`` keys wide.
+
+    Fewer rows compute fewer hidden scores (a row computes rows + width - 1 keys), but operators are slow on very few rows.
+    """
     return 128 if width >= 128 else 64
 
 
 class Shape(Enum):
+    """Which keys of a tile its queries see: see the drawing above."""
+
     RECTANGLE = auto()
     LOWER = auto()
     UPPER = auto()
@@ -39,10 +46,15 @@ class Shape(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """``count`` tiles of ``rows`` queries and ``keys`` keys, each one step from the one before.
+    """``count`` tiles of one shape and size; tile i begins at query q_start + i * q_step and key k_start + i * k_step.
 
-    Tiles of a stack never share a query (they may share keys). ``fresh``: no query of this stack is in an earlier one.
-    ``documents`` are the (rows, keys) of tiles of unequal sizes that lie corner to corner and fill this one (see ``corners``).
+    The tiles of a stack never overlap in their queries; they may overlap in their keys.
+
+    Attributes:
+        rows, keys: the queries and keys of one tile.
+        fresh: no query of this stack is in an earlier stack of the plan, so its results are written, not merged.
+        documents: (rows, keys) of tiles of unequal sizes that follow one another along the diagonal and together have ``rows``
+            queries and ``keys`` keys (see ``corners``); empty for ordinary tiles.
     """
 
     shape: Shape
@@ -58,17 +70,18 @@ class Stack:
 
     @property
     def q_stop(self) -> int:
+        """The query after the last one of the last tile."""
         return self.q_start + (self.count - 1) * self.q_step + self.rows
 
     def chunks(self, tiles: int) -> Iterator["Stack"]:
-        """The same tiles, at most ``tiles`` at a time."""
+        """The same tiles as stacks of at most ``tiles`` tiles each."""
         for done in range(0, self.count, tiles):
             q_start, k_start = self.q_start + done * self.q_step, self.k_start + done * self.k_step
             yield replace(self, q_start=q_start, k_start=k_start, count=min(tiles, self.count - done))
 
 
 def plan(bands: Sequence[Band]) -> tuple[Stack, ...]:
-    """Stacks that together cover the bands exactly once, in the order of their first query."""
+    """Stacks that cover every (query, key) pair of the bands exactly once, sorted by their first query."""
     stacks, reach = [], 0
     for stack in sorted(_fuse([tile for band in bands for tile in _cut(band)]), key=lambda s: (s.q_start, s.k_start)):
         stacks.append(replace(stack, fresh=stack.q_start >= reach))
@@ -77,7 +90,10 @@ def plan(bands: Sequence[Band]) -> tuple[Stack, ...]:
 
 
 def corners(stacks: Sequence[Stack]) -> tuple[Stack, ...]:
-    """The same, with tiles of one shape that touch at their corners, as packed documents do, as one stack of count 1."""
+    """The same stacks, with each chain of single tiles that touch at their corners joined into one stack of count 1.
+
+    Packed documents give such chains: the joined stack has them in ``documents`` and is one variable-length operator call.
+    """
     chains: list[list[Stack]] = []
     for stack in stacks:
         if chains and _touch(chains[-1][-1], stack):
@@ -88,7 +104,7 @@ def corners(stacks: Sequence[Stack]) -> tuple[Stack, ...]:
 
 
 def columns(stacks: Sequence[Stack], keys: int = COLUMN) -> tuple[Stack, ...]:
-    """The same, with single tiles of many keys cut into columns of at most ``keys``."""
+    """The same stacks, with single RECTANGLE and LOWER tiles cut into columns of at most ``keys`` keys."""
     return tuple(column for stack in stacks for column in _columns(stack, keys))
 
 
@@ -118,9 +134,9 @@ def _documents(chain: Sequence[Stack]) -> Stack:
 
 
 def _cut(band: Band) -> Iterator[Stack]:
-    """Cut one band by rows, where its left edge leaves the rectangle's and where its right edge reaches it."""
-    first = band.k_start - band.lo  # the row whose left edge is the rectangle's own; rows above are open to the left
-    last = band.k_stop - 1 - band.hi  # the row whose right edge is the rectangle's own; rows below are open to the right
+    """Cut one band into ranges of rows whose left and right edges are each either straight or slanted, and those into tiles."""
+    first = band.k_start - band.lo  # up to this row the left edge is the rectangle's (straight); below it is slanted
+    last = band.k_stop - 1 - band.hi  # from this row on the right edge is the rectangle's (straight); above it is slanted
     if last < first:
         top, bottom = last, first + 1
         yield from _trapezoid(band, band.q_start, top)
@@ -134,13 +150,13 @@ def _cut(band: Band) -> Iterator[Stack]:
 
 
 def _trapezoid(band: Band, start: int, stop: int) -> Iterator[Stack]:
-    """The rows start to stop, on which each edge is either straight or slanted: at most UPPER, RECTANGLE and LOWER."""
+    """The tiles of the rows [start, stop), on which each edge is straight or slanted: at most UPPER, RECTANGLE and LOWER."""
     rows = stop - start
     if rows < 1:
         return
     left = max(band.k_start, start + band.lo), max(band.k_start, stop - 1 + band.lo)  # of the first row, of the last
     right = min(band.k_stop, start + band.hi + 1), min(band.k_stop, stop + band.hi)
-    first, stop_key = left[1], right[0]  # what every row sees, less the column that a square has on its edge
+    first, stop_key = left[1], right[0]  # the keys that every row sees; a square takes the column on its edge from them
     if right[1] > right[0]:
         stop_key -= 1
         yield Stack(Shape.LOWER, start, stop_key, rows, rows)
@@ -153,7 +169,7 @@ def _trapezoid(band: Band, start: int, stop: int) -> Iterator[Stack]:
 
 
 def _walk(band: Band, start: int, stop: int) -> Iterator[Stack]:
-    """The rows start to stop, all of which see the band's full width."""
+    """The tiles of the rows [start, stop), all of which see the full width of the band (both edges slanted)."""
     width = band.hi - band.lo + 1
     narrow = width < NARROW
     height = masked_rows(width) if narrow else width
@@ -172,7 +188,7 @@ def _walk(band: Band, start: int, stop: int) -> Iterator[Stack]:
 
 
 def _fuse(tiles: Sequence[Stack]) -> Iterator[Stack]:
-    """Single tiles of one shape and size at equal distances become one stack."""
+    """The same tiles, with single tiles of one shape and size at equal distances joined into one stack."""
     yield from (tile for tile in tiles if tile.count > 1)
     single = [tile for tile in tiles if tile.count == 1]
     single.sort(key=lambda t: (t.shape.value, t.rows, t.keys, t.q_start, t.k_start))

@@ -1,9 +1,10 @@
-"""A user's own attention function as a kernel: it returns only its output, so it runs once more for the gradients.
+"""A kernel made of a user's attention function. The backward calls the function a second time to get its gradients.
 
     forward    function(q, k, v, bands=..., scale=...)
-    backward   the same again under torch.func.vjp
+    backward   torch.func.vjp of the same call
 
-Without a log-sum-exp its results cannot be merged: a ring and sinks refuse it. A ``Kernel``, a pair, has neither limit.
+The function returns no log-sum-exp, so partial results cannot be merged: attention refuses it with a ring and with sink logits.
+A ``Kernel`` object, which has a forward with log-sum-exp and a backward, works with both.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ KernelFunction = Callable[..., Tensor]
 
 
 class FunctionKernel:
-    """``function`` as the forward and the backward of a Kernel; its lse means nothing."""
+    """A ``Kernel`` that calls ``function``. Its lse is zeros and must not be used."""
 
     def __init__(self, function: KernelFunction) -> None:
         self.function = function

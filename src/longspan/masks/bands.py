@@ -1,17 +1,17 @@
-r"""Who may look at whom, as a list of bands, and their algebra. Integers only: no torch, no ranks, no kernels.
+r"""Bands, the integer representation of attention masks: intersection, difference, union, area, restriction to a rank.
 
-           keys ->                      A band is what a rectangle and a diagonal strip have in common: query q of
+           keys ->                      A band is the intersection of a rectangle and a diagonal strip: query q of
            k_start       k_stop         [q_start, q_stop) sees key k of [k_start, k_stop) exactly if lo <= k - q <= hi.
     q_start  ####\         .
-             #####\  hi    .            Causal, a window, a document, a full rectangle: each is one band. What two bands
-             .#####\       .            share is a band, and so is what a rank's queries and keys cut from one. So every
-             . \####\      .            question below is answered in integers, without ever visiting a token.
-          lo .  \####\     .
+             #####\  hi    .            Causal, a window, a document and a full rectangle are one band each. The
+             .#####\       .            intersection of two bands is a band, and so is the part of a band between a
+             . \####\      .            rank's queries and keys. The cost of every function below depends on the
+          lo .  \####\     .            number of bands, not of tokens.
              .   \####\    .
     q_stop
 
-Every band that leaves this file is canonical: all six numbers are as tight as its pairs (query, key) allow. Two bands hold
-the same pairs exactly if they are equal, and each query of a band sees at least one of its keys.
+Every band returned by this file is canonical: its six numbers are as tight as its (query, key) pairs allow. So two bands hold
+the same pairs exactly if they are equal, and each query of a band sees at least one of its keys. No torch, ranks or kernels.
 """
 
 from bisect import bisect_left, bisect_right
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 
 class Band(NamedTuple):
-    """Inside the rectangle [q_start, q_stop) x [k_start, k_stop), query q sees key k exactly if lo <= k - q <= hi."""
+    """A set of (query, key) pairs: q in [q_start, q_stop), k in [k_start, k_stop) and lo <= k - q <= hi."""
 
     q_start: int
     q_stop: int
@@ -34,9 +34,9 @@ class Band(NamedTuple):
 
 
 def trim(q_start: int, q_stop: int, k_start: int, k_stop: int, lo: int, hi: int) -> Band | None:
-    """The canonical band of the pairs within these bounds; None if there are none.
+    """The canonical band of the pairs within these bounds; None if there are no such pairs.
 
-    Two of q, k and k - q bound the third; each bound that follows is taken once, and with three quantities that is enough.
+    The bounds of any two of q, k and k - q imply bounds of the third. Applying each implication once is enough.
     """
     tight = Band(
         max(q_start, k_start - hi), min(q_stop, k_stop - lo),
@@ -47,20 +47,20 @@ def trim(q_start: int, q_stop: int, k_start: int, k_stop: int, lo: int, hi: int)
 
 
 def rectangle(q_start: int, q_stop: int, k_start: int, k_stop: int) -> Band | None:
-    """The canonical band in which every query sees every key; None if there are none."""
+    """The canonical band in which every query sees every key; None if there are no queries or no keys."""
     if q_start >= q_stop or k_start >= k_stop:
         return None
     return Band(q_start, q_stop, k_start, k_stop, k_start - q_stop + 1, k_stop - 1 - q_start)
 
 
 def shift(band: Band, dq: int, dk: int) -> Band:
-    """The band with every query moved by ``dq`` and every key by ``dk``."""
+    """The band with ``dq`` added to every query index and ``dk`` to every key index."""
     q_start, q_stop, k_start, k_stop, lo, hi = band
     return Band(q_start + dq, q_stop + dq, k_start + dk, k_stop + dk, lo + dk - dq, hi + dk - dq)
 
 
 def intersect(a: Band, b: Band) -> Band | None:
-    """The pairs that are in both; None if there are none."""
+    """The band of the pairs that are in both; None if there are none."""
     return trim(
         max(a.q_start, b.q_start), min(a.q_stop, b.q_stop),
         max(a.k_start, b.k_start), min(a.k_stop, b.k_stop),
@@ -69,7 +69,7 @@ def intersect(a: Band, b: Band) -> Band | None:
 
 
 def subtract(bands: Iterable[Band], holes: Iterable[Band]) -> tuple[Band, ...]:
-    """The pairs of ``bands`` that are in none of ``holes``, sorted; disjoint if ``bands`` are."""
+    """The pairs of ``bands`` that are in none of ``holes``, as sorted bands; disjoint if ``bands`` are."""
     bands = sorted(bands)
     cut_by: dict[Band, list[Band]] = {band: [] for band in bands}
     for band, hole in meetings(bands, sorted(holes)):
@@ -78,7 +78,7 @@ def subtract(bands: Iterable[Band], holes: Iterable[Band]) -> tuple[Band, ...]:
 
 
 def _without(band: Band, holes: Sequence[Band]) -> Iterator[Band]:
-    """What ``holes``, sorted, leave of one band. A piece that ends before a hole begins meets no later hole either."""
+    """The bands of one band without sorted ``holes``. A piece that ends before a hole begins meets no later hole either."""
     pieces = [band]
     for hole in holes:
         yield from (piece for piece in pieces if piece.q_stop <= hole.q_start)
@@ -87,8 +87,8 @@ def _without(band: Band, holes: Sequence[Band]) -> Iterator[Band]:
 
 
 def _around(band: Band, hole: Band) -> Iterator[Band]:
-    """The band without the hole: the queries before and behind what they share, beside it the keys left and right, and
-    inside its rectangle the diagonals below and above."""
+    """The band without one hole: the queries before and after the intersection, the keys left and right of it, and inside its
+    rectangle the diagonals below and above it."""
     shared = intersect(band, hole)
     if shared is None:
         yield band
@@ -105,9 +105,13 @@ def _around(band: Band, hole: Band) -> Iterator[Band]:
 
 
 def join(bands: Iterable[Band]) -> tuple[Band, ...]:
-    """The same pairs in fewer bands, sorted: neighbours that are one band together become one. ``bands`` are disjoint.
+    """The same pairs in fewer bands, sorted: neighbours whose union is a band are joined.
 
-    Neighbours are those in the order of queries, then of keys, then of diagonals: enough to undo a cut, and n log n.
+    Args:
+        bands: disjoint bands.
+
+    Only neighbours in the order of queries, then of keys, then of diagonals are tried. This undoes a cut by rows or columns in
+    n log n time, but need not give the fewest bands.
     """
     for order in (itemgetter(0, 2), itemgetter(2, 0), itemgetter(5, 0)):
         joined: list[Band] = []
@@ -120,7 +124,7 @@ def join(bands: Iterable[Band]) -> tuple[Band, ...]:
 
 
 def _union(a: Band, b: Band) -> Band | None:
-    """Two disjoint bands as one: the smallest band around them, if it has no more pairs than they have."""
+    """The union of two disjoint bands if it is a band (the smallest band around them has no further pairs), else None."""
     around = Band(
         min(a.q_start, b.q_start), max(a.q_stop, b.q_stop),
         min(a.k_start, b.k_start), max(a.k_stop, b.k_stop),
@@ -130,9 +134,9 @@ def _union(a: Band, b: Band) -> Band | None:
 
 
 def area(bands: Iterable[Band]) -> int:
-    """How many pairs (query, key) the bands hold: the work of attention, up to a constant. Equals the dense mask's sum.
+    """The number of (query, key) pairs in the bands, equal to the sum of the dense mask; the work of attention up to a factor.
 
-    A band is its rectangle less the two corners outside the strip: triangles, whole ones because the band is canonical.
+    A canonical band is its rectangle without two complete triangles, the corners outside the diagonal strip.
     """
     pairs = 0
     for q_start, q_stop, k_start, k_stop, lo, hi in bands:
@@ -142,7 +146,7 @@ def area(bands: Iterable[Band]) -> int:
 
 
 def blind_rows(bands: Iterable[Band], tokens: int) -> tuple[range, ...]:
-    """The queries of [0, tokens) that see nothing, as runs. Their attention is 0, and a label there cannot be learnt."""
+    """The queries of [0, tokens) that see no key, as ranges. Their attention output is 0."""
     bands = sorted(bands)
     reached = accumulate((band.q_stop for band in bands), max, initial=0)
     starts = (*(band.q_start for band in bands), tokens)
@@ -150,11 +154,15 @@ def blind_rows(bands: Iterable[Band], tokens: int) -> tuple[range, ...]:
 
 
 def localize(bands: Iterable[Band], q_runs: tuple[range, ...], k_runs: tuple[range, ...]) -> tuple[Band, ...]:
-    """The bands between the queries and the keys that a rank holds, in the rank's own places, sorted.
+    """The bands between the queries and the keys that a rank holds, in the rank's local indices, sorted.
 
-    The runs are disjoint and lie side by side in the rank's memory, in the order given. Equals
-    ``dense[concat(q_runs)][:, concat(k_runs)]`` of the dense mask. Pieces that are one band again in the rank's places
-    are joined: what zigzag leaves of Causal on one rank is one causal band.
+    Equals ``dense[concat(q_runs)][:, concat(k_runs)]`` of the dense mask. Pieces that are one band in local indices are joined:
+    under the zigzag layout, Causal restricted to one rank is one causal band.
+
+    Args:
+        bands: disjoint bands in global indices.
+        q_runs: the global positions of the rank's queries: disjoint ranges, in the order of its memory.
+        k_runs: those of its keys.
     """
     queries, keys = _places(q_runs), _places(k_runs)
     cells = (
@@ -167,20 +175,24 @@ def localize(bands: Iterable[Band], q_runs: tuple[range, ...], k_runs: tuple[ran
 
 
 def _places(runs: tuple[range, ...]) -> list[tuple[range, int]]:
-    """The runs in the order of the whole, each with its distance to the place where the rank keeps it."""
+    """The runs sorted by position, each with the offset from a global position to the rank's local index."""
     at = accumulate(map(len, runs), initial=0)
     return sorted(((run, start - run.start) for run, start in zip(runs, at) if run), key=lambda place: place[0].start)
 
 
 def _over(places: list[tuple[range, int]], start: int, stop: int) -> list[tuple[range, int]]:
-    """The places whose runs share something with [start, stop)."""
+    """Those of ``places`` whose ranges overlap [start, stop)."""
     first = bisect_right(places, start, key=lambda place: place[0].stop)
     return places[first : bisect_left(places, stop, key=lambda place: place[0].start)]
 
 
 def meetings(left: Iterable[Band], right: Iterable[Band]) -> Iterator[tuple[Band, Band]]:
-    """Every (band of left, band of right) that share a query, in one sweep down the queries. Both are sorted."""
-    going: dict[bool, list[Band]] = {True: [], False: []}  # what the sweep has entered and, as far as anyone asked, not left
+    """Every pair (band of ``left``, band of ``right``) that has a query in common, by one sweep over the queries.
+
+    Args:
+        left, right: bands, each sorted.
+    """
+    going: dict[bool, list[Band]] = {True: [], False: []}  # bands whose first query is passed; finished ones are removed lazily
     for band, is_left in merge(((band, True) for band in left), ((band, False) for band in right)):
         others = going[not is_left] = [other for other in going[not is_left] if other.q_stop > band.q_start]
         for other in others:

@@ -1,8 +1,11 @@
-"""The masks that a user writes: constructors, ``&`` and ``|``. Integers only: no torch, no ranks, no kernels.
+"""Attention masks: the constructors (Causal, Window, Documents, ...) and their combinations by ``&`` and ``|``.
 
-A mask knows no length; asked for one it gives disjoint bands, the list that kernels, ring and cost model read (bands.py):
+A mask does not contain a sequence length. ``mask.bands(tokens, key_tokens)`` gives its disjoint bands for one length; kernels,
+ring and planner use only these (bands.py):
 
     (Documents((3, 5)) & Causal()).bands(8, 8) == (Band(0, 3, 0, 3, -2, 0), Band(3, 8, 3, 8, -4, 0))
+
+A new mask is a class here with ``_draw``. Integers only: no torch, no ranks, no kernels.
 """
 
 import reprlib
@@ -16,14 +19,28 @@ from longspan.masks.bands import Band, intersect, join, meetings, rectangle, shi
 
 
 class Mask:
-    """Who may look at whom, for any number of tokens. A frozen value: compared, hashed and pickled by what it says."""
+    """Which keys each query attends to, for any number of tokens. Immutable; compared and hashed by value.
+
+    ``a & b`` shows the pairs that both masks show, ``a | b`` those that at least one shows.
+    """
 
     def bands(self, tokens: int, key_tokens: int) -> tuple[Band, ...]:
-        """Disjoint, canonical, sorted bands for so many queries and keys. Raises MaskError for a mask of another length."""
+        """The bands of this mask for one length.
+
+        Args:
+            tokens: the number of queries.
+            key_tokens: the number of keys.
+
+        Returns:
+            Disjoint canonical bands, sorted.
+
+        Raises:
+            MaskError: the mask has a fixed length (``Documents``, ``BlockSparse``, ...) that differs from this one.
+        """
         return _bands(self, tokens, key_tokens)
 
     def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
-        """The bands as they come: disjoint, each trimmed, None where there is nothing."""
+        """The bands for this length in any order: disjoint and canonical, or None for an empty one."""
         raise NotImplementedError
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -39,9 +56,17 @@ def _bands(mask: Mask, tokens: int, key_tokens: int) -> tuple[Band, ...]:
 
 
 def rows(mask: Mask | Sequence[Mask], rows: int, tokens: int, key_tokens: int) -> tuple[Band, ...]:
-    """The bands of a batch as one long row: row b begins at query b * tokens and key b * key_tokens, and sees only itself.
+    """The bands of a batch laid out as one long row, in which row b begins at query b * tokens and key b * key_tokens.
 
-    One mask holds for every row; a sequence has one mask per row. Raises MaskError if there are more or fewer.
+    Tokens of different rows never see each other.
+
+    Args:
+        mask: one mask for every row, or a sequence with one mask per row.
+        rows: the rows of the batch.
+        tokens, key_tokens: queries and keys of one row.
+
+    Raises:
+        MaskError: the sequence has not one mask per row, or a mask has another length.
     """
     masks = [mask] * rows if isinstance(mask, Mask) else mask
     if len(masks) != rows:
@@ -65,7 +90,7 @@ def full_repr(mask: object) -> str:
 
 @dataclass(frozen=True)
 class Full(Mask):
-    """Every query sees every key."""
+    """Every query sees every key: bidirectional attention."""
 
     def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         yield rectangle(0, tokens, 0, key_tokens)
@@ -73,7 +98,7 @@ class Full(Mask):
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """Query q sees the keys up to q, counted from the first token whatever the number of keys."""
+    """Query q sees keys 0 to q. With unequally many queries and keys, both are counted from the first token (top left)."""
 
     def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         yield trim(0, tokens, 0, key_tokens, -tokens, 0)
@@ -81,7 +106,11 @@ class Causal(Mask):
 
 @dataclass(frozen=True)
 class Window(Mask):
-    """Query q sees the keys of [q - left, q + right]; None is no limit. Window(None, 0) is Causal()."""
+    """Query q sees keys q - left to q + right (sliding window); None is no limit. Window(None, 0) equals Causal().
+
+    Raises:
+        MaskError: ``left`` or ``right`` is negative.
+    """
 
     left: int | None
     right: int | None = 0
@@ -99,9 +128,14 @@ class Window(Mask):
 
 @dataclass(frozen=True, repr=False)
 class Documents(Mask):
-    """Packed documents: a token sees its own document, before and behind. ``& Causal()`` makes them causal.
+    """Packed documents: a token sees every token of its own document. ``Documents(...) & Causal()`` is the causal version.
 
-    ``lengths`` sum to the number of tokens; where keys have another number than queries, ``key_lengths`` sum to that.
+    Args:
+        lengths: tokens of each document, in order; their sum is the length of the row.
+        key_lengths: keys of each document where there are not as many keys as queries (default: ``lengths``).
+
+    Raises:
+        MaskError: a length is negative, or ``key_lengths`` has not one entry per document.
     """
 
     lengths: Sequence[int]
@@ -135,7 +169,7 @@ class Documents(Mask):
 
 @dataclass(frozen=True)
 class Chunked(Mask):
-    """A token sees the ``n`` tokens of its own chunk, before and behind; the last chunk may be shorter."""
+    """The row is cut into chunks of ``n`` tokens; a token sees every token of its own chunk. The last chunk may be shorter."""
 
     n: int
 
@@ -149,7 +183,7 @@ class Chunked(Mask):
 
 @dataclass(frozen=True)
 class PrefixLM(Mask):
-    """Causal, and everybody sees the first ``n`` keys."""
+    """Causal, and every query also sees the first ``n`` keys: a bidirectional prefix."""
 
     n: int
 
@@ -164,7 +198,7 @@ class PrefixLM(Mask):
 
 @dataclass(frozen=True)
 class SinkTokens(Mask):
-    """Everybody sees the first ``n`` keys: Causal() & (Window(255) | SinkTokens(4)) keeps four tokens in sight for ever."""
+    """Every query sees the first ``n`` keys (attention sinks, arXiv:2309.17453): Causal() & (Window(255) | SinkTokens(4))."""
 
     n: int
 
@@ -177,7 +211,7 @@ class SinkTokens(Mask):
 
 @dataclass(frozen=True)
 class Span(Mask):
-    """The tokens of [start, stop) see each other; those outside, padding, see nothing and are not seen."""
+    """The tokens of [start, stop) see each other; tokens outside (padding) see nothing and are seen by none."""
 
     start: int
     stop: int
@@ -197,7 +231,7 @@ class Span(Mask):
 
 @dataclass(frozen=True, repr=False)
 class BlockSparse(Mask):
-    """Blocks of ``block`` tokens: block i of queries sees block j of keys if ``layout[i][j]``. The last may be shorter."""
+    """Block-sparse mask: query block i sees key block j if ``layout[i][j]``; blocks have ``block`` tokens, the last fewer."""
 
     block: int
     layout: Sequence[Sequence[bool]]
@@ -231,7 +265,14 @@ class BlockSparse(Mask):
 
 @dataclass(frozen=True, repr=False)
 class Bands(Mask):
-    """Bands written out, where no constructor says what is meant. They are disjoint: what overlaps is joined by ``|``."""
+    """A mask given directly by its bands, for patterns without a constructor.
+
+    Args:
+        given: disjoint bands. For overlapping ones combine several masks by ``|``.
+
+    Raises:
+        MaskError: two bands overlap, or a band begins at a negative index.
+    """
 
     given: Sequence[Band]
 
@@ -243,8 +284,8 @@ class Bands(Mask):
         for one, other in meetings(given, given):
             if one is not other and (both := intersect(one, other)):
                 raise MaskError(
-                    f"{self}: {one} and {other} overlap, in {both}, and what stands in both would be counted twice; "
-                    f"pass disjoint bands, or join masks by |, which takes care of it"
+                    f"{self}: {one} and {other} overlap, in {both}, whose pairs would be counted twice; "
+                    f"pass disjoint bands, or join masks by |, which removes the overlap"
                 )
 
     def __repr__(self) -> str:
@@ -259,7 +300,7 @@ class Bands(Mask):
 
 @dataclass(frozen=True, repr=False)
 class And(Mask):
-    """``left & right``."""
+    """``left & right``: a query sees a key if it does in both masks."""
 
     left: Mask
     right: Mask
@@ -274,7 +315,7 @@ class And(Mask):
 
 @dataclass(frozen=True, repr=False)
 class Or(Mask):
-    """``left | right``: the left, and what the right has beyond it."""
+    """``left | right``: a query sees a key if it does in at least one of the masks."""
 
     left: Mask
     right: Mask
@@ -288,7 +329,10 @@ class Or(Mask):
 
 
 def hides_later_tokens(mask: Mask) -> bool:
-    """Whether the mask, by its kind, shows no token behind the query: causal, alone or combined by ``&`` with anything."""
+    """Whether the mask's constructors guarantee that no query sees a later token: causal, or causal ``&`` any mask.
+
+    False does not mean that a later token is visible: it is decided by the constructors, not by the bands.
+    """
     if isinstance(mask, And):
         return hides_later_tokens(mask.left) or hides_later_tokens(mask.right)
     if isinstance(mask, Or):
@@ -297,14 +341,14 @@ def hides_later_tokens(mask: Mask) -> bool:
 
 
 def shows_later_tokens(mask: Mask) -> bool:
-    """Whether the mask is of a kind that is meant to show tokens behind the query: full, a prefix, a two-sided window."""
+    """Whether the mask is built of a constructor whose purpose is to show later tokens: Full, PrefixLM, a two-sided Window."""
     if isinstance(mask, And | Or):
         return not hides_later_tokens(mask) and (shows_later_tokens(mask.left) or shows_later_tokens(mask.right))
     return isinstance(mask, Full | PrefixLM) or (isinstance(mask, Window) and mask.right != 0)
 
 
 def documents_of(mask: Mask | None) -> Documents | None:
-    """The packed documents that a mask keeps apart: ``Documents(...)``, alone or combined by ``&``."""
+    """The ``Documents`` of a mask that is one, or that is one ``&`` any mask; None for other masks and with ``key_lengths``."""
     if isinstance(mask, And):
         return documents_of(mask.left) or documents_of(mask.right)
     return mask if isinstance(mask, Documents) and mask.key_lengths is None else None
