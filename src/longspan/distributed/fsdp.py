@@ -1,12 +1,12 @@
-"""Each rank keeps a share of parameters, gradients and optimizer states: ZeRO, by PyTorch's FSDP2. Knows nothing of attention.
+"""ZeRO stages 2 and 3 by PyTorch's FSDP2: each rank keeps a shard of parameters, gradients and optimizer states.
 
-                     zero=2                                    zero=3
-    a block's turn   gather its parameters                     gather its parameters
-    after it         keep them for the backward                let them go, gather again in the backward
-    its backward     mean of the ranks' gradients, to each its share, in fp32            (both)
-    the optimizer    my shares alone                                                     (both)
+                        zero=2                                 zero=3
+    forward of a block  all-gather its parameters              all-gather its parameters
+    after it            keep them for the backward             free them; all-gather again in the backward
+    backward            reduce-scatter: the mean of the ranks' gradients, in fp32        (both)
+    optimizer           updates this rank's shards                                       (both)
 
-Every rank's loss is the global one, so FSDP2's mean over all ranks is the gradient of one device.
+Every rank's loss is the global loss, so FSDP2's mean over all ranks is the gradient of one device. Knows nothing of attention.
 Source: ZeRO, arXiv:1910.02054.
 """
 
@@ -33,7 +33,7 @@ UNSHARDABLE = {
 
 @dataclass(frozen=True)
 class FSDPOptions:
-    """The arguments of ``parallelize`` that FSDP2 implements; see there."""
+    """The arguments of ``parallelize`` that FSDP2 implements, with the meaning that they have there."""
 
     zero: int
     dtype: torch.dtype | None = None
@@ -42,11 +42,16 @@ class FSDPOptions:
 
 
 def refuse_options(options: FSDPOptions, model: nn.Module, mesh: ParallelMesh) -> None:
-    """Raise ModelError for shares that FSDP2 or this mesh cannot give, and for an optimizer that would train nothing."""
+    """Check the sharding options for a model on a mesh.
+
+    Raises:
+        ModelError: an unknown ``zero``; an option without sharding; ``fsdp_ranks`` that does not divide the ranks; a quantised
+            parameter, which cannot be sharded; an optimizer that already holds the model's parameters.
+    """
     if options.zero not in (0, 1, 2, 3):
         raise ModelError(
-            f"zero={options.zero} is not supported; legal are 0 (every rank keeps all), 2 (a share of gradients and optimizer "
-            f"states) and 3 (of parameters too)"
+            f"zero={options.zero} is not supported; legal are 0 (every rank keeps all), 2 (each keeps a shard of gradients and "
+            f"optimizer states) and 3 (of parameters too)"
         )
     if options.zero == 0:
         asked = {
@@ -75,16 +80,25 @@ def refuse_options(options: FSDPOptions, model: nn.Module, mesh: ParallelMesh) -
 
 
 def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: ParallelMesh, options: FSDPOptions) -> None:
-    """Shard every block, then what is left, in place. A parameter that a rank does not use counts as zero there."""
+    """Shard the parameters of a model in place, with FSDP2: every block is one unit, the remaining parameters are another.
+
+    A parameter that a rank does not use has a zero gradient there.
+
+    Args:
+        model: the model; its parameters become DTensors.
+        blocks: its layers, in the order in which they are computed.
+        mesh: the parameters are sharded over ``mesh.fsdp_mesh``, or over ``options.fsdp_ranks`` ranks of it.
+        options: sharding options with ``zero`` of 1, 2 or 3.
+    """
     if options.zero == 1:
         logging.getLogger(__name__).info("zero=1 is what FSDP2 does with zero=2: gradients are sharded too")
     exact = any(parameter.dtype == torch.float64 for parameter in model.parameters())
     policy = MixedPrecisionPolicy(options.dtype, None if exact else torch.float32)
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if options.offload_parameters else OffloadPolicy()
-    where = _where(mesh, options.fsdp_ranks)
+    device_mesh = _sharding_mesh(mesh, options.fsdp_ranks)
     for module in (*blocks, model):
-        again = options.zero == 3 and module is not model  # what is outside the blocks begins the backward: it stays
-        fully_shard(module, mesh=where, reshard_after_forward=again, mp_policy=policy, offload_policy=offload)
+        reshard = options.zero == 3 and module is not model  # the backward begins outside the blocks: keep these parameters
+        fully_shard(module, mesh=device_mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
     assert isinstance(model, FSDPModule)
     model.set_reduce_scatter_unused_params(True)
     model.register_forward_pre_hook(_refuse_after_a_failed_backward)
@@ -93,7 +107,7 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
 
 
 def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
-    """FSDP2 ends a backward by a callback. One that an exception kept from it is never ended, nor any after it."""
+    """Raise ModelError if an exception ended an earlier backward: FSDP2's final callback did not run, and never will again."""
     within_a_backward = _compat.backward_id() != -1  # a checkpoint around the model computes it again
     if not within_a_backward and _compat.fsdp_backward_is_unfinished(model):
         raise ModelError(
@@ -103,22 +117,26 @@ def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
 
 
 def _reshard_without_a_backward(model: nn.Module, *_: object) -> None:
-    """No backward will: gathered parameters would go stale, and an optimizer that is built now would take them."""
+    """Reshard after a forward under ``no_grad``, which FSDP2 leaves to a backward that does not come.
+
+    An optimizer that is built while parameters are gathered would hold the gathered copies.
+    """
     if not torch.is_grad_enabled():
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
 
-def _where(mesh: ParallelMesh, ranks: int | None) -> DeviceMesh:
-    """Over all ranks, or over each ``ranks`` neighbours with a copy in every such group."""
+def _sharding_mesh(mesh: ParallelMesh, ranks: int | None) -> DeviceMesh:
+    """The mesh for ``fully_shard``: all ranks, or (replicas, shards) with shards over ``ranks`` neighbouring ranks (HSDP)."""
     if ranks is None or ranks == mesh.fsdp_group.size():
         return mesh.fsdp_mesh
-    return init_device_mesh(mesh.device.type, (mesh.fsdp_group.size() // ranks, ranks), mesh_dim_names=("copies", "shares"))
+    shape = (mesh.fsdp_group.size() // ranks, ranks)
+    return init_device_mesh(mesh.device.type, shape, mesh_dim_names=("replicas", "shards"))
 
 
 def _refuse_earlier_optimizers(model: nn.Module) -> None:
-    """Sharding puts new parameters in the place of the old, which an optimizer would go on to update, to no effect."""
+    """Raise ModelError for an optimizer that holds parameters of ``model``: sharding replaces them by new ones."""
     for optimizer in _optimizers_of(model):
         raise ModelError(
             f"{type(optimizer).__name__} was built before the parameters are sharded, and would train nothing; call "
@@ -127,7 +145,7 @@ def _refuse_earlier_optimizers(model: nn.Module) -> None:
 
 
 def _refuse_optimizers_at_first_step(model: nn.Module) -> None:
-    """Refuse, at the first forward with gradients, an optimizer that would fail when it has updated some of the parameters."""
+    """Make the first forward with gradients raise ModelError for an optimizer that cannot update sharded parameters."""
 
     def refuse(module: nn.Module, *_: object) -> None:
         if not torch.is_grad_enabled():

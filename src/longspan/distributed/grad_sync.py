@@ -1,12 +1,12 @@
 """Gradient averaging over the ranks after every backward (zero=0); the gradient norm over sharded parameters, and clipping.
 
-    backward on each rank     hook of each parameter: keep what THIS backward brings, leave .grad as it was
-    end of the backward       [ p0 | p1 | p2 ... | which of them I have ] --all-reduce in fp32--> mean over ranks --> .grad +=
+    backward on each rank     hook of each parameter: store the gradient of THIS backward, leave .grad unchanged
+    end of the backward       [ p0 | p1 | p2 ... | has a gradient? ] --all-reduce in fp32--> mean over ranks --> .grad +=
 
-Every rank computes the same global loss, so each parameter's gradient is the mean of what the ranks find. The reduction
-runs once, in the order of the parameters, not in the order in which a rank happens to finish them: a tied weight is one
-parameter, .grad of earlier micro-batches is never reduced again, and a parameter that a rank did not use counts as zero
-there instead of leaving the others waiting. Knows nothing of what the model computes.
+Every rank computes the same global loss, so the gradient of a parameter is the mean of the ranks' gradients. The reduction runs
+once per backward, in the order of the parameters and not in the order in which a rank finishes them. So a tied weight is one
+parameter, .grad of earlier micro-batches is never reduced again, and a parameter that one rank does not use counts as zero
+there without blocking the others. Knows nothing of what the model computes.
 """
 
 from collections.abc import Iterable
@@ -28,17 +28,23 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 
 BUCKET_BYTES = 25 * 2**20
-"""One all-reduce carries about this much: large enough to hide its latency, small beside the model."""
+"""The size of one all-reduce: large enough that its latency is negligible, small compared with the model."""
 
 
 class MeanGradients:
-    """Hooks after which ``backward()`` adds to ``.grad`` the mean over the mesh of the gradients that the ranks have computed.
+    """Hooks on a model that make ``backward()`` add the mean of the ranks' gradients to ``.grad``.
 
-    Equals one device's gradient of the whole batch, where every rank's loss is the global one. The mean is formed in fp32
-    (fp64 for fp64 parameters). A parameter that no rank used keeps its ``.grad``; ranks that did not use it count as zero.
+    If every rank's loss is the global loss, ``.grad`` is the gradient of one device over the global batch. The mean is formed
+    in fp32 (fp64 for fp64 parameters). A parameter that no rank used keeps its ``.grad``; ranks that did not use it count as
+    zero. Every rank of the mesh must call ``backward`` equally often.
 
-    Every rank of the mesh must call ``backward`` equally often. Raises ModelError, on the rank that asks, for
-    ``torch.autograd.grad`` of a parameter, ``create_graph=True``, and parameters that were unfrozen or replaced since.
+    Args:
+        model: the module whose parameters get hooks; those that require a gradient now.
+        mesh: the mean is over ``mesh.fsdp_group``.
+
+    Raises:
+        ModelError: later, in a forward or backward: for ``torch.autograd.grad`` of a parameter, for ``create_graph=True``, and
+            for a parameter that was unfrozen or replaced since.
     """
 
     def __init__(self, model: nn.Module, mesh: ParallelMesh) -> None:
@@ -46,7 +52,7 @@ class MeanGradients:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._buckets = _buckets(self._parameters)
         self._arrived: WeakValueDictionary[int, _Arrived] = WeakValueDictionary()
-        # On one rank the mean is what is there already.
+        # on one rank the gradient is the mean already
         hooked = self._parameters if mesh.fsdp_group.size() > 1 else []
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._refuse_what_changed),
@@ -65,14 +71,17 @@ class MeanGradients:
             handle.remove()
 
     def _keep(self, index: int, grad: Tensor | None) -> Tensor | None:
-        arrived = self._of_this_backward(index)
+        arrived = self._arrived_in_this_backward(index)
         if grad is None:
             return None
         arrived[index] = grad
         return grad.new_zeros(()).expand_as(grad)
 
-    def _of_this_backward(self, index: int) -> "_Arrived":
-        """The engine's callback alone holds it, so that a backward that failed leaves nothing behind for the next."""
+    def _arrived_in_this_backward(self, index: int) -> "_Arrived":
+        """The gradients of the backward that is running, with a callback at its end that reduces them.
+
+        Only the callback holds a strong reference, so a backward that fails leaves no gradients for the next one.
+        """
         task = _compat.backward_id()
         arrived = self._arrived.get(task)
         if arrived is None:
@@ -90,7 +99,10 @@ class MeanGradients:
         self._refuse_what_changed()
 
     def _refuse_what_changed(self, *_: object) -> None:
-        """Before each forward too: where every hooked parameter was frozen or replaced, no hook would be there to see it."""
+        """Raise ModelError for a trained parameter without a hook.
+
+        Called before each forward too: if all parameters with hooks were frozen or replaced, no hook would run in the backward.
+        """
         known = set(map(id, self._parameters))
         for name, parameter in self._model.named_parameters():
             if parameter.requires_grad and id(parameter) not in known:
@@ -109,28 +121,36 @@ class MeanGradients:
 
 @torch.no_grad()
 def grad_norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
-    """The 2-norm of all gradients together, whole where parameters are sharded: the same fp64 number on every rank.
+    """The 2-norm of all gradients together, over all shards of sharded parameters.
 
-    Equals ``torch.nn.utils.get_total_norm`` of one device's gradients in fp64; torch's own fp32 norm on a CPU can be 1e-4 low.
+    Args:
+        parameters: parameters with whole gradients, or with gradients (DTensor) sharded over one mesh axis.
+
+    Returns:
+        An fp64 scalar, equal on every rank. It equals ``torch.nn.utils.get_total_norm`` of one device's gradients in fp64;
+        torch's fp32 norm on a CPU can be 1e-4 too low.
+
+    Raises:
+        ModelError: a gradient is sharded over several mesh axes, or is a partial sum.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
         return torch.zeros((), dtype=torch.float64)
-    spread: dict[tuple[DeviceMesh, int] | None, list[Tensor]] = {}
+    squares_by_axis: dict[tuple[DeviceMesh, int] | None, list[Tensor]] = {}
     for grad in grads:
-        spread.setdefault(_spread(grad), []).append(_square(_local(grad)))
+        squares_by_axis.setdefault(_sharded_axis(grad), []).append(_square(_local(grad)))
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
-    for where, squares in spread.items():
+    for axis, squares in squares_by_axis.items():
         part = torch.stack(squares).sum()
-        if where is not None:
-            dist.all_reduce(part, group=where[0].get_group(where[1]))
+        if axis is not None:
+            dist.all_reduce(part, group=axis[0].get_group(axis[1]))
         total = total + part
     return total.sqrt()
 
 
 @torch.no_grad()
 def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
-    """Scale all gradients in place so that their true norm is at most ``max_norm``.
+    """Scale all gradients in place so that their norm over all ranks is at most ``max_norm``.
 
     Args:
         model: a module, or its parameters (an iterable of tensors); their gradients may be sharded over one mesh axis.
@@ -200,13 +220,19 @@ def _whole_parameters(trained: dict[str, nn.Parameter]) -> dict[str, str]:
 def _mean_of_bucket(
     parameters: list[nn.Parameter], bucket: list[int], found: dict[int, Tensor], mesh: ParallelMesh
 ) -> dict[int, Tensor]:
-    """The mean over ``mesh.fsdp_group`` of the gradients ``found`` on each rank, by the number of the parameter.
+    """The mean over ``mesh.fsdp_group`` of the gradients of one bucket, by all-reduce.
 
-    Empties ``found``. A parameter that no rank has a gradient for is left out; where some ranks have none, they count as zero.
+    Args:
+        parameters: all parameters.
+        bucket: the indices of those of this bucket.
+        found: this rank's gradients by index; the entries of the bucket are removed.
+
+    Returns:
+        The mean by index. A rank without a gradient counts as zero; a parameter for which no rank has one is left out.
     """
     sizes = [parameters[index].numel() for index in bucket]
     first = parameters[bucket[0]]
-    flat = torch.zeros(sum(sizes) + len(bucket), dtype=_wide(first.dtype), device=first.device)
+    flat = torch.zeros(sum(sizes) + len(bucket), dtype=_reduction_dtype(first.dtype), device=first.device)
     *pieces, present = torch.split(flat, [*sizes, len(bucket)])
     for position, index in enumerate(bucket):
         if index in found:
@@ -222,24 +248,26 @@ def _mean_of_bucket(
 
 
 class _Arrived(dict[int, Tensor]):
-    """What one backward brought, by the number of the parameter. (A plain dict cannot be referred to weakly.)"""
+    """The gradients of one backward, by the index of the parameter. (A plain dict has no weak references.)"""
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which gradients are averaged: fp64 for fp64, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _buckets(parameters: list[nn.Parameter]) -> list[list[int]]:
-    """The numbers of the parameters, in order, in runs of one kind and about BUCKET_BYTES."""
+    """The indices of the parameters, in order, in buckets of one dtype and device and of about BUCKET_BYTES each."""
     buckets: list[list[int]] = []
-    kind, room = None, 0
+    kind, free = None, 0
     for index, parameter in enumerate(parameters):
-        wide, size = (_wide(parameter.dtype), parameter.device), parameter.numel() * _wide(parameter.dtype).itemsize
-        if wide != kind or size > room:
+        dtype = _reduction_dtype(parameter.dtype)
+        size = parameter.numel() * dtype.itemsize
+        if (dtype, parameter.device) != kind or size > free:
             buckets.append([])
-            kind, room = wide, BUCKET_BYTES
+            kind, free = (dtype, parameter.device), BUCKET_BYTES
         buckets[-1].append(index)
-        room -= size
+        free -= size
     return buckets
 
 
@@ -256,13 +284,13 @@ def _local(grad: Tensor) -> Tensor:
 
 
 def _square(local: Tensor) -> Tensor:
-    # In fp64, a piece at a time: an fp32 sum of 50 million squares is 0.4% off, and a whole fp64 copy is twice the gradient.
+    # in fp64, in pieces: an fp32 sum of 50 million squares is 0.4% off, and one fp64 copy has twice the size of the gradient
     pieces = torch.split(local.flatten(), 2**20)
     return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).square().sum()
 
 
-def _spread(grad: Tensor) -> tuple[DeviceMesh, int] | None:
-    """The mesh axis that a gradient is cut over; None where this rank has all of it."""
+def _sharded_axis(grad: Tensor) -> tuple[DeviceMesh, int] | None:
+    """The mesh and the axis of it over which a gradient is sharded; None if this rank has all of it."""
     if not isinstance(grad, DTensor):
         return None
     axes = [axis for axis, placement in enumerate(grad.placements) if placement.is_shard()]

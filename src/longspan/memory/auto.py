@@ -1,9 +1,10 @@
-"""The memory options that cost least time among those with which a step fits into a budget. Knows configs, not tensors.
+"""AutoMemory: the fastest ZeRO stage and memory options whose estimated peak fits a budget. Reads configs, not tensors.
 
-config of a model  -->  sizes  -->  nothing                          |  the first whose footprint fits,
-                                    tiles                            |  in the order of what they cost
-                                    tiles, zero=2                    |
-                                    tiles, selective  ...            v
+config of a model  -->  sizes  -->  no option                      |  the first one whose footprint
+                                    tiles                          |  (planner/memory.py) fits the budget,
+                                    tiles, zero=2                  |  in the order of their time
+                                    tiles, selective recomputation |
+                                    ...                            v
 """
 
 import inspect
@@ -17,16 +18,16 @@ from longspan.memory.options import AutoMemory, MemoryOptions
 from longspan.planner.memory import Footprint, Sizes, footprint
 
 TILE_TOKENS = 4_096
-"""Tokens of a tile that is chosen: large enough for an efficient GEMM."""
+"""The ``tile_tokens`` that is chosen: large enough for an efficient GEMM."""
 THEIR_NAMES = {
     "vocab": "vocab_size", "layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads",
     "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "ffn": "intermediate_size",
 }  # fmt: skip
-"""Names of the sizes of a decoder in the configs of Transformers."""
+"""The names of a decoder's sizes (``Sizes``) in the configs of Transformers."""
 
 
 class Choice(NamedTuple):
-    """A ZeRO stage and memory options, and the footprint of a step with them."""
+    """A ZeRO stage, memory options, and the estimated memory of a step with both."""
 
     zero: int
     memory: MemoryOptions
@@ -42,21 +43,21 @@ class Choice(NamedTuple):
 def choose(
     model: nn.Module, budget: AutoMemory, *, ranks: int, itemsize: int, sharded: bool = False, fsdp_ranks: int | None = None
 ) -> tuple[Choice, str]:
-    """The ZeRO stage and memory options for a budget.
+    """The fastest ZeRO stage and memory options with which a step fits into a budget.
 
     Args:
         model: a model whose config has the sizes of a decoder.
-        budget: GiB of a rank, and tokens of the longest row.
+        budget: GiB of one rank, and tokens of the longest row.
         ranks: ranks that hold one row.
-        itemsize: bytes of an activation's element.
-        sharded: whether zero must be 2 or 3, because another argument of ``parallelize`` needs it.
+        itemsize: bytes of an element of the activations.
+        sharded: consider only zero=2 and 3, because another argument of ``parallelize`` needs sharded parameters.
         fsdp_ranks: ranks that shard the parameters, as in ``footprint``.
 
     Returns:
-        The choice, and one sentence that says why.
+        The choice, and one sentence with the reason.
 
     Raises:
-        ModelError: an encoder-decoder, a size that is missing in the config, or a budget that nothing fits into.
+        ModelError: the model is an encoder-decoder, its config lacks a size, or nothing fits into the budget.
     """
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
@@ -97,7 +98,17 @@ def cheapest(
     sharded: bool = False,
     fsdp_ranks: int | None = None,
 ) -> Choice:
-    """The first set of options whose step fits into ``budget`` bytes a rank; the smallest where none does."""
+    """The fastest candidate whose step fits into ``budget`` bytes a rank, or the one with the smallest peak if none fits.
+
+    Args:
+        sizes: sizes of the decoder.
+        parameters: number of parameters.
+        tokens: tokens of a row.
+        ranks: ulysses and ring ranks that hold a row.
+        budget: bytes of one rank.
+        whole_logits: whether the model's own loss forms all logits at once (Transformers) unless ``chunked_loss`` is set.
+        itemsize, sharded, fsdp_ranks: as in ``choose``.
+    """
     choices = []
     for zero, options in _candidates(sizes, ranks, whole_logits, sharded):
         logits = ("tiles" if options.chunked_loss else "whole") if whole_logits else "blocks"
@@ -113,7 +124,7 @@ def cheapest(
 
 
 def _candidates(sizes: Sizes, ranks: int, whole_logits: bool, sharded: bool) -> list[tuple[int, MemoryOptions]]:
-    """In the order of the time they cost."""
+    """The (zero, options) that are tried, the fastest first."""
     tiles = MemoryOptions(tile_tokens=TILE_TOKENS, chunked_loss=whole_logits)
     selective = replace(tiles, recompute="selective")
     tried = [(0, MemoryOptions()), (0, tiles), (2, tiles), (0, selective), (2, selective), (3, selective)]
@@ -125,6 +136,7 @@ def _candidates(sizes: Sizes, ranks: int, whole_logits: bool, sharded: bool) -> 
 
 
 def _sizes(model: nn.Module, config: Any) -> Sizes:
+    """The sizes of a Transformers model, from its config."""
     text = None if config is None else config.get_text_config()
     found: dict[str, Any] = {name: getattr(text, theirs, None) for name, theirs in THEIR_NAMES.items()}
     found["kv_heads"] = found["kv_heads"] or found["heads"]

@@ -1,22 +1,23 @@
-"""Activation checkpointing of a block: full recomputation, or selective, which keeps attention's output.
+"""Activation checkpointing of a block: full recomputation, or selective, which saves the output of attention.
 
-    block(x)        none    everything that its backward needs is kept
-                    full    x is kept, everything else is computed again in the backward
+    recompute =     none        the forward saves everything that the backward needs
+                    full        the forward saves the block's input; the backward computes the block again
+                    selective   as full, but attention's output is saved too and attention is not computed again
 
     checkpoint(block, x, use_reentrant=False, context_fn=selective_context)          a block of attend(recomputable=True)
 
                       norm, q, k, v      attention                    out, feed-forward
       forward         compute, free      exchange, attend, exchange   compute, free
-                                         keep out (my tokens) and log-sum-exp (my heads)
-      recompute       compute            nothing: out is kept         compute
-      backward        through            receive q, k, v, out, dout,  through
-                                         return dq, dk, dv
+                                         save out (my tokens) and log-sum-exp (my heads)
+      recompute       compute            nothing: out is saved        compute
+      backward        autograd           exchange q, k, v, out, dout  autograd
+                                         exchange dq, dk, dv
 
-    all-to-alls a layer a step            forward   recompute   backward
+    all-to-alls a layer and step          forward   recompute   backward
       attend, computed again                 2          2           2
       attend(recomputable=True), saved       2          0           2
 
-Attention is most of the work of a long sequence, and its output is small: one hidden state a token. So it is computed once.
+On long sequences attention is most of the work, and its output is small: one hidden state per token.
 Source: the log-sum-exp as what a backward needs, FlashAttention, arXiv:2205.14135. Knows nothing of models.
 """
 
@@ -32,23 +33,26 @@ from longspan.memory.options import Recompute
 
 
 def selective_context() -> tuple[Any, Any]:
-    """The ``context_fn`` of a ``torch.utils.checkpoint.checkpoint`` that computes everything again but
-    ``attend(recomputable=True)``.
+    """The ``context_fn`` for ``torch.utils.checkpoint.checkpoint`` that saves the results of ``attend(recomputable=True)``.
 
-    The gradients are those without a checkpoint. Plain ``attend`` is computed again, its exchanges too.
+    Everything else in the checkpoint is computed again in the backward, also a plain ``attend`` with its exchanges. Gradients
+    are the same as without a checkpoint.
+
+    Returns:
+        The two contexts of ``create_selective_checkpoint_contexts``: for the forward and for the recomputation.
     """
     contexts: tuple[Any, Any] = create_selective_checkpoint_contexts([torch.ops.longspan.attention_recomputable.default])
     return contexts
 
 
 def checkpoint_block(block: nn.Module, recompute: Recompute) -> None:
-    """Change ``block`` in place so that it saves its inputs alone and computes again what its backward needs.
+    """Change ``block`` in place so that its forward saves only its inputs and its backward computes it again.
 
     ``vars(block).pop("forward")`` undoes it.
 
     Args:
-        block: a module that is called with tensors, and gives the same result when it is computed again.
-        recompute: "none" changes nothing; "full" computes everything again; "selective" everything but
+        block: a module whose result is the same when it is computed again.
+        recompute: "none" changes nothing; "full" computes everything again; "selective" computes everything again except
             ``attend(recomputable=True)``.
     """
     if recompute == "none":

@@ -1,10 +1,10 @@
 """Activation offload: what a block saves for its backward is kept in host memory until that backward begins.
 
-    forward    block 0 --saves--> host   block 1 --saves--> host   ...   last block keeps its own
+    forward    block 0 --saves--> host   block 1 --saves--> host   ...   last block saves on the device
     backward                                    host --> block 1                host --> block 0
 
-On CUDA the copies run on a stream of their own, from and to pinned memory, beside the kernels. On a CPU the host is the same
-memory: nothing is gained there, and the same code runs. (The CUDA side has never run on a GPU.)
+On CUDA the copies use pinned memory and a stream of their own, and overlap with the kernels; this has never run on a GPU. On a
+CPU the same code runs without any gain, because the host is the same memory.
 """
 
 from collections.abc import Callable
@@ -16,29 +16,29 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 OFFLOAD_BYTES = 2**20
-"""Smaller tensors stay on the device: a copy would cost more than it frees."""
+"""The smallest tensor (bytes) that is offloaded; copying smaller ones costs more than it frees."""
 
 
 def offload_activations(block: nn.Module) -> None:
     """Change ``block`` in place so that the tensors it saves for its backward are kept in host memory.
 
-    Parameters stay where they are. ``vars(block).pop("forward")`` undoes it.
+    Parameters stay on the device. ``vars(block).pop("forward")`` undoes it.
 
     Args:
-        block: a module whose backward runs some time after its forward; the last block of a model gains nothing.
+        block: a module whose backward does not directly follow its forward; the last block of a model gains nothing.
     """
     vars(block)["forward"] = partial(_forward_offloaded, block, block.forward)
 
 
 def _forward_offloaded(block: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
     parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
-    copies: dict[object, tuple[Tensor, _HostCopy]] = {}  # the tensor itself is held, so that its address means no other
+    copies: dict[object, tuple[Tensor, _HostCopy]] = {}  # holding the tensor keeps its address from being reused
 
     def pack(x: Tensor) -> Tensor | _HostCopy:
-        size = min(x.numel() * x.element_size(), x.untyped_storage().nbytes())  # an expanded tensor has less than it shows
+        size = min(x.numel() * x.element_size(), x.untyped_storage().nbytes())  # an expanded tensor has a smaller storage
         if size < OFFLOAD_BYTES or x.untyped_storage().data_ptr() in parameters:
             return x
-        same = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)  # saved by q, k and v alike, it is copied once
+        same = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)  # several operators save it; it is copied once
         if same not in copies:
             copies[same] = (x.detach(), _HostCopy(x))
         return copies[same][1]
@@ -50,7 +50,7 @@ def _forward_offloaded(block: nn.Module, forward: Callable[..., Any], *args: Any
 
 
 class _HostCopy:
-    """A tensor copied to host memory, and the way back to its device."""
+    """A copy of a tensor in host memory; ``restore`` copies it back to the device of the original."""
 
     def __init__(self, x: Tensor) -> None:
         self.device = x.device
@@ -62,9 +62,10 @@ class _HostCopy:
         copying.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(copying):
             self.host.copy_(x, non_blocking=True)
-        x.record_stream(copying)  # its memory is free for others only when the copy has read it
+        x.record_stream(copying)  # its memory may be reused only after the copy has read it
 
     def restore(self) -> Tensor:
+        """The tensor on its original device."""
         if self.device.type != "cuda":
             return self.host.to(self.device)
         now, copying = torch.cuda.current_stream(self.device), _copy_stream(self.device)
@@ -77,5 +78,5 @@ class _HostCopy:
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream for copies, so that kernels need not wait for them."""
+    """The stream of a device on which the copies run, so that they overlap with kernels."""
     return torch.cuda.Stream(device)

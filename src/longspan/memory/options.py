@@ -1,6 +1,6 @@
-"""Options that make a training step need less memory, and a budget from which they are chosen. Knows no tensors and no model.
+"""MemoryOptions, the settings that reduce the memory of a training step, and AutoMemory, a budget from which they are chosen.
 
-    MemoryOptions(recompute="selective", tile_tokens=4096)        named one by one
+    MemoryOptions(recompute="selective", tile_tokens=4096)        set one by one
     AutoMemory(budget_gib=70, tokens=1_000_000)                   chosen by the closed form of planner/memory.py (see auto.py)
 
 The command line's flags, ``parallelize(memory=)`` and ``LongTrainer(memory=)`` are these fields. No option changes a result:
@@ -13,21 +13,25 @@ from typing import Literal, get_args
 from longspan.errors import ModelError
 
 Recompute = Literal["none", "full", "selective"]
-"""What a block computes again in its backward: nothing, everything, or everything but attention and its all-to-alls."""
+"""What a block computes again in its backward: nothing, everything, or everything except attention and its all-to-alls."""
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """How a training step saves activation memory. Raises ModelError for a value that no model can have."""
+    """Settings that reduce the activation memory of a training step; none changes a result.
+
+    Raises:
+        ModelError: a value that is invalid for every model.
+    """
 
     recompute: Recompute = "none"
-    """Activation checkpointing of every block: "none", "full", or "selective" (all but attention; see checkpointing.py)."""
+    """Activation checkpointing of every block: "none", "full", or "selective" (all except attention; see checkpointing.py)."""
     tile_tokens: int | None = None
     """Tokens that a feed-forward or a norm processes at a time, forward and backward (None: all of them)."""
     head_chunks: int = 1
-    """Number of chunks of a rank's heads that are exchanged and attended one after the other."""
+    """Number of chunks into which a rank's heads are cut; attention exchanges and computes one chunk after another."""
     offload_activations: bool = False
-    """Keep in host memory what all blocks but the last save for their backward."""
+    """Keep what all blocks except the last save for their backward in host memory."""
     chunked_loss: bool = False
     """Compute the loss of a Hugging Face model without forming all logits. (The Decoder never forms them.)"""
 
@@ -43,9 +47,10 @@ class MemoryOptions:
 
 @dataclass(frozen=True)
 class AutoMemory:
-    """A memory budget from which ``parallelize`` chooses ``zero`` and a ``MemoryOptions``: the fastest that fit.
+    """A memory budget from which ``parallelize`` chooses ``zero`` and ``MemoryOptions``: the fastest that fit.
 
-    ``parallelize`` raises ModelError where none fits. Raises ModelError for a budget or a length that is not positive.
+    Raises:
+        ModelError: the budget or the length is not positive. ``parallelize`` raises it if nothing fits into the budget.
     """
 
     budget_gib: float

@@ -1,4 +1,4 @@
-"""Where the memory of a step goes: every allocation while it runs, by what it is for. Knows nothing of ranks or layouts.
+"""Memory profiler of a training step: a timeline of its allocations by category, with the peak. Knows nothing of ranks.
 
     with Recorded(model, optimizer) as recorded:          allocated
         loss = model(**part).loss                              |          peak
@@ -7,9 +7,9 @@
     recorded.timeline.at_peak()                                |__/______________\\__   parameters, optimizer
     recorded.timeline.plot("memory.html")                      +------------------------ seconds
 
-PyTorch's profiler reports every allocation with the operators that it is made under; their names say what it is for, and the
-address, what is still there when the gradients are complete. What has been there before is counted from model and optimizer.
-(On CUDA the profiler reports those of the caching allocator; that has never run on a GPU.)
+PyTorch's profiler reports every allocation with its address and the operators it is made in. The operators' names give its
+category; addresses of gradients are recorded when the optimizer's step begins. Memory that was allocated before the step is
+counted from model and optimizer. (On CUDA the profiler reports the caching allocator; that has never run on a GPU.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from longspan import _compat
 
 CATEGORIES = ("parameters", "optimizer", "gradients", "activations", "logits", "exchange")
-"""In the order in which a plot stacks them. Activations are whatever is nothing else, temporary results among them."""
+"""The categories, in the order in which a plot stacks them. "activations" is everything else, including temporaries."""
 NAMES = (
     ("longspan::exchange", "exchange"),
     ("_TiledLoss", "logits"),
@@ -37,11 +37,11 @@ NAMES = (
     ("longspan::mean_gradients", "gradients"),
     ("Optimizer.", "optimizer"),
 )
-"""What an allocation is for, by the name of any operator that it is made under; the first that fits."""
+"""(part of an operator's name, category): the first entry that matches an operator around an allocation gives its category."""
 
 
 class Change(NamedTuple):
-    """Bytes that were allocated, or freed where they are negative, in nanoseconds of the profiler's clock."""
+    """One allocation (positive ``size`` in bytes) or free (negative), at ``when`` in nanoseconds of the profiler's clock."""
 
     when: int
     category: str
@@ -50,17 +50,17 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """A step: what was there when it began, by category, and every change."""
+    """The memory of a step: bytes by category before it, and every allocation and free in it."""
 
     before: dict[str, int]
     changes: Sequence[Change]
 
     def peak(self) -> int:
-        """The most bytes that were there at once."""
+        """The largest number of bytes allocated at one time."""
         return sum(self.at_peak().values())
 
     def at_peak(self) -> dict[str, int]:
-        """The bytes of each category when most were there."""
+        """The bytes of each category at the time of the peak."""
         now = dict(self.before)
         most, total = dict(now), sum(now.values())
         largest = total
@@ -72,7 +72,7 @@ class Timeline:
         return most
 
     def plot(self, path: str | Path) -> None:
-        """Write the timeline as a page that a browser shows, complete in one file."""
+        """Write the timeline to ``path`` as one self-contained HTML page with a stacked plot (MiB over milliseconds)."""
         import plotly.graph_objects as graph
 
         start = self.changes[0].when if self.changes else 0
@@ -87,7 +87,7 @@ class Timeline:
         figure.write_html(path)
 
     def _samples(self, most: int = 4_000) -> Iterator[tuple[int, dict[str, int]]]:
-        """At most so many moments: of each run of changes the fullest."""
+        """At most ``most`` points (time, bytes by category) for a plot: the highest of each group of consecutive changes."""
         every = max(1, -(-len(self.changes) // most))
         now = dict(self.before)
         for first in range(0, len(self.changes), every):
@@ -101,9 +101,13 @@ class Timeline:
 
 
 class Recorded:
-    """A block in which every allocation is written down; ``timeline`` is there when it ends.
+    """Context manager that records every allocation of a training step; ``timeline`` exists after the block.
 
-    The optimizer's step tells which tensors are gradients, so the block holds one.
+    The block must contain one ``optimizer.step()``, at whose beginning the gradients are identified.
+
+    Args:
+        model: its parameters, buffers and gradients are counted in the memory before the step.
+        optimizer: its states are counted too.
     """
 
     timeline: Timeline
@@ -139,7 +143,7 @@ class Recorded:
         live: dict[int, tuple[int, int]] = {}
         changes: list[Change] = []
         for when, address, size, names in found:
-            if address in live:  # a free, or memory that another thread had freed, which the profiler does not see
+            if address in live:  # a free, or a new use of memory that another thread freed, which the profiler does not see
                 made, freed = live.pop(address)
                 if address in self._gradients and (stepped is None or changes[made].when < stepped <= when):
                     changes[made] = changes[made]._replace(category="gradients")
@@ -154,7 +158,7 @@ class Recorded:
 
 
 def _allocations(events: Sequence[Any], names: tuple[str, ...]) -> Iterator[tuple[int, int, int, tuple[str, ...]]]:
-    """When, where, how much, and the operators that it is made under."""
+    """(time, address, size, names of the enclosing operators) of every allocation and free in a tree of profiler events."""
     for event in events:
         if event.tag.name == "Allocation":
             kept = event.typed[1]

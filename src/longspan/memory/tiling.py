@@ -1,12 +1,12 @@
-"""Run what works token by token on a tile of tokens at a time, forward and again backward. Knows nothing of ranks or models.
+"""Tiled execution of token-wise modules (feed-forwards, norms): one tile of tokens at a time, recomputed in the backward.
 
     x  [ tile 0 | tile 1 | tile 2 | .. ]   --module, without a graph-->   y  [ tile 0 | tile 1 | tile 2 | .. ]     kept: x
                                                                                  |
     dx [ tile 0 | tile 1 | tile 2 | .. ]   <--module again, its own graph--  dy <+      dw = the sum over tiles, in fp32
 
-What a module needs between its input and its output, four times the hidden size in a feed-forward, is there for one tile. The
-gradient of a parameter leaves the operator once and whole, whatever number of tiles this rank has: to FSDP2, DDP and plain
-PyTorch it is the module that it was. Source: tiled MLP, Arctic Long Sequence Training, arXiv:2506.13996.
+The intermediate results of a module (four times the hidden size in a feed-forward) exist for one tile only. Autograd gets one
+complete gradient per parameter, however many tiles this rank has, so FSDP2, DDP and plain PyTorch work as with the untiled
+module. Knows nothing of ranks or models. Source: tiled MLP, Arctic Long Sequence Training, arXiv:2506.13996.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,21 +20,30 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from longspan.errors import ModelError
+from longspan.kernels.protocol import accumulation_dtype
 
 Module = TypeVar("Module", bound=nn.Module)
 Run = Callable[[Tensor, slice, Sequence[Tensor]], Tensor]
-"""(x of a tile [rows, ...], which rows, the parameters to use) -> what the tile gives, its rows in dim 0."""
+"""(tile of x [rows, ...], its rows as a slice of x, the parameters to use) -> result of the tile, with its rows in dim 0."""
 
 
 def tiled(module: Module, tile_tokens: int) -> Module:
-    """Change ``module`` in place so that it works on ``tile_tokens`` tokens at a time, and return it; ``untiled`` undoes it.
+    """Change ``module`` in place so that it processes ``tile_tokens`` tokens at a time; ``untiled`` undoes it.
 
-    Equals the module, gradients included, for any that takes one tensor [..., tokens, dim] and gives one, each token by itself:
-    a feed-forward. Its forward is computed again in the backward, and the gradients of its parameters are summed over tiles in
-    fp32. Ranks may have unequally many tiles.
+    Results and gradients are those of the untiled module. Its forward is computed again in the backward, and the gradients of
+    its parameters are summed over tiles in fp32. Ranks may have unequally many tiles.
 
-    The module may not change its input in place. Raises ModelError for a mixture of experts, whose router would be recorded a
-    tile at a time; at a call, for a module that takes or gives something else.
+    Args:
+        module: a module that takes one tensor [..., tokens, dim], returns one, computes each token independently of the others,
+            and does not change its input in place.
+        tile_tokens: tokens of a tile, at least 1.
+
+    Returns:
+        The module, the same object.
+
+    Raises:
+        ModelError: the module contains a mixture of experts, whose router must see all tokens at once, or has a replaced
+            forward; at a call, it takes or returns something other than one tensor.
     """
     refuse_to_tile(module, tile_tokens)
     vars(module)["forward"] = partial(_forward, module, tile_tokens)
@@ -42,13 +51,13 @@ def tiled(module: Module, tile_tokens: int) -> Module:
 
 
 def refuse_to_tile(module: nn.Module, tile_tokens: int) -> None:
-    """Raise ModelError for what ``tiled`` cannot change so."""
+    """Raise ModelError if ``tiled(module, tile_tokens)`` would."""
     if tile_tokens < 1:
         raise ModelError(f"tiles of {tile_tokens} tokens are not possible; use at least 1")
     if "forward" in vars(module):
         raise ModelError(
-            f"{type(module).__name__} has a forward of its own hung on it (by another library, or tiled before), which tiles "
-            f"would pass by; undo it first (untiled(module), where it is tiled), or tile before that library"
+            f"{type(module).__name__} has a forward that was replaced on the instance (by another library, or tiled before), "
+            f"which tiles would not call; undo it first (untiled(module), where it is tiled), or tile before that library"
         )
     if routes_to_experts(module):
         raise ModelError(
@@ -58,7 +67,7 @@ def refuse_to_tile(module: nn.Module, tile_tokens: int) -> None:
 
 
 def routes_to_experts(module: nn.Module) -> bool:
-    """Whether it is, or has, a mixture of experts."""
+    """Whether ``module`` is or contains a mixture of experts."""
     return any("Router" in type(part).__name__ or hasattr(part, "experts") for part in module.modules())
 
 
@@ -69,9 +78,16 @@ def untiled(module: Module) -> Module:
 
 
 def tile_by_tile(run: Run, x: Tensor, tokens: int, parameters: Sequence[Tensor]) -> Tensor:
-    """What ``run`` gives for each tile of ``tokens`` of the rows of ``x`` [..., dim], one behind the other along dim 0.
+    """Apply ``run`` to tiles of the rows of ``x`` and concatenate the results, without saving intermediate results.
 
-    Differentiable in ``x`` and ``parameters``; ``run`` is called without a graph, then once more for each tile in the backward.
+    Args:
+        run: called for each tile without a graph in the forward, and once more with a graph in the backward.
+        x: [..., dim]; its rows are those of ``x.reshape(-1, dim)``.
+        tokens: rows of a tile.
+        parameters: tensors that ``run`` gets and in which the result is differentiable, as it is in ``x``.
+
+    Returns:
+        The results of the tiles, concatenated along dim 0.
     """
     out: Tensor = _in_tiles(run, x, tokens, None, parameters)
     return out
@@ -79,9 +95,9 @@ def tile_by_tile(run: Run, x: Tensor, tokens: int, parameters: Sequence[Tensor])
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _in_tiles(run: Run, x: Tensor, tokens: int, lead: torch.Size | None, parameters: Sequence[Tensor]) -> Tensor:
-    """With ``lead`` the shape of the results before their last dimension, which is (rows,) without."""
-    kept, mark = _Kept.apply(x, *parameters)  # type: ignore[no-untyped-call]
-    out: Tensor = _Tiles.apply(run, tokens, lead, mark.grad_fn, kept, *parameters)  # type: ignore[no-untyped-call]
+    """``tile_by_tile``, with the leading dims of the result reshaped to ``lead`` (None: one dim of all rows)."""
+    saved, mark = _SaveInputs.apply(x, *parameters)  # type: ignore[no-untyped-call]
+    out: Tensor = _Tiles.apply(run, tokens, lead, mark.grad_fn, saved, *parameters)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -104,7 +120,7 @@ def _forward(module: nn.Module, tokens: int, x: Tensor, *more: Any, **named: Any
 
 
 class _Own(nn.Module):
-    """A module with the forward of its class, beside the tiled one that hangs on it."""
+    """A module called by the forward of its class, which the tiled forward on the instance hides."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -114,11 +130,11 @@ class _Own(nn.Module):
         return type(self.module).forward(self.module, x)
 
 
-class _Kept(torch.autograd.Function):
-    """Keeps what the tiles' backward begins with, before the tiles are computed.
+class _SaveInputs(torch.autograd.Function):
+    """Saves the inputs of the tiles for the backward of ``_Tiles``, before the tiles are computed.
 
-    A checkpoint ends its recomputation with the last tensor that was kept: kept behind them, they were computed for nothing.
-    Gives x, and an empty tensor that has this node of the graph where x, of integers, has none.
+    A checkpoint stops its recomputation at the last saved tensor, so saving them first spares it from computing the tiles.
+    Returns x, and an empty tensor whose grad_fn is this node (an integer x has no grad_fn).
     """
 
     @staticmethod
@@ -133,15 +149,17 @@ class _Kept(torch.autograd.Function):
 
 
 class _Tiles(torch.autograd.Function):
+    """The tiles, computed without a graph; ``saved``: the node of ``_SaveInputs``, whose tensors the backward reads."""
+
     @staticmethod
-    def forward(ctx: Any, run: Run, tokens: int, lead: torch.Size | None, kept: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Run, tokens: int, lead: torch.Size | None, saved: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         x_RM = x.reshape(-1, x.shape[-1])
         ctx.run, ctx.tiles = run, [slice(start, start + tokens) for start in range(0, len(x_RM), tokens)]
         ctx.autocast, ctx.random = _autocast_of(x), _Random(x.device)
         with ctx.autocast():
             outs = [run(x_RM[rows], rows, parameters) for rows in ctx.tiles]
         ctx.sizes, ctx.inner = [len(out) for out in outs], outs[0].ndim - 1
-        ctx.kept = kept
+        ctx.saved = saved
         tail = outs[0].shape[1:]
         out = outs[0].new_empty(*(lead or (sum(ctx.sizes),)), *tail)  # FSDP2 wants no view of something else
         torch.cat(outs, out=out.view(-1, *tail))
@@ -150,8 +168,8 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        x, *parameters = ctx.kept.saved_tensors
-        # Copies without hooks: what hangs on a parameter waits for its whole gradient.
+        x, *parameters = ctx.saved.saved_tensors
+        # copies without hooks: the hooks of a parameter expect its whole gradient, not that of a tile
         leaves = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in parameters]
         trained = [leaf for leaf in leaves if leaf.requires_grad]
         sums: list[Tensor | None] = [None] * len(trained)
@@ -176,20 +194,20 @@ def _sum(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
     if grad is None:
         return total
     if total is None:
-        return grad.to(torch.promote_types(grad.dtype, torch.float32))
+        return grad.to(accumulation_dtype(grad.dtype))
     return total.add_(grad)
 
 
 def _autocast_of(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:
     kind = x.device.type
-    # Without the cache: a weight that was cast without a graph would be taken for one with a graph.
+    # without the cache, which would reuse a weight that was cast without a graph where one with a graph is needed
     return partial(
         torch.autocast, kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
     )
 
 
 class _Random:
-    """The random numbers of a forward, to be drawn again."""
+    """The state of the random number generators at a forward; within ``again`` the same numbers are drawn."""
 
     def __init__(self, device: torch.device) -> None:
         self.devices = [device] if device.type == "cuda" else []

@@ -1,11 +1,11 @@
-"""How much memory a training step of a decoder needs at its fullest, in closed form. Integers only, no torch; docs/memory.md.
+"""Closed-form estimate of the peak memory of a training step of a decoder. Integers only, no torch; see docs/memory.md.
 
-    peak  =  states            parameters, optimizer states: whole, or a share
-          +  kept              what the forward leaves for the backward, of every layer
-          +  the largest of    loss | feed-forward | attention | update         what comes on top while each is at work
+    peak  =  states            parameters and optimizer states: whole, or one shard
+          +  saved             activations that the forward saves for the backward, for all layers
+          +  the largest of    loss | feed-forward | attention | update         temporary memory of each phase
 
-Sizes are in bytes of one rank that holds n of a row's tokens; a width w costs ``n * w * itemsize``. Every term is a tensor
-that can be named, so the form is a reading of the code, not a fit.
+Sizes are in bytes of one rank that holds n tokens of a row; a width of w elements takes ``n * w * itemsize``. Every term is a
+tensor in the code; nothing is fitted to measurements.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from longspan.tuning import HEAD_TILE_BYTES, LOSS_TOKENS, LOSS_WORDS, SCRATCH_BYTES
 
 WIDE = 4
-"""Bytes of what is summed: gradients, optimizer states, partial results of kernels, logits."""
+"""Bytes of an fp32 element: gradients, optimizer states, partial results of kernels, logits."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,20 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one rank: what is there all the time, what waits for the backward, what each phase adds."""
+    """The memory of a step in bytes of one rank."""
 
     states: int
-    kept: int
+    """Parameters and optimizer states, allocated during the whole step."""
+    saved: int
+    """Activations saved for the backward, and gathered parameters."""
     phases: dict[str, int]
+    """Temporary memory of the phases "loss", "feed-forward", "attention" and "update"."""
 
     @property
     def peak(self) -> int:
-        """The most that is there at once: what was kept is gone when the update begins."""
+        """The largest number of bytes at one time. Saved activations are freed before the update begins."""
         backward = max(size for name, size in self.phases.items() if name != "update")
-        return self.states + max(self.phases["update"], self.kept + backward)
+        return self.states + max(self.phases["update"], self.saved + backward)
 
 
 def footprint(
@@ -58,70 +61,82 @@ def footprint(
     logits: str = "blocks",
     itemsize: int = 4,
 ) -> Footprint:
-    """Peak memory of a training step with AdamW on one row of ``tokens`` over ``ranks`` ulysses ranks, in bytes of one rank.
+    """The memory of a training step with AdamW on one row, on the rank with the most tokens.
 
-    Where heads divide evenly, causal, from the second step on; how near it comes is in docs/memory.md.
-    With ``zero`` each rank keeps one of ``fsdp_ranks`` shards (default: one a rank).
-    ``logits`` are formed in "blocks" (the decoder), all at once ("whole", as Transformers' models do), or, with
-    ``chunked_loss``, by such a model's own head in "tiles".
+    Assumes a causal mask, heads that divide evenly over the ranks, and a step after the first. docs/memory.md compares it with
+    measurements.
+
+    Args:
+        sizes: sizes of the decoder.
+        parameters: number of parameters.
+        tokens: tokens of the row.
+        ranks: ulysses ranks that hold the row.
+        zero: the ZeRO stage.
+        fsdp_ranks: ranks that shard the parameters with ``zero`` > 0 (default: ``ranks``).
+        recompute, tile_tokens, head_chunks: as in ``MemoryOptions``.
+        logits: how the loss forms logits: "blocks" (the Decoder), "whole" (Transformers' own loss) or "tiles" (Transformers
+            with ``chunked_loss``).
+        itemsize: bytes of an element of the activations.
     """
     n = -(-tokens // ranks)
     hidden, query, key, ffn = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
-    zero = 2 if zero == 1 else zero  # which are the same
-    share = fsdp_ranks or (ranks if zero else 1)
+    zero = 2 if zero == 1 else zero  # FSDP2 has no stage 1
+    shards = fsdp_ranks or (ranks if zero else 1)
     tiled = tile_tokens is not None
     block_parameters = (parameters - sizes.vocab * hidden) // sizes.layers if sizes.layers else 0
     outside = sizes.vocab * hidden * WIDE
 
-    # What a layer keeps, by name
+    # widths that a layer saves
     residual, norms, feed = 2 * hidden, (2 if tiled else 4) * hidden, 0 if tiled else 4 * ffn
-    exchanged, returned = (query + 2 * key) + query, query  # q, k, v and the output of my heads; the output of my tokens
-    layer = residual + norms + feed + exchanged + returned
-    kept_of_layer = {"none": layer, "full": hidden, "selective": hidden + query}[recompute]
+    on_heads, on_tokens = (query + 2 * key) + query, query  # q, k, v and the output for my heads; the output for my tokens
+    layer = residual + norms + feed + on_heads + on_tokens
+    saved_per_layer = {"none": layer, "full": hidden, "selective": hidden + query}[recompute]
     angles = sizes.head_dim * n * WIDE
     lse = sizes.heads * n * WIDE * (recompute != "full")
-    kept = (sizes.layers * kept_of_layer + hidden + (1 if tiled else 2) * hidden) * n * itemsize + angles + sizes.layers * lse
+    after_layers = hidden + (1 if tiled else 2) * hidden
+    saved = (sizes.layers * saved_per_layer + after_layers) * n * itemsize + angles + sizes.layers * lse
 
-    # The last layer of the backward finds the others' gradients where they kept activations; zero=0 holds these gradients twice
-    finished = (sizes.layers - 1) * block_parameters * WIDE * (1 if zero else 2) // share
-    freed = (sizes.layers - 1) * (kept_of_layer * n * itemsize + lse)
+    # In the backward of the last layer, the gradients of the others exist and their saved activations are freed; with zero=0
+    # the gradients of this backward exist beside .grad
+    finished = (sizes.layers - 1) * block_parameters * WIDE * (1 if zero else 2) // shards
+    freed = (sizes.layers - 1) * (saved_per_layer * n * itemsize + lse)
     at_the_end = max(0, finished - freed)
 
-    # What is there again of a layer, while its backward runs
-    again = norms + hidden + feed + {"none": 0, "full": exchanged + returned, "selective": query + 2 * key}[recompute]
-    again *= recompute != "none"
+    # widths of a layer that are recomputed while its backward runs
+    recomputed = norms + hidden + feed + {"none": 0, "full": on_heads + on_tokens, "selective": query + 2 * key}[recompute]
+    recomputed *= recompute != "none"
     words = min(sizes.vocab, LOSS_WORDS)
-    narrow = itemsize if itemsize < WIDE else 0  # the products, and the gradient's, beside those that are summed
+    narrow = itemsize if itemsize < WIDE else 0  # copies in the activations' dtype beside the fp32 ones
     block = min(n, LOSS_TOKENS) * (words * (WIDE + narrow) + hidden * (itemsize + 2 * WIDE)) + words * hidden * narrow
-    of_logits = {"blocks": block, "whole": n * sizes.vocab * (itemsize + 2 * WIDE)}
-    of_logits["tiles"] = min(n, HEAD_TILE_BYTES // (WIDE * sizes.vocab)) * sizes.vocab * (itemsize + 2 * WIDE)
+    logit_bytes = {"blocks": block, "whole": n * sizes.vocab * (itemsize + 2 * WIDE)}
+    logit_bytes["tiles"] = min(n, HEAD_TILE_BYTES // (WIDE * sizes.vocab)) * sizes.vocab * (itemsize + 2 * WIDE)
     tile = min(n, tile_tokens) if tile_tokens is not None else 0
     weights = 2 * 3 * hidden * ffn * WIDE if tiled else 3 * hidden * ffn * WIDE
     gathered = {2: parameters * itemsize, 3: (2 * block_parameters + 2 * sizes.vocab * hidden) * itemsize}.get(zero, 0)
     work = tile * (6 * ffn + 2 * hidden) if tiled else n * 2 * ffn
-    feeding = ((again + 2 * hidden) * n + work) * itemsize + weights
+    feed_forward = ((recomputed + 2 * hidden) * n + work) * itemsize + weights
     phases = {
-        "loss": hidden * n * itemsize + outside + of_logits[logits],
-        "feed-forward": feeding + outside + at_the_end,
-        "attention": _attending(sizes, n, ranks, recompute, head_chunks, itemsize) + outside + at_the_end,
-        "update": parameters // share * WIDE * 2,
+        "loss": hidden * n * itemsize + outside + logit_bytes[logits],
+        "feed-forward": feed_forward + outside + at_the_end,
+        "attention": _attention(sizes, n, ranks, recompute, head_chunks, itemsize) + outside + at_the_end,
+        "update": parameters // shards * WIDE * 2,
     }
-    states = 3 * parameters // share * WIDE
-    return Footprint(states, kept + gathered, phases)
+    states = 3 * parameters // shards * WIDE
+    return Footprint(states, saved + gathered, phases)
 
 
-def _attending(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, itemsize: int) -> int:
-    """While the backward of attention runs, a share of the heads at a time."""
+def _attention(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, itemsize: int) -> int:
+    """Temporary bytes in the backward of attention, in which one of ``chunks`` chunks of the heads is computed at a time."""
     hidden, dim = sizes.hidden, sizes.head_dim
-    query, key = sizes.heads * dim // chunks, sizes.kv_heads * dim // chunks  # of my tokens
-    mine, mine_kv = (ranks * dim * -(-heads // chunks // ranks) for heads in (sizes.heads, sizes.kv_heads))  # of my heads
-    partial = (mine + 2 * mine_kv) * WIDE
+    query, key = sizes.heads * dim // chunks, sizes.kv_heads * dim // chunks  # widths for my tokens, all heads
+    my_query, my_key = (ranks * dim * -(-heads // chunks // ranks) for heads in (sizes.heads, sizes.kv_heads))  # my heads
+    gradients = (my_query + 2 * my_key) * WIDE
     if recompute != "selective" and chunks == 1:
-        there = 0 if recompute == "none" else 2 * hidden + (query + 2 * key) + query
-        return n * ((there + query) * itemsize + partial + partial)  # its own results are as large as those they are added to
-    flash = partial + mine * itemsize  # and a copy of the gradient that lies as it reads it
-    there = (2 + (chunks > 1)) * hidden + 2 * query + 2 * key
-    returned = query * itemsize + 2 * key * (WIDE if mine_kv > key else itemsize)
-    brought = (3 * mine + 2 * mine_kv) * itemsize
-    scratch = n * brought if n * brought <= SCRATCH_BYTES else 0
-    return n * (there * itemsize + returned + brought + partial + flash) + scratch
+        recomputed = 0 if recompute == "none" else 2 * hidden + (query + 2 * key) + query
+        return n * ((recomputed + query) * itemsize + 2 * gradients)  # the kernel's results, and the sums they are added to
+    kernel = gradients + my_query * itemsize  # the kernel's results, and a copy of the output's gradient in its layout
+    recomputed = (2 + (chunks > 1)) * hidden + 2 * query + 2 * key
+    returned = query * itemsize + 2 * key * (WIDE if my_key > key else itemsize)
+    received = (3 * my_query + 2 * my_key) * itemsize
+    scratch = n * received if n * received <= SCRATCH_BYTES else 0
+    return n * (recomputed * itemsize + returned + received + gradients + kernel) + scratch
