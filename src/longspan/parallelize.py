@@ -206,7 +206,7 @@ def _options(
 
 
 def _apply_options(adapter: ModelAdapter, memory: MemoryOptions) -> list[tuple[nn.Module, Any]]:
-    """Tile, checkpoint and offload; returns each module that changed with the forward that hung on it before."""
+    """Tile, checkpoint and offload; returns each changed module with the forward that its instance had before, or None."""
     blocks = adapter.blocks()
     before = [(module, vars(module).get("forward")) for module in (*adapter.token_wise(), *blocks)]
     if memory.tile_tokens is not None:

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-BLOCKS = [("2", "2", "aot_eager"), ("1", "1", "inductor"), ("2", "1", "inductor"), ("2", "2", "inductor")]  # ranks, rows, backend
+BLOCKS = [
+    ("2", "2", "aot_eager"),
+    ("1", "1", "inductor"),
+    ("2", "1", "inductor"),
+    ("2", "2", "inductor"),
+]  # ranks, rows, backend
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from longspan.batch.shard import shard_local
 from longspan.distributed.mesh import MeshCoordinate
 from longspan.errors import LayoutError, ModelError
 from longspan.masks.constructors import Causal, Window
-from longspan.models.decoder import PRESETS, Decoder, DecoderConfig, rope, turn
+from longspan.models.decoder import PRESETS, Decoder, DecoderConfig, rope, rotate
 from tests.helpers.ranks import on_ranks
 
 CONFIG = DecoderConfig(vocab=13, layers=2, hidden=12, heads=4, kv_heads=2, head_dim=6, ffn=20)
@@ -39,8 +39,8 @@ def _written_out(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     def rotate(x):
         speed = torch.tensor([config.rope_theta ** (-2 * i / config.head_dim) for i in range(half)], dtype=torch.float64)
         spin = torch.polar(torch.ones(tokens, half, dtype=torch.float64), torch.arange(tokens)[:, None] * speed)
-        turned = torch.complex(x[..., :half], x[..., half:]) * spin
-        return torch.cat((turned.real, turned.imag), -1)
+        rotated = torch.complex(x[..., :half], x[..., half:]) * spin
+        return torch.cat((rotated.real, rotated.imag), -1)
 
     past = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     x = weights["embed.weight"][ids]
@@ -107,7 +107,7 @@ def test_positions_stay_sharp_at_a_million_tokens():
     for positions in (near, near + 1_000_000):
         cos, sin = rope(positions, 64, 500_000.0, torch.float32)
         assert cos.dtype == sin.dtype == torch.float32
-        scores.append(torch.einsum("bqhd,bkhd->bhqk", turn(q, cos, sin), turn(k, cos, sin)))
+        scores.append(torch.einsum("bqhd,bkhd->bhqk", rotate(q, cos, sin), rotate(k, cos, sin)))
     torch.testing.assert_close(*scores, rtol=0, atol=3e-5)
 
 
@@ -115,9 +115,9 @@ def test_half_precision_is_turned_in_fp32():
     x = torch.randn(1, 5, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     cos, sin = rope(torch.arange(5)[None] + 777_777, 8, 1e4, torch.bfloat16)
     exact = rope(torch.arange(5)[None] + 777_777, 8, 1e4, torch.float64)
-    turned = turn(x, cos, sin)
-    assert turned.dtype == torch.bfloat16
-    assert torch.equal(turned, turn(x.double(), *exact).bfloat16())
+    rotated = rotate(x, cos, sin)
+    assert rotated.dtype == torch.bfloat16
+    assert torch.equal(rotated, rotate(x.double(), *exact).bfloat16())
 
 
 def test_its_parameters_depend_on_the_seed_alone():

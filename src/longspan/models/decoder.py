@@ -1,12 +1,12 @@
-"""A plain decoder that is given its attention and its loss. Knows nothing of ranks, groups or how it is sharded.
+"""The Decoder: a causal language model whose attention and loss are attributes, so that ``parallelize`` can replace them.
 
     ids --embed--> x --[ block ]-- ... --[ block ]--norm--> hidden --head, cross-entropy, tile by tile--> loss
                         |
                         x + out(mix(query(n), key(n), value(n)))        n = RMSNorm(x)
                         x + feed(n)
 
-``mix`` is the one place where a token meets another: it turns queries and keys by their position (RoPE) and calls
-``model.attention``. All else works token by token, so a model that holds a part of the tokens is this same code.
+``mix`` rotates queries and keys by their position (RoPE) and calls ``model.attention``; only there do tokens interact.
+Everything else is token-wise, so the same code runs on a part of the tokens. Knows nothing of ranks, groups or sharding.
 
     B rows   S my tokens   R B * S   M hidden   H heads   K key/value heads   D head dim
 """
@@ -33,7 +33,7 @@ from longspan.masks.constructors import Causal
 from longspan.memory.checkpointing import selective_context
 from longspan.planner.memory import Sizes
 
-TURNED_TOKENS = 2_048
+ROTATED_TOKENS = 2_048
 """How many tokens of a row RoPE rotates at a time, so that the fp32 temporaries are small compared with the row."""
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, S, H, D], k [B, S, K, D], v [B, S, K, D]) -> [B, S, H, D]"""
@@ -41,32 +41,40 @@ Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DecoderConfig(Sizes):
-    """The sizes of a decoder, and what else it is made of. Raises ModelError or LayoutError for one that cannot be built."""
+    """The configuration of a ``Decoder``: its sizes, and the options below.
+
+    Raises:
+        ModelError: a size is less than 1, or ``head_dim`` is odd.
+        LayoutError: ``heads`` is not a multiple of ``kv_heads``.
+    """
 
     rope_theta: float = 500_000.0
+    """Base of the RoPE frequencies."""
     tied: bool = False
+    """Use the embedding as the head."""
     norm_eps: float = 1e-5
+    """Epsilon of RMSNorm."""
 
     def __post_init__(self) -> None:
         for name in ("vocab", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name}={getattr(self, name)} must be at least 1")
         if self.head_dim % 2:
-            raise ModelError(f"head_dim={self.head_dim} must be even: RoPE turns pairs of dimensions")
+            raise ModelError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs of dimensions")
         Heads(self.heads, self.kv_heads)
 
     @property
     def parameters(self) -> int:
-        """How many parameters the decoder has; equals ``sum(p.numel() for p in Decoder(config).parameters())``."""
+        """The number of parameters, equal to ``sum(p.numel() for p in Decoder(config).parameters())``."""
         norms = (2 * self.layers + 1) * self.hidden
         embedding = 0 if self.tied else self.vocab * self.hidden
         return self._matmul_parameters + embedding + norms
 
     def flops_per_token(self, tokens: int) -> float:
-        """Floating-point operations that one token of a causal row of ``tokens`` costs in training, forward and backward.
+        """Floating-point operations per token of a causal row of ``tokens`` tokens in training, forward and backward.
 
-        6 for each parameter that is multiplied with, and 12 for each dimension of each head and each key the token sees, of
-        which there are (tokens + 1) / 2 on average. Recomputation is not counted.
+        6 for each parameter of a matrix, and 12 for each dimension of each head and each visible key, of which there are
+        (tokens + 1) / 2 on average. Recomputation is not counted.
         """
         attention = 12 * self.layers * self.heads * self.head_dim * (tokens + 1) / 2
         return 6 * self._matmul_parameters + attention
@@ -84,20 +92,23 @@ PRESETS: dict[str, DecoderConfig] = {
     "llama-8b": DecoderConfig(vocab=128_256, layers=32, hidden=4_096, heads=32, kv_heads=8, head_dim=128, ffn=14_336),
     "llama-70b": DecoderConfig(vocab=128_256, layers=80, hidden=8_192, heads=64, kv_heads=8, head_dim=128, ffn=28_672),
 }
-"""``tiny`` learns on a laptop's CPU in minutes: narrow in attention, which costs most at 8,192 tokens, and wide elsewhere;
-``llama-*`` are the published shapes of Llama 3.2 1B, 3.1 8B and 3.1 70B."""
+"""Configurations by name. ``tiny`` trains on a laptop's CPU in minutes: attention, which takes most time at 8,192 tokens, is
+narrow. ``llama-*`` are the published shapes of Llama 3.2 1B, 3.1 8B and 3.1 70B."""
 
 
 class Output(NamedTuple):
-    """What a forward gives: ``loss`` is the global mean where there are labels, ``hidden`` what the head is given."""
+    """The result of ``Decoder.forward``."""
 
     loss: Tensor | None
+    """The mean loss over all labelled tokens of the global batch; None without labels."""
     hidden: Tensor
+    """The final hidden states of this rank's tokens, [rows, my tokens, hidden]."""
     head: nn.Linear
+    """The linear head, which ``logits`` applies."""
 
     @property
     def logits(self) -> Tensor:
-        """Those of my tokens [rows, my tokens, vocab], formed when they are asked for: the loss does without."""
+        """The logits of this rank's tokens, [rows, my tokens, vocab], computed on access; the loss does not form them."""
         logits: Tensor = self.head(self.hidden)
         return logits
 
@@ -105,9 +116,17 @@ class Output(NamedTuple):
 class Decoder(nn.Module):
     """A causal language model: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-    ``attention`` and ``cross_entropy`` (of hidden states, the head's weight and labels) are those of one device until
-    ``parallelize`` replaces them; ``head_chunks`` are those of each ``Block``. The parameters depend on (config, seed) alone:
-    they are equal on every rank, whatever the layout.
+    Its initial parameters depend on (config, seed) only, so they are equal on every rank and for every layout.
+
+    Args:
+        config: its sizes and options.
+        seed: seed of the initial parameters.
+        attention: called as ``attend``; ``parallelize`` replaces it by attention over the mesh.
+        cross_entropy: called as ``linear_cross_entropy``; ``parallelize`` replaces it too.
+        head_chunks: chunks of the heads that each ``Block`` computes one after another.
+
+    Raises:
+        ModelError: ``head_chunks`` does not divide the heads into regular groups.
     """
 
     def __init__(
@@ -132,17 +151,21 @@ class Decoder(nn.Module):
         self.initialize(seed)
 
     def chunk_heads(self, head_chunks: int) -> None:
-        """Let every block project and attend a share of its heads at a time. Raises ModelError for uneven shares."""
+        """Make every block compute its heads in ``head_chunks`` chunks (see ``Block``).
+
+        Raises:
+            ModelError: the chunks would not have equally many query heads per key/value head.
+        """
         chunks = chunk_rows(self.config, head_chunks)
         for block in self.blocks:
             vars(block)["chunks"] = chunks
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draw every weight from N(0, 0.02²), what is added to the residual stream scaled by 1/sqrt(2·layers); norms are 1.
+        """Initialise in place: weights from N(0, 0.02²), those of out and down scaled by 1/sqrt(2·layers), norms 1.
 
-        Drawn in fp32 on the CPU, one whole parameter at a time, so that neither dtype nor device nor how a parameter is sharded
-        changes it.
+        Weights are drawn in fp32 on the CPU, one whole parameter at a time, so the values do not depend on dtype, device or
+        sharding.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -154,7 +177,7 @@ class Decoder(nn.Module):
             shrink = math.sqrt(2 * self.config.layers) if name.endswith(("out.weight", "down.weight")) else 1.0
             drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
             drawn.mul_(0.02 / shrink)
-            parameter.copy_(_share(drawn.to(parameter.device), parameter) if isinstance(parameter, DTensor) else drawn)
+            parameter.copy_(_shard(drawn.to(parameter.device), parameter) if isinstance(parameter, DTensor) else drawn)
 
     def forward(
         self,
@@ -164,10 +187,17 @@ class Decoder(nn.Module):
         position_ids: Int[Tensor, "rows my_tokens"] | None = None,
         longspan: BatchInfo | None = None,
     ) -> Output:
-        """``model(**shard_batch(batch, mesh))`` on a rank, ``model(input_ids=ids, labels=ids)`` on one device.
+        """Call it as ``model(**shard_batch(batch, mesh))`` on a rank, as ``model(input_ids=ids, labels=ids)`` on one device.
 
-        ``labels`` are the ids themselves and are shifted here; a rank that has only a part of a row needs ``shift_labels``
-        (shifted on the whole row, which ``shard_batch`` does). ``position_ids`` are global and count from 0 by default.
+        Args:
+            input_ids: ids of this rank's tokens.
+            labels: the ids of whole rows, shifted here; -100 is ignored. Only where a rank has whole rows.
+            shift_labels: labels that are shifted already, as ``shard_batch`` returns them.
+            position_ids: positions in the whole row (default: 0, 1, ...).
+            longspan: the batch's ``BatchInfo``, from ``shard_batch``.
+
+        Raises:
+            ModelError: unshifted ``labels`` with a batch that was sharded.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
@@ -188,17 +218,20 @@ class Decoder(nn.Module):
         tokens = None if step is None else step.tokens
 
         def mix(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
-            return self.attention(turn(q_BSHD, cos, sin), turn(k_BSKD, cos, sin), v_BSKD, mask=mask, tokens=tokens)
+            return self.attention(rotate(q_BSHD, cos, sin), rotate(k_BSKD, cos, sin), v_BSKD, mask=mask, tokens=tokens)
 
         return mix
 
 
 class Block(nn.Module):
-    """Attention, then a gated feed-forward, each added to the residual stream.
+    """One layer: attention, then a gated feed-forward, each added to the residual stream.
 
-    With ``head_chunks`` a part of the heads at a time is projected, attends and is projected back, and is computed again in
-    the backward pass (attention too, unless ``mix`` is ``attend(recomputable=True)``): attention holds one part, not all.
-    Raises ModelError for chunks in which the query heads do not share the key/value heads evenly.
+    With ``head_chunks`` > 1, the projections, attention and output projection run for one chunk of the heads at a time, and are
+    computed again in the backward (attention too, unless ``mix`` calls ``attend(recomputable=True)``). Memory is that of one
+    chunk.
+
+    Raises:
+        ModelError: the chunks would not have equally many query heads per key/value head.
     """
 
     def __init__(self, config: DecoderConfig, head_chunks: int = 1) -> None:
@@ -236,16 +269,16 @@ class Block(nn.Module):
 
     def _attend_chunk(self, n_RM: Tensor, mix: Mix, shape: torch.Size, rows: slice, kv_rows: slice) -> Tensor:
         weights = (self.query.weight[rows], self.key.weight[kv_rows], self.value.weight[kv_rows])
-        projected = linear(n_RM, torch.cat(weights))  # at once: the way back makes one gradient of n, not three
+        projected = linear(n_RM, torch.cat(weights))  # one GEMM: its backward forms one gradient of n, not three
         widths = [len(weight) for weight in weights]
         q, k, v = (x.view(*shape, x.shape[1] // self.head_dim, self.head_dim) for x in projected.split(widths, 1))
-        v = v.contiguous()  # of its own, so that attention, which keeps it, does not keep all three
+        v = v.contiguous()  # a copy, so that attention, which saves it, does not keep the memory of all three
         del projected
         return linear(mix(q, k, v).flatten(2).flatten(0, 1), self.out.weight[:, rows])
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, token by token: down(silu(gate(n)) * up(n)); arXiv:2002.05202."""
+    """The SwiGLU feed-forward: down(silu(gate(n)) * up(n)). Source: arXiv:2002.05202."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -259,11 +292,17 @@ class FeedForward(nn.Module):
 
 
 def chunk_rows(config: DecoderConfig, head_chunks: int) -> tuple[tuple[slice, slice], ...]:
-    """For each chunk the rows of the query weight and of the key and value weights: heads are dealt to chunks as to ranks."""
+    """The rows of the projection weights that each head chunk uses: (rows of query, rows of key and value) for each chunk.
+
+    Heads are split over chunks as they are over ulysses ranks.
+
+    Raises:
+        ModelError: in some chunk, the key/value heads would be read by unequally many query heads; names the legal numbers.
+    """
 
     def is_regular(chunks: int) -> bool:
-        dealt = Heads(config.heads, config.kv_heads, chunks)
-        return all(len(dealt.groups(chunk)) == 1 for chunk in range(chunks))
+        split_heads = Heads(config.heads, config.kv_heads, chunks)
+        return all(len(split_heads.groups(chunk)) == 1 for chunk in range(chunks))
 
     if not 1 <= head_chunks <= config.heads or not is_regular(head_chunks):
         legal = ", ".join(str(chunks) for chunks in range(1, config.heads + 1) if is_regular(chunks))
@@ -271,20 +310,29 @@ def chunk_rows(config: DecoderConfig, head_chunks: int) -> tuple[tuple[slice, sl
             f"head_chunks={head_chunks} does not cut {config.heads} query heads over {config.kv_heads} key/value heads into "
             f"chunks that share theirs evenly; use {legal}"
         )
-    dealt = Heads(config.heads, config.kv_heads, head_chunks)
+    split_heads = Heads(config.heads, config.kv_heads, head_chunks)
     dim = config.head_dim
     return tuple(
         (slice(heads.start * dim, heads.stop * dim), slice(kv_heads.start * dim, kv_heads.stop * dim))
-        for heads, kv_heads in ((dealt.query_of(chunk), dealt.kv_of(chunk)) for chunk in range(head_chunks))
+        for heads, kv_heads in ((split_heads.query_of(chunk), split_heads.kv_of(chunk)) for chunk in range(head_chunks))
     )
 
 
 def rope(
     position_ids: Int[Tensor, "rows my_tokens"], head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "rows my_tokens 1 half"], Float[Tensor, "rows my_tokens 1 half"]]:
-    """cos and sin of each position times each frequency (arXiv:2104.09864), in fp32, or fp64 for an fp64 model.
+    """The rotary tables cos and sin of each position times each frequency (RoPE, arXiv:2104.09864).
 
-    The angles are formed in fp64: at position 1,000,000 an fp32 product is off by 0.06 rad.
+    The angles are computed in fp64: at position 1,000,000 an fp32 product is off by 0.06 rad.
+
+    Args:
+        position_ids: positions in the whole row.
+        head_dim: the head dim, even.
+        theta: base of the frequencies.
+        dtype: the dtype of the model.
+
+    Returns:
+        (cos, sin) in fp32, or fp64 for an fp64 model.
     """
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float64) / head_dim
     angles = position_ids[..., None, None].double() * theta**-exponent
@@ -292,43 +340,52 @@ def rope(
     return angles.cos().to(wide), angles.sin().to(wide)
 
 
-def turn(
+def rotate(
     x_BSHD: Float[Tensor, "rows my_tokens heads head_dim"],
     cos: Float[Tensor, "rows my_tokens 1 half"],
     sin: Float[Tensor, "rows my_tokens 1 half"],
 ) -> Float[Tensor, "rows my_tokens heads head_dim"]:
-    """Each pair (i, i + head_dim/2) of dimensions turned by its angle: the dot product of two turned vectors depends on the
-    difference of their positions alone. Keeps the dtype, computes in that of ``cos``, a tile of tokens at a time."""
-    turned: Tensor = _Turn.apply(x_BSHD, cos, sin)  # type: ignore[no-untyped-call]
-    return turned
+    """Apply RoPE: rotate each pair (i, i + head_dim/2) of dims by its angle.
+
+    The dot product of a rotated query and key depends only on the difference of their positions.
+
+    Args:
+        x_BSHD: queries or keys.
+        cos, sin: the tables of ``rope``, in whose dtype it computes.
+
+    Returns:
+        A tensor of the shape and dtype of ``x_BSHD``, computed one tile of tokens at a time.
+    """
+    rotated: Tensor = _Rotate.apply(x_BSHD, cos, sin)  # type: ignore[no-untyped-call]
+    return rotated
 
 
-class _Turn(torch.autograd.Function):
-    """Keeps the angles alone; what is turned back is turned by the opposite angle."""
+class _Rotate(torch.autograd.Function):
+    """RoPE that saves only the tables: the backward rotates the gradient by the opposite angle."""
 
     @staticmethod
     def forward(ctx: Any, x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x_BSHD, cos, sin)
+        return _rotated(x_BSHD, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, dx_BSHD: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(dx_BSHD, cos, -sin), None, None
+        return _rotated(dx_BSHD, cos, -sin), None, None
 
 
-def _turned(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned = torch.empty(x_BSHD.shape, dtype=x_BSHD.dtype, device=x_BSHD.device)
-    tiles = (x.split(TURNED_TOKENS, 1) for x in (x_BSHD, turned, cos, sin))
-    for x, out, of_cos, of_sin in zip(*tiles):
+def _rotated(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotated = torch.empty(x_BSHD.shape, dtype=x_BSHD.dtype, device=x_BSHD.device)
+    tiles = (x.split(ROTATED_TOKENS, 1) for x in (x_BSHD, rotated, cos, sin))
+    for x, out, tile_cos, tile_sin in zip(*tiles):
         (first, second), half = x.to(cos.dtype).chunk(2, dim=-1), x.shape[-1] // 2
-        out[..., :half] = first * of_cos - second * of_sin
-        out[..., half:] = second * of_cos + first * of_sin
-    return turned
+        out[..., :half] = first * tile_cos - second * tile_sin
+        out[..., half:] = second * tile_cos + first * tile_sin
+    return rotated
 
 
-def _share(whole: Tensor, like: DTensor) -> DTensor:
-    """What this rank keeps of a tensor that every rank has drawn."""
+def _shard(whole: Tensor, like: DTensor) -> DTensor:
+    """This rank's shard of a tensor that every rank has whole, placed as ``like``."""
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
