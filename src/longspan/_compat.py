@@ -1,28 +1,38 @@
 """Every private or version-dependent PyTorch symbol that longspan uses, under a name of its own.
 
-    here                          PyTorch's                                                               used for
-    OpaqueBase, register_opaque   torch._custom_class_base, before 2.14 torch._opaque_base                operator arguments
-    autograd_below_autograd       torch._C._ForceDispatchKeyGuard, the dispatcher's thread-local keys     gradients of a bias
-    flash_forward, flash_backward aten._flash_attention_*, aten._scaled_dot_product_flash_*_for_cpu       kernels/flash_*.py
-    backward_id                   torch._C._current_graph_task_id                                         gradient averaging
-    after_backward                Variable._execution_engine.queue_callback                               gradient averaging
-    accumulates_gradient          torch._C._will_engine_execute_node                                      gradient averaging
-    fsdp_backward_is_unfinished   FSDPModule._get_fsdp_state()._state_ctx                                 distributed/fsdp.py
-    hash_store, tcp_store         torch.distributed.HashStore, TCPStore (without type stubs)             one rank, launching
-    event_tree                    profiler.kineto_results.experimental_event_tree                         memory/profiler.py
+    here                            PyTorch's                                                               used for
+    OpaqueBase, register_opaque     torch._custom_class_base, before 2.14 torch._opaque_base                operator arguments
+    autograd_below_autograd         torch._C._ForceDispatchKeyGuard, the dispatcher's thread-local keys     gradients of a bias
+    flash_forward, flash_backward   aten._flash_attention_*, aten._scaled_dot_product_flash_*_for_cpu       kernels/flash_*.py
+    has_cpu_gemm                    torch.ops.mkldnn._is_mkldnn_*_supported                                 kernels/matmul.py
+    flex_lse_request                torch.nn.attention.flex_attention.AuxRequest                            kernels/flex.py
+    functional_all_reduce           torch.distributed._functional_collectives.all_reduce                    collectives.py
+    flattened                       DeviceMesh._flatten                                                     distributed/mesh.py
+    backward_id                     torch._C._current_graph_task_id                                         gradient averaging
+    after_backward                  Variable._execution_engine.queue_callback                               gradient averaging
+    accumulates_gradient            torch._C._will_engine_execute_node                                      gradient averaging
+    fsdp_*                          FSDPModule._get_fsdp_state() and what it holds                          FSDP2
+    own_parameters, own_modules     nn.Module._parameters, nn.Module._modules                               models/unchanged.py
+    changes_in_place                Tensor._version                                                         memory/offload.py
+    hash_store, tcp_store           torch.distributed.HashStore, TCPStore (without type stubs)              one rank, launching
+    elastic_launcher                torch.distributed.launcher, torch.distributed.elastic                   launching
+    event_tree                      profiler.kineto_results.experimental_event_tree                         memory/profiler.py
 
 A symbol that the installed PyTorch lacks is an ImportError whose one sentence names it and what cannot work without it.
 Knows nothing of the rest of longspan, so that every folder can import it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.distributed.device_mesh import DeviceMesh
 
 
 def _symbol(root: Any, path: str, purpose: str) -> Any:
@@ -31,8 +41,20 @@ def _symbol(root: Any, path: str, purpose: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name, None)
         if found is None:
-            raise ImportError(f"PyTorch {torch.__version__} has no {path}, which longspan needs for {purpose}")
+            raise ImportError(
+                f"PyTorch {torch.__version__} has no {path}, which longspan needs for {purpose}; install a version that "
+                f"longspan is tested with, such as torch 2.13"
+            )
     return found
+
+
+def _imported(module: str, path: str, purpose: str) -> Any:
+    """``path`` of a module of PyTorch that is imported only when it is needed; ImportError as ``_symbol``."""
+    try:
+        root: Any = import_module(module)
+    except ImportError:
+        root = None
+    return _symbol(root, path, purpose)
 
 
 if TYPE_CHECKING:
@@ -44,22 +66,18 @@ else:
     try:
         from torch._custom_class_base import CustomClassBase as OpaqueBase
     except ImportError:
-        try:
-            from torch._opaque_base import OpaqueBase
-        except ImportError:
-            raise ImportError(f"PyTorch {torch.__version__} has no opaque operator arguments, which attention needs") from None
+        OpaqueBase = _imported("torch._opaque_base", "OpaqueBase", "the arguments of attention's operators")
 
 
 def register_opaque(cls: type[OpaqueBase], members: tuple[str, ...] = ()) -> None:
     """Let operators take instances of ``cls``; torch.compile may read their attributes ``members``, as constants."""
-    from torch._library import opaque_object
-
-    read = dict.fromkeys(members, opaque_object.MemberType.USE_REAL)
-    new: Any = getattr(opaque_object, "register_custom_class", None)
+    module, purpose = "torch._library.opaque_object", "the arguments of attention's operators"
+    read = dict.fromkeys(members, _imported(module, "MemberType.USE_REAL", purpose))
+    new: Any = getattr(import_module(module), "register_custom_class", None)
     if new is not None:
         new(cls, typ="symbolic", members=read)
     else:
-        opaque_object.register_opaque_type(cls, typ="reference", members=read)
+        _imported(module, "register_opaque_type", purpose)(cls, typ="reference", members=read)
 
 
 def autograd_below_autograd() -> AbstractContextManager[None]:
@@ -87,6 +105,42 @@ def flash_backward(device_type: str) -> Callable[..., Any]:
     return operator
 
 
+def has_cpu_gemm(dtype: torch.dtype) -> bool:
+    """Whether this CPU has native GEMM in ``dtype``, bf16 or fp16, that PyTorch uses."""
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return bool(_symbol(torch.ops, f"mkldnn.{names[dtype]}", "matrix products in half precision")())
+
+
+def flex_lse_request() -> Any:
+    """The value of ``return_aux`` with which ``flex_attention`` also returns the log-sum-exp."""
+    return _imported("torch.nn.attention.flex_attention", "AuxRequest", "kernel='flex'")(lse=True)
+
+
+_ALL_REDUCE = _imported("torch.distributed._functional_collectives", "all_reduce", "the sum of the loss over ranks")
+
+
+def functional_all_reduce(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """The sum of ``x`` over the ranks of ``group``, differentiable: the gradient is summed over the ranks too."""
+    total: Tensor = _ALL_REDUCE(x, "sum", group)
+    return total
+
+
+def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
+    """A mesh of one dim, called ``name``, over all ranks of a submesh."""
+    one: DeviceMesh = _symbol(mesh, "_flatten", "the rank sets of a mesh")(name)
+    return one
+
+
+def changes_in_place(x: Tensor) -> int:
+    """How often ``x`` was changed in place."""
+    return x._version
+
+
+ZERO = "zero=2 and zero=3"
+
+
 def backward_id() -> int:
     """The number of the backward pass that this thread is in, -1 outside of one."""
     number: int = _symbol(torch._C, "_current_graph_task_id", "the average of gradients")()
@@ -109,9 +163,48 @@ def accumulates_gradient(parameter: Tensor) -> bool:
 
 def fsdp_backward_is_unfinished(model: Any) -> bool:
     """Whether FSDP2 began a backward of ``model`` whose final callback never ran, because the backward failed."""
-    path = "_get_fsdp_state"
-    state = _symbol(model, path, "ZeRO 2 and 3")()
-    return _symbol(state, "_state_ctx", "ZeRO 2 and 3").post_backward_final_callback_queued is True
+    state = _symbol(model, "_get_fsdp_state", ZERO)()
+    return _symbol(state, "_state_ctx.post_backward_final_callback_queued", ZERO) is True
+
+
+def fsdp_fill_unused_gradients(model: Any) -> None:
+    """Make FSDP2 count a parameter that a rank did not use as a zero gradient, instead of waiting for it."""
+    _symbol(model, "set_reduce_scatter_unused_params", ZERO)(True)
+
+
+def fsdp_gathered_parameters(module: Any) -> list[Tensor]:
+    """The whole parameters that FSDP2 has put in the place of the shards of one FSDPModule, if they are gathered."""
+    groups = _symbol(_symbol(module, "_get_fsdp_state", ZERO)(), "_fsdp_param_groups", ZERO)
+    found = [getattr(parameter, "_unsharded_param", None) for group in groups for parameter in group.fsdp_params]
+    return [parameter for parameter in found if parameter is not None]
+
+
+own_parameters: Callable[[nn.Module], Mapping[str, nn.Parameter | None]] = attrgetter("_parameters")
+"""The parameters of a module itself, not of those inside it, by name; without a Python call, for a check at every forward."""
+own_modules: Callable[[nn.Module], Mapping[str, nn.Module | None]] = attrgetter("_modules")
+"""The modules directly inside a module, by name; without a Python call, for a check at every forward."""
+
+
+class ElasticLauncher(NamedTuple):
+    """The classes and functions of PyTorch's elastic launcher."""
+
+    ChildFailedError: Any
+    DefaultLogsSpecs: Any
+    LaunchConfig: Any
+    SignalException: Any
+    elastic_launch: Any
+
+
+def elastic_launcher() -> ElasticLauncher:
+    """PyTorch's elastic launcher; imported late, because it takes a second."""
+    elastic, purpose = "torch.distributed.elastic.multiprocessing", "launching ranks"
+    return ElasticLauncher(
+        ChildFailedError=_imported(f"{elastic}.errors", "ChildFailedError", purpose),
+        DefaultLogsSpecs=_imported(f"{elastic}.api", "DefaultLogsSpecs", purpose),
+        LaunchConfig=_imported("torch.distributed.launcher.api", "LaunchConfig", purpose),
+        SignalException=_imported(f"{elastic}.api", "SignalException", purpose),
+        elastic_launch=_imported("torch.distributed.launcher.api", "elastic_launch", purpose),
+    )
 
 
 def hash_store() -> Any:

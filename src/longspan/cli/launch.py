@@ -92,10 +92,9 @@ def _start(work: str, config: Any, ranks: int) -> int:
     multiprocessing.set_forkserver_preload([work.partition(":")[0]])
     forkserver.ensure_running()  # it imports torch while this process does
 
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from longspan import _compat
 
+    ChildFailedError, DefaultLogsSpecs, LaunchConfig, SignalException, elastic_launch = _compat.elastic_launcher()
     _silence_the_agent()
     with tempfile.TemporaryDirectory(prefix="longspan-") as folder:
         agent = LaunchConfig(

@@ -14,10 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional
 from jaxtyping import Num, Shaped
 from torch import Tensor
 
+from longspan import _compat
 from longspan.distributed.traffic import Traffic
 from longspan.tuning import SCRATCH_BYTES
 
@@ -117,7 +117,7 @@ def all_reduce_sum(x: Num[Tensor, "*shape"], group: dist.ProcessGroup) -> Num[Te
     """The sum of ``x`` over the ranks of ``group``, on every rank. Its adjoint is itself."""
     if group.size() == 1:
         return x
-    total: Num[Tensor, "*shape"] = functional.all_reduce(x, "sum", group)
+    total: Num[Tensor, "*shape"] = _compat.functional_all_reduce(x, group)
     return total
 
 

@@ -99,8 +99,7 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
     for module in (*blocks, model):
         reshard = options.zero == 3 and module is not model  # the backward begins outside the blocks: keep these parameters
         fully_shard(module, mesh=device_mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
-    assert isinstance(model, FSDPModule)
-    model.set_reduce_scatter_unused_params(True)
+    _compat.fsdp_fill_unused_gradients(model)
     model.register_forward_pre_hook(_refuse_after_a_failed_backward)
     _refuse_optimizers_at_first_step(model)
     model.register_forward_hook(_reshard_without_a_backward)

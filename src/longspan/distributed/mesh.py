@@ -209,7 +209,7 @@ def rank_sets(device_mesh: DeviceMesh, names: Mapping[str, str], axes: Sequence[
     for name in ("sequence", "loss", "fsdp"):
         dims = tuple(names[axis.name] for axis in axes if name in axis.sets and axis.name in names)
         # Named by its dims, so that two sets of the same ranks have one group: every gloo group keeps a thread.
-        sets[name] = device_mesh[dims]._flatten("_".join(dims))
+        sets[name] = _compat.flattened(device_mesh[dims], "_".join(dims))
     return sets
 
 

@@ -13,9 +13,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from longspan import _compat
 from longspan.kernels.tiles import Shape, Stack, corners
 
-aten = torch.ops.aten
+_forward_cuda = _compat.flash_forward("cuda")
+_backward_cuda = _compat.flash_backward("cuda")
 
 arrange = corners
 """Stacks -> stacks, applied before the calls: join packed documents into one variable-length call."""
@@ -34,7 +36,7 @@ def lacks(dtype: torch.dtype, dim: int) -> str | None:
 
 def forward(stack: Stack, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     left, right = _window(stack)
-    out, lse, *_ = aten._flash_attention_forward(
+    out, lse, *_ = _forward_cuda(
         *(_operand(stack, x) for x in (q, k, v)), *_lengths(stack, q.device), 0.0, stack.shape is Shape.LOWER, False,
         scale=scale, window_size_left=left, window_size_right=right,
     )  # fmt: skip
@@ -45,7 +47,7 @@ def backward(
     stack: Stack, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     left, right = _window(stack)
-    dq, dk, dv = aten._flash_attention_backward(
+    dq, dk, dv = _backward_cuda(
         *(_operand(stack, x) for x in (dout, q, k, v, out)), (lse[0] if stack.documents else lse).contiguous(),
         *_lengths(stack, q.device), 0.0, stack.shape is Shape.LOWER, None, None,  # without dropout there is no random state
         scale=scale, window_size_left=left, window_size_right=right,

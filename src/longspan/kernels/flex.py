@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from longspan import _compat
 from longspan.errors import KernelError
 from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, accumulation_dtype
 from longspan.masks.bands import Band
@@ -169,8 +170,6 @@ def _compiled() -> "Callable[..., tuple[Tensor, AuxOutput]]":
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bands: Sequence[Band], scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    from torch.nn.attention.flex_attention import AuxRequest
-
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out, aux = _compiled()(
         q, k, v,
@@ -178,7 +177,7 @@ def _attend(
         block_mask=_block_mask(tuple(bands), q.shape[2], k.shape[2], q.device),
         scale=scale,
         enable_gqa=True,
-        return_aux=AuxRequest(lse=True),
+        return_aux=_compat.flex_lse_request(),
     )  # fmt: skip
     assert aux.lse is not None, "asked for"
     return out[0].transpose(0, 1), aux.lse[0]

@@ -17,16 +17,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from longspan import _compat
+
 BLOCK_ROWS = 512
 """Rows that are multiplied at a time: few enough that the fp32 result is still in the CPU's cache when it is rounded."""
 
 
 def _slow_on_cpu() -> frozenset[torch.dtype]:
-    if not torch.backends.mkldnn.is_available():
-        return frozenset({torch.bfloat16, torch.float16})
-    mkldnn = torch.ops.mkldnn
-    fast = {torch.bfloat16: mkldnn._is_mkldnn_bf16_supported(), torch.float16: mkldnn._is_mkldnn_fp16_supported()}
-    return frozenset(dtype for dtype in fast if not fast[dtype])
+    return frozenset(dtype for dtype in (torch.bfloat16, torch.float16) if not _compat.has_cpu_gemm(dtype))
 
 
 SLOW_ON_CPU = _slow_on_cpu()

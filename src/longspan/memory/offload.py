@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from longspan import _compat
+
 OFFLOAD_BYTES = 2**20
 """The smallest tensor (bytes) that is offloaded; copying smaller ones costs more than it frees."""
 
@@ -38,7 +40,13 @@ def _forward_offloaded(block: nn.Module, forward: Callable[..., Any], *args: Any
         size = min(x.numel() * x.element_size(), x.untyped_storage().nbytes())  # an expanded tensor has a smaller storage
         if size < OFFLOAD_BYTES or x.untyped_storage().data_ptr() in parameters:
             return x
-        same = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)  # several operators save it; it is copied once
+        same = (
+            x.data_ptr(),
+            x.shape,
+            x.stride(),
+            x.dtype,
+            _compat.changes_in_place(x),
+        )  # several operators save it; it is copied once
         if same not in copies:
             copies[same] = (x.detach(), _HostCopy(x))
         return copies[same][1]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from longspan import _compat
 from longspan.errors import ModelError
 
 WAY_OUT = "call unparallelize(model), change it, then parallelize it again"
@@ -70,9 +71,9 @@ class Snapshot:
                 "torch.no_grad()"
             )
         for name, module, children, parameters, shapes in self._modules:
-            if tuple(map(id, module._modules.values())) != children:
+            if tuple(map(id, _compat.own_modules(module).values())) != children:
                 self._refuse_modules(name, module, children)
-            held = module._parameters
+            held = _compat.own_parameters(module)
             if held and (tuple(map(id, held.values())) != parameters or tuple(map(_shape, held.values())) != shapes):
                 self._refuse_parameters(name, module, parameters, shapes)
         self._refuse_config()
@@ -83,7 +84,7 @@ class Snapshot:
                 )
 
     def _refuse_modules(self, name: str, module: nn.Module, before: tuple[int, ...]) -> None:
-        for child, value in module._modules.items():
+        for child, value in _compat.own_modules(module).items():
             if id(value) not in before:
                 raise ModelError(f"module '{_join(name, child)}' was added or replaced after parallelize; {WAY_OUT}")
         raise ModelError(f"a module of '{name or type(module).__name__}' was removed after parallelize; {WAY_OUT}")
@@ -92,12 +93,12 @@ class Snapshot:
         self, name: str, module: nn.Module, before: tuple[int, ...], shapes: tuple[torch.Size | None, ...]
     ) -> None:
         gathered = _gathered(module, self._modules[0].module) if self._sharded else set()
-        for own, value in module._parameters.items():
+        for own, value in _compat.own_parameters(module).items():
             if id(value) not in before and id(value) not in gathered:
                 raise ModelError(f"parameter '{_join(name, own)}' was added or replaced after parallelize; {WAY_OUT}")
-        if len(module._parameters) != len(before):
+        if len(_compat.own_parameters(module)) != len(before):
             raise ModelError(f"a parameter of '{name}' was removed after parallelize; {WAY_OUT}")
-        for (own, value), shape in zip(module._parameters.items(), shapes):
+        for (own, value), shape in zip(_compat.own_parameters(module).items(), shapes):
             if _shape(value) != shape:
                 raise ModelError(
                     f"parameter '{_join(name, own)}' was resized after parallelize, from {list(shape or ())} to "
@@ -121,9 +122,13 @@ class Snapshot:
 
 
 def _look(name: str, module: nn.Module) -> _Module:
-    parameters = module._parameters.values()
+    parameters = _compat.own_parameters(module).values()
     return _Module(
-        name, module, tuple(map(id, module._modules.values())), tuple(map(id, parameters)), tuple(map(_shape, parameters))
+        name,
+        module,
+        tuple(map(id, _compat.own_modules(module).values())),
+        tuple(map(id, parameters)),
+        tuple(map(_shape, parameters)),
     )
 
 
@@ -135,11 +140,8 @@ def _fields(config: Any) -> dict[str, Any]:
 
 def _gathered(module: nn.Module, root: nn.Module) -> set[int]:
     """The parameters that FSDP2 puts in the place of the sharded ones of ``module``, between a forward and its backward."""
-    groups = [
-        group for fsdp in root.modules() if isinstance(fsdp, FSDPModule) for group in fsdp._get_fsdp_state()._fsdp_param_groups
-    ]
-    params = [param for group in groups for param in group.fsdp_params]
-    return {id(param._unsharded_param) for param in params if hasattr(param, "_unsharded_param")}
+    sharded = [part for part in root.modules() if isinstance(part, FSDPModule)]
+    return {id(parameter) for part in sharded for parameter in _compat.fsdp_gathered_parameters(part)}
 
 
 def _within(name: str, outer: str) -> bool:
