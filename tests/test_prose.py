@@ -5,6 +5,8 @@ A use that is right, such as the environment variable HOME, stands in tests/pros
 
 import ast
 import re
+import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,3 +104,24 @@ def test_every_file_begins_with_a_sentence_about_what_it_is() -> None:
 def test_no_docstring_is_a_fragment_that_begins_with_of() -> None:
     fragments = [f"{place}: {text}" for place, text in docstrings() if text.startswith("Of ")]
     assert not fragments, "\n" + "\n".join(fragments)
+
+
+def test_the_places_that_contributing_names_exist() -> None:
+    """A row names its file in the second column; tensor and pipeline parallelism are not built yet and say so."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where does X go?")[2].partition("\n## ")[0]
+    rows = [row.split(" | ") for row in table.splitlines() if row.startswith(("| a ", "| tensor ", "| pipeline "))]
+    assert len(rows) == 9
+    for what, places, takes, command in rows:
+        for place in re.findall(r"`(src/longspan/\S+)`", places):
+            exists = (ROOT / place.replace("NAME.py", "")).exists()
+            assert exists != ("not built yet" in takes), f"{what}: {place}"
+        grep = re.search(r"`(grep .+)`", command)
+        assert grep is not None, what
+        found = subprocess.run(shlex.split(grep.group(1)), cwd=ROOT, capture_output=True, text=True, check=False)
+        assert found.stdout, f"{what}: {grep.group(1)} finds nothing"
+
+
+def test_the_tests_that_the_docs_name_exist() -> None:
+    for path in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        for named in re.findall(r"\btests/[a-z_/]+\.(?:py|txt)", path.read_text()):
+            assert (ROOT / named).exists(), f"{path.name} names {named}"
