@@ -33,8 +33,8 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_calls_that_are_refused_on_every_rank(call: str, pool: Callable[[int], Ranks]) -> None:
-    for said in pool(2).run(refused_call, call):
-        assert re.search(CALLS[call], said), said
+    for message in pool(2).run(refused_call, call):
+        assert re.search(CALLS[call], message), message
 
 
 def refused_call(call: str) -> str:
@@ -124,8 +124,8 @@ KINDS_OF_REPLICAS = {
 @pytest.mark.parametrize("kind", KINDS_OF_REPLICAS)
 def test_what_one_replica_alone_has_is_refused_on_every_rank(kind: str, pool: Callable[[int], Ranks]) -> None:
     name, text = KINDS_OF_REPLICAS[kind]
-    for said in pool(2).run(replicas_of_unequal_kind, kind, name):
-        assert text in said
+    for message in pool(2).run(replicas_of_unequal_kind, kind, name):
+        assert text in message
 
 
 def replicas_of_unequal_kind(kind: str, name: str) -> str:

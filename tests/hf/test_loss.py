@@ -69,8 +69,8 @@ def kind_of_loss() -> str | None:
 
 
 def test_labels_that_the_head_does_not_know_are_refused_on_every_rank(pool: Callable[[int], Ranks]) -> None:
-    for said in pool(2).run(unknown_labels):
-        assert "the step holds label 5, and BertForTokenClassification tells 0 to 2 apart" in said
+    for message in pool(2).run(unknown_labels):
+        assert "the step holds label 5, and BertForTokenClassification tells 0 to 2 apart" in message
 
 
 def bert(**more: Any) -> Any:

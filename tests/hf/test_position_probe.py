@@ -20,8 +20,8 @@ COUNTED_FROM_IDS = {
 
 @pytest.mark.parametrize("what", COUNTED_FROM_IDS)
 def test_rows_that_a_replica_alone_counts_are_refused_on_every_rank(what: str, pool: Callable[[int], Ranks]) -> None:
-    for said in pool(2).run(replicas_that_count, what):
-        assert COUNTED_FROM_IDS[what] in said
+    for message in pool(2).run(replicas_that_count, what):
+        assert COUNTED_FROM_IDS[what] in message
 
 
 def replicas_that_count(what: str) -> str:
@@ -39,5 +39,5 @@ def replicas_that_count(what: str) -> str:
 
 
 def test_tables_that_count_ids_are_refused(pool: Callable[[int], Ranks]) -> None:
-    (said,) = pool(1).run(refused_pair, transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**COMMON)))
-    assert "counts positions in its own way" in said or "does not count its positions" in said
+    (message,) = pool(1).run(refused_pair, transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**COMMON)))
+    assert "counts positions in its own way" in message or "does not count its positions" in message

@@ -89,12 +89,12 @@ def test_a_kernel_that_cannot_be_is_refused(name: str, kernel: str, text: str) -
         refuse_kernel(by_hand, MeshCoordinate(ring=2))
 
 
-def test_a_registered_attention_is_told_all_by_keywords_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registered_attention_gets_all_keywords_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that takes no mask, as flash attention: it is called once a document, and refuses what no keyword says."""
     calls: list[tuple[int, dict[str, Any]]] = []
 
-    def like_flash(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, **said: Any) -> tuple[Tensor, None]:
-        calls.append((q.shape[2], {name: said[name] for name in ("is_causal", "sliding_window") if name in said}))
+    def like_flash(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, **keywords: Any) -> tuple[Tensor, None]:
+        calls.append((q.shape[2], {name: keywords[name] for name in ("is_causal", "sliding_window") if name in keywords}))
         return v.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(1, 2), None
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "like_flash", like_flash)

@@ -34,8 +34,8 @@ def encoder_alone() -> None:
 
 
 def test_a_bias_that_is_not_of_distances_is_refused(pool: Callable[[int], Ranks]) -> None:
-    (said,) = pool(1).run(refused_places)
-    assert "adds a bias that is not of distances alone" in said
+    (message,) = pool(1).run(refused_places)
+    assert "adds a bias that is not of distances alone" in message
 
 
 def refused_places() -> str:

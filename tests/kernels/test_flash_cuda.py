@@ -70,7 +70,8 @@ class _OnCuda:
 
             _flash_attention_backward = staticmethod(_flash_backward)
 
-        monkeypatch.setattr(cuda, "aten", Aten())
+        monkeypatch.setattr(cuda, "_forward_cuda", Aten()._flash_attention_forward)
+        monkeypatch.setattr(cuda, "_backward_cuda", Aten()._flash_attention_backward)
         monkeypatch.setitem(sdpa.OPERATORS, "cpu", cuda)
 
 
