@@ -11,8 +11,8 @@ from torch import Tensor
 
 from longspan.attention import plan_cache
 from longspan.attention.api import AttentionSpec, attend, plan_attention
-from longspan.attention.plan import AttentionPlan, HeadChunk, Hop
-from longspan.attention.ulysses import ExchangePlan, TensorGroup, heads_to_tokens, tokens_to_heads
+from longspan.attention.plan import AttentionPlan, ExchangePlan, HeadChunk, Hop, TensorGroup
+from longspan.attention.ulysses import heads_to_tokens, tokens_to_heads
 from longspan.batch.shard import shard_batch
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LayoutError

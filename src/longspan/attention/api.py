@@ -1,4 +1,4 @@
-"""``attend``: scaled dot-product attention over a sequence that is split over ranks. Knows nothing of models.
+"""``attend``: scaled dot-product attention over a sequence that is split over ranks (Ulysses and ring). Knows no models.
 
     q, k, v  [batch, my tokens, every head, dim]
         |   one all-to-all          tokens -> heads                                                    ulysses.py
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from longspan.attention import ring
 from longspan.attention.custom_ops import attention, attention_recomputable, columns
-from longspan.attention.plan import AttentionPlan, Bias, HeadChunk, Hop
+from longspan.attention.plan import AttentionPlan, Bias, ExchangePlan, HeadChunk, Hop
 from longspan.attention.plan_cache import Constant, cached
-from longspan.attention.ulysses import ExchangePlan, exchange_to_heads, exchange_to_tokens, plan_exchanges
+from longspan.attention.ulysses import exchange_to_heads, exchange_to_tokens, plan_exchanges
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import KernelError, LayoutError
@@ -45,10 +45,11 @@ __all__ = ["AttentionSpec", "Bias", "attend", "plan_attention", "refuse_kernel"]
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """One attention of one rank without the values of its tensors: local shapes, mask, mesh and options.
+    """The description of one attention call on one rank, without tensor values: local shapes, mask, mesh and options.
 
-    Hashable: two calls with equal specs have the same plan. The fields are those of ``attend``, but ``tokens`` and
-    ``key_tokens`` of None mean equally many on every rank, and ``has_sink_logits`` says whether there are sink logits.
+    Hashable; two calls with equal specs use the same plan. The fields are the arguments of ``attend``, except for the shapes,
+    ``dtype``, ``device_type`` and ``has_sink_logits`` (whether there are sink logits). ``tokens`` and ``key_tokens`` of None
+    mean equally many on every rank.
     """
 
     q_shape: torch.Size
@@ -69,17 +70,17 @@ class AttentionSpec:
 
     @property
     def coordinate(self) -> MeshCoordinate:
-        """Where this rank is on the mesh."""
+        """This rank's position on the mesh."""
         return MeshCoordinate() if self.mesh is None else self.mesh.coordinate
 
     @property
     def whole_tokens(self) -> int:
-        """The length of a whole row of queries."""
+        """The number of queries of a whole row, over all ranks."""
         return self.q_shape[1] * self.coordinate.sequence_ranks if self.tokens is None else self.tokens
 
     @property
     def whole_key_tokens(self) -> int:
-        """The length of a whole row of keys: by arguments that are the same on every rank, not by this rank's part."""
+        """The number of keys of a whole row, over all ranks; computed from arguments that are equal on every rank."""
         if self.key_tokens is not None:
             return self.key_tokens
         return self.k_shape[1] * self.coordinate.sequence_ranks if self.tokens is None else self.tokens
@@ -121,10 +122,10 @@ def attend(
         bias: A term added to the scores, computed tile by tile (see ``Bias``).
         kernel: The name of a kernel, "auto" for the fastest that can do it, a ``Kernel``, or a function
             ``(q, k, v, *, bands, scale) -> out``.
-        head_chunks: Exchange and compute so many parts of each rank's heads in turn, the next on its way meanwhile: the copies
-            on the heads' side are those of two parts. Implies ``recomputable``.
-        recomputable: Make attention one operator, exchanges included, that saves only q, k, v, its output and the log-sum-exp:
-            a selective checkpoint (``selective_context``) can then save its result and repeat neither attention nor exchange.
+        head_chunks: The number of parts of each rank's heads that are exchanged and computed one after another, while the next
+            part is sent; the exchanged copies of two parts exist at a time. Implies ``recomputable``.
+        recomputable: Make attention with its exchanges one operator that saves only q, k, v, its output and the log-sum-exp. A
+            selective checkpoint (``selective_context``) can then save its result and repeat neither attention nor exchange.
             The backward pass sends twice as much, because it exchanges q, k, v and the output again.
 
     Returns:
@@ -159,16 +160,16 @@ def attend(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _plan(**fields: Any) -> Constant[AttentionPlan]:
-    """``plan_attention`` for torch.compile: its arguments are constants, which a dataclass made in a graph is not."""
+    """``plan_attention`` for torch.compile, which treats these arguments as constants; a dataclass made in a graph is none."""
     return Constant(plan_attention(AttentionSpec(**fields)))
 
 
 def plan_attention(spec: AttentionSpec) -> AttentionPlan:
-    """Decide everything about an attention that needs no tensor: heads, exchanges, ring hops, kernel.
+    """Plan an attention from its spec: the split of heads, the all-to-alls, the ring hops and the kernel.
 
     Args:
-        spec: The attention. A spec that was planned before on its mesh gets the same plan; a kernel object, a function and a
-            bias are bound to a copy of it, and not kept.
+        spec: The attention. A spec that was planned before on its mesh gets the cached plan; a kernel object, a function or a
+            bias is bound to a copy of the plan and not cached.
 
     Returns:
         The plan, an opaque argument of the attention operators.
@@ -243,7 +244,7 @@ def _plan_chunks(spec: AttentionSpec, heads: Heads) -> tuple[HeadChunk, ...]:
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast q, k and v get its dtype, as scaled_dot_product_attention does; fp64 stays."""
+    """q, k and v in the dtype of autocast where it is enabled, as in scaled_dot_product_attention; fp64 is not cast."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
@@ -267,7 +268,7 @@ def _refuse_tensors(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None)
 
 
 def refuse_kernel(kernel: str | Kernel | KernelFunction, coordinate: MeshCoordinate) -> None:
-    """Raise KernelError for a kernel that no attention on this mesh can have: an unknown name, a function on a ring."""
+    """Raise KernelError for a kernel that no attention on this mesh can use: an unknown name, or a function with a ring."""
     if callable(kernel):
         _refuse_beside_a_function(kernel, coordinate, {})
     elif isinstance(kernel, str):
@@ -285,7 +286,7 @@ def _refuse_beside_a_function(function: KernelFunction, coordinate: MeshCoordina
 
 
 def _to_rows(q: Tensor, k: Tensor, v: Tensor, exchange: ExchangePlan | None) -> tuple[Tensor, Tensor, Tensor]:
-    """My heads of every token, the rows of the batch one after another: [batch * tokens, my heads, dim]."""
+    """q, k and v of every token for my heads, by one all-to-all: [batch * tokens, my heads, dim], row after row."""
     if exchange is None:
         return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     q_RGD, k_RGD, v_RGD = columns(exchange_to_heads([q, k, v], exchange), exchange)

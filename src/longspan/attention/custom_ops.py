@@ -1,8 +1,8 @@
 """The two operators of attention, each one node for autograd, torch.compile and selective checkpointing.
 
-    attention               rows of my heads --> rows of my heads       between two exchanges that are operators of their own
+    attention               rows of my heads --> rows of my heads       between two all-to-alls that are separate operators
 
-    attention_recomputable  my tokens, every head --> my tokens, every head       a chunk of the heads at a time:
+    attention_recomputable  my tokens, every head --> my tokens, every head       includes the all-to-alls, in head chunks:
 
         forward     q, k, v     --exchange-->  kernels  --exchange-->  out          saved: q, k, v, out (my tokens) and the
         backward    q, k, v,                                                        log-sum-exp (my heads), nothing else
@@ -10,10 +10,10 @@
 
         chunk 0     fetch | attend         | return
         chunk 1             fetch          | attend         | return       while the kernel computes one chunk, the next
-        chunk 2                              fetch          | attend ...   one is on its way
+        chunk 2                              fetch          | attend ...   one is exchanged
 
-The first saves the rows that it was given and sends less. The second saves no copy on the heads' side, so that a checkpoint
-which saves its two results repeats neither attention nor exchange. Knows rows and heads; nothing of masks or models.
+The first saves its exchanged inputs and sends less. The second saves no exchanged copies; a checkpoint that saves its two
+results repeats neither attention nor all-to-alls. Knows rows and heads; nothing of masks or models.
 
 B batch  S my tokens  R rows: batch * every token   H every head  K every key/value head  G my heads   D head size
 """
@@ -28,23 +28,27 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from longspan.attention import ring
-from longspan.attention.plan import AttentionPlan, HeadChunk
-from longspan.attention.ulysses import ExchangePlan, new_output, start_exchange_to_heads, start_exchange_to_tokens
+from longspan.attention.plan import AttentionPlan, ExchangePlan, HeadChunk
+from longspan.attention.ulysses import new_output, start_exchange_to_heads, start_exchange_to_tokens
 from longspan.kernels.protocol import accumulation_dtype
 
 Return = Callable[[], Callable[[], None]]
-"""Starts to return the results of a chunk to their tokens; call what it gives to finish."""
+"""Starts the all-to-all that returns a chunk's results to the ranks of their tokens; its result, when called, finishes it."""
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]
-"""dq, dk, dv, those of the sink logits and of the bias' parameters, in the kernels' precision."""
+"""dq, dk, dv, the gradients of the sink logits and of the bias parameters, in the accumulation dtype."""
 
 
 @torch.library.custom_op("longspan::attention", mutates_args=())
 def attention(
     q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan
 ) -> tuple[Tensor, Tensor]:
-    """(out [rows, my heads, v_dim] of q's dtype, lse [my heads, rows]) of my heads, sink logits included."""
+    """Attention of this rank's heads over exchanged rows, with ring hops and sink logits.
+
+    Returns:
+        out [rows, my heads, v_dim] in the dtype of q, and the log-sum-exp [my heads, rows].
+    """
     out_RGD, lse = _forward([q_RGD, k_RGD, v_RGD], sinks, parameters, plan, plan.chunks[0])
-    return out_RGD.contiguous(), lse.contiguous()  # as the fake promises inductor; flash lays lse the other way round
+    return out_RGD.contiguous(), lse.contiguous()  # the strides of the fake below; flash gives lse other ones
 
 
 @torch.library.custom_op("longspan::attention_backward", mutates_args=())
@@ -62,7 +66,11 @@ def attention_backward(
 def attention_recomputable(
     q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan
 ) -> tuple[Tensor, Tensor]:
-    """(out [batch, my tokens, every head, v_dim], lse [my heads, rows]), exchanges, ring hops and sink logits included."""
+    """Attention of this rank's tokens with its all-to-alls, ring hops and sink logits, one head chunk after another.
+
+    Returns:
+        out [batch, my tokens, every head, v_dim] in the dtype of q, and the log-sum-exp [my heads, rows].
+    """
     out_BSHD = q_BSHD.new_empty(*q_BSHD.shape[:3], v_BSKD.shape[3])
     lses: list[Tensor] = []
 
@@ -137,7 +145,7 @@ def _nothing() -> None:
 def _fetch(
     queries: Sequence[Tensor], keys: Sequence[Tensor], chunk: HeadChunk, exchange: ExchangePlan | None
 ) -> Callable[[], list[Tensor]]:
-    """Start to fetch the heads of a chunk: call the result for their rows [rows, my heads, dim]."""
+    """Start the all-to-all to heads for one chunk; the result, when called, returns its tensors [rows, my heads, dim]."""
     if exchange is not None:
         arriving = start_exchange_to_heads([*queries, *keys], exchange)
         return lambda: columns(arriving(), exchange)
@@ -149,9 +157,12 @@ def _fetch(
 def _return(
     xs_RGD: list[Tensor], outputs: Sequence[tuple[Tensor, range, bool]], exchange: ExchangePlan | None
 ) -> Callable[[], None]:
-    """Start to return rows to (tensor of every head, which of them, whether they are summed): call the result to finish.
+    """Start the all-to-all to tokens for one chunk; the result, when called, writes into ``outputs``.
 
-    They travel in the dtype of the first output, and ``xs_RGD`` is left empty.
+    Args:
+        xs_RGD: tensors [rows, my heads, dim]; sent in the dtype of the first output, and removed from the list.
+        outputs: for each of them (tensor of all heads, the heads to write, whether to add instead of write).
+        exchange: the all-to-all to heads whose adjoint this is; None on one ulysses rank.
     """
     if exchange is not None:
         dtype = outputs[0][0].dtype
@@ -166,7 +177,7 @@ def _return(
 
 
 def columns(rows_RW: Sequence[Tensor], exchange: ExchangePlan) -> list[Tensor]:
-    """The rows of each group as its tensors [rows, my heads, dim], which are views."""
+    """The tensors [rows, my heads, dim] of an exchange as views of the received rows of each group."""
     xs_RW = chain.from_iterable(x.split(widths, 1) for x, widths in zip(rows_RW, exchange.my_widths))
     return [x.unflatten(1, (-1, dim)) for x, dim in zip(xs_RW, exchange.dims)]
 
@@ -196,7 +207,7 @@ def _forward(
 
 
 def _without_autocast(like: Tensor) -> torch.autocast:
-    """q, k and v were cast before the operator: what a kernel computes in fp32 must not be cast again."""
+    """Autocast disabled: q, k and v are cast already, and what a kernel computes in fp32 must not be cast."""
     return torch.autocast(like.device.type, enabled=False)
 
 
@@ -218,7 +229,7 @@ def _backward(
 
 
 def _as_inputs(grads: Gradients, qkv: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients that there are, each in the dtype of its input, with the strides that the fakes promise."""
+    """The gradients of the inputs that are not None, each in the dtype of its input and contiguous, as the fakes declare."""
     dq, dk, dv, dsinks, dparameters = grads
     present = [dq, dk, dv, *([] if dsinks is None else [dsinks]), *dparameters]
     return [grad.to(x.dtype).contiguous() for grad, x in zip(present, _inputs(qkv, sinks, parameters))]

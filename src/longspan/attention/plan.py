@@ -1,16 +1,15 @@
-"""The plan of one attention of one rank: everything that is decided on integers before a tensor moves.
+"""AttentionPlan: the decisions for one attention on one rank that need no tensor values.
 
     AttentionPlan       kernel, scale, bias, the hops of the ring, and the chunks of this rank's heads
-      Hop               one piece of keys and values that arrives over the ring                           ring.py
-      HeadChunk         some of this rank's heads, and the exchanges that bring and return their tensors
-        ExchangePlan    one all-to-all                                                                    ulysses.py
+      Hop               one piece of keys and values that is received over the ring                       ring.py
+      HeadChunk         some of this rank's heads, and the all-to-alls of their tensors
+        ExchangePlan    one all-to-all of several TensorGroups                                            ulysses.py
 
-A plan depends on shapes, mask and mesh, never on the values of a tensor, so it is made once per shape and kept (plan_cache.py).
-The kernel and the bias of a user are objects that may hold a model: they are bound to a copy of the plan at each call, and are
-never kept.
+A plan depends on shapes, mask and mesh only, so it is made once per shape and cached (plan_cache.py). A user's kernel or bias
+is an object that may hold a model: it is bound to a copy of the plan at each call and not cached.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longspan._compat import OpaqueBase, register_opaque
-from longspan.attention.ulysses import ExchangePlan
-from longspan.distributed.collectives import Transport
+from longspan.distributed.collectives import Scratch, Transport
 from longspan.distributed.layout import Runs
 from longspan.kernels.head_groups import GroupedKernel, Groups
 from longspan.kernels.protocol import BoundBias, Kernel
@@ -34,8 +32,8 @@ from longspan.masks.bands import Band
 class Bias(Protocol):
     """A term added to the attention scores, computed tile by tile (ALiBi, T5); differentiable in its ``parameters``.
 
-    ``bias(heads, q_positions, k_positions, parameters)`` returns the term for a run of query heads, the positions of a tile's
-    queries and keys, and the parameters to use in place of ``bias.parameters``: copies, when their gradients are computed.
+    ``bias(heads, q_positions, k_positions, parameters)`` returns the term [heads, queries, keys] of one tile for a range of
+    query heads. ``parameters`` must be used in place of ``bias.parameters``: they are copies when gradients are computed.
     """
 
     parameters: tuple[Tensor, ...]
@@ -45,19 +43,76 @@ class Bias(Protocol):
     ) -> Float[Tensor, "some_heads queries keys"]: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class TensorGroup:
+    """Tensors with the same token partition (q, or q, k and v), sent next to each other in one all-to-all.
+
+    Attributes:
+        sizes: tokens of a row that each rank holds.
+        heads: for each tensor, the heads that each rank computes: ``heads[tensor][rank]``.
+        dims: the head dim of each tensor.
+        counts: the number of all heads of each tensor.
+        summed: for each tensor, whether a head returns several times (from several ranks or exchanges) and must be summed.
+    """
+
+    sizes: tuple[int, ...]
+    heads: tuple[tuple[range, ...], ...]
+    dims: tuple[int, ...]
+    counts: tuple[int, ...]
+    summed: tuple[bool, ...]
+
+    def widths(self, rank: int) -> tuple[int, ...]:
+        """Elements per token that each tensor sends to ``rank``."""
+        return tuple(len(heads[rank]) * dim for heads, dim in zip(self.heads, self.dims))
+
+
+class ExchangePlan(OpaqueBase):
+    """One all-to-all: its tensors, the process group, the transport, and the buffer that it packs into."""
+
+    def __init__(
+        self, groups: Sequence[TensorGroup], process_group: dist.ProcessGroup, transport: Transport, scratch: Scratch
+    ) -> None:
+        self.groups, self.process_group, self.transport, self.scratch = tuple(groups), process_group, transport, scratch
+        self.rank, self.ranks = process_group.rank(), range(process_group.size())
+        self.widths = tuple(tuple(group.widths(p) for p in self.ranks) for group in self.groups)  # [group][rank][tensor]
+        self.my_widths = tuple(widths[self.rank] for widths in self.widths)
+        self.dims = tuple(dim for group in self.groups for dim in group.dims)
+        # elements of one row of the batch, by rank and group: what tokens_to_heads sends, and what it receives
+        self.sends = [[group.sizes[self.rank] * sum(widths[p]) for group, widths in self._both()] for p in self.ranks]
+        self.receives = [[group.sizes[p] * sum(widths[self.rank]) for group, widths in self._both()] for p in self.ranks]
+        self._sent, self._received = [sum(parts) for parts in self.sends], [sum(parts) for parts in self.receives]
+
+    def _both(self) -> list[tuple[TensorGroup, tuple[tuple[int, ...], ...]]]:
+        return list(zip(self.groups, self.widths))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExchangePlan":
+        return self  # torch.compile copies its graphs; process groups cannot be copied
+
+    def sent(self, batch: int) -> list[int]:
+        """Elements that tokens_to_heads sends to each rank: my tokens, its heads."""
+        return [batch * elements for elements in self._sent]
+
+    def received(self, batch: int) -> list[int]:
+        """Elements that tokens_to_heads receives from each rank: its tokens, my heads."""
+        return [batch * elements for elements in self._received]
+
+
+register_opaque(ExchangePlan, members=("groups", "rank", "my_widths", "dims"))
+
+
 @dataclass(frozen=True)
 class Hop:
-    """One piece of keys and values: from the ring rank ``offset`` before this one, while this rank's go to that behind it."""
+    """One step of the ring: receive keys and values from the ring rank ``offset`` before this one, send to the one after."""
 
     offset: int
-    bands: tuple[Band, ...]  # between this rank's rows of queries and the rows of keys that arrive
-    arriving: Runs  # the rows of keys that arrive, as positions in the whole row
-    leaving: Runs  # the rows of this rank's keys that leave, as positions among its own
+    bands: tuple[Band, ...]  # between this rank's rows of queries and the received rows of keys
+    arriving: Runs  # the rows of keys that are received, as positions in the whole row
+    leaving: Runs  # the rows of this rank's keys that are sent, as indices into its own rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadChunk:
-    """Some of this rank's heads and their exchanges, which are None on one ulysses rank."""
+    """Some of this rank's heads and the all-to-alls of their tensors, which are None on one ulysses rank."""
 
     heads: range
     kv_heads: range
@@ -84,7 +139,7 @@ class AttentionPlan(OpaqueBase):
         self.bias: Bias | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionPlan":
-        return self  # torch.compile copies its graphs; what names process groups is the same in all of them
+        return self  # torch.compile copies its graphs; process groups cannot be copied
 
     def bind(self, kernel: Kernel, bias: Bias | None) -> "AttentionPlan":
         """The same plan with this kernel and bias."""
@@ -98,7 +153,13 @@ class AttentionPlan(OpaqueBase):
         return GroupedKernel(self.kernel, chunk.groups, self.scale, self.softcap)
 
     def bias_of(self, chunk: HeadChunk, key_runs: Runs, parameters: tuple[Tensor, ...]) -> Callable[[slice], BoundBias] | None:
-        """The bias of some heads of a chunk at these rows of keys, with these parameters; None without a bias."""
+        """The bias of a chunk as a function of a slice of its heads; None without a bias.
+
+        Args:
+            chunk: the head chunk.
+            key_runs: the positions of the keys of the current hop.
+            parameters: the tensors to use as the parameters of the bias.
+        """
         if self.bias is None:
             return None
         q_positions, k_positions = _positions(self.query_runs, self.tokens), _positions(key_runs, self.key_tokens)
@@ -109,7 +170,7 @@ register_opaque(AttentionPlan, members=("chunks", "heads", "rows"))
 
 
 class TileBias:
-    """A bias for some heads at the rows of one hop: translates indices among those rows to positions in the sequence."""
+    """A ``BoundBias`` for some heads in one hop: maps indices of local rows to positions and calls the user's ``Bias``."""
 
     def __init__(
         self, bias: Bias, chunk_heads: range, q_positions: Tensor, k_positions: Tensor, parameters: tuple[Tensor, ...],

@@ -1,4 +1,4 @@
-"""A bounded cache of plans: the most recently used ones of each mesh, and of one device."""
+"""A bounded cache of plans (least recently used are removed), one for each mesh and one for a single device."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar, cast
 from longspan.distributed.mesh import ParallelMesh
 
 PLANS = 256
-"""How many plans a mesh keeps. A run whose mask changes at every step makes a new one at every step."""
+"""The most plans in one cache. A mask that changes at every step needs a new plan at every step."""
 
 _ONE_DEVICE: dict[Hashable, Any] = {}
 _MISSING = object()
@@ -15,9 +15,14 @@ T = TypeVar("T")
 
 
 def cached(mesh: ParallelMesh | None, key: Hashable, make: Callable[[], T]) -> T:
-    """The plan that ``make`` returned when ``key`` was first asked for on this mesh. An error of ``make`` is not kept.
+    """The plan cached under ``key``, or that of ``make()``, which is then cached. An error of ``make`` is not cached.
 
-    Plans live on the mesh, because they name its process groups and buffers: they are freed with it.
+    The cache belongs to the mesh, because plans refer to its process groups and buffers; it is freed with the mesh.
+
+    Args:
+        mesh: the mesh; None is a single device.
+        key: everything that the plan depends on.
+        make: called without arguments if there is no plan for ``key``.
     """
     plans = _ONE_DEVICE if mesh is None else mesh.plans
     plan = plans.pop(key, _MISSING)
@@ -31,6 +36,6 @@ def cached(mesh: ParallelMesh | None, key: Hashable, make: Callable[[], T]) -> T
 
 @dataclass(slots=True)
 class Constant(Generic[T]):
-    """A plan as torch.compile takes it from ``assume_constant_result``, which cannot return an opaque object itself."""
+    """A wrapper of a plan: a function under ``assume_constant_result`` cannot return an opaque object itself."""
 
     plan: T

@@ -1,15 +1,15 @@
-"""Ring attention: every piece of keys and values visits my queries, one at a time, and the results merge by log-sum-exp.
+"""Ring attention (context parallel): attend to the keys of one ring rank after another, and merge results by log-sum-exp.
 
     ring=4, rank 1      hop 0      hop 1        hop 2        hop 3
       keys of rank        1          0            3            2          while the kernel computes one piece,
-      out, lse          merge <-   merge <-     merge <-     merge        the next one is on its way
+      out, lse          merge <-   merge <-     merge <-     merge        the next one is received
 
-A piece comes straight from its owner, and only with the rows of keys that some query of the receiver sees: under a window or
-documents most hops vanish, and under a causal zigzag half the rows do. In the backward pass the pieces come again, each
-with the log-sum-exp and the output of the *whole* row of keys, and the gradients of keys and values return to their owner in
-fp32.
+A piece is sent directly by its owner, and holds only the keys that some query of the receiver sees: under a window or with
+documents most hops send nothing, and a causal zigzag sends about half of the rows. In the backward pass the pieces are sent
+again; each is computed with the log-sum-exp and the output over *all* keys, and the gradients of keys and values are sent back
+to their owner in fp32.
 
-One rank is a ring of one hop. Knows bands and rows; nothing of the exchange of heads or of models.
+One rank is a ring of one hop. Knows bands and rows; nothing of the all-to-all of heads or of models.
 Source: Ring Attention, arXiv:2310.01889; zigzag: Striped Attention, arXiv:2311.09431, and its successors.
 """
 
@@ -27,9 +27,13 @@ from longspan.masks.bands import Band, localize
 
 
 def plan_hops(bands: tuple[Band, ...], query_runs: Sequence[Runs], key_runs: Sequence[Runs], rank: int) -> tuple[Hop, ...]:
-    """The hops of ``rank``, from the rows of queries and keys that each ring rank holds. Every rank omits the same hops.
+    """The ring hops of one rank. A hop in which no rank needs a key is left out, on every rank alike.
 
-    ``bands`` are those of the whole row; ``query_runs[r]`` and ``key_runs[r]`` are what ring rank r holds of it.
+    Args:
+        bands: the mask of the whole row.
+        query_runs: for each ring rank, the positions of the queries that it holds.
+        key_runs: for each ring rank, the positions of the keys that it holds.
+        rank: this ring rank.
     """
     ranks = range(len(query_runs))
     every_key = (range(max((run.stop for runs in key_runs for run in runs), default=0)),)
@@ -47,7 +51,7 @@ def plan_hops(bands: tuple[Band, ...], query_runs: Sequence[Runs], key_runs: Seq
 
 
 def _visible(bands: tuple[Band, ...]) -> Runs:
-    """The rows of keys that some query of these bands sees, as few runs as possible."""
+    """The keys that at least one query of these bands sees, as sorted disjoint ranges."""
     runs: list[range] = []
     for start, stop in sorted((band.k_start, band.k_stop) for band in bands):
         if runs and start <= runs[-1].stop:
@@ -60,7 +64,17 @@ def _visible(bands: tuple[Band, ...]) -> Runs:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, plan: AttentionPlan, chunk: HeadChunk, parameters: tuple[Tensor, ...]
 ) -> Partial:
-    """(out [queries, heads, v_dim], lse [heads, queries]) over every piece of keys; that of a single piece as it is."""
+    """Attention of this rank's rows over the keys of all ring ranks, for one head chunk.
+
+    Args:
+        q, k, v: this rank's rows [rows, my heads, dim].
+        plan: the attention; its hops say which keys are received from whom.
+        chunk: the heads.
+        parameters: the parameters of the bias.
+
+    Returns:
+        out [queries, heads, v_dim] and the log-sum-exp [heads, queries].
+    """
     result: Partial | None = None
     kernel = plan.kernel_of(chunk)
     for hop, k_piece, v_piece in _pieces(k, v, plan):
@@ -77,7 +91,15 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     *, plan: AttentionPlan, chunk: HeadChunk, parameters: tuple[Tensor, ...],
 ) -> Gradients:  # fmt: skip
-    """(dq, dk, dv, gradients of the bias' parameters), summed over the pieces in fp32 (fp64 for fp64)."""
+    """The gradients of ``forward``, summed over the hops in fp32 (fp64 for fp64).
+
+    Args:
+        dout: the gradient of ``out``.
+        out, lse: the results of ``forward``; the others as there.
+
+    Returns:
+        (dq, dk, dv, gradients of the bias parameters).
+    """
     kernel = plan.kernel_of(chunk)
     total: Gradients | None = None
     returning: tuple[Hop, Arrival] | None = None  # one at a time: each holds a piece in fp32
@@ -99,11 +121,11 @@ def backward(
 
 
 def _pieces(k: Tensor, v: Tensor, plan: AttentionPlan) -> Iterator[tuple[Hop, Tensor, Tensor]]:
-    """(hop, keys, values) one after another; the next piece travels while the caller computes this one."""
-    on_its_way: Arrival | None = None
+    """(hop, keys, values) of every hop in turn; the next piece is exchanged while the caller computes this one."""
+    exchange: Arrival | None = None
     for hop, following in zip(plan.hops, [*plan.hops[1:], None]):
-        arrived = on_its_way.wait() if on_its_way is not None else None
-        on_its_way = _send(k, v, following, plan) if following is not None else None
+        arrived = exchange.wait() if exchange is not None else None
+        exchange = _send(k, v, following, plan) if following is not None else None
         yield (hop, k, v) if arrived is None else (hop, *_as_pair(arrived, k, v))
 
 
@@ -120,7 +142,7 @@ def _return(dk: Tensor, dv: Tensor, hop: Hop, plan: AttentionPlan) -> Arrival:
 
 
 def _rotate(rows: Tensor, offset: int, expected_rows: int, plan: AttentionPlan) -> Arrival:
-    """Send rows to the rank ``offset`` behind me while as many as expected come from the rank ``offset`` before me."""
+    """Start to send ``rows`` to the ring rank ``offset`` after this one and to receive from the one ``offset`` before it."""
     assert plan.ring_group is not None
     assert plan.transport is not None
     ranks, rank = plan.ring_group.size(), plan.ring_group.rank()
@@ -141,7 +163,7 @@ def _add_returned(returning: tuple[Hop, Arrival] | None, dk: Tensor, dv: Tensor)
 
 
 def _as_pair(flat: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of [keys | values] as views of the shapes of k and v, whatever their number."""
+    """A flat buffer of rows [keys | values] as two views with the head dims of k and v."""
     widths = [x.shape[1] * x.shape[2] for x in (k, v)]
     k_columns, v_columns = flat.view(-1, sum(widths)).split(widths, 1)
     return k_columns.unflatten(1, k.shape[1:]), v_columns.unflatten(1, v.shape[1:])
@@ -152,6 +174,6 @@ def _rows(runs: Runs) -> int:
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Partial:
-    """Two partial results of the same queries as one; a query that neither reaches stays at 0 and -inf."""
+    """Merge two partial results of the same queries over different keys; a query that sees no key keeps 0 and -inf."""
     lse, weight_a, weight_b = merge_weights(lse_a, lse_b)
     return out_a * weight_a.T.unsqueeze(2) + out_b * weight_b.T.unsqueeze(2), lse

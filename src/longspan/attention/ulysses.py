@@ -3,93 +3,37 @@
     x_BSHD  my tokens, every head   --tokens_to_heads-->   x_BTGD  every token, my heads
                                     <--heads_to_tokens--
 
-    What rank u sends, two tensors of one exchange (q and k) and two ranks:
+    The send buffer of a rank, for two tensors in one exchange (q and k) and two ranks:
 
         to rank 0                              to rank 1
         [ token | q heads of 0 | k heads of 0 ] [ token | q heads of 1 | k heads of 1 ]      one flat buffer, one collective
         [ token | ...                         ] [ token | ...                         ]
 
-    What it receives is the rows of rank 0's tokens, then those of rank 1: with one row in the batch that *is* every
-    token of my heads, so q and k are views of it and nothing is unpacked.
+    The receive buffer holds the rows of rank 0's tokens, then those of rank 1. With one row in the batch this is every token
+    of my heads, so q and k are views of it and nothing is unpacked.
 
-A head that two ranks need (a key/value head with fewer of them than ranks) is sent to both, and on the way back what they
-return is summed: the two functions are each other's adjoint, and inverses only where nothing is replicated. Knows nothing of
-masks, kernels or models. Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3.1.
+A key/value head that two ranks need is sent to both, and what both return is summed. So the two functions are each other's
+adjoint, but inverses only where nothing is replicated. Knows nothing of masks, kernels or models. Source: DeepSpeed-Ulysses,
+arXiv:2309.14509, section 3.1.
 
 B batch   S my tokens   T every token   H every head   G my heads   D head size   R rows: B * T   W widths of my heads
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 from torch.profiler import record_function
 
-from longspan._compat import OpaqueBase, register_opaque
+from longspan.attention.plan import ExchangePlan, TensorGroup
 from longspan.attention.plan_cache import Constant, cached
-from longspan.distributed.collectives import Scratch, Transport
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LayoutError
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorGroup:
-    """Tensors with the same token partition (q, or q, k and v), which travel side by side in one all-to-all.
-
-    ``sizes[p]`` tokens of a row are held by rank p, which computes the heads ``heads[t][p]`` of tensor t. Tensor t has
-    ``counts[t]`` heads of size ``dims[t]``; its heads are ``summed[t]`` where some head returns more than once, from several
-    ranks or in several exchanges.
-    """
-
-    sizes: tuple[int, ...]
-    heads: tuple[tuple[range, ...], ...]
-    dims: tuple[int, ...]
-    counts: tuple[int, ...]
-    summed: tuple[bool, ...]
-
-    def widths(self, rank: int) -> tuple[int, ...]:
-        """How many elements of one token each tensor sends to ``rank``."""
-        return tuple(len(heads[rank]) * dim for heads, dim in zip(self.heads, self.dims))
-
-
-class ExchangePlan(OpaqueBase):
-    """One all-to-all: its tensors, the process group, the transport, and the buffer that it packs into."""
-
-    def __init__(
-        self, groups: Sequence[TensorGroup], process_group: dist.ProcessGroup, transport: Transport, scratch: Scratch
-    ) -> None:
-        self.groups, self.process_group, self.transport, self.scratch = tuple(groups), process_group, transport, scratch
-        self.rank, self.ranks = process_group.rank(), range(process_group.size())
-        self.widths = tuple(tuple(group.widths(p) for p in self.ranks) for group in self.groups)  # [group][rank][tensor]
-        self.my_widths = tuple(widths[self.rank] for widths in self.widths)
-        self.dims = tuple(dim for group in self.groups for dim in group.dims)
-        # elements of one row of the batch, by rank and group: what tokens_to_heads sends, and what it receives
-        self.sends = [[group.sizes[self.rank] * sum(widths[p]) for group, widths in self._both()] for p in self.ranks]
-        self.receives = [[group.sizes[p] * sum(widths[self.rank]) for group, widths in self._both()] for p in self.ranks]
-        self._sent, self._received = [sum(parts) for parts in self.sends], [sum(parts) for parts in self.receives]
-
-    def _both(self) -> list[tuple[TensorGroup, tuple[tuple[int, ...], ...]]]:
-        return list(zip(self.groups, self.widths))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ExchangePlan":
-        return self  # torch.compile copies its graphs, and a plan that names process groups is the same in all of them
-
-    def sent(self, batch: int) -> list[int]:
-        """Elements that tokens_to_heads sends to each rank: my tokens, its heads."""
-        return [batch * elements for elements in self._sent]
-
-    def received(self, batch: int) -> list[int]:
-        """Elements that tokens_to_heads receives from each rank: its tokens, my heads."""
-        return [batch * elements for elements in self._received]
-
-
-register_opaque(ExchangePlan, members=("groups", "rank", "my_widths", "dims"))
+from longspan.kernels.protocol import accumulation_dtype
 
 
 def tokens_to_heads(
@@ -157,10 +101,16 @@ def _plan(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> Constant
 def plan_exchange(
     shapes: Sequence[torch.Size], mesh: ParallelMesh, tokens: int | None, key_tokens: int | None = None
 ) -> ExchangePlan | None:
-    """The exchange of q (and k, v) of these local shapes [batch, my tokens, heads, dim]; None on one ulysses rank.
+    """The all-to-all of q (and k, v), cached per shape and mesh.
 
-    The first has the query heads, the others the key/value heads; ``key_tokens`` is the length of k and v where it is not
-    that of q. Made once per shape and mesh.
+    Args:
+        shapes: local shapes [batch, my tokens, heads, dim]; the first has the query heads, the others the key/value heads.
+        mesh: the mesh whose ulysses axis exchanges.
+        tokens: the length of a whole row of q (None: equally many tokens on every rank).
+        key_tokens: the length of a whole row of k and v (None: that of q).
+
+    Returns:
+        The plan; None on one ulysses rank.
     """
 
     def make() -> ExchangePlan | None:
@@ -179,9 +129,19 @@ def plan_exchanges(
     tokens: int | None,
     key_tokens: int | None = None,
 ) -> tuple[ExchangePlan | None, ...]:
-    """One exchange for each chunk of the heads, of tensors with the query heads and tensors with the key/value heads.
+    """One all-to-all for each head chunk, each carrying all given tensors.
 
-    Tensors of one token partition are one group; key/value tensors of another length are a second one.
+    Args:
+        queries: local shapes of tensors with the query heads.
+        keys: local shapes of tensors with the key/value heads.
+        heads: the partition of the heads, with the number of chunks.
+        mesh, tokens, key_tokens: as in ``plan_exchange``.
+
+    Returns:
+        The plans by chunk; None for each on one ulysses rank. Tensors of one token partition are one group.
+
+    Raises:
+        LayoutError: this rank's tokens are not its part of ``tokens``.
     """
     sizes = _sizes(queries[0], mesh, tokens)
     key_sizes = _sizes(keys[0], mesh, tokens if key_tokens is None else key_tokens) if keys else sizes
@@ -219,13 +179,30 @@ def _sizes(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> tuple[i
 
 @torch.library.custom_op("longspan::exchange_to_heads", mutates_args=())
 def exchange_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan) -> list[Tensor]:
-    """Rows [batch * every token, widths of my heads] of each group, from its tensors [batch, my tokens, heads, dim]."""
+    """All-to-all from tokens to heads.
+
+    Args:
+        xs_BSHD: the tensors of all groups of the plan, [batch, my tokens, heads, dim].
+        plan: the all-to-all.
+
+    Returns:
+        For each group its rows [batch * every token, widths of my heads].
+    """
     return start_exchange_to_heads(xs_BSHD, plan)()
 
 
 @torch.library.custom_op("longspan::exchange_to_tokens", mutates_args=())
 def exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, batch: int) -> list[Tensor]:
-    """The adjoint: tensors [batch, my tokens, heads, dim] from the rows of each group; replicated heads are summed."""
+    """All-to-all from heads to tokens, the adjoint of ``exchange_to_heads``.
+
+    Args:
+        rows_RW: for each group its rows [batch * every token, widths of my heads].
+        plan: the all-to-all.
+        batch: rows of the batch.
+
+    Returns:
+        The tensors of all groups, [batch, my tokens, heads, dim]; heads that several ranks return are summed.
+    """
     outputs = [
         new_output((batch, group.sizes[plan.rank], count, dim), summed, rows_RW[0])
         for group in plan.groups
@@ -236,7 +213,7 @@ def exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, batch: int
 
 
 def start_exchange_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan) -> Callable[[], list[Tensor]]:
-    """Send what ``exchange_to_heads`` sends, and return at once: call the result, once, for the rows."""
+    """Start ``exchange_to_heads`` and return at once; the result, when called (once), waits and returns the rows."""
     batch = xs_BSHD[0].shape[0]
     sent = plan.sent(batch)
     with record_function("longspan::exchange"), ExitStack() as stack:
@@ -254,16 +231,16 @@ def start_exchange_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan) -> Ca
 
 
 def start_exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, outputs: Sequence[Tensor]) -> Callable[[], None]:
-    """Send what ``exchange_to_tokens`` sends, and return at once: call the result, once, to write the outputs.
+    """Start ``exchange_to_tokens`` and return at once; the result, when called (once), waits and writes ``outputs``.
 
-    Each output [batch, my tokens, heads, dim] gets the heads that this exchange moves: added to what is there where heads are
-    ``summed``, else written over it.
+    Only the heads of this exchange are written to the outputs [batch, my tokens, heads, dim]; heads that are ``summed`` are
+    added.
     """
     batch = outputs[0].shape[0]
     received = plan.received(batch)
     with record_function("longspan::exchange"), ExitStack() as stack:
         if batch == 1 and len(rows_RW) == 1 and rows_RW[0].is_contiguous():
-            send = rows_RW[0].view(-1)  # they lie as they are sent
+            send = rows_RW[0].view(-1)  # already in the order of the send buffer
         else:
             send = stack.enter_context(plan.scratch.lend(sum(received), rows_RW[0]))
             _pack_rows(rows_RW, send, plan, batch)
@@ -279,9 +256,9 @@ def start_exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, outp
 
 
 def new_output(shape: Sequence[int], summed: bool, like: Tensor) -> Tensor:
-    """The buffer that returning heads are written to: zeros in fp32 at least where they are summed, to be rounded once."""
+    """An output buffer of ``exchange_to_tokens``: uninitialised, or zeros in the accumulation dtype if heads are summed."""
     if summed:
-        return like.new_zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32))
+        return like.new_zeros(shape, dtype=accumulation_dtype(like.dtype))
     return like.new_empty(shape)
 
 
@@ -343,7 +320,7 @@ def _as_rows(received: Tensor, plan: ExchangePlan, batch: int) -> list[Tensor]:
 
 
 def _pack_rows(rows_RW: Sequence[Tensor], send: Tensor, plan: ExchangePlan, batch: int) -> None:
-    """Copy the rows of each group to where exchange_to_tokens sends them from."""
+    """Copy the rows of each group into the send buffer of exchange_to_tokens."""
     for rows, group, parts in zip(rows_RW, plan.groups, _row_parts(send, plan, batch)):
         whole_BTW = rows.unflatten(0, (batch, sum(group.sizes)))
         for part_BSW, piece in zip(parts, whole_BTW.split(group.sizes, 1)):
