@@ -1,4 +1,4 @@
-"""How evenly a layout shares the scores of a mask, and what it sends: python benchmarks/balance.py [--tokens 131072] [--ring 4]
+"""Benchmark: balance of scores and traffic over the ranks: python benchmarks/balance.py [--tokens 131072] [--ring 4]
 
 Integers alone, so it runs at once and is exact. For each mask and layout: the scores of the fullest ring rank over the mean
 (1.00 is even), and the keys that the ranks send in one pass, over what "every key to every other rank" would send. What heads

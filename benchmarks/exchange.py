@@ -1,4 +1,4 @@
-"""What the exchange costs beside the bare collective: python benchmarks/exchange.py [--mib 16 64 256] [--pairs 11]
+"""Benchmark: the Ulysses exchange beside a bare all-to-all: python benchmarks/exchange.py [--mib 16 64 256] [--pairs 11]
 
 Two local ranks, batch 1, q, k and v of equal heads. In turn, in one run and on the same bytes:
   bare        one ``all_to_all_single`` into fresh memory, and one copy of as many bytes into reused memory

@@ -1,4 +1,4 @@
-"""What one layer of attention costs as the ranks grow: bytes, and the share of the exchanges in the time of a step.
+"""Benchmark: bytes and time of one attention layer over the number of ranks, with the fraction that the exchanges take.
 
     python benchmarks/layer.py [--tokens-a-rank 2048] [--heads 32] [--dim 64] [--ranks 1 2 4 8]
 

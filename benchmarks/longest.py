@@ -1,4 +1,4 @@
-"""The longest sequence that trains under a cap of resident memory a rank, and what each tool has to do with it.
+"""Benchmark: the longest sequence that trains under a limit of resident memory a rank, with and without each memory option.
 
     python benchmarks/longest.py --help
     python benchmarks/longest.py --vocab 128256 --dtypes fp32 bf16

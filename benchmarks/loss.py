@@ -1,4 +1,4 @@
-"""The chunked loss beside the same loss of whole logits: time and peak memory of a forward and backward, in one run.
+"""Benchmark: time and peak memory of the chunked loss beside the loss of whole logits, forward and backward.
 
     python benchmarks/loss.py --help
     python benchmarks/loss.py --tokens 4096 --vocab 128256 --hidden 256 1024

@@ -1,4 +1,4 @@
-"""Train on one sequence of a million tokens, on the two cores of a laptop: loss, seconds, memory and traffic of real steps.
+"""Benchmark: training steps on one sequence of a million tokens on two CPU cores: loss, seconds, memory and traffic.
 
     python benchmarks/million.py --help
     python benchmarks/million.py                                                    1,048,576 tokens, Window(4095), 4 layers

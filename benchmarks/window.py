@@ -1,4 +1,4 @@
-"""How much faster a window is than full causal attention: forward and backward, the kernel alone and ``attend`` on 2 ranks.
+"""Benchmark: time of sliding-window attention beside full causal attention, forward and backward, kernel and 2 ranks.
 
     python benchmarks/window.py --help
     python benchmarks/window.py --tokens 32768 --heads 8 --dim 64 --windows 255 1023 4095 --dtypes float32 bfloat16

@@ -1,16 +1,16 @@
 """Make a model parallel from outside: attention and loss over the mesh, averaged or sharded gradients, memory options.
 
     what the model has             what parallelize does with it
-    attention, cross_entropy       replaced by the same over the mesh: tokens are exchanged for heads and back, the labels
-                                    of all ranks are counted (hf/adapter.py does so for a Hugging Face model, proven first)
+    attention, cross_entropy       replaced by attention and cross-entropy over the mesh (for a Hugging Face model by
+                                   hf/adapter.py, after a proof on one rank)
     parameters                     zero=0  every rank keeps all; gradients are averaged after every backward (grad_sync.py)
-    blocks                         zero=2  each rank keeps 1/P of gradients and optimizer states, of parameters between steps
-                                   zero=3  of parameters always: a block is gathered while it computes (both by FSDP2)
-                                   activation checkpointing, offload
+                                   zero=2  each rank keeps 1/P of gradients and optimizer states (fsdp.py)
+                                   zero=3  and 1/P of the parameters: a block's are gathered while it computes
+    blocks                         activation checkpointing, offload
     feed-forwards, norms           tiles
 
-All ranks first compare what they hold, in one small exchange: a model that differs on one rank would train on, and be wrong on
-all of them.
+All ranks first compare facts about their model in one small exchange, because a model that differs on one rank would train with
+wrong results on all of them.
 """
 
 import hashlib
@@ -170,7 +170,7 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
 
 @dataclass(frozen=True)
 class _Job:
-    """A model, and everything that is to be done to it."""
+    """A model and the options of one ``parallelize`` call."""
 
     model: nn.Module
     mesh: ParallelMesh
@@ -182,7 +182,7 @@ class _Job:
 def _options(
     model: nn.Module, mesh: ParallelMesh, fsdp: FSDPOptions, memory: MemoryOptions | AutoMemory
 ) -> tuple[FSDPOptions, MemoryOptions]:
-    """The options as they are, or those that a budget leads to: on every rank the same or none; the first rank logs why."""
+    """The options, with those that an ``AutoMemory`` chooses; equal on every rank. The first rank logs the reason."""
     chosen: list[tuple[Choice, str]] = []
     itemsize = (fsdp.dtype or next((parameter.dtype for parameter in model.parameters()), torch.float32)).itemsize
 
@@ -225,14 +225,14 @@ def _adapter(model: nn.Module, kernel: str | Kernel | KernelFunction) -> ModelAd
 
 
 def _name(kernel: str | Kernel | KernelFunction) -> str:
-    """The same text on every rank for the same kernel."""
+    """The name of a kernel, which is compared between ranks."""
     if isinstance(kernel, str):
         return kernel
     return str(getattr(kernel, "name", getattr(kernel, "__name__", type(kernel).__name__)))
 
 
 def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
-    """Raise on every rank what any rank raises or holds differently: one exchange of errors and facts."""
+    """Call ``look`` on every rank; raise on all ranks if it raised on one, or if the facts that it returned differ."""
     difference = first_difference(gather_or_raise(look, mesh.world_group))
     if difference is not None:
         name, first, rank, other = difference
@@ -243,7 +243,7 @@ def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
 
 
 def _refuse_options(job: _Job) -> dict[str, str]:
-    """Refuse what no model or this mesh can have; returns the options, which must be equal on all ranks."""
+    """Check the options against model and mesh; returns them as facts that must be equal on all ranks."""
     if parallel_state(job.model) is not None:
         raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
     refuse_options(job.fsdp, job.model, job.mesh)
@@ -251,7 +251,10 @@ def _refuse_options(job: _Job) -> dict[str, str]:
 
 
 def _prove(job: _Job, read_alike: bool) -> dict[str, str]:
-    """Prove the model; returns what must be equal on all ranks: its parameters too, unless all ranks read them alike."""
+    """Check options and model; returns the facts that must be equal on all ranks.
+
+    The facts include a hash of every parameter, unless the ranks read them from the same source (``read_alike``).
+    """
     facts = _refuse_options(job)
     job.adapter.prove(job.mesh, job.memory)
     if job.memory.tile_tokens is not None:

@@ -1,11 +1,11 @@
-"""The few collectives that longspan needs, each with its true adjoint, and the Transport that a user can replace.
+"""Differentiable collectives (all-reduce, all-gather), and Transport, the all-to-all that a user can replace.
 
-    all_reduce_sum     forward: the sum over ranks         backward: the sum over ranks
-    all_gather         forward: every rank's piece         backward: my piece of the sum over ranks
-    Transport          one all-to-all with split sizes: the exchange, the ring and ``all_gather`` all go through it
+    all_reduce_sum     forward: sum over ranks                        backward: sum of the gradients over ranks
+    all_gather         forward: concatenate the ranks' tensors        backward: this rank's piece of the summed gradients
+    Transport          one all-to-all with split sizes; Ulysses, the ring and ``all_gather`` use it
 
-Every rank computes the same global loss, so the adjoint of a sum over ranks is the sum of what the ranks send back, not a
-copy of what one sends: anything else is off by a factor that depends on the layout. Knows groups, not meshes or models.
+Every rank computes the same global loss, so each collective has its true adjoint: that of a sum over ranks is a sum over ranks.
+Anything else gives gradients that are off by a factor which depends on the layout. Knows groups, not meshes or models.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,19 +24,16 @@ from longspan.tuning import SCRATCH_BYTES
 
 @runtime_checkable
 class Arrival(Protocol):
-    """What is on its way: ``wait()`` returns the received elements, and may be called once."""
+    """The handle of a running all-to-all."""
 
-    def wait(self) -> Shaped[Tensor, " received"]: ...
+    def wait(self) -> Shaped[Tensor, " received"]:
+        """Wait for the end of the exchange, and return the received elements. Called once."""
+        ...
 
 
 @runtime_checkable
 class Transport(Protocol):
-    """Moves bytes between the ranks of a group. Replace it to use NVLink or symmetric-memory libraries.
-
-    ``send`` is flat and contiguous; rank p gets the next ``send_splits[p]`` elements of it, and what arrives holds
-    ``recv_splits[p]`` elements from each rank p, in rank order. The call starts the exchange and may return before it is
-    done, so that a kernel can work meanwhile. It is called from the backward pass too.
-    """
+    """An implementation of the all-to-all. Pass your own to ``ParallelMesh(transport=)``, for example for symmetric memory."""
 
     def all_to_all(
         self,
@@ -44,11 +41,25 @@ class Transport(Protocol):
         send_splits: Sequence[int],
         recv_splits: Sequence[int],
         group: dist.ProcessGroup,
-    ) -> Arrival: ...
+    ) -> Arrival:
+        """Start an all-to-all; it may return before the exchange ends, so that a kernel can run meanwhile.
+
+        It is called in the forward and in the backward pass, in the same order on every rank.
+
+        Args:
+            send: a flat contiguous tensor; rank p gets the next ``send_splits[p]`` elements of it.
+            send_splits: elements for each rank, in rank order.
+            recv_splits: elements from each rank, in rank order.
+            group: the ranks.
+
+        Returns:
+            A handle whose ``wait`` returns the received elements, flat and in rank order.
+        """
+        ...
 
 
 class TorchTransport:
-    """PyTorch's own ``all_to_all_single``: gloo, NCCL, or whatever backend the group has."""
+    """The default transport: PyTorch's ``all_to_all_single`` on the backend of the group (gloo, NCCL, ...)."""
 
     def all_to_all(
         self,
@@ -63,11 +74,11 @@ class TorchTransport:
 
 
 class Scratch:
-    """Memory that an exchange packs into and no longer needs once it is done: kept for the next one.
+    """A send buffer that is reused by the next exchange, one per device.
 
-    On a CPU touching fresh pages costs more than the copy into them (four times at 256 MiB); a GPU's caching allocator
-    would keep the block all the same. It holds as much as the largest exchange sends, and no more than ``SCRATCH_BYTES``:
-    what is larger would lie idle in the way of the kernels, whose work on so many tokens hides what pages cost.
+    On a CPU, allocating new pages takes longer than the copy into them (four times as long at 256 MiB). Buffers of more than
+    ``SCRATCH_BYTES`` are freed after use: idle, they would add to the peak of the kernels, whose time is then much larger than
+    that of an allocation.
     """
 
     def __init__(self) -> None:
@@ -75,7 +86,7 @@ class Scratch:
 
     @contextmanager
     def lend(self, elements: int, like: Tensor) -> Iterator[Shaped[Tensor, " elements"]]:
-        """A flat buffer of ``elements`` of the dtype and device of ``like``, to be given back when the block ends."""
+        """Context manager: a flat buffer of ``elements`` elements in the dtype and on the device of ``like``."""
         needed = elements * like.element_size()
         buffer = self._free.pop(like.device, None)
         if buffer is None or buffer.numel() < needed:
@@ -95,7 +106,7 @@ class _Receiving:
 
 
 class CountingTransport:
-    """Counts what passes through another transport: ``traffic`` is the collectives and the bytes sent to *other* ranks."""
+    """A transport that counts collectives and bytes sent to *other* ranks in ``traffic``, and passes calls to another one."""
 
     def __init__(self, inner: Transport) -> None:
         self.inner = inner
@@ -114,7 +125,7 @@ class CountingTransport:
 
 
 def all_reduce_sum(x: Num[Tensor, "*shape"], group: dist.ProcessGroup) -> Num[Tensor, "*shape"]:
-    """The sum of ``x`` over the ranks of ``group``, on every rank. Its adjoint is itself."""
+    """The sum of ``x`` over the ranks of ``group``, on every rank. Differentiable: gradients are summed over ranks too."""
     if group.size() == 1:
         return x
     total: Num[Tensor, "*shape"] = _compat.functional_all_reduce(x, group)
@@ -124,9 +135,14 @@ def all_reduce_sum(x: Num[Tensor, "*shape"], group: dist.ProcessGroup) -> Num[Te
 def all_gather(
     x: Num[Tensor, "*shape"], group: dist.ProcessGroup, transport: Transport, dim: int, sizes: Sequence[int]
 ) -> Num[Tensor, "*whole"]:
-    """Every rank's ``x`` side by side along ``dim``, in rank order; rank p brings ``sizes[p]`` there.
+    """Concatenate the ranks' tensors: ``torch.cat([x of rank 0, x of rank 1, ...], dim)`` on every rank. Differentiable.
 
-    Equals ``torch.cat([x of rank 0, x of rank 1, ...], dim)``. Adjoint: my piece of the gradients of all ranks, summed.
+    Args:
+        x: this rank's tensor.
+        group: the ranks.
+        transport: the all-to-all that is used.
+        dim: the dim to concatenate along.
+        sizes: the size of each rank's ``x`` in ``dim``.
     """
     if group.size() == 1:
         return x

@@ -1,4 +1,4 @@
-"""Consensus: what one rank alone knows, a fact or an error, becomes known to every rank of a group, so that all act alike.
+"""Consensus over ranks: gather facts, refuse facts that differ, and raise an error of one rank on all ranks.
 
     gather                    every rank's fact, on every rank
     refuse_difference         raise on every rank where a fact differs
@@ -8,7 +8,7 @@
     rank 0   (0, facts ...)     each rank fills its own row of zeros,      the table of every rank's facts; where a first
     rank 1   (1, facts ...)     the sum has all rows everywhere            column is 1, all ranks raise that rank's error
 
-So no rank waits for one that has failed. The groups are control traffic, on gloo. Knows nothing of meshes, batches or models.
+So no rank waits for one that failed. The groups are for control traffic, on gloo. Knows nothing of meshes, batches or models.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ Fact = TypeVar("Fact")
 
 
 def gather(fact: Fact, group: dist.ProcessGroup) -> list[Fact]:
-    """The ``fact`` of every rank of ``group``, by rank. Facts are pickled. Every rank must call it."""
+    """The ``fact`` of every rank of ``group``, in rank order. Facts are pickled. Every rank must call it."""
     facts: list[Any] = [fact] * group.size()
     if group.size() > 1:
         dist.all_gather_object(facts, fact, group=group)
@@ -32,7 +32,15 @@ def gather(fact: Fact, group: dist.ProcessGroup) -> list[Fact]:
 
 
 def gather_or_raise(find: Callable[[], Fact], group: dist.ProcessGroup) -> list[Fact]:
-    """What ``find`` returns on every rank, by rank; if it raises a LongspanError on any, all ranks raise the first one's."""
+    """Call ``find`` on every rank and gather the results. If it raises a LongspanError on some, all ranks raise the first one.
+
+    Args:
+        find: called without arguments; its result is pickled.
+        group: every rank of it must call this function.
+
+    Returns:
+        The results in rank order.
+    """
     error: LongspanError | None = None
     fact: Any = None
     try:
@@ -47,7 +55,7 @@ def gather_or_raise(find: Callable[[], Fact], group: dist.ProcessGroup) -> list[
 
 
 class Difference(NamedTuple):
-    """The first fact that two ranks do not share: its name, its value on rank 0, and another rank with its value."""
+    """A fact that differs between ranks: its name, its value on rank 0, and another rank with its value."""
 
     name: str
     first: str
@@ -56,7 +64,7 @@ class Difference(NamedTuple):
 
 
 def first_difference(facts: Sequence[Mapping[str, str]]) -> Difference | None:
-    """Compare the named facts of all ranks with those of rank 0; a fact that a rank lacks counts as "nothing"."""
+    """The first named fact that is not equal on all ranks, or None. A fact that a rank lacks has the value "nothing" there."""
     for rank, held in enumerate(facts):
         names = {**facts[0], **held}
         # A name that one of them lacks comes first: it explains why the rest differs.
@@ -76,7 +84,7 @@ def refuse_difference(what: str, mine: str, group: dist.ProcessGroup, remedy: st
 
 
 def own_error(found: BaseException) -> LongspanError | None:
-    """The error itself if it is one of longspan's; any other is a defect, and passes on as it is."""
+    """The error if it is a LongspanError, else None: other errors are defects and are not raised on other ranks."""
     return found if isinstance(found, LongspanError) else None
 
 

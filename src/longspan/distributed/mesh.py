@@ -1,4 +1,4 @@
-"""The device mesh: which ranks share a sequence, which share the loss, which shard parameters. Knows degrees and groups only.
+"""The device mesh data x ring x ulysses, its process groups, and the rank sets for tokens, loss, parameters and control.
 
     world  =  data x ring x ulysses        (the rightmost axis varies fastest, so ulysses ranks are neighbours)
 
@@ -62,21 +62,21 @@ class MeshCoordinate:
 
     @property
     def sequence_ranks(self) -> int:
-        """How many ranks hold the tokens of one sequence together."""
+        """The number of ranks that hold the tokens of one sequence together."""
         return self.ring * self.ulysses
 
     @property
     def sequence_rank(self) -> int:
-        """The number of this rank among the ranks of its sequence."""
+        """The index of this rank among the ranks of its sequence."""
         return self.ring_rank * self.ulysses + self.ulysses_rank
 
     def layout(self, tokens: int) -> Layout:
-        """How a sequence of ``tokens`` tokens is laid out over the ranks of a sequence."""
+        """The partition of a row of ``tokens`` tokens over the ranks of a sequence."""
         return Layout(tokens, self.ring, self.ulysses, self.zigzag)
 
 
 class ParallelMesh:
-    """``data x ring x ulysses`` ranks on one DeviceMesh; what the degrees leave of the world is data parallel.
+    """``data x ring x ulysses`` ranks on one DeviceMesh; the data degree is the world size divided by ring and ulysses.
 
     Joins the process group that exists, or that the launcher's environment describes (torchrun's RANK, WORLD_SIZE,
     MASTER_ADDR, MASTER_PORT); a plain Python process is a world of one.
@@ -134,7 +134,7 @@ class ParallelMesh:
         layout: str | None = None,
         transport: Transport | None = None,
     ) -> "ParallelMesh":
-        """Take over a DeviceMesh that exists already, with its process groups, by the names of its dims.
+        """Make a ParallelMesh from an existing DeviceMesh, whose process groups it uses.
 
             device_mesh = init_device_mesh("cuda", (4, 2), mesh_dim_names=("dp", "cp"))
             mesh = ParallelMesh.from_device_mesh(device_mesh, ulysses="cp", data="dp")
