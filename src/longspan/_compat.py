@@ -81,7 +81,7 @@ def register_opaque(cls: type[OpaqueBase], members: tuple[str, ...] = ()) -> Non
 
 
 def autograd_below_autograd() -> AbstractContextManager[None]:
-    """Let a kernel ask autograd for gradients inside an operator, where the dispatcher has switched autograd off."""
+    """Enable autograd inside a custom operator, where the dispatcher disables it, for kernels that use it for gradients."""
     purpose = "a kernel's own use of autograd"
     include = _symbol(torch._C, "_dispatch_tls_local_include_set", purpose)()
     exclude = _symbol(torch._C, "_dispatch_tls_local_exclude_set", purpose)()

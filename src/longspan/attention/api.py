@@ -11,7 +11,7 @@
         v
     out      [batch, my tokens, every head, dim]
 
-``attend`` writes down what it was called with as an ``AttentionSpec``; ``plan_attention`` turns a spec into an
+``attend`` records its arguments as an ``AttentionSpec``; ``plan_attention`` turns a spec into an
 ``AttentionPlan``, once per spec. The operator is one node for autograd, torch.compile and selective checkpointing.
 
 R rows: batch * every token   H every head   G my heads   D head size

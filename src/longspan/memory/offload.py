@@ -1,4 +1,4 @@
-"""Activation offload: what a block saves for its backward is kept in host memory until that backward begins.
+"""Activation offload: the tensors that a block saves for its backward are kept in host memory until then.
 
     forward    block 0 --saves--> host   block 1 --saves--> host   ...   last block saves on the device
     backward                                    host --> block 1                host --> block 0

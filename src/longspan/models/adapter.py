@@ -38,7 +38,7 @@ class ModelAdapter(Protocol):
         ...
 
     def token_wise(self) -> Sequence[nn.Module]:
-        """Modules that process each token by itself and can be tiled: feed-forwards and norms."""
+        """Modules that process each token independently and can be tiled: feed-forwards and norms."""
         ...
 
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
@@ -80,7 +80,7 @@ class ParallelState:
     adapter: ModelAdapter
     """The adapter of this kind of model."""
     replaced: Sequence[tuple[nn.Module, Any]] = ()
-    """Modules whose forward was replaced, each with the forward that hung on the instance before, or None."""
+    """Modules whose forward was replaced, each with the forward that its instance had before, or None."""
     gradients: MeanGradients | None = None
     """What averages the gradients after each backward at zero=0; None where FSDP2 does."""
     snapshot_hook: RemovableHandle | None = None
