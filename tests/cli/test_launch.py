@@ -138,7 +138,7 @@ from longspan.cli import launch, main
 run, launch.run = launch.run, lambda work, config, ranks: run("tests.cli.test_launch:print_for_ever", {str(tmp_path)!r}, 2)
 sys.exit(main.main(["train", "--run", "mine"]))
 """
-    for stop, code, said in [
+    for stop, code, output in [
         ("close", 141, ""),
         (
             "signal",
@@ -157,7 +157,7 @@ sys.exit(main.main(["train", "--run", "mine"]))
             else:
                 os.killpg(process.pid, signal.SIGINT)
             _, err = process.communicate(timeout=60)
-            assert (process.returncode, err) == (code, said)
+            assert (process.returncode, err) == (code, output)
             assert processes.family(process.pid) == set()
             for rank in range(2):
                 pid = (tmp_path / f"rank{rank}").read_text()
