@@ -36,7 +36,7 @@ def probe(candidate: Candidate) -> Saving:
 
 
 def _save(owner: Any, save: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-    """Call ``save``. Raises RunError where it would read sharded parameters; a ``state_dict`` that is given is whole already."""
+    """Call ``save``. Raises RunError where it would read sharded parameters; a given ``state_dict`` is whole already."""
     state_dict = keywords.get("state_dict", args[2] if len(args) > 2 else None)
     if state_dict is None and any(isinstance(parameter, DTensor) for parameter in owner.parameters()):
         raise RunError(
