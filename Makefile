@@ -25,9 +25,11 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Integers, and one file of each kind that runs ranks: exchange, collectives, batch, gradients, loss.
-QUICK := tests/masks tests/distributed tests/planner tests/data/test_packing.py tests/batch tests/attention/test_ulysses.py \
-	tests/test_loss.py tests/test_surface.py
+# Integers, and one file of each kind that runs ranks: all-to-all, ring, collectives, agreement, mesh, ZeRO, gradients, batch, loss.
+# Files, not folders: a new one joins make test by itself, and this list only if two minutes allow.
+QUICK := tests/masks tests/planner tests/data/test_packing.py tests/test_loss.py tests/test_surface.py \
+	$(patsubst %,tests/distributed/test_%.py,layout traffic collectives consensus mesh fsdp grad_sync) \
+	$(patsubst %,tests/batch/test_%.py,shard context padding) tests/attention/test_ulysses.py tests/attention/test_ring.py
 
 quick: lint
 	$(BIN)/pytest -n 2 --dist worksteal -m "not long" $(QUICK)
