@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from longspan.batch.shard import IGNORE, shard_batch, unshard
+from longspan.batch.labels import IGNORE
+from longspan.batch.shard import shard_batch, unshard
 from longspan.distributed import grad_sync as gradients
 from longspan.distributed.collectives import all_reduce_sum
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh

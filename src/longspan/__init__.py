@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from longspan.attention.api import attend as attend
     from longspan.attention.ulysses import heads_to_tokens as heads_to_tokens
     from longspan.attention.ulysses import tokens_to_heads as tokens_to_heads
+    from longspan.batch.agreement import sync_batches as sync_batches
     from longspan.batch.context import BatchInfo as BatchInfo
+    from longspan.batch.encoder_decoder import shift_right as shift_right
     from longspan.batch.shard import shard_batch as shard_batch
     from longspan.batch.shard import shard_local as shard_local
-    from longspan.batch.shard import shift_right as shift_right
-    from longspan.batch.shard import sync_batches as sync_batches
     from longspan.batch.shard import unshard as unshard
     from longspan.distributed.collectives import Transport as Transport
     from longspan.distributed.grad_sync import average_gradients as average_gradients
@@ -65,7 +65,9 @@ _MODULE_OF = {
         "attention.api": "Bias attend",
         "attention.ulysses": "heads_to_tokens tokens_to_heads",
         "batch.context": "BatchInfo",
-        "batch.shard": "shard_batch shard_local shift_right sync_batches unshard",
+        "batch.agreement": "sync_batches",
+        "batch.encoder_decoder": "shift_right",
+        "batch.shard": "shard_batch shard_local unshard",
         "distributed.collectives": "Transport",
         "distributed.grad_sync": "average_gradients clip_grad_norm_",
         "distributed.mesh": "ParallelMesh",

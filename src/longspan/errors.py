@@ -34,3 +34,7 @@ class DataError(LongspanError, ValueError):
 
 class RunError(LongspanError, ValueError):
     """A training or evaluation run that cannot start or continue: its settings, folder, disk, checkpoint or ranks."""
+
+
+class LostRankError(RunError):
+    """Another rank ended, or did not take part for longer than the process group waits. Raised by the ranks that are left."""

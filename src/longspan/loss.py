@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 
-from longspan.batch.shard import IGNORE
+from longspan.batch.labels import IGNORE
 from longspan.distributed.collectives import all_reduce_sum
 from longspan.distributed.consensus import raise_first_error
 from longspan.distributed.mesh import ParallelMesh

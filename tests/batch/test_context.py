@@ -1,13 +1,17 @@
 """BatchInfo: the mask of a layer in a step, and what a model refuses of a step."""
 
+import ast
+import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
 from longspan import BatchError, MaskError, parallelize, shard_batch
+from longspan.batch import context
 from longspan.batch.context import BatchInfo, refuse_unknown_tokens
 from longspan.batch.shard import shard_local
 from longspan.distributed.mesh import MeshCoordinate
@@ -85,7 +89,23 @@ def test_a_decoder_s_tokens_look_at_the_real_tokens_of_their_own_row() -> None:
 
 
 def test_a_step_is_compared_with_the_vocabulary_once() -> None:
-    refuse_unknown_tokens(info(largest=96), 97, "Decoder")
-    refuse_unknown_tokens(info(largest=200), None, "a model without a table of tokens")
+    refuse_unknown_tokens(info(largest_token_or_label=96), 97, "Decoder")
+    refuse_unknown_tokens(info(largest_token_or_label=200), None, "a model without a table of tokens")
     with pytest.raises(BatchError, match="holds token or label 97, and Decoder knows 0 to 96"):
-        refuse_unknown_tokens(info(largest=97), 97, "Decoder")
+        refuse_unknown_tokens(info(largest_token_or_label=97), 97, "Decoder")
+
+
+def test_every_field_has_a_docstring_of_its_own() -> None:
+    body = next(node for node in ast.parse(inspect.getsource(context)).body if isinstance(node, ast.ClassDef)).body
+    described = [
+        node.target.id
+        for node, after in pairwise(body)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and len(str(after.value.value)) > 20
+    ]
+    assert described == [field.name for field in fields(BatchInfo)]
+
+
+def test_fields_are_given_by_name_only() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        BatchInfo(6, 2)  # type: ignore[call-arg, misc]

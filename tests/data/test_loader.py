@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from jaxtyping import Int64
 from torch import Tensor
 
-from longspan.batch.shard import Part, shard_local, sync_batches
+from longspan.batch.agreement import sync_batches
+from longspan.batch.context import Part
+from longspan.batch.shard import shard_local
 from longspan.data.loader import Loader, part
 from longspan.distributed.layout import Layout
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh

@@ -1,10 +1,13 @@
 """Consensus: facts are compared, errors of one rank are raised by all with one text, and what was written is removed."""
 
+import logging
+import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from longspan.distributed import consensus
 from longspan.distributed.consensus import (
     Difference,
     exchange_integers,
@@ -98,3 +101,21 @@ def test_an_exception_that_is_not_converted_passes_on_as_it_is(tmp_path: Path) -
 def _a_defect() -> None:
     with pytest.raises(ZeroDivisionError), raise_together(ParallelMesh().world_group):
         _ = 1 / 0
+
+
+def test_a_rank_that_waits_long_says_so_once_and_goes_on(tmp_path: Path) -> None:
+    waited, late = on_ranks(2, _one_is_late, tmp_path=tmp_path)
+    assert waited == ["rank 0 has waited 0.2 s for the other ranks. Call it on every rank"]
+    assert late == []
+
+
+def _one_is_late() -> list[str]:
+    group, rank, logged = ParallelMesh().world_group, dist.get_rank(), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    consensus.logger.addHandler(handler)
+    consensus.SILENT_SECONDS = 0.2
+    if rank:
+        time.sleep(1)
+    assert exchange_integers((rank,), group, "Call it on every rank") == [[0], [1]]
+    return logged

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from longspan import ModelError, ParallelMesh, parallelize, shard_batch
-from longspan.batch.shard import IGNORE
+from longspan.batch.labels import IGNORE
 from longspan.models.decoder import Decoder
 from tests.helpers.hf_models import assert_gradients, batches
 from tests.helpers.memory_models import SHAPE, loss_alone, model_of

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 
 from longspan import ModelError, parallelize, shift_right
-from longspan.batch.shard import IGNORE
+from longspan.batch.labels import IGNORE
 from tests.helpers.ranks import mesh_of
 
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]

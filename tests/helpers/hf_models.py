@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from longspan import ParallelMesh, cross_entropy, shard_batch, unshard
-from longspan.batch.shard import IGNORE
+from longspan.batch.labels import IGNORE
 
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 

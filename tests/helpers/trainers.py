@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from longspan.batch.shard import IGNORE
+from longspan.batch.labels import IGNORE
 from longspan.integrations.trainer import LongTrainer
 from tests.helpers.ranks import Ranks, mesh_of
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longspan import ModelError, ParallelMesh, parallelize, shard_batch
-from longspan.batch.shard import IGNORE
+from longspan.batch.labels import IGNORE
 from tests.helpers.hf_models import assert_gradients, build, forward_alone, in_place
 from tests.helpers.ranks import Ranks, mesh_of
 

@@ -10,9 +10,7 @@ import transformers
 from torch import Tensor
 
 from longspan import AutoMemory, BatchError, LongspanError, parallelize, shard_batch, shift_right
-from longspan.batch.shard import IGNORE, shard_local
-from longspan.distributed.mesh import MeshCoordinate
-from longspan.masks.constructors import Causal
+from longspan.batch.labels import IGNORE
 from tests.helpers.encoder_decoders import build_pair, pair_batches
 from tests.helpers.ranks import Ranks, mesh_of
 
@@ -76,30 +74,6 @@ def refused_call(call: str) -> str:
 
 
 AUTO = {"memory": AutoMemory(budget_gib=1.0, tokens=1024)}
-
-IDS, FEW = torch.full((2, 8), 5), torch.full((2, 4), 5)
-
-PAIR = {"input_ids": IDS, "decoder_input_ids": FEW, "labels": FEW}
-
-EMPTY = torch.ones_like(IDS).index_fill(0, torch.tensor([1]), 0)
-
-
-@pytest.mark.parametrize(
-    ("batch", "keywords", "text"),
-    [
-        (PAIR, {"shift": True}, r"labels of an encoder-decoder stand where they are predicted.*shift=False"),
-        (PAIR, {"mask": Causal()}, r"mask= says who may look at whom in one row of tokens, and an encoder-decoder has two"),
-        (PAIR, {"dims": {"labels": 3}}, r"of the decoder's tensors .*'labels' of shape"),
-        (PAIR | {"decoder_input_ids": FEW[:1], "labels": FEW[:1]}, {}, r"the encoder was given 2 rows and the decoder 1"),
-        (PAIR | {"attention_mask": EMPTY}, {}, r"row 1 is padding alone.* set them to -100"),
-        (PAIR | {"decoder_attention_mask": torch.ones(2, 5)}, {}, r"of the decoder's tensors .*must be \[2, 4\]"),
-        (PAIR | {"decoder_grid": FEW}, {}, r"of the decoder's tensors .*tensor 'grid' of shape \[2, 4\] is unknown"),
-        (PAIR | {"labels": IDS}, {}, r"labels of shape \[2, 8\] do not stand beside decoder_input_ids of \[2, 4\]"),
-    ],
-)
-def test_batches_that_are_refused(batch: Any, keywords: Any, text: str) -> None:
-    with pytest.raises(BatchError, match=text):
-        shard_local(batch, MeshCoordinate(ulysses=2), **{"shift": False} | keywords)
 
 
 @pytest.mark.parametrize("name", ["bart", "marian", "pegasus", "t5", "umt5"])

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from longspan import ParallelMesh, parallelize, shard_batch, unparallelize, unshard
-from longspan.batch.shard import IGNORE
+from longspan.batch.labels import IGNORE
 from tests.helpers.encoder_decoders import PAIR_BATCHES, PAIR_KINDS, build_pair, pair_alone, pair_batches, tolerance_of
 from tests.helpers.hf_models import assert_gradients
 from tests.helpers.options import keywords

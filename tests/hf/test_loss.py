@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from longspan import BatchError, ModelError, ParallelMesh, parallel_state, parallelize, shard_batch, unparallelize
-from longspan.batch.shard import IGNORE
+from longspan.batch.labels import IGNORE
 from tests.helpers.encoder_decoders import build_pair
 from tests.helpers.hf_models import build
 from tests.helpers.ranks import Ranks, mesh_of

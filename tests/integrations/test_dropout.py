@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 from longspan import MemoryOptions
-from longspan.batch.shard import IGNORE
+from longspan.batch.labels import IGNORE
 from tests.helpers.trainers import Pool, build, logged, pad, weights
 
 TOKENS = 24

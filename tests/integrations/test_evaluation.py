@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from longspan import MemoryOptions
-from longspan.batch.shard import IGNORE
+from longspan.batch.labels import IGNORE
 from longspan.integrations.predictions import is_token_wise
 from tests.helpers.trainers import (
     HYBRID,

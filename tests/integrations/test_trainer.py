@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from longspan import MemoryOptions
-from longspan.batch.shard import IGNORE
+from longspan.batch.labels import IGNORE
 from longspan.integrations.trainer import LongTrainer
 from tests.helpers.ranks import mesh_of
 from tests.helpers.trainers import HYBRID, Logged, Pool, arguments, assert_equal, dataset, llama, logged, pad, train

@@ -1,58 +1,78 @@
 """What one forward must know of the whole batch, and a rank cannot see in its part of it.
 
-    model(**part)    part["longspan"] = BatchInfo    ->   attention: tokens, mask    positions: last_position    loss: labelled
+    model(**part)   part["longspan"] = BatchInfo   ->   attention: tokens, mask   positions: last_position   loss: num_labels
 
 Made by ``shard_local``, agreed on by ``sync_batches``, and frozen: it hangs on a call, never on a model. Knows no collective.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from longspan.distributed.layout import Runs
 from longspan.errors import BatchError, MaskError
 from longspan.masks.bands import rectangle
 from longspan.masks.constructors import Bands, Documents, Full, Mask, Span, hides_later_tokens, shows_later_tokens
 
+Part = dict[str, Any]
+"""A rank's tensors by name, and under ``longspan`` the BatchInfo: ``model(**part)``."""
+
 TARGET = "decoder_"
 """How tensors of an encoder-decoder's batch are named that hold its decoder's tokens; ``labels`` are theirs too."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchInfo:
-    """The keyword ``longspan`` of a call.
+    """What a call of the model must know of the whole batch: its keyword ``longspan``.
 
-    ``tokens`` of the whole row, ``rows`` of this replica, ``positions`` of this rank's tokens, ``counted`` (whether the batch
-    came without ``position_ids``, so that they are these), ``named`` (whether, by agreement, every row that did came with ids),
-    ``masked`` (whether, by agreement, every row came with its masks),
-    ``last_position`` (the largest ``position_ids`` of the batch), ``mask`` (None: what the model says itself; a tuple has one
-    mask a row), ``padding`` (None, or for each row the run of tokens that are real), ``documents`` (None, or those that the
-    batch says to every layer), ``restarts`` (None, or for each row the documents between which the caller's ``position_ids``
-    begin anew), ``num_labels`` tokens that are learned from (by agreement: over all replicas and micro-batches of the step),
-    ``digest`` of the whole content, equal on the ranks that share a sequence, ``largest`` token or label, ``largest_label``,
-    ``furthest`` position of rows without ``position_ids`` and ``furthest_placed`` of rows with them (by agreement: of all ranks
-    and micro-batches; -1 without such a row), so that all ranks can refuse what a model does not know. ``target`` is that
-    of the decoder's tokens, where the batch is an encoder-decoder's. ``is_dummy``: the row is one that a replica without rows
-    computes to join the others' collectives, and that nobody learns from.
+    "By agreement" means: what ``shard_local`` found in this rank's batch until ``sync_batches`` completes it with what all
+    ranks and micro-batches of the step hold, so that every rank refuses what one of them has.
     """
 
     tokens: int
+    """Tokens of a whole row."""
     rows: int
+    """Rows of this data replica."""
     positions: Runs
-    counted: bool
-    named: bool
-    masked: bool
-    last_position: int
+    """The positions in the whole row of this rank's tokens, in their order."""
     mask: Mask | tuple[Mask, ...] | None
+    """``mask=`` of ``shard_batch``; None: every layer's own mask; a tuple: one mask for each row."""
     padding: tuple[Span, ...] | None
+    """For each row the run of tokens that are not padding; None: no row has padding."""
     documents: tuple[Documents, ...] | None
+    """For each row the documents that the batch gives by ``cu_seq_lens_q`` or ``seq_idx``, valid in every layer; None: none."""
     restarts: tuple[Documents, ...] | None
-    num_labels: int
+    """For each row the documents between which the caller's ``position_ids`` begin anew; None: they never do."""
+    positions_counted: bool
+    """Whether the batch came without ``position_ids``, so that those of the part are counted by ``shard_local``."""
+    last_position: int
+    """The largest of the batch's ``position_ids``."""
     digest: int
-    largest: int
+    """A hash of the batch's content and of the arguments of ``shard_batch``; equal on the ranks that share a sequence."""
+    num_labels: int
+    """Tokens that are learned from. By agreement: of all data replicas and micro-batches of the step."""
+    largest_token_or_label: int
+    """The largest id in ``input_ids`` and in the labels that are learned from, -1 without any. By agreement."""
     largest_label: int
-    furthest: int
-    furthest_placed: int
+    """The largest label that is learned from, -1 without any. By agreement."""
+    last_counted_position: int
+    """The largest position of rows without ``position_ids``, -1 without such a row. By agreement."""
+    last_given_position: int
+    """The largest position of rows with ``position_ids``, -1 without such a row. By agreement."""
+    counted_rows_have_ids: bool
+    """Whether every row without ``position_ids`` came with ``input_ids``. By agreement."""
+    rows_have_masks: bool
+    """Whether every row came with its ``attention_mask`` (and ``decoder_attention_mask``). By agreement."""
     target: "BatchInfo | None" = None
+    """The BatchInfo of the decoder's tokens, where the batch is that of an encoder-decoder."""
+    added_padding: int = 0
+    """Tokens of padding that were added behind rows shorter than the ranks of their sequence; ``tokens`` counts them."""
     is_dummy: bool = False
+    """Whether this is the row that a replica without rows computes to join the collectives; nobody learns from it."""
+
+    @property
+    def given_tokens(self) -> int:
+        """Tokens of a whole row as it was given to ``shard_batch``."""
+        return self.tokens - self.added_padding
 
     @property
     def is_plain(self) -> bool:
@@ -112,7 +132,8 @@ def within(mask: Mask, own: Mask) -> Mask:
 
 def refuse_unknown_tokens(step: BatchInfo, vocab: int | None, name: str) -> None:
     """Raise BatchError, on every rank alike, if any rank holds a token or label beyond a model's ``vocab``."""
-    if vocab is not None and step.largest >= vocab:
+    if vocab is not None and step.largest_token_or_label >= vocab:
+        largest = step.largest_token_or_label
         raise BatchError(
-            f"the step holds token or label {step.largest}, and {name} knows 0 to {vocab - 1}; use the model's own tokenizer"
+            f"the step holds token or label {largest}, and {name} knows 0 to {vocab - 1}; use the model's own tokenizer"
         )

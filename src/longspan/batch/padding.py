@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,20 +47,46 @@ def padding_of(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[S
 
 def restarts_of(position_ids: Tensor | None, rows: int, tokens: int) -> tuple[Documents, ...] | None:
     """For each row the runs of positions that count on by one; None where every row is one run."""
-    four = position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4
-    if position_ids is not None and four and bool((position_ids[0].diff(dim=1) != 1).any()):
-        raise BatchError(
-            f"position_ids of shape {list(position_ids.shape)} begin anew in their first row, which says documents to some "
-            f"models only; say them by mask=Documents(lengths) & Causal()"
-        )
-    if position_ids is None or position_ids.shape not in ((rows, tokens), (1, tokens)):
+    if position_ids is None:
+        return None
+    if position_ids.ndim == 3 and bool((position_ids[0].diff(dim=1) != 1).any()):
+        _refuse_four_rows(position_ids)
+    if position_ids.shape not in ((rows, tokens), (1, tokens)):
         return None
     position_ids = position_ids.expand(rows, tokens)  # Transformers takes one row of positions for all
     starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
     if int(starts.sum()) == rows:
         return None
-    firsts = [row.nonzero().flatten().tolist() for row in starts]
-    return tuple(Documents([b - a for a, b in zip(row, [*row[1:], tokens])]) for row in firsts)
+    return _documents(starts)
+
+
+def restarts_beside_mask(
+    padding: tuple[Span, ...] | None, position_ids: Tensor | None, rows: int, tokens: int
+) -> tuple[Documents, ...] | None:
+    """For each row the documents before which ``position_ids`` go back; None where they do in no row.
+
+    Beside an ``attention_mask`` positions may leave numbers out (a model then sees across the gap, as it does on one device),
+    and padding may have any.
+
+    Args:
+        padding: what ``padding_of`` found; positions of padding are not looked at.
+        position_ids: as in ``restarts_of``.
+        rows, tokens: of the batch.
+    """
+    if position_ids is None:
+        return None
+    real = torch.zeros(rows, tokens, dtype=torch.bool, device=position_ids.device)
+    for row, run in enumerate(padding or (Span(0, tokens),) * rows):
+        real[row, run.start + 1 : run.stop] = True  # a document begins before the first in any case
+    first = position_ids[0] if position_ids.ndim == 3 and len(position_ids) == 4 else position_ids
+    if first.shape not in ((rows, tokens), (1, tokens)):
+        return None
+    starts = F.pad(first.expand(rows, tokens).diff(dim=1) <= 0, (1, 0), value=False) & real
+    if not bool(starts.any()):
+        return None
+    _refuse_four_rows(position_ids)
+    starts[:, 0] = True
+    return _documents(starts)
 
 
 def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Documents, ...] | None:
@@ -90,3 +117,17 @@ def _starts(name: str, value: Any) -> list[int]:
         numbers = value.flatten()
         return [0, *(numbers.diff().nonzero().flatten() + 1).tolist(), numbers.numel()]
     return [-1] if bool((value.flatten().diff() < 0).any()) else value.unique().tolist()
+
+
+def _documents(starts: Tensor) -> tuple[Documents, ...]:
+    """The documents of each row from a flag for each token that begins one; the first always does."""
+    firsts = [row.nonzero().flatten().tolist() for row in starts]
+    return tuple(Documents([b - a for a, b in pairwise([*row, starts.shape[1]])]) for row in firsts)
+
+
+def _refuse_four_rows(position_ids: Tensor) -> None:
+    if position_ids.ndim == 3 and len(position_ids) == 4:
+        raise BatchError(
+            f"position_ids of shape {list(position_ids.shape)} begin anew in their first row, which means documents to some "
+            f"models only; give them by mask=Documents(lengths) & Causal()"
+        )

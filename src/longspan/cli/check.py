@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from longspan.attention.ring import plan_hops
-from longspan.batch.shard import IGNORE, Part, shard_batch
+from longspan.batch.context import Part
+from longspan.batch.labels import IGNORE
+from longspan.batch.shard import shard_batch
 from longspan.cli import model_source
 from longspan.cli.config import Check
 from longspan.cli.metrics import output

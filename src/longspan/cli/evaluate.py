@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rich.table import Table
 from torch import Tensor
 
-from longspan.batch.shard import sync_batches
+from longspan.batch.agreement import sync_batches
 from longspan.cli import checkpoint, model_source
 from longspan.cli.config import Evaluate
 from longspan.cli.metrics import output

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from longspan.batch.shard import Part, sync_batches
+from longspan.batch.agreement import sync_batches
+from longspan.batch.context import Part
 from longspan.cli import checkpoint, model_source
 from longspan.cli.config import LATEST, Train, as_json
 from longspan.cli.metrics import Display, Journal, Record, fullest_rank_bytes, measured_peak_flops, memory_table

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from longspan.batch.context import BatchInfo
-from longspan.batch.shard import IGNORE, Part
+from longspan.batch.context import BatchInfo, Part
+from longspan.batch.labels import IGNORE
 from longspan.distributed.layout import Runs, consecutive, split
 from longspan.distributed.mesh import MeshCoordinate
 from longspan.errors import DataError
@@ -119,20 +119,20 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             tokens=tokens,
             rows=len(rows),
             positions=positions,
-            counted=True,
-            named=True,
-            masked=False,
-            last_position=tokens - 1,
             mask=None,
             padding=None,
             documents=None,
             restarts=None,
-            num_labels=len(rows) * (tokens - 1),
+            positions_counted=True,
+            last_position=tokens - 1,
             digest=_digest(f"{stream.fingerprint} {starts} {tokens}"),
-            largest=max((int(x.max()) for x in (ids, following) if x.numel()), default=-1),
+            num_labels=len(rows) * (tokens - 1),
+            largest_token_or_label=max((int(x.max()) for x in (ids, following) if x.numel()), default=-1),
             largest_label=int(following.max()) if following.numel() else -1,
-            furthest=tokens - 1,
-            furthest_placed=-1,
+            last_counted_position=tokens - 1,
+            last_given_position=-1,
+            counted_rows_have_ids=True,
+            rows_have_masks=False,
         ),
     }
 

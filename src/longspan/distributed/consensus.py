@@ -11,16 +11,23 @@
 So no rank waits for one that failed. The groups are for control traffic, on gloo. Knows nothing of meshes, batches or models.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from longspan.errors import BatchError, LongspanError
+from longspan.errors import BatchError, LongspanError, LostRankError
 
 Fact = TypeVar("Fact")
+
+SILENT_SECONDS = 60.0
+"""How long a rank waits for the others before it says so."""
+
+logger = logging.getLogger(__name__)
 
 
 def gather(fact: Fact, group: dist.ProcessGroup) -> list[Fact]:
@@ -121,14 +128,42 @@ def raise_first_error(error: LongspanError | None, group: dist.ProcessGroup) -> 
     raise_failed(exchange_integers((int(error is not None),), group), error, group)
 
 
-def exchange_integers(mine: Sequence[int], group: dist.ProcessGroup) -> list[list[int]]:
-    """The integers of every rank, a row a rank, by one all-reduce; all ranks must pass equally many."""
+def exchange_integers(mine: Sequence[int], group: dist.ProcessGroup, hint: str = "") -> list[list[int]]:
+    """The integers of every rank, a row a rank, by one all-reduce; all ranks must pass equally many.
+
+    Args:
+        mine: the integers of this rank.
+        group: the ranks, on gloo.
+        hint: a sentence for the user, in case the other ranks do not come: it is logged after ``SILENT_SECONDS``.
+
+    Raises:
+        LostRankError: a rank has ended, or did not come within the timeout of the group.
+    """
     table = torch.zeros(group.size(), len(mine), dtype=torch.int64)
     table[group.rank()] = torch.tensor(mine)
     if group.size() > 1:
-        dist.all_reduce(table, group=group)
+        work = dist.all_reduce(table, group=group, async_op=True)
+        assert work is not None  # None on ranks outside the group only
+        _wait(work, group.rank(), hint)
     rows: list[list[int]] = table.tolist()
     return rows
+
+
+def _wait(work: dist.Work, rank: int, hint: str) -> None:
+    """Wait for a collective; log the hint once where it takes long, and name what is wrong where it fails."""
+    try:
+        try:
+            work.wait(timedelta(seconds=SILENT_SECONDS))
+        except RuntimeError:
+            if work.is_completed():
+                raise
+            logger.warning("rank %d has waited %g s for the other ranks. %s", rank, SILENT_SECONDS, hint)
+            work.wait()
+    except RuntimeError as error:
+        raise LostRankError(
+            f"rank {rank} waited for the other ranks, and one has ended or did not come ({str(error).splitlines()[0]}); "
+            f"its own message has the reason, if it failed. {hint}"
+        ) from error
 
 
 def raise_failed(table: Sequence[Sequence[int]], error: LongspanError | None, group: dist.ProcessGroup) -> None:

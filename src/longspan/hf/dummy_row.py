@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longspan.batch.shard import IGNORE
+from longspan.batch.labels import IGNORE
 from longspan.distributed.mesh import ParallelMesh
 from longspan.hf.candidate import Candidate, Undo, remove_all
 

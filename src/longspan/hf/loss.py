@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.batch.context import BatchInfo
-from longspan.batch.shard import IGNORE
+from longspan.batch.labels import IGNORE
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, ModelError
 from longspan.hf import _compat

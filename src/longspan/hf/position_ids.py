@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from longspan.batch.context import TARGET, BatchInfo
-from longspan.batch.shard import take, unshard
+from longspan.batch.cut import take
+from longspan.batch.shard import unshard
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf.candidate import Candidate, Undo, remove_all
@@ -63,10 +64,10 @@ def model_positions(
     for prefix, row in {"": step, TARGET: step.target}.items():
         positions, ids = kwargs.get(f"{prefix}position_ids"), kwargs.get(f"{prefix}input_ids")
         if row is not None and isinstance(positions, Tensor):
-            if padding_id is not None and row.counted:
+            if padding_id is not None and row.positions_counted:
                 assert ids is not None  # or refused by Counting
                 positions = take(_of_whole_rows(unshard(ids, mesh, tokens=row.tokens), padding_id, row), row.positions, 1)
-            if behind_padding and row.counted and row.padding is not None:
+            if behind_padding and row.positions_counted and row.padding is not None:
                 place = torch.cat([torch.arange(run.start, run.stop, device=positions.device) for run in row.positions])
                 starts = torch.tensor([real.start for real in row.padding], device=positions.device).unsqueeze(1)
                 positions = (place - torch.maximum(place - positions, starts)).clamp(min=0)  # place - positions: the document's

@@ -59,13 +59,13 @@ class Counting:
     def refuse(self, model: Any, step: BatchInfo) -> None:
         """Raise, on every rank alike, for rows that ``model`` would count or hide otherwise than over all tokens."""
         name = type(model).__name__
-        if self.hides_padding and not step.masked:
+        if self.hides_padding and not step.rows_have_masks:
             masks = "attention_mask and decoder_attention_mask" if step.target else "attention_mask"
             raise ModelError(
                 f"{name} hides the padding token by itself where no mask is given, and of each rank's part it would not be "
                 f"known to the others; give shard_batch {masks}, 1 for a token and 0 for padding"
             )
-        if self.padding_id is not None and not step.named:
+        if self.padding_id is not None and not step.counted_rows_have_ids:
             raise ModelError(
                 f"{name} counts its positions from input_ids; with inputs_embeds, give shard_batch position_ids too"
             )
@@ -74,10 +74,10 @@ class Counting:
                 self._refuse_positions(row, prefix, name)
 
     def _refuse_positions(self, row: BatchInfo, prefix: str, name: str) -> None:
-        if prefix in self.ignoring and row.furthest_placed >= 0:
+        if prefix in self.ignoring and row.last_given_position >= 0:
             raise ModelError(f"{name} counts its positions itself and ignores {prefix}position_ids; give shard_batch none")
         before = 0 if self.padding_id is None else self.padding_id + 1
-        for furthest, first in ((row.furthest, before), (row.furthest_placed, 0)):
+        for furthest, first in ((row.last_counted_position, before), (row.last_given_position, 0)):
             known = self.known.get(prefix, first + furthest + 1) - first
             if furthest >= known:
                 raise BatchError(

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.batch.context import BatchInfo
-from longspan.batch.shard import IGNORE, unshard
+from longspan.batch.labels import IGNORE
+from longspan.batch.shard import unshard
 from longspan.distributed.collectives import all_gather
 from longspan.distributed.consensus import gather
 from longspan.distributed.mesh import ParallelMesh
@@ -51,7 +52,7 @@ def gather_output(name: str, mine: Any, info: BatchInfo, mesh: ParallelMesh) -> 
         )
     mine = mine.detach()
     carried = mine.to(torch.uint8) if mine.dtype == torch.bool else mine  # gloo has no collective of booleans
-    return gather_replicas(unshard(carried, mesh, tokens=info.tokens), mesh).to(mine.dtype)
+    return gather_replicas(unshard(carried, mesh, tokens=info.given_tokens), mesh).to(mine.dtype)
 
 
 def gather_replicas(rows: Tensor, mesh: ParallelMesh) -> Tensor:

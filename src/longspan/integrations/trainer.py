@@ -20,7 +20,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from longspan.batch.shard import shard_batch, sync_batches
+from longspan.batch.agreement import sync_batches
+from longspan.batch.shard import shard_batch
 from longspan.distributed.consensus import raise_together, refuse_difference
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, LongspanError, RunError

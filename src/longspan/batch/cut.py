@@ -1,0 +1,165 @@
+"""Cut the tensors of one row of tokens to the tokens of one rank, and describe the whole row in a BatchInfo.
+
+    [rows, N, ...]   --declared dim of tokens, Layout-->   [rows, n, ...]   +   BatchInfo of the whole
+
+Computed on one rank alone. An encoder-decoder has two rows of tokens (encoder_decoder.py), each cut here by its own length.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Num
+from torch import Tensor
+
+from longspan.batch.context import BatchInfo, Part
+from longspan.batch.labels import IGNORE, largest_ids, learned_labels, refuse_blind_labels, refuse_unfit_labels
+from longspan.batch.padding import VARLEN, documents_of, padding_of, restarts_beside_mask, restarts_of
+from longspan.batch.short_rows import lengthen, lengthen_info
+from longspan.distributed.layout import Runs
+from longspan.distributed.mesh import MeshCoordinate
+from longspan.errors import BatchError
+from longspan.masks import constructors as masks
+from longspan.masks.constructors import Mask
+
+TOKEN_DIM = {
+    "input_ids": 1,
+    "labels": 1,
+    "position_ids": 1,
+    "token_type_ids": 1,
+    "inputs_embeds": 1,
+}
+"""Which dimension of the batch's well-known tensors is the tokens (of ``position_ids`` with three, [3, batch, tokens], the
+last); others are declared by ``dims=``."""
+
+
+def cut_row(
+    batch: Mapping[str, Any],
+    coordinate: MeshCoordinate,
+    *,
+    shift: bool,
+    mask: Mask | Sequence[Mask] | None,
+    dims: Mapping[str, int],
+) -> Part:
+    """This rank's part of a batch with one row of tokens; arguments and errors are those of ``shard_local``."""
+    shaped, rows, tokens = _row_shape(batch, dims)
+    if "labels" not in dims:
+        refuse_unfit_labels(batch.get("labels"), rows, tokens)
+    step_mask = mask if isinstance(mask, Mask) or mask is None else tuple(mask)
+    whole = {name: value for name, value in batch.items() if name not in ("attention_mask", *VARLEN)}
+    if "position_ids" not in whole:
+        whole["position_ids"] = _counted_positions(step_mask, rows, tokens).to(shaped.device)
+    learned = learned_labels(whole, rows, tokens, shift)
+    padding = padding_of(batch.get("attention_mask"), rows, tokens)
+    documents = documents_of(batch, rows, tokens)
+    restarts = None
+    if mask is None and documents is None:
+        find = restarts_of if batch.get("attention_mask") is None else partial(restarts_beside_mask, padding)
+        restarts = find(batch.get("position_ids"), rows, tokens)
+    declared = TOKEN_DIM | {"shift_labels": 1, "position_ids": max(1, whole["position_ids"].ndim - 1)} | dict(dims)
+    short = max(0, coordinate.sequence_ranks - tokens)
+    positions = coordinate.layout(tokens + short).mine(coordinate.ring_rank, coordinate.ulysses_rank)
+    part: Part = {name: _cut_one(name, value, declared, tokens, short, positions) for name, value in whole.items()}
+    counted = "position_ids" not in batch
+    last_position = int(whole["position_ids"].max()) if rows else tokens - 1
+    largest, largest_label = largest_ids(batch, learned)
+    info = BatchInfo(
+        tokens=tokens,
+        rows=rows,
+        positions=positions,
+        mask=step_mask,
+        padding=padding,
+        documents=documents,
+        restarts=restarts,
+        positions_counted=counted,
+        last_position=last_position,
+        digest=_digest(batch, step_mask, shift, dims),
+        num_labels=0 if learned is None else int((learned != IGNORE).sum()),
+        largest_token_or_label=largest,
+        largest_label=largest_label,
+        last_counted_position=last_position if rows and counted else -1,
+        last_given_position=last_position if rows and not counted else -1,
+        counted_rows_have_ids=rows == 0 or not counted or "input_ids" in batch,
+        rows_have_masks=rows == 0 or "attention_mask" in batch,
+    )
+    refuse_blind_labels(learned, info, shift)
+    return part | {"longspan": lengthen_info(info, positions, short) if short else info}
+
+
+def _row_shape(batch: Mapping[str, Any], dims: Mapping[str, int]) -> tuple[Tensor, int, int]:
+    """A tensor of the batch that has the tokens, the number of rows, and the tokens of a row."""
+    ids = batch.get("input_ids", batch.get("inputs_embeds"))
+    known = {name: dim for name, dim in dims.items() if isinstance(batch.get(name), Tensor) and batch[name].ndim > dim}
+    if isinstance(ids, Tensor) and ids.ndim > 1:
+        shaped, dim = ids, 1
+    elif known:
+        name = min(known, key=lambda name: known[name] != 1)  # [batch, tokens, ...], if one is, tells the rows too
+        shaped, dim = batch[name], known[name]
+    else:
+        given = f" but of {list(ids.shape)}" if isinstance(ids, Tensor) else ""
+        raise BatchError(
+            f"the batch has no input_ids of shape [batch, tokens]{given} (nor inputs_embeds); it needs one of them, or "
+            f"dims={{name: dim}} with the dim of tokens of each of its tensors"
+        )
+    rows, tokens = shaped.shape[0] if dim else 1, shaped.shape[dim]
+    if not tokens:
+        raise BatchError(f"a row of the batch has no tokens, its shape is {list(shaped.shape)}; leave such rows out")
+    return shaped, rows, tokens
+
+
+def take(x: Num[Tensor, "*whole"], runs: Runs, dim: int) -> Num[Tensor, "*part"]:
+    """The positions ``runs`` of ``x`` along ``dim``, contiguous in memory."""
+    return torch.cat([x.narrow(dim, run.start, len(run)) for run in runs], dim)
+
+
+def content_hash(data: bytes) -> int:
+    """56 bits of a hash, which fit into an int64 of the step's all-reduce."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "big")
+
+
+def _counted_positions(mask: Mask | tuple[Mask, ...] | None, rows: int, tokens: int) -> Tensor:
+    """0, 1, 2, ... [rows, tokens], from 0 again in each document that the mask keeps apart."""
+    counted = torch.arange(tokens).expand(rows, tokens)
+    each = mask if isinstance(mask, tuple) else (mask,) * rows
+    packed = [masks.documents_of(one) for one in each]
+    if not any(packed) or len(each) != rows:
+        return counted
+    restarted = [
+        of_row
+        if documents is None or sum(documents.lengths) != tokens
+        else torch.cat([torch.arange(n) for n in documents.lengths])
+        for of_row, documents in zip(counted, packed)
+    ]
+    return torch.stack(restarted)
+
+
+def _cut_one(name: str, value: Any, declared: Mapping[str, int], tokens: int, short: int, positions: Runs) -> Any:
+    if not isinstance(value, Tensor) or (name == "labels" and value.shape[1:2] != (tokens,)):
+        return value
+    if name not in declared:
+        raise BatchError(
+            f"the batch's tensor {name!r} of shape {list(value.shape)} is unknown; say which of its dimensions is the tokens "
+            f"by dims={{{name!r}: 1}}, or take it out of the batch"
+        )
+    dim = declared[name]
+    if value.ndim <= dim or value.shape[dim] != tokens:
+        raise BatchError(
+            f"{name!r} of shape {list(value.shape)} does not have the row's {tokens} tokens in dim {dim}; "
+            f"declare its token dimension by dims={{{name!r}: ...}}"
+        )
+    if short:
+        value = lengthen(value, dim, short, IGNORE if name.endswith("labels") else 0)
+    return take(value, positions, dim)
+
+
+def _digest(batch: Mapping[str, Any], mask: Mask | tuple[Mask, ...] | None, shift: bool, dims: Mapping[str, int]) -> int:
+    described = (sorted(batch), masks.full_repr(mask), shift, sorted(dims.items()))
+    content = hashlib.blake2b(repr(described).encode(), digest_size=7)
+    for name in sorted(batch):
+        value = batch[name]
+        if isinstance(value, Tensor):
+            content.update(repr((name, value.shape, value.dtype)).encode())
+            content.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return int.from_bytes(content.digest(), "big")

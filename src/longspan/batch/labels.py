@@ -1,0 +1,95 @@
+"""The labels of a batch, on whole rows: shifted before the cut, counted, and refused where nothing could learn them.
+
+    ids        a  b  c  d  e  f        rank 0: a b c    labels predict b c d       shifted on the whole, then cut: my last
+    shifted    b  c  d  e  f  .        rank 1: d e f    labels predict e f .       token predicts the next rank's first
+
+Knows nothing of ranks.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.batch.context import BatchInfo
+from longspan.errors import BatchError
+from longspan.masks import constructors as masks
+from longspan.masks.bands import blind_rows
+from longspan.masks.constructors import Full
+
+IGNORE = -100
+"""The label of a token that nothing is learned from, as in ``F.cross_entropy``."""
+
+
+def refuse_unfit_labels(labels: Any, rows: int, tokens: int) -> None:
+    """Raise BatchError for labels that are neither an integer for each token nor a value (or a vector) for each row."""
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor):
+        raise BatchError(
+            f"labels is a {type(labels).__name__}; pass a tensor of integers [{rows}, {tokens}], one for each token"
+        )
+    shape = list(labels.shape)
+    one_a_token, fractional = shape == [rows, tokens], labels.is_floating_point() or labels.dtype == torch.bool
+    one_a_row = shape == [rows] or (len(shape) == 2 and shape[0] == rows and fractional)
+    if one_a_token and fractional:
+        raise BatchError(
+            f"labels of shape {shape} are {labels.dtype}, and the label of a token is an integer; use labels.long()"
+        )
+    if one_a_token or one_a_row:
+        return
+    unfit = f"labels of shape {shape} do not stand beside input_ids of shape [{rows}, {tokens}]"
+    if shape == [rows, tokens - 1]:
+        raise BatchError(
+            f"{unfit}, but are one token shorter, as if they were shifted already; pass them unshifted, as long as input_ids: "
+            f"shard_batch shifts them over the whole row"
+        )
+    raise BatchError(
+        f"{unfit}; give each token one label, {IGNORE} where nothing is learned, or each row one, of shape [{rows}]"
+    )
+
+
+def learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) -> Tensor | None:
+    """The labels that the loss will see, on the whole row; adds ``shift_labels`` to the batch where they are shifted."""
+    labels = whole.get("labels")
+    if not isinstance(labels, Tensor) or labels.shape != (rows, tokens):
+        return None
+    if shift:
+        whole["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    return whole["shift_labels"] if shift else labels
+
+
+def largest_ids(batch: Mapping[str, Any], learned: Tensor | None) -> tuple[int, int]:
+    """The largest token or label of the whole rows, and the largest label; -1 where there is none.
+
+    Raises:
+        BatchError: for a negative one.
+    """
+    labels = None if learned is None else learned[learned != IGNORE]
+    found = {"input_ids": -1, "labels": -1}
+    for name, values in {"input_ids": batch.get("input_ids"), "labels": labels}.items():
+        if isinstance(values, Tensor) and values.numel():
+            if (least := int(values.min())) < 0:
+                raise BatchError(f"{name} holds {least}; tokens are 0 or more, and labels too, or {IGNORE}")
+            found[name] = int(values.max())
+    return max(found.values()), found["labels"]
+
+
+def refuse_blind_labels(learned: Tensor | None, step: BatchInfo, shift: bool) -> None:
+    """Raise BatchError for a label of a token that sees nothing, and MaskError for a mask of another length."""
+    if step.mask is None and step.padding is None and step.documents is None:
+        return
+    bands = masks.rows(step.mask_for(Full()), step.rows, step.tokens, step.tokens)
+    if learned is None:
+        return
+    flat = learned.flatten()
+    for run in blind_rows(bands, step.rows * step.tokens):
+        asked = (flat[run.start : run.stop] != IGNORE).nonzero()
+        if len(asked):
+            row, token = divmod(run.start + int(asked[0]), step.tokens)
+            raise BatchError(
+                f"token {token} of row {row} is asked for a prediction, but sees nothing, itself included; "
+                f"set labels[{row}, {token + shift}] to {IGNORE}, or let it see itself"
+            )
