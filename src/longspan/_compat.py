@@ -14,7 +14,8 @@
     fsdp_*                          FSDPModule._get_fsdp_state() and what it holds                          FSDP2
     own_parameters, own_modules     nn.Module._parameters, nn.Module._modules                               models/unchanged.py
     changes_in_place                Tensor._version                                                         memory/offload.py
-    hash_store, tcp_store           torch.distributed.HashStore, TCPStore (without type stubs)              one rank, launching
+    hash_store                      torch.distributed.HashStore (without type stubs)                        one rank
+    tcp_store, meet_in_store        torch.distributed.TCPStore (without type stubs)                         launching
     elastic_launcher                torch.distributed.launcher, torch.distributed.elastic                   launching
     event_tree                      profiler.kineto_results.experimental_event_tree                         memory/profiler.py
 
@@ -24,6 +25,7 @@ Knows nothing of the rest of longspan, so that every folder can import it.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from importlib import import_module
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -213,8 +215,15 @@ def hash_store() -> Any:
 
 
 def tcp_store(host: str, port: int) -> Any:
-    """The store that the ranks of a launcher share, as a client."""
-    return _symbol(torch.distributed, "TCPStore", "launching ranks")(host, port, is_master=False)
+    """The store that the ranks of a launcher share, as a client. Its host may be gone: it is not waited for."""
+    store = _symbol(torch.distributed, "TCPStore", "launching ranks")
+    return store(host, port, is_master=False, timeout=timedelta(seconds=2))
+
+
+def meet_in_store(host: str, port: int, ranks: int, *, is_host: bool, seconds: float) -> Any:
+    """The same store once all ``ranks`` have come; RuntimeError where they have not within ``seconds``."""
+    store = _symbol(torch.distributed, "TCPStore", "launching ranks")
+    return store(host, port, ranks, is_host, timeout=timedelta(seconds=seconds))
 
 
 def event_tree(profiler: Any) -> Sequence[Any]:

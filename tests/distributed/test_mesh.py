@@ -11,8 +11,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from longspan.attention.api import attend
 from longspan.batch.shard import shard_batch
 from longspan.distributed.collectives import all_reduce_sum
-from longspan.distributed.mesh import AXES, Axis, MeshCoordinate, ParallelMesh, rank_sets
-from longspan.errors import LayoutError
+from longspan.distributed.mesh import (
+    AXES,
+    Axis,
+    MeshCoordinate,
+    ParallelMesh,
+    _refuse_shared_devices,
+    choose_device,
+    join_world,
+    rank_sets,
+)
+from longspan.errors import LayoutError, RunError
 from longspan.loss import cross_entropy
 from longspan.masks.constructors import Causal
 from tests.helpers.ranks import on_ranks
@@ -205,3 +214,47 @@ def _other_orders() -> None:
     device_mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
     with pytest.raises(LayoutError, match=r"rank 0 asks for ulysses=cp .* but rank 1 for ulysses=dp"):
         ParallelMesh.from_device_mesh(device_mesh, ulysses=("cp", "dp")[dist.get_rank()], data=None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "cuda", "chosen"),
+    [
+        ({"LOCAL_RANK": "3"}, {"device_count": 8}, "cuda:3"),
+        ({"LOCAL_RANK": "3"}, {"device_count": 1}, "cuda:0"),  # one visible device for each task
+        ({"LOCAL_RANK": "5"}, {"device_count": 4}, "cuda:1"),
+        ({}, {"device_count": 8}, "cuda:0"),
+        ({"LOCAL_RANK": "3"}, {"device_count": 8, "is_initialized": True, "current_device": 6}, "cuda:6"),
+        ({"LOCAL_RANK": "3"}, {"device_count": 8, "is_initialized": True}, "cuda:3"),
+        ({"LOCAL_RANK": "3"}, {"is_available": False}, "cpu"),
+    ],
+)
+def test_each_rank_takes_the_device_of_its_number(
+    environment: dict[str, str], cuda: dict[str, Any], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name, value in ({"is_available": True, "is_initialized": False, "current_device": 0, "device_count": 0} | cuda).items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert choose_device() == torch.device(chosen)
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("cuda:2") == torch.device("cuda:2")
+
+
+def test_the_device_is_set_before_anything_asks_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "is_initialized", lambda: calls.append("the process group") or True)
+    join_world(torch.device("cuda:1"))
+    assert calls == [torch.device("cuda:1"), "the process group"]
+
+
+def test_two_ranks_on_one_device_are_refused_by_name(tmp_path: Path) -> None:
+    on_ranks(3, _shared, tmp_path=tmp_path)
+
+
+def _shared() -> None:
+    group, rank = dist.new_group(backend="gloo"), dist.get_rank()
+    _refuse_shared_devices(f"cuda:{rank}", group)
+    with pytest.raises(RunError, match=r"ranks 0 and 2 are both on cuda:0, and NCCL needs a device for each rank"):
+        _refuse_shared_devices(f"cuda:{rank % 2}", group)

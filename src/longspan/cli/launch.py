@@ -1,4 +1,4 @@
-r"""Start the ranks of a run on this machine, or join the world of a launcher (torchrun). Knows nothing of what they compute.
+r"""Start the ranks of a run on this machine, or join the world of a launcher. Knows nothing of what they compute.
 
     longspan train --ranks 3                            torchrun --nproc-per-node 3 --no-python longspan train
        |            \                                             |
@@ -25,7 +25,8 @@ from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any
 
 from longspan import errors
-from longspan.errors import LongspanError
+from longspan.distributed.launchers import join_launcher
+from longspan.errors import LongspanError, LostRankError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -64,6 +65,7 @@ def run(work: str, config: Any, ranks: int) -> int:
         RankDied: a rank was killed, or raised something else; or this process was stopped by a signal.
         BrokenPipeError: what read the output closed the pipe.
     """
+    join_launcher(os.environ)
     if joins():
         return _work_as_a_rank(work, config)
     return _start(work, config, ranks)
@@ -127,21 +129,21 @@ def _work_as_a_rank(work: str, config: Any) -> int:
     import torch
     import torch.distributed as dist
 
+    from longspan.distributed.mesh import choose_device, join_world
+
     # The agent's own handlers only run once Python is back from a collective, which may never end.
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_DFL)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    join_world(choose_device())
     module, _, function = work.partition(":")
     try:
         code: int = getattr(importlib.import_module(module), function)(config)
-    except LongspanError:
-        raise
     except BrokenPipeError:
         sys.exit(CLOSED_PIPE)
-    except RuntimeError:
+    except (LongspanError, RuntimeError) as error:
+        if isinstance(error, LongspanError) and not isinstance(error, LostRankError):
+            raise
         # The agent reports the rank that ends first, so a rank that only lost its peer sleeps until the agent ends it.
         if dist.is_torchelastic_launched():
             time.sleep(SECONDS_TO_BE_ENDED)

@@ -19,6 +19,7 @@ Code asks for one of four rank sets by name, never for a product of degrees, so 
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +28,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from longspan import _compat
 from longspan.distributed.collectives import Scratch, TorchTransport, Transport
 from longspan.distributed.consensus import gather
+from longspan.distributed.launchers import join_launcher, joins_world, started_by
 from longspan.distributed.layout import Degrees, Layout, choose_degrees
-from longspan.errors import LayoutError
+from longspan.errors import LayoutError, RunError
+
+JOIN_SECONDS = 300.0
+"""How long a rank waits for the others of its launcher to start."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +83,15 @@ class MeshCoordinate:
 class ParallelMesh:
     """``data x ring x ulysses`` ranks on one DeviceMesh; the data degree is the world size divided by ring and ulysses.
 
-    Joins the process group that exists, or that the launcher's environment describes (torchrun's RANK, WORLD_SIZE,
-    MASTER_ADDR, MASTER_PORT); a plain Python process is a world of one.
+    Joins the process group that exists, or that the environment of the launcher describes: torchrun, srun (Slurm), mpirun
+    (Open MPI), mpiexec (Intel MPI, MPICH). A plain Python process is a world of one.
 
     Args:
         ulysses: ranks that exchange tokens for heads by all-to-all (DeepSpeed-Ulysses, arXiv:2309.14509). "auto" gives each
             sequence to the whole world, and chooses ulysses x ring from ``heads`` and the ranks of a node (LOCAL_WORLD_SIZE).
         ring: ranks that pass keys and values around a ring (ring attention, arXiv:2310.01889).
         layout: "contiguous" or "zigzag"; by default zigzag where ring > 1, which balances a causal mask.
-        device: default: the CUDA device of this rank, or the CPU.
+        device: default: the CUDA device with the number of this rank on its machine (LOCAL_RANK), or the CPU.
         transport: carries every exchange of tensors; default: PyTorch's all-to-all.
         heads: (query heads, key/value heads), needed by ``ulysses="auto"`` only.
 
@@ -99,6 +104,7 @@ class ParallelMesh:
 
     Raises:
         LayoutError: on every rank alike, for degrees that do not divide the world, or that differ between ranks.
+        RunError: for a launcher's environment that contradicts itself, and where the other ranks do not come.
     """
 
     def __init__(
@@ -111,12 +117,15 @@ class ParallelMesh:
         transport: Transport | None = None,
         heads: tuple[int, int] | None = None,
     ) -> None:
-        own_device = _own_device(device)
-        _join_world(own_device)
+        join_launcher(os.environ)
+        own_device = choose_device(device)
+        join_world(own_device)
         world_group = dist.new_group(backend="gloo")
         _refuse_different_meshes(f"ulysses={ulysses} ring={ring} layout={layout}", world_group)
+        if own_device.type == "cuda" and "cuda:nccl" in str(dist.get_backend_config()):
+            _refuse_shared_devices(f"{own_device} {torch.cuda.get_device_properties(own_device).uuid}", world_group)
         _refuse_unknown_layout(layout)
-        degrees = _degrees(ulysses, ring, heads, world_group.size())
+        degrees = _degrees(ulysses, ring, heads, world_group)
         shape = (world_group.size() // (degrees.ring * degrees.ulysses), degrees.ring, degrees.ulysses)
         names = tuple(axis.name for axis in AXES)
         device_mesh = init_device_mesh(own_device.type, shape, mesh_dim_names=names)
@@ -213,12 +222,18 @@ def rank_sets(device_mesh: DeviceMesh, names: Mapping[str, str], axes: Sequence[
     return sets
 
 
-def _own_device(device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def choose_device(device: torch.device | str | None = None) -> torch.device:
+    """The device of this rank: ``device``; for "cuda", or None where there is one, the CUDA device with this rank's number.
+
+    A program that has chosen its device by ``torch.cuda.set_device`` keeps it. Where a process sees fewer devices than its
+    machine has ranks (one for each task under Slurm and Ray), the numbers begin again at 0.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type != "cuda" or chosen.index is not None:
+        return chosen
+    current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0))
+    return torch.device("cuda", current or local_rank % max(1, torch.cuda.device_count()))
 
 
 def _device_of(device_mesh: DeviceMesh) -> torch.device:
@@ -226,14 +241,41 @@ def _device_of(device_mesh: DeviceMesh) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device_mesh.device_type == "cuda" else torch.device("cpu")
 
 
-def _join_world(device: torch.device) -> None:
+def join_world(device: torch.device) -> None:
+    """Make ``device`` the current one and join the process group of the launcher, unless there is one already.
+
+    Args:
+        device: of this rank. It is set before anything initialises CUDA, which would put every rank on the first device.
+
+    Raises:
+        RunError: where the other ranks of an environment with RANK and WORLD_SIZE do not come within five minutes.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if dist.is_torchelastic_launched() or os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
+    if dist.is_torchelastic_launched():
         dist.init_process_group(backend)
+    elif joins_world(os.environ):
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=_meet(rank, ranks), rank=rank, world_size=ranks)
     else:
         dist.init_process_group(backend, store=_compat.hash_store(), rank=0, world_size=1)
+
+
+def _meet(rank: int, ranks: int) -> Any:
+    """The store of all ranks, once all have come."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return _compat.meet_in_store(host, port, ranks, is_host=rank == 0, seconds=JOIN_SECONDS)
+    except RuntimeError as error:  # a time-out, a port in use, or a name that is no host
+        raise RunError(
+            f"{started_by(os.environ)} started this process as rank {rank} of {ranks}, but the ranks did not meet at "
+            f"{host}:{port} within {JOIN_SECONDS:g} s ({str(error).splitlines()[0]}); start all of them at once (srun, mpirun "
+            f"or torchrun), set MASTER_ADDR and MASTER_PORT to a free port of rank 0's machine, or, for a run of one rank, "
+            f"unset the launcher's variables"
+        ) from None
 
 
 def _refuse_different_meshes(mine: str, world_group: dist.ProcessGroup) -> None:
@@ -241,6 +283,18 @@ def _refuse_different_meshes(mine: str, world_group: dist.ProcessGroup) -> None:
     for rank, other in enumerate(asked):
         if other != asked[0]:
             raise LayoutError(f"rank 0 asks for {asked[0]} but rank {rank} for {other}; every rank must ask for the same mesh")
+
+
+def _refuse_shared_devices(mine: str, world_group: dist.ProcessGroup) -> None:
+    """Raise RunError on every rank where two have the same device; ``mine`` is its name and the number of its hardware."""
+    devices = gather(mine, world_group)
+    for rank, other in enumerate(devices):
+        first = devices.index(other)
+        if first != rank:
+            raise RunError(
+                f"ranks {first} and {rank} are both on {other}, and NCCL needs a device for each rank; start one rank for "
+                f"each device, or share devices by init_process_group('cpu:gloo,cuda:gloo') before the mesh"
+            )
 
 
 def _refuse_unknown_layout(layout: str | None) -> None:
@@ -273,14 +327,16 @@ def _refuse_unfit_dims(device_mesh: DeviceMesh, names: Mapping[str, str], known:
         )
 
 
-def _degrees(ulysses: int | str, ring: int, heads: tuple[int, int] | None, world: int) -> Degrees:
+def _degrees(ulysses: int | str, ring: int, heads: tuple[int, int] | None, world_group: dist.ProcessGroup) -> Degrees:
+    world = world_group.size()
     if isinstance(ulysses, str):
         if ulysses != "auto" or ring != 1 or heads is None:
             raise LayoutError(
                 f"ulysses={ulysses!r} ring={ring} heads={heads} cannot be chosen from; use ulysses='auto' with "
                 f"heads=(query heads, key/value heads) and no ring, or two numbers"
             )
-        return choose_degrees(world, *heads, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+        fewest = min(gather(int(os.environ.get("LOCAL_WORLD_SIZE", world)), world_group))  # nodes may have different numbers
+        return choose_degrees(world, *heads, ranks_per_node=fewest)
     if ulysses < 1 or ring < 1:
         raise LayoutError(f"ulysses={ulysses} and ring={ring} must be at least 1")
     if world % (ulysses * ring):
