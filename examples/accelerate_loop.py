@@ -9,6 +9,7 @@ model in nothing and scales nothing. Its loader has batches of the rows of all d
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
@@ -37,4 +38,5 @@ for step, batch in enumerate(loader):
     accelerator.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    print(step, round(loss.item(), 4))
+    if dist.get_rank() == 0:
+        print(step, round(loss.item(), 4))

@@ -10,6 +10,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,9 +21,9 @@ config = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
 )  # fmt: skip
 torch.manual_seed(0)
-model = LlamaForCausalLM(config)
-frozen = deepcopy(model).requires_grad_(False)  # copied before it is parallel
 mesh = ParallelMesh(ulysses="auto", heads=(config.num_attention_heads, config.num_key_value_heads))
+model = LlamaForCausalLM(config).to(mesh.device)
+frozen = deepcopy(model).requires_grad_(False)  # copied before it is parallel
 parallelize(model, mesh)
 parallelize(frozen, mesh)
 
@@ -36,7 +37,8 @@ def log_probability(model: Any, ids: Tensor) -> Tensor:
     return unshard(mine * (targets >= 0), mesh, tokens=ids.shape[1]).sum(1)
 
 
-chosen, rejected = (torch.tensor([list(text * 20)]) for text in (b"the better answer ", b"the worse answer! "))
+texts = (b"the better answer ", b"the worse answer! ")
+chosen, rejected = (torch.tensor([list(text * 20)], device=mesh.device) for text in texts)
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 for step in range(3):
     better = log_probability(model, chosen) - log_probability(frozen, chosen)
@@ -45,4 +47,5 @@ for step in range(3):
     loss.backward()  # every rank computes the same loss; gradients are averaged
     optimizer.step()
     optimizer.zero_grad()
-    print(step, round(loss.item(), 4))
+    if dist.get_rank() == 0:
+        print(step, round(loss.item(), 4))

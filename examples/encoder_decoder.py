@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 examples/encoder_decoder.py        (or plain python:
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import BartConfig, BartForConditionalGeneration
 
 from longspan import ParallelMesh, parallelize, shard_batch, shift_right
@@ -18,12 +19,12 @@ config = BartConfig(
 torch.manual_seed(0)
 model = BartForConditionalGeneration(config)  # yours: BartForConditionalGeneration.from_pretrained(folder), on every rank
 mesh = ParallelMesh(ulysses="auto", heads=(4, 4))
-model = parallelize(model, mesh)
+model = parallelize(model.to(mesh.device), mesh)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 text = Path(__file__).read_bytes()[:2000]
-document = torch.tensor([list(text)])
-summary = torch.tensor([list(text.splitlines()[0])])  # of another length: each is cut by its own
+document = torch.tensor([list(text)], device=mesh.device)
+summary = torch.tensor([list(text.splitlines()[0])], device=mesh.device)  # of another length: each is cut by its own
 batch = {
     "input_ids": document,
     "decoder_input_ids": shift_right(summary, config.decoder_start_token_id, config.pad_token_id),
@@ -34,4 +35,5 @@ for step in range(3):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(step, round(loss.item(), 4))
+    if dist.get_rank() == 0:
+        print(step, round(loss.item(), 4))

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 examples/evaluate.py
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longspan import ParallelMesh, parallelize, shard_batch, unshard
@@ -15,9 +16,9 @@ config = LlamaConfig(
 )  # fmt: skip
 torch.manual_seed(0)
 mesh = ParallelMesh(ulysses="auto", heads=(config.num_attention_heads, config.num_key_value_heads))
-model = parallelize(LlamaForCausalLM(config), mesh).eval()
+model = parallelize(LlamaForCausalLM(config).to(mesh.device), mesh).eval()
 
-text = torch.tensor([list(Path(__file__).read_bytes())])
+text = torch.tensor([list(Path(__file__).read_bytes())], device=mesh.device)
 part = shard_batch({"input_ids": text, "labels": text}, mesh)
 with torch.no_grad():
     output = model(**part)
@@ -26,5 +27,6 @@ mine = output.logits.log_softmax(-1)  # [1, my tokens, vocabulary]: never the wh
 chosen = part["shift_labels"].clamp(min=0)  # what follows each of my tokens; the last token of the row has no successor
 mine = mine.gather(2, chosen.unsqueeze(2)).squeeze(2)
 whole = unshard(mine, mesh, tokens=text.shape[1])  # one number a token, in the order of the text
-print("perplexity", round(output.loss.exp().item(), 3))
-print("from the tokens", round((-whole[:, :-1].mean()).exp().item(), 3))
+if dist.get_rank() == 0:
+    print("perplexity", round(output.loss.exp().item(), 3))
+    print("from the tokens", round((-whole[:, :-1].mean()).exp().item(), 3))

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from longspan import ParallelMesh, parallelize, shard_batch
@@ -26,14 +27,17 @@ config = Qwen3Config(
     head_dim=16,
 )  # fmt: skip
 mesh = ParallelMesh(ulysses="auto", heads=(4, 2))
-model = parallelize(Qwen3ForCausalLM(config), mesh)
+batch = {"input_ids": ids, "labels": labels, "position_ids": positions}
+batch = {name: tensor.to(mesh.device) for name, tensor in batch.items()}
+model = parallelize(Qwen3ForCausalLM(config).to(mesh.device), mesh)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for step in range(3):
     # Positions that begin anew are what Transformers itself takes for packed documents. To say it outright, for any model:
     # shard_batch(..., mesh, mask=Documents(lengths) & Causal())
-    part = shard_batch({"input_ids": ids, "labels": labels, "position_ids": positions}, mesh)
+    part = shard_batch(batch, mesh)
     loss = model(**part).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(step, round(loss.item(), 4))
+    if dist.get_rank() == 0:
+        print(step, round(loss.item(), 4))

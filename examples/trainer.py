@@ -39,7 +39,7 @@ with tempfile.TemporaryDirectory() as folder:
     trainer.train()
     trainer.evaluate()
 
-for line in trainer.state.log_history:  # what one device would have logged
+for line in trainer.state.log_history if trainer.is_world_process_zero() else ():  # what one device would have logged
     for name in ("loss", "eval_loss"):
         if name in line:
             print(line["step"], name, round(line[name], 4))
