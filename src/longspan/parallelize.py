@@ -273,7 +273,7 @@ def _refuse_to_tile(modules: Sequence[nn.Module], tile_tokens: int) -> None:
 
 
 def _unread(model: nn.Module) -> UnreadWeights | None:
-    """Where the weights of a model on the meta device come from; None for a model that has them."""
+    """The ``UnreadWeights`` (source of the weights) of a model on the meta device; None for a model that has its weights."""
     waiting: UnreadWeights | None = vars(model).get(UNREAD)
     if waiting is None and hasattr(model, "initialize") and any(parameter.is_meta for parameter in model.parameters()):
         return SeededWeights()
