@@ -70,3 +70,8 @@ def test_no_test_imports_a_test() -> None:
 def test_the_version_is_one_literal() -> None:
     assert "version" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"]
     assert f"\nversion: {longspan.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_no_file_is_over_400_lines() -> None:
+    files = [path for top in ("src", "tests", "benchmarks", "examples") for path in (ROOT / top).rglob("*.py")]
+    assert [str(path) for path in files if len(path.read_text().splitlines()) > 400] == []
