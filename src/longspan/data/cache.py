@@ -1,12 +1,12 @@
-"""A cache of folders on disk, each made once by the first process that needs it. Knows nothing of their contents.
+"""A cache of folders on disk, each made once by the first process that needs it. Independent of what the folders hold.
 
     ~/.cache/longspan/
-        keys/KEY        a lock file: its holder may make the folder of KEY; its text, once known, is NAME
-        .draft-KEY/     a folder that is being made; if nobody holds its lock, a crash left it and it is removed
-        NAME/           complete: renamed from its draft when everything was on the disk
+        keys/KEY        a lock file: the process that locks it may make the folder of KEY; its text, if any, is NAME
+        .draft-KEY/     a folder that is being made; if no process holds the lock of KEY, a crash left it and it is removed
+        NAME/           a complete folder: renamed from its draft after every file was synced to the disk
 
-A KEY is cheap to compute (paths, sizes, times), a NAME is a hash of the content. The kernel releases the lock of a process
-that dies, so nobody waits for it.
+A KEY is cheap to compute (paths, sizes, times), a NAME is a hash of the content. The operating system releases the lock of
+a process that dies, so no other process waits for it.
 """
 
 import fcntl
@@ -21,24 +21,28 @@ from longspan.errors import DataError
 
 
 def default_folder() -> Path:
-    """``$XDG_CACHE_HOME/longspan``, or ``~/.cache/longspan``."""
+    """The path ``$XDG_CACHE_HOME/longspan``; ``~/.cache/longspan`` if the variable is unset or empty. Creates nothing."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "longspan"
 
 
 def kept(folder: Path, key: str, name: Callable[[], str], make: Callable[[Path], None], settled: bool) -> Path:
-    """The folder ``folder / name()``; where it is missing, ``make`` fills a draft that is renamed to it.
+    """Return the cached folder of ``key``; if it does not exist yet, make it first.
 
-    Any number of processes may call it at once: one makes the folder, the others wait for it.
+    Any number of processes may call it at once with the same key: one makes the folder, the others wait for it.
 
     Args:
-        folder: the cache.
-        key: what is locked.
-        name: computes the name of the content; called only where it is not recorded for ``key``.
-        make: fills the draft.
-        settled: record the name for ``key``, which will always mean it.
+        folder: the cache; created if missing.
+        key: the name of the lock file, and of the record of the content's name.
+        name: computes the name of the content. Not called if a name is recorded for ``key`` and that folder exists.
+        make: writes the content into the empty draft folder that it is given; the draft is then renamed to the result.
+        settled: True records the name for ``key``, so that later calls with ``key`` do not call ``name``.
+
+    Returns:
+        ``folder / NAME``, where NAME is the recorded name, or else ``name()``.
 
     Raises:
-        DataError: the disk refuses (full, read-only); the draft is removed, as it is where ``make`` raises.
+        DataError: an OSError (disk full, read-only). An error of ``make`` that is no OSError is raised unchanged. In both cases
+            the draft is removed.
     """
     with _writable(folder):
         (folder / "keys").mkdir(parents=True, exist_ok=True)
@@ -57,14 +61,14 @@ def kept(folder: Path, key: str, name: Callable[[], str], make: Callable[[Path],
 
 
 def write(path: Path, content: bytes | memoryview) -> None:
-    """Write a small file and wait until it is on the disk."""
+    """Write ``content`` to ``path``, replacing a file that exists, and return once it is on the disk (fsync)."""
     with path.open("wb") as file:
         file.write(content)
         sync(file)
 
 
 def sync(file: IO[bytes]) -> None:
-    """Wait until what was written is on the disk, so that a later rename cannot reach the disk first."""
+    """Flush and fsync ``file``: on return its content is on the disk, so a later rename cannot reach the disk before it."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -83,7 +87,7 @@ def _make(draft: Path, path: Path, make: Callable[[Path], None]) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the drafts whose lock is free: the process that made them has died."""
+    """Remove the draft folders whose lock no process holds: the process that was making them has died."""
     for draft in folder.glob(".draft-*"):
         with suppress(BlockingIOError), _locked(folder / "keys" / draft.name.removeprefix(".draft-"), fcntl.LOCK_NB):
             shutil.rmtree(draft, ignore_errors=True)
@@ -91,7 +95,10 @@ def _sweep(folder: Path) -> None:
 
 @contextmanager
 def _locked(path: Path, how: int = 0) -> Iterator[IO[str]]:
-    """The file at ``path`` under an exclusive lock, which closing it releases."""
+    """Context manager: open (or create) the file ``path``, lock it exclusively (flock) and yield it at position 0.
+
+    Waits for another process that holds the lock; ``how=fcntl.LOCK_NB`` raises BlockingIOError instead. Exit releases it.
+    """
     with path.open("a+", encoding="ascii") as file:
         fcntl.flock(file, fcntl.LOCK_EX | how)
         file.seek(0)

@@ -7,7 +7,7 @@
     step 1                1  2  1
 
 The sequences of a step are a function of its number alone, so a resumed run just asks for its next step, and they do not
-depend on the number of ranks. Knows nothing of models.
+depend on the number of ranks. Independent of the model.
 """
 
 import hashlib
@@ -28,7 +28,11 @@ from longspan.errors import DataError
 
 @runtime_checkable
 class Stream(Protocol):
-    """A token stream with random access: a ``packing.Split``."""
+    """A token stream with random access. ``packing.Split`` implements it.
+
+    ``name`` is for messages; streams with equal ``fingerprint`` hold equal tokens; ``tokens`` is the number of tokens;
+    ``read(start, stop)`` returns the ids of tokens ``start`` to ``stop - 1``.
+    """
 
     @property
     def name(self) -> str: ...
@@ -41,15 +45,15 @@ class Stream(Protocol):
 
 
 class Loader:
-    """This rank's part of every step.
+    """Reads this rank's part of each training step from a token stream: its rows, and of each row its tokens.
 
     Args:
-        stream: the tokens.
+        stream: the tokens of the text.
         tokens: tokens of one sequence.
         rows: sequences of one step, over all its micro-batches and all data replicas.
-        seed: the seed of the order.
+        seed: the seed of the permutation of the sequences.
         coordinate: this rank's coordinate in the mesh.
-        micro_batches: the parts that a step is accumulated from.
+        micro_batches: the number of micro-batches into which a step's rows are split, as evenly as possible.
 
     Raises:
         DataError: the text is shorter than one sequence.
@@ -67,10 +71,14 @@ class Loader:
         self._mine = coordinate.layout(tokens).mine(coordinate.ring_rank, coordinate.ulysses_rank)
 
     def step(self, step: int) -> list[Part]:
-        """The micro-batches of step 0, 1, ..: {input_ids, labels, shift_labels, position_ids [rows, my tokens], longspan}.
+        """Read this rank's part of every micro-batch of a step. No collective: pass the list to ``sync_batches``.
 
-        A part equals ``shard_local(whole, coordinate)`` of the whole rows, but only this rank's tokens and their successors are
-        read. A replica without a row gets [0, my tokens]. ``sync_batches`` counts the labels of all ranks.
+        Args:
+            step: the number of the step, from 0.
+
+        Returns:
+            One part for each micro-batch, as ``part`` describes it, with the rows of this rank's data replica; a replica
+            without a row gets tensors [0, my tokens].
         """
         first = step * self._rows
         return [
@@ -79,16 +87,20 @@ class Loader:
         ]
 
     def epoch(self, sequences: int | None = None) -> Iterator[Part]:
-        """Every sequence of epoch 0 once (or its first ``sequences``), ``rows`` at a time, for evaluation.
+        """Yield this rank's parts of the first ``sequences`` sequences of epoch 0 (None: all), for evaluation.
 
-        The last part may have fewer rows, and some replicas none; every replica gets the same number of parts.
+        Each part covers ``rows`` sequences over all data replicas, the last one the rest; in it a replica may have no row.
+        Every replica gets the same number of parts.
         """
         count = self.sequences if sequences is None else min(sequences, self.sequences)
         for first in range(0, count, self._rows):
             yield self._part([self.sequence(i) for i in range(first, min(first + self._rows, count))])
 
     def sequence(self, index: int) -> int:
-        """The sequence of the split at ``index`` of the order, which runs on over all epochs."""
+        """The number of the sequence (0 to ``sequences - 1``) at place ``index`` of the order of training.
+
+        The order is the permutation of epoch 0, then that of epoch 1, and so on; ``index`` counts from 0 through all of them.
+        """
         epoch, offset = divmod(index, self.sequences)
         return int(_permutation(self._seed, epoch, self.sequences)[offset])
 
@@ -99,10 +111,21 @@ class Loader:
 
 
 def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) -> Part:
-    """A rank's part of the rows of ``tokens`` tokens that begin at ``starts``: the tokens at ``positions``, and their labels.
+    """Read one rank's part of some rows of a token stream.
 
-    Equals ``shard_local({"input_ids": rows, "labels": rows}, coordinate)``, except that the digest hashes the stream's name and
-    the rows' starts; it is equal on all ranks of a sequence. The last token of a row has no label.
+    Equals ``shard_local({"input_ids": rows, "labels": rows}, coordinate)`` of the whole rows, but reads only this rank's
+    tokens and the successor of each. One difference: ``BatchInfo.digest`` hashes the stream's fingerprint, ``starts`` and
+    ``tokens`` instead of the content; it too is equal on all ranks of a sequence.
+
+    Args:
+        stream: the tokens.
+        starts: the first token of each row in the stream.
+        tokens: the number of tokens of a row.
+        positions: the positions in a row that this rank holds.
+
+    Returns:
+        ``input_ids``, ``labels`` (equal to ``input_ids``), ``shift_labels`` (the next token of each; -100 for the last of a
+        row) and ``position_ids``, all int64 [rows, my tokens]; and ``longspan``, the BatchInfo.
     """
     rows = [[_with_successors(stream, start, tokens, run) for run in positions] for start in starts]
     mine = sum(map(len, positions))
@@ -138,7 +161,10 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
 
 
 def _with_successors(stream: Stream, start: int, tokens: int, run: range) -> tuple[Tensor, Tensor]:
-    """The tokens at ``run`` of a row, and the next token of each."""
+    """(ids, next ids), both [len(run)], at the positions ``run`` of the row of ``tokens`` tokens that begins at ``start``.
+
+    The next token of the row's last one is -100.
+    """
     read = stream.read(start + run.start, start + min(run.stop + 1, tokens))
     ids, following = read[: len(run)], read[1:]
     return ids, following if run.stop < tokens else torch.cat([following, following.new_tensor([IGNORE])])
@@ -146,7 +172,7 @@ def _with_successors(stream: Stream, start: int, tokens: int, run: range) -> tup
 
 @lru_cache(maxsize=4)  # the current epoch, the next one where a step takes rows of both, and those of an evaluation
 def _permutation(seed: int, epoch: int, count: int) -> Int64[Tensor, "count"]:
-    """A random permutation of 0 .. count-1 for a seed and epoch; 8 bytes a sequence."""
+    """A random permutation of 0 to ``count - 1``, a function of ``seed`` and ``epoch`` alone; 8 bytes an element."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(_digest(f"{seed} {epoch}")))
 
 

@@ -1,10 +1,10 @@
-"""Tokenizers: bytes, a file of the ``tokenizers`` library, or a Hugging Face folder. Knows nothing of data files or streams.
+"""Tokenizers: bytes, a file of the ``tokenizers`` library, or a Hugging Face folder. Independent of data files and streams.
 
     "bytes"                      "abc"  ->  97 98 99              256 bytes, and 256 for the end of a document
     path/to/tokenizer.json       "abc"  ->  39305                 a file of the ``tokenizers`` library
     path/to/folder/              "abc"  ->  39305                 a Hugging Face tokenizer, from the disk only
 
-Where a tokenizer has no end-of-document token, one is added behind its vocabulary.
+A tokenizer without an end-of-document token gets one: the id behind the last of its vocabulary.
 """
 
 import hashlib
@@ -20,12 +20,16 @@ from longspan.errors import DataError
 Ids = Integer[np.ndarray, "tokens"]
 
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
-"""Names of the end-of-document token in well-known models, tried in this order for a tokenizers file, which names none."""
+"""Names of the end-of-document token in well-known models. A tokenizers file names none: the first one it holds is used."""
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to ids below ``vocab_size``; ``eos`` ends a document; equal ``fingerprint`` means equal tokens for every text."""
+    """Converts text to token ids and back.
+
+    ``name``: what ``load`` was given. ``vocab_size``: every id is below it. ``eos``: the id of the end-of-document token.
+    ``fingerprint``: two tokenizers with equal ones give equal ids for every text.
+    """
 
     @property
     def name(self) -> str: ...
@@ -37,23 +41,26 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str: ...
 
     def encode(self, text: str | bytes) -> Ids:
-        """The token ids of a text, without ``eos``."""
+        """The token ids [tokens] of a text, without ``eos``; bytes are read as UTF-8."""
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Ids]:
-        """``[encode(text) for text in texts]``, in parallel where the library can."""
+        """The token ids of each text, in order: ``[encode(text) for text in texts]``, on several threads if possible."""
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
-        """The text of token ids, without ``eos``."""
+        """The text of token ids; every ``eos`` is left out."""
 
 
 def load(name: str) -> Tokenizer:
-    """Load a tokenizer.
+    """Load a tokenizer from the disk.
 
     Args:
         name: ``bytes``, the path of a ``tokenizers`` JSON file, or a Hugging Face folder.
 
+    Returns:
+        A ``Bytes``, ``Fast`` or ``Slow`` tokenizer.
+
     Raises:
-        DataError: there is no such file or folder, or it holds something else.
+        DataError: there is no such file or folder, it holds something else, or the library that reads it is not installed.
     """
     if name == Bytes.name:
         return Bytes()
@@ -69,7 +76,7 @@ def load(name: str) -> Tokenizer:
 
 
 class Bytes:
-    """One token a byte: no training, no unknown words, and a loss in nats per byte."""
+    """The byte tokenizer: a byte's id is its value, 0 to 255; ``eos`` is 256. ``decode`` writes U+FFFD for invalid UTF-8."""
 
     name = "bytes"
     vocab_size = 257
@@ -87,9 +94,14 @@ class Bytes:
 
 
 class Fast:
-    """A ``tokenizers.Tokenizer``: ``encode(text, add_special_tokens=False).ids``, never truncated or padded.
+    """A tokenizer of the ``tokenizers`` library. Ids are those of its ``encode(text, add_special_tokens=False)``.
 
-    Bytes that are not UTF-8 are read as U+FFFD.
+    Texts are neither truncated nor padded. Bytes that are not UTF-8 are read as U+FFFD.
+
+    Args:
+        name: for messages and ``Tokenizer.name``.
+        backend: a ``tokenizers.Tokenizer``; its truncation and padding are switched off.
+        eos: the id of the end-of-document token; None: a new id behind the vocabulary.
     """
 
     def __init__(self, name: str, backend: Any, eos: int | None) -> None:
@@ -114,7 +126,11 @@ class Fast:
 
 
 class Slow:
-    """A Hugging Face tokenizer that does not use the ``tokenizers`` library; it encodes as ``Fast`` does."""
+    """A Hugging Face tokenizer that does not use the ``tokenizers`` library.
+
+    As in ``Fast``, no special tokens are added, no text is truncated or padded, and bytes that are not UTF-8 are read as
+    U+FFFD. ``backend`` is a slow PreTrainedTokenizer; if it has no ``eos_token_id``, ``eos`` is a new id behind its vocabulary.
+    """
 
     def __init__(self, name: str, backend: Any) -> None:
         self.name = name
@@ -172,7 +188,10 @@ def _from_folder(path: Path) -> Tokenizer:
 
 
 def _end(eos: int | None, vocabulary: int) -> tuple[int, int]:
-    """The end-of-document token, and the size of the vocabulary with it."""
+    """(id of the end-of-document token, size of the vocabulary with it), of a tokenizer that has ids below ``vocabulary``.
+
+    ``eos`` None: the end-of-document token is the new id ``vocabulary``.
+    """
     return (vocabulary, vocabulary + 1) if eos is None else (eos, max(vocabulary, eos + 1))
 
 

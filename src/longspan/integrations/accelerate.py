@@ -1,11 +1,11 @@
 """Adapters that make Trainer and accelerate run as a single process whose batch is the global batch.
 
-    sampler        5 0 7 2 | 6 1 4       the batches of one device: per_device_train_batch_size x data replicas rows
+    sampler        5 0 7 2 | 6 1 4       two batches as on one device, of per_device_train_batch_size x data replicas rows
     collate        5 0 | 7 2             each data replica collates its own run of rows; the ranks of a sequence collate the
                  replica 0  replica 1    same run, and a replica for which no row is left an empty batch
 
 accelerate and Trainer then have nothing to gather, scale, wrap or distribute: the communication is in the forward and the
-backward of the parallel model. This file knows nothing of models, losses or checkpoints.
+backward of the parallel model. Independent of the model, its loss and the format of checkpoints.
 """
 
 import os
@@ -30,7 +30,11 @@ from longspan.errors import BatchError, RunError
 
 
 def single_process_arguments(args: TrainingArguments, mesh: ParallelMesh) -> TrainingArguments:
-    """A copy of ``args`` for one process with the batch of all data replicas. It keeps the rank, so that one rank writes."""
+    """A copy of ``args`` that describes one process whose batch is that of all data replicas.
+
+    ``args`` is not changed. In the copy the batch sizes are multiplied by the number of data replicas, the world size is 1,
+    batches are not dispatched, and the process index is still this rank's, so that only rank 0 writes files.
+    """
     single: Any = copy(args)
     single.accelerator_config = copy(args.accelerator_config)
     single.accelerator_config.dispatch_batches = False
@@ -45,7 +49,7 @@ def _local_rank() -> int:
 
 
 class _MainProcess:
-    """Which process writes, by its rank in the world and its rank on the node."""
+    """Mixin: the main process has ``process_index`` 0, the local main process ``local_process_index`` 0."""
 
     @property
     def is_main_process(self: Any) -> bool:
@@ -58,9 +62,10 @@ class _MainProcess:
 
 @dataclass(frozen=True)
 class SingleProcessState(_MainProcess):
-    """Replaces accelerate's state in a copy of TrainingArguments: one process, with the rank that decides which one writes.
+    """Replaces accelerate's state in a copy of TrainingArguments: ``num_processes`` is 1, ``process_index`` this rank.
 
-    accelerate's own state is a singleton of the process and stays as it is.
+    ``process_index`` and ``local_process_index`` (the rank on this node) decide which process writes files. accelerate's own
+    state is a singleton of the process and stays as it is. Pickled, it becomes None.
     """
 
     process_index: int
@@ -70,14 +75,14 @@ class SingleProcessState(_MainProcess):
     distributed_type: DistributedType = DistributedType.NO
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # training_args.bin is read again where there is neither this mesh nor this library
+        return type(None), ()  # training_args.bin can be read where neither this mesh nor this library exists
 
 
 class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
-    """An Accelerator that neither wraps models nor gathers tensors over ranks, and clips by the norm of the whole gradient.
+    """An Accelerator that acts as a single process: it neither wraps models nor gathers or reduces tensors over ranks.
 
-    A DataLoader that it prepares has batches of the rows of all data replicas, of which each replica collates its own.
-    Make one by ``OneDevice.over(Accelerator(), mesh)``.
+    ``clip_grad_norm_`` uses the norm over all ranks. In a DataLoader that it prepares, the batch sampler gives the rows of all
+    data replicas, and each replica collates its own. Make one by ``OneDevice.over(Accelerator(), mesh)``.
     """
 
     coordinate: MeshCoordinate
@@ -128,17 +133,22 @@ class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
         """Scale the gradients so that their norm over all ranks is at most ``max_norm``; return the norm before.
 
         Raises:
-            RunError: for another norm than the 2-norm.
+            RunError: if ``norm_type`` is not 2.
         """
         if norm_type != 2:
             raise RunError(f"norm_type={norm_type} is not supported over a mesh; the norm of sharded gradients is the 2-norm")
         return clip_grad_norm_(parameters, max_norm)
 
     def prepare_data_loader(self, data_loader: DataLoader[Any], *args: Any, **keywords: Any) -> Any:
-        """accelerate's DataLoader around ``data_loader``, whose batches hold this replica's rows.
+        """Prepare ``data_loader`` as accelerate does, with batches of this data replica's rows only.
+
+        Replaces its ``collate_fn`` by a ReplicaCollator around it, in place; a second call does not wrap it again.
+
+        Returns:
+            accelerate's DataLoader around ``data_loader``.
 
         Raises:
-            BatchError: for a dataset that yields whole batches, which data replicas cannot divide.
+            BatchError: for a dataset that yields whole batches (``batch_size=None``) and more than one data replica.
         """
         if self.coordinate.data > 1 and data_loader.batch_size is None and data_loader.batch_sampler is None:
             raise BatchError(
@@ -150,26 +160,30 @@ class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
         return super().prepare_data_loader(data_loader, *args, **keywords)
 
     def weigh_last_batch(self, count_rows: Callable[[], float]) -> None:
-        """Let ``gather_for_metrics`` cut the last batch of a stream to its rows, of all replicas, as on one device.
+        """Set the active DataLoader's ``remainder`` at the last batch of an IterableDataset; else do nothing.
 
-        accelerate's DataLoader of one device counts them for a data set without a length; the one that is used here does not.
+        ``gather_for_metrics`` shortens the last batch to ``remainder`` rows. accelerate sets it for one device, but not here.
+
+        Args:
+            count_rows: returns the rows of the current batch over all data replicas. It may be a collective: the condition
+                under which it is called is equal on all ranks.
         """
         loader = self.gradient_state.active_dataloader
         if self.gradient_state.end_of_dataloader and isinstance(getattr(loader, "dataset", None), IterableDataset):
             loader.remainder = int(count_rows())
 
     def save_state(self, *args: Any, **keywords: Any) -> Any:
-        """accelerate's ``save_state``, which each rank that calls it does alone. Raises RunError for sharded parameters."""
+        """accelerate's ``save_state``, without a collective. Raises RunError if a prepared model has sharded parameters."""
         self._refuse_sharded("save_state")
         return super().save_state(*args, **keywords)
 
     def load_state(self, *args: Any, **keywords: Any) -> Any:
-        """accelerate's ``load_state``. Raises RunError for sharded parameters."""
+        """accelerate's ``load_state``. Raises RunError if a prepared model has sharded parameters."""
         self._refuse_sharded("load_state")
         return super().load_state(*args, **keywords)
 
     def get_state_dict(self, model: Any, *args: Any, **keywords: Any) -> Any:
-        """accelerate's ``get_state_dict``. Raises RunError for sharded parameters."""
+        """accelerate's ``get_state_dict``. Raises RunError if ``model`` has sharded parameters."""
         self._refuse_sharded("get_state_dict", [model])
         return super().get_state_dict(model, *args, **keywords)
 
@@ -185,9 +199,11 @@ class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class ReplicaCollator:
-    """A collator that is given the rows of all ``replicas`` and collates those of ``replica``: an empty batch without any.
+    """A collator that receives the rows of all data replicas and returns the batch of one of them.
 
-    The rows are divided into consecutive runs whose sizes differ by at most one, the larger ones first.
+    The rows are divided into ``replicas`` consecutive runs whose sizes differ by at most one, the larger ones first; run
+    number ``replica`` is passed to ``collate``. If it is empty, the result is the batch of the first row, with every tensor
+    shortened to no rows. With one replica the result is ``collate(examples)``.
     """
 
     collate: Callable[[Any], Any]
@@ -205,7 +221,7 @@ class ReplicaCollator:
 
 
 def refuse_repeated_rows(loader: Any, coordinate: MeshCoordinate) -> None:
-    """Raise BatchError for a DataLoader that gives every data replica the same rows."""
+    """Raise BatchError if there are several data replicas and ``loader`` has no ReplicaCollator: each would get every row."""
     if coordinate.data > 1 and not isinstance(getattr(loader, "collate_fn", None), ReplicaCollator):
         raise BatchError(
             "the DataLoader gives every data replica the same rows; return self.accelerator.prepare(DataLoader(...)) from "

@@ -34,11 +34,15 @@ REMEDIES = {
 """TrainingArguments that need a single process or that start another library's sharding, and what to do instead."""
 
 STEPS_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
-"""Parts of the names of optimizers that step while the backward still runs, before gradients are averaged."""
+"""Parts of the names of optimizers that update parameters during the backward, before gradients are averaged over ranks."""
 
 
 def refuse_arguments(args: TrainingArguments, mesh: ParallelMesh) -> None:
-    """Raise RunError, naming the field, for settings that are not supported over ``mesh``."""
+    """Raise RunError, naming the field, for a TrainingArguments setting that is not supported over ``mesh``.
+
+    Refused: a set field of REMEDIES, an optimizer of STEPS_IN_BACKWARD, accelerate's ``split_batches`` and
+    ``dispatch_batches``, metrics of inputs, several GPUs in one process, and another device than the mesh's.
+    """
     for name, remedy in REMEDIES.items():
         if getattr(args, name, None):
             raise RunError(f"TrainingArguments({name}={getattr(args, name)!r}) is not supported over a mesh: {remedy}")
@@ -69,7 +73,11 @@ def refuse_arguments(args: TrainingArguments, mesh: ParallelMesh) -> None:
 
 
 def refuse_keywords(keywords: Mapping[str, Any], zero: int) -> None:
-    """Raise RunError for keywords of Trainer that would compute with one rank's tokens or train nothing."""
+    """Raise RunError for a keyword of Trainer that would be wrong on a mesh.
+
+    Refused: ``compute_loss_func``, which would get one rank's logits; with ``zero`` above 0 also ``optimizers``, which would
+    hold the parameters from before sharding.
+    """
     if keywords.get("compute_loss_func") is not None:
         raise RunError(
             "compute_loss_func would be given this rank's logits; write compute_loss in a class in front of LongTrainer, with "
@@ -83,7 +91,7 @@ def refuse_keywords(keywords: Mapping[str, Any], zero: int) -> None:
 
 
 def refuse_versions(methods: tuple[str, ...]) -> None:
-    """Raise RunError for a Transformers whose Trainer is too old or lacks one of the ``methods`` that are overridden."""
+    """Raise RunError if Transformers is older than OLDEST, or if its Trainer lacks one of ``methods``."""
     version = transformers.__version__
     if tuple(int(number) for number in version.split(".")[:2]) < OLDEST:
         raise RunError(
@@ -96,13 +104,16 @@ def refuse_versions(methods: tuple[str, ...]) -> None:
 
 
 def refuse_other_losses(trainer: type, front: type, args: TrainingArguments, replaced: tuple[str, ...]) -> None:
-    """Raise RunError where a class behind LongTrainer computes its own loss: it would see one rank's tokens only.
+    """Raise RunError if a class behind LongTrainer has its own version of a method that LongTrainer replaces.
+
+    That version computes the loss, and would see one rank's tokens only. Accepted are Trainer's own methods, those of TRL's
+    SFTTrainer with its ``nll`` loss, and a method that a class in front of LongTrainer overrides again.
 
     Args:
         trainer: the class of the trainer that is built.
-        front: LongTrainer, in the method resolution order of ``trainer``.
-        args: the arguments of the trainer; TRL names its loss there.
-        replaced: the methods that ``front`` replaces.
+        front: LongTrainer; the classes after it in the method resolution order of ``trainer`` are those behind it.
+        args: the arguments of the trainer; ``args.loss_type`` names TRL's loss.
+        replaced: the names of the methods that ``front`` replaces.
     """
     behind = trainer.__mro__[trainer.__mro__.index(front) + 1 :]
     for name in replaced:

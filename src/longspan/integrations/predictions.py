@@ -1,7 +1,7 @@
-"""Predictions of an evaluation, put together from all ranks: every row of all data replicas and every token of a row.
+"""Predictions of an evaluation, gathered from all ranks: every row of all data replicas and every token of a row.
 
 token-wise function     my logits --function--> [rows, my tokens, ...] --gather--> [all rows, all tokens, ...]
-any other function      my logits --gather--> [all rows, all tokens, V] --function-->  whatever it makes of them
+any other function      my logits --gather--> [all rows, all tokens, V] --function-->  its result           V: vocabulary
 """
 
 from collections.abc import Callable, Mapping
@@ -21,25 +21,29 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError
 
 PROBE_ROWS, PROBE_TOKENS = 2, 7
-"""The size of the random logits on which a function is shown to be token-wise."""
+"""The size of the random logits on which ``is_token_wise`` tests a function."""
 
 
 def single(values: tuple[Any, ...] | None) -> Any:
-    """The only element of a tuple of one, as Trainer hands over a single output; other tuples and None unchanged."""
+    """``values[0]`` of a tuple with one element; any other tuple, and None, unchanged. Trainer's form of outputs and labels."""
     return values[0] if values is not None and len(values) == 1 else values
 
 
 def gather_output(name: str, mine: Any, info: BatchInfo, mesh: ParallelMesh) -> Any:
-    """An output [rows, my tokens, ...] of the model as [rows of all replicas, tokens, ...] on every rank.
+    """Gather one output of the model from all ranks: a collective.
 
     Args:
         name: the name of the output; the encoder's outputs of an encoder-decoder begin with ``encoder_``.
-        mine: the tensor of this rank, or a tuple or list of such tensors.
+        mine: this rank's output [rows, my tokens, ...], or a tuple or list of such tensors.
         info: the BatchInfo of the call.
         mesh: the mesh of the model.
 
+    Returns:
+        On every rank the output [rows of all data replicas, tokens, ...], detached, in the dtype and structure of ``mine``.
+        Rows and tokens are in the order of the batch; rows shorter than another replica's are padded with -100.
+
     Raises:
-        BatchError: for an output without a dim of this rank's tokens.
+        BatchError: for an output whose dim 1 is not this rank's tokens.
     """
     if isinstance(mine, tuple | list):
         return type(mine)(gather_output(name, each, info, mesh) for each in mine)
@@ -56,7 +60,10 @@ def gather_output(name: str, mine: Any, info: BatchInfo, mesh: ParallelMesh) -> 
 
 
 def gather_replicas(rows: Tensor, mesh: ParallelMesh) -> Tensor:
-    """[rows, tokens, ...] of all data replicas in the order of the batch; shorter rows are padded with -100 as Trainer does."""
+    """Gather ``rows`` [rows, tokens, ...] of every data replica along dim 0, in the order of the replicas: a collective.
+
+    Every rank gets the result. Replicas may differ in rows and tokens; shorter rows are padded at their end with -100.
+    """
     replicas = gather(tuple(rows.shape), mesh.world_group)[:: mesh.coordinate.sequence_ranks]
     longest = max(shape[1] for shape in replicas)
     padding = [0, 0] * (rows.ndim - 2) + [0, longest - rows.shape[1]]
@@ -65,7 +72,7 @@ def gather_replicas(rows: Tensor, mesh: ParallelMesh) -> Tensor:
 
 
 def sum_over_replicas(count: int | float, mesh: ParallelMesh) -> float:
-    """The sum over data replicas of a number that is equal on all ranks of a sequence."""
+    """The sum over data replicas of ``count``, which must be equal on all ranks of a replica; a collective of all ranks."""
     total = torch.tensor(count, dtype=torch.float64, device="cpu")
     dist.all_reduce(total, group=mesh.world_group)
     return total.item() / mesh.coordinate.sequence_ranks
@@ -74,14 +81,17 @@ def sum_over_replicas(count: int | float, mesh: ParallelMesh) -> float:
 def is_token_wise(function: Callable[[Any, Any], Any], logits: Any, labels: Any) -> bool:
     """Whether ``function(logits, labels)`` computes each token's result from that token's logits and label only.
 
-    Shown on random logits [2, 7, ...] shaped like the given ones: the result has the same first two dims, and the results of
-    every part equal that part of the whole result. A function that raises, that returns anything but tensors, or that
-    returns something else on a second call is not token-wise.
+    Tested on random logits and labels [2, 7, ...] with the trailing dims of the given ones: the result must be [2, 7, ...],
+    and the function of a block of rows and tokens must equal that block of the whole result. A function that raises,
+    returns anything but tensors, or gives another result for equal arguments is not token-wise.
 
     Args:
         function: ``preprocess_logits_for_metrics`` of a Trainer.
         logits: this rank's outputs [rows, my tokens, ...], a tensor or a tuple as Trainer passes them.
         labels: this rank's labels [rows, my tokens], a tensor, a tuple or None.
+
+    Returns:
+        False also for a function that depends on other tokens only for other values than the random ones.
     """
     try:
         generator = torch.Generator(device="cpu").manual_seed(0)
@@ -102,7 +112,10 @@ def is_token_wise(function: Callable[[Any, Any], Any], logits: Any, labels: Any)
 
 
 def apply_token_wise(function: Callable[[Any, Any], Any], logits: Any, labels: Any) -> Any:
-    """``function(logits, labels)`` of this rank's tokens; of a replica without rows, of a row of zeros that is left out."""
+    """``function(logits, labels)`` of this rank's tokens. A replica without rows gets the result's shape with no rows.
+
+    For such a replica the function is called with one row of zeros, and that row of the result is removed.
+    """
     if all(leaf.shape[0] for leaf in _leaves(logits)):
         return function(logits, labels)
     dummy = (_map(x, lambda leaf: leaf.new_zeros(1, *leaf.shape[1:])) for x in (logits, labels))
@@ -110,7 +123,10 @@ def apply_token_wise(function: Callable[[Any, Any], Any], logits: Any, labels: A
 
 
 def my_labels(part: Mapping[str, Any], names: list[str], tokens: int) -> Any:
-    """This rank's labels [rows, my tokens] by their names, as Trainer passes them; None where one has another shape."""
+    """The entries ``names`` of ``part`` as Trainer passes labels: one tensor, or a tuple of several.
+
+    None if one of them is missing or is not [rows, ``tokens``, ...]; ``tokens`` is the number of this rank's tokens.
+    """
     labels = tuple(part.get(name) for name in names)
     cut = all(isinstance(label, Tensor) and label.ndim > 1 and label.shape[1] == tokens for label in labels)
     return single(labels) if cut else None

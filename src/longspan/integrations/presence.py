@@ -1,7 +1,7 @@
-"""Whether every rank calls a function, found out within a few seconds and without a collective that would wait for the others.
+"""Tests within a time limit whether every rank calls a function, without a collective, which would wait for absent ranks.
 
-rank 0   calls   ->  writes its key, waits for all keys  ->  "all"           the first rank that knows writes the verdict,
-rank 1   calls   ->  writes its key, waits for all keys  ->  "all"           and all ranks follow it, late ones too
+rank 0   calls   ->  writes its key, waits for all keys  ->  "all"           the first rank whose wait ends writes the result,
+rank 1   calls   ->  writes its key, waits for all keys  ->  "all"           and all ranks return it, late ones too
 """
 
 from datetime import timedelta
@@ -12,15 +12,19 @@ ALL = "all"
 
 
 def absent_ranks(call: str, mesh: ParallelMesh, seconds: float) -> str:
-    """The ranks of ``mesh`` that do not make ``call`` within ``seconds``, as a text for an error; "" where all do.
+    """The ranks of ``mesh`` that do not make this call within ``seconds``.
 
-    Every rank that makes the call gets the same answer. It is kept in the store of the process group, not by a collective: a
-    collective that times out would leave the group unusable.
+    It uses keys in the store of the process group, not a collective: a collective that times out would leave the group
+    unusable.
 
     Args:
-        call: the name of the call; the n-th call of this name on one rank meets the n-th on the others.
-        mesh: the ranks that must make it.
+        call: the name of the call. The n-th call with this name on one rank is compared with the n-th on the others.
+        mesh: the ranks that must make the call.
         seconds: how long to wait for them.
+
+    Returns:
+        The numbers of the absent ranks as text, ``"1, 3"``; ``""`` if none is absent; ``"unknown"`` if the last one arrived
+        just after the wait. Every rank that makes the call gets the same text.
     """
     store, mine = mesh.world_group.get_group_store(), mesh.world_group.rank()
     number = store.add(f"{call} by rank {mine}", 1)

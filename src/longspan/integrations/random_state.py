@@ -1,7 +1,7 @@
 """Random numbers of a run on several ranks: equal ones for the data, independent ones for dropout.
 
-sampler, collator     state of rank 0 on every rank          all ranks of a sequence must draw the same rows and masks
-forward, backward     a stream a rank, step, micro-batch     each token's dropout is independent of every other token's
+sampler, collator     state of rank 0 on every rank               all ranks of a sequence must draw the same rows and masks
+forward, backward     a seed per rank, step and micro-batch       each token's dropout is independent of every other token's
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from longspan.distributed.mesh import ParallelMesh
 
 
 def synchronize(mesh: ParallelMesh) -> None:
-    """Give every rank the random state of rank 0's CPU. Every rank must call it."""
+    """Broadcast the state of torch's CPU generator from rank 0 to all ranks of ``mesh``. Every rank must call it."""
     if mesh.world_group.size() > 1:
         state = torch.get_rng_state()
         dist.broadcast(state, group=mesh.world_group, group_src=0)
@@ -24,13 +24,13 @@ def synchronize(mesh: ParallelMesh) -> None:
 
 @contextmanager
 def stream_of_this_rank(mesh: ParallelMesh, *key: int) -> Iterator[None]:
-    """Draw random numbers in the block that differ between ranks and keys, and that the same key repeats.
+    """Context manager: seed torch's generators with a hash of (``key``, this rank), and restore their state on exit.
 
-    The state before is restored after the block. On a single rank nothing changes: it draws as without this library.
+    On a mesh of one rank it does nothing. The generators are the CPU's and, on a GPU mesh, the device's.
 
     Args:
-        mesh: the ranks, of which each draws others.
-        key: what names the block in a run, like the seed, the step and the micro-batch.
+        mesh: the ranks, each of which gets another seed.
+        key: integers that identify the block in a run, such as seed, step and micro-batch; equal keys give equal numbers.
     """
     if mesh.world_group.size() == 1:
         yield

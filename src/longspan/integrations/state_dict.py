@@ -4,7 +4,7 @@
              rank 0 [a ]  rank 1 [ b]   <--shard_like----   every rank reads [a b] and keeps its shard  <--  optimizer.pt
 
 The files are those that one device writes: one device continues from what four ranks wrote, and four ranks from what one
-device wrote. This file knows state dicts; nothing of files or of training.
+device wrote. Independent of files and of training.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @torch.no_grad()
 def gather_state(state: Any, keep: bool) -> Any:
-    """Gather every sharded tensor of a nested ``state``, one after the other. Every rank of the mesh must call it.
+    """Gather every sharded tensor (DTensor) of a nested ``state``, one after the other. Every rank of the mesh must call it.
 
     Args:
         state: mappings, lists and tuples of tensors and other values.
         keep: whether this rank needs the result.
 
     Returns:
-        The same structure; a sharded tensor is whole and on the CPU where ``keep``, else None.
+        The same structure. In place of a DTensor: the whole tensor on the CPU if ``keep``, else None. Any other value is
+        unchanged.
     """
     if isinstance(state, DTensor):
         gathered = state.full_tensor()
@@ -37,14 +38,19 @@ def gather_state(state: Any, keep: bool) -> Any:
 
 
 def shard_like(value: Any, like: Any) -> Any:
-    """This rank's shard of a whole tensor, placed as the DTensor ``like``; any other value unchanged. No collective."""
+    """Shard a whole tensor, which every rank holds, as the DTensor ``like`` is sharded. No collective.
+
+    Returns:
+        A DTensor on the mesh and with the placements of ``like``, if ``like`` is a DTensor and ``value`` a plain tensor of its
+        shape; else ``value`` unchanged.
+    """
     if not isinstance(like, DTensor) or type(value) is not Tensor or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def load_whole_tensors(model: nn.Module) -> None:
-    """Let ``model.load_state_dict`` accept whole tensors for sharded parameters from now on."""
+    """Register a hook with which ``model.load_state_dict`` accepts whole tensors: it shards them as the parameters are."""
     model.register_load_state_dict_pre_hook(_shard_weights)
 
 
@@ -55,7 +61,10 @@ def _shard_weights(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A pre-hook of ``optimizer.load_state_dict``: shard the moments of each parameter as the parameter is sharded."""
+    """A pre-hook of ``optimizer.load_state_dict``: a copy of ``state`` whose moments are sharded as their parameters are.
+
+    A moment of another shape than its parameter (such as ``step``) is unchanged. Parameters are matched by their order.
+    """
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     by_number = dict(zip(numbers, parameters))

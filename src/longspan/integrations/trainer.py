@@ -2,11 +2,12 @@
 
     get_batch_samples   micro-batches of this replica's rows  --shard_batch-->  this rank's tokens, labels counted once
     training_step       forward and backward over the mesh (parallelize); the loss is that of one device, so nothing is scaled
-    prediction_step     the same loss; predictions, where they are needed, gathered
+    prediction_step     the same loss; predictions are gathered if Trainer asks for them
     _save, _load        one rank writes the files of one device; every rank reads them and keeps its shard
 
 Each rank runs the loop of a single process (accelerate.py), so a step that the ranks take together is a step of one device.
-The loop of Transformers stays: the methods that are replaced are named below, and a version that lacks one is refused.
+The training loop is that of Transformers. REPLACED and WRAPPED name the methods that are overridden here; a Transformers
+version that lacks one of them is refused.
 """
 
 import os
@@ -37,16 +38,16 @@ from longspan.models.adapter import parallel_state
 from longspan.parallelize import parallelize
 
 REPLACED = ("compute_loss", "prediction_step", "_get_num_items_in_batch")
-"""Methods of Trainer whose work is done here instead."""
+"""Methods of Trainer that are overridden here without ``super()``."""
 WRAPPED = (
     "create_accelerator_and_postprocess", "call_model_init", "get_batch_samples", "training_step", "evaluation_loop",
     "store_flos", "_track_num_input_tokens", "_prepare_for_training", "save_model", "_save", "_save_checkpoint",
     "_save_rng_state", "_save_optimizer_and_scheduler", "_load_from_checkpoint", "_load_optimizer_and_scheduler",
     "_load_best_model", "loss_is_scaled_for_ga",
 )  # fmt: skip
-"""Methods of Trainer that are called from here with something before or after."""
+"""Methods and attributes of Trainer that are overridden here; the methods call ``super()``."""
 SAVE_WAIT_S = 10.0
-"""How long ``save_model`` with sharded parameters waits for the other ranks to call it too."""
+"""Seconds that ``save_model`` with sharded parameters waits for the other ranks to call it too."""
 
 
 Base: Any = Trainer
@@ -56,33 +57,34 @@ Base: Any = Trainer
 class LongTrainer(Base):  # type: ignore[misc]
     """``transformers.Trainer`` that splits every sequence over ``ring x ulysses`` ranks of ``mesh``.
 
-    In front of another trainer class it does the same to that one: ``class LongSFT(LongTrainer, SFTTrainer): ...``. Every rank
+    To use it with another trainer class, inherit from both: ``class LongSFT(LongTrainer, SFTTrainer): ...``. Every rank
     runs the same script. Results equal those of ``Trainer`` on one device with ``per_device_train_batch_size`` times
     ``mesh.coordinate.data``: batches and their order, logged losses and norms, weights, ``eval_loss`` (Trainer's own: the mean
-    over labelled tokens of each batch, weighted by the rows of the batch), predictions, and the files of a checkpoint. A last
-    batch that does not divide is divided as it is; no row is repeated. ``trainer.args`` is a copy: that of one device.
+    over labelled tokens of each batch, weighted by the rows of the batch), predictions, and the files of a checkpoint. An
+    incomplete last batch is divided too; no row is repeated. ``trainer.args`` is a copy with the settings of one device.
 
-    Dropout draws other random numbers on every rank, so that each token's are independent; which ones depends on
+    Dropout draws different random numbers on every rank, so that each token's are independent; they are a function of
     ``args.seed``, the step, the micro-batch and the rank. What samplers and collators draw is equal on all ranks.
 
-    Predictions: with ``compute_metrics`` every rank gets them for all rows and tokens. ``preprocess_logits_for_metrics`` is
-    applied to each rank's own tokens, and only its results are gathered, where it is token-wise (argmax, top-k, the
-    log-probability of the label): this is shown once an evaluation on random logits, because it cannot be read from the
-    function. Any other function gets the logits that one device would have, whole, of one batch at a time; the same holds for
-    encoder-decoders. With a chunked loss the logits take a second forward of the evaluated batch.
+    Predictions: with ``compute_metrics`` every rank gets them for all rows and tokens. If ``preprocess_logits_for_metrics`` is
+    token-wise (argmax, top-k, the log-probability of the label), it is applied to each rank's own tokens, and only its
+    results are gathered; ``predictions.is_token_wise`` tests this once per evaluation. Any other function gets the whole
+    logits of one batch at a time, as on one device, and so does every function of an encoder-decoder's logits. With a chunked
+    loss the logits take a second forward of the evaluated batch.
 
-    A ``compute_loss`` of your own belongs into a class in front of this one; its ``inputs`` are this rank's tokens, and its
-    loss must be equal on every rank. ``save_model`` writes on the rank that calls it at ``zero=0``; with sharded parameters
-    every rank must call it.
+    Put a ``compute_loss`` of your own into a class that inherits from this one; its ``inputs`` are this rank's tokens, and its
+    loss must be equal on every rank. At ``zero=0`` each rank that calls ``save_model`` runs it alone, and rank 0 writes; with
+    sharded parameters every rank must call it.
 
     Args:
         mesh: the ranks; every rank passes an equal one.
-        zero: 0, 2 or 3, as ``parallelize`` takes it.
-        memory: MemoryOptions of ``parallelize``.
-        parallelize_kwargs: its other keywords.
-        dims: the dim of tokens of tensors in the batch that ``shard_batch`` does not know.
-        args: TrainingArguments; ``per_device_train_batch_size`` and ``per_device_eval_batch_size`` are rows a data replica.
-        positional, keywords: the model, and what Trainer takes.
+        zero: ``zero`` of ``parallelize``: 0, 2 or 3.
+        memory: ``memory`` of ``parallelize``, a MemoryOptions.
+        parallelize_kwargs: the other keywords of ``parallelize``.
+        dims: for tensors in the batch that ``shard_batch`` does not know: name to the number of their dim of tokens.
+        args: TrainingArguments; ``per_device_train_batch_size`` and ``per_device_eval_batch_size`` are rows per data replica.
+        positional: the model, or nothing with ``model_init=``.
+        keywords: any other argument of ``Trainer``.
 
     Raises:
         RunError: for arguments that are not supported over a mesh; and what ``parallelize`` and ``shard_batch`` raise.
@@ -124,7 +126,7 @@ class LongTrainer(Base):  # type: ignore[misc]
             self._parallelize(self.model)
 
     def _refuse_other_sharding(self) -> None:
-        """Refuse what only a built Trainer shows: accelerate's configuration file, a class that rebuilt the arguments."""
+        """Raise RunError if accelerate's configuration shards the model, or if a class behind has replaced ``self.args``."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator.parallelism_config is not None:
             raise RunError(
                 "accelerate's configuration (DeepSpeed, FSDP or a ParallelismConfig) would shard the model as well; start the "
@@ -155,7 +157,10 @@ class LongTrainer(Base):  # type: ignore[misc]
     # ---- Batches
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
-        """The micro-batches of one step, each with this rank's part of it."""
+        """``Trainer``'s next ``num_batches`` batches as _MicroBatch, and None: labels are counted by ``shard_batch``.
+
+        Every rank must call it. An error of one rank's dataset or collator is raised on all ranks.
+        """
         self._micro_batch = 0
         random_state.synchronize(self.mesh)
         with self._fail_on_all_ranks():
@@ -163,7 +168,7 @@ class LongTrainer(Base):  # type: ignore[misc]
         return [_MicroBatch(batch, part) for batch, part in zip(batches, self._shard(batches))], None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
-        """Nothing: ``shard_batch`` counts the labels."""
+        """Returns None, because ``shard_batch`` counts the labels."""
 
     def _shard(self, batches: Sequence[Mapping[str, Any]]) -> list[Any]:
         if not batches:
@@ -182,7 +187,7 @@ class LongTrainer(Base):  # type: ignore[misc]
 
     @contextmanager
     def _fail_on_all_ranks(self) -> Iterator[None]:
-        """Raise an error of one rank (a row, a collator) on the other ranks too, which continue to ``shard_batch``."""
+        """Context manager: an error of this rank is raised here, and by ``shard_batch`` on the other ranks."""
         try:
             yield
         except Exception as error:
@@ -199,9 +204,9 @@ class LongTrainer(Base):  # type: ignore[misc]
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """The model's own loss over the mesh; a class behind this one would compute it from one rank's logits.
+        """The model's own loss, equal on every rank; with ``return_outputs`` (loss, outputs of this rank's tokens).
 
-        Without any label in the step it is what one device gives: nan with zero gradients, or 0 behind TRL's SFTTrainer.
+        A step without any label gives what one device gives: nan with zero gradients, or 0 with TRL's SFTTrainer.
         """
         labelled = inputs.get("labels") is not None and self._adapter().loss_kind is not None
         loss, outputs = Trainer.compute_loss(self, model, inputs, return_outputs=True)
@@ -213,14 +218,14 @@ class LongTrainer(Base):  # type: ignore[misc]
 
     @property
     def _trl_loss(self) -> bool:
-        """Whether the class behind this one is TRL's SFTTrainer, the only other loss that is accepted."""
+        """Whether the next ``compute_loss`` behind this class is not Trainer's: then it is TRL's SFTTrainer's."""
         behind = type(self).__mro__[type(self).__mro__.index(LongTrainer) + 1 :]
         return next(kind for kind in behind if "compute_loss" in vars(kind)) is not Trainer
 
     def _average_balance_loss(self, loss: Tensor, outputs: Any) -> Tensor:
-        """``loss`` with the balance loss of experts as TRL weighs it: its own coefficient, averaged over micro-batches.
+        """Change the weight of the experts' balance loss in ``loss`` (if there is one) from Transformers' to TRL's.
 
-        Transformers adds the balance loss of every micro-batch whole.
+        Transformers' is ``model.router_aux_loss_coef``, TRL's ``self.router_aux_loss_coef`` / micro-batches in training.
         """
         aux_loss = outputs.get("aux_loss") if getattr(self, "aux_loss_enabled", False) else None
         if aux_loss is None:
@@ -260,9 +265,10 @@ class LongTrainer(Base):  # type: ignore[misc]
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Any, Any]:
-        """The loss of the batch of all replicas and, unless ``prediction_loss_only``, its predictions and labels, whole.
+        """(loss, predictions, labels) of one batch of all data replicas, equal on every rank.
 
-        Predictions are the logits or, inside ``evaluation_loop``, what ``preprocess_logits_for_metrics`` makes of them.
+        ``loss`` is None without labels. With ``prediction_loss_only`` the others are None; else they hold all rows and all
+        tokens. Predictions are the logits or, inside ``evaluation_loop``, ``preprocess_logits_for_metrics`` of them.
         """
         part = self._prepare_inputs(self._shard([inputs])[0])
         self.accelerator.weigh_last_batch(lambda: predictions.sum_over_replicas(part["longspan"].rows, self.mesh))
@@ -282,7 +288,7 @@ class LongTrainer(Base):  # type: ignore[misc]
         return loss, self._predictions(logits, part, predictions.single(labels)), predictions.single(labels)
 
     def _predictions(self, outputs: Mapping[str, Any], part: Mapping[str, Any], labels: Any) -> Any:
-        """The outputs of all ranks, preprocessed: before they are gathered if that gives the same, else after."""
+        """``self._preprocess`` of the outputs of all ranks; it is applied before the gather if it is token-wise, else after."""
         info, function = part["longspan"], self._preprocess
         if function is not None and info.target is None:
             mine = predictions.single(tuple(outputs.values()))
@@ -298,7 +304,7 @@ class LongTrainer(Base):  # type: ignore[misc]
     # ---- Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords: Any) -> Any:
-        """``Trainer.train``. Raises BatchError where the ranks would resume from different checkpoints."""
+        """``Trainer.train``. Raises BatchError if the ranks would resume from different checkpoints."""
         folder: Any = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
@@ -319,7 +325,10 @@ class LongTrainer(Base):  # type: ignore[misc]
 
     @contextmanager
     def _all_or_none(self, what: str) -> Iterator[None]:
-        """Raise an error of one rank's disk on all ranks, with one text; no rank continues before all are done."""
+        """Context manager: raise an Exception of one rank on all ranks, as a LongspanError. Exit waits for all ranks.
+
+        ``what`` begins the message: ``{what} failed: ...``; a LongspanError keeps its own text.
+        """
 
         def convert(found: BaseException) -> LongspanError | None:
             return _longspan_error(found, RunError, f"{what} failed: ") if isinstance(found, Exception) else None
@@ -381,7 +390,7 @@ class LongTrainer(Base):  # type: ignore[misc]
 
 
 class _MicroBatch(dict[str, Any]):
-    """A whole batch of this replica's rows, which Trainer's counters read, and this rank's part of it."""
+    """A batch of this data replica's rows as a dict, whose tokens Trainer counts; ``part``: this rank's part of it."""
 
     def __init__(self, batch: Mapping[str, Any], part: Any) -> None:
         super().__init__(batch.items())
