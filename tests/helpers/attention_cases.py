@@ -17,7 +17,10 @@ from tests.helpers.ranks import Ranks
 
 
 class Case(NamedTuple):
-    """One attention: what is asked of every rank, and of one device."""
+    """The arguments of one call of ``attend``, computed over ``ring * ulysses`` ranks and by ``oracle`` on one device.
+
+    ``sinks`` and ``bias``: with sink logits, with the learned bias Slopes. ``stored``: see the function of that name.
+    """
 
     ulysses: int
     ring: int
@@ -41,7 +44,7 @@ class Case(NamedTuple):
 
 
 class Slopes:
-    """A bias that is learned: one slope a head times the distance, ALiBi's shape."""
+    """A learned bias: minus the head's slope times the distance between query and key, as in ALiBi."""
 
     def __init__(self, slopes: torch.Tensor) -> None:
         self.parameters: tuple[torch.Tensor, ...] = (slopes,)
@@ -54,6 +57,7 @@ class Slopes:
 
 
 def whole_inputs(case: Case) -> dict[str, torch.Tensor]:
+    """q, k, v and dout (the gradient of the output) [batch, tokens, heads, dim]; ``sinks`` and ``slopes`` [heads] if any."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -73,7 +77,7 @@ def whole_inputs(case: Case) -> dict[str, torch.Tensor]:
 
 
 def oracle(case: Case) -> dict[str, torch.Tensor]:
-    """One device, dense, fp64, autograd: scores, cap, bias, mask, softmax with sinks."""
+    """The output ("out") and the gradients of all inputs, by dense attention and autograd in fp64 on one device."""
     x = {name: value.double().requires_grad_() for name, value in whole_inputs(case).items()}
     group = case.heads // case.kv_heads
     k, v = (x[name].repeat_interleave(group, 2) for name in "kv")
@@ -94,13 +98,17 @@ def oracle(case: Case) -> dict[str, torch.Tensor]:
 
 
 def gradients(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The ``grad`` of every tensor but dout, by name; each must have one."""
     found = {name: value.grad for name, value in x.items() if name != "dout"}
     assert all(grad is not None for grad in found.values())
     return cast(dict[str, torch.Tensor], found)
 
 
 def seen(case: Case) -> torch.Tensor:
-    """[batch, tokens, key tokens]: who sees whom, from the bands, which test_masks.py checks against their definitions."""
+    """[batch, tokens, key tokens]: whether the query sees the key, computed from the mask's bands.
+
+    test_constructors.py checks the bands against the definitions of the masks.
+    """
     dense = torch.zeros(case.batch * case.tokens, case.batch * case.key_tokens, dtype=torch.bool)
     for band in bands_of_rows(case.mask, case.batch, case.tokens, case.key_tokens):
         q = torch.arange(band.q_start, band.q_stop).unsqueeze(1)
@@ -114,6 +122,7 @@ _meshes: dict[tuple[int, int, bool], ParallelMesh] = {}
 
 
 def mesh_of(case: Case) -> ParallelMesh:
+    """The mesh of a case with a CountingTransport; made once on each rank for each layout."""
     key = (case.ulysses, case.ring, case.zigzag)
     if key not in _meshes:
         layout = "zigzag" if case.zigzag else "contiguous"
@@ -122,7 +131,7 @@ def mesh_of(case: Case) -> ParallelMesh:
 
 
 def on_this_rank(case: Case) -> tuple[dict[str, torch.Tensor], tuple[Traffic, Traffic]]:
-    """What ``attend`` gives this rank and its gradients, and what passed the Transport (forward, backward)."""
+    """Run ``attend`` and its backward: ({"out" and the gradients: this rank's tokens}, traffic of (forward, backward))."""
     mesh = mesh_of(case)
     transport = mesh.transport
     assert isinstance(transport, CountingTransport)
@@ -140,14 +149,14 @@ def on_this_rank(case: Case) -> tuple[dict[str, torch.Tensor], tuple[Traffic, Tr
 
 
 def stored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """The same tensor, whose dims lie in memory in this order."""
+    """A copy of a 4-dim tensor whose dims are stored in memory in ``order``, outermost first; other tensors unchanged."""
     if x.ndim < 4:
         return x
     return x.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])
 
 
 def mine(whole: dict[str, torch.Tensor], case: Case, coordinate: MeshCoordinate) -> dict[str, torch.Tensor]:
-    """A rank's tokens of everything that has tokens."""
+    """The tokens that the rank at ``coordinate`` holds of each tensor in ``whole``; sinks and slopes are copied."""
     cut = {}
     for name, value in whole.items():
         if name in ("sinks", "slopes"):
@@ -160,7 +169,7 @@ def mine(whole: dict[str, torch.Tensor], case: Case, coordinate: MeshCoordinate)
 
 
 def gathered(case: Case, parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The ranks' pieces put together in the order of the tokens; what is replicated is summed."""
+    """The whole tensors in fp64 from those of the ranks, in rank order; gradients of sinks and slopes are summed."""
     whole = {}
     for name in parts[0]:
         if name in ("sinks", "slopes"):
@@ -175,13 +184,13 @@ def gathered(case: Case, parts: list[dict[str, torch.Tensor]]) -> dict[str, torc
 
 
 def places(case: Case) -> list[MeshCoordinate]:
-    """Where each rank stands, in the order of the ranks."""
+    """The mesh coordinate of each rank of the case, in the order of the ranks."""
     spots = [(r, u) for r in range(case.ring) for u in range(case.ulysses)]
     return [MeshCoordinate(1, case.ring, case.ulysses, 0, r, u, case.zigzag) for r, u in spots]
 
 
 def run(case: Case, pool: Callable[[int], Ranks]) -> dict[str, torch.Tensor]:
-    """The whole out and gradients; guarantee 3 is checked on the way: every rank's traffic is the closed form."""
+    """Run the case on real ranks: the whole output and gradients. Asserts that each rank's traffic is the closed form."""
     parts = pool(case.ulysses * case.ring).run(on_this_rank, case)
     rows_needed = keys_needed(case)
     for coordinate, (_, counted) in zip(places(case), parts):
@@ -190,7 +199,7 @@ def run(case: Case, pool: Callable[[int], Ranks]) -> dict[str, torch.Tensor]:
 
 
 def keys_needed(case: Case) -> dict[tuple[int, int], int]:
-    """(from, to) ring ranks: how many keys of the first some query of the second sees, counted on the dense mask."""
+    """{(a, b): how many keys held by ring rank a are seen by any query of ring rank b}, counted on the dense mask."""
     by_row = seen(case)
     layouts = [places(case)[0].layout(length) for length in (case.tokens, case.key_tokens)]
     held = [[torch.tensor([p for run in layout.runs(r) for p in run]) for r in range(case.ring)] for layout in layouts]
@@ -202,7 +211,10 @@ def keys_needed(case: Case) -> dict[tuple[int, int], int]:
 
 
 def closed_form(case: Case, coordinate: MeshCoordinate, needed: dict[tuple[int, int], int]) -> tuple[Traffic, Traffic]:
-    """(forward, backward) of one attention of one rank by the formulas of layout.py."""
+    """(forward, backward) traffic of the attention on the rank at ``coordinate``, by the formulas of distributed/traffic.py.
+
+    ``needed``: the result of ``keys_needed``.
+    """
     heads = Heads(case.heads, case.kv_heads, case.ulysses, case.head_chunks)
     sizes, key_sizes = (coordinate.layout(n).sizes(coordinate.ring_rank) for n in (case.tokens, case.key_tokens))
     formula = recomputable_attention_traffic if case.head_chunks > 1 else attention_traffic
@@ -223,13 +235,14 @@ def closed_form(case: Case, coordinate: MeshCoordinate, needed: dict[tuple[int, 
 
 
 class Off(NamedTuple):
-    """By how much a tensor differs, and the size that the guarantee measures it by."""
+    """``error``: the largest difference of an element; ``scale``: the size to which the guarantee relates it."""
 
     error: float
     scale: float
 
 
 def differences(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, Off]:
+    """The difference of each tensor that is not empty; a gradient's scale is at least 1e-3 of the norm of all gradients."""
     total = torch.stack([value.norm() for name, value in want.items() if name != "out"]).norm().item()
     found = {}
     for name, value in want.items():
@@ -241,12 +254,16 @@ def differences(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
 
 
 def assert_like_one_device(case: Case, got: dict[str, torch.Tensor], tol: float) -> None:
+    """Assert that every tensor differs from the oracle's by at most ``tol`` times its scale."""
     for name, (error, scale) in differences(got, oracle(case)).items():
         assert error <= tol * scale, f"{name} differs by {error / scale:.2e} in {case}"
 
 
 def assert_like_one_device_in_fp32(case: Case, pool: Callable[[int], Ranks]) -> None:
-    """Against fp64; where that asks for more than fp32 can give (a gradient that is truly 0), against one device in fp32."""
+    """Run the case and assert that each error against fp64 is at most 1e-5 of its scale, or twice that of one fp32 device.
+
+    The second bound is for a gradient that is exactly 0 in fp64 and rounding noise in fp32.
+    """
     want = oracle(case)
     found = differences(run(case, pool), want)
     if all(error <= 1e-5 * scale for error, scale in found.values()):
@@ -311,6 +328,6 @@ def _chunks(draw: st.DrawFn, most: int) -> int:
 
 
 def squared_error(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
-    """Each tensor relative to its own size, so that none drowns the others."""
+    """The sum over all tensors of ||got - want||2 ** 2 / ||want||2 ** 2; a tensor of zeros counts 0."""
     sizes = {name: float(value.square().sum()) for name, value in want.items()}
     return sum(float((got[name] - want[name]).square().sum()) / size for name, size in sizes.items() if size)

@@ -1,7 +1,8 @@
 """Compile one decoder block over 1 and 2 ranks as a full graph; compare it with eager, gradients too (test_compile.py).
 
-One row lies otherwise than two: the kernel then answers in one call. Tiles are no part of a graph, and may stand between two.
-The backend "aot_eager" traces and runs the graph as it is; "inductor" compiles it, which takes a minute.
+Run as a program: FOLDER RANKS ROWS BACKEND. It is run with one row and with two, which have other strides and another number
+of kernel calls. Tiling breaks the graph, so it is compiled without fullgraph. The backend "aot_eager" traces and runs the
+graph unchanged; "inductor" compiles it, which takes a minute. Prints "exact" if everything agrees.
 """
 
 import sys
@@ -20,6 +21,7 @@ TOKENS = 13
 
 
 def compiled_is_eager(rows: int, backend: str) -> None:
+    """Assert that a block, compiled as one graph, gives output, input gradient and parameter gradients of the eager block."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     mesh = ParallelMesh(ulysses=torch.distributed.get_world_size())
@@ -49,6 +51,8 @@ def compiled_is_eager(rows: int, backend: str) -> None:
 
 
 def tiles_inside_are_tiles(backend: str) -> None:
+    """Assert that a compiled function that calls ``tile_by_tile`` has the gradients of the formula without tiles."""
+
     def twice(x: torch.Tensor) -> torch.Tensor:
         return tile_by_tile(lambda tile, rows, parameters: tile * parameters[0], x, 4, [weight]) * 2
 

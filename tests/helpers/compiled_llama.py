@@ -1,6 +1,8 @@
-"""Compile a parallel Hugging Face llama over 2 ranks: one graph where rows are plain, exact where they are packed.
+"""Compile a parallel Hugging Face llama over 2 ranks and compare it with one device (test_compile.py).
 
-The backend traces and runs eagerly: inductor's own rounding of fp32 norms is not covered by the guarantee.
+Run as a program: FOLDER plain|packed. Plain rows must compile without a graph break; packed rows may break the graph. It
+prints the number of graphs after each step, then "exact". The backend aot_eager runs PyTorch's own kernels, because
+inductor's rounding of fp32 norms is not covered by the guarantee.
 """
 
 import sys
@@ -21,6 +23,7 @@ CONFIG = LlamaConfig(
 
 
 def compiled_is_one_device(then_packed: bool) -> None:
+    """Two steps with plain rows, then two with packed ones if ``then_packed``; assert the gradients of one device in each."""
     torch.manual_seed(0)
     reference = LlamaForCausalLM(CONFIG).double()
     mesh = ParallelMesh(ulysses=2)

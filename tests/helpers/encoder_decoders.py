@@ -1,4 +1,4 @@
-"""Tiny encoder-decoders of Transformers, their batches of two rows of tokens, and one device's answer."""
+"""Tiny encoder-decoders of Transformers, their batches of two rows, and their forward on one device."""
 
 from typing import Any
 
@@ -45,6 +45,7 @@ PAIR_BATCHES = [
 
 
 def build_pair(name: str, **more: Any) -> Any:
+    """The encoder-decoder ``name`` of PAIR_KINDS with random weights in train mode; ``more``: settings of its config."""
     torch.manual_seed(0)
     if name == "t5gemma":
         sides: Any = {side: transformers.T5GemmaModuleConfig(**GEMMA) for side in ("encoder", "decoder")}
@@ -63,11 +64,12 @@ def build_pair(name: str, **more: Any) -> Any:
 
 
 def tolerance_of(name: str) -> float:
+    """The tolerance of the guarantee for the dtype in which the model is compared: 1e-5 (fp32) or 1e-10 (fp64)."""
     return 1e-5 if name in FP32_PAIRS else 1e-10
 
 
 def pair_batches(name: str, batch: str) -> dict[str, Tensor]:
-    """What the user has, for two rows: the same for one device and, cut, for the ranks."""
+    """A batch of two whole rows of the kind ``batch`` of PAIR_BATCHES, as one device and ``shard_batch`` take it."""
     tokens, targets = {"odd lengths": (23, 17), "few targets": (24, 5)}.get(batch, (24, 16))
     own = torch.Generator().manual_seed(1)
     ids, labels = (torch.randint(4, 97, (2, count), generator=own) for count in (tokens, targets))
@@ -87,10 +89,12 @@ def pair_batches(name: str, batch: str) -> dict[str, Tensor]:
 
 
 def pair_alone(model: Any, whole: dict[str, Tensor]) -> Any:
+    """The output of the model on one device, with its loss."""
     return model(**whole, use_cache=False)
 
 
 def refused_pair(model: Any) -> str:
+    """Assert that ``parallelize`` raises ModelError for the model on one rank, and return the message."""
     with pytest.raises(ModelError) as error:
         parallelize(model, mesh_of())
     return str(error.value)

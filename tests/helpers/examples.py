@@ -12,7 +12,10 @@ Test = TypeVar("Test", bound=Callable[..., Any])
 
 
 def examples(few: int, many: int) -> Callable[[Test], Test]:
-    """Put above ``@given``: the few are the same in every run, so that a commit is green or red; the many are drawn anew."""
+    """A decorator above ``@given``: draw ``few`` examples, or ``many`` under the profile of ``make test-long``.
+
+    The few are the same in every run, so that a commit passes or fails reproducibly; the many differ between runs.
+    """
     long = settings.get_current_profile_name() == MANY
     brief = () if long else (Phase.shrink, Phase.explain, Phase.reuse, Phase.target)
     drawn = settings(

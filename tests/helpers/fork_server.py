@@ -3,8 +3,8 @@
     pytest --fork this many, body of module M-->  server: import M, fork  -->  rank 0, rank 1, ... (one thread each)
        \\--------------------------- one pipe a rank: bodies go, results come back ----------------------/
 
-A process that has run a backward, or has touched CUDA, holds threads and a context that do not survive a fork; pytest's own
-soon does. The server only ever imports. It ends its ranks when pytest asks, and all of them when pytest is gone.
+A process that has run a backward, or has used CUDA, holds threads and a context that do not survive a fork, and the process
+of pytest soon has. The server only imports modules. It kills ranks when pytest asks, and all of them when pytest has ended.
 """
 
 import gc
@@ -35,7 +35,11 @@ MESSAGE_BYTES, MOST_RANKS = 65_536, 64
 
 
 def serve(control: socket.socket) -> None:
-    """Answer requests until the other end is closed: {"fork": {...}} with a pipe a rank, or {"end": [process ids]}."""
+    """Answer JSON requests on ``control`` until its other end is closed; then kill every rank that is left.
+
+    ``{"fork": {module, folder, seconds, key}}`` with the file descriptors of one pipe per rank: forks the ranks; the answer is
+    ``{"ranks": [process ids]}`` or ``{"failure": traceback}``. ``{"end": [process ids]}``: kills them; the answer is ``{}``.
+    """
     alive: set[int] = set()
     try:
         while True:
@@ -112,26 +116,29 @@ def _work(rank: int, ranks: int, pipe: "Connection[Any, Any]", folder: str, seco
 
 
 def groups() -> int:
-    """The number of process groups of this rank: every one of gloo keeps a thread that polls, and hundreds take a core."""
+    """The number of process groups of this rank. Each gloo group keeps a thread that polls; hundreds of them use up a core."""
     return len(dist.distributed_c10d._world.pg_map)
 
 
 # Every gloo group has two workers, and torch 2.13 lets both write "the last completed collective" into one std::string
 # without a lock. A name of more than 15 letters is on the heap (ALLGATHER_COALESCED, which DTensor.full_tensor is to gloo),
-# so two that finish together free it twice: some rank aborts, now and then. One worker has nobody to race with;
-# torch passes gloo no options, hence the constructor.
+# so two that finish together free it twice, and a rank aborts at random. With one worker there is no race. torch passes gloo
+# no options, so the constructor is replaced.
 _with_two_workers = ProcessGroupGloo.__init__
 
 
 def _with_one_worker(group: ProcessGroupGloo, store: Store, rank: int, size: int, timeout: timedelta, **later: object) -> None:
-    """``later``: keywords that torch versions after 2.13 pass (``enable_reconfigure``); options stand in their place."""
+    """The constructor of ProcessGroupGloo with options for one worker thread.
+
+    ``later``: keywords that torch versions after 2.13 pass (``enable_reconfigure``); they are not used.
+    """
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._threads, options._timeout, options._devices = 1, timeout, [ProcessGroupGloo.create_default_device()]
     _with_two_workers(group, store, rank, size, options)
 
 
 def _rewrite_asserts() -> None:
-    """Let a failing ``assert`` of a body show its values, as it would in pytest's own process."""
+    """Install pytest's assertion rewriting in this process, so that a failing ``assert`` of a body shows its values."""
     from _pytest.assertion import install_importhook
     from _pytest.config import get_config
 

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models of many kinds, their batches, the untouched model on one device, and the comparison with it."""
+"""Tiny Hugging Face models of many kinds, their batches, their forward on one device and over ranks, and the comparison."""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -33,7 +33,11 @@ LONGROPE = {
 
 
 class Kind(NamedTuple):
-    """A model's classes by their name in Transformers, what its config adds to BASE, and how exact its reference is."""
+    """How to build a tiny model of one architecture, and the tolerance with which it is compared.
+
+    ``config``, ``model``: names of classes of Transformers. ``settings``: arguments of the config, added to BASE if ``base``.
+    ``dtype``: what one device and the ranks compute in; ``tolerance``: of gradients, as ``assert_gradients`` takes it.
+    """
 
     config: str
     model: str
@@ -106,12 +110,13 @@ KINDS = {
 
 FEW_KEYS = {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", "phi3, longrope", "mixtral", "qwen3_moe",
             "olmo2", "starcoder2"}  # fmt: skip
-"""Those that can be built with one key/value head."""
+"""The names in KINDS that can be built with one key/value head."""
 
 TOKENS = 24
 
 
 def build(name: str, **more: Any) -> Any:
+    """A model of KINDS with the same random weights in every call, in train mode; ``more``: further settings of its config."""
     kind = KINDS[name]
     torch.manual_seed(0)
     settings = {**(BASE if kind.base else {}), **kind.settings, **more}
@@ -123,11 +128,15 @@ def build(name: str, **more: Any) -> Any:
 
 
 def in_place(model: Any) -> bool:
+    """Whether the logits at position t predict ``labels[t]`` (masked LM) and not the next label."""
     return type(model).__name__.endswith("ForMaskedLM")
 
 
 def batches(batch: str, encoder: bool) -> dict[str, Tensor]:
-    """What the user has, for two rows: the same for one device and, cut, for the ranks."""
+    """A batch of two whole rows of the kind ``batch`` of BATCHES, as one device and ``shard_batch`` take it.
+
+    ``encoder``: the model is a masked LM; for other models the label of the first token after left padding is -100.
+    """
     tokens = 23 if batch == "odd length" else TOKENS
     ids = torch.randint(3, 97, (2, tokens), generator=torch.Generator().manual_seed(1))
     labels, whole = ids.clone(), {"input_ids": ids}
@@ -151,16 +160,22 @@ BATCHES = ["even", "odd length", "packed", "left padding", "right padding", "a r
 
 
 def targets(labels: Tensor, encoder: bool) -> Tensor:
+    """What each position's logits predict: ``labels`` of a masked LM (``encoder``), else the next label, -100 at the end."""
     return labels if encoder else F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 def forward_alone(model: Any, whole: dict[str, Tensor], encoder: bool) -> tuple[Tensor, Tensor]:
+    """(loss, logits) of the model on one device; the loss is ``cross_entropy`` of the logits, not the model's own."""
     given = {name: value for name, value in whole.items() if name != "labels"}
     logits = model(**given, **({} if encoder else {"use_cache": False})).logits
     return cross_entropy(logits, targets(whole["labels"], encoder)), logits
 
 
 def forward_cut(model: Any, whole: dict[str, Tensor], encoder: bool, mesh: ParallelMesh, knows_loss: bool) -> tuple[Any, Any]:
+    """(loss, logits of all tokens) of a parallel model on ``shard_batch`` of ``whole``, equal on every rank.
+
+    The loss is the model's own if ``knows_loss``, else ``cross_entropy`` of the logits of a call without labels.
+    """
     part = shard_batch(whole, mesh, shift=not encoder)
     wanted = part["labels" if encoder else "shift_labels"]
     if not knows_loss:
@@ -173,6 +188,7 @@ def forward_cut(model: Any, whole: dict[str, Tensor], encoder: bool, mesh: Paral
 
 
 def assert_gradients(model: Any, reference: Any, tolerance: float) -> None:
+    """Assert guarantee 1 for every parameter's gradient: error <= tolerance * max(own norm, 1e-3 * norm of all)."""
     total = torch.stack([p.grad.norm() for p in reference.parameters() if p.grad is not None]).norm().item()
     for (name, mine), theirs in zip(model.named_parameters(), reference.parameters()):
         want = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
@@ -183,10 +199,11 @@ def assert_gradients(model: Any, reference: Any, tolerance: float) -> None:
 
 
 def squared_error(model: Any, exact: Any) -> float:
-    """Of all gradients together."""
+    """The sum of the squared differences of all elements of all gradients of two models."""
     pairs = zip(model.parameters(), exact.parameters())
     return sum(float((p.grad - true.grad).square().sum()) for p, true in pairs)
 
 
 def small(config: str, model: str, **settings: Any) -> Callable[[], Any]:
+    """A function that builds the model class ``model`` from the config class ``config``, both named as in Transformers."""
     return lambda: getattr(transformers, model)(getattr(transformers, config)(**settings))

@@ -1,4 +1,4 @@
-"""One kernel against the dense oracle: inputs, a learned bias, the run, the comparison, and what hypothesis draws."""
+"""Inputs of a kernel, a learned bias, a dense reference, the comparison, and hypothesis strategies for masks and inputs."""
 
 import math
 from functools import partial
@@ -20,6 +20,8 @@ CPU = torch.device("cpu")
 
 
 class Inputs(NamedTuple):
+    """q [queries, heads, dim], k [keys, kv_heads, dim], v [keys, kv_heads, v_dim]; dout: gradient of the output."""
+
     q: Tensor
     k: Tensor
     v: Tensor
@@ -27,7 +29,7 @@ class Inputs(NamedTuple):
 
 
 class Slopes:
-    """A bias that is learned: one slope a head times the distance, and one offset."""
+    """A learned bias: slope of the head * sqrt(|q - k|) + offset * cos(k), for positions q and k."""
 
     def __init__(self, heads: int, dtype: torch.dtype = torch.float64) -> None:
         slopes = torch.linspace(-0.3, 0.5, heads, dtype=dtype, requires_grad=True)
@@ -43,7 +45,10 @@ def draw_inputs(
     queries: int, keys: int, heads: int = 2, kv_heads: int = 1, dim: int = 8, v_dim: int | None = None,
     dtype: torch.dtype = torch.float64, seed: int = 0, strided: bool = True,
 ) -> Inputs:  # fmt: skip
-    """Random q, k, v and gradient; ``strided``: k and v are halves of one tensor and q skips every other token's heads."""
+    """Random inputs, equal for equal arguments.
+
+    ``strided``: not contiguous. k and v are two parts of one tensor, and q is stored heads first. Else all are contiguous.
+    """
     v_dim = dim if v_dim is None else v_dim
     random = torch.Generator().manual_seed(seed)
     q = torch.randn(heads, queries, dim, generator=random, dtype=torch.float64).to(dtype).transpose(0, 1)
@@ -53,13 +58,17 @@ def draw_inputs(
 
 
 def run(kernel: Kernel, x: Inputs, bands: Any, scale: float = 0.3, **extras: Any) -> dict[str, Tensor]:
+    """Forward and backward of a kernel: out, lse, dq, dk, dv, and dbias0, dbias1, ... by name. ``extras``: its keywords."""
     out, lse = kernel.forward(x.q, x.k, x.v, bands, scale, **extras)
     dq, dk, dv, dbias = kernel.backward(x.dout, x.q, x.k, x.v, out, lse, bands, scale, **extras)
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv} | {f"dbias{i}": g for i, g in enumerate(dbias)}
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
-    """Relative to the largest element: an element of a gradient may be zero by cancellation."""
+    """Assert equal names, and for each tensor: largest error <= tolerance * max(1e-3, its largest expected element).
+
+    Not relative to each element, which may be zero by cancellation. Elements of -inf must be -inf in both.
+    """
     assert found.keys() == wanted.keys()
     for name, expected in wanted.items():
         got, expected = found[name].double(), expected.double()
@@ -71,6 +80,8 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: 
 
 @st.composite
 def masks_of(draw: st.DrawFn, tokens: int, key_tokens: int) -> Mask:
+    """Draws a mask for ``tokens`` queries and ``key_tokens`` keys: one of KINDS, or two joined by & or |."""
+
     def documents(count: int, parts: int) -> tuple[int, ...]:
         cuts = sorted(draw(st.lists(st.integers(0, count), min_size=parts - 1, max_size=parts - 1)))
         return tuple(b - a for a, b in pairwise((0, *cuts, count)))
@@ -103,6 +114,7 @@ def masks_of(draw: st.DrawFn, tokens: int, key_tokens: int) -> Mask:
 
 @st.composite
 def attentions(draw: st.DrawFn) -> tuple[Mask, Inputs]:
+    """Draws a mask and inputs of up to 400 queries and keys that fit it."""
     tokens = draw(st.integers(1, 400))
     key_tokens = draw(st.one_of(st.just(tokens), st.integers(1, 400)))
     kv_heads, group, dim = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 8, 16]))
@@ -112,6 +124,7 @@ def attentions(draw: st.DrawFn) -> tuple[Mask, Inputs]:
 
 
 def bands_of(mask: Mask, x: Inputs) -> tuple[Band, ...]:
+    """The bands of the mask for the numbers of queries and keys of ``x``."""
     return mask.bands(x.q.shape[0], x.k.shape[0])
 
 
@@ -123,7 +136,10 @@ COLUMN = BlockSparse(50, [[False, True, False], [False, False, False], [False, T
 
 
 def naive(x: Inputs, bands: Any, scale: float, softcap: float | None = None, bias: Any = None) -> dict[str, Tensor]:
-    """Autograd of the formula, with the mask asked pair by pair. A row that sees nothing is left out of the softmax."""
+    """The reference of ``run``, with the same names: dense attention in fp64 with autograd.
+
+    A query that sees no key has output 0 and lse -inf. ``bias``: a Slopes or None.
+    """
     q, k, v = (t.detach().double().requires_grad_() for t in (x.q, x.k, x.v))
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * scale

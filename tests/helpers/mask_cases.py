@@ -1,4 +1,4 @@
-"""Masks pair by pair: a set of (query, key) is the oracle of every band and every cut; and the masks that hypothesis draws."""
+"""Masks as sets of (query, key) pairs, the reference for bands, and hypothesis strategies that draw masks."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -27,7 +27,7 @@ Pairs = set[tuple[int, int]]
 
 
 def sees(mask: Mask, q: int, k: int) -> bool:
-    """The definition of each mask, one pair at a time."""
+    """Whether query ``q`` sees key ``k``: the definition of each mask."""
     match mask:
         case Full():
             return True
@@ -58,15 +58,17 @@ def sees(mask: Mask, q: int, k: int) -> bool:
 
 @cache
 def document_of_each(lengths: tuple[int, ...]) -> list[int]:
+    """The number of the document that each token belongs to."""
     return [number for number, length in enumerate(lengths) for _ in range(length)]
 
 
 def dense(mask: Mask, tokens: int, key_tokens: int) -> Pairs:
+    """All pairs (q, k) in which q sees k, by ``sees``."""
     return {(q, k) for q, k in product(range(tokens), range(key_tokens)) if sees(mask, q, k)}
 
 
 def pairs(bands: Iterable[Band]) -> Pairs:
-    """The pairs of the bands, which must be disjoint, canonical and sorted."""
+    """All pairs of the bands. Asserts that the bands are sorted and disjoint, and each as small as its pairs allow."""
     bands = list(bands)
     assert bands == sorted(bands)
     every = [list(of_one(band)) for band in bands]
@@ -77,12 +79,13 @@ def pairs(bands: Iterable[Band]) -> Pairs:
 
 
 def of_one(band: Band) -> Iterable[tuple[int, int]]:
+    """The pairs (q, k) of one band."""
     rectangle_of_band = product(range(band.q_start, band.q_stop), range(band.k_start, band.k_stop))
     return ((q, k) for q, k in rectangle_of_band if band.lo <= k - q <= band.hi)
 
 
 def around(some: Iterable[tuple[int, int]]) -> Band:
-    """The six numbers that the pairs reach, whatever they are."""
+    """The smallest band that contains all the pairs."""
     q, k, diagonal = zip(*((q, k, k - q) for q, k in some))
     return Band(min(q), max(q) + 1, min(k), max(k) + 1, min(diagonal), max(diagonal))
 
@@ -95,7 +98,7 @@ SMALL = st.integers(0, 30)
 
 @st.composite
 def partitions(draw: st.DrawFn, tokens: int, parts: int | None = None) -> tuple[int, ...]:
-    """Lengths that sum to ``tokens``, empty ones among them."""
+    """Draws lengths, some of them 0, that sum to ``tokens``: ``parts`` of them, or 1 to 6."""
     fewest, most = (parts - 1, parts - 1) if parts else (0, 5)
     cuts = sorted(draw(st.lists(st.integers(0, tokens), min_size=fewest, max_size=most)))
     return tuple(stop - start for start, stop in zip([0, *cuts], [*cuts, tokens]))
@@ -103,12 +106,14 @@ def partitions(draw: st.DrawFn, tokens: int, parts: int | None = None) -> tuple[
 
 @st.composite
 def documents(draw: st.DrawFn, tokens: int, key_tokens: int) -> Documents:
+    """Draws a Documents mask; with other lengths for the keys if their number differs."""
     lengths = draw(partitions(tokens))
     return Documents(lengths, None if tokens == key_tokens else draw(partitions(key_tokens, len(lengths))))
 
 
 @st.composite
 def block_sparse(draw: st.DrawFn, tokens: int, key_tokens: int) -> BlockSparse:
+    """Draws a BlockSparse mask with blocks of 1 to 9 tokens."""
     block = draw(st.integers(1, 9))
     row = st.lists(st.booleans(), min_size=-(-key_tokens // block), max_size=-(-key_tokens // block))
     return BlockSparse(block, draw(st.lists(row, min_size=-(-tokens // block), max_size=-(-tokens // block))))
@@ -116,7 +121,7 @@ def block_sparse(draw: st.DrawFn, tokens: int, key_tokens: int) -> BlockSparse:
 
 @st.composite
 def written_bands(draw: st.DrawFn, tokens: int, key_tokens: int) -> Bands:
-    """Loose ones, whose rectangle is wider than what they hold, in any order."""
+    """Draws a Bands mask as a user may write it: in any order, with rectangles larger than the pairs in them."""
     loose = st.tuples(st.integers(0, tokens), st.integers(0, key_tokens), st.integers(-9, 9), st.integers(-9, 9))
     drawn = sorted(draw(st.lists(loose, max_size=4)))
     stops = [*(q for q, _, _, _ in drawn[1:]), tokens]
@@ -125,6 +130,7 @@ def written_bands(draw: st.DrawFn, tokens: int, key_tokens: int) -> Bands:
 
 
 def some_mask(tokens: int, key_tokens: int) -> st.SearchStrategy[Mask]:
+    """A strategy for a mask of any kind, or up to four of them joined by & and |."""
     bounds = st.tuples(st.integers(0, min(tokens, key_tokens)), st.integers(0, min(tokens, key_tokens)))
     reach = st.none() | SMALL
     one = st.one_of(
@@ -138,7 +144,7 @@ def some_mask(tokens: int, key_tokens: int) -> st.SearchStrategy[Mask]:
 
 @st.composite
 def asked(draw: st.DrawFn) -> tuple[Mask, int, int]:
-    """A mask and the length it is asked for; half of the time the keys have a length of their own."""
+    """Draws (mask, number of queries, number of keys); in half of the draws the two numbers are drawn independently."""
     tokens = draw(LENGTHS)
     key_tokens = draw(LENGTHS) if draw(st.booleans()) else tokens
     return draw(some_mask(tokens, key_tokens)), tokens, key_tokens

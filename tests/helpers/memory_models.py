@@ -1,4 +1,4 @@
-"""The models on which the options that save memory are tried, with the tolerance of each, and one device's loss."""
+"""The models with which the memory options are tested, the tolerance of each, and the loss on one device."""
 
 from typing import Any
 
@@ -20,6 +20,7 @@ TOLERANCE = {"decoder": 1e-10, "llama": 1e-10, "qwen3_moe": 1e-5, "gemma2": 1e-5
 
 
 def model_of(name: str) -> Any:
+    """A model of MODELS: longspan's decoder in fp64, or a tiny Hugging Face model of ``hf_models``."""
     if name != "decoder":
         return build(name, **MODELS[name])
     model = Decoder(SHAPE).double()
@@ -29,6 +30,7 @@ def model_of(name: str) -> Any:
 
 
 def loss_alone(model: Any, name: str, whole: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The mean next-token loss of ``model_of(name)`` on one device, from its logits."""
     if name != "decoder":
         return forward_alone(model, whole, False)[0]
     logits = model(whole["input_ids"]).logits

@@ -1,4 +1,4 @@
-"""Programs that tests start: what takes too long is ended with every process that it has started, ranks too."""
+"""Run programs in tests. A program that takes too long is killed with every process that it has started, ranks too."""
 
 import os
 import signal
@@ -11,7 +11,10 @@ from pathlib import Path
 def run(
     command: Sequence[str], *, timeout: float = 120, env: Mapping[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, with its output as text.
+    """Run a program to its end.
+
+    Returns:
+        Its exit code, and its stdout and stderr as text.
 
     Raises:
         subprocess.TimeoutExpired: it took longer than ``timeout`` seconds; it and all that it started are killed.
@@ -25,13 +28,13 @@ def run(
 
 
 def start(command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> subprocess.Popen[str]:
-    """Start a program in a session of its own, with pipes for its output."""
+    """Start a program in a new session, with text pipes for stdout and stderr. The caller must call ``end``."""
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, cwd=cwd, start_new_session=True)
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Kill the program and all that it started, and wait for it."""
+    """Kill the program and every process of its ``family``, and wait for the program."""
     for pid in family(process.pid):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -39,7 +42,10 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def family(leader: int) -> set[int]:
-    """The processes that live of a session and of those that its members started: torchrun gives each rank its own."""
+    """The ids of all running processes that descend from ``leader`` or are in the session of one that does; Linux only.
+
+    Sessions count because a process whose parent has ended has lost its descent, and torchrun gives each rank a session.
+    """
     everyone = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

@@ -2,12 +2,12 @@
 
     on_ranks(4, body, *args, tmp_path=tmp_path)   ->  [what body(*args) returned on rank 0, 1, 2, 3]
 
-    with Ranks(4, tmp_path) as ranks:                 the same ranks for many bodies: what a process group costs is
-        ranks.run(body, *args)                        paid once, so hypothesis can ask for hundreds of examples
+    with Ranks(4, tmp_path) as ranks:                 the same ranks for many bodies: processes and process group are
+        ranks.run(body, *args)                        made once, so hypothesis can run hundreds of examples
 
-A body is a function of a module: it reaches the ranks by its name, and what a test has patched is not patched there.
-It runs inside an initialised process group with one thread a rank. When a rank raises, the others are ended at once
-and the test fails with that rank's traceback, so a dead-lock shows as the error that caused it.
+A body is a function at the top of a module: it is sent to the ranks by its name, and a test's monkeypatches do not exist
+there. It runs inside an initialised process group with one thread per rank. If a rank raises, the others are killed at once
+and the test fails with that rank's traceback, so that a deadlock is reported as the error that caused it.
 """
 
 import atexit
@@ -33,18 +33,22 @@ MOST_GROUPS = 60  # a pool whose ranks have more is forked anew, because every g
 
 
 def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, tmp_path: Path, seconds: float = 240.0) -> list[Any]:
+    """``Ranks.run`` on ranks that are forked for this call and killed after it."""
     with Ranks(ranks, tmp_path, seconds) as pool:
         return pool.run(body, *args)
 
 
 @cache
 def mesh_of(ulysses: int = 1, ring: int = 1) -> ParallelMesh:
-    """One of each layout for all bodies of a rank: a mesh takes milliseconds and leaves groups behind."""
+    """A mesh of this layout, made once per rank: making one takes milliseconds, and its process groups are never freed."""
     return ParallelMesh(ulysses, ring)
 
 
 class Ranks:
-    """``ranks`` forked processes in one process group; a failure ends them, and the next run forks new ones."""
+    """``ranks`` forked processes with one process group. A context manager: exit kills them.
+
+    ``tmp_path``: where the rendezvous files are made; ``seconds``: the timeout of the process group, and of each answer.
+    """
 
     def __init__(self, ranks: int, tmp_path: Path, seconds: float = 240.0) -> None:
         self.ranks, self.tmp_path, self.seconds = ranks, tmp_path, seconds
@@ -53,6 +57,12 @@ class Ranks:
         self.groups = 0
 
     def run(self, body: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call ``body(*args)`` on every rank; the results in the order of the ranks. Forks the ranks if none are running.
+
+        Raises:
+            AssertionError: a rank raised (with its traceback), died or did not answer. All ranks are killed; the next call
+                forks new ones.
+        """
         body = _of_a_module(body)
         if self.groups > MOST_GROUPS:
             self.close()
@@ -103,7 +113,7 @@ class Ranks:
 
 
 class ForkServer:
-    """The other end of ``fork_server``: a process of its own that has imported ``modules``."""
+    """Starts the fork server in a new process, which imports ``modules``, and sends it requests."""
 
     def __init__(self, modules: list[str]) -> None:
         self.control, theirs = socket.socketpair()
@@ -114,6 +124,12 @@ class ForkServer:
         theirs.close()
 
     def ask(self, pipes: list[int] | None = None, **request: Any) -> dict[str, Any]:
+        """Send a request of ``fork_server.serve`` with the file descriptors ``pipes``; returns the answer.
+
+        Raises:
+            AssertionError: the server answered with a failure, such as a module that cannot be imported.
+            RuntimeError: the server has died.
+        """
         socket.send_fds(self.control, [json.dumps(request).encode()], pipes or [])
         answer = self.control.recv(65_536)
         if not answer:
@@ -130,7 +146,10 @@ class ForkServer:
 
 @cache
 def server() -> ForkServer:
-    """One for this process, which checks shapes if this process does (compile tests do not: dynamo cannot trace the checks)."""
+    """The fork server of this process, started by the first call. It checks jaxtyping shapes if this process does.
+
+    Tests of torch.compile do not check shapes, because dynamo cannot trace the checks.
+    """
     checked = "tests.helpers.shapes"
     found = ForkServer([*[checked] * (checked in sys.modules), __name__])
     atexit.register(found.close)
@@ -138,7 +157,7 @@ def server() -> ForkServer:
 
 
 def _of_a_module(body: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function under the name that ranks import it by, where its module is the script that runs."""
+    """``body``; if it is defined in the running script (``__main__``), the same function of the module as ranks import it."""
     if body.__module__ != "__main__":
         return body
     spec = sys.modules["__main__"].__spec__

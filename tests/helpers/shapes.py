@@ -15,7 +15,7 @@ from jaxtyping import _import_hook
 
 
 def check_shapes(function: Any) -> Any:
-    """beartype, under a name of its own: jaxtyping's cache of compiled modules is keyed by the name."""
+    """beartype under another name, because jaxtyping's cache of compiled modules is keyed by the name of the checker."""
     return beartype(function)
 
 
@@ -32,7 +32,7 @@ class _ShapesOnly(_import_hook.JaxtypingTransformer):
 
 
 def _has_shape(annotation: ast.AST) -> bool:
-    """Whether it contains something like ``Float[Tensor, "batch tokens"]``, or the name of such a type."""
+    """Whether ``annotation`` contains a jaxtyping shape like ``Float[Tensor, "batch tokens"]``, or a name in ALIASES."""
     for part in ast.walk(annotation):
         if isinstance(part, ast.Name) and part.id in ALIASES:
             return True
@@ -44,7 +44,7 @@ def _has_shape(annotation: ast.AST) -> bool:
 
 
 def _aliases() -> set[str]:
-    """Names that modules of longspan give to shapes, as in ``Ids = Integer[np.ndarray, "tokens"]``."""
+    """The names that any module of longspan assigns to a shape, as in ``Ids = Integer[np.ndarray, "tokens"]``."""
     spec = importlib.util.find_spec("longspan")
     assert spec is not None
     assert spec.origin is not None

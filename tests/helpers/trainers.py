@@ -1,6 +1,6 @@
-"""Stock Trainer on one rank and LongTrainer on a mesh, built alike: tiny models, rows of unequal lengths, what was logged.
+"""Builds Transformers' Trainer on one rank and LongTrainer on a mesh with the same arguments, and compares their results.
 
-The reference is the untouched library with the equal global batch.
+The model is tiny, the rows have unequal lengths. The reference is the unchanged Trainer with the same global batch.
 """
 
 import os
@@ -26,12 +26,13 @@ transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 Pool = Callable[[int], Ranks]
 Logged = list[dict[str, float]]
 HYBRID = {"ulysses": 2}
-"""The mesh of 4 ranks as data 2 x ulysses 2."""
+"""The degrees of ParallelMesh; on 4 ranks the mesh is data 2 x ulysses 2."""
 ROWS = 41
-"""Rows of the dataset: its last batch has one row, none for the second replica; its last accumulated step, one batch."""
+"""Rows of the dataset. Its last batch has one row, so none for the second replica; its last step has one micro-batch."""
 
 
 def llama(**more: Any) -> LlamaForCausalLM:
+    """A tiny llama with the same random weights in every call; ``more``: further settings of its config."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -41,7 +42,7 @@ def llama(**more: Any) -> LlamaForCausalLM:
 
 
 def dataset(rows: int = ROWS) -> list[dict[str, Tensor]]:
-    """Rows of unequal lengths, whose first few tokens, unequally many, have no label."""
+    """``rows`` random items {input_ids, labels} of 6 to 23 tokens; the first 0 to 4 labels of each are -100."""
     random = torch.Generator().manual_seed(1)
     items = []
     for _ in range(rows):
@@ -52,6 +53,7 @@ def dataset(rows: int = ROWS) -> list[dict[str, Tensor]]:
 
 
 def pad(items: list[dict[str, Tensor]], left: bool = False) -> dict[str, Tensor]:
+    """A collator: pads the items to the longest, on the right or the left, and adds an attention_mask."""
     longest = max(len(item["input_ids"]) for item in items)
 
     def side(row: Tensor, value: int) -> Tensor:
@@ -66,7 +68,7 @@ def pad(items: list[dict[str, Tensor]], left: bool = False) -> dict[str, Tensor]
 
 
 def pad_left(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The first token of a row has no label: the padding before it would predict it, and padding sees nothing."""
+    """``pad`` on the left, with label -100 for each row's first token, which the padding before it would predict."""
     batch = pad(items, left=True)
     firsts = batch["attention_mask"].argmax(1)
     batch["labels"][torch.arange(len(items)), firsts] = IGNORE
@@ -74,6 +76,7 @@ def pad_left(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def arguments(folder: Path, **more: Any) -> TrainingArguments:
+    """TrainingArguments of 20 steps on the CPU that write to ``folder`` and log every step; ``more`` overrides them."""
     settings: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": 20, "learning_rate": 1e-3, "logging_steps": 1, "report_to": "none",
         "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "dataloader_pin_memory": False,
@@ -85,7 +88,16 @@ def arguments(folder: Path, **more: Any) -> TrainingArguments:
 def build(
     folder: Path, rows: int, mesh: dict[str, int] | None, settings: Mapping[str, Any], given: Mapping[str, Any], zero: int = 0
 ) -> Any:
-    """Stock Trainer for ``mesh=None``; ``rows`` is the batch size of a device or a data replica."""
+    """Transformers' Trainer if ``mesh`` is None, else a LongTrainer over a mesh of these degrees.
+
+    Args:
+        folder: the output folder.
+        rows: the batch size of a device or of a data replica.
+        mesh: degrees of ParallelMesh.
+        settings: TrainingArguments, beside those of ``arguments``.
+        given: keywords of the trainer, which replace the tiny llama, the datasets and the collator.
+        zero: the ZeRO stage of LongTrainer.
+    """
     everything: dict[str, Any] = {
         "model": llama(), "train_dataset": dataset(), "eval_dataset": dataset(11), "data_collator": pad, **given
     }  # fmt: skip
@@ -99,11 +111,12 @@ TIMES = ("runtime", "per_second", "total_flos")
 
 
 def logged(trainer: Trainer) -> Logged:
-    """What was logged, without what depends on the clock."""
+    """The log history without the entries of TIMES, which depend on the clock."""
     return [{name: x for name, x in line.items() if not any(t in name for t in TIMES)} for line in trainer.state.log_history]
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
+    """A copy of the model's state dict, with sharded tensors gathered: every rank must call it."""
     assert trainer.model is not None
     held = trainer.model.state_dict()
     return {name: (x.full_tensor() if isinstance(x, DTensor) else x).clone() for name, x in held.items()}
@@ -113,6 +126,7 @@ def train(
     folder: Path, rows: int, mesh: dict[str, int] | None = None, settings: Mapping[str, Any] | None = None,
     given: Mapping[str, Any] | None = None, zero: int = 0, launched: bool = False,
 ) -> tuple[Logged, dict[str, Tensor]]:  # fmt: skip
+    """``build`` a trainer and train it: (what it logged, its weights). ``launched``: as under torchrun, see environment."""
     with environment(launched):
         trainer = build(folder, rows, mesh, settings or {}, given or {}, zero)
         trainer.train()
@@ -120,7 +134,10 @@ def train(
 
 
 class environment:
-    """The variables that torchrun sets, so that accelerate knows of several processes; or none."""
+    """Context manager: if ``launched``, set the environment variables of torchrun for this rank, and delete them on exit.
+
+    With them accelerate sees several processes, as it does in a real launch.
+    """
 
     def __init__(self, launched: bool) -> None:
         rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
@@ -136,12 +153,14 @@ class environment:
 
 
 def assert_lines_equal(one: Logged, other: Logged, tolerance: float = 1e-5) -> None:
+    """Assert that two logs have the same lines with the same names, and values within ``tolerance``; NaN equals NaN."""
     assert len(one) == len(other)
     for line, their_line in zip(one, other):
         assert their_line == pytest.approx(line, rel=tolerance, abs=tolerance, nan_ok=True)
 
 
 def assert_equal(one: Any, other: Any, tolerance: float = 1e-5) -> None:
+    """Assert that two results of ``train`` have equal logs and equal weights, within ``tolerance``."""
     (lines, parameters), (their_lines, their_parameters) = one, other
     assert_lines_equal(lines, their_lines, tolerance)
     assert parameters.keys() == their_parameters.keys()
