@@ -11,11 +11,11 @@ GLOSSARY = (Path(__file__).parents[1] / "docs" / "glossary.md").read_text().lowe
 
 TERMS = """
     all-to-all, attention, axes, backward, bf16, bits, block, bound, byte frequencies, checkpoint, chunk, clip,
-    compute dtype, context length, context parallelism, cosine, data replica, decoder, degree, evaluation,
+    compute dtype, context length, context parallelism, cosine, data replica, decoder, degree, epoch, evaluation,
     feed-forward, forward, fp32, fp64, fsdp2, global batch, global gradient norm, gradient norm, guarantee, head,
     held-out, holds, host, kernel, key/value, launcher, layer, layout, learning rate, logits, mask, micro-batch,
     nats, norm, offload, one device, optimizer states, optimizer step, packing, parameters, perplexity, prefetch,
-    preset, query head, rank, recompute, replica, resume, ring attention, row, selective, sequence parallel, shard,
+    preset, query head, rank, recompute, replica, resume, ring attention, rope, row, selective, sequence parallel, shard,
     tensor parallel, pipeline parallel, tile, token, tokenizer, torchrun, traffic, ulysses, warm-up, weight decay,
     window, zero stage
 """

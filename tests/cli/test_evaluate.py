@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from longspan.cli import checkpoint, evaluate, launch
 from longspan.cli import main as cli
@@ -86,6 +88,42 @@ def test_a_long_document_is_cut_and_bf16_is_near(run: Path, tmp_path: Path) -> N
     assert float(half[-2]) == pytest.approx(float(document[-2]), rel=1e-2)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama whose positions reach 900 tokens."""
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**LLAMA, max_position_embeddings=900, attention_dropout=0.5)).save_pretrained(path)
+    return path
+
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def test_a_hugging_face_folder_has_the_loss_of_transformers(run: Path, folder: Path, tmp_path: Path) -> None:
+    """Whoever wrote it: save_pretrained, Trainer, or a run its export, which is evaluated on the text of the run."""
+    data = f"{run.parent.parent}/*.txt"
+    *documents, _ = table(Evaluate(checkpoint=f"hf:{folder}", data=(data,), documents=2), tmp_path)
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    for number, words in zip((29, 28), documents, strict=True):
+        text = (run.parent.parent / f"{number}.txt").read_bytes()
+        ids = torch.tensor([[*text, 256]])[:, :900]  # of its positions, and no dropout
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=ids).loss
+        assert words[0] == str(number)
+        assert words[-3] == str(ids.shape[1])
+        assert float(words[-2]) == pytest.approx(float(loss), abs=6e-5)
+
+    export = tmp_path / "train-001" / "export"
+    shutil.copytree(folder, export)
+    (tmp_path / "train-001" / "config.json").write_text(json.dumps({"data": [data]}))
+    held_out = table(Evaluate(checkpoint=str(export), documents=1), tmp_path)
+    assert held_out[0][:-3] == table(Evaluate(checkpoint=str(run), documents=1), tmp_path)[0][:-3]  # the same document
+
+
 def test_a_checkpoint_is_found_by_name_folder_and_as_the_latest(run: Path, tmp_path: Path) -> None:
     newest = checkpoint.newest(run)
     assert newest is not None
@@ -94,7 +132,8 @@ def test_a_checkpoint_is_found_by_name_folder_and_as_the_latest(run: Path, tmp_p
     assert len(table(Evaluate(runs_folder=str(run.parent), documents=2), tmp_path)) >= 2  # the held-out documents of the run
 
 
-def test_bad_input_is_refused_in_one_line(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_refused_in_one_line(run: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    LlamaConfig(**LLAMA).save_pretrained(tmp_path / "bare")
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "empty" / "x").mkdir(parents=True)
     (tmp_path / "empty" / "x" / "config.json").write_text("{}")
@@ -107,6 +146,9 @@ def test_bad_input_is_refused_in_one_line(run: Path, tmp_path: Path, capfd: pyte
         ([str(run), "--ranks", "5"], "5 ranks cannot share the model's 4 query heads, and each document lies on all "),
         (["nowhere", "--runs-folder", str(run.parent)], "no run 'nowhere' in the folder"),
         (["x", "--runs-folder", str(tmp_path / "empty")], "x has no checkpoint yet; go on with it: longspan train --resume x"),
+        (["hf:/nowhere"], "the folder '/nowhere' does not exist; name one that a Hugging Face model's save_pretrained wrote"),
+        ([str(tmp_path / "bare")], "bare' holds no weights, only a config; name one that holds *.safetensors"),
+        ([str(folder), "--max-tokens", "901"], "max_tokens=901 is more than the 900 that the model's RoPE reaches "),
         ([str(damaged)], "is damaged: its run.json cannot be read; use another one"),
     ]
     for flags, sentence in refused:

@@ -21,8 +21,9 @@ from tests.helpers import processes
 FLAGS = {
     "train": """
         ranks debug ulysses ring zero recompute tile_tokens head_chunks offload_activations chunked_loss model dtype data
-        text_field tokenizer tokens rows_per_step micro_batches steps optimizer learning_rate warmup_steps weight_decay
-        clip_norm eval_every_steps eval_rows checkpoint_every_steps keep_checkpoints seed run memory_report runs_folder resume
+        text_field tokenizer tokens rope_scaling rows_per_step micro_batches steps epochs optimizer learning_rate warmup_steps
+        decay_steps weight_decay clip_norm eval_every_steps eval_rows checkpoint_every_steps keep_checkpoints seed run
+        memory_report runs_folder resume
     """,
     "evaluate": "ranks debug checkpoint data text_field max_tokens documents dtype runs_folder",
     "check": """
@@ -55,9 +56,12 @@ def test_flags_win_over_a_file_and_a_file_over_the_record_of_a_run(tmp_path: Pat
     (tmp_path / "a.toml").write_text("steps = 6\ntokens = 20\n")
     flags = ["--config", str(tmp_path / "a.toml"), "--steps", "8", "--runs-folder", str(tmp_path)]
     assert cli.parse("train", flags) == Train(steps=8, tokens=20, runs_folder=str(tmp_path))
-    expected = Train(steps=8, tokens=20, seed=7, data=("x",), run="old", runs_folder=str(tmp_path), resume="latest")
+    expected = Train(
+        steps=8, decay_steps=5, tokens=20, seed=7, data=("x",), run="old", runs_folder=str(tmp_path), resume="latest"
+    )  # the learning rate keeps the schedule that the run was started with
     assert cli.parse("train", [*flags, "--resume"]) == expected
-    assert cli.parse("train", ["--resume", "old", *flags]).run == "old"
+    named = cli.parse("train", ["--resume", "old", *flags, "--decay-steps", "9"])
+    assert (named.run, named.decay_steps) == ("old", 9)
 
 
 def test_a_file_names_the_checkpoint_too(tmp_path: Path) -> None:
@@ -91,6 +95,8 @@ def test_a_file_names_the_checkpoint_too(tmp_path: Path) -> None:
         ("train --steps", "Missing value for argument '--steps'. Expected 1 values; see longspan train --help"),
         ("check --zero 4", "invalid choice '4' for argument '--zero'. Expected one of ('0', '2', '3'); see longspan check"),
         ("train --learning-rate -1", "learning_rate=-1.0 must be above 0"),
+        ("train --steps 3 --epochs 1", "--steps and --epochs both say how long the run is; give one of them, and leave the "),
+        ("train --epochs 0", "epochs=0.0 must be above 0"),
         ("train --config", "--config needs the name of a JSON or TOML file"),
         ("train --runs-folder /nowhere --resume", "no run 'latest' in the folder /nowhere: there is none; start one with: "),
     ],
@@ -108,6 +114,7 @@ def test_bad_flags_are_one_line(arguments: str, line: str, capsys: pytest.Captur
     [
         ('{"tokens": "x"}', "Error parsing --tokens: invalid literal for int()"),
         ('{"tokens": {"a": 1}}', "has the table tokens; every setting is one value or a list: write the settings at the top "),
+        ('{"steps": 3, "epochs": 1}', "--steps and --epochs both say how long the run is; "),
         ('{"tokns": 3}', "sets tokns, unknown to train (did you mean tokens?); legal are ranks, "),
     ],
 )

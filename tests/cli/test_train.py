@@ -138,7 +138,8 @@ def test_a_killed_run_goes_on_bit_by_bit(zero: int, text: str, tmp_path: Path) -
     resumed = records(killed)
     for name in ("step", "loss", "grad_norm", "learning_rate"):
         assert column(resumed, name) == column(whole, name)
-    assert "going on after step 4" in (tmp_path / "output0").read_text()
+    output = (tmp_path / "output0").read_text()
+    assert re.search(r"run +320 tokens, [\d.]+ epochs: 5 steps of 1 sequence; going on after step 4\n", output)
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(text: str, tmp_path: Path) -> None:
@@ -161,6 +162,14 @@ def test_a_run_leaves_what_it_says(text: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step-000004", "step-000005"]
     parts = ["checkpoints", "config", "events", "memory", "metrics"]
     assert [path.name.split(".")[0] for path in sorted(folder.iterdir())] == parts
+    assert re.search(r"text   1 file \(1 \.jsonl\), 40 documents, [\d,]+ tokens to train on, [\d,]+ held out\n", output)
+    assert re.search(r"run    320 tokens, 0\.01\d+ epochs: 5 steps of 1 sequence\n", output)
+    assert "TensorBoard events, memory.html\n" in output
+    page = (folder / "memory.html").read_text()
+    assert "<title>train-002: memory of rank 0 of 2 in step 2</title>" in page
+    assert "1 sequence of 64 tokens in 1 micro-batch" in page
+    assert "zero=0, dtype=fp32, optimizer=adamw, recompute=none, " in page
+    assert re.search(r"The \d+ MiB a rank of the progress line are the whole process at its peak: also Python", output)
     assert re.search(r"Memory of rank 0 at the peak of step 2: [\d.]+ MiB\n  parameters +[\d.]+ MiB", output)
     for name in ("loss, last 5 steps", "loss, held-out text", "byte frequencies alone"):
         assert re.search(rf"{name} +\d\.\d{{4}} nats a token +\d\.\d{{4}} bits a byte", output)
@@ -175,14 +184,6 @@ def test_the_exchanged_bytes_are_the_formula_s(text: str, tmp_path: Path) -> Non
     heads = Heads(tiny.heads, tiny.kv_heads, ulysses=2)
     ways = attention_traffic(heads, (32, 32), (32, 32), 0, rows=3, qk_dim=tiny.head_dim, v_dim=tiny.head_dim, itemsize=4)
     assert record["exchanged_bytes"] == tiny.layers * sum(way.bytes for way in ways)
-
-
-def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
-    config = Train(steps=110, warmup_steps=10, learning_rate=1.0)
-    rates = [train.learning_rate(step, config) for step in (1, 5, 10, 60, 110)]
-    assert rates == pytest.approx([0.1, 0.5, 1.0, 0.55, 0.1])
-    assert train.learning_rate(1, replace(config, warmup_steps=0)) == pytest.approx(1.0, rel=1e-3)
-    assert train.learning_rate(1, Train(steps=1, warmup_steps=1, learning_rate=1.0)) == 1.0
 
 
 def refuses(capfd: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -207,6 +208,12 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--data", str(tmp_path / "short.txt")], "tokens, fewer than one sequence of tokens=64; use --tokens "),
         (["--data", text, "--tokenizer", "klingon"], "klingon"),
         (["--data", text, "--ulysses", "3", "--ranks", "2"], "ulysses=3 x ring=1 does not divide the world of 2 ranks; "),
+        (
+            ["--data", text, "--ranks", "4"],
+            "4 ranks with ulysses=2 and ring=1 are 2 data replicas, and rows_per_step=1 gives a micro-batch 1 row, so that a "
+            "replica would never have one; use --rows-per-step 2 or more, or one replica: --ranks 2, or --ulysses and --ring ",
+        ),
+        (["--data", text, "--rope-scaling", "yarn"], "rope_scaling='yarn' is for hf: models, which were trained on rows of "),
         (["--data", text, "--ulysses", "5"], "ulysses=5 exceeds the 4 query heads; "),
         (["--data", text, "--tokens", "3", "--ulysses", "4"], "tokens=3 is fewer than the 4 ranks of a sequence "),
     ]
@@ -302,6 +309,11 @@ def test_a_hugging_face_model_that_cannot_be_trained_is_refused(
         (config("klingon", model_type="klingon"), "is of no model that Transformers "),
         (config("narrow", vocab_size=256), "the tokenizer bytes has 257 tokens, more than the 256 that LlamaForCausalLM "),
         (config("drops", attention_dropout=0.1), "would drop activations in training (config.attention_dropout), differently"),
+        (
+            config("short", max_position_embeddings=63),
+            "tokens=64 is more than the 63 that the RoPE of LlamaForCausalLM reaches (max_position_embeddings in its "
+            "config.json); use --tokens 63 or fewer, or --rope-scaling yarn, which the export has too",
+        ),
         (config("bert", model_type="bert", architectures=["BertForMaskedLM"]), "BertForMaskedLM predicts masked tokens, and"),
     ]:
         assert sentence in refuses(capfd, *base, "--model", model)

@@ -15,7 +15,7 @@ from longspan.data import corpora
 from longspan.errors import DataError
 
 TEXTS = ["def f():\n    return 1\n", "Grüße, 世界\r\n", "a \u2028 separator that is no end of a line"]
-KINDS = r"\.txt, \.md, \.py, \.jsonl, \.jsonl\.gz, \.jsonl\.zst or \.parquet"
+KINDS = r"\.txt, \.md, \.rst, \.py, \.jsonl, \.jsonl\.gz, \.jsonl\.zst or \.parquet"
 
 
 def as_lines(texts: Iterable[str | None], field: str = "text") -> bytes:
@@ -64,7 +64,7 @@ def test_every_record_with_text_is_a_document(ending: str, tmp_path: Path) -> No
 
 def test_a_file_of_text_is_a_document_byte_for_byte(tmp_path: Path) -> None:
     content = b"\xef\xbb\xbfline\r\n\xff\xfe\x00 not UTF-8"
-    for ending in (".txt", ".md", ".py", ".TXT"):
+    for ending in (".txt", ".md", ".rst", ".py", ".TXT"):
         (tmp_path / f"a{ending}").write_bytes(content)
         assert texts(tmp_path / f"a{ending}") == [content]
 
@@ -85,8 +85,21 @@ def test_a_folder_is_its_texts_by_path_and_a_glob_its_matches(tmp_path: Path) ->
     assert texts(f"{tmp_path}/[bB]") == [b"B/c.txt", b"b/a.py", b"b/z.txt"]
     assert texts(f"{tmp_path}/b/**") == [b"b/a.py", b"b/z.txt"]
     assert texts(tmp_path / "b", f"{tmp_path}/b*") == [b"b/a.py", b"b/z.txt", b"b/a.py", b"b/z.txt", b"b.txt"]
+    whole, below = corpora.find([str(tmp_path), f"{tmp_path}/b/**"])
+    assert corpora.counts(whole.files) == {".txt": 4, ".md": 1, ".py": 1}
+    assert corpora.counts(below.files) == {".txt": 1, ".py": 1}  # though "**" meets each twice
+    assert corpora.counts(whole.skipped) == {".png": 1}
     (tmp_path / "[b].txt").write_text("a name that looks like a glob")
     assert texts(tmp_path / "[b].txt") == [b"a name that looks like a glob"]
+
+
+def test_files_of_other_kinds_are_skipped_and_counted(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.HTML", "c.html", "d.json", "Makefile", ".hidden.png"):
+        (tmp_path / name).write_text("text")
+    (found,) = corpora.find([str(tmp_path)])
+    assert corpora.counts(found.files) == {".txt": 1}
+    assert next(iter(corpora.counts(found.skipped).items())) == (".html", 2)
+    assert corpora.counts(found.skipped) == {".html": 2, ".json": 1, "no ending": 1}
 
 
 def test_bytes_read_add_up_over_sources(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What a step allocates, by what it is for: the sums are those of the tensors themselves."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from torch import nn
 
 from longspan.cli.metrics import memory_table
 from longspan.memory import profiler as allocations
-from longspan.memory.profiler import CATEGORIES, Change, Recorded, Timeline
+from longspan.memory.profiler import CATEGORIES, Change, Mark, Recorded, Timeline
 
 MIB = 2**20
 
@@ -24,7 +26,7 @@ class Small(nn.Module):
         return F.cross_entropy(self.head(self.first(x)), labels)
 
 
-def test_every_byte_has_its_category() -> None:
+def test_every_byte_has_its_category_and_every_phase_its_mark(capfd: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     model = Small()
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
@@ -37,8 +39,18 @@ def test_every_byte_has_its_category() -> None:
 
     step()
     with Recorded(model, optimizer) as recorded:
+        model(x, labels).backward()  # a micro-batch
+        optimizer.zero_grad()
+        os.write(2, b"a line of another\n")
         step()
     timeline = recorded.timeline
+    assert capfd.readouterr().err == "a line of another\n"  # nothing of the profiler's own
+    phases = ["forward", "loss", "backward"]
+    assert [mark.phase for mark in timeline.marks] == [*phases, *phases, "update"]
+    assert sorted(timeline.marks) == list(timeline.marks)
+    assert timeline.marks[0].when <= timeline.changes[0].when
+    (*_, update) = timeline.marks
+    assert {change.category for change in timeline.changes if change.when > update.when} <= {"optimizer", "gradients"}
     assert timeline.before == dict.fromkeys(CATEGORIES, 0) | {"parameters": 6 * MIB, "optimizer": 12 * MIB + 8}
     peak = timeline.at_peak()
     assert peak["parameters"] == 6 * MIB
@@ -62,11 +74,17 @@ def test_the_plot_and_the_table_say_the_peak(tmp_path: Path) -> None:
     before = dict.fromkeys(CATEGORIES, 0) | {"parameters": 6 * MIB}
     timeline = Timeline(before, [Change(10, "logits", 2 * MIB), Change(20, "logits", -2 * MIB), Change(30, "exchange", MIB)])
     assert timeline.at_peak() == before | {"logits": 2 * MIB}
-    timeline.plot(tmp_path / "memory.html")
+    timeline = replace(timeline, marks=[Mark(10, "forward"), Mark(25, "update")])
+    timeline.plot(tmp_path / "memory.html", "train-001: memory of rank 0 of 2 in step 2", "zero=3\n<b>")
     page = (tmp_path / "memory.html").read_text()
-    assert all(category in page for category in CATEGORIES)
+    drawn = page[page.rindex("Plotly.newPlot") :]
+    assert "<title>train-001: memory of rank 0 of 2 in step 2</title>" in page
+    assert "height:100vh" in page
+    named = ["peak 8.0 MiB", "forward", "update", "train-001: memory of rank 0 of 2 in step 2", "zero=3", "&lt;b&gt;"]
+    assert [name for name in (*named, *CATEGORIES) if name not in drawn] == []
     assert memory_table(timeline, 2).splitlines()[0].endswith("8.0 MiB")
     assert "logits               2.0 MiB   25.0%" in memory_table(timeline, 2)
+    assert "The 985 MiB a rank of the progress line" in memory_table(timeline, 2, 985 * MIB)
 
 
 def test_memory_that_another_thread_freed_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from longspan.cli import model_source
 from longspan.cli.config import Check
 from longspan.cli.metrics import output
 from longspan.cli.model_source import DecoderSource, ModelSource
+from longspan.cli.report import count
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.consensus import gather, raise_together
 from longspan.distributed.grad_sync import grad_norm
@@ -276,10 +277,10 @@ def _print(config: Check, source: ModelSource, mesh: ParallelMesh, lines: list[L
         table.add_row(line.what, line.found, line.expected, f"{line.error:.2g}", f"{line.bound:.2g}", verdict)
     console = output(140)
     console.print(
-        f"{mesh.world_group.size()} ranks = data {coordinate.data} x "
+        f"{count(mesh.world_group.size(), 'rank')} = data {coordinate.data} x "
         f"ring {coordinate.ring} x ulysses {coordinate.ulysses}, zero={config.zero}, "
         f"{config.dtype}: "
-        f"{config.rows} rows of {config.tokens:,} tokens, {source.summary}",
+        f"{count(config.rows, 'row')} of {config.tokens:,} tokens, {source.summary}",
         highlight=False,
     )
     console.print(table, highlight=False)

@@ -37,6 +37,9 @@ OTHER_NAMES = {
 LATEST = "latest"
 """What ``--resume`` and ``evaluate`` take where no run is named."""
 
+MAX_TOKENS = 16_384
+"""Tokens of a document that ``evaluate`` reads by default."""
+
 
 def _default(hint: str) -> object:
     """What ``--help`` shows as the default of a setting whose default, None or empty, says nothing."""
@@ -118,25 +121,31 @@ class Train(Layout):
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute dtype of forward and backward. Parameters, gradients and optimizer states are fp32 with both."""
     data: Annotated[tuple[str, ...], _default("Python's own standard library")] = ()
-    """Files, folders or globs of .txt, .md, .py, .jsonl(.gz, .zst) and .parquet."""
+    """Files, folders or globs of .txt, .md, .rst, .py, .jsonl(.gz, .zst) and .parquet."""
     text_field: str = "text"
     """The field of .jsonl and the column of .parquet that holds the text."""
     tokenizer: Annotated[str, _default("the model's own, else bytes")] = ""
     """bytes, a tokenizers JSON file, or the folder of a Hugging Face tokenizer."""
     tokens: int = 8_192
     """Tokens of one sequence (the context length)."""
+    rope_scaling: Literal["none", "linear", "yarn"] = "none"
+    """How the RoPE of a hf: model whose positions reach fewer than --tokens is scaled; the export has it too."""
     rows_per_step: int = 1
     """Sequences of one optimizer step (the global batch size), over all data replicas and micro-batches."""
     micro_batches: int = 1
     """Micro-batches whose gradients are accumulated in one optimizer step."""
     steps: int = 55
     """Optimizer steps of the whole run."""
+    epochs: Annotated[float | None, arg(help_behavior_hint="(default: --steps decides)", metavar="FLOAT")] = None
+    """Passes over the text, instead of --steps."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW (betas 0.9 and 0.95), or SGD without momentum."""
     learning_rate: float = 2e-3
-    """Peak learning rate: linear warm-up, then a cosine decay to a tenth of it at the last step."""
+    """Peak learning rate: linear warm-up, then a cosine decay to a tenth of it."""
     warmup_steps: int = 6
     """Steps of the warm-up."""
+    decay_steps: Annotated[int | None, _number("the steps of the run as it was started")] = None
+    """The step at which the decay of the learning rate ends; later steps keep the tenth."""
     weight_decay: float = 0.1
     """Weight decay of matrices; vectors (norms, biases) are not decayed."""
     clip_norm: float = 1.0
@@ -164,10 +173,10 @@ class Train(Layout):
         super().__post_init__()
         _legal_model(self.model)
         _legal_folder(self.runs_folder)
-        _at_least(self, 1, "rows_per_step", "micro_batches", "steps", "eval_rows", "keep_checkpoints")
+        _at_least(self, 1, "rows_per_step", "micro_batches", "steps", "decay_steps", "eval_rows", "keep_checkpoints")
         _at_least(self, 2, "tokens")
         _at_least(self, 0, "warmup_steps", "eval_every_steps", "checkpoint_every_steps", "weight_decay", "seed")
-        _above(self, 0, "learning_rate", "clip_norm")
+        _above(self, 0, "learning_rate", "clip_norm", "epochs")
         if self.rows_per_step < self.micro_batches:
             raise RunError(
                 f"rows_per_step={self.rows_per_step} is fewer than micro_batches={self.micro_batches}; "
@@ -187,12 +196,12 @@ class Evaluate(Ranks):
     """Settings of an evaluation on whole documents."""
 
     checkpoint: Positional[str] = LATEST
-    """A run's name or folder, a checkpoint's folder, or ``latest``."""
-    data: Annotated[tuple[str, ...], _default("the held-out documents of the run")] = ()
+    """A run's name or folder, a checkpoint's folder, ``latest``, or a Hugging Face folder (an export, or hf:FOLDER)."""
+    data: Annotated[tuple[str, ...], _default("the held-out documents of the run, or of Python's standard library")] = ()
     """Files, folders or globs to evaluate on."""
     text_field: str = "text"
     """The field of .jsonl and the column of .parquet that holds the text."""
-    max_tokens: int = 16_384
+    max_tokens: Annotated[int | None, _number(f"{MAX_TOKENS}, or what a model's positions reach")] = None
     """Documents are truncated to their first this many tokens."""
     documents: int = 8
     """How many documents, the longest first. Each is one forward pass over all ranks."""
@@ -332,5 +341,6 @@ def _at_least(config: Ranks, least: int, *names: str) -> None:
 
 def _above(config: Ranks, bound: int, *names: str) -> None:
     for name in names:
-        if not getattr(config, name) > bound:
-            raise RunError(f"{name}={getattr(config, name)} must be above {bound}")
+        value = getattr(config, name)
+        if value is not None and not value > bound:
+            raise RunError(f"{name}={value} must be above {bound}")

@@ -1,11 +1,15 @@
 """``longspan evaluate``: loss and perplexity of whole documents, one sequence-parallel forward pass each.
 
+A checkpoint of a run, its export, or any Hugging Face folder.
+
 document   |<---- tokens, up to --max-tokens ---->|
              rank 0   |   rank 1   |   rank 2           --forward-->   its loss, the same on every rank
 """
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,15 +18,17 @@ from torch import Tensor
 
 from longspan.batch.agreement import sync_batches
 from longspan.cli import checkpoint, model_source
-from longspan.cli.config import Evaluate
+from longspan.cli.config import MAX_TOKENS, Evaluate, read_file
 from longspan.cli.metrics import output
 from longspan.cli.model_source import ModelSource
+from longspan.cli.report import count
+from longspan.data.corpora import STANDARD_LIBRARY
 from longspan.data.loader import part
 from longspan.data.packing import Corpus, Split, bits, tokenize
 from longspan.data.tokenizers import load as load_tokenizer
 from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
-from longspan.errors import DataError, LayoutError, RunError
+from longspan.errors import DataError, LayoutError, ModelError, RunError
 from longspan.parallelize import parallelize
 
 
@@ -33,6 +39,18 @@ class DocumentLoss(NamedTuple):
     begins: str
     tokens: int
     loss: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is evaluated: a checkpoint of a run, or a Hugging Face folder with its weights (``checkpoint`` is None)."""
+
+    name: str
+    source: ModelSource
+    checkpoint: Path | None
+    tokenizer: str
+    data: tuple[str, ...]
+    vocab: int | None
 
 
 @torch.no_grad()
@@ -47,18 +65,17 @@ def work(config: Evaluate) -> int:
     """
     mesh = ParallelMesh(ulysses=dist.get_world_size())
     with raise_together(mesh.world_group):
-        path = checkpoint.find(config.checkpoint, config.runs_folder)
-        facts = checkpoint.facts(path)
-        trained = facts["config"]
-        tokenizer = load_tokenizer(trained["tokenizer"])
-        corpus = tokenize(config.data or trained["data"], tokenizer, text_field=config.text_field)
+        found = _find(config)
+        tokenizer = load_tokenizer(found.tokenizer)
+        corpus = tokenize(config.data or found.data, tokenizer, text_field=config.text_field)
         text = corpus.whole if config.data else corpus.held_out
-        source = model_source.from_description(facts["model"])
-        _refuse_another_vocabulary(corpus, facts["text"])
+        source = found.source.for_text(found.tokenizer, corpus.vocab_size)
+        _refuse_another_vocabulary(corpus, found)
         _refuse_more_ranks_than_heads(source, mesh)
-        chosen = _longest(text, config, mesh)
-    model = parallelize(source.build(0).to(mesh.device), mesh)
-    checkpoint.load(path, model)
+        chosen = _longest(text, _max_tokens(config, source), config.documents, mesh)
+    model = parallelize(source.build(0).to(mesh.device).eval(), mesh)
+    if found.checkpoint is not None:
+        checkpoint.load(found.checkpoint, model)
 
     losses = []
     for number, start, tokens in chosen:
@@ -68,14 +85,51 @@ def work(config: Evaluate) -> int:
         begins = tokenizer.decode(text.read(start, start + min(tokens, 48)).numpy())
         losses.append(DocumentLoss(number, " ".join(begins.split())[:32], tokens, loss))
     if dist.get_rank() == 0:
-        _print(f"{path}, {config.dtype}, each document over {mesh.world_group.size()} ranks", losses, corpus)
+        of = f"{'' if config.data else 'held-out '}documents of {', '.join(config.data or found.data) or STANDARD_LIBRARY}"
+        over = count(mesh.world_group.size(), "rank")
+        _print(f"{found.name}, {config.dtype}, {of}, each document over {over}", losses, corpus)
     return 0
 
 
-def _longest(text: Split, config: Evaluate, mesh: ParallelMesh) -> list[tuple[int, int, int]]:
+def _find(config: Evaluate) -> Found:
+    """The checkpoint that ``config.checkpoint`` names, or the Hugging Face folder (hf:FOLDER, or its path)."""
+    folder = Path(config.checkpoint.removeprefix(model_source.FOLDER)).expanduser()
+    if config.checkpoint.startswith(model_source.FOLDER) or model_source.is_model_folder(folder):
+        source = model_source.from_name(f"{model_source.FOLDER}{folder}")
+        if not source.trained:
+            raise ModelError(f"the folder '{folder}' holds no weights, only a config; name one that holds *.safetensors")
+        return Found(str(folder), source, None, source.tokenizer, _text_of_run(folder.parent), None)
+    path = checkpoint.find(config.checkpoint, config.runs_folder)
+    facts = checkpoint.facts(path)
+    trained, source = facts["config"], model_source.from_description(facts["model"])
+    return Found(str(path), source, path, trained["tokenizer"], tuple(trained["data"]), facts["text"]["vocab"])
+
+
+def _text_of_run(run: Path) -> tuple[str, ...]:
+    """The text of the run whose folder this is, so that its export is evaluated on what its checkpoint is; else none."""
+    try:
+        return tuple(read_file(str(run / "config.json"))["data"])
+    except (RunError, KeyError):
+        return ()
+
+
+def _max_tokens(config: Evaluate, source: ModelSource) -> int:
+    """--max-tokens; as a default, no more than the positions of the model reach."""
+    most = MAX_TOKENS if source.reach is None else source.reach
+    if config.max_tokens is None:
+        return min(MAX_TOKENS, most)
+    if source.reach is not None and config.max_tokens > source.reach:
+        raise ModelError(
+            f"max_tokens={config.max_tokens} is more than the {source.reach} that the model's RoPE reaches "
+            f"(max_position_embeddings in its config.json); use --max-tokens {source.reach} or fewer"
+        )
+    return config.max_tokens
+
+
+def _longest(text: Split, max_tokens: int, documents: int, mesh: ParallelMesh) -> list[tuple[int, int, int]]:
     """(number, first token, number of tokens) of the longest documents. Raises DataError where one is too short to shard."""
     bounds = [(number, int(start), int(stop - start)) for number, (start, stop) in enumerate(text.documents)]
-    chosen = sorted(bounds, key=lambda bound: -bound[2])[: config.documents]
+    chosen = sorted(bounds, key=lambda bound: -bound[2])[:documents]
     least = max(2, mesh.world_group.size())
     for number, _, tokens in chosen:
         if tokens < least:
@@ -83,18 +137,18 @@ def _longest(text: Split, config: Evaluate, mesh: ParallelMesh) -> list[tuple[in
                 f"document {number} has {tokens} tokens, fewer than the {least} that {mesh.world_group.size()} ranks need; "
                 f"use fewer --documents (the longest come first), fewer --ranks, or longer text"
             )
-    if config.max_tokens < least:
+    if max_tokens < least:
         raise DataError(
-            f"max_tokens={config.max_tokens} is too few for {mesh.world_group.size()} ranks; use --max-tokens {least} or more"
+            f"max_tokens={max_tokens} is too few for {mesh.world_group.size()} ranks; use --max-tokens {least} or more"
         )
-    return [(number, start, min(tokens, config.max_tokens)) for number, start, tokens in chosen]
+    return [(number, start, min(tokens, max_tokens)) for number, start, tokens in chosen]
 
 
-def _refuse_another_vocabulary(corpus: Corpus, text: dict[str, Any]) -> None:
-    if corpus.vocab_size != text["vocab"]:
+def _refuse_another_vocabulary(corpus: Corpus, found: Found) -> None:
+    if found.vocab is not None and corpus.vocab_size != found.vocab:
         raise RunError(
             f"the tokenizer {corpus.tokenizer} has {corpus.vocab_size} tokens now, and the checkpoint was trained with "
-            f"{text['vocab']}; bring back the tokenizer that it was trained with"
+            f"{found.vocab}; bring back the tokenizer that it was trained with"
         )
 
 

@@ -85,12 +85,12 @@ class Journal:
         except OSError as error:
             self._keep(error)
 
-    def write_memory(self, timeline: Timeline) -> None:
-        """Write the memory timeline of a step as an HTML page."""
+    def write_memory(self, timeline: Timeline, title: str, about: str) -> None:
+        """Write the memory timeline of a step as an HTML page, with these lines above it."""
         if not self._lead or self.fault is not None:
             return
         try:
-            timeline.plot(self._folder / MEMORY)
+            timeline.plot(self._folder / MEMORY, title, about)
         except OSError as error:
             self._keep(error)
 
@@ -256,8 +256,16 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def memory_table(timeline: Timeline, step: int) -> str:
-    """The bytes of each category at the peak of a step, a line each, for the terminal."""
+def memory_table(timeline: Timeline, step: int, process_bytes: int | None = None) -> str:
+    """The bytes of each category at the peak of a step, a line each, for the terminal.
+
+    ``process_bytes``: the memory of the whole process, where that is what the progress line shows (on the CPU).
+    """
     peak, total = timeline.at_peak(), timeline.peak()
     lines = [f"  {name:<14}{size / 2**20:10,.1f} MiB {size / total:7.1%}" for name, size in peak.items()]
+    if process_bytes is not None:
+        lines.append(
+            f"  These are the tensors. The {binary(process_bytes)} a rank of the progress line are the whole process at its "
+            f"peak: also Python, PyTorch's libraries and memory that is kept for reuse."
+        )
     return "\n".join([f"Memory of rank 0 at the peak of step {step}: {total / 2**20:,.1f} MiB", *lines])

@@ -7,6 +7,7 @@ The verbs use a ``ModelSource`` and never ask which kind it is. It is made befor
 at once. Transformers is imported for ``hf:`` only (hf/source.py).
 """
 
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -49,8 +50,26 @@ class ModelSource(Protocol):
         """Whether labels stand at the token's own position (masked LM), not one before it (causal LM)."""
         ...
 
+    @property
+    def trained(self) -> bool:
+        """Whether ``build`` reads weights from a folder, instead of drawing random ones."""
+        ...
+
+    @property
+    def reach(self) -> int | None:
+        """Tokens of the longest row that the model's RoPE was made for; None where it does not say."""
+        ...
+
     def for_text(self, tokenizer: str, vocab: int) -> "ModelSource":
-        """The source for text of this vocabulary size. Raises ModelError for a model that cannot be trained on it."""
+        """The source for text of this vocabulary size. Raises ModelError for a model that does not predict such text."""
+        ...
+
+    def for_training(self, tokens: int, rope_scaling: str) -> "ModelSource":
+        """The source for rows of ``tokens`` tokens, its RoPE scaled where they need it.
+
+        Raises:
+            ModelError: the model drops activations, or its positions do not reach so far.
+        """
         ...
 
     def build(self, seed: int, zero: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -68,6 +87,14 @@ class ModelSource(Protocol):
     def export(self, model: nn.Module, folder: Path, tokenizer: str, mesh: ParallelMesh) -> bool:
         """Write the trained model for other libraries. Every rank calls it. Returns False where no such format exists."""
         ...
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder holds the config of a Hugging Face model, as an export does, and not that of a run."""
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def from_name(name: str, layers: int | None = None, heads: int | None = None, kv_heads: int | None = None) -> ModelSource:
@@ -120,6 +147,8 @@ class DecoderSource:
     tokenizer = "bytes"
     in_place = False
     special = frozenset[int]()
+    trained = False
+    reach = None
 
     @property
     def summary(self) -> str:
@@ -138,6 +167,14 @@ class DecoderSource:
 
     def for_text(self, tokenizer: str, vocab: int) -> "DecoderSource":
         return DecoderSource(replace(self.config, vocab=vocab))
+
+    def for_training(self, tokens: int, rope_scaling: str) -> "DecoderSource":
+        if rope_scaling != "none":
+            raise ModelError(
+                f"rope_scaling={rope_scaling!r} is for hf: models, which were trained on rows of some length; leave it "
+                f"out, because a preset begins with random weights"
+            )
+        return self
 
     def build(self, seed: int, zero: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
         return Decoder(self.config, seed=seed).to(dtype)

@@ -12,7 +12,6 @@ bit.
 import math
 import os
 import shutil
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -27,10 +26,11 @@ from longspan.batch.agreement import sync_batches
 from longspan.batch.context import Part
 from longspan.cli import checkpoint, model_source
 from longspan.cli.config import LATEST, Train, as_json
-from longspan.cli.metrics import Display, Journal, Record, fullest_rank_bytes, measured_peak_flops, memory_table
+from longspan.cli.metrics import Display, Journal, Record, fullest_rank_bytes, measured_peak_flops, memory_table, peak_bytes
 from longspan.cli.model_source import ModelSource
+from longspan.cli.report import closing, memory_heading, opening
 from longspan.data.loader import Loader
-from longspan.data.packing import Corpus, bits, tokenize
+from longspan.data.packing import Corpus, tokenize
 from longspan.data.tokenizers import load as load_tokenizer
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.consensus import raise_first_error, raise_together, refuse_difference
@@ -63,8 +63,10 @@ def work(config: Train) -> int:
         source = model_source.from_name(config.model)
         config = replace(config, tokenizer=config.tokenizer or source.tokenizer)
         corpus = tokenize(config.data, load_tokenizer(config.tokenizer), text_field=config.text_field)
-        source = source.for_text(config.tokenizer, corpus.vocab_size)
+        source = source.for_text(config.tokenizer, corpus.vocab_size).for_training(config.tokens, config.rope_scaling)
         loader = _loader(corpus, config, mesh)
+        config = _for_epochs(config, loader.sequences)
+        _refuse_idle_replicas(config, mesh)
         held_out = _held_out(corpus, config, mesh)
     refuse_difference("the text", corpus.fingerprint, mesh.world_group, "give every machine the same files and tokenizer")
     model = parallelize(_on(mesh, source.build(config.seed, config.zero)), mesh, zero=config.zero, memory=config.memory)
@@ -78,7 +80,7 @@ def work(config: Train) -> int:
     watched, reported = Recorded(model, optimizer), min(done + 2, config.steps) if config.memory_report and lead else 0
 
     with Display(run.name, config.steps, done, lead) as display:
-        display.say(_opening(source, corpus, config, mesh, done))
+        display.say(opening(source, corpus, loader, config, mesh, done))
         for step in range(done + 1, config.steps + 1):
             started, sent_before = time.perf_counter(), transport.traffic.bytes
             loss, rate = 0.0, learning_rate(step, config)
@@ -118,20 +120,22 @@ def work(config: Train) -> int:
                 facts = _facts(step, source, corpus, config)
                 checkpoint.save(run, step, model, optimizer, facts, mesh, config.keep_checkpoints)
             if step == reported:
-                journal.write_memory(watched.timeline)
-                display.say(memory_table(watched.timeline, step))
+                journal.write_memory(watched.timeline, *memory_heading(run.name, step, source, config, mesh))
+                process_bytes = peak_bytes(mesh.device) if mesh.device.type == "cpu" else None
+                display.say(memory_table(watched.timeline, step, process_bytes))
     journal.close()
     raise_first_error(journal.fault, mesh.world_group)
     exported = source.export(model, run / "export", config.tokenizer, mesh)
-    display.say(_closing(run, losses[-LAST_STEPS:], eval_loss, corpus, config, exported))
+    display.say(closing(run, losses[-LAST_STEPS:], eval_loss, corpus, config, exported))
     return 0
 
 
 def learning_rate(step: int, config: Train) -> float:
-    """The learning rate of ``step`` (from 1): linear warm-up to the peak, cosine decay to a tenth of it at the last step."""
+    """The learning rate of ``step`` (from 1): linear warm-up to the peak, cosine decay to a tenth of it at ``decay_steps``."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    last = config.decay_steps or config.steps
+    progress = min(1.0, (step - config.warmup_steps) / max(1, last - config.warmup_steps))
     cosine = (1 + math.cos(math.pi * progress)) / 2
     return config.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
 
@@ -155,6 +159,27 @@ def _loader(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
         seed=config.seed,
         coordinate=mesh.coordinate,
         micro_batches=config.micro_batches,
+    )
+
+
+def _for_epochs(config: Train, sequences: int) -> Train:
+    """The settings with the steps that --epochs asks for, in a text of so many sequences."""
+    if config.epochs is None:
+        return config
+    return replace(config, steps=math.ceil(config.epochs * sequences / config.rows_per_step), epochs=None)
+
+
+def _refuse_idle_replicas(config: Train, mesh: ParallelMesh) -> None:
+    """A micro-batch with fewer rows than replicas leaves some idle, for ever where all micro-batches have fewer."""
+    c, rows = mesh.coordinate, math.ceil(config.rows_per_step / config.micro_batches)
+    if rows >= c.data:
+        return
+    ranks = mesh.world_group.size()
+    raise RunError(
+        f"{ranks} ranks with ulysses={c.ulysses} and ring={c.ring} are {c.data} data replicas, and rows_per_step="
+        f"{config.rows_per_step} gives a micro-batch {rows} row{'s' * (rows > 1)}, so that a replica would never have one; use "
+        f"--rows-per-step {c.data * config.micro_batches} or more, or one replica: --ranks {c.sequence_ranks}, or --ulysses "
+        f"and --ring whose product is {ranks}"
     )
 
 
@@ -288,40 +313,3 @@ def _facts(step: int, source: ModelSource, corpus: Corpus, config: Train) -> dic
         "optimizer": {"optimizer": config.optimizer},
         "config": asdict(config),
     }
-
-
-def _opening(source: ModelSource, corpus: Corpus, config: Train, mesh: ParallelMesh, done: int) -> str:
-    coordinate = mesh.coordinate
-    tokens_a_rank = config.tokens // coordinate.sequence_ranks
-    return (
-        f"{mesh.world_group.size()} ranks = data {coordinate.data} x ring {coordinate.ring} x ulysses {coordinate.ulysses}; "
-        f"{source.summary}; "
-        f"{corpus.train.tokens:,} tokens of text; {config.tokens:,} tokens a sequence, {tokens_a_rank:,} of them a rank"
-        + (f"; going on after step {done}" if done else "")
-    )
-
-
-def _closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, config: Train, exported: bool) -> str:
-    """The losses of the run, the files it wrote, and the commands to run next."""
-    per_byte = 1 / corpus.bytes_per_token
-    learned = [
-        (f"loss, last {len(losses)} steps", sum(losses) / len(losses)),
-        ("loss, held-out text", eval_loss),
-        ("byte frequencies alone", corpus.byte_entropy / per_byte),
-    ]
-    lines = [f"  {what:<24}{loss:7.4f} nats a token {bits(loss * per_byte):8.4f} bits a byte" for what, loss in learned]
-    ours = "longspan" if shutil.which("longspan") else sys.argv[0]
-    where = "" if config.runs_folder == "runs" else f" --runs-folder {config.runs_folder}"
-    return "\n".join(
-        [
-            "",
-            "Learned",
-            *lines,
-            f"Kept in {run}",
-            f"  checkpoints/step-{config.steps:06d}, metrics.jsonl, config.json, TensorBoard events"
-            + ", and export/: the model for from_pretrained" * exported,
-            "Next",
-            f"  {ours} evaluate {run.name} --ranks {config.ulysses}{where}",
-            f"  {Path(ours).with_name('tensorboard')} --logdir {config.runs_folder}",
-        ]
-    )

@@ -16,7 +16,8 @@ import json
 import os
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,17 +43,18 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """One ``--data`` argument, and the files that it names."""
+    """One ``--data`` argument, the files that it names, and those in its folders that are of another kind."""
 
     given: str
     files: tuple[Path, ...]
+    skipped: tuple[Path, ...] = ()
 
 
 def documents(sources: Sequence[str], text_field: str = "text") -> Iterator[Document]:
     """Every text of ``sources``, in their order; files sorted by path.
 
     Empty texts (an empty file, ``""`` or ``null``) are no documents. A named file or a glob may hold only known kinds; in a
-    folder, hidden files and files of other kinds are skipped.
+    folder, files of other kinds are skipped, and counted; hidden files are not counted.
 
     Args:
         sources: files, folders and globs; empty: the Python standard library.
@@ -106,23 +108,34 @@ def _standard_library() -> Source:
 def _find_one(given: str) -> Source:
     path = Path(given).expanduser()
     if path.is_dir():
-        return Source(given, _texts_below(path))
+        return Source(given, *_texts_below(path))
     if path.is_file():
         return Source(given, (_known(path),))
     if not glob.has_magic(given):
         raise DataError(f"the data {given!r} does not exist; name a file, a folder or a glob of {_KINDS}")
-    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    files = [file for match in matches for file in (_texts_below(match) if match.is_dir() else (_known(match),))]
-    if not files:
+    found: list[Path] = []
+    skipped: list[Path] = []
+    for match in map(Path, sorted(glob.glob(str(path), recursive=True))):
+        texts, others = _texts_below(match) if match.is_dir() else ((_known(match),), ())
+        found, skipped = [*found, *texts], [*skipped, *others]
+    if not found:
         raise DataError(f"the glob {given!r} matches nothing; name a file, a folder or a glob of {_KINDS}")
-    return Source(given, tuple(dict.fromkeys(files)))  # "**" meets a file once by itself and once in its folder
+    once = dict.fromkeys  # "**" meets a file once by itself and once in its folder
+    return Source(given, tuple(once(found)), tuple(once(skipped)))
 
 
-def _texts_below(folder: Path) -> tuple[Path, ...]:
-    files = tuple(path for path in _below(folder, frozenset()) if kind(path))
+def _texts_below(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The files of known kinds below a folder, and the others."""
+    below = _below(folder, frozenset())
+    files = tuple(path for path in below if kind(path))
     if not files:
         raise DataError(f"the folder '{folder}' holds no file of {_KINDS}; name another one")
-    return files
+    return files, tuple(path for path in below if not kind(path))
+
+
+def counts(paths: Iterable[Path]) -> dict[str, int]:
+    """How many files have which ending, the most frequent first."""
+    return dict(Counter(kind(path) or path.suffix.lower() or "no ending" for path in paths).most_common())
 
 
 def _below(folder: Path, left_out: frozenset[str]) -> list[Path]:
@@ -259,6 +272,7 @@ def _count(number: int, what: str) -> str:
 _READERS: dict[str, Callable[[Path, str], Iterator[Document]]] = {
     ".txt": _read_text,
     ".md": _read_text,
+    ".rst": _read_text,
     ".py": _read_text,
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl_gz,

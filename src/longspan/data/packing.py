@@ -89,7 +89,8 @@ class Corpus:
     """A tokenized text: ``text_bytes`` of text became ``tokens`` tokens, one end-of-document token for each document included.
 
     ``byte_entropy`` is the loss of a model that predicts every byte by its frequency alone, in nats per byte of the whole
-    text. ``whole`` is every document; ``train`` and ``held_out`` have no token in common.
+    text. ``whole`` is every document; ``train`` and ``held_out`` have no token in common. ``files`` and ``skipped``: how many
+    files of which ending were read, and how many of other kinds were in the same folders.
     """
 
     fingerprint: str
@@ -101,6 +102,8 @@ class Corpus:
     whole: Split
     train: Split
     held_out: Split
+    files: dict[str, int]
+    skipped: dict[str, int]
 
     @property
     def tokens(self) -> int:
@@ -146,7 +149,7 @@ def tokenize(
             raise DataError("the data changed while it was read; run again when nobody writes to it")
 
     folder = folder or cache.default_folder()
-    return _open(cache.kept(folder, _hash(made_by + state), lambda: _content(found, made_by), make, settled))
+    return _open(cache.kept(folder, _hash(made_by + state), lambda: _content(found, made_by), make, settled), found)
 
 
 def hold_out(bounds: Bounds, hashes: Integer[np.ndarray, "documents"]) -> tuple[Bounds, Bounds]:
@@ -166,7 +169,7 @@ def _some(bounds: Bounds) -> Bounds:
     return bounds[bounds[:, 0] < bounds[:, 1]]
 
 
-def _open(path: Path) -> Corpus:
+def _open(path: Path, found: Sequence[Source]) -> Corpus:
     try:
         facts = json.loads((path / FACTS).read_bytes())
         stream = np.memmap(path / TOKENS, facts["dtype"], "r", shape=(facts["tokens"],))
@@ -176,7 +179,8 @@ def _open(path: Path) -> Corpus:
         known = {name: facts[name] for name in ("tokenizer", "vocab_size", "eos", "text_bytes", "byte_entropy")}
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise DataError(f"the cached tokens in '{path}' are damaged; remove that folder and run again") from error
-    return Corpus(fingerprint=path.name, **known, whole=whole, train=train, held_out=held_out)
+    files, skipped = (corpora.counts(file for source in found for file in getattr(source, of)) for of in ("files", "skipped"))
+    return Corpus(fingerprint=path.name, **known, whole=whole, train=train, held_out=held_out, files=files, skipped=skipped)
 
 
 def _write(draft: Path, found: Sequence[Source], text_field: str, tokenizer: Tokenizer, console: Console) -> None:

@@ -27,7 +27,7 @@ from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf.names import is_dropout_field, number_of_experts
-from longspan.hf.weights import build_empty, class_of, load, load_whole, read_config, save
+from longspan.hf.weights import build_empty, class_of, has_weights, load, load_whole, read_config, save
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 OF_THE_FOLDER = ("_name_or_path", "transformers_version", "dtype")
@@ -103,21 +103,60 @@ class FolderSource:
     def in_place(self) -> bool:
         return class_of(self.config) in _classes(transformers.MODEL_FOR_MASKED_LM_MAPPING, self.config)
 
+    @property
+    def trained(self) -> bool:
+        return self.folder is not None and has_weights(self.folder)
+
+    @property
+    def reach(self) -> int | None:
+        """``max_position_embeddings``, or what a scaled RoPE makes of the length that it was trained with."""
+        rope, known = (getattr(self._text, name, None) for name in ("rope_parameters", "max_position_embeddings"))
+        if not rope or known is None:
+            return None
+        kinds = list(rope.values()) if all(isinstance(value, dict) for value in rope.values()) else [rope]
+        if any(kind.get("rope_type") == "dynamic" for kind in kinds):
+            return None  # it scales with the length of the row
+        scaled = (int((kind.get("original_max_position_embeddings") or known) * (kind.get("factor") or 1)) for kind in kinds)
+        reach: int = max(known, *scaled)
+        return reach
+
     def for_text(self, tokenizer: str, vocab: int) -> "FolderSource":
         kind = class_of(self.config).__name__
         if self.in_place:
-            raise ModelError(f"{kind} predicts masked tokens, and a run trains on the next one; name a causal language model")
+            raise ModelError(f"{kind} predicts masked tokens, and this needs the next one; name a causal language model")
         if vocab > self.vocab:
             raise ModelError(
                 f"the tokenizer {tokenizer} has {vocab} tokens, more than the {self.vocab} that {kind} knows; name the model's "
                 f"own with --tokenizer"
             )
+        return self
+
+    def for_training(self, tokens: int, rope_scaling: str) -> "FolderSource":
+        kind = class_of(self.config).__name__
         if drops := [name for name, value in vars(self._text).items() if is_dropout_field(name) and value]:
             raise ModelError(
                 f"{kind} would drop activations in training (config.{', config.'.join(drops)}), differently on every layout; "
                 f"set {'it' if len(drops) == 1 else 'them'} to 0 in its config.json"
             )
-        return self
+        if self.reach is None or tokens <= self.reach:
+            return self
+        rope = self._text.rope_parameters
+        scalable = rope.get("rope_type") == "default"
+        if rope_scaling == "none" or not scalable:
+            advice = ", or --rope-scaling yarn, which the export has too" if scalable else "; its RoPE is scaled already"
+            raise ModelError(
+                f"tokens={tokens} is more than the {self.reach} that the RoPE of {kind} reaches "
+                f"(max_position_embeddings in its config.json); use --tokens {self.reach} or fewer{advice}"
+            )
+        config = deepcopy(self.config)
+        text: Any = config.get_text_config()
+        text.rope_parameters |= {
+            "rope_type": rope_scaling,
+            "factor": tokens / self.reach,
+            "original_max_position_embeddings": self.reach,
+        }
+        text.max_position_embeddings = tokens
+        return FolderSource(config, self.folder)
 
     def build(self, seed: int, zero: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
         config = deepcopy(self.config)

@@ -74,13 +74,18 @@ def load(
 def load_whole(folder: str | Path | None, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     """The same model whole on this rank: ``from_pretrained``, or random weights where there is no folder or none in it."""
     kind: Any = class_of(config)
-    if folder is not None and any(path.suffix in WEIGHTS for path in Path(folder).iterdir()):
+    if folder is not None and has_weights(folder):
         model: PreTrainedModel = kind.from_pretrained(folder, config=config, dtype=dtype)
     else:
         model = build_empty(config, dtype)
         FolderWeights(model, Path(folder or ""), seed).draw_into(model, torch.device("cpu"))
     model.train()
     return model
+
+
+def has_weights(folder: str | Path) -> bool:
+    """Whether a folder holds a file of weights."""
+    return any(path.suffix in WEIGHTS for path in Path(folder).iterdir())
 
 
 def read_config(folder: str | Path) -> PreTrainedConfig:

@@ -12,7 +12,12 @@ category; addresses of gradients are recorded when the optimizer's step begins. 
 counted from model and optimizer. (On CUDA the profiler reports the caching allocator; that has never run on a GPU.)
 """
 
+import html
+import os
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +45,33 @@ NAMES = (
 """(part of an operator's name, category): the first entry that matches an operator around an allocation gives its category."""
 
 
+FORWARD = "longspan::forward"
+"""The event that a hook of the model writes when its forward begins."""
+PHASES = (
+    (FORWARD, "forward"),
+    ("autograd::engine::evaluate_function", "backward"),
+    ("Optimizer.step", "update"),
+    *((part, "loss") for part, category in NAMES if category == "logits"),
+)
+"""The phase of a step that an operator belongs to, by a part of its name."""
+FOLLOWS = {
+    "forward": ("", "backward"),
+    "loss": ("", "forward"),
+    "backward": ("", "forward", "loss"),
+    "update": ("", "backward"),
+}
+"""The phases after which a phase may begin: a forward inside a backward is recomputation."""
+NOISE = (b"SyncActivityProfilerHandler.cpp", b"Memory block of unknown size was allocated", b"gpuGetDeviceCount failed")
+"""Lines of PyTorch's profiler on stderr that tell a reader nothing: where it starts and stops, and that there is no GPU."""
+
+
+class Mark(NamedTuple):
+    """A phase of the step begins, in nanoseconds of the profiler's clock."""
+
+    when: int
+    phase: str
+
+
 class Change(NamedTuple):
     """One allocation (positive ``size`` in bytes) or free (negative), at ``when`` in nanoseconds of the profiler's clock."""
 
@@ -50,10 +82,11 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The memory of a step: bytes by category before it, and every allocation and free in it."""
+    """The memory of a step: bytes by category before it, every allocation and free in it, and where its phases begin."""
 
     before: dict[str, int]
     changes: Sequence[Change]
+    marks: Sequence[Mark] = ()
 
     def peak(self) -> int:
         """The largest number of bytes allocated at one time."""
@@ -71,12 +104,19 @@ class Timeline:
                 most, largest = dict(now), total
         return most
 
-    def plot(self, path: str | Path) -> None:
-        """Write the timeline to ``path`` as one self-contained HTML page with a stacked plot (MiB over milliseconds)."""
+    def plot(self, path: str | Path, title: str = "Memory of one training step", about: str = "") -> None:
+        """Write the timeline as one self-contained HTML page with a stacked plot (MiB over milliseconds).
+
+        Args:
+            path: the file.
+            title: the first line of the page.
+            about: the lines below it, such as the options of the run.
+        """
         import plotly.graph_objects as graph
 
-        start = self.changes[0].when if self.changes else 0
-        figure = graph.Figure(layout={"title": "Memory of one training step", "hovermode": "x unified"})
+        start = min([*(change.when for change in self.changes[:1]), *(mark.when for mark in self.marks[:1])], default=0)
+        heading = "<br>".join([html.escape(title), *(f"<sup>{html.escape(line)}</sup>" for line in about.splitlines())])
+        figure = graph.Figure(layout={"title": heading, "hovermode": "x unified", "margin": {"t": 140}})
         figure.update_xaxes(title="milliseconds").update_yaxes(title="MiB")
         columns = list(self._samples())
         for category in CATEGORIES:
@@ -84,7 +124,16 @@ class Timeline:
                 x=[(when - start) / 1e6 for when, _ in columns], y=[now[category] / 2**20 for _, now in columns],
                 name=category, stackgroup="memory", line={"shape": "hv", "width": 0},
             )  # fmt: skip
-        figure.write_html(path)
+        peak = self.peak() / 2**20
+        figure.add_hline(y=peak, line_dash="dot", annotation_text=f"peak {peak:,.1f} MiB", annotation_position="top right")
+        for when, phase in self.marks:
+            figure.add_vline(x=(when - start) / 1e6, line_dash="dash", line_width=1, annotation_text=phase)
+        chart = figure.to_html(full_html=False, default_height="100vh", config={"responsive": True})
+        Path(path).write_text(
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+            f"<style>body {{ margin: 0; overflow: hidden }}</style></head><body>{chart}</body></html>",
+            encoding="utf-8",
+        )
 
     def _samples(self, most: int = 4_000) -> Iterator[tuple[int, dict[str, int]]]:
         """At most ``most`` points (time, bytes by category) for a plot: the highest of each group of consecutive changes."""
@@ -122,23 +171,27 @@ class Recorded:
             "optimizer": _bytes(x for state in self._optimizer.state.values() for x in state.values()),
             "gradients": _bytes(parameter.grad for parameter in self._model.parameters()),
         }
-        self._hook = self._optimizer.register_step_pre_hook(self._note_gradients)
-        self._profile = torch.profiler.profile(profile_memory=True)
-        self._profile.__enter__()
+        self._block = ExitStack()
+        self._block.enter_context(_without_noise())
+        self._profile = self._block.enter_context(torch.profiler.profile(profile_memory=True))
+        for hook in (
+            self._optimizer.register_step_pre_hook(self._note_gradients),
+            self._model.register_forward_pre_hook(_mark_forward),
+        ):
+            self._block.callback(hook.remove)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._hook.remove()
-        self._profile.__exit__(kind, error, trace)
+        self._block.__exit__(kind, error, trace)
         if error is None:
-            self.timeline = Timeline(self._before, self._changes())
+            tree = _compat.event_tree(self._profile.profiler)
+            self.timeline = Timeline(self._before, self._changes(tree), _marks(tree))
 
     def _note_gradients(self, *_: Any) -> None:
         self._gradients = {_storage(p.grad) for p in self._model.parameters() if p.grad is not None}
 
-    def _changes(self) -> list[Change]:
-        profiler: Any = self._profile.profiler
-        found = sorted(_allocations(_compat.event_tree(profiler), ()))
+    def _changes(self, tree: Sequence[Any]) -> list[Change]:
+        found = sorted(_allocations(tree, ()))
         stepped = next((when for when, _, _, names in found if any(name.startswith("Optimizer.step") for name in names)), None)
         live: dict[int, tuple[int, int]] = {}
         changes: list[Change] = []
@@ -165,6 +218,49 @@ def _allocations(events: Sequence[Any], names: tuple[str, ...]) -> Iterator[tupl
             yield event.start_time_ns, kept.ptr, kept.alloc_size, names
         else:
             yield from _allocations(event.children, (*names, event.name))
+
+
+def _mark_forward(*_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        with torch.profiler.record_function(FORWARD):
+            pass
+
+
+def _marks(tree: Sequence[Any]) -> list[Mark]:
+    marks: list[Mark] = []
+    for when, phase in sorted(_phases(tree)):
+        if (marks[-1].phase if marks else "") in FOLLOWS[phase]:
+            marks.append(Mark(when, phase))
+    return marks
+
+
+def _phases(events: Sequence[Any]) -> Iterator[tuple[int, str]]:
+    """When an operator of which phase begins; what it calls belongs to it."""
+    for event in events:
+        phase = next((phase for part, phase in PHASES if part in event.name), None)
+        if phase is not None:
+            yield event.start_time_ns, phase
+        else:
+            yield from _phases(event.children)
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Hold back what is written to stderr, C++ included, and write it when the block ends, without the lines of ``NOISE``."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            for line in held:
+                if not any(noise in line for noise in NOISE):
+                    os.write(2, line)
 
 
 def _category(names: Sequence[str]) -> str:
