@@ -3,11 +3,12 @@
 Dynamo cannot trace functions that jaxtyping and beartype wrap, so these run in a Python of their own, without the shape hook.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import processes
 
 BLOCKS = [
     ("2", "2", "aot_eager"),
@@ -28,6 +29,6 @@ BLOCKS = [
 )
 def test_it_is_one_graph_and_exact(script: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"tests.helpers.{script}", str(tmp_path), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = processes.run(command, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.split()[-1] == "exact"

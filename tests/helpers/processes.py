@@ -27,6 +27,13 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def output(command: Sequence[str], *, timeout: float = 120) -> str:
+    """The output of a program that must succeed."""
+    done = run(command, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def start(command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> subprocess.Popen[str]:
     """Start a program in a new session, with text pipes for stdout and stderr. The caller must call ``end``."""
     pipe = subprocess.PIPE

@@ -2,10 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
+
+from tests.helpers import processes
 
 _PEAK = """
 import json, re, sys, torch
@@ -47,7 +48,7 @@ def peaks(*sizes: int) -> dict[str, list[float]]:
     # without the threshold glibc keeps what was freed, and the peak shows nothing
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", _PEAK, json.dumps(sizes)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = processes.run(command, env=environment)
     assert done.returncode == 0, done.stderr
     found: dict[str, list[float]] = json.loads(done.stdout)
     return found

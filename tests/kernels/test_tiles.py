@@ -1,6 +1,5 @@
 """Tiles of a mask, in integers: the stacks of plain masks, each pair once, little waste, linear time."""
 
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ from longspan.kernels.reference import visible
 from longspan.kernels.tiles import Shape, Stack, plan
 from longspan.masks.bands import Band, area
 from longspan.masks.constructors import Causal, Chunked, Documents, Full, Mask, Window
+from tests.helpers import processes
 from tests.helpers.examples import examples
 from tests.helpers.kernel_cases import COLUMN, CORNERS, CPU, Inputs, attentions, bands_of, draw_inputs
 
@@ -107,5 +107,5 @@ def test_ten_times_the_documents_take_ten_times_as_long() -> None:
         "    return seconds\n"
         "print(seconds_of(40_000) / sum(seconds_of(4_000) for _ in range(10)))\n"
     )
-    ratio = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    ratio = float(processes.output([sys.executable, "-c", code]))
     assert ratio < 3  # 1.3 where nothing else runs; what goes over all documents for each of them takes 10

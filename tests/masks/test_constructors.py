@@ -1,7 +1,6 @@
 """Masks against their definitions, pair by pair: a set of (query, key) is the oracle of every band and every cut."""
 
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -24,6 +23,7 @@ from longspan.masks.constructors import (
     Window,
     rows,
 )
+from tests.helpers import processes
 from tests.helpers.mask_cases import asked, dense, pairs, some_mask
 
 # beartype, which checks signatures in the tests, picks the item that it checks by the random module
@@ -167,5 +167,5 @@ def test_a_hundred_thousand_documents_take_half_a_second() -> None:
         "    return time.process_time() - start\n"
         "print(min(once(seed) for seed in range(5)))\n"
     )
-    seconds = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    seconds = float(processes.output([sys.executable, "-c", code]))
     assert seconds < 1.0  # 0.4 where nothing else runs; other work on the same cores may double it

@@ -1,7 +1,6 @@
 """What is kept is kept once and what is computed again is the same: gradients, collectives, bytes, kernel calls, memory."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,6 +25,7 @@ from longspan.masks import constructors as masks
 from longspan.masks.constructors import Causal
 from longspan.memory.checkpointing import selective_context
 from longspan.models.decoder import Block, DecoderConfig
+from tests.helpers import processes
 from tests.helpers.ranks import Ranks
 
 LAYERS, HEAD_DIM = 2, 4
@@ -196,7 +196,7 @@ def test_what_is_really_held(tmp_path: Path) -> None:
     """In hidden states of the rank's tokens; the shapes are those of attention_memory.py."""
     command = [sys.executable, "-m", "tests.helpers.attention_memory", str(tmp_path)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    result = processes.run(command, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     held = {tuple(words[:2]): [float(word) for word in words[2:]] for words in map(str.split, result.stdout.splitlines())}
     once, again = held["kept", "0"]
