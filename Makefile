@@ -1,6 +1,7 @@
 # make train      install into .venv and train on this machine        make test        every check, as CI runs it
 # make quick      lint, types and the quickest tests, two minutes    make test-long   the full product of shapes and layouts, 45 minutes
 # make clean      remove .venv and caches, not runs/
+# make model-matrix   which language models of Transformers are exact on two ranks; writes docs/models.md, about an hour
 # make bench-million   real steps on one sequence of 1,048,576 tokens, two ranks, about ten minutes a step on a CPU with AVX-512
 #
 # PyTorch's default wheel brings CUDA (gigabytes). For the CPU alone:
@@ -14,7 +15,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
-.PHONY: train lint quick test test-long bench-million clean
+.PHONY: train lint quick test test-long model-matrix bench-million clean
 
 train: .venv/installed
 	$(BIN)/longspan train $(ARGS)
@@ -39,6 +40,9 @@ test: lint
 
 test-long: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist worksteal -m "long or examples" --hypothesis-profile many
+
+model-matrix: .venv/installed-dev
+	$(BIN)/python benchmarks/model_matrix.py $(ARGS)
 
 bench-million: .venv/installed
 	$(BIN)/python benchmarks/million.py $(ARGS)

@@ -114,7 +114,7 @@ def test_a_hugging_face_model_that_cannot_be_checked_is_refused(tmp_path: Path, 
         ([llama, "--layers", "4"], "layers=4 is more than the 3 of "),
         ([llama, "--ulysses", "5"], "ulysses=5 exceeds the 4 query heads; "),
         ([classifier], "is a LlamaForSequenceClassification, which is no language model; name the folder of "),
-        ([mamba], "no layer of MambaForCausalLM attends through Transformers' attention registry"),
+        ([mamba], "mixes tokens outside attention"),
         ([f"hf:{tmp_path}"], "has no config.json; name one that a Hugging Face model's save_pretrained wrote"),
     ]:
         capfd.readouterr()

@@ -34,7 +34,7 @@ TINY_T5: dict[str, Any] = {
 
 PAIR_KINDS = {
     "bart": "Bart", "mbart": "MBart", "pegasus": "Pegasus", "marian": "Marian", "plbart": "PLBart", "t5gemma": "T5Gemma",
-    "t5": "T5", "mt5": "MT5", "umt5": "UMT5",
+    "t5": "T5", "mt5": "MT5", "umt5": "UMT5", "m2m_100": "M2M100",
 }  # fmt: skip
 
 FP32_PAIRS = ("t5gemma", "t5", "mt5", "umt5")

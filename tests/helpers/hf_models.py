@@ -108,6 +108,30 @@ KINDS = {
     ),
 }  # fmt: skip
 
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+
+OWN_KINDS = {
+    "gptj": Kind("GPTJConfig", "GPTJForCausalLM", {"rotary_dim": 4, **GPT}, **FP32),
+    "bloom, ALiBi": Kind("BloomConfig", "BloomForCausalLM", {"n_layer": 2, "n_head": 4}, **FP32),
+    "mpt, ALiBi": Kind("MptConfig", "MptForCausalLM", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}, **FP32),
+    "falcon, one key/value head": Kind("FalconConfig", "FalconForCausalLM", {"multi_query": True}, **FP32),
+    "gpt_neo, windows": Kind(
+        "GPTNeoConfig", "GPTNeoForCausalLM",
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 5,
+         "intermediate_size": 48, "embed_dropout": 0.0, "resid_dropout": 0.0}, **FP32,
+    ),
+    "openai, gates": Kind("OpenAIGPTConfig", "OpenAIGPTLMHeadModel", GPT),
+    "megatron, both directions": Kind("MegatronBertConfig", "MegatronBertForMaskedLM", NO_DROPOUT),
+    "stablelm, no keywords": Kind("StableLmConfig", "StableLmForCausalLM"),
+    "diffllama, two attentions a layer": Kind("DiffLlamaConfig", "DiffLlamaForCausalLM", **FP32),
+    "bart, a decoder alone": Kind(
+        "BartConfig", "BartForCausalLM",
+        {"d_model": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48,
+         "dropout": 0.0},
+    ),
+}  # fmt: skip
+"""Those that attend in their own code, or hand their attention no keywords."""
+
 FEW_KEYS = {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", "phi3, longrope", "mixtral", "qwen3_moe",
             "olmo2", "starcoder2"}  # fmt: skip
 """The names in KINDS that can be built with one key/value head."""
@@ -116,8 +140,8 @@ TOKENS = 24
 
 
 def build(name: str, **more: Any) -> Any:
-    """A model of KINDS with the same random weights in every call, in train mode; ``more``: further settings of its config."""
-    kind = KINDS[name]
+    """A model of KINDS or OWN_KINDS, with the same random weights in every call, in train mode; ``more``: of its config."""
+    kind = (KINDS | OWN_KINDS)[name]
     torch.manual_seed(0)
     settings = {**(BASE if kind.base else {}), **kind.settings, **more}
     model = getattr(transformers, kind.model)(getattr(transformers, kind.config)(**deepcopy(settings)))

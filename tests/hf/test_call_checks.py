@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longspan import ModelError, ParallelMesh, parallelize, shard_batch
-from tests.helpers.hf_models import build
+from tests.helpers.hf_models import BASE, build, small
 
 
 def test_calls_that_mean_the_whole_sequence_are_refused() -> None:
@@ -20,3 +20,27 @@ def test_calls_that_mean_the_whole_sequence_are_refused() -> None:
     ]:
         with pytest.raises(ModelError, match=text):
             call()
+
+
+def test_tokens_of_an_image_that_see_one_another_are_refused() -> None:
+    layers = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    parts = {
+        "text_config": {**BASE, "head_dim": 8, "sliding_window": 5},
+        "vision_config": {**layers, "image_size": 8, "patch_size": 4},
+    }
+    tokens = {"image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92, "mm_tokens_per_image": 4}
+    model = small("Gemma3Config", "Gemma3ForConditionalGeneration", **parts, **tokens)()
+    ids = torch.arange(3, 15).unsqueeze(0)
+    parallelize(model, mesh := ParallelMesh())
+    model(**shard_batch({"input_ids": ids}, mesh))
+    with pytest.raises(ModelError, match="token_type_ids= lets the tokens of an image see one another in Gemma3"):
+        model(**shard_batch({"input_ids": ids, "token_type_ids": (ids > 8).long()}, mesh))
+
+
+def test_keys_of_another_model_are_refused() -> None:
+    settings = {"vocab_size": 97, "d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    model = parallelize(small("BartConfig", "BartForCausalLM", **settings, dropout=0.0)(), mesh := ParallelMesh())
+    part = shard_batch({"input_ids": torch.arange(3, 15).unsqueeze(0)}, mesh)
+    model(**part)
+    with pytest.raises(ModelError, match="encoder_hidden_states= means the whole sequence"):
+        model(**part, encoder_hidden_states=torch.zeros(1, 4, 32))

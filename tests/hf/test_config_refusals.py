@@ -8,8 +8,8 @@ import pytest
 from longspan import MemoryOptions, ModelError, ParallelMesh
 from longspan.hf.candidate import Candidate
 from longspan.hf.config_refusals import probe
-from tests.helpers.encoder_decoders import build_pair, refused_pair
-from tests.helpers.hf_models import build
+from tests.helpers.encoder_decoders import TINY_T5, build_pair, refused_pair
+from tests.helpers.hf_models import build, small
 from tests.helpers.ranks import Ranks
 
 
@@ -36,3 +36,11 @@ def test_the_field_that_rules_a_model_out_is_named() -> None:
 
 def test_a_model_without_weights_cannot_be_proven() -> None:
     assert refusal_of(build("llama").to("meta")).startswith("LlamaForCausalLM is on the meta device; give it weights")
+
+
+def test_experts_with_a_capacity_are_refused() -> None:
+    settings = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 2}
+    model = small("SwitchTransformersConfig", "SwitchTransformersForConditionalGeneration", **TINY_T5, **settings)()
+    text = refusal_of(model)
+    assert text.startswith("config.expert_capacity lets each expert of Switch")
+    assert "drops the rest" in text

@@ -88,6 +88,29 @@ def loss_keywords(kind: str | None) -> set[str]:
     return {each.name for each in parameters if each.kind is not each.VAR_KEYWORD} - {"source", "target"}
 
 
+@contextmanager
+def checkpoint_within(block: Any, context: Callable[[], Any]) -> Iterator[None]:
+    """While entered, what the block gives to Transformers' gradient checkpointing is computed, and computed again, within
+    a context of its own; nothing where it has no checkpointing."""
+    own = vars(block).get("_gradient_checkpointing_func")
+
+    def function(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return forward(*args, **kwargs)
+
+        return own(within, *args, **kwargs)
+
+    if own is None:
+        yield
+        return
+    block._gradient_checkpointing_func = function
+    try:
+        yield
+    finally:
+        block._gradient_checkpointing_func = own
+
+
 def remove_forward(model: Any) -> None:
     """Let a model have the forward of its class again, also where accelerate wrapped the one that was set on it."""
     for name in ("forward", "_original_forward"):

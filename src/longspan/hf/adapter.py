@@ -30,6 +30,7 @@ from longspan.hf import (
     dummy_row,
     loss,
     moe_aux_loss,
+    own_attention,
     peft,
     position_ids,
     position_probe,
@@ -37,8 +38,8 @@ from longspan.hf import (
     saving,
     t5_bias,
 )
-from longspan.hf._compat import block_class_names
 from longspan.hf.attention_layers import AttentionLayers, attention_named
+from longspan.hf.blocks import blocks
 from longspan.hf.candidate import Candidate, Deviation, F, Found, Undo
 from longspan.hf.loss import Loss
 from longspan.hf.names import is_encoder_decoder, is_norm
@@ -63,6 +64,7 @@ DEVIATIONS: tuple[Deviation, ...] = (
     position_ids,  # takes position_ids from stacks that count by themselves
     t5_bias,
     saving,
+    own_attention,  # holds the keywords that all hooks before it gave the call
 )
 """All deviations. Hooks on a module run in the order in which they are installed, which is this one."""
 
@@ -169,24 +171,6 @@ class PretrainedAdapter:
         found = self._findings[kind]
         assert isinstance(found, kind)
         return found
-
-
-def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers that the model's class says not to split, by name; of nested ones the outer.
-
-    Without those that share a parameter with the rest (BERT's embeddings with its head): FSDP2 gathers shared ones together.
-    """
-    kinds = block_class_names(model)
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        inner = any(name.startswith(f"{outer}.") for outer in found)
-        shares = any(not other.startswith(f"{name}.") for parameter in module.parameters() for other in names[parameter])
-        if type(module).__name__ in kinds and not inner and not shares:
-            found[name] = module
-    return found
 
 
 def _is_feed_forward(module: nn.Module) -> bool:

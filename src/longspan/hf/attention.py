@@ -21,7 +21,9 @@ from longspan.errors import ModelError
 from longspan.hf._compat import AttentionInterface, AttentionMaskInterface
 from longspan.hf.mask_functions import MaskFunction
 from longspan.hf.names import is_dropout_field
+from longspan.hf.own_recipe import mask_of
 from longspan.hf.probe import Probe
+from longspan.hf.step_scope import scope_of
 from longspan.hf.t5_bias import distances_of, refuse_bias_across
 
 if TYPE_CHECKING:
@@ -38,26 +40,37 @@ def _attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention that Transformers calls by name: (output [batch, my tokens, heads, dim], no weights)."""
     _refuse_additions(module, more)
+    handed = longspan is not None
+    longspan = longspan if handed else scope_of(module).call.step
     q, k, v = (x.transpose(1, 2) for x in (query_BHSD, key_BKSD, value_BKSD))
     if isinstance(longspan, Probe):
         if position_bias is not None and q.shape[1] == k.shape[1]:
             distances_of(module, position_bias, q.shape[1])
         elif position_bias is not None:
             refuse_bias_across(module, position_bias)
-        return longspan.attend(module, q, k, v, attention_mask), None
+        mask = mask_of(module, q, k, attention_mask, scope_of(module).configs)
+        return longspan.attend(module, q, k, v, mask, handed=handed), None
     layer: Any = getattr(module, "_longspan", None)
     if layer is None or longspan is None:
         raise ModelError(
             f"the attention 'longspan' of {type(module).__name__} was not handed a step: its model hands it no keywords, "
             f"and is not supported, or was not called by model(**shard_batch(batch, mesh)) after parallelize(model, mesh)"
         )
-    if dropout:
-        _refuse_dropout(module, layer)
-    function = _attend if longspan.is_plain else _attend_uncompiled
     beside: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sink_logits": s_aux}
     if position_bias is not None and not layer.crosses:
         beside["bias"] = distances_of(module, position_bias, layer.row(longspan).tokens)
-    return function(q, k, v, layer, longspan, beside), None
+    return attend_layer(module, layer, longspan, (q, k, v), dropout, beside), None
+
+
+def attend_layer(
+    module: nn.Module, layer: "Layer", step: BatchInfo, qkv: tuple[Tensor, Tensor, Tensor], dropout: float,
+    beside: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """The attention of a layer in a step: q, k, v and the output [batch, my tokens, heads, dim]."""
+    if dropout:
+        _refuse_dropout(module, layer)
+    function = _attend if step.is_plain else _attend_uncompiled
+    return function(*qkv, layer, step, beside)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layer: "Layer", step: BatchInfo, more: dict[str, Any]) -> Tensor:
@@ -91,10 +104,11 @@ def _refuse_dropout(module: nn.Module, layer: "Layer") -> None:
 
 
 def _mask(
-    *_: Any, mask_function: Callable[..., Tensor], device: torch.device, attention_mask: Tensor | None = None, **__: Any
+    *_: Any, mask_function: Callable[..., Tensor], device: torch.device, attention_mask: Tensor | None = None, **sizes: Any
 ) -> MaskFunction:
     """The mask that Transformers asks for by name. Padding and documents come from the BatchInfo, this from the layer."""
-    return MaskFunction(mask_function, device, attention_mask)
+    shape = (sizes.get("batch_size", 1), 1, sizes.get("q_length", 0), sizes.get("kv_length", 0))
+    return MaskFunction(mask_function, device, attention_mask, shape)
 
 
 AttentionInterface.register(NAME, _attention)

@@ -1,6 +1,6 @@
 """The attention layers of a Hugging Face model: found by one forward, each with its mask, heads and row of tokens.
 
-    every attention module of the model     reached longspan through Transformers' registry, once in a forward
+    every attention module of the model     reached longspan in a forward, each time in the same way
     its mask function                       is causal, full, a sliding window or chunked: something that bands can express
     positions that restart                  mean another document to it, or do not
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from longspan.attention.api import attend
 from longspan.batch.context import BatchInfo
@@ -27,6 +27,7 @@ from longspan.hf.attention import NAME
 from longspan.hf.candidate import Candidate, Undo
 from longspan.hf.mask_functions import MaskFunction
 from longspan.hf.names import is_attention
+from longspan.hf.own_recipe import Recipe
 from longspan.hf.probe import TARGETS, TOKENS, Call, Probe, batch_of, forward, prove_token_wise, proving
 from longspan.masks.constructors import And, Chunked, Full, Mask, Or
 
@@ -43,6 +44,9 @@ class Layer(NamedTuple):
         packs: whether positions that restart mean another document to it, as they do to most decoders.
         attend: ``attend`` with everything that does not change from step to step.
         over: the row or rows of tokens: ``SOURCE``, ``TARGET`` or ``ACROSS``.
+        recipe: how it attends in its own code; None where it calls Transformers' registry.
+        handed: whether the registry is handed the step.
+        anew: whether its chunks begin anew in each document and behind padding on the left.
     """
 
     own: Mask
@@ -50,11 +54,30 @@ class Layer(NamedTuple):
     packs: bool
     attend: Callable[..., Tensor]
     over: str
+    recipe: Recipe | None
+    handed: bool
+    anew: bool
 
     @property
     def crosses(self) -> bool:
         """Whether it is cross-attention, from the decoder's tokens to the encoder's."""
         return self.over == ACROSS
+
+    def is_like(self, other: "Layer") -> bool:
+        """Whether another call of the same module attends in the same way."""
+        mine, theirs = self.recipe, other.recipe
+        alike = mine is theirs if mine is None or theirs is None else mine.is_like(theirs)
+        return alike and self._replace(recipe=None) == other._replace(recipe=None)
+
+    def refuse_mask(self, row: BatchInfo) -> None:
+        """Raise MaskError or ModelError for a row of tokens whose mask the layer cannot have."""
+        begins = row.padding is not None and any(real.start > 0 for real in row.padding)
+        if self.anew and (begins or row.mask is not None or row.documents is not None or row.restarts is not None):
+            raise ModelError(
+                f"{self.name} counts its chunks anew in each packed document and behind padding on the left, which is not "
+                f"supported; pass one document a row, padded on the right"
+            )
+        row.mask_for(self.own, restarts=self.packs)
 
     def row(self, step: BatchInfo) -> BatchInfo:
         """The row whose tokens are the queries."""
@@ -76,20 +99,32 @@ class AttentionLayers:
         for module, layer in self.layers:
             module._longspan = layer._replace(attend=over_mesh)
 
+        handle = model.register_forward_pre_hook(self._refuse_masks, with_kwargs=True)
+
         def undo() -> None:
+            handle.remove()
             for module, _ in self.layers:
                 del module._longspan
             restore()
 
         return undo
 
+    def _refuse_masks(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise, before anything is computed, for a step whose mask a layer cannot have; the same on every rank."""
+        step = kwargs.get("longspan")
+        if step is None or step.is_plain:
+            return
+        for layer in {(layer.own, layer.packs, layer.over, layer.anew): layer for _, layer in self.layers}.values():
+            if not layer.crosses:
+                layer.refuse_mask(layer.row(step))
+
 
 def probe(candidate: Candidate) -> AttentionLayers:
     """The attention layers of the candidate, every operator beside them proven token-wise.
 
     Raises:
-        ModelError: a layer that does not reach longspan, that attends twice, or whose mask no bands express; a module that
-            mixes tokens outside attention.
+        ModelError: a layer that does not reach longspan, that attends in two ways, or whose mask no bands express; a module
+            that mixes tokens outside attention.
         LayoutError: heads that do not fit the mesh.
     """
     head_chunks = candidate.memory.head_chunks
@@ -137,31 +172,49 @@ def attention_named(configs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
 
 
 def _layers_of(model: Any, mesh: ParallelMesh, head_chunks: int) -> list[tuple[Any, Layer]]:
-    """Every attention layer, each of which called longspan's attention once, with fitting heads and a mask of bands."""
+    """Every attention layer, each of which called longspan's attention, with fitting heads and a mask of bands."""
     plain, restarted = Probe(), Probe()
-    forward(model, probe=plain)
+    with _noting_calls(model) as called:
+        forward(model, probe=plain)
     positions = {name: x for name, x in batch_of(model).items() if name.endswith("position_ids")}
     restarting: dict[str, Any] = {name: x % (x.shape[1] // 2) for name, x in positions.items()}
     forward(model, probe=restarted, **restarting)
     names = {module: name for name, module in model.named_modules()}
     reached = [call.module for call in plain.calls]
     for name, module in model.named_modules():
-        if reached.count(module) > 1:
-            raise ModelError(
-                f"{type(module).__name__} '{name}' attends {reached.count(module)} times in a forward; once is supported"
-            )
         apart = not any(_is_within(name, names[other]) or _is_within(names[other], name) for other in reached)
-        if is_attention(module) and apart and any(True for _ in module.parameters()):
+        if module in called and apart and any(True for _ in module.parameters()):
             raise ModelError(
-                f"{type(module).__name__} '{name}' did not reach longspan: it does not attend through Transformers' attention "
-                f"registry and would see this rank's tokens only; such a model is not supported"
+                f"{type(module).__name__} '{name}' did not reach longspan: it computes no softmax attention, neither through "
+                f"Transformers' attention registry nor by products of queries and keys in its own code, and would see this "
+                f"rank's tokens only; such a model is not supported"
             )
     if not reached:
-        raise ModelError(f"no layer of {type(model).__name__} attends through Transformers' attention registry")
-    calls = zip(plain.calls, restarted.calls)
-    for call in plain.calls:
+        prove_token_wise(model)
+        raise ModelError(f"no layer of {type(model).__name__} attends; there is nothing to make parallel")
+    layers: dict[Any, Layer] = {}
+    for call, again in zip(plain.calls, restarted.calls):
         Heads(*call.heads, mesh.coordinate.ulysses, head_chunks)
-    return [(call.module, _layer(call, again, f"{type(call.module).__name__} '{names[call.module]}'")) for call, again in calls]
+        layer = _layer(call, again, f"{type(call.module).__name__} '{names[call.module]}'")
+        if not layers.setdefault(call.module, layer).is_like(layer):
+            raise ModelError(
+                f"{layer.name} attends {reached.count(call.module)} times in a forward, each time in another way: as "
+                f"{layers[call.module].own} and {layer.own}; such a layer is not supported"
+            )
+    return list(layers.items())
+
+
+@contextmanager
+def _noting_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """The attention modules that a forward calls: a decoder without an encoder has layers that it does not call."""
+    called: set[nn.Module] = set()
+    attending = filter(is_attention, model.modules())
+    handles = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in attending]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _layer(call: Call, restarted: Call, name: str) -> Layer:
@@ -181,9 +234,7 @@ def _layer(call: Call, restarted: Call, name: str) -> Layer:
         )
     middle = call.tokens[0] // 2
     packs = not restarted.mask.sees(middle, middle - 1)  # the first token of a document, the last of the one before
-    if packs and _is_chunked(own):
-        raise ModelError(f"{name} counts its chunks anew in each packed document, which is not supported; pass one a row")
-    return Layer(own, name, packs, attend, over)
+    return Layer(own, name, packs, attend, over, call.recipe, call.handed, _is_chunked(own))
 
 
 def _is_chunked(mask: Mask) -> bool:

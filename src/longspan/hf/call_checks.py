@@ -1,36 +1,62 @@
 """Refusals at each call of a parallel Hugging Face model: what a part of the tokens cannot answer."""
 
+import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import torch
 
 from longspan.batch.context import BatchInfo, refuse_unknown_tokens
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf.candidate import Candidate, Undo, remove_all
 from longspan.hf.names import is_encoder_decoder
+from longspan.hf.probe import TOKENS, Probe, forward, proving
 
 WHOLE_SEQUENCE = (
     "past_key_values", "output_attentions", "logits_to_keep", "use_cache", "attention_mask", "decoder_attention_mask",
-    "encoder_outputs", "start_positions", "end_positions",
+    "encoder_outputs", "encoder_hidden_states", "start_positions", "end_positions",
 )  # fmt: skip
 """Keywords of a call that mean the whole sequence."""
 
 
+TYPES = "token_type_ids"
+"""The keyword that tells some models which tokens are an image's."""
+
+
 @dataclass(frozen=True)
 class CallChecks:
-    """The checks that every model needs."""
+    """The checks that every model needs.
+
+    ``types_unmask``: whether tokens see other ones by their ``token_type_ids``.
+    """
+
+    types_unmask: bool
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
         """Check the keywords before each forward."""
-        return remove_all([model.register_forward_pre_hook(_check, with_kwargs=True)])
+        return remove_all([model.register_forward_pre_hook(partial(_check, self.types_unmask), with_kwargs=True)])
 
 
 def probe(candidate: Candidate) -> CallChecks:
     """Every model needs them."""
-    return CallChecks()
+    if TYPES not in inspect.signature(candidate.model.forward).parameters:
+        return CallChecks(False)
+    typed, plain = Probe(), Probe()
+    types: dict[str, Any] = {TYPES: torch.ones(1, TOKENS, dtype=torch.long, device=candidate.model.device)}
+    with proving(candidate.called):
+        forward(candidate.called, probe=plain)
+        try:
+            forward(candidate.called, probe=typed, **types)
+        except ModelError:  # of fewer types than two
+            return CallChecks(False)
+    ends = [(0, TOKENS - 1), (TOKENS - 1, 0)]
+    calls = [(a.mask, b.mask) for a, b in zip(typed.calls, plain.calls) if a.tokens == (TOKENS, TOKENS)]
+    return CallChecks(any(a.sees(*at) != b.sees(*at) for a, b in calls for at in ends))
 
 
-def _check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check(types_unmask: bool, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     step = kwargs.get("longspan")
     if step is None:
         raise ModelError(
@@ -41,6 +67,11 @@ def _check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = kwargs.get(keyword)
         if value is not None and value is not False and not (isinstance(value, int) and value == 0):
             raise ModelError(f"{keyword}= means the whole sequence, and a rank has a part of it; leave it out of model(...)")
+    if types_unmask and kwargs.get(TYPES) is not None:
+        raise ModelError(
+            f"{TYPES}= lets the tokens of an image see one another in {type(model).__name__}, and each rank would see those of "
+            f"its own part; leave it out of shard_batch(...), as for text"
+        )
     _refuse_other_rows(model, type(model).__name__, step)
     _refuse_other_tokens(model, type(model).__name__, step)
 

@@ -23,8 +23,9 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf import _compat
 from longspan.hf.candidate import Candidate, Undo
-from longspan.hf.loss import OWN, Loss, as_asked, divisor, is_in_place, set_forward
+from longspan.hf.loss import OWN, Loss, as_asked, divisor, is_in_place
 from longspan.hf.probe import forward, proving, row_lengths
+from longspan.hf.step_scope import own_forward, set_forward
 from longspan.loss import mean_over_ranks
 from longspan.memory.tiling import tile_by_tile
 from longspan.tuning import HEAD_TILE_BYTES
@@ -60,7 +61,7 @@ def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args
     targets = given.get("labels" if in_place else "shift_labels")
     cut_for_another_kind = in_place is (given.get("shift_labels") is not None)
     if given.get("labels") is None or targets is None or cut_for_another_kind:
-        return type(model).forward(model, *args, **given)  # whose loss refuses labels that were cut for another kind
+        return own_forward(model)(*args, **given)  # whose loss refuses labels that were cut for another kind
     return_dict = given.get("return_dict")
     base, given = model.base_model, given | {"return_dict": True}
     output = base(*args, **{name: value for name, value in given.items() if name not in LABELS})
@@ -68,7 +69,7 @@ def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args
     loss = mean_over_ranks(total, wanted, mesh, divisor(given["longspan"], given.get("num_items_in_batch")))
     output.last_hidden_state = output.last_hidden_state[:, :0]
     with _forward_giving(base, output), _compat.loss_function_set_to(model, lambda *_, **__: loss):
-        whole = type(model).forward(model, *args, **given)
+        whole = own_forward(model)(*args, **given)
     output = type(whole)(**{name: value for name, value in whole.items() if name != "logits"})
     return as_asked(model, output, return_dict)
 
@@ -131,7 +132,7 @@ class _Head(nn.Module):
 
     def forward(self, step: Any) -> Tensor:
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-        logits: Tensor = type(self.model).forward(self.model, input_ids=ids, longspan=step, **self.keywords).logits
+        logits: Tensor = own_forward(self.model)(input_ids=ids, longspan=step, **self.keywords).logits
         return logits
 
 

@@ -2,7 +2,7 @@
 
 from longspan.errors import ModelError
 from longspan.hf.candidate import Candidate
-from longspan.hf.names import SELECTING_FIELDS, is_layerdrop_field
+from longspan.hf.names import CAPACITY, SELECTING_FIELDS, is_layerdrop_field
 
 
 def probe(candidate: Candidate) -> None:
@@ -16,6 +16,11 @@ def probe(candidate: Candidate) -> None:
         raise ModelError(
             f"config.{selecting[0]} says that {type(model).__name__} selects or compresses keys by their content on long rows, "
             f"which it would do among this rank's tokens; such a model is not supported"
+        )
+    if any(hasattr(module, CAPACITY) for module in model.modules()):
+        raise ModelError(
+            f"config.{CAPACITY} lets each expert of {type(model).__name__} take so many tokens of a row and drops the rest, "
+            f"which a rank would count among its own tokens; such a model is not supported"
         )
     dropped = sorted(name for name, value in vars(config).items() if is_layerdrop_field(name) and value)
     if dropped:

@@ -25,6 +25,7 @@ from longspan.errors import BatchError, ModelError
 from longspan.hf import _compat
 from longspan.hf.candidate import Candidate, Undo, remove_all
 from longspan.hf.probe import Probe, forward, proving, row_lengths, special_ids
+from longspan.hf.step_scope import own_forward, scope_of, set_forward
 from longspan.loss import mean_cross_entropy
 
 IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
@@ -44,10 +45,12 @@ class Loss:
     Attributes:
         kind: a name of Transformers' table, ``OWN``, or None where it cannot be formed over ranks.
         classes: the number of labels that the logits of a token distinguish; None without such logits.
+        handed: whether ``model.loss_function`` is handed the step.
     """
 
     kind: str | None
     classes: int | None
+    handed: bool
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
         """Let the model form its loss over all ranks, and refuse labels that it cannot learn from."""
@@ -57,7 +60,7 @@ class Loss:
             set_forward(model, partial(forward_with_loss, model, mesh))
             restore = partial(_compat.remove_forward, model)
         elif self.kind is not None:
-            _compat.set_loss_function(model, partial(loss_over_ranks, mesh=mesh, in_place=is_in_place(self.kind)))
+            _compat.set_loss_function(model, partial(loss_over_ranks, model=model, mesh=mesh, in_place=is_in_place(self.kind)))
             restore = partial(_compat.reset_loss_function, model)
 
         def undo() -> None:
@@ -82,7 +85,8 @@ class Loss:
 
 def probe(candidate: Candidate) -> Loss:
     """The loss of the candidate."""
-    return Loss(_kind(candidate.called, candidate.model), _classes(candidate.called))
+    kind, handed = _kind(candidate.called, candidate.model)
+    return Loss(kind, _classes(candidate.called), handed)
 
 
 def is_in_place(kind: str | None) -> bool:
@@ -90,34 +94,31 @@ def is_in_place(kind: str | None) -> bool:
     return kind in (*IN_PLACE, OWN)
 
 
-def set_forward(model: Any, function: Callable[..., Any]) -> None:
-    """Let ``function`` be the model's forward, with the signature of its class: trainers read there which columns it takes."""
-    signature = inspect.signature(model.forward)
-    model.forward = function
-    model.forward.__signature__ = signature
-
-
-def _kind(model: Any, base: Any) -> str | None:
+def _kind(model: Any, base: Any) -> tuple[str | None, bool]:
+    """The kind of the loss, and whether its function is handed the step."""
     if "labels" not in inspect.signature(base.forward).parameters:
-        return None
-    calls = []
+        return None, True
+    calls: list[tuple[Any, bool]] = []
 
     def note(logits: Tensor, labels: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        calls.append(keywords.get("longspan"))
+        every_token = logits.shape[:-1].numel() == labels.numel() == count
+        calls.append((keywords.get("longspan"), every_token))
         return logits.sum() * 0
 
-    labels = torch.zeros(1, list(row_lengths(base).values())[-1], dtype=torch.long, device=model.device)
+    count = list(row_lengths(base).values())[-1]
+    labels = torch.zeros(1, count, dtype=torch.long, device=model.device)
     kind = _compat.loss_kind(base)
     with proving(model):
         try:
             with _compat.loss_function_set_to(base, note):
                 forward(model, labels=labels, shift_labels=labels)
         except ModelError:
-            return None
+            return None, True
         if not calls:
-            return OWN if _is_plain(model, base) else None
-    knows_the_step = len(calls) == 1 and isinstance(calls[0], Probe)
-    return kind if knows_the_step and kind in (*IN_PLACE, *SHIFTED) else None
+            return (OWN if _is_plain(model, base) else None), True
+    step, every_token = calls[0]
+    known = len(calls) == 1 and every_token and kind in (*IN_PLACE, *SHIFTED)
+    return (kind if known else None), isinstance(step, Probe)
 
 
 def _classes(model: Any) -> int | None:
@@ -143,8 +144,9 @@ def _is_plain(model: Any, base: Any) -> bool:
 
 
 def loss_over_ranks(
-    logits: Tensor, labels: Tensor, vocab_size: int | None = None, *, mesh: ParallelMesh, in_place: bool, longspan: BatchInfo,
-    shift_labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **for_layers: Any,
+    logits: Tensor, labels: Tensor, vocab_size: int | None = None, *, model: Any, mesh: ParallelMesh, in_place: bool,
+    longspan: BatchInfo | None = None, shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None, **for_layers: Any,
 ) -> Tensor:  # fmt: skip
     """``model.loss_function`` over the mesh: the mean over the labelled tokens of all ranks.
 
@@ -152,6 +154,7 @@ def loss_over_ranks(
         logits: [rows, my tokens, vocab].
         labels: of the call.
         vocab_size: of the model; the logits tell it.
+        model: whose loss it is; where it hands neither of the next two on, they are those of its call.
         mesh: the ranks.
         in_place: whether labels stand where they are predicted.
         longspan: the step.
@@ -160,6 +163,9 @@ def loss_over_ranks(
         for_layers: keywords of the call for the layers, which Transformers' own loss functions ignore too; those that one
             would use are refused before the forward.
     """
+    if longspan is None:
+        call = scope_of(model).call
+        longspan, shift_labels = call.step, call.shift_labels
     _refuse_labels_of_another_kind(in_place, shift_labels)
     targets = labels if shift_labels is None else shift_labels
     return mean_cross_entropy(logits, targets, mesh, divisor(longspan, num_items_in_batch))
@@ -187,7 +193,7 @@ def forward_with_loss(
 ) -> Any:
     """``model.forward`` of a model that computes its loss by itself: without labels, and the loss put beside its logits."""
     return_dict = given.get("return_dict")
-    output = type(model).forward(model, *args, **given | {"return_dict": True})
+    output = own_forward(model)(*args, **given | {"return_dict": True})
     if labels is not None:
         _refuse_labels_of_another_kind(True, shift_labels)
         loss = mean_cross_entropy(output.logits, labels, mesh, given["longspan"].num_labels)

@@ -5,8 +5,9 @@
 Does not know batches, layers or meshes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +18,36 @@ from longspan.masks.constructors import Causal, Chunked, Full, Mask, Window
 class MaskFunction:
     """What a layer of a parallel model is given as its ``attention_mask``: its mask function, evaluated only when needed.
 
+    To the code of a model it is what eager attention gets: 0 where a query sees a key, a large negative number elsewhere.
+
     Args:
         function: Transformers' closure.
         device: where it is evaluated.
         padding: the ``attention_mask`` [batch, tokens] that the model passed beside it, or None.
+        shape: [batch, 1, queries, keys] of the tensor that eager attention would get.
+        tokens: how many queries and keys the function knows.
     """
 
-    def __init__(self, function: Callable[..., Tensor], device: torch.device, padding: Tensor | None = None) -> None:
-        self.function, self.device, self._padding = function, device, padding
+    def __init__(
+        self, function: Callable[..., Tensor], device: torch.device, padding: Tensor | None = None,
+        shape: tuple[int, ...] = (), tokens: int = 2**21,
+    ) -> None:  # fmt: skip
+        self.function, self.device, self.shape, self._padding, self._tokens = function, device, shape, padding, tokens
+
+    def size(self, dim: int | None = None) -> Any:
+        """As of a tensor."""
+        return torch.Size(self.shape) if dim is None else self.shape[dim]
+
+    def to(self, *_: Any, **__: Any) -> "MaskFunction":
+        """As of a tensor: of another dtype or on another device it means the same."""
+        return self
+
+    def __getitem__(self, index: Any) -> "MaskFunction":
+        """As of a tensor; only a slice that leaves everything is known, as models cut their mask to the keys that there are."""
+        kept = torch.empty((), device="meta").expand(self.shape)[index].shape
+        if kept != torch.Size(self.shape):
+            raise TypeError(f"{type(self).__name__} of shape {self.shape} is cut to {kept}")
+        return self
 
     @property
     def hides_padding(self) -> bool:
@@ -36,10 +59,69 @@ class MaskFunction:
         row, head, query, key = torch.tensor([0, 0, q, k], device=self.device)
         return bool(self.function(row, head, query, key))
 
+    def shown(self, queries: int, keys: int) -> Tensor:
+        """Which of the first keys each of the first queries of the first row sees, without padding [queries, keys]."""
+        zero, q, k = (torch.arange(count, device=self.device) for count in (1, queries, keys))
+        shown = self.function(zero, zero, q.unsqueeze(1), k).expand(queries, keys)
+        return shown if self._padding is None else shown & self._padding[0, :keys].bool()
+
     @cached_property
     def mask(self) -> Mask | None:
-        """The same as a mask, or None where it is none of the kinds that Transformers builds."""
-        return as_mask(self.function, self.device)
+        """The same as a mask, or None where it is none of the kinds that Transformers builds.
+
+        A function that looks up a tensor of the row's tokens (which of them are an image's) knows no more tokens than those.
+        """
+        try:
+            return as_mask(self.function, self.device, self._tokens)
+        except IndexError:
+            return as_mask(self.function, self.device, min(self.shape[-2:]))
+
+
+class DenseMask(MaskFunction):
+    """A mask that the code of a model has built, by its values: which of ``sees`` [queries, keys] a query sees."""
+
+    def __init__(self, sees: Tensor) -> None:
+        super().__init__(lambda row, head, q, k: sees[q, k], sees.device, shape=(1, 1, *sees.shape), tokens=min(sees.shape))
+
+    @property
+    def hides_padding(self) -> bool:
+        """What is no mask of a kind that Transformers builds has tokens hidden in it."""
+        return self.mask is None
+
+
+class AllOf(MaskFunction):
+    """What all of several masks let a query see."""
+
+    def __init__(self, masks: Sequence[MaskFunction], device: torch.device) -> None:
+        super().__init__(lambda *at: torch.stack([each.function(*at) for each in masks]).all(0), device)
+        self._masks = tuple(masks)
+
+    def shown(self, queries: int, keys: int) -> Tensor:
+        """Which keys all of them show."""
+        every = torch.ones(queries, keys, dtype=torch.bool, device=self.device)
+        return torch.stack([every, *(each.shown(queries, keys) for each in self._masks)]).all(0)
+
+    @property
+    def hides_padding(self) -> bool:
+        """Whether any does."""
+        return any(each.hides_padding for each in self._masks)
+
+    def sees(self, q: int, k: int) -> bool:
+        """Whether all show key k to query q of the first row."""
+        return all(each.sees(q, k) for each in self._masks)
+
+    @cached_property
+    def mask(self) -> Mask | None:
+        """Their intersection, where each is of a kind that Transformers builds."""
+        whole: Mask = Full()
+        for each in self._masks:
+            if each.mask is None:
+                return None
+            if whole == Full():
+                whole = each.mask
+            elif each.mask not in (Full(), whole):
+                whole = whole & each.mask
+        return whole
 
 
 def as_mask(function: Callable[..., Tensor], device: torch.device, tokens: int = 2**21) -> Mask | None:
@@ -64,7 +146,7 @@ def as_mask(function: Callable[..., Tensor], device: torch.device, tokens: int =
         (Chunked(reach) & Causal(), lambda q: (q // reach * reach, q + 1)),
     ]
     rows = [q for q in {0, 1, 2, reach - 1, reach, reach + 1, tokens // 3, tokens // 2, tokens - 1} if 0 <= q < tokens]
-    some = {*range(64), *range(0, tokens, tokens // 256)}
+    some = {*range(64), *range(0, tokens, max(1, tokens // 256))}
 
     def fits(row: Callable[[int], tuple[int, int]]) -> bool:
         for q in rows:

@@ -5,9 +5,10 @@ way to name them. Every such name that longspan relies on stands here; our own c
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 ATTENTION = ("Attention",)
 """In the class names of attention modules: one that does not reach the registry would attend to this rank's tokens alone."""
@@ -17,8 +18,16 @@ POSITION_TABLE = ("PositionalEmbedding",)
 """In the class names of tables of learned or sinusoidal positions that are looked up by ``position_ids``."""
 SELECTING_FIELDS = ("index_topk", "index_block", "index_n_heads", "compress_rate")
 """How config fields begin that select keys by content. On rows as short as those of the proof such layers see every key."""
+CAPACITY = "expert_capacity"
+"""The attribute of a router that drops the tokens of a row beyond the capacity of their expert, and its config field."""
 EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 """The config fields that hold the number of experts."""
+REACH_PARTS = ("window", "local", "attention_types")
+"""In the names of config fields that limit how far a query sees, which a mask of as few tokens as the proof's may not show."""
+BLOCK_PARTS = ("block_size", "chunk_length", "num_hashes")
+"""In the names of config fields of attention that changes its code on rows longer than a block."""
+WHOLE_ATTENTION = ("original_full",)
+"""The ``attention_type`` of a config whose attention never does so."""
 SINK_PARAMETERS = ("sinks",)
 """The parameters of an attention layer that are its sinks, where its attention function reads them from the layer."""
 
@@ -39,8 +48,18 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_position_table(module: nn.Module) -> bool:
-    """Whether the module is a table of positions that is given the positions to look up, as BART's is."""
-    return _is_named(module, POSITION_TABLE) and "position_ids" in inspect.signature(module.forward).parameters
+    """Whether the module is a table of positions: one that is given them, as BART's is, or that counts them from ids."""
+    given = "position_ids" in inspect.signature(module.forward).parameters
+    return _is_named(module, POSITION_TABLE) and (given or counts_from_ids(module))
+
+
+def counts_from_ids(module: nn.Module) -> bool:
+    """Whether the module is a table of sinusoidal positions that counts them from ids, and lengthens itself, as M2M100's is."""
+    return (
+        _is_named(module, POSITION_TABLE)
+        and isinstance(getattr(module, "weights", None), Tensor)
+        and hasattr(module, "make_weights")
+    )
 
 
 def is_dropout_field(name: str) -> bool:
@@ -53,9 +72,24 @@ def is_layerdrop_field(name: str) -> bool:
     return "layerdrop" in name
 
 
+def reach_fields(configs: Sequence[Any]) -> list[str]:
+    """The config fields that are set and may limit how far a query sees."""
+    return _set_fields(configs, REACH_PARTS)
+
+
+def block_fields(configs: Sequence[Any]) -> list[str]:
+    """The config fields that are set and name the blocks of an attention that changes its code on long rows."""
+    return _set_fields([each for each in configs if getattr(each, "attention_type", None) not in WHOLE_ATTENTION], BLOCK_PARTS)
+
+
 def number_of_experts(text_config: Any) -> int:
     """The number of experts of a config; 0 for a dense model."""
     return next((count for name in EXPERT_COUNT_FIELDS if (count := getattr(text_config, name, None))), 0)
+
+
+def _set_fields(configs: Sequence[Any], parts: tuple[str, ...]) -> list[str]:
+    fields = [(name, value) for config in configs for name, value in vars(config).items()]
+    return sorted({name for name, value in fields if value and any(part in name for part in parts)})
 
 
 def _is_named(module: nn.Module, parts: tuple[str, ...]) -> bool:

@@ -24,7 +24,8 @@ from longspan.batch.shard import unshard
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf.candidate import Candidate, Undo, remove_all
-from longspan.hf.names import is_encoder_decoder, is_position_table
+from longspan.hf.names import counts_from_ids, is_encoder_decoder, is_position_table
+from longspan.hf.step_scope import scope_of
 from longspan.masks.constructors import documents_of
 
 
@@ -114,21 +115,47 @@ def _counting(model: Any) -> list[nn.Module]:
 
 
 def _hold(held: list[Tensor | None], name: str, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    held.append(kwargs.get(name))
+    held.append(kwargs.get(name, scope_of(stack).call.positions.get(name)))
     return args, {key: value for key, value in kwargs.items() if not key.endswith("position_ids")}
 
 
 def _look_up(held: list[Tensor | None], table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if counts_from_ids(table):
+        return args, kwargs
     return args, kwargs if not held or held[-1] is None else kwargs | {"position_ids": held[-1].flatten()}
 
 
 def _into_rows(held: list[Tensor | None], table: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Some tables take the positions of one row only, some put a dimension before them."""
-    return output if not held or held[-1] is None else output.view(*held[-1].shape, -1)
+    """Some tables take the positions of one row only, some put a dimension before them.
+
+    One that is called with a shape gives positions without rows, [tokens, dim], which some stacks rely on.
+    """
+    positions = held[-1] if held else None
+    if positions is None:
+        return output
+    if counts_from_ids(table):
+        return _of_sinusoids(table, positions)
+    rows = output.view(*positions.shape, -1)
+    given_a_shape = bool(args) and isinstance(args[0], torch.Size)
+    return rows[0] if given_a_shape and bool((positions == positions[:1]).all()) else rows
+
+
+def _of_sinusoids(table: Any, positions: Tensor) -> Tensor:
+    """The rows of a table that the model lengthens to the tokens that it sees, where positions go on behind them."""
+    needed = getattr(positions, "_longspan_last", int(positions.max())) + table.padding_idx + 2
+    if needed > len(table.weights):
+        table.make_weights(needed + table.offset, table.embedding_dim, table.padding_idx)
+    found: Tensor = table.weights[positions].detach()
+    return found
 
 
 def _forget(held: list[Tensor | None], *_: Any) -> None:
     held.clear()
+
+
+def has_counting_stacks(model: Any) -> bool:
+    """Whether some stack with a table of positions takes no positions."""
+    return bool(_counting(model))
 
 
 def lengthen_tables(model: nn.Module) -> list[Any]:

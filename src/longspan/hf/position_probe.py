@@ -34,6 +34,7 @@ class Counting:
 
     Attributes:
         hides_padding: whether the model hides padding by the ids of tokens, where no mask is given.
+        given_ones: whether it does so outside attention too, and a mask of ones shows it that all tokens of a rank are real.
         ignoring: the rows whose positions it counts by itself, whatever it is given.
         known: the number of positions in the tables of a row.
         behind_padding: whether its own positions begin behind padding on the left.
@@ -41,6 +42,7 @@ class Counting:
     """
 
     hides_padding: bool
+    given_ones: bool
     ignoring: set[str]
     known: dict[str, int]
     behind_padding: bool
@@ -54,6 +56,8 @@ class Counting:
         step = kwargs["longspan"]
         self.refuse(model, step)
         behind, padding_id = self.behind_padding, self.padding_id
+        if self.given_ones:
+            kwargs = kwargs | {"attention_mask": torch.ones_like(kwargs["input_ids"])}
         return args, kwargs | model_positions(kwargs, step, mesh, behind_padding=behind, padding_id=padding_id)
 
     def refuse(self, model: Any, step: BatchInfo) -> None:
@@ -91,18 +95,33 @@ def probe(candidate: Candidate) -> Counting:
     model, base = candidate.called, candidate.model
     with proving(model):
         ignoring, known = rows_counted_by_stacks(model), _positions_known(model)
-        return Counting(_hides_padding(model), ignoring, known, *_prove_positions(model, base))
+        return Counting(*_hides_padding(model), ignoring, known, *_prove_positions(model, base))
 
 
-def _hides_padding(model: Any) -> bool:
-    """Whether some layer hides tokens that are padding by their ids, though no mask was given."""
+def _hides_padding(model: Any) -> tuple[bool, bool]:
+    """Whether some layer hides tokens that are padding by their ids, though no mask was given, and whether the model does so
+    outside attention too. Raises ModelError where a mask of ones does not keep it from that."""
     known = getattr(model.get_input_embeddings(), "num_embeddings", 0)
     padding, probe = sorted(token for token in special_ids(model, "pad") if 0 <= token < known), Probe()
     changed: dict[str, Any] = {name: x for name, x in batch_of(model).items() if name.endswith("input_ids")} if padding else {}
     for ids in changed.values():
         ids[0, 1 : 1 + len(padding)] = torch.tensor(padding, device=ids.device)
-    forward(model, probe=probe, **changed)
-    return any(isinstance(call.mask, MaskFunction) and call.mask.hides_padding for call in probe.calls)
+    plain, found = (_beside(len(padding), each) for each in (forward(model), forward(model, probe=probe, **changed)))
+    hides = any(isinstance(call.mask, MaskFunction) and call.mask.hides_padding for call in probe.calls)
+    if all_equal(plain, found):
+        return hides, False
+    ones: dict[str, Any] = {"attention_mask": torch.ones(1, TOKENS, dtype=torch.long, device=model.device)}
+    if len(row_lengths(model)) > 1 or not all_equal(plain, _beside(len(padding), forward(model, **changed, **ones))):
+        raise ModelError(
+            f"{type(model).__name__} computes other tokens otherwise where one is padding, which a rank would not know of "
+            f"another's; such a model is not supported"
+        )
+    return hides, True
+
+
+def _beside(count: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs of a proof without those of ``count`` tokens behind the first."""
+    return {name: torch.cat([x[:, :1], x[:, 1 + count :]], 1) for name, x in given.items() if x.ndim > 1}
 
 
 def _positions_known(model: Any) -> dict[str, int]:

@@ -22,26 +22,37 @@ from torch import Tensor, nn
 
 from longspan.batch.context import TARGET
 from longspan.errors import LongspanError, ModelError
-from longspan.hf.mask_functions import MaskFunction
 from longspan.hf.names import is_encoder_decoder
+from longspan.hf.own_recipe import Recipe, read_recipe, shape_like
+from longspan.hf.own_scores import Attention, record_attention
+from longspan.hf.peft import base_of
 from longspan.hf.position_ids import pass_positions_to_tables
+from longspan.hf.step_scope import ScopedModel, scope_of, strip_additions
 from longspan.hf.t5_bias import compute_biases_by_distance
 
 TOKENS, TARGETS = 14, 10
 """Tokens of the proof and of its decoder: few, even, unequal, as their halves are, and no usual width."""
 OUTPUT = "output "
+NOT_TENSORS = ("MaskFunction", "DenseMask", "AllOf", "Scores", "Probabilities")
+"""What a proof hands to models in place of masks, scores and probabilities."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """The tolerance of the proof by dtype, relative to the largest value; other dtypes get ``COARSE``."""
 COARSE = 5e-2
 
 
 class Call(NamedTuple):
-    """One call of attention: the module, the numbers of tokens and heads of q and k, and the mask that it was given."""
+    """One call of attention: the module, the numbers of tokens and heads of q and k, and the mask that it was given.
+
+    ``recipe``: how the module attends in its own code; None where it calls Transformers' registry. ``handed``: whether the
+    registry was handed the step.
+    """
 
     module: nn.Module
     tokens: tuple[int, int]
     heads: tuple[int, int]
     mask: Any
+    recipe: Recipe | None
+    handed: bool
 
 
 @dataclass
@@ -51,13 +62,16 @@ class Probe:
     calls: list[Call] = field(default_factory=list)
     keys: dict[str, Tensor] = field(default_factory=dict)
 
-    def attend(self, module: nn.Module, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Any) -> Tensor:
+    def attend(
+        self, module: nn.Module, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Any,
+        *, recipe: Recipe | None = None, handed: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Each token's own values, and a trace of its query, which has been rotated by the token's position.
 
         Cross-attention has no values of the queries' tokens; its keys and values are recorded, to be compared by themselves.
         """
         tokens, heads = ((q_BSHD.shape[dim], k_BSKD.shape[dim]) for dim in (1, 2))
-        self.calls.append(Call(module, tokens, heads, mask))
+        self.calls.append(Call(module, tokens, heads, mask, recipe, handed))
         trace = q_BSHD.mean(-1, keepdim=True)
         if tokens[0] == tokens[1]:
             return v_BSKD.repeat_interleave(heads[0] // heads[1], 2) + trace
@@ -75,10 +89,12 @@ def proving(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _positions_and_biases(model: Any) -> Iterator[None]:
     handles = [*pass_positions_to_tables(model), *compute_biases_by_distance(model)]
+    base = base_of(model) or model
+    handles += [ScopedModel(base), strip_additions(base), *record_attention(base, attend_in_proof)]
     try:
         yield
     finally:
-        for handle in handles:
+        for handle in reversed(handles):  # a forward that was replaced twice gets the first one back
             handle.remove()
 
 
@@ -105,6 +121,14 @@ def _without_zero_parameters(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, zeros in zeroed:
             parameter.data = zeros
+
+
+def attend_in_proof(module: nn.Module, attention: Attention) -> Tensor:
+    """The attention of a proof, of a module that attends in its own code."""
+    scope = scope_of(module)
+    recipe, mask = read_recipe(module, attention, scope.configs)
+    out = scope.call.step.attend(module, *recipe.operands(attention), mask, recipe=recipe)
+    return shape_like(out, attention)
 
 
 def row_lengths(model: Any) -> dict[str, int]:
@@ -157,7 +181,9 @@ def forward(model: Any, half: int | None = None, probe: Probe | None = None, **m
     except LongspanError:
         raise
     except Exception as error:
-        if MaskFunction.__name__ in str(error):  # PyTorch's and Python's own errors name the type that they cannot use
+        if any(
+            name in str(error) for name in NOT_TENSORS
+        ):  # PyTorch's and Python's own errors name the type that they cannot use
             raise ModelError(
                 f"{type(model).__name__} works on its attention mask in its own code, not through Transformers' attention "
                 f"registry: it would see this rank's tokens only; such a model is not supported"

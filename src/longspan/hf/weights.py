@@ -36,7 +36,7 @@ from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf import _compat
-from longspan.hf.adapter import blocks
+from longspan.hf.blocks import blocks
 from longspan.models.adapter import UNREAD, parallel_state
 
 WEIGHTS = (".safetensors", ".bin")

@@ -1,0 +1,198 @@
+"""The step of a call for layers that are handed no keywords: held by the model while it, or one of its blocks, computes.
+
+    model(..., longspan=step)   holds its call   ->   block(..., longspan_call=call)   ->   attention reads the step
+                                                          |
+                                      computed again in the backward with the same keywords: it holds the call again
+
+Each model has a scope of its own, which its modules name; it is empty when no forward of the model runs. A model or
+block whose forward has no place for what ``shard_batch`` adds to a batch is called without it. Does not know attention.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from longspan.batch.context import TARGET, BatchInfo
+from longspan.hf._compat import checkpoint_within, remove_forward
+from longspan.hf.blocks import blocks
+
+SCOPE = "_longspan_scope"
+"""The attribute by which a model and its modules name their scope."""
+STEP = "longspan"
+OUTER = "longspan_call"
+"""The keyword of a block's call that holds the call of its model."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What ``shard_batch`` adds to a call; opaque to FSDP2, which looks for tensors in dicts.
+
+    Attributes:
+        step: the BatchInfo, or the Probe of a proof; None outside of a call.
+        shift_labels: the labels shifted over the whole row, or None.
+        positions: the ``position_ids`` and ``decoder_position_ids`` that there are, by name.
+    """
+
+    step: Any = None
+    shift_labels: Tensor | None = None
+    positions: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Scope:
+    """The call that a model computes now, and the configs of the model."""
+
+    def __init__(self, configs: Sequence[Any] = ()) -> None:
+        self.configs, self._calls = configs, list[Call]()
+
+    @property
+    def call(self) -> Call:
+        """The innermost call."""
+        return self._calls[-1] if self._calls else Call()
+
+    @contextmanager
+    def during(self, call: Call) -> Iterator[None]:
+        """Hold a call."""
+        self._calls.append(call)
+        try:
+            yield
+        finally:
+            self._calls.pop()
+
+    def push(self, call: Call) -> None:
+        """Hold a call until ``clear``."""
+        self._calls.append(call)
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._calls.clear()
+
+
+def scope_of(module: nn.Module) -> Scope:
+    """The scope of the model of ``module``; an empty one where it has none."""
+    scope: Scope | None = vars(module).get(SCOPE)
+    return Scope() if scope is None else scope
+
+
+def own_forward(model: Any) -> Callable[..., Any]:
+    """The forward of the model's class, called without what it has no place for."""
+    return partial(_without_additions, partial(type(model).forward, model), _named(type(model).forward))
+
+
+def set_forward(model: Any, function: Callable[..., Any]) -> None:
+    """Let ``function`` be the model's forward, with the signature of its class: trainers read there which columns it takes."""
+    signature = inspect.signature(model.forward)
+    model.forward = function
+    model.forward.__signature__ = signature
+
+
+def needs_scope(model: Any) -> bool:
+    """Whether the forward of the model's class has no place for something that ``shard_batch`` adds."""
+    named = _named(type(model).forward)
+    return named is not None and not {STEP, "position_ids"} <= named
+
+
+class ScopedModel:
+    """A model with its scope, until ``remove``.
+
+    Args:
+        model: the Transformers model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        scope = Scope([module.config for module in model.modules() if hasattr(module, "config")])
+        self._scoped = list(model.modules())
+        for module in self._scoped:
+            vars(module)[SCOPE] = scope
+        self._handles: list[Any] = [
+            model.register_forward_pre_hook(partial(_push, scope), with_kwargs=True),
+            model.register_forward_hook(partial(_clear, scope), always_call=True),
+        ]
+        self._replaced: list[tuple[Any, Any]] = []
+        for block in blocks(model).values():
+            self._handles.append(block.register_forward_pre_hook(partial(_name_call, scope), with_kwargs=True))
+            self._replace(block, partial(_hold, scope, block, block.forward))
+
+    def remove(self) -> None:
+        """Take the scope away."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._scoped:
+            vars(module).pop(SCOPE, None)
+        for module, had in self._replaced:
+            vars(module).pop("forward", None)
+            if had is not None:
+                vars(module)["forward"] = had
+
+    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._replaced.append((module, vars(module).get("forward")))
+        vars(module)["forward"] = forward
+
+
+class Stripped:
+    """A model whose forward is called without what it has no place for, until ``remove``."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        if "forward" not in vars(model):
+            set_forward(model, own_forward(model))
+
+    def remove(self) -> None:
+        """Let the model have the forward of its class again."""
+        remove_forward(self._model)
+
+
+def strip_additions(model: Any) -> Any:
+    """Let the model be called without what its forward has no place for; for a proof. Returns the handle of the hook."""
+    named = _named(type(model).forward)
+
+    def strip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, _taken(kwargs, named)
+
+    return model.register_forward_pre_hook(strip, with_kwargs=True)
+
+
+def _named(forward: Callable[..., Any]) -> set[str] | None:
+    """The arguments that a forward names; None where it takes any keyword."""
+    parameters = inspect.signature(forward).parameters.values()
+    return None if any(each.kind is each.VAR_KEYWORD for each in parameters) else {each.name for each in parameters}
+
+
+def _taken(kwargs: dict[str, Any], named: set[str] | None) -> dict[str, Any]:
+    """The keywords without those that ``shard_batch`` added and the forward does not name."""
+    if named is None:
+        return kwargs
+    step = kwargs.get(STEP)
+    added = {STEP, "shift_labels"}
+    for prefix, row in {"": step, TARGET: getattr(step, "target", None)}.items():
+        if not isinstance(row, BatchInfo) or row.positions_counted:
+            added.add(f"{prefix}position_ids")
+    return {name: value for name, value in kwargs.items() if name in named or name not in added}
+
+
+def _without_additions(forward: Callable[..., Any], named: set[str] | None, *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **_taken(kwargs, named))
+
+
+def _push(scope: Scope, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    positions = {name: value for name, value in kwargs.items() if name.endswith("position_ids") and value is not None}
+    scope.push(Call(kwargs.get(STEP), kwargs.get("shift_labels"), positions))
+
+
+def _clear(scope: Scope, *_: Any) -> None:
+    scope.clear()
+
+
+def _name_call(scope: Scope, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The block's call names the call of its model, so that longspan's checkpoint repeats it."""
+    return args, kwargs | {OUTER: scope.call}
+
+
+def _hold(scope: Scope, block: nn.Module, forward: Callable[..., Any], *args: Any, longspan_call: Call, **kwargs: Any) -> Any:
+    """The block's forward, and what Transformers' own checkpoint computes of it again, within the call."""
+    with scope.during(longspan_call), checkpoint_within(block, partial(scope.during, longspan_call)):
+        return forward(*args, **kwargs)
