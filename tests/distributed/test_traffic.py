@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from longspan.attention.ring import plan_hops
 from longspan.distributed.layout import Heads, Layout, consecutive, split
-from longspan.distributed.traffic import Traffic, attention_traffic, causal_keys_sent, kept_attention_traffic, ring_traffic
+from longspan.distributed.traffic import (
+    Traffic,
+    attention_traffic,
+    causal_keys_sent,
+    recomputable_attention_traffic,
+    ring_traffic,
+)
 from longspan.masks.constructors import Causal
 
 
@@ -22,7 +28,7 @@ def test_traffic_is_four_n_h_over_p() -> None:
 
 
 def test_one_rank_sends_nothing() -> None:
-    for formula in (attention_traffic, kept_attention_traffic):
+    for formula in (attention_traffic, recomputable_attention_traffic):
         assert formula(Heads(4, 2), (9,), (9,), 0, qk_dim=8, v_dim=8, itemsize=2) == (Traffic(), Traffic())
 
 
@@ -51,7 +57,7 @@ def test_uneven_tokens_and_heads_are_counted_one_at_a_time(rank: int) -> None:
 def test_selective_recomputation_doubles_the_backward_and_not_the_forward() -> None:
     heads, sizes = Heads(8, 8, 2, 2), (5, 5)
     plain, plain_backward = attention_traffic(Heads(8, 8, 2), sizes, sizes, 1, qk_dim=4, v_dim=4, itemsize=4)
-    forward, backward = kept_attention_traffic(heads, sizes, sizes, 1, qk_dim=4, v_dim=4, itemsize=4)
+    forward, backward = recomputable_attention_traffic(heads, sizes, sizes, 1, qk_dim=4, v_dim=4, itemsize=4)
     assert forward == Traffic(2 * 2, plain.bytes)
     assert backward == Traffic(2 * 2, 2 * plain_backward.bytes)
 

@@ -43,7 +43,7 @@ def test_auto_takes_the_fused_operators_where_they_can() -> None:
         ("sdpa", {"device_type": "cuda", "dtype": torch.half, "qk_dim": 20, "v_dim": 20}, r"multiples of 8 up to 256, not 20"),
         ("sdpa", {"device_type": "mps"}, r"are for cpu and cuda, not mps"),
         ("flex", {}, r"kernel='flex' cannot do this: flex_attention has no backward on cpu, only on cuda; use 'sdpa'"),
-        ("flex", {"device_type": "cuda", "bias": Slopes(2)}, r"one score at a time"),
+        ("flex", {"device_type": "cuda", "bias": Slopes(2)}, r"a bias score by score, not tile by tile"),
         ("flex", {"device_type": "cuda", "dtype": torch.float64}, r"not for fp64"),
     ],
 )
