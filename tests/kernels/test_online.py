@@ -1,9 +1,9 @@
-"""The online kernel across several cells of queries and keys, and with a bias that does not learn."""
+"""The online kernel across several tiles of queries and keys, and with a bias that does not learn."""
 
 import pytest
 import torch
 
-from longspan.kernels.online import Online, cells
+from longspan.kernels.online import Online, tiles
 from longspan.kernels.reference import Reference
 from longspan.masks.constructors import Causal, SinkTokens, Window
 from tests.helpers.kernel_cases import Slopes, assert_same, bands_of, draw_inputs, naive, run
@@ -11,11 +11,11 @@ from tests.helpers.kernel_cases import Slopes, assert_same, bands_of, draw_input
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("biased", [False, True])
-def test_online_across_cells(softcap: float | None, biased: bool) -> None:
-    """More keys and queries than one cell, so that merging, skipping and the sums over cells are met."""
+def test_online_across_tiles(softcap: float | None, biased: bool) -> None:
+    """More keys and queries than one tile, so that merging, skipping and the sums over tiles are met."""
     x = draw_inputs(1300, 2500, heads=4, kv_heads=2, dim=6, v_dim=10)
     bands = bands_of((Causal() & Window(600)) | SinkTokens(3), x)
-    assert len({(cell.queries.start, cell.keys.start) for cell in cells(bands, 4)}) >= 4
+    assert len({(tile.queries.start, tile.keys.start) for tile in tiles(bands, 4)}) >= 4
     extras = {"softcap": softcap, "bias": Slopes(4) if biased else None}
     assert_same(run(Online(), x, bands, **extras), run(Reference(), x, bands, **extras), 1e-10)
 

@@ -1,9 +1,10 @@
-"""PyTorch's fused flash attention operators on the CPU, applied to one stack of tiles. Knows nothing of bands or of merging.
+"""PyTorch's fused flash attention operators on the CPU, applied to one stack of tiles. Independent of bands and of merging.
 
     RECTANGLE  no mask        LOWER  is_causal        UPPER  LOWER with tokens reversed        BAND  one small constant mask
 
-Inputs and outputs are [tiles, heads, rows, dim] in one dtype; lse is [tiles, heads, rows] in fp32 (fp64 for fp64). Tiles may be
-overlapping views whose last dim is contiguous. ``out`` and ``lse`` of the backward may cover more keys than the tile has.
+Inputs and outputs are [tiles, heads, rows, dim] in one dtype; lse, the log-sum-exp of each query's scores, is [tiles, heads,
+rows] in fp32 (fp64 for fp64). Tiles may be overlapping views whose last dim is contiguous. ``out`` and ``lse`` that the
+backward is given may cover more keys than the tile has.
 """
 
 import torch
@@ -24,11 +25,11 @@ _backward_cpu = _compat.flash_backward("cpu")
 
 
 arrange = columns
-"""Stacks -> stacks, applied before the calls: cut tiles into columns of keys that stay in a CPU's cache."""
+"""Function from stacks to stacks, applied before the calls: cuts tiles into columns of keys that stay in a CPU's cache."""
 
 
 def lacks(dtype: torch.dtype, dim: int) -> str | None:
-    """None: the operators support every dtype and head dim."""
+    """The reason why the operators do not support this dtype and head dim: always None, the CPU operators support all."""
     return None
 
 
@@ -39,8 +40,11 @@ def forward(
     v: Float[Tensor, "tiles kv_heads keys dim"],
     scale: float,
 ) -> FlashPartial:
-    """(out, lse) of each tile. Every query of a tile sees a key, so the operator's wrong lse of a fully masked row (0.0 instead
-    of -inf) cannot occur."""
+    """Attention of each tile of a stack: (out [tiles, heads, rows, dim], log-sum-exp of the scores [tiles, heads, rows]).
+
+    PyTorch's operator returns lse 0.0 instead of -inf for a query that sees no key; every query of a tile sees a key, so this
+    does not occur.
+    """
     if stack.shape is Shape.UPPER:
         q, k, v = (x.flip(2) for x in (q, k, v))
     out, lse = _forward_cpu(q, k, v, 0.0, _is_causal(stack), attn_mask=_mask(stack, q.dtype), scale=scale)
@@ -57,9 +61,13 @@ def backward(
     lse: Float[Tensor, "tiles heads rows"],
     scale: float,
 ) -> FlashGradients:
-    """(dq, dk, dv) of each tile, in the inputs' dtype, or in fp32 on a CPU without native GEMM in it.
+    """The gradients (dq, dk, dv) of each tile of a stack, from those of its output.
 
-    Tiles with overlapping keys return one gradient each; the caller adds them.
+    ``out`` and ``lse`` are the output and log-sum-exp of these queries over all their keys, which may be more than the tile's.
+
+    Returns:
+        dq [tiles, heads, rows, dim], dk and dv [tiles, kv_heads, keys, dim] in the dtype of the inputs, or in fp32 on a CPU
+        without native GEMM in that dtype. Tiles with overlapping keys return one gradient each; the caller adds them.
     """
     if stack.shape is Shape.UPPER:
         dout, q, k, v, out, lse = (x.flip(2) for x in (dout, q, k, v, out, lse))
@@ -70,12 +78,17 @@ def backward(
 
 
 def _is_causal(stack: Stack) -> bool:
-    """True for LOWER, and for UPPER, whose tokens are reversed before the call."""
+    """Whether the operator is called with ``is_causal``: for LOWER tiles, and for UPPER, whose tokens are reversed before the
+    call."""
     return stack.shape in (Shape.LOWER, Shape.UPPER)
 
 
 def _mask(stack: Stack, dtype: torch.dtype) -> Tensor | None:
-    """The mask of a BAND (query i sees keys i to i + keys - rows), a float mask in q's dtype that broadcasts over tiles."""
+    """The additive mask [rows, keys] of BAND tiles in ``dtype``: 0 where query i sees keys i to i + keys - rows, -inf
+    elsewhere.
+
+    None for tiles of every other shape.
+    """
     if stack.shape is not Shape.BAND:
         return None
     away = torch.arange(stack.keys) - torch.arange(stack.rows)[:, None]

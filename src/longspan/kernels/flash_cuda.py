@@ -1,4 +1,4 @@
-"""PyTorch's flash attention operators on CUDA, applied to one stack of tiles. Never run on a GPU, only on fakes of them.
+"""PyTorch's flash attention operators on CUDA, applied to one stack of tiles. Never run on a GPU, only with fake tensors.
 
     LOWER      is_causal (aligned bottom right, which is top left in a square)
     UPPER      window (0, unlimited)                    BAND  window (keys - rows, 0), aligned bottom right
@@ -20,13 +20,13 @@ _forward_cuda = _compat.flash_forward("cuda")
 _backward_cuda = _compat.flash_backward("cuda")
 
 arrange = corners
-"""Stacks -> stacks, applied before the calls: join packed documents into one variable-length call."""
+"""Function from stacks to stacks, applied before the calls: joins packed documents into one variable-length call."""
 
 Lengths = tuple[Tensor | None, Tensor | None, int, int]  # cum_seq_q, cum_seq_k, max_q, max_k
 
 
 def lacks(dtype: torch.dtype, dim: int) -> str | None:
-    """The reason why the operators do not support this dtype and head dim, or None."""
+    """The reason, as a sentence, why the operators do not support this dtype and head dim; None if they do."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"flash attention on cuda takes fp16 and bf16, not {dtype}"
     if dim % 8 or dim > 256:

@@ -6,8 +6,9 @@
             0      [0, 1)        -                 two; the intervals take memory of tokens x that number.
             1      [0, 2)      [7, 9)
 
-flex_attention's own backward (autograd) covers only the keys of its call. It therefore gets the gradients of the merge with the
-other keys: with w = exp(lse_part - lse), dout_part = w * dout and dlse_part = w * (dout · (out_part - out)).
+flex_attention's own backward (autograd) covers only the keys of its call, but the gradients that this kernel is given are
+those of the output merged over all keys. Its backward therefore first computes the gradients of the partial result: with w =
+exp(lse_part - lse), dout_part = w * dout and dlse_part = w * (dout · (out_part - out)).
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ class Flex:
     name = "flex"
 
     def lacks(self, need: Need) -> str | None:
-        """The reason why this kernel does not support ``need``, or None."""
+        """The reason, as a sentence, why this kernel does not support the attention ``need``; None if it does."""
         if need.device_type != "cuda":
             return f"flex_attention has no backward on {need.device_type}, only on cuda"
         if need.dtype == torch.float64:
@@ -101,28 +102,38 @@ def merge_gradients(
     part: Float[Tensor, "queries heads v_dim"],
     part_lse: Float[Tensor, "heads queries"],
 ) -> Partial:
-    """The backward of merging one partial result into ``out``: the gradients of ``part`` and ``part_lse``.
+    """The backward of merging one partial result of attention, over some of the keys, into the output over all keys.
 
     Args:
         dout: the gradient of the merged output.
         out, lse: the merged output and log-sum-exp, over all keys.
         part, part_lse: the partial output and log-sum-exp, over some of the keys.
+
+    Returns:
+        The gradients of ``part`` [queries, heads, v_dim] and of ``part_lse`` [heads, queries]; 0 for a query that sees none of
+        these keys.
     """
     weight = torch.where(part_lse == -torch.inf, 0.0, part_lse - lse).exp().masked_fill(part_lse == -torch.inf, 0)
     dpart = dout * weight.T.unsqueeze(2)
     return dpart, (dpart * (part - out)).sum(2).T
 
 
-Intervals = tuple[Int[Tensor, "layers queries"], Int[Tensor, "layers queries"]]
+Intervals = tuple[Int[Tensor, "intervals queries"], Int[Tensor, "intervals queries"]]
 
 
 def intervals(bands: Sequence[Band], queries: int, device: torch.device) -> Intervals:
-    """The keys that each query sees, as intervals: query q sees [first[i, q], stop[i, q]) for every layer i.
+    """The keys that each query sees, as intervals: query q sees the keys [first[i, q], stop[i, q]) for every i.
 
-    Each layer holds at most one band per query; a layer without a band at a query has the empty interval [0, 0) there.
+    There are as many intervals per query as the bands need: bands with a query in common have a different i. Where a query has
+    fewer, the interval is [0, 0).
+
+    Args:
+        bands: disjoint bands.
+        queries: the number of queries.
+        device: where the result is put.
 
     Returns:
-        (first, stop), both int32 [layers, queries].
+        (first, stop), both int32 [intervals, queries].
     """
     layers: list[tuple[int, list[Band]]] = []  # (first query after the layer's last band, its bands), filled first-fit
     for band in sorted(bands):
@@ -138,7 +149,10 @@ def intervals(bands: Sequence[Band], queries: int, device: torch.device) -> Inte
 
 
 def mask_mod(bands: Sequence[Band], queries: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The bands as a ``mask_mod`` of flex_attention: (batch, head, query, key) -> whether the query sees the key."""
+    """The bands as a ``mask_mod`` function of flex_attention: (batch, head, query, key) -> whether the query sees the key.
+
+    Batch and head are ignored. ``queries`` is the number of queries; ``device`` is that of the index tensors.
+    """
     first, stop = intervals(bands, queries, device)
     return lambda batch, head, q_index, k_index: _within(first, stop, q_index, k_index)
 

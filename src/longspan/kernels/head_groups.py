@@ -4,7 +4,7 @@
     key/value heads              0 | 1           so the kernel runs twice, each time with equally many query
                                                  heads per key/value head
 
-Knows nothing of ranks: its inputs are rows of tokens and the bands between queries and keys.
+Independent of ranks: its inputs are rows of tokens and the bands between queries and keys.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,13 +18,18 @@ from longspan.kernels.protocol import BoundBias, Gradients, Kernel, Partial
 from longspan.masks.bands import Band
 
 Groups = tuple[tuple[slice, slice], ...]
-"""(query heads, key/value heads) of each regular group."""
+"""(query heads, key/value heads) of each regular group, as slices; in a group every key/value head has equally many query
+heads."""
 BiasOfHeads = Callable[[slice], BoundBias]
-"""The bias of some of the query heads."""
+"""A function from a slice of the query heads to the bias of these heads."""
 
 
 class GroupedKernel(NamedTuple):
-    """A kernel that is called once for each regular group of heads, with one scale and softcap for all of them."""
+    """A kernel that is called once for each regular group of heads, with one scale and softcap for all of them.
+
+    A kernel takes q with heads that are a multiple of those of k and v; a rank's heads need not be. A group is a part of them
+    that is regular: each of its key/value heads is read by equally many of its query heads.
+    """
 
     kernel: Kernel
     groups: Groups
@@ -32,7 +37,11 @@ class GroupedKernel(NamedTuple):
     softcap: float | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, bands: Sequence[Band], bias: BiasOfHeads | None = None) -> Partial:
-        """``Kernel.forward`` of every group, joined: (out [queries, heads, v_dim], lse [heads, queries])."""
+        """Attention by one ``Kernel.forward`` call per group, with the results of all groups concatenated along the heads.
+
+        Returns:
+            (out [queries, heads, v_dim], log-sum-exp of the scores [heads, queries]).
+        """
         parts = [
             self.kernel.forward(
                 q[:, heads], k[:, kv], v[:, kv], bands, self.scale,
@@ -46,9 +55,17 @@ class GroupedKernel(NamedTuple):
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
         *, bands: Sequence[Band], bias: BiasOfHeads | None = None,
     ) -> Gradients:  # fmt: skip
-        """``Kernel.backward`` of every group, joined: (dq, dk, dv, gradients of the bias parameters).
+        """The gradients of attention by one ``Kernel.backward`` call per group, put together over the groups.
 
-        ``out`` and ``lse`` cover all keys of each query; ``k`` and ``v`` may be a subset of those keys.
+        Args:
+            dout: the gradient of ``out``.
+            out, lse: output and log-sum-exp over all keys of each query; ``k`` and ``v`` may be a subset of those keys.
+            bands: which of these keys each query sees.
+            bias: a function from a slice of the query heads to their bias; None without a bias.
+
+        Returns:
+            (dq, dk, dv, list of the gradients of the bias parameters). A key/value head that is in two groups gets the sum of
+            both.
         """
         with autograd_below_autograd():
             parts = [

@@ -4,9 +4,9 @@
 
 On a CPU without AVX-512, PyTorch 2.13 multiplies bf16 and fp16 matrices at a tenth to a fiftieth of the speed of fp32;
 ``torch.backends.mkldnn`` reports which dtypes are fast. fp32 is never less exact. Working on one block of rows at a time, the
-extra memory is one fp32 copy of the weight. Knows nothing of models or ranks.
+extra memory is one fp32 copy of the weight. Independent of models and ranks.
 
-R rows   I in   O out
+The suffix of a tensor's name gives its dims: R rows, I in, O out.
 """
 
 from typing import Any
@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from longspan import _compat
 
 BLOCK_ROWS = 512
-"""Rows that are multiplied at a time: few enough that the fp32 result is still in the CPU's cache when it is rounded."""
+"""The number of rows that are multiplied at a time: few enough that the fp32 result is still in the CPU's cache when it is
+rounded."""
 
 
 def _slow_on_cpu() -> frozenset[torch.dtype]:
@@ -65,7 +66,8 @@ def linear(x: Float[Tensor, "*rows in_"], weight: Float[Tensor, "out in_"]) -> F
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without a bias whose forward calls ``linear``."""
+    """``nn.Linear`` without a bias whose forward calls ``linear`` of this file: fp32 products on CPUs without native bf16
+    GEMM."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -75,7 +77,7 @@ class Linear(nn.Linear):
 
 
 class _Widened(torch.autograd.Function):
-    """``x @ weight.T`` and its gradients, each computed in fp32 and rounded once to the dtype of the inputs."""
+    """Autograd function of ``x @ weight.T``: result and gradients are computed in fp32, then rounded to the inputs' dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -91,7 +93,8 @@ class _Widened(torch.autograd.Function):
 
 
 def _multiply(x: Tensor, weight_IO: Tensor) -> Tensor:
-    """``x @ weight_IO`` in fp32, one block of rows at a time, in the dtype of ``x``."""
+    """``x @ weight_IO`` ([..., in] times [in, out]), computed in fp32 one block of rows at a time; the result has the dtype of
+    x."""
     y, wide_IO = x.new_empty(*x.shape[:-1], weight_IO.shape[1]), weight_IO.float()
     for x_RI, y_RO in zip(_blocks(x), _blocks(y)):
         y_RO.copy_(x_RI.float() @ wide_IO)
@@ -99,7 +102,8 @@ def _multiply(x: Tensor, weight_IO: Tensor) -> Tensor:
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """``dy.T @ x``, summed over blocks of rows in fp32, in the dtype of ``x``."""
+    """``dy.T @ x`` with all leading dims as rows: [out, in], summed over blocks of rows in fp32, then cast to the dtype of
+    ``x``."""
     total_OI = x.new_zeros(dy.shape[-1], x.shape[-1], dtype=torch.float32)
     for dy_RO, x_RI in zip(_blocks(dy), _blocks(x)):
         total_OI.addmm_(dy_RO.float().T, x_RI.float())

@@ -1,14 +1,16 @@
 r"""Kernel "online": blocked attention with online softmax in plain PyTorch, for options that fused operators lack.
 
-      keys ->  |  1024   |  1024   |      A cell is the smallest rectangle around the bands' part of one block of the grid.
-     queries   |\--------+---------|      Blocks that no band reaches have no cell; a cell that one band fills needs no mask.
-     a few     |#\       |         |      Each cell gives a partial softmax, merged into its queries by log-sum-exp.
-     hundred   |##\      |         |      The backward recomputes each cell from the log-sum-exp over all keys.
+      keys ->  |  1024   |  1024   |      The queries and keys are cut into the blocks of a grid. A tile is the smallest
+     queries   |\--------+---------|      rectangle around the bands' part of one block. A block that no band intersects
+     a few     |#\       |         |      has no tile; a tile that one band fills needs no mask. Each tile gives a partial
+     hundred   |##\      |         |      softmax, merged into its queries by log-sum-exp. The backward recomputes each
+                                          tile from the log-sum-exp over all keys.
 
-Supports softcap, a bias that is computed one cell at a time and is differentiable in its parameters, and any value head dim.
-All sums are in fp32 (fp64 for fp64). Memory beyond inputs and results is that of one cell. Knows nothing of ranks.
+Supports softcap, a bias that is computed one tile at a time and is differentiable in its parameters, and any value head dim.
+All sums are in fp32 (fp64 for fp64). Memory beyond inputs and results is that of one tile. Independent of ranks.
 
-N tokens  S queries of a cell  T its keys  H heads  K kv heads  G query heads a kv head  D dim
+The suffix of a tensor's name gives its dims: N tokens, S queries of a tile, T its keys, H heads, K kv heads, G * S the rows of
+all query heads of one kv head, D head dim.
 """
 
 from collections import defaultdict
@@ -22,16 +24,17 @@ from torch import Tensor
 from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, accumulation_dtype, finite_lse, merge_weights
 from longspan.masks.bands import Band, rectangle, shift, trim
 
-CELL_KEYS = 1024
-"""The keys of one block of the grid."""
-CELL_SCORES = 2**22
-"""The most scores (heads x queries x keys) of one cell, which decides the queries of a block."""
+BLOCK_KEYS = 1024
+"""The number of keys of one block of the grid into which queries and keys are cut."""
+TILE_SCORES = 2**22
+"""The most scores (heads x queries x keys) of one tile; it determines the number of queries of a block."""
 
 
-class Cell(NamedTuple):
+class Tile(NamedTuple):
     """A rectangle of queries and keys whose scores are computed together.
 
-    ``bands`` are the parts of the mask's bands inside it, in indices relative to its first query and key.
+    ``queries`` and ``keys`` are slices of the rows of q and of k. ``bands`` are the parts of the mask's bands inside the
+    rectangle, in indices relative to its first query and first key.
     """
 
     queries: slice
@@ -40,12 +43,12 @@ class Cell(NamedTuple):
 
 
 class Online:
-    """Kernel "online": softmax(softcap(scale * q @ k.T) + bias) @ v over the visible keys, one cell at a time."""
+    """Kernel "online": softmax(softcap(scale * q @ k.T) + bias) @ v over the visible keys, one tile at a time."""
 
     name = "online"
 
     def lacks(self, need: Need) -> str | None:
-        """None: this kernel supports everything."""
+        """None for every ``need``: this kernel supports every attention. (Other kernels return the reason why they do not.)"""
         return None
 
     def forward(
@@ -62,12 +65,12 @@ class Online:
         heads = q.shape[1]
         out_HND = q.new_zeros((heads, q.shape[0], v.shape[2]), dtype=accumulation_dtype(q.dtype))
         lse_HN = out_HND.new_full(out_HND.shape[:2], -torch.inf)
-        for cell in cells(bands, heads):
-            scores = _Scores(q, k, cell, scale, softcap, None if bias is None else _bias_values(bias, cell, q.device))
+        for tile in tiles(bands, heads):
+            scores = _Scores(q, k, tile, scale, softcap, None if bias is None else _bias_values(bias, tile, q.device))
             part_lse = scores.masked.logsumexp(2)
             weights = (scores.masked - finite_lse(part_lse).unsqueeze(2)).exp_()
-            part = _by_kv_head(weights, k.shape[1]) @ _heads_first(v[cell.keys], weights.dtype)
-            _merge(out_HND[:, cell.queries], lse_HN[:, cell.queries], part.view(heads, -1, v.shape[2]), part_lse)
+            part = _by_kv_head(weights, k.shape[1]) @ _heads_first(v[tile.keys], weights.dtype)
+            _merge(out_HND[:, tile.queries], lse_HN[:, tile.queries], part.view(heads, -1, v.shape[2]), part_lse)
         return out_HND.transpose(0, 1), lse_HN
 
     def backward(
@@ -87,33 +90,36 @@ class Online:
         dtype, heads, kv_heads = accumulation_dtype(q.dtype), q.shape[1], k.shape[1]
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
         dbias = [] if bias is None else [torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for p in bias.parameters]
-        for cell in cells(bands, heads):
+        for tile in tiles(bands, heads):
             with torch.enable_grad():
-                added = None if bias is None else bias(*_indices(cell, q.device))
-            scores = _Scores(q, k, cell, scale, softcap, None if added is None else added.detach())
-            weights = scores.masked.sub_(finite_lse(lse[:, cell.queries]).unsqueeze(2)).exp_()
-            dout_HSD, out_HSD = (_heads_first(x[cell.queries], dtype) for x in (dout, out))
+                added = None if bias is None else bias(*_indices(tile, q.device))
+            scores = _Scores(q, k, tile, scale, softcap, None if added is None else added.detach())
+            weights = scores.masked.sub_(finite_lse(lse[:, tile.queries]).unsqueeze(2)).exp_()
+            dout_HSD, out_HSD = (_heads_first(x[tile.queries], dtype) for x in (dout, out))
             dout_KGD = _by_kv_head(dout_HSD, kv_heads)
-            dweights = (dout_KGD @ _heads_first(v[cell.keys], dtype).mT).view_as(weights)
+            dweights = (dout_KGD @ _heads_first(v[tile.keys], dtype).mT).view_as(weights)
             dscores = weights * dweights.sub_((dout_HSD * out_HSD).sum(2, keepdim=True))
             if bias is not None and added is not None:
                 _add_bias_gradients(dbias, bias.parameters, added, dscores)
             dscores_KGT = _by_kv_head(dscores.mul_(scores.slope).mul_(scale), kv_heads)
-            dq_HSD = (dscores_KGT @ _heads_first(k[cell.keys], dtype)).view(heads, -1, q.shape[2])
-            dq[cell.queries] += dq_HSD.transpose(0, 1)
-            dk[cell.keys] += (dscores_KGT.mT @ scores.q_KGD).transpose(0, 1)
-            dv[cell.keys] += (_by_kv_head(weights, kv_heads).mT @ dout_KGD).transpose(0, 1)
+            dq_HSD = (dscores_KGT @ _heads_first(k[tile.keys], dtype)).view(heads, -1, q.shape[2])
+            dq[tile.queries] += dq_HSD.transpose(0, 1)
+            dk[tile.keys] += (dscores_KGT.mT @ scores.q_KGD).transpose(0, 1)
+            dv[tile.keys] += (_by_kv_head(weights, kv_heads).mT @ dout_KGD).transpose(0, 1)
         return dq, dk, dv, dbias
 
 
-def cells(bands: Sequence[Band], heads: int) -> Iterator[Cell]:
-    """The cells of all blocks that the bands reach, each with the parts of the bands in it.
+def tiles(bands: Sequence[Band], heads: int) -> Iterator[Tile]:
+    """Yield the tiles that together cover every (query, key) pair of the bands exactly once.
+
+    Queries and keys are cut into a grid of blocks; each block that a band intersects gives one tile, the smallest rectangle
+    around the bands' part of it.
 
     Args:
-        bands: disjoint canonical bands.
-        heads: the number of query heads, which bounds the queries of a block (``CELL_SCORES``).
+        bands: disjoint canonical bands (masks/bands.py).
+        heads: the number of query heads; the more heads, the fewer queries a block has (see ``TILE_SCORES``).
     """
-    rows, keys = min(512, max(32, CELL_SCORES // (CELL_KEYS * heads))), CELL_KEYS
+    rows, keys = min(512, max(32, TILE_SCORES // (BLOCK_KEYS * heads))), BLOCK_KEYS
     grid: dict[tuple[int, int], list[Band]] = defaultdict(list)
     for band in bands:
         for i in range(band.q_start // rows, (band.q_stop - 1) // rows + 1):
@@ -127,20 +133,22 @@ def cells(bands: Sequence[Band], heads: int) -> Iterator[Cell]:
     for pieces in grid.values():
         q_start, q_stop = min(p.q_start for p in pieces), max(p.q_stop for p in pieces)
         k_start, k_stop = min(p.k_start for p in pieces), max(p.k_stop for p in pieces)
-        yield Cell(slice(q_start, q_stop), slice(k_start, k_stop), tuple(shift(p, -q_start, -k_start) for p in pieces))
+        yield Tile(slice(q_start, q_stop), slice(k_start, k_stop), tuple(shift(p, -q_start, -k_start) for p in pieces))
 
 
 class _Scores:
-    """The scores of a cell.
+    """The attention scores of one tile, computed when it is made.
 
-    ``masked`` [H, S, T]: the scores, -inf at hidden keys. ``slope``: the derivative of the softcap at each score (1.0 without a
-    softcap). ``q_KGD``: the queries in the accumulation dtype, grouped by key/value head.
+    Attributes:
+        masked: the scores [heads, queries, keys] after softcap and bias, -inf at hidden keys.
+        slope: the derivative of the softcap at each score, of the same shape; 1.0 without a softcap.
+        q_KGD: the queries in the accumulation dtype, [kv_heads, query heads of a kv head * queries, dim].
     """
 
-    def __init__(self, q: Tensor, k: Tensor, cell: Cell, scale: float, softcap: float | None, bias: Tensor | None) -> None:
+    def __init__(self, q: Tensor, k: Tensor, tile: Tile, scale: float, softcap: float | None, bias: Tensor | None) -> None:
         dtype, heads = accumulation_dtype(q.dtype), q.shape[1]
-        self.q_KGD = _by_kv_head(_heads_first(q[cell.queries], dtype), k.shape[1])
-        k_KTD = _heads_first(k[cell.keys], dtype)
+        self.q_KGD = _by_kv_head(_heads_first(q[tile.queries], dtype), k.shape[1])
+        k_KTD = _heads_first(k[tile.keys], dtype)
         scores = (self.q_KGD @ k_KTD.mT).mul_(scale).view(heads, -1, k_KTD.shape[1])
         self.slope: Tensor | float = 1.0
         if softcap is not None:
@@ -149,17 +157,18 @@ class _Scores:
             scores = tanh.mul_(softcap)
         if bias is not None:
             scores.add_(bias)
-        hidden = _hidden(cell, q.device)
+        hidden = _hidden(tile, q.device)
         self.masked = scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
 
 
-def _hidden(cell: Cell, device: torch.device) -> Tensor | None:
-    """The mask [S, T] of a cell, True where the query does not see the key; None if every query sees every key."""
-    queries, keys = cell.queries.stop - cell.queries.start, cell.keys.stop - cell.keys.start
-    if cell.bands == (rectangle(0, queries, 0, keys),):
+def _hidden(tile: Tile, device: torch.device) -> Tensor | None:
+    """The boolean mask [queries, keys] of a tile, True where the query does not see the key; None if every query sees every
+    key."""
+    queries, keys = tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start
+    if tile.bands == (rectangle(0, queries, 0, keys),):
         return None
     hidden = torch.ones(queries, keys, dtype=torch.bool, device=device)
-    for band in cell.bands:
+    for band in tile.bands:
         rows = torch.arange(band.q_start, band.q_stop, device=device)[:, None]
         away = torch.arange(band.k_start, band.k_stop, device=device) - rows
         hidden[band.q_start : band.q_stop, band.k_start : band.k_stop] &= (away < band.lo) | (away > band.hi)
@@ -171,35 +180,40 @@ def _heads_first(x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _by_kv_head(x_HSD: Tensor, kv_heads: int) -> Tensor:
-    """[H, S, D] as [K, G * S, D]: the rows of all query heads that read one key/value head, one head after another."""
+    """[heads, rows, dim] as [kv_heads, heads / kv_heads * rows, dim]: under each kv head the rows of its query heads."""
     return x_HSD.reshape(kv_heads, -1, x_HSD.shape[2])
 
 
 def _merge(out_HSD: Tensor, lse_HS: Tensor, part_HSD: Tensor, part_lse_HS: Tensor) -> None:
-    """Merge a partial result over other keys into (out, lse), in place."""
+    """Merge a partial result over other keys into (out, lse), in place.
+
+    Args:
+        out_HSD, lse_HS: attention output [heads, queries, dim] and log-sum-exp [heads, queries] so far; overwritten.
+        part_HSD, part_lse_HS: those over other keys; ``part_HSD`` is overwritten too.
+    """
     both, weight, part_weight = merge_weights(lse_HS, part_lse_HS)
     out_HSD.mul_(weight.unsqueeze(2)).add_(part_HSD.mul_(part_weight.unsqueeze(2)))
     lse_HS.copy_(both)
 
 
-def _indices(cell: Cell, device: torch.device) -> tuple[Tensor, Tensor]:
-    q_index, k_index = (torch.arange(x.start, x.stop, device=device) for x in (cell.queries, cell.keys))
+def _indices(tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
+    q_index, k_index = (torch.arange(x.start, x.stop, device=device) for x in (tile.queries, tile.keys))
     return q_index, k_index
 
 
-def _bias_values(bias: BoundBias, cell: Cell, device: torch.device) -> Tensor:
+def _bias_values(bias: BoundBias, tile: Tile, device: torch.device) -> Tensor:
     with torch.no_grad():
-        return bias(*_indices(cell, device))
+        return bias(*_indices(tile, device))
 
 
 def _add_bias_gradients(totals: list[Tensor], parameters: Sequence[Tensor], added: Tensor, dscores: Tensor) -> None:
-    """Add one cell's gradients of the bias parameters to ``totals``.
+    """Add one tile's gradients of the bias parameters to ``totals``, in place.
 
     Args:
-        totals: one tensor for each of ``parameters``; those that require no gradient are left as they are.
+        totals: one tensor for each of ``parameters``; those that require no gradient are left unchanged.
         parameters: the parameters of the bias.
-        added: the bias of the cell, with its autograd graph.
-        dscores: the gradient of the cell's scores after the bias.
+        added: the bias of the tile [heads, queries, keys], with its autograd graph.
+        dscores: the gradient of the tile's scores after the bias, of the same shape.
     """
     trained = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
     if not added.requires_grad:

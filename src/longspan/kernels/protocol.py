@@ -1,12 +1,14 @@
-"""The kernel interface: attention on one rank over the bands of a mask, forward and backward. Knows nothing of ranks.
+"""The kernel interface: attention on one rank over the bands of a mask, forward and backward. Independent of ranks.
 
     forward    q, k, v, bands           ->  out, lse         s   = softcap(scale * q·k) + bias, at the keys that the bands show
                                                              lse = log(sum(exp(s)))       out = sum(exp(s - lse) * v)
     backward   dout, q, k, v, out, lse  ->  dq, dk, dv       p   = exp(s - lse)           ds  = p * (dout·v - dout·out)
 
-The backward computes the probabilities from ``lse`` and never sums over keys. Given the ``out`` and ``lse`` of all keys of a
-query, it is therefore exact for any subset of the keys, and the gradients of the subsets add up. Ring attention, key blocks and
-sink logits depend on this property.
+lse is the log-sum-exp of a query's scores s; dx is the gradient of x.
+
+The backward computes the probabilities p from ``lse`` and never sums over keys. Given the ``out`` and ``lse`` of all keys of a
+query, it is therefore exact for any subset of the keys, and the gradients of the subsets add up. Ring attention, key blocks
+and sink logits depend on this property.
 """
 
 from collections.abc import Sequence
@@ -30,7 +32,11 @@ Gradients = tuple[
 
 @dataclass(frozen=True)
 class Need:
-    """The requirements of an attention that decide whether a kernel supports it: device type, dtype, head dims, extras."""
+    """What one attention requires of a kernel: device type ("cpu", "cuda"), dtype of q, k and v, head dims, softcap, bias.
+
+    ``qk_dim`` and ``v_dim`` are the head dims of queries and keys, and of values; ``softcap`` and ``bias`` say whether the
+    attention has one.
+    """
 
     device_type: str
     dtype: torch.dtype
@@ -42,15 +48,28 @@ class Need:
 
 @runtime_checkable
 class BoundBias(Protocol):
-    """A term added to the scores, computed for one tile of queries and keys at a time, differentiable in its parameters."""
+    """A term added to the attention scores, computed for one tile of queries and keys at a time, differentiable in
+    ``parameters``.
+
+    It belongs to certain heads and rows of one rank, and is called with indices of these rows. (The ``Bias`` that a user
+    passes is called with positions in the whole sequence.)
+    """
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:
-        """The tensors in which the bias is differentiable."""
+        """The tensors with respect to which the bias is differentiable; empty if there are none."""
         ...
 
     def __call__(self, q_index: Int[Tensor, " q"], k_index: Int[Tensor, " k"]) -> Float[Tensor, "heads q k"]:
-        """The bias of the queries ``q_index`` at the keys ``k_index``, both as indices into this rank's rows."""
+        """The bias between some queries and some keys.
+
+        Args:
+            q_index: the queries, as indices into the rows of q that the kernel was given.
+            k_index: the keys, as indices into the rows of k.
+
+        Returns:
+            [heads, queries, keys], added to the scores of these queries and keys.
+        """
         ...
 
 
@@ -59,12 +78,12 @@ class Kernel(Protocol):
     """Attention on one rank, as a forward and a backward without autograd.
 
     q, k and v may be strided views whose last dim is contiguous; ``heads`` is a multiple of ``kv_heads``. Results are fp64 for
-    fp64 inputs and fp32 otherwise. A query that no band reaches has out = 0, lse = -inf and no gradient.
+    fp64 inputs and fp32 otherwise. A query that sees no key in any band has out = 0, lse = -inf and no gradient.
     """
 
     @property
     def name(self) -> str:
-        """The value of ``kernel=`` that selects it; used in error messages."""
+        """The value of the argument ``kernel=`` that selects this kernel; also its name in error messages."""
         ...
 
     def forward(
@@ -120,25 +139,28 @@ class Kernel(Protocol):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of partial results, log-sum-exps and summed gradients: fp64 for fp64, fp32 for everything else."""
+    """The dtype for partial results, log-sum-exps and summed gradients of tensors of ``dtype``: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def finite_lse(lse: Tensor) -> Tensor:
-    """``lse`` with -inf (a query that sees no key) replaced by 0, so that exp(score - lse) is exp(-inf) = 0 and not NaN."""
+    """A copy of ``lse`` with -inf (the log-sum-exp of a query that sees no key) replaced by 0.
+
+    The scores of such a query are all -inf, so exp(score - lse) is then exp(-inf) = 0 and not NaN.
+    """
     return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
 def merge_weights(lse: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the softmax of two disjoint sets of keys: out = weight * out_1 + part_weight * out_2.
+    """The weights that merge attention over two disjoint sets of keys: out = weight * out_1 + part_weight * out_2.
 
     Args:
-        lse: log-sum-exp over the first set of keys.
-        part_lse: log-sum-exp over the second set, of the same shape.
+        lse: the log-sum-exp of each query's scores over the first set of keys, [heads, queries] or any other shape.
+        part_lse: the log-sum-exp over the second set, of the same shape.
 
     Returns:
-        The log-sum-exp over both sets, the weight of the first set's output and that of the second's, all of the shape of
-        ``lse``. A query that sees no key in either set has lse = -inf and weights 0.
+        (lse over both sets, weight, part_weight), all of the shape of ``lse``: ``weight`` is the factor of the first set's
+        output and ``part_weight`` that of the second's. A query that sees no key in either set has lse = -inf and weights 0.
 
     Source: FlashAttention, arXiv:2205.14135, section 3.1.
     """

@@ -1,8 +1,8 @@
-"""The reference kernel: dense attention computed in fp64 for every input dtype. Knows nothing of tiles or fused operators.
+"""The reference kernel: dense attention computed in fp64 for every input dtype. Independent of tiles and fused operators.
 
 Memory is heads x queries x keys, so it is meant for tests and small inputs.
 
-Q queries  K keys  H heads  D head dim
+The suffix of a tensor's name gives its dims: Q queries, K keys, H heads, D head dim.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from longspan.masks.bands import Band
 
 
 def visible(bands: Sequence[Band], queries: int, keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
-    """The dense boolean mask of ``bands``: True where some band lets query q (row) attend to key k (column)."""
+    """The bands as a dense boolean mask on ``device``: True where some band lets query q (row) attend to key k (column)."""
     q = torch.arange(queries, device=device)[:, None]
     k = torch.arange(keys, device=device)
     seen = torch.zeros(queries, keys, dtype=torch.bool, device=device)
@@ -32,7 +32,7 @@ class Reference:
     name = "reference"
 
     def lacks(self, need: Need) -> str | None:
-        """None: this kernel supports everything."""
+        """None for every ``need``: this kernel supports every attention. (Other kernels return the reason why they do not.)"""
         return None
 
     def forward(
@@ -82,14 +82,23 @@ class Reference:
 
 
 def _heads(x_KHD: Tensor, q: Tensor) -> Tensor:
-    """Keys or values in fp64, each key/value head repeated once per query head that reads it."""
+    """Keys or values [keys, kv_heads, dim] as fp64 [keys, heads, dim]: each kv head repeated for each query head that reads
+    it.
+
+    The number of query heads is taken from ``q`` [queries, heads, dim].
+    """
     return x_KHD.double().repeat_interleave(q.shape[1] // x_KHD.shape[1], 1)
 
 
 def _scores(
     q: Tensor, k: Tensor, bands: Sequence[Band], scale: float, softcap: float | None, bias: BoundBias | None
 ) -> tuple[Tensor, Tensor | float]:
-    """The scores [H, Q, K], -inf at hidden keys, and the derivative of the softcap at each score (1.0 without a softcap)."""
+    """The attention scores, and the derivative of the softcap at each of them.
+
+    Returns:
+        (scores, slope): fp64 scores [heads, queries, keys] after softcap and bias, -inf at keys that the bands hide; the
+        derivative of the softcap, of the same shape, or 1.0 without a softcap.
+    """
     scores: Tensor = torch.einsum("QHD,KHD->HQK", q.double(), _heads(k, q)) * scale
     slope: Tensor | float = 1.0
     if softcap is not None:
@@ -102,7 +111,7 @@ def _scores(
 
 
 def _weights(scores_HQK: Tensor, lse_HQ: Tensor) -> Tensor:
-    """The attention probabilities exp(score - lse); 0 for a query that sees no key."""
+    """The attention probabilities exp(score - lse) [heads, queries, keys]; all 0 for a query that sees no key (lse = -inf)."""
     return torch.exp(scores_HQK - lse_HQ.masked_fill(lse_HQ == -torch.inf, 0).unsqueeze(2))
 
 

@@ -7,7 +7,7 @@ Time is proportional to the number of visible (query, key) pairs, memory to the 
 chunks, and only the overlapping keys and values of one chunk are copied. Partial results are merged, and gradients summed, in
 fp32 (fp64 for fp64 inputs). tiles.py makes the tiles; flash_cpu.py and flash_cuda.py call the operators.
 
-N all tokens  H heads  D head dim  T tiles of a stack  S tokens of a tile
+The suffix of a tensor's name gives its dims: N all tokens, H heads, D head dim, T tiles of a stack, S tokens of a tile.
 """
 
 from collections.abc import Sequence
@@ -23,18 +23,21 @@ from longspan.kernels.tiles import Stack, plan
 from longspan.masks.bands import Band
 
 OPERATORS = {"cpu": flash_cpu, "cuda": flash_cuda}
-"""The flash operators of each device type."""
+"""By device type, the module that calls PyTorch's flash operators there: ``arrange``, ``lacks``, ``forward``, ``backward``."""
 CHUNK = 2**21
-"""The most elements of q, k and v that one call of an operator gets; a single larger tile is still one call."""
+"""The most elements of q, k and v together that one call of an operator gets; a single larger tile is still one call."""
 
 
 class SDPA:
-    """Kernel "sdpa": ``F.scaled_dot_product_attention`` for any bands, with log-sum-exp and memory linear in the tokens."""
+    """Kernel "sdpa": ``F.scaled_dot_product_attention`` for any bands, with log-sum-exp, by PyTorch's flash operators.
+
+    Memory is linear in the number of tokens. It has neither softcap nor bias, and needs equal head dims of keys and values.
+    """
 
     name = "sdpa"
 
     def lacks(self, need: Need) -> str | None:
-        """The reason why this kernel does not support ``need``, or None."""
+        """The reason, as a sentence, why this kernel does not support the attention ``need``; None if it does."""
         if need.softcap or need.bias:
             return f"PyTorch's fused attention has no {'softcap' if need.softcap else 'bias'}"
         if need.qk_dim != need.v_dim:
@@ -109,7 +112,10 @@ def _refuse(softcap: float | None, bias: BoundBias | None) -> None:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """``x`` with a contiguous last dim, which the operators assume without a check; an expanded gradient may lack it."""
+    """``x`` itself if its last dim is contiguous, else a contiguous copy.
+
+    The flash operators assume a contiguous last dim without a check; an expanded gradient may lack it.
+    """
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -127,7 +133,10 @@ def _chunked(stacks: Sequence[Stack], q: Tensor, k: Tensor) -> list[Stack]:
 
 
 def _tiles(x_NHD: Tensor, start: int, size: int, count: int, step: int) -> Tensor:
-    """A view [T, H, S, D] of ``count`` ranges of ``size`` tokens that begin ``step`` tokens apart; ranges may overlap."""
+    """A view [count, heads, size, dim] of ``count`` ranges of ``size`` tokens of ``x_NHD`` [tokens, heads, dim].
+
+    Range i begins at token start + i * step; ranges may overlap, and then share memory.
+    """
     token, head, element = x_NHD.stride()
     shape = (count, x_NHD.shape[1], size, x_NHD.shape[2])
     return x_NHD.as_strided(shape, (step * token, head, token, element), x_NHD.storage_offset() + start * token)
@@ -146,16 +155,26 @@ def _tiles_of(stack: Stack, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 
 def _merge(out_THSD: Tensor, lse_THS: Tensor, part_THSD: Tensor, part_lse_THS: Tensor) -> None:
-    """Merge a partial result over other keys into (out, lse), in place."""
+    """Merge a partial result over other keys into (out, lse), in place.
+
+    Args:
+        out_THSD, lse_THS: output [tiles, heads, queries, dim] and log-sum-exp [tiles, heads, queries] so far; overwritten.
+        part_THSD, part_lse_THS: those of the same queries over other keys.
+    """
     both, weight, part_weight = merge_weights(lse_THS, part_lse_THS)
     out_THSD.mul_(weight.unsqueeze(3)).add_(part_THSD * part_weight.unsqueeze(3))
     lse_THS.copy_(both)
 
 
 def _add_keys(stack: Stack, total_NHD: Tensor, part_THSD: Tensor) -> None:
-    """Add each tile's gradient to the rows of its keys in ``total_NHD``.
+    """Add each tile's gradient of its keys (or values) to the rows of these keys in ``total_NHD``, in place.
 
     Tiles whose keys overlap are added in pieces of one step: an in-place add to an overlapping view would lose terms.
+
+    Args:
+        stack: the tiles.
+        total_NHD: the gradient of all keys, [tokens, kv_heads, dim].
+        part_THSD: the gradient of each tile, [tiles, kv_heads, keys of a tile, dim].
     """
     if stack.count == 1 or stack.k_step >= stack.keys:
         _keys(stack, total_NHD).add_(part_THSD)

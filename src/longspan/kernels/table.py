@@ -18,7 +18,7 @@ from longspan.kernels.sdpa import SDPA
 __all__ = ["KERNELS", "BoundBias", "Kernel", "Need", "accumulation_dtype", "choose", "refuse_unknown"]
 
 KERNELS = {kernel.name: kernel for kernel in (SDPA(), Online(), Flex(), Reference())}
-"""Every kernel by its name. ``kernel="auto"`` takes the first one that supports the attention, so the order is a preference."""
+"""Every kernel by its name. ``kernel="auto"`` takes the first one in this order that supports the attention."""
 
 
 def choose(
@@ -40,14 +40,14 @@ def choose(
         dtype: the dtype of q, k and v.
         qk_dim: the head dim of queries and keys.
         v_dim: the head dim of values.
-        softcap: the softcap of the scores, None without one.
+        softcap: c if a score s is replaced by c·tanh(s/c); None without a softcap.
         bias: the bias of the scores, None without one.
 
     Returns:
         The kernel.
 
     Raises:
-        KernelError: the name is unknown, or the named kernel does not support the attention; names the kernels that do.
+        KernelError: the name is unknown, or the named kernel does not support the attention; the message names those that do.
     """
     if not isinstance(kernel, str):
         return kernel
@@ -63,7 +63,7 @@ def choose(
 
 
 def refuse_unknown(kernel: str) -> None:
-    """Raise KernelError if ``kernel`` is neither the name of a kernel nor "auto"."""
+    """Raise KernelError if ``kernel`` is neither "auto" nor a key of ``KERNELS``; otherwise return None."""
     known = ["auto", *KERNELS]
     if kernel not in known:
         raise KernelError(f"kernel={kernel!r} is unknown; use {', '.join(map(repr, known))}, or a function of your own")

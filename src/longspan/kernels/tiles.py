@@ -21,14 +21,20 @@ from itertools import groupby
 from longspan.masks.bands import Band
 
 NARROW = 1024
-"""Band width in keys below which BAND tiles (a few masked rows) are faster than UPPER and LOWER squares of the band's width."""
+"""The number of keys that a query sees in a band, below which BAND tiles (few queries, one small mask) are used.
+
+A wider band is covered by UPPER and LOWER squares of its width, which are then faster.
+"""
 
 COLUMN = 16_384
-"""The most keys of one tile on a CPU: their keys, values and gradients stay in cache (a tenth faster from 65,536 keys on)."""
+"""The most keys of one tile on a CPU, so that their keys, values and gradients stay in cache.
+
+A tenth faster than uncut tiles from 65,536 keys on.
+"""
 
 
 def masked_rows(width: int) -> int:
-    """The number of queries of a BAND tile of a band ``width`` keys wide.
+    """The number of queries of a BAND tile, for a band in which a query sees ``width`` keys: 128 if width >= 128, else 64.
 
     Fewer rows compute fewer hidden scores (a row computes rows + width - 1 keys), but operators are slow on very few rows.
     """
@@ -36,7 +42,11 @@ def masked_rows(width: int) -> int:
 
 
 class Shape(Enum):
-    """Which keys of a tile its queries see: see the drawing above."""
+    """Which keys of a tile its queries see.
+
+    RECTANGLE: all. LOWER, a square: query i sees keys 0 to i of the tile. UPPER, a square: query i sees keys i to the last.
+    BAND: query i sees keys i to i + keys - rows.
+    """
 
     RECTANGLE = auto()
     LOWER = auto()
@@ -48,10 +58,11 @@ class Shape(Enum):
 class Stack:
     """``count`` tiles of one shape and size; tile i begins at query q_start + i * q_step and key k_start + i * k_step.
 
-    The tiles of a stack never overlap in their queries; they may overlap in their keys.
+    A tile is a rectangle of queries and keys that one call of an attention operator computes. The tiles of a stack never
+    overlap in their queries; they may overlap in their keys.
 
     Attributes:
-        rows, keys: the queries and keys of one tile.
+        rows, keys: the number of queries and of keys of one tile.
         fresh: no query of this stack is in an earlier stack of the plan, so its results are written, not merged.
         documents: (rows, keys) of tiles of unequal sizes that follow one another along the diagonal and together have ``rows``
             queries and ``keys`` keys (see ``corners``); empty for ordinary tiles.
@@ -70,18 +81,23 @@ class Stack:
 
     @property
     def q_stop(self) -> int:
-        """The query after the last one of the last tile."""
+        """The index of the last query of the last tile, plus 1."""
         return self.q_start + (self.count - 1) * self.q_step + self.rows
 
     def chunks(self, tiles: int) -> Iterator["Stack"]:
-        """The same tiles as stacks of at most ``tiles`` tiles each."""
+        """Yield stacks of at most ``tiles`` tiles each, in order, that together are the tiles of this one."""
         for done in range(0, self.count, tiles):
             q_start, k_start = self.q_start + done * self.q_step, self.k_start + done * self.k_step
             yield replace(self, q_start=q_start, k_start=k_start, count=min(tiles, self.count - done))
 
 
 def plan(bands: Sequence[Band]) -> tuple[Stack, ...]:
-    """Stacks that cover every (query, key) pair of the bands exactly once, sorted by their first query."""
+    """The bands as stacks of tiles that cover every (query, key) pair of them exactly once, sorted by first query, then first
+    key.
+
+    Args:
+        bands: disjoint canonical bands (masks/bands.py).
+    """
     stacks, reach = [], 0
     for stack in sorted(_fuse([tile for band in bands for tile in _cut(band)]), key=lambda s: (s.q_start, s.k_start)):
         stacks.append(replace(stack, fresh=stack.q_start >= reach))
@@ -92,7 +108,9 @@ def plan(bands: Sequence[Band]) -> tuple[Stack, ...]:
 def corners(stacks: Sequence[Stack]) -> tuple[Stack, ...]:
     """The same stacks, with each chain of single tiles that touch at their corners joined into one stack of count 1.
 
-    Packed documents give such chains: the joined stack has them in ``documents`` and is one variable-length operator call.
+    Two tiles touch if the second begins at the query and the key after the last ones of the first; only neighbours in
+    ``stacks`` of the same shape are joined. Packed documents give such chains: the joined stack has their sizes in
+    ``documents`` and is one variable-length operator call.
     """
     chains: list[list[Stack]] = []
     for stack in stacks:
@@ -104,7 +122,11 @@ def corners(stacks: Sequence[Stack]) -> tuple[Stack, ...]:
 
 
 def columns(stacks: Sequence[Stack], keys: int = COLUMN) -> tuple[Stack, ...]:
-    """The same stacks, with single RECTANGLE and LOWER tiles cut into columns of at most ``keys`` keys."""
+    """The same stacks, with RECTANGLE and LOWER tiles that stand alone in their stack cut into columns of at most ``keys``
+    keys.
+
+    A LOWER tile gives a smaller LOWER tile and a RECTANGLE below it for each column. Other stacks are returned unchanged.
+    """
     return tuple(column for stack in stacks for column in _columns(stack, keys))
 
 
@@ -134,7 +156,12 @@ def _documents(chain: Sequence[Stack]) -> Stack:
 
 
 def _cut(band: Band) -> Iterator[Stack]:
-    """Cut one band into ranges of rows whose left and right edges are each either straight or slanted, and those into tiles."""
+    """Yield the tiles, each a stack of its own or several equal ones in a stack, that cover the pairs of one band exactly
+    once.
+
+    The band is cut into ranges of rows on which its left and right edges are each either straight or slanted, and those into
+    tiles.
+    """
     first = band.k_start - band.lo  # up to this row the left edge is the rectangle's (straight); below it is slanted
     last = band.k_stop - 1 - band.hi  # from this row on the right edge is the rectangle's (straight); above it is slanted
     if last < first:
@@ -150,7 +177,10 @@ def _cut(band: Band) -> Iterator[Stack]:
 
 
 def _trapezoid(band: Band, start: int, stop: int) -> Iterator[Stack]:
-    """The tiles of the rows [start, stop), on which each edge is straight or slanted: at most UPPER, RECTANGLE and LOWER."""
+    """Yield the tiles of the rows [start, stop) of a band: at most one each of UPPER, RECTANGLE and LOWER.
+
+    On these rows the left and the right edge of the band are each either straight or slanted. Yields nothing for no rows.
+    """
     rows = stop - start
     if rows < 1:
         return
@@ -169,7 +199,11 @@ def _trapezoid(band: Band, start: int, stop: int) -> Iterator[Stack]:
 
 
 def _walk(band: Band, start: int, stop: int) -> Iterator[Stack]:
-    """The tiles of the rows [start, stop), all of which see the full width of the band (both edges slanted)."""
+    """Yield the stacks of the rows [start, stop) of a band, all of which see its full width (both edges slanted).
+
+    A narrow band (fewer than ``NARROW`` keys) gives BAND tiles; a wider one UPPER and LOWER squares, and a trapezoid for the
+    rest.
+    """
     width = band.hi - band.lo + 1
     narrow = width < NARROW
     height = masked_rows(width) if narrow else width
@@ -188,7 +222,7 @@ def _walk(band: Band, start: int, stop: int) -> Iterator[Stack]:
 
 
 def _fuse(tiles: Sequence[Stack]) -> Iterator[Stack]:
-    """The same tiles, with single tiles of one shape and size at equal distances joined into one stack."""
+    """Yield the same tiles in fewer stacks: single tiles of one shape and size at equal distances are joined into one stack."""
     yield from (tile for tile in tiles if tile.count > 1)
     single = [tile for tile in tiles if tile.count == 1]
     single.sort(key=lambda t: (t.shape.value, t.rows, t.keys, t.q_start, t.k_start))

@@ -3,8 +3,8 @@
     forward    function(q, k, v, bands=..., scale=...)
     backward   torch.func.vjp of the same call
 
-The function returns no log-sum-exp, so partial results cannot be merged: attention refuses it with a ring and with sink logits.
-A ``Kernel`` object, which has a forward with log-sum-exp and a backward, works with both.
+The function returns no log-sum-exp, so partial results cannot be merged: attention raises an error if it is used with a ring
+or with sink logits. A ``Kernel`` object, which has a forward with log-sum-exp and a backward, works with both.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +17,18 @@ from longspan.kernels.protocol import BoundBias
 from longspan.masks.bands import Band
 
 KernelFunction = Callable[..., Tensor]
-"""``function(q, k, v, *, bands, scale) -> out [queries, heads, v_dim]``: q [queries, heads, dim], k, v [keys, kv, dim]."""
+"""``function(q, k, v, *, bands, scale) -> out``, differentiable: attention of the rows of q over the rows of k.
+
+q is [queries, heads, dim], k and v are [keys, kv_heads, dim], out is [queries, heads, v_dim]; ``bands`` (masks/bands.py) says
+which keys each query sees, ``scale`` is the factor of the scores.
+"""
 
 
 class FunctionKernel:
-    """A ``Kernel`` that calls ``function``. Its lse is zeros and must not be used."""
+    """A ``Kernel`` whose forward calls ``function`` and whose backward differentiates it with ``torch.func.vjp``.
+
+    The log-sum-exp that its forward returns is zeros and must not be used. It is called without softcap and bias.
+    """
 
     def __init__(self, function: KernelFunction) -> None:
         self.function = function

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 
 class Band(NamedTuple):
-    """A set of (query, key) pairs: q in [q_start, q_stop), k in [k_start, k_stop) and lo <= k - q <= hi."""
+    """A set of (query, key) pairs: all (q, k) with q_start <= q < q_stop, k_start <= k < k_stop and lo <= k - q <= hi."""
 
     q_start: int
     q_stop: int
@@ -34,9 +34,14 @@ class Band(NamedTuple):
 
 
 def trim(q_start: int, q_stop: int, k_start: int, k_stop: int, lo: int, hi: int) -> Band | None:
-    """The canonical band of the pairs within these bounds; None if there are no such pairs.
+    """The canonical band of all (q, k) with q_start <= q < q_stop, k_start <= k < k_stop and lo <= k - q <= hi.
 
-    The bounds of any two of q, k and k - q imply bounds of the third. Applying each implication once is enough.
+    Canonical: each of the six returned numbers is as tight as the pairs allow (q_start is the first query that sees a key, lo
+    the smallest k - q, and so on). The bounds of any two of q, k and k - q imply bounds of the third; applying each
+    implication once is enough.
+
+    Returns:
+        The band, or None if there are no such pairs.
     """
     tight = Band(
         max(q_start, k_start - hi), min(q_stop, k_stop - lo),
@@ -47,20 +52,21 @@ def trim(q_start: int, q_stop: int, k_start: int, k_stop: int, lo: int, hi: int)
 
 
 def rectangle(q_start: int, q_stop: int, k_start: int, k_stop: int) -> Band | None:
-    """The canonical band in which every query sees every key; None if there are no queries or no keys."""
+    """The canonical band in which every query of [q_start, q_stop) sees every key of [k_start, k_stop); None if
+    one of the two is empty."""
     if q_start >= q_stop or k_start >= k_stop:
         return None
     return Band(q_start, q_stop, k_start, k_stop, k_start - q_stop + 1, k_stop - 1 - q_start)
 
 
 def shift(band: Band, dq: int, dk: int) -> Band:
-    """The band with ``dq`` added to every query index and ``dk`` to every key index."""
+    """A new band with ``dq`` added to every query index and ``dk`` to every key index, so lo and hi change by dk - dq."""
     q_start, q_stop, k_start, k_stop, lo, hi = band
     return Band(q_start + dq, q_stop + dq, k_start + dk, k_stop + dk, lo + dk - dq, hi + dk - dq)
 
 
 def intersect(a: Band, b: Band) -> Band | None:
-    """The band of the pairs that are in both; None if there are none."""
+    """The canonical band of the (query, key) pairs that are in both ``a`` and ``b``; None if there are none."""
     return trim(
         max(a.q_start, b.q_start), min(a.q_stop, b.q_stop),
         max(a.k_start, b.k_start), min(a.k_stop, b.k_stop),
@@ -69,16 +75,26 @@ def intersect(a: Band, b: Band) -> Band | None:
 
 
 def subtract(bands: Iterable[Band], holes: Iterable[Band]) -> tuple[Band, ...]:
-    """The pairs of ``bands`` that are in none of ``holes``, as sorted bands; disjoint if ``bands`` are."""
+    """The (query, key) pairs of ``bands`` that are in no band of ``holes``, as sorted canonical bands.
+
+    Args:
+        bands: canonical bands; if they are disjoint, the result is disjoint.
+        holes: canonical bands, which may overlap.
+    """
     bands = sorted(bands)
     cut_by: dict[Band, list[Band]] = {band: [] for band in bands}
-    for band, hole in meetings(bands, sorted(holes)):
+    for band, hole in intersecting_rows(bands, sorted(holes)):
         cut_by[band].append(hole)
     return tuple(sorted(piece for band, cuts in cut_by.items() for piece in _without(band, cuts)))
 
 
 def _without(band: Band, holes: Sequence[Band]) -> Iterator[Band]:
-    """The bands of one band without sorted ``holes``. A piece that ends before a hole begins meets no later hole either."""
+    """Yield bands that together hold the pairs of ``band`` that are in none of ``holes``.
+
+    Args:
+        band: the band to cut.
+        holes: sorted bands, so a piece that ends before a hole begins cannot intersect a later hole.
+    """
     pieces = [band]
     for hole in holes:
         yield from (piece for piece in pieces if piece.q_stop <= hole.q_start)
@@ -87,8 +103,11 @@ def _without(band: Band, holes: Sequence[Band]) -> Iterator[Band]:
 
 
 def _around(band: Band, hole: Band) -> Iterator[Band]:
-    """The band without one hole: the queries before and after the intersection, the keys left and right of it, and inside its
-    rectangle the diagonals below and above it."""
+    """Yield up to six disjoint bands that together hold the pairs of ``band`` that are not in ``hole``.
+
+    They are: the queries before and after the intersection; of its queries, the keys left and right of it; inside its
+    rectangle, the diagonals below and above it. Yields ``band`` itself if the two do not intersect.
+    """
     shared = intersect(band, hole)
     if shared is None:
         yield band
@@ -105,13 +124,13 @@ def _around(band: Band, hole: Band) -> Iterator[Band]:
 
 
 def join(bands: Iterable[Band]) -> tuple[Band, ...]:
-    """The same pairs in fewer bands, sorted: neighbours whose union is a band are joined.
-
-    Args:
-        bands: disjoint bands.
+    """The same (query, key) pairs in fewer bands, sorted: neighbours whose union is again a band are replaced by that band.
 
     Only neighbours in the order of queries, then of keys, then of diagonals are tried. This undoes a cut by rows or columns in
-    n log n time, but need not give the fewest bands.
+    n log n time for n bands, but need not give the fewest bands.
+
+    Args:
+        bands: disjoint canonical bands.
     """
     for order in (itemgetter(0, 2), itemgetter(2, 0), itemgetter(5, 0)):
         joined: list[Band] = []
@@ -124,7 +143,10 @@ def join(bands: Iterable[Band]) -> tuple[Band, ...]:
 
 
 def _union(a: Band, b: Band) -> Band | None:
-    """The union of two disjoint bands if it is a band (the smallest band around them has no further pairs), else None."""
+    """The union of two disjoint bands if it is itself a band, else None.
+
+    It is one exactly if the smallest band that contains both holds no further (query, key) pair.
+    """
     around = Band(
         min(a.q_start, b.q_start), max(a.q_stop, b.q_stop),
         min(a.k_start, b.k_start), max(a.k_stop, b.k_stop),
@@ -134,9 +156,10 @@ def _union(a: Band, b: Band) -> Band | None:
 
 
 def area(bands: Iterable[Band]) -> int:
-    """The number of (query, key) pairs in the bands, equal to the sum of the dense mask; the work of attention up to a factor.
+    """The number of (query, key) pairs in the bands; for disjoint bands the number of True entries of the dense mask.
 
-    A canonical band is its rectangle without two complete triangles, the corners outside the diagonal strip.
+    Attention's work is proportional to it. A canonical band is its rectangle without two complete triangles, the corners
+    outside the diagonal strip.
     """
     pairs = 0
     for q_start, q_stop, k_start, k_stop, lo, hi in bands:
@@ -146,7 +169,7 @@ def area(bands: Iterable[Band]) -> int:
 
 
 def blind_rows(bands: Iterable[Band], tokens: int) -> tuple[range, ...]:
-    """The queries of [0, tokens) that see no key, as ranges. Their attention output is 0."""
+    """The queries of [0, tokens) that see no key in any of ``bands``, as sorted ranges. Their attention output is 0."""
     bands = sorted(bands)
     reached = accumulate((band.q_stop for band in bands), max, initial=0)
     starts = (*(band.q_start for band in bands), tokens)
@@ -154,43 +177,52 @@ def blind_rows(bands: Iterable[Band], tokens: int) -> tuple[range, ...]:
 
 
 def localize(bands: Iterable[Band], q_runs: tuple[range, ...], k_runs: tuple[range, ...]) -> tuple[Band, ...]:
-    """The bands between the queries and the keys that a rank holds, in the rank's local indices, sorted.
+    """The part of the bands between the queries and the keys that one rank holds, in the rank's local indices, joined and
+    sorted.
 
-    Equals ``dense[concat(q_runs)][:, concat(k_runs)]`` of the dense mask. Pieces that are one band in local indices are joined:
-    under the zigzag layout, Causal restricted to one rank is one causal band.
+    Equals ``dense[concat(q_runs)][:, concat(k_runs)]``, where ``dense`` is the boolean mask of the bands. Pieces that are one
+    band in local indices are joined: under the zigzag layout, Causal restricted to one rank is one causal band.
 
     Args:
-        bands: disjoint bands in global indices.
-        q_runs: the global positions of the rank's queries: disjoint ranges, in the order of its memory.
-        k_runs: those of its keys.
+        bands: disjoint bands in positions of the whole row.
+        q_runs: the positions of the queries that the rank holds: disjoint ranges, in the order in which it stores them; local
+            query index 0 is the first position of the first range.
+        k_runs: the positions of the keys that it holds, likewise.
     """
     queries, keys = _places(q_runs), _places(k_runs)
-    cells = (
+    parts = (
         (band, Band(q_run.start, q_run.stop, k_run.start, k_run.stop, band.lo, band.hi), dq, dk)
         for band in bands
         for q_run, dq in _over(queries, band.q_start, band.q_stop)
         for k_run, dk in _over(keys, band.k_start, band.k_stop)
     )
-    return join(shift(piece, dq, dk) for band, cell, dq, dk in cells if (piece := intersect(band, cell)))
+    return join(shift(piece, dq, dk) for band, held, dq, dk in parts if (piece := intersect(band, held)))
 
 
 def _places(runs: tuple[range, ...]) -> list[tuple[range, int]]:
-    """The runs sorted by position, each with the offset from a global position to the rank's local index."""
+    """The non-empty ``runs`` sorted by position, each as (run, offset): local index on the rank = position in the whole row +
+    offset.
+
+    Args:
+        runs: ranges of positions, in the order in which the rank stores them.
+    """
     at = accumulate(map(len, runs), initial=0)
     return sorted(((run, start - run.start) for run, start in zip(runs, at) if run), key=lambda place: place[0].start)
 
 
 def _over(places: list[tuple[range, int]], start: int, stop: int) -> list[tuple[range, int]]:
-    """Those of ``places`` whose ranges overlap [start, stop)."""
+    """The (range, offset) pairs of ``places``, which is sorted by disjoint ranges, whose range overlaps [start, stop)."""
     first = bisect_right(places, start, key=lambda place: place[0].stop)
     return places[first : bisect_left(places, stop, key=lambda place: place[0].start)]
 
 
-def meetings(left: Iterable[Band], right: Iterable[Band]) -> Iterator[tuple[Band, Band]]:
-    """Every pair (band of ``left``, band of ``right``) that has a query in common, by one sweep over the queries.
+def intersecting_rows(left: Iterable[Band], right: Iterable[Band]) -> Iterator[tuple[Band, Band]]:
+    """Yield every pair (band of ``left``, band of ``right``) whose query ranges overlap, by one sweep over the queries.
+
+    The two bands of a pair need not have a key in common.
 
     Args:
-        left, right: bands, each sorted.
+        left, right: sorted bands.
     """
     going: dict[bool, list[Band]] = {True: [], False: []}  # bands whose first query is passed; finished ones are removed lazily
     for band, is_left in merge(((band, True) for band in left), ((band, False) for band in right)):

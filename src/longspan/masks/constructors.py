@@ -5,7 +5,7 @@ ring and planner use only these (bands.py):
 
     (Documents((3, 5)) & Causal()).bands(8, 8) == (Band(0, 3, 0, 3, -2, 0), Band(3, 8, 3, 8, -4, 0))
 
-A new mask is a class here with ``_draw``. Integers only: no torch, no ranks, no kernels.
+A new mask is a class here with ``_bands``, which yields its bands. Integers only: no torch, no ranks, no kernels.
 """
 
 import reprlib
@@ -15,32 +15,37 @@ from functools import lru_cache
 from itertools import accumulate
 
 from longspan.errors import MaskError
-from longspan.masks.bands import Band, intersect, join, meetings, rectangle, shift, subtract, trim
+from longspan.masks.bands import Band, intersect, intersecting_rows, join, rectangle, shift, subtract, trim
 
 
 class Mask:
     """Which keys each query attends to, for any number of tokens. Immutable; compared and hashed by value.
 
-    ``a & b`` shows the pairs that both masks show, ``a | b`` those that at least one shows.
+    ``a & b``: a query sees the keys that it sees in both masks. ``a | b``: those that it sees in at least one of them.
     """
 
     def bands(self, tokens: int, key_tokens: int) -> tuple[Band, ...]:
-        """The bands of this mask for one length.
+        """The mask for one length, as disjoint canonical bands, sorted.
 
         Args:
             tokens: the number of queries.
             key_tokens: the number of keys.
 
         Returns:
-            Disjoint canonical bands, sorted.
+            A tuple of ``Band`` (masks/bands.py) whose (query, key) pairs are those that the mask shows; empty if it shows
+            none.
 
         Raises:
-            MaskError: the mask has a fixed length (``Documents``, ``BlockSparse``, ...) that differs from this one.
+            MaskError: the mask has a length of its own (``Documents``, ``BlockSparse``, ...) that differs from this one.
         """
-        return _bands(self, tokens, key_tokens)
+        return _sorted_bands(self, tokens, key_tokens)
 
-    def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
-        """The bands for this length in any order: disjoint and canonical, or None for an empty one."""
+    def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
+        """Implemented by each mask: yield its bands for ``tokens`` queries and ``key_tokens`` keys, in any order.
+
+        The bands must be disjoint and canonical (made by ``trim`` or ``rectangle``); a None among them is skipped. Raises
+        MaskError if the mask does not fit these lengths.
+        """
         raise NotImplementedError
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -51,8 +56,8 @@ class Mask:
 
 
 @lru_cache(maxsize=64)
-def _bands(mask: Mask, tokens: int, key_tokens: int) -> tuple[Band, ...]:
-    return tuple(sorted(band for band in mask._draw(tokens, key_tokens) if band))
+def _sorted_bands(mask: Mask, tokens: int, key_tokens: int) -> tuple[Band, ...]:
+    return tuple(sorted(band for band in mask._bands(tokens, key_tokens) if band))
 
 
 def rows(mask: Mask | Sequence[Mask], rows: int, tokens: int, key_tokens: int) -> tuple[Band, ...]:
@@ -62,11 +67,14 @@ def rows(mask: Mask | Sequence[Mask], rows: int, tokens: int, key_tokens: int) -
 
     Args:
         mask: one mask for every row, or a sequence with one mask per row.
-        rows: the rows of the batch.
-        tokens, key_tokens: queries and keys of one row.
+        rows: the number of rows of the batch.
+        tokens, key_tokens: the number of queries and of keys of one row.
+
+    Returns:
+        Disjoint canonical bands in indices of the long row, row after row.
 
     Raises:
-        MaskError: the sequence has not one mask per row, or a mask has another length.
+        MaskError: the sequence does not have one mask per row, or a mask does not fit ``tokens`` and ``key_tokens``.
     """
     masks = [mask] * rows if isinstance(mask, Mask) else mask
     if len(masks) != rows:
@@ -79,7 +87,10 @@ def rows(mask: Mask | Sequence[Mask], rows: int, tokens: int, key_tokens: int) -
 
 
 def full_repr(mask: object) -> str:
-    """The repr of a mask, or of a tuple of masks, with every document length, which ``repr`` shortens."""
+    """The repr of a mask, or of a tuple of masks, in full: ``repr`` abbreviates long lists of document lengths, this does not.
+
+    Any other object is returned as its ``repr``. Equal texts mean equal masks, so it can be hashed and compared between ranks.
+    """
     if isinstance(mask, Mask):
         values = ", ".join(full_repr(getattr(mask, field.name)) for field in fields(mask))  # type: ignore[arg-type]
         return f"{type(mask).__name__}({values})"
@@ -92,21 +103,23 @@ def full_repr(mask: object) -> str:
 class Full(Mask):
     """Every query sees every key: bidirectional attention."""
 
-    def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
+    def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         yield rectangle(0, tokens, 0, key_tokens)
 
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """Query q sees keys 0 to q. With unequally many queries and keys, both are counted from the first token (top left)."""
+    """Query q sees keys 0 to q. If there are not as many keys as queries, both are still counted from 0: query 0 sees key 0
+    only."""
 
-    def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
+    def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         yield trim(0, tokens, 0, key_tokens, -tokens, 0)
 
 
 @dataclass(frozen=True)
 class Window(Mask):
-    """Query q sees keys q - left to q + right (sliding window); None is no limit. Window(None, 0) equals Causal().
+    """Sliding window: query q sees keys q - left to q + right; None means no limit on that side. Window(None, 0) equals
+    Causal().
 
     Raises:
         MaskError: ``left`` or ``right`` is negative.
@@ -120,7 +133,7 @@ class Window(Mask):
             if reach is not None:
                 _at_least(0, self, name, reach, " or None for no limit")
 
-    def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
+    def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         lo = -tokens if self.left is None else -self.left
         hi = key_tokens if self.right is None else self.right
         yield trim(0, tokens, 0, key_tokens, lo, hi)
@@ -131,11 +144,11 @@ class Documents(Mask):
     """Packed documents: a token sees every token of its own document. ``Documents(...) & Causal()`` is the causal version.
 
     Args:
-        lengths: tokens of each document, in order; their sum is the length of the row.
-        key_lengths: keys of each document where there are not as many keys as queries (default: ``lengths``).
+        lengths: the number of tokens of each document, in order; their sum is the length of the row.
+        key_lengths: the number of keys of each document, where it differs from that of its queries (default: ``lengths``).
 
     Raises:
-        MaskError: a length is negative, or ``key_lengths`` has not one entry per document.
+        MaskError: a length is negative, or ``key_lengths`` does not have one entry per document.
     """
 
     lengths: Sequence[int]
@@ -156,7 +169,7 @@ class Documents(Mask):
         keys = "" if self.key_lengths is None else f", key_lengths={reprlib.repr(self.key_lengths)}"
         return f"Documents({reprlib.repr(self.lengths)}{keys})"
 
-    def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
+    def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         key_lengths = self.lengths if self.key_lengths is None else self.key_lengths
         if (sum(self.lengths), sum(key_lengths)) != (tokens, key_tokens):
             raise MaskError(
@@ -169,28 +182,36 @@ class Documents(Mask):
 
 @dataclass(frozen=True)
 class Chunked(Mask):
-    """The row is cut into chunks of ``n`` tokens; a token sees every token of its own chunk. The last chunk may be shorter."""
+    """The row is cut into chunks of ``n`` tokens (the last may be shorter); a token sees every token of its own chunk.
+
+    Raises:
+        MaskError: ``n`` is less than 1.
+    """
 
     n: int
 
     def __post_init__(self) -> None:
         _at_least(1, self, "n", self.n)
 
-    def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
+    def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         for start in range(0, min(tokens, key_tokens), self.n):
             yield rectangle(start, min(start + self.n, tokens), start, min(start + self.n, key_tokens))
 
 
 @dataclass(frozen=True)
 class PrefixLM(Mask):
-    """Causal, and every query also sees the first ``n`` keys: a bidirectional prefix."""
+    """Bidirectional prefix: query q sees keys 0 to q, as under Causal, and also the first ``n`` keys.
+
+    Raises:
+        MaskError: ``n`` is negative.
+    """
 
     n: int
 
     def __post_init__(self) -> None:
         _at_least(0, self, "n", self.n)
 
-    def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
+    def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         prefix = min(self.n, tokens)
         yield rectangle(0, prefix, 0, min(self.n, key_tokens))
         yield trim(prefix, tokens, 0, key_tokens, -tokens, 0)
@@ -198,20 +219,30 @@ class PrefixLM(Mask):
 
 @dataclass(frozen=True)
 class SinkTokens(Mask):
-    """Every query sees the first ``n`` keys (attention sinks, arXiv:2309.17453): Causal() & (Window(255) | SinkTokens(4))."""
+    """Attention sinks (arXiv:2309.17453): every query sees the first ``n`` keys, and no others.
+
+    Combine it with a window: Causal() & (Window(255) | SinkTokens(4)).
+
+    Raises:
+        MaskError: ``n`` is negative.
+    """
 
     n: int
 
     def __post_init__(self) -> None:
         _at_least(0, self, "n", self.n)
 
-    def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
+    def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         yield rectangle(0, tokens, 0, min(self.n, key_tokens))
 
 
 @dataclass(frozen=True)
 class Span(Mask):
-    """The tokens of [start, stop) see each other; tokens outside (padding) see nothing and are seen by none."""
+    """The tokens of [start, stop) see each other; tokens outside (padding) see nothing and are seen by none.
+
+    Raises:
+        MaskError: ``start`` is negative or ``stop`` is less than ``start``.
+    """
 
     start: int
     stop: int
@@ -220,18 +251,25 @@ class Span(Mask):
         _at_least(0, self, "start", self.start)
         _at_least(self.start, self, "stop", self.stop)
 
-    def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
+    def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         if self.stop > min(tokens, key_tokens):
             raise MaskError(
-                f"{self} reaches behind the last of {tokens} queries and {key_tokens} keys; "
-                f"stop may be at most {min(tokens, key_tokens)}"
+                f"{self} goes beyond {tokens} queries or {key_tokens} keys; stop may be at most {min(tokens, key_tokens)}"
             )
         yield rectangle(self.start, self.stop, self.start, self.stop)
 
 
 @dataclass(frozen=True, repr=False)
 class BlockSparse(Mask):
-    """Block-sparse mask: query block i sees key block j if ``layout[i][j]``; blocks have ``block`` tokens, the last fewer."""
+    """Block-sparse mask: every query of block i sees every key of block j if ``layout[i][j]``.
+
+    Args:
+        block: the number of tokens of a block; the last block of queries and of keys may be shorter.
+        layout: one row of flags per block of queries, with one flag per block of keys.
+
+    Raises:
+        MaskError: ``block`` is less than 1, or the rows of ``layout`` differ in length.
+    """
 
     block: int
     layout: Sequence[Sequence[bool]]
@@ -246,7 +284,7 @@ class BlockSparse(Mask):
     def __repr__(self) -> str:
         return f"BlockSparse({self.block}, {reprlib.repr(self.layout)})"
 
-    def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
+    def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         size = len(self.layout), len(self.layout[0]) if self.layout else 0
         wanted = -(-tokens // self.block), -(-key_tokens // self.block)
         if size != wanted:
@@ -254,13 +292,13 @@ class BlockSparse(Mask):
                 f"{self} is a layout of {size[0]} x {size[1]} blocks, but {tokens} queries and {key_tokens} keys are "
                 f"{wanted[0]} x {wanted[1]} blocks of {self.block}; pass a layout of that size"
             )
-        cells = (
+        blocks = (
             rectangle(i, min(i + self.block, tokens), j, min(j + self.block, key_tokens))
             for i, row in zip(range(0, tokens, self.block), self.layout)
             for j, sees in zip(range(0, key_tokens, self.block), row)
             if sees
         )
-        return join(cell for cell in cells if cell)
+        return join(block for block in blocks if block)
 
 
 @dataclass(frozen=True, repr=False)
@@ -268,7 +306,7 @@ class Bands(Mask):
     """A mask given directly by its bands, for patterns without a constructor.
 
     Args:
-        given: disjoint bands. For overlapping ones combine several masks by ``|``.
+        given: disjoint bands (masks/bands.py). For overlapping ones combine several masks by ``|``.
 
     Raises:
         MaskError: two bands overlap, or a band begins at a negative index.
@@ -281,7 +319,7 @@ class Bands(Mask):
         object.__setattr__(self, "given", given)
         for band in given:
             _at_least(0, self, f"the first query or key of {band}", min(band.q_start, band.k_start))
-        for one, other in meetings(given, given):
+        for one, other in intersecting_rows(given, given):
             if one is not other and (both := intersect(one, other)):
                 raise MaskError(
                     f"{self}: {one} and {other} overlap, in {both}, whose pairs would be counted twice; "
@@ -291,16 +329,16 @@ class Bands(Mask):
     def __repr__(self) -> str:
         return f"Bands({reprlib.repr(self.given)})"
 
-    def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
+    def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         for band in self.given:
             if band.q_stop > tokens or band.k_stop > key_tokens:
-                raise MaskError(f"{band} reaches behind the last of {tokens} queries and {key_tokens} keys; cut it there")
+                raise MaskError(f"{band} goes beyond {tokens} queries or {key_tokens} keys; shorten it")
             yield trim(*band)
 
 
 @dataclass(frozen=True, repr=False)
 class And(Mask):
-    """``left & right``: a query sees a key if it does in both masks."""
+    """``left & right``: a query sees a key if it sees it in both masks."""
 
     left: Mask
     right: Mask
@@ -308,14 +346,14 @@ class And(Mask):
     def __repr__(self) -> str:
         return " & ".join(f"({side})" if isinstance(side, Or) else f"{side}" for side in (self.left, self.right))
 
-    def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
-        pairs = meetings(self.left.bands(tokens, key_tokens), self.right.bands(tokens, key_tokens))
+    def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
+        pairs = intersecting_rows(self.left.bands(tokens, key_tokens), self.right.bands(tokens, key_tokens))
         return (intersect(a, b) for a, b in pairs)
 
 
 @dataclass(frozen=True, repr=False)
 class Or(Mask):
-    """``left | right``: a query sees a key if it does in at least one of the masks."""
+    """``left | right``: a query sees a key if it sees it in at least one of the masks."""
 
     left: Mask
     right: Mask
@@ -323,15 +361,15 @@ class Or(Mask):
     def __repr__(self) -> str:
         return f"{self.left} | {self.right}"
 
-    def _draw(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
+    def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         left, right = self.left.bands(tokens, key_tokens), self.right.bands(tokens, key_tokens)
         return join((*left, *subtract(right, left)))
 
 
 def hides_later_tokens(mask: Mask) -> bool:
-    """Whether the mask's constructors guarantee that no query sees a later token: causal, or causal ``&`` any mask.
+    """Whether the mask's constructors guarantee that no query q sees a key k > q: causal, or causal ``&`` any mask.
 
-    False does not mean that a later token is visible: it is decided by the constructors, not by the bands.
+    False does not mean that a later token is visible: only the constructors are looked at, not the bands.
     """
     if isinstance(mask, And):
         return hides_later_tokens(mask.left) or hides_later_tokens(mask.right)
@@ -341,14 +379,22 @@ def hides_later_tokens(mask: Mask) -> bool:
 
 
 def shows_later_tokens(mask: Mask) -> bool:
-    """Whether the mask is built of a constructor whose purpose is to show later tokens: Full, PrefixLM, a two-sided Window."""
+    """Whether the mask contains a constructor whose purpose is to show later tokens: Full, PrefixLM, or Window with right !=
+    0.
+
+    False if the whole mask is causal all the same, as in Full() & Causal() (see ``hides_later_tokens``). False for Documents,
+    Chunked, Span and other masks that are commonly combined with Causal.
+    """
     if isinstance(mask, And | Or):
         return not hides_later_tokens(mask) and (shows_later_tokens(mask.left) or shows_later_tokens(mask.right))
     return isinstance(mask, Full | PrefixLM) or (isinstance(mask, Window) and mask.right != 0)
 
 
 def documents_of(mask: Mask | None) -> Documents | None:
-    """The ``Documents`` of a mask that is one, or that is one ``&`` any mask; None for other masks and with ``key_lengths``."""
+    """The ``Documents`` mask that ``mask`` is, or that it contains as an operand of ``&``; the first one if there are several.
+
+    None if there is none, if ``mask`` is None, or if those ``Documents`` have ``key_lengths``.
+    """
     if isinstance(mask, And):
         return documents_of(mask.left) or documents_of(mask.right)
     return mask if isinstance(mask, Documents) and mask.key_lengths is None else None
