@@ -184,8 +184,7 @@ class Documents(Mask):
 class Chunked(Mask):
     """The row is cut into chunks of ``n`` tokens (the last may be shorter); a token sees every token of its own chunk.
 
-    Raises:
-        MaskError: ``n`` is less than 1.
+    Raises MaskError if ``n`` is less than 1.
     """
 
     n: int
@@ -202,8 +201,7 @@ class Chunked(Mask):
 class PrefixLM(Mask):
     """Bidirectional prefix: query q sees keys 0 to q, as under Causal, and also the first ``n`` keys.
 
-    Raises:
-        MaskError: ``n`` is negative.
+    Raises MaskError if ``n`` is negative.
     """
 
     n: int
@@ -221,10 +219,7 @@ class PrefixLM(Mask):
 class SinkTokens(Mask):
     """Attention sinks (arXiv:2309.17453): every query sees the first ``n`` keys, and no others.
 
-    Combine it with a window: Causal() & (Window(255) | SinkTokens(4)).
-
-    Raises:
-        MaskError: ``n`` is negative.
+    Combine it with a window: Causal() & (Window(255) | SinkTokens(4)). Raises MaskError if ``n`` is negative.
     """
 
     n: int
@@ -240,8 +235,7 @@ class SinkTokens(Mask):
 class Span(Mask):
     """The tokens of [start, stop) see each other; tokens outside (padding) see nothing and are seen by none.
 
-    Raises:
-        MaskError: ``start`` is negative or ``stop`` is less than ``start``.
+    Raises MaskError if ``start`` is negative or ``stop`` is less than ``start``.
     """
 
     start: int
