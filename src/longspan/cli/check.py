@@ -45,13 +45,16 @@ from longspan.parallelize import parallelize
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 FLOOR = 1e-3
-"""A gradient's error is relative to its own norm, or to this fraction of the global gradient norm where that is larger."""
+"""A gradient's error is divided by max(its norm on one device, FLOOR * global gradient norm)."""
 BF16_RATIO = 1.2
 BF16_SEEDS = 8
 
 
 class Line(NamedTuple):
-    """One comparison: its name, the found and the expected value, the error and the largest error that passes."""
+    """One line of the table: what is compared, its value over the mesh and on one device, the error and the largest legal one.
+
+    The traffic lines compare with the closed form instead of one device.
+    """
 
     what: str
     found: str
@@ -61,13 +64,13 @@ class Line(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the error is within the bound; NaN is not."""
+        """Whether ``error <= bound``; False if the error is NaN."""
         return self.error <= self.bound
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Loss, full gradients (fp64) and gradient norm of one forward and backward on this rank."""
+    """The result of one forward and backward: the loss, every parameter's whole gradient in fp64 by name, their global norm."""
 
     loss: float
     grads: dict[str, Tensor]
@@ -78,7 +81,7 @@ def work(config: Check) -> int:
     """Run the check on this rank and print the table on rank 0.
 
     Returns:
-        The exit code, equal on every rank: 0 where the guarantee holds, 1 where it does not.
+        The exit code, equal on every rank: 0 if every line holds, else 1.
 
     Raises:
         LongspanError: a layout or model that cannot run; raised on every rank with the same text.
@@ -95,8 +98,9 @@ def work(config: Check) -> int:
 
 
 def _exact(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line]:
+    """This rank's lines for fp64 and fp32: loss, the gradient with the largest error, gradient norm, traffic."""
     dtype = torch.float64 if config.dtype == "fp64" else torch.float32
-    ours, traffic = _parallel(config, source, config.seed, dtype, mesh)  # first: it refuses what cannot be
+    ours, traffic = _parallel(config, source, config.seed, dtype, mesh)  # first, because it refuses illegal layouts
     one = _one_device(config, source, config.seed, dtype, mesh)
     worst = max(ours.grads, key=lambda name: _relative(ours.grads[name], one.grads[name], one.norm))
     bound = TOLERANCE[config.dtype]
@@ -115,7 +119,11 @@ def _exact(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line]
 
 
 def _pooled(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line]:
-    """Compare the pooled bf16 gradient error of this layout with that of one device, both against fp64, over 8 seeds."""
+    """This rank's lines for bf16: the loss, the gradient error pooled over 8 seeds, traffic.
+
+    The pooled error is sqrt(sum of the squared differences from the fp64 gradients of one device). The bound is on the ratio
+    of this layout's to that of one device in bf16.
+    """
     ours_squared = one_squared = 0.0
     loss_error = 0.0
     for seed in range(config.seed, config.seed + BF16_SEEDS):
@@ -168,7 +176,7 @@ def _parallel(
 
 
 def _loss(model: Any, part: Part, mesh: ParallelMesh) -> Tensor:
-    """The model's own loss over all ranks; cross-entropy of its logits where its own loss is not per token."""
+    """The loss over all ranks: the model's own, or ``cross_entropy`` of its logits if its own loss is not supported."""
     state = parallel_state(model)
     if state is not None and state.adapter.computes_loss():
         loss: Tensor = model(**part).loss
@@ -179,7 +187,10 @@ def _loss(model: Any, part: Part, mesh: ParallelMesh) -> Tensor:
 
 
 def _model(source: ModelSource, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> nn.Module:
-    """The model with fp64 parameters for fp64, else fp32: bf16 is the compute dtype of autocast, as in training."""
+    """The model on the mesh's device in eval mode, with fp64 parameters if ``dtype`` is fp64, else fp32.
+
+    bf16 is the compute dtype of autocast, as in training.
+    """
     model = source.build(seed, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     return model.to(mesh.device).eval()
 
@@ -189,9 +200,10 @@ def _compute_in(dtype: torch.dtype, mesh: ParallelMesh) -> AbstractContextManage
 
 
 def _batch(config: Check, source: ModelSource, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """Random ids and labels; rows differ in how many labels they have, and one token of the batch always has one.
+    """``input_ids`` and ``labels`` [rows, tokens], random but equal for equal seeds.
 
-    The last row has no labels in its second half.
+    Row i of R rows keeps about (i + 1) / R of its labels, the others are -100; the last row has none in its second half.
+    Token 1 of row 0 always has a label, so that the loss is defined.
     """
     random = torch.Generator().manual_seed(seed)
     plain = torch.tensor([token for token in range(source.vocab) if token not in source.special])
@@ -226,7 +238,10 @@ def _minus(after: Traffic, before: Traffic) -> Traffic:
 def _traffic_lines(
     config: Check, source: ModelSource, mesh: ParallelMesh, found: tuple[Traffic, Traffic], itemsize: int
 ) -> list[Line]:
-    """Found and predicted traffic a layer; only for the decoder, whose layers are all causal and of one shape."""
+    """Counted and predicted traffic per layer, forward and backward; [] for a Hugging Face model.
+
+    The prediction is for layers that are all causal and of one shape, as the decoder's are.
+    """
     return _decoder_traffic(config, source.config, mesh, found, itemsize) if isinstance(source, DecoderSource) else []
 
 
@@ -264,7 +279,7 @@ def _decoder_traffic(
 
 
 def _worst_of_all_ranks(lines: list[Line], mesh: ParallelMesh) -> list[Line]:
-    """Each line from the rank with the largest error, so that every rank gives the same verdict."""
+    """For each line, the one of the rank with the largest error (NaN counts as infinite); equal on every rank. A collective."""
     everyone = gather(lines, mesh.world_group)
     return [max(same, key=lambda line: math.inf if math.isnan(line.error) else line.error) for same in zip(*everyone)]
 

@@ -1,4 +1,4 @@
-"""Sharded, atomic checkpoints of a training run (PyTorch distributed checkpoint). Knows nothing of losses or data.
+"""Sharded, atomic checkpoints of a training run (PyTorch distributed checkpoint). Independent of the loss and the data.
 
     runs/NAME/checkpoints/
         .step-000150        a draft that every rank is writing its shards to
@@ -48,7 +48,16 @@ def save(
     mesh: ParallelMesh,
     keep: int,
 ) -> None:
-    """Write the checkpoint of ``step`` and remove all but the newest ``keep``. Every rank calls it.
+    """Write the checkpoint of a step, then remove all but the newest ``keep`` of the run. Every rank must call it.
+
+    Args:
+        run: the run's folder.
+        step: names the checkpoint's folder, ``checkpoints/step-NNNNNN``; an existing one is replaced.
+        model: its weights are saved.
+        optimizer: its states are saved.
+        facts: what ``run.json`` will hold; must be convertible to JSON.
+        mesh: the ranks.
+        keep: the number of checkpoints to keep, at least 1.
 
     Raises:
         RunError: a rank cannot write (full disk, quota); raised on every rank, and the draft is removed.
@@ -81,9 +90,10 @@ def _step_of(path: Path) -> int:
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Load the weights into ``model``; with an ``optimizer`` also its states and the random state, to resume bit for bit.
+    """Load the weights of the checkpoint in the folder ``path`` into ``model``, in place.
 
-    Every rank calls it, or one process without a process group.
+    With an ``optimizer`` also its states and torch's CPU random state, so that a resumed run continues bit for bit. Every rank
+    must call it; a process without a process group can too.
 
     Raises:
         RunError: the checkpoint is damaged.
@@ -102,7 +112,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """The contents of ``run.json``. Raises RunError where it cannot be read."""
+    """The contents of ``run.json`` of the checkpoint in the folder ``path``. Raises RunError if it cannot be read."""
     try:
         held: dict[str, Any] = json.loads((path / FACTS).read_text())
     except (OSError, ValueError) as error:
@@ -111,7 +121,7 @@ def facts(path: Path) -> dict[str, Any]:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
+    """The folder of the newest complete checkpoint of the run in the folder ``run``; None if there is none yet."""
     folder = run / "checkpoints"
     try:
         return folder / (folder / LATEST).read_text().strip()
@@ -120,7 +130,16 @@ def newest(run: Path) -> Path | None:
 
 
 def find(name: str, runs_folder: str) -> Path:
-    """The checkpoint that ``name`` means: a checkpoint's folder, or the newest one of a run (name, folder or ``latest``)."""
+    """The folder of the checkpoint that ``name`` means.
+
+    Args:
+        name: a checkpoint's folder, a run's folder, the name of a run in ``runs_folder``, or ``latest`` (the run started
+            last). For a run it is the newest checkpoint.
+        runs_folder: the folder of all runs.
+
+    Raises:
+        RunError: there is no such run, or it has no checkpoint yet.
+    """
     if (Path(name) / FACTS).is_file():
         return Path(name)
     is_run = (Path(name) / "config.json").is_file()
@@ -132,7 +151,14 @@ def find(name: str, runs_folder: str) -> Path:
 
 
 def refuse_differences(path: Path, what: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Raise RunError with the fields in which the checkpoint's ``what`` (model, text, optimizer) differs from this run's."""
+    """Raise RunError if a field of ``mine`` has another value in ``theirs``; the message lists the fields and both values.
+
+    Args:
+        path: the checkpoint, for the message.
+        what: ``"model"``, ``"text"`` or ``"optimizer"``, for the message.
+        theirs: this part of the checkpoint's ``run.json``.
+        mine: the same part of this run.
+    """
     different = [name for name in mine if theirs.get(name) != mine[name]]
     if different:
         listed = ", ".join(f"{name} is {theirs.get(name)}, not {mine[name]}" for name in different)
@@ -141,7 +167,10 @@ def refuse_differences(path: Path, what: str, theirs: dict[str, Any], mine: dict
 
 @contextmanager
 def _all_or_none(written: Path, mesh: ParallelMesh) -> Iterator[None]:
-    """Raise a write error of any rank on every rank with the same text, and remove the draft."""
+    """Context manager: a write error of one rank is raised on every rank as the same RunError, and the draft is removed.
+
+    Every rank must enter it; exit waits for all of them. ``written``: the draft folder.
+    """
 
     def convert(found: BaseException) -> RunError | None:
         if not isinstance(found, OSError | CheckpointException | RuntimeError):
@@ -162,7 +191,10 @@ def _all_or_none(written: Path, mesh: ParallelMesh) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of the underlying error; the operating system's own text where it is an OSError."""
+    """One line about an error for a message: the text of the operating system if it is an OSError, else its first line.
+
+    A CheckpointException, which holds an error for each rank, is replaced by the first of these.
+    """
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
@@ -171,7 +203,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace a small file atomically."""
+    """Write a small file so that ``path`` holds the old text or the new one at any moment; on return it is on the disk."""
     draft = path.with_name(f".{path.name}")
     with open(draft, "w") as file:
         file.write(text)

@@ -5,7 +5,7 @@
     default -/
 
 A number counts for the whole run, never for one rank: ``rows_per_step`` is the rows of all replicas and micro-batches. This
-file knows names and legal values; nothing of processes or tensors, and it imports no torch.
+file is independent of processes and tensors, and it imports no torch.
 """
 
 import json
@@ -32,22 +32,22 @@ OTHER_NAMES = {
     "seq_len": "tokens", "seq_length": "tokens", "max_length": "tokens", "context_length": "tokens",
     "output_dir": "runs_folder", "name": "run",
 }  # fmt: skip
-"""What other tools call a setting."""
+"""Names of settings in other tools, each with the name of the setting here; for "did you mean" in messages."""
 
 LATEST = "latest"
-"""What ``--resume`` and ``evaluate`` take where no run is named."""
+"""The name that ``--resume`` and ``evaluate`` use if no run is named; also the file that holds the name of the latest run."""
 
 MAX_TOKENS = 16_384
-"""Tokens of a document that ``evaluate`` reads by default."""
+"""The default of ``evaluate --max-tokens``: documents are truncated to this many tokens."""
 
 
 def _default(hint: str) -> object:
-    """What ``--help`` shows as the default of a setting whose default, None or empty, says nothing."""
+    """A tyro annotation: ``--help`` shows ``(default: {hint})`` for a setting whose default is None or empty."""
     return arg(help_behavior_hint=f"(default: {hint})")
 
 
 def _number(hint: str) -> object:
-    """As ``_default``, for a number that may be None."""
+    """As ``_default``, for an ``int | None``: ``--help`` also shows INT as the type."""
     return arg(help_behavior_hint=f"(default: {hint})", metavar="INT")
 
 
@@ -66,12 +66,12 @@ class Ranks:
 
     @property
     def local_ranks(self) -> int:
-        """How many ranks to start where no launcher did."""
+        """The number of ranks to start on this machine if no launcher has started ranks: ``ranks``, or its default."""
         return self.ranks if self.ranks is not None else 2
 
     @property
     def after_a_death(self) -> str:
-        """The advice that is printed behind the message of a rank that died."""
+        """Advice that is printed after the message that a rank died, such as how to resume; may be empty."""
         return ""
 
 
@@ -108,7 +108,7 @@ class Layout(Ranks):
 
     @property
     def memory(self) -> MemoryOptions:
-        """The memory options for ``parallelize``."""
+        """The fields of MemoryOptions among these settings, for ``parallelize(memory=)``."""
         return MemoryOptions(**{option.name: getattr(self, option.name) for option in fields(MemoryOptions)})
 
 
@@ -247,10 +247,13 @@ class Check(Layout):
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """The settings in a JSON or TOML file, by name.
+    """Read the settings in a JSON file, or in a TOML file (its name ends in .toml).
+
+    Returns:
+        {name: value or list}, with ``-`` in names replaced by ``_``; the names are not checked (see ``known``).
 
     Raises:
-        RunError: the file cannot be read, is neither, or holds anything but names with one value or a list each.
+        RunError: the file cannot be read, is not valid JSON or TOML, holds no names with values, or has a table.
     """
     if path.lower().endswith((".yaml", ".yml")):
         raise RunError(
@@ -276,10 +279,17 @@ def read_file(path: str) -> dict[str, Any]:
 
 
 def settings_of_run(runs_folder: str, name: str) -> tuple[str, dict[str, Any]]:
-    """The name of a run (``latest``: the one that was started last) and the settings it was started with.
+    """Read the settings with which a run was started.
+
+    Args:
+        runs_folder: the folder of all runs.
+        name: the name of the run, or ``latest`` for the one started last.
+
+    Returns:
+        (the run's name, its settings by name).
 
     Raises:
-        RunError: there is no such run, with the names of those that there are.
+        RunError: there is no such run; the message lists those that exist.
     """
     _legal_folder(runs_folder)
     folder = Path(runs_folder)
@@ -293,7 +303,11 @@ def settings_of_run(runs_folder: str, name: str) -> tuple[str, dict[str, Any]]:
 
 
 def known(kind: type[Ranks], values: dict[str, Any], where: str) -> dict[str, Any]:
-    """``values`` whose names are all fields of ``kind``; else a RunError that names the others."""
+    """Return ``values`` unchanged if all its names are fields of ``kind``.
+
+    Raises:
+        RunError: some names are no fields; the message lists them, begins with ``where`` and suggests the nearest field.
+    """
     names = [field.name for field in fields(kind)]
     if strange := sorted(set(values) - set(names)):
         near = "".join(f" (did you mean {name}?)" for name in close(strange[0], names))
@@ -304,13 +318,16 @@ def known(kind: type[Ranks], values: dict[str, Any], where: str) -> dict[str, An
 
 
 def close(word: str, names: Sequence[str]) -> list[str]:
-    """The name that a misspelt ``word`` most likely means, or none: the nearest spelling, or what other tools call it."""
+    """The name in ``names`` that a wrong ``word`` most likely means, as a list of one; [] if none is near.
+
+    It is the name that OTHER_NAMES gives for ``word``, else the nearest spelling.
+    """
     other = OTHER_NAMES.get(word, "")
     return [other] if other in names else get_close_matches(word, names, 1)
 
 
 def as_json(config: Ranks) -> str:
-    """The settings as JSON, which ``read_file`` reads back: config.json in a run's folder."""
+    """All settings as JSON text, which ``read_file`` can read; config.json in a run's folder holds it."""
     return json.dumps(asdict(config), indent=2) + "\n"
 
 

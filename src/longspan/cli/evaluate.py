@@ -1,6 +1,6 @@
 """``longspan evaluate``: loss and perplexity of whole documents, one sequence-parallel forward pass each.
 
-A checkpoint of a run, its export, or any Hugging Face folder.
+The model is a checkpoint of a run, the export of a run, or any Hugging Face folder.
 
 document   |<---- tokens, up to --max-tokens ---->|
              rank 0   |   rank 1   |   rank 2           --forward-->   its loss, the same on every rank
@@ -33,7 +33,11 @@ from longspan.parallelize import parallelize
 
 
 class DocumentLoss(NamedTuple):
-    """A document: its number in the text, its first words, how many of its tokens were read, and their mean loss in nats."""
+    """The loss of one document.
+
+    ``number``: its place in the text, from 0; ``begins``: its first 32 characters; ``tokens``: how many of its tokens were
+    read; ``loss``: their mean loss in nats.
+    """
 
     number: int
     begins: str
@@ -43,7 +47,12 @@ class DocumentLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """What is evaluated: a checkpoint of a run, or a Hugging Face folder with its weights (``checkpoint`` is None)."""
+    """The model to evaluate, and what belongs to it.
+
+    ``name``: for the title; ``source``: how to build it; ``checkpoint``: the folder of the weights, None if ``source`` reads
+    them; ``tokenizer``: as ``tokenizers.load`` takes it; ``data``: the default text, () for the standard library; ``vocab``:
+    the vocabulary size in training, None if unknown.
+    """
 
     name: str
     source: ModelSource
@@ -92,7 +101,11 @@ def work(config: Evaluate) -> int:
 
 
 def _find(config: Evaluate) -> Found:
-    """The checkpoint that ``config.checkpoint`` names, or the Hugging Face folder (hf:FOLDER, or its path)."""
+    """The checkpoint or the Hugging Face folder (hf:FOLDER, or its path) that ``config.checkpoint`` names.
+
+    Raises:
+        LongspanError: there is neither, or the Hugging Face folder has no weights.
+    """
     folder = Path(config.checkpoint.removeprefix(model_source.FOLDER)).expanduser()
     if config.checkpoint.startswith(model_source.FOLDER) or model_source.is_model_folder(folder):
         source = model_source.from_name(f"{model_source.FOLDER}{folder}")
@@ -106,7 +119,10 @@ def _find(config: Evaluate) -> Found:
 
 
 def _text_of_run(run: Path) -> tuple[str, ...]:
-    """The text of the run whose folder this is, so that its export is evaluated on what its checkpoint is; else none."""
+    """The setting ``data`` of the run in the folder ``run``; () if that is not the folder of a run.
+
+    With it an export, which is inside the folder of its run, is evaluated on the same text as the run's checkpoints.
+    """
     try:
         return tuple(read_file(str(run / "config.json"))["data"])
     except (RunError, KeyError):
@@ -114,7 +130,11 @@ def _text_of_run(run: Path) -> tuple[str, ...]:
 
 
 def _max_tokens(config: Evaluate, source: ModelSource) -> int:
-    """--max-tokens; as a default, no more than the positions of the model reach."""
+    """The limit of tokens per document: ``--max-tokens``, or by default min(MAX_TOKENS, the model's ``reach``).
+
+    Raises:
+        ModelError: ``--max-tokens`` is more than the model's ``reach``.
+    """
     most = MAX_TOKENS if source.reach is None else source.reach
     if config.max_tokens is None:
         return min(MAX_TOKENS, most)
@@ -127,7 +147,11 @@ def _max_tokens(config: Evaluate, source: ModelSource) -> int:
 
 
 def _longest(text: Split, max_tokens: int, documents: int, mesh: ParallelMesh) -> list[tuple[int, int, int]]:
-    """(number, first token, number of tokens) of the longest documents. Raises DataError where one is too short to shard."""
+    """(number, first token in the text, number of tokens read) of the longest documents, the longest first.
+
+    Raises:
+        DataError: one of them, or the limit of tokens, is below the number of ranks or below 2.
+    """
     bounds = [(number, int(start), int(stop - start)) for number, (start, stop) in enumerate(text.documents)]
     chosen = sorted(bounds, key=lambda bound: -bound[2])[:documents]
     least = max(2, mesh.world_group.size())

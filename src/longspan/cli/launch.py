@@ -1,4 +1,4 @@
-r"""Start the ranks of a run on this machine, or join the world of a launcher. Knows nothing of what they compute.
+r"""Start the ranks of a run on this machine, or join the world of a launcher. Independent of what the ranks compute.
 
     longspan train --ranks 3                            torchrun --nproc-per-node 3 --no-python longspan train
        |            \                                             |
@@ -7,8 +7,8 @@ r"""Start the ranks of a run on this machine, or join the world of a launcher. K
     elastic agent   rank   rank   rank                    rank    rank    rank
 
 Ranks are forked from a server process without threads: the agent's threads hold locks at any moment, and a rank forked from
-the agent would deadlock on them. Whatever ends one rank ends all of them, and the caller gets one exception: the
-LongspanError that the ranks raised, or RankDied, which names the rank.
+the agent would deadlock on them. If one rank fails or is killed, the others are ended too, and the caller gets one exception:
+the LongspanError that the ranks raised, or RankDied, which names the rank.
 """
 
 import hashlib
@@ -35,13 +35,14 @@ SECONDS_TO_BE_ENDED = 10.0
 
 
 CLOSED_PIPE = 128 + signal.SIGPIPE
-"""Exit code of a rank whose output nobody reads any more, and of the command: that of any program in a pipe."""
+"""Exit code of a rank, and of the command, if the program that reads its output has closed the pipe: 141, as in a shell."""
 
 
 class RankDied(RuntimeError):
-    """A rank was killed, or raised an error that is no LongspanError.
+    """A rank was killed, exited without a message, or raised something other than a LongspanError.
 
-    ``trace`` is its traceback, where it left one; ``code`` the exit code of the command.
+    Or the command itself was stopped by a signal. ``trace``: the rank's traceback, or ``""``; ``code``: the exit code for the
+    command, 1 or 128 + the signal.
     """
 
     def __init__(self, text: str, trace: str = "", code: int = 1) -> None:
@@ -50,20 +51,20 @@ class RankDied(RuntimeError):
 
 
 def run(work: str, config: Any, ranks: int) -> int:
-    """Run ``work`` on ``ranks`` local ranks, or on this rank where a launcher started the process.
+    """Run ``work`` on ``ranks`` new processes of this machine; if a launcher started this process, run it as that rank.
 
     Args:
-        work: a function as ``module:function``; every rank calls it with ``config``.
+        work: a function as ``module:function``; every rank calls it with ``config``. It returns an exit code.
         config: its picklable argument.
-        ranks: how many ranks to start where no launcher did.
+        ranks: how many ranks to start; not used if a launcher started this process.
 
     Returns:
-        The largest exit code of all ranks.
+        The largest exit code of all ranks; under a launcher that of this rank.
 
     Raises:
         LongspanError: what the ranks raised.
         RankDied: a rank was killed, or raised something else; or this process was stopped by a signal.
-        BrokenPipeError: what read the output closed the pipe.
+        BrokenPipeError: the program that reads the output has closed the pipe.
     """
     join_launcher(os.environ)
     if joins():
@@ -72,17 +73,20 @@ def run(work: str, config: Any, ranks: int) -> int:
 
 
 def joins() -> bool:
-    """Whether a launcher started this process as one rank of a world."""
+    """Whether a launcher started this process as one rank of a world: RANK and WORLD_SIZE are in the environment."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def speaks_for_all(error: Exception) -> bool:
-    """Whether this rank is the first to report this error, so that ranks started by a launcher print it once."""
+def is_first_to_report(error: Exception) -> bool:
+    """Whether this rank is the first of all ranks that calls this with an error of this text; then it prints the error.
+
+    True also without a launcher, and if the launcher's store cannot be reached.
+    """
     if not joins():
         return True
     from longspan import _compat
 
-    with suppress(Exception):  # the store may be gone with the rank that held it: printing twice is better than not at all
+    with suppress(Exception):  # the rank that holds the store may have ended: printing twice is better than not at all
         store = _compat.tcp_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         return bool(store.add(f"longspan/{hashlib.sha1(str(error).encode()).hexdigest()}", 1) == 1)
     return True
@@ -178,7 +182,7 @@ def _stopped(by: signal.Signals) -> RankDied:
 
 
 def _silence_the_agent() -> None:
-    """The caller reports the end of a rank in one sentence; the agent's log lines would repeat it."""
+    """Switch off the log lines of torch's elastic agent, because the caller prints the end of a rank in one sentence."""
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logger = logging.getLogger(name)
         logger.propagate = False
@@ -186,5 +190,5 @@ def _silence_the_agent() -> None:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,7 +3,7 @@
     longspan VERB --flags   ->   config   ->   launch.run(commands.VERB.work, config)   ->   exit code
 
     0  success      1  the check failed, or a rank died      2  refused with one sentence, nothing written
-    130  Ctrl-C (143: SIGTERM); every rank was ended         141  what read the output closed the pipe
+    130  Ctrl-C (143: SIGTERM); every rank was ended         141  the reader of the output closed the pipe
 
 Flags override ``--config FILE``, which overrides the settings of a run that is resumed.
 """
@@ -32,7 +32,7 @@ from longspan.errors import LongspanError, RunError
 
 
 class Verb(NamedTuple):
-    """A verb's settings, its one-line description, and a real call with its output."""
+    """A verb of the command line: the class of its settings, a one-line description, and an example call with its output."""
 
     settings: type[Ranks]
     does: str
@@ -74,10 +74,10 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb.
+    """Run the command line. Errors are printed on stderr as one sentence, not raised.
 
     Args:
-        arguments: the command line behind ``longspan``; default: that of the process.
+        arguments: the words after ``longspan``; default: those of this process.
 
     Returns:
         The exit code (see the table above).
@@ -112,7 +112,12 @@ def _answer(given: Sequence[str]) -> int:
 
 
 def parse(verb: str, arguments: Sequence[str]) -> Any:
-    """The validated settings of a verb, an instance of ``VERBS[verb].settings``.
+    """Parse the flags of a verb into its validated settings.
+
+    Flags override ``--config FILE``, which overrides the settings of the run that ``--resume`` names.
+
+    Returns:
+        An instance of ``VERBS[verb].settings``.
 
     Raises:
         RunError: an unknown verb or flag, a value of another type or range, or a config file that cannot be read.
@@ -149,8 +154,8 @@ def _run(verb: str, flags: Sequence[str]) -> int:
 
 
 def _say(error: LongspanError | OSError, debug: bool) -> None:
-    """Print an error as one line; under a launcher every rank has the error, and one of them prints it."""
-    if not launch.speaks_for_all(error):
+    """Print an error on stderr as one line, after its traceback if ``debug``; under a launcher one rank does so for all."""
+    if not launch.is_first_to_report(error):
         return
     if debug:
         traceback.print_exception(error)
@@ -158,7 +163,10 @@ def _say(error: LongspanError | OSError, debug: bool) -> None:
 
 
 def _print_error(sentence: str, apart: bool = False) -> None:
-    """Print a sentence; ``apart`` on a line of its own where a terminal shows ^C, perhaps behind a progress line."""
+    """Print ``longspan: {sentence}`` on stderr.
+
+    ``apart``: begin a new line on a terminal, which may have printed ^C or a progress line on the current one.
+    """
     begins = "\n" if apart and sys.stderr.isatty() else ""
     print(f"{begins}longspan: {sentence}", file=sys.stderr)
 
@@ -171,7 +179,7 @@ def _refuse_two_lengths(flags: Sequence[str], values: dict[str, Any]) -> None:
 
 
 def _refuse_unknown(verb: str, flags: Sequence[str]) -> None:
-    """Refuse a flag that the verb does not have, with the one that is probably meant."""
+    """Raise RunError for the first flag that the verb does not have; the message suggests the nearest one."""
     names = [field.name for field in fields(VERBS[verb].settings)]
     switches = [f"no_{field.name}" for field in fields(VERBS[verb].settings) if field.type is bool]
     for flag in (flag for flag in flags if flag.startswith("--")):
@@ -182,7 +190,14 @@ def _refuse_unknown(verb: str, flags: Sequence[str]) -> None:
 
 
 def _read(verb: str, flags: Sequence[str], base: Any) -> Any:
-    """The settings as tyro parses them, not yet validated: a base need not be legal by itself."""
+    """Parse ``flags`` with tyro into an unvalidated instance of the verb's settings; ``base`` gives the defaults, if any.
+
+    It is not validated because ``base`` need not be legal before the flags override it.
+
+    Raises:
+        RunError: tyro's own error, in one sentence.
+        SystemExit: after ``--help`` is printed.
+    """
     kind = VERBS[verb].settings
     unchecked = type(kind.__name__, (kind,), {"__post_init__": lambda self: None, "__doc__": kind.__doc__})
     message = io.StringIO()
@@ -202,7 +217,7 @@ def _read(verb: str, flags: Sequence[str], base: Any) -> Any:
 
 
 def _first_sentence(box: str) -> str:
-    """The message inside the box that tyro prints: the text below the title, up to the first rule."""
+    """The first sentence of an error that tyro prints as a box: the lines between the title and the next horizontal rule."""
 
     def is_rule(line: str) -> bool:
         return set(line) <= set("─-╭╮╰╯")
@@ -212,7 +227,7 @@ def _first_sentence(box: str) -> str:
 
 
 def _name_the_latest(arguments: Sequence[str]) -> list[str]:
-    """``--resume`` without a name means the latest run."""
+    """The arguments, with ``latest`` inserted after a ``--resume`` that no name follows."""
     named = []
     for argument, following in zip(arguments, [*arguments[1:], "--"]):
         named += [argument, LATEST] if argument == "--resume" and following.startswith("-") else [argument]
@@ -230,7 +245,10 @@ def _take_config_out(flags: list[str]) -> tuple[list[str], str | None]:
 
 
 def _as_flags(settings: dict[str, Any]) -> list[str]:
-    """Settings of a file as flags, so that one parser reads both and their errors are the same."""
+    """Convert settings of a file to flags: {"ulysses": 2, "debug": True} -> ["--ulysses", "2", "--debug"].
+
+    One parser then reads both, with the same errors.
+    """
     flags: list[str] = []
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
@@ -244,14 +262,14 @@ def _as_flags(settings: dict[str, Any]) -> list[str]:
 
 
 def _help(verb: str) -> None:
-    """Print the flags of a verb, then the real call: below them, word for word, it is on the screen and can be copied."""
+    """Print the verb's flags, then its example; the example is last so that it stays on the screen and can be copied."""
     with contextlib.suppress(SystemExit):
         _read(verb, ["--help"], None)
     print(f"Example\n\n{textwrap.indent(VERBS[verb].example, '  ')}")
 
 
 def _version() -> str:
-    """The versions that a report of a defect needs, without importing any of them."""
+    """One line with the versions of longspan, Python, torch and transformers, for bug reports; imports none of them."""
     others = [f"{name} {version(name)}" for name in ("torch", "transformers") if find_spec(name)]
     return f"longspan {longspan.__version__} (Python {platform.python_version()}, {', '.join(others)})"
 

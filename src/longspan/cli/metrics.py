@@ -1,10 +1,10 @@
-"""Metrics of a run: written to a file and to TensorBoard, shown on the terminal. Knows numbers and units only.
+"""Metrics of a run: written to a file and to TensorBoard, shown on the terminal. Independent of model and training.
 
     record {"step": 42, "loss": 2.31, ...}  --Journal-->  runs/NAME/metrics.jsonl, events.out.tfevents.*
                                             --Display-->  train-001 ━━━━━╸━━━━━━━ step 42/100 0:00:48
                                                           loss 2.3100  11.2k tokens/s  48% of 170 GFLOP/s ...
 
-Rank 0 writes and shows; on the other ranks the same objects do nothing.
+Only rank 0 (``lead``) writes and shows; the methods of the same objects do nothing on the other ranks.
 """
 
 import errno
@@ -38,27 +38,33 @@ Record = dict[str, int | float]
 """The metrics of a step by name, with units in the name; ``step`` is one of them."""
 
 PLAIN_LINES = 20
-"""About how many progress lines a run prints where the output is no terminal."""
+"""About how many progress lines a run prints if its output is not a terminal."""
 
 
 class Output(Console):
-    """A console whose closed pipe is a BrokenPipeError; rich's own ends the process with exit code 1 and no message."""
+    """A rich console that raises BrokenPipeError if its output is a closed pipe; rich itself exits with code 1."""
 
     def on_broken_pipe(self) -> None:
         with suppress(SystemExit):
-            super().on_broken_pipe()  # what is left in the buffers goes nowhere
+            super().on_broken_pipe()  # it discards what is left in the buffers
         raise BrokenPipeError
 
 
 def output(width: int) -> Console:
-    """The console of a verb that prints a table: as wide as the terminal, ``width`` where there is none."""
+    """A console on stdout for tables: as wide as the terminal, or ``width`` columns if the output is not a terminal."""
     return Output(width=None if Output().is_terminal else width)
 
 
 class Journal:
-    """Writes the records of a run to metrics.jsonl and to TensorBoard; opening it drops the records after ``step``.
+    """Writes the records of a run to metrics.jsonl and to a TensorBoard event file.
 
-    A write error is not raised here, where one rank alone would have it: it is kept in ``fault`` for the next agreement.
+    A write error is not raised, because only one rank has it: the attribute ``fault`` becomes a RunError, later writes do
+    nothing, and the caller raises ``fault`` on all ranks. It is None as long as every write has succeeded.
+
+    Args:
+        folder: the run's folder.
+        step: the last step that is done (0 in a new run); records of later steps are removed from metrics.jsonl.
+        lead: whether this rank writes.
     """
 
     def __init__(self, folder: Path, step: int, lead: bool) -> None:
@@ -76,7 +82,7 @@ class Journal:
             self._keep(error)
 
     def write(self, record: Record) -> None:
-        """Append a record, which has a ``step``, and flush it to the disk."""
+        """Append ``record``, which must have a ``step``, as one line of metrics.jsonl and as scalars of TensorBoard."""
         if not self._lead or self.fault is not None:
             return
         try:
@@ -86,7 +92,7 @@ class Journal:
             self._keep(error)
 
     def write_memory(self, timeline: Timeline, title: str, about: str) -> None:
-        """Write the memory timeline of a step as an HTML page, with these lines above it."""
+        """Write ``timeline`` to memory.html, an HTML page with the heading ``title`` and the lines ``about`` below it."""
         if not self._lead or self.fault is not None:
             return
         try:
@@ -105,7 +111,7 @@ class Journal:
             self._keep(error)
 
     def _append(self, line: bytes) -> None:
-        """Write the whole line or nothing: a disk that is nearly full takes only a part of it."""
+        """Append ``line`` to metrics.jsonl. If the disk takes only a part of it, remove that part and raise OSError."""
         whole = self._file.tell()
         written = self._file.write(line)
         if written != len(line):
@@ -120,7 +126,10 @@ class Journal:
 
 
 class _Events:
-    """TensorBoard's event file of scalars; unlike TensorBoard's own writer, it raises on a full disk."""
+    """Writes a TensorBoard event file of scalars. TensorBoard's own writer does not raise on a full disk; this one does.
+
+    TensorBoard ignores step ``first_step`` and later ones of earlier event files in ``folder``.
+    """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self._file = (folder / f"events.out.tfevents.{time.time():.0f}.{first_step}").open("wb")
@@ -143,7 +152,15 @@ class _Events:
 
 
 class Display:
-    """The progress of a run: redrawn in place on a terminal, a few plain lines where the output is none."""
+    """Shows the progress of a run: redrawn in place on a terminal, else about PLAIN_LINES lines. A context manager.
+
+    Args:
+        name: the run's name.
+        steps: the steps of the whole run.
+        done: the steps that were done before (0 in a new run).
+        lead: whether this rank prints; the others print nothing.
+        console: default: stdout.
+    """
 
     def __init__(self, name: str, steps: int, done: int, lead: bool, console: Console | None = None) -> None:
         self._name, self._steps, self._lead = name, steps, lead
@@ -157,7 +174,10 @@ class Display:
         self._started, self._done = time.monotonic(), done
 
     def show(self, record: Record, peak_flops: float) -> None:
-        """Redraw the progress, or print a line where it is due; ``peak_flops`` is the reference of ``peak_share``."""
+        """Show the record of a step: redraw the progress, or print a line every ``steps / PLAIN_LINES`` steps.
+
+        ``peak_flops``: the FLOP/s of which ``record["peak_share"]`` is a fraction.
+        """
         step, state = int(record["step"]), _state(record, peak_flops)
         self._bar.update(self._task, completed=step)
         if self._redraws:
@@ -181,7 +201,11 @@ class Display:
 
 
 def measured_peak_flops(mesh: ParallelMesh, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of large square matmuls on all ranks at once, for ``seconds``: the best rate of each rank, summed."""
+    """Measure the FLOP/s of square matmuls on all ranks at once, for ``seconds``. Every rank must call it.
+
+    Returns:
+        The sum over all ranks of each rank's fastest matmul, equal on every rank.
+    """
     size = 1024 if mesh.device.type == "cpu" else 8192
     x = torch.ones(size, size, dtype=dtype, device=mesh.device)
     dist.barrier(group=mesh.world_group)
@@ -196,14 +220,14 @@ def measured_peak_flops(mesh: ParallelMesh, dtype: torch.dtype, seconds: float =
 
 
 def fullest_rank_bytes(mesh: ParallelMesh) -> int:
-    """The largest ``peak_bytes`` of all ranks."""
+    """The largest ``peak_bytes`` of all ranks, on every rank: a collective."""
     mine = torch.tensor(peak_bytes(mesh.device))
     dist.all_reduce(mine, dist.ReduceOp.MAX, group=mesh.world_group)
     return int(mine)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory of this rank in bytes: allocated on its CUDA device, or resident in its process on the CPU."""
+    """Peak memory of this rank in bytes since its start: allocated by torch on a CUDA device, else resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -223,26 +247,26 @@ def _state(record: Record, peak_flops: float) -> str:
 
 
 def short(number: int | float) -> str:
-    """A number with an SI prefix: 12345 as 12.3k, 3.4e11 as 340 G."""
+    """A number with three digits and an SI prefix, from k to P: 12345 as 12.3k, 3.4e11 as 340 G."""
     power = min(5, max(0, int(math.log10(number) // 3))) if number >= 1 else 0
     return f"{number / 1000**power:.3g}{('', 'k', ' M', ' G', ' T', ' P')[power]}"
 
 
 def binary(size: int | float) -> str:
-    """Bytes with a binary prefix: 2048 as 2 KiB."""
+    """Bytes with three digits and a binary prefix, up to TiB: 2048 as 2 KiB."""
     power = min(4, int(math.log2(size) // 10)) if size >= 1 else 0
     return f"{size / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def clock(seconds: int | float) -> str:
-    """Seconds as minutes and hours: 75 as 1:15."""
+    """Seconds as M:SS, or H:MM:SS from one hour: 75 as 1:15, 3675 as 1:01:15."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _is_up_to(step: int, line: str) -> bool:
-    """Whether a line is a record of this step or an earlier one; a damaged line is not."""
+    """Whether ``line`` is a JSON record with a ``step`` of at most ``step``; False for a damaged line."""
     try:
         return int(json.loads(line)["step"]) <= step
     except (ValueError, KeyError, TypeError):
@@ -250,16 +274,17 @@ def _is_up_to(step: int, line: str) -> bool:
 
 
 def _lines(path: Path) -> list[str]:
-    """The complete lines of a file: a killed run may leave half of one at the end."""
+    """The complete lines of a file, each with its newline; a partial last line is left out. [] if there is no file."""
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def memory_table(timeline: Timeline, step: int, process_bytes: int | None = None) -> str:
-    """The bytes of each category at the peak of a step, a line each, for the terminal.
+    """Text for the terminal: the total at the peak of a step, and one line per category with MiB and percent.
 
-    ``process_bytes``: the memory of the whole process, where that is what the progress line shows (on the CPU).
+    ``process_bytes``: the peak memory of the whole process if the progress line shows that (on the CPU), else None; it adds a
+    sentence about the difference.
     """
     peak, total = timeline.at_peak(), timeline.peak()
     lines = [f"  {name:<14}{size / 2**20:10,.1f} MiB {size / total:7.1%}" for name, size in peak.items()]

@@ -3,8 +3,8 @@
     --model tiny        ->  the shape of a preset; the vocabulary of the text          build  ->  Decoder
     --model hf:FOLDER   ->  the folder's class, weights (or a seed) and tokenizer      build  ->  a Transformers model
 
-The verbs use a ``ModelSource`` and never ask which kind it is. It is made before any weight, so what it refuses is refused
-at once. Transformers is imported for ``hf:`` only (hf/source.py).
+The verbs use a ``ModelSource`` and are independent of its kind. It is made before any weight is, so its refusals come first.
+Transformers is imported for ``hf:`` only (hf/source.py).
 """
 
 import json
@@ -28,7 +28,7 @@ class ModelSource(Protocol):
 
     @property
     def summary(self) -> str:
-        """Kind, layers, heads and parameters, for the opening line."""
+        """One line for people: layers, heads and parameters, and the kind of a Hugging Face model."""
         ...
 
     @property
@@ -42,12 +42,12 @@ class ModelSource(Protocol):
 
     @property
     def tokenizer(self) -> str:
-        """The name of the model's own tokenizer; ``bytes`` where it has none."""
+        """The model's own tokenizer, as ``tokenizers.load`` takes it; ``bytes`` if it has none."""
         ...
 
     @property
     def in_place(self) -> bool:
-        """Whether labels stand at the token's own position (masked LM), not one before it (causal LM)."""
+        """True if the logits at position t predict ``labels[t]`` (masked LM), False if the next label (causal LM)."""
         ...
 
     @property
@@ -57,23 +57,39 @@ class ModelSource(Protocol):
 
     @property
     def reach(self) -> int | None:
-        """Tokens of the longest row that the model's RoPE was made for; None where it does not say."""
+        """The number of tokens of the longest row for which the model's RoPE is defined; None if its config sets no limit."""
         ...
 
     def for_text(self, tokenizer: str, vocab: int) -> "ModelSource":
-        """The source for text of this vocabulary size. Raises ModelError for a model that does not predict such text."""
+        """This source, or a copy of it, for text that is tokenized by ``tokenizer`` with ``vocab`` token ids.
+
+        A decoder gets this vocabulary size.
+
+        Raises:
+            ModelError: the vocabulary of a Hugging Face model is smaller, or the model does not predict the next token.
+        """
         ...
 
     def for_training(self, tokens: int, rope_scaling: str) -> "ModelSource":
-        """The source for rows of ``tokens`` tokens, its RoPE scaled where they need it.
+        """This source, or a copy whose RoPE is scaled by ``rope_scaling`` if ``tokens`` is more than ``reach``.
+
+        Args:
+            tokens: tokens of one row.
+            rope_scaling: ``none``, ``linear`` or ``yarn``.
 
         Raises:
-            ModelError: the model drops activations, or its positions do not reach so far.
+            ModelError: the model has dropout, or ``tokens`` is more than ``reach`` and its RoPE cannot be scaled so.
         """
         ...
 
     def build(self, seed: int, zero: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The model, equal on every rank; with zero=3 it may be without weights until ``parallelize``."""
+        """Build the model; equal on every rank for equal arguments.
+
+        Args:
+            seed: of the random weights; not used for weights that are read from a folder.
+            zero: the ZeRO stage; above 0, parameters may be on the meta device until ``parallelize`` loads them.
+            dtype: of the parameters.
+        """
         ...
 
     def flops_per_token(self, tokens: int) -> float:
@@ -81,16 +97,20 @@ class ModelSource(Protocol):
         ...
 
     def described(self) -> dict[str, Any]:
-        """The fields, readable from JSON, from which ``from_description`` makes this source again."""
+        """A JSON-compatible dict from which ``from_description`` makes an equal source."""
         ...
 
     def export(self, model: nn.Module, folder: Path, tokenizer: str, mesh: ParallelMesh) -> bool:
-        """Write the trained model for other libraries. Every rank calls it. Returns False where no such format exists."""
+        """Write the trained model into ``folder`` as a Hugging Face folder. Every rank must call it.
+
+        Returns:
+            True if it was written; False for the decoder, which has no such format.
+        """
         ...
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether a folder holds the config of a Hugging Face model, as an export does, and not that of a run."""
+    """Whether ``path`` holds a config.json with a ``model_type``: a Hugging Face model or an export, not a run's folder."""
     try:
         return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -98,7 +118,13 @@ def is_model_folder(path: Path) -> bool:
 
 
 def from_name(name: str, layers: int | None = None, heads: int | None = None, kv_heads: int | None = None) -> ModelSource:
-    """The source of ``--model NAME``, with ``layers`` and heads replaced where they are given.
+    """The source of ``--model NAME``.
+
+    Args:
+        name: a preset, or ``hf:FOLDER``.
+        layers: replaces the number of layers; a Hugging Face model keeps its first ones.
+        heads: replaces the number of query heads, of a preset only.
+        kv_heads: replaces the number of key/value heads, of a preset only; default: ``heads`` if given.
 
     Raises:
         ModelError: the folder holds no language model, or cannot have these layers or heads.
@@ -117,7 +143,7 @@ def from_name(name: str, layers: int | None = None, heads: int | None = None, kv
 
 
 def from_description(described: dict[str, Any]) -> ModelSource:
-    """The source of a model whose ``described()`` is in a checkpoint, as its weights are."""
+    """The source whose ``described()`` is given, as a checkpoint holds it. A Hugging Face model is built without weights."""
     if "model_type" not in described:
         return DecoderSource(DecoderConfig(**described))
     from longspan.hf.source import FolderSource, config_of

@@ -1,6 +1,6 @@
-"""What a run prints: the layout, the text and the model before its first step; losses and files after its last.
+"""Texts that a run prints: layout, model and data before its first step; losses and files after its last.
 
-Knows numbers and names; the progress between them is in metrics.py.
+They are only formatted here, and computed elsewhere. The progress between them is in metrics.py.
 """
 
 import shutil
@@ -17,7 +17,10 @@ from longspan.distributed.mesh import ParallelMesh
 
 
 def opening(source: ModelSource, corpus: Corpus, loader: Loader, config: Train, mesh: ParallelMesh, done: int) -> str:
-    """The layout, the model, the text that was found, and how much of it the run sees. ``done``: the steps before a resume."""
+    """Four lines: layout; model; files, documents and tokens of the text; tokens, epochs and steps that are left to run.
+
+    ``done``: the steps that were done before a resume, 0 in a new run.
+    """
     c, steps = mesh.coordinate, config.steps - done
     found = f"{_files(corpus.files)}, {count(len(corpus.whole.documents), 'document')}"
     split = f"{corpus.train.tokens:,} tokens to train on, {corpus.held_out.tokens:,} held out"
@@ -40,7 +43,16 @@ def opening(source: ModelSource, corpus: Corpus, loader: Loader, config: Train, 
 
 
 def closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, config: Train, exported: bool) -> str:
-    """The losses of the run, the files that it wrote, and the commands to run next."""
+    """The losses in nats a token and bits a byte, the files that the run wrote, and the commands to run next.
+
+    Args:
+        run: the run's folder.
+        losses: the training losses of the last steps, whose mean is shown.
+        eval_loss: the last held-out loss.
+        corpus: the text, for bytes per token and byte entropy.
+        config: the settings of the run.
+        exported: whether ``export/`` was written.
+    """
     per_byte = 1 / corpus.bytes_per_token
     learned = [
         (f"loss, last {count(len(losses), 'step')}", sum(losses) / len(losses)),
@@ -67,7 +79,7 @@ def closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, co
 
 
 def memory_heading(run: str, step: int, source: ModelSource, config: Train, mesh: ParallelMesh) -> tuple[str, str]:
-    """The lines above the memory page: run, step and rank; below them layout, memory options and model."""
+    """(title, about) of the memory page: one line with run, rank and step; three lines with layout, options and model."""
     c = mesh.coordinate
     options = {"zero": config.zero, "dtype": config.dtype, "optimizer": config.optimizer} | asdict(config.memory)
     about = (
@@ -80,10 +92,10 @@ def memory_heading(run: str, step: int, source: ModelSource, config: Train, mesh
 
 
 def _files(counts: dict[str, int]) -> str:
-    """As in: 12 files (10 .txt, 2 .md)"""
+    """{".txt": 10, ".md": 2} as "12 files (10 .txt, 2 .md)"."""
     return f"{count(sum(counts.values()), 'file')} ({', '.join(f'{number:,} {ending}' for ending, number in counts.items())})"
 
 
 def count(number: int, what: str) -> str:
-    """A number of things: 1 rank, 2 ranks."""
+    """``number`` and ``what`` in the singular or plural: "1 rank", "2 ranks", "2 batches"."""
     return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith('ch') else 's'}"

@@ -5,8 +5,7 @@
                                       runs/NAME/  config.json  metrics.jsonl  events.*  checkpoints/  <----+
                                                   export/, where the model came from a Hugging Face folder
 
-Data order, learning rate and evaluation are functions of the step, so a resumed run equals one that never stopped, bit for
-bit.
+Data order, learning rate and evaluation are functions of the step, so a resumed run equals an uninterrupted one bit for bit.
 """
 
 import math
@@ -42,19 +41,20 @@ from longspan.parallelize import parallelize
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FINAL_RATE = 0.1
-"""The cosine ends at this fraction of the peak learning rate."""
+"""The cosine decay ends at this fraction of the peak learning rate."""
 LAST_STEPS = 10
-"""The final training loss is the mean over this many steps."""
+"""The training loss that is printed at the end is the mean over this many last steps."""
 
 
 def work(config: Train) -> int:
-    """Run the training of this rank, from the text to the last checkpoint.
+    """Run the training of this rank: tokenize the text, train, write checkpoints and metrics, export the model.
 
     Returns:
         The exit code 0.
 
     Raises:
-        LongspanError: what stops the run; raised on every rank with the same text.
+        LongspanError: settings, text, model or layout that cannot be used, a diverged loss, or a failed write; raised on
+            every rank with the same text.
     """
     transport = CountingTransport(TorchTransport())
     mesh = ParallelMesh(config.ulysses, config.ring, transport=transport)
@@ -142,7 +142,7 @@ def learning_rate(step: int, config: Train) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: Loader, config: Train, mesh: ParallelMesh) -> float:
-    """Mean loss (nats a token) of the first ``eval_rows`` held-out sequences, sharded as in training."""
+    """Mean loss, in nats per token, of the first ``eval_rows`` sequences of ``held_out``, equal on every rank: a collective."""
     parts = sync_batches(list(held_out.epoch(config.eval_rows)), mesh)
     loss = 0.0
     for part in parts:
@@ -163,14 +163,14 @@ def _loader(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
 
 
 def _for_epochs(config: Train, sequences: int) -> Train:
-    """The settings with the steps that --epochs asks for, in a text of so many sequences."""
+    """Replace ``epochs`` by ``steps``: epochs * ``sequences`` of the text / rows per step, rounded up. None: unchanged."""
     if config.epochs is None:
         return config
     return replace(config, steps=math.ceil(config.epochs * sequences / config.rows_per_step), epochs=None)
 
 
 def _refuse_idle_replicas(config: Train, mesh: ParallelMesh) -> None:
-    """A micro-batch with fewer rows than replicas leaves some idle, for ever where all micro-batches have fewer."""
+    """Raise RunError if every micro-batch has fewer rows than there are data replicas: some replica would never have a row."""
     c, rows = mesh.coordinate, math.ceil(config.rows_per_step / config.micro_batches)
     if rows >= c.data:
         return
@@ -184,13 +184,19 @@ def _refuse_idle_replicas(config: Train, mesh: ParallelMesh) -> None:
 
 
 def _held_out(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
-    """A short text has less held-out text than one sequence of training; then one sequence is all of it."""
+    """The Loader of the evaluation: one row per data replica at a time.
+
+    If the held-out text is shorter than ``config.tokens``, its one sequence is all of it.
+    """
     tokens = min(config.tokens, corpus.held_out.tokens)
     return Loader(corpus.held_out, tokens=tokens, rows=mesh.coordinate.data, seed=config.seed, coordinate=mesh.coordinate)
 
 
 def _parts(loader: Loader, step: int, journal: Journal, mesh: ParallelMesh) -> list[Part]:
-    """This rank's micro-batches of a step, after ``sync_batches``; a disk or text error of one rank is raised on all."""
+    """This rank's micro-batches of ``step`` (from 1) on its device, after ``sync_batches``: a collective.
+
+    An error of one rank (its text, its disk, ``journal.fault``) is raised on all ranks.
+    """
     parts: list[Part] = []
     error: LongspanError | None = journal.fault
     try:
@@ -205,12 +211,12 @@ def _on_device(part: Part, mesh: ParallelMesh) -> Part:
 
 
 def _on(mesh: ParallelMesh, model: nn.Module) -> nn.Module:
-    """The model on its device; a meta model stays where it is and gets its weights on the device in ``parallelize``."""
+    """``model`` moved to the mesh's device; a model on the meta device unchanged: ``parallelize`` loads its weights later."""
     return model if any(parameter.is_meta for parameter in model.parameters()) else model.to(mesh.device)
 
 
 def _computing_in(config: Train, mesh: ParallelMesh) -> torch.autocast:
-    """Autocast: parameters stay fp32 and are cast where they are used, so gradients, reductions and update are fp32 too."""
+    """Context manager: autocast to bf16 if ``config.dtype`` is bf16; parameters, gradients and the update stay fp32."""
     return torch.autocast(mesh.device.type, torch.bfloat16, enabled=config.dtype == "bf16")
 
 
@@ -236,7 +242,11 @@ def _is_due(step: int, every: int, config: Train) -> bool:
 
 
 def _open_run(config: Train, mesh: ParallelMesh) -> Path:
-    """The folder of the run; rank 0 chooses its name and makes it."""
+    """The folder of the run, equal on every rank: a collective. Rank 0 creates it for a new run.
+
+    Raises:
+        RunError: the name exists already, or the folder cannot be made; raised on every rank.
+    """
     names = [""]
     with raise_together(mesh.world_group):
         if dist.get_rank() == 0:
@@ -283,7 +293,14 @@ def _resume(
     config: Train,
     mesh: ParallelMesh,
 ) -> int:
-    """Load model and optimizer from the newest checkpoint with --resume. Returns how many steps are done."""
+    """With ``--resume``, load model and optimizer from the run's newest checkpoint: a collective.
+
+    Returns:
+        The number of steps that are done; 0 without ``--resume`` or without a checkpoint.
+
+    Raises:
+        RunError: the checkpoint is damaged or of another model, text or optimizer, or its steps are all done.
+    """
     path = checkpoint.newest(run) if config.resume else None
     if path is None:
         return 0
@@ -299,7 +316,10 @@ def _resume(
 
 
 def _facts(step: int, source: ModelSource, corpus: Corpus, config: Train) -> dict[str, Any]:
-    """What a checkpoint's ``run.json`` holds. The position in the text follows from the step."""
+    """What a checkpoint's ``run.json`` holds: step, model, text, optimizer and all settings.
+
+    The position in the text is not stored, because it is a function of the step.
+    """
     return {
         "step": step,
         "model": source.described(),

@@ -1,4 +1,4 @@
-"""Reads documents from files (text, JSON lines, Parquet), always in the same order. Knows nothing of tokens.
+"""Reads documents from files (text, JSON lines, Parquet), always in the same order. Independent of tokens.
 
     notes.txt  src/*.py                     a file is a document
     books.jsonl(.gz, .zst)                  a line is a document: {"text": "..."}          -->  Document, Document, ...
@@ -6,7 +6,7 @@
     folder/                                 every such file below it, sorted by path
     (nothing)                               the source of Python's own standard library
 
-A text is bytes as on the disk: nothing is decoded here, so no text can fail to decode.
+A text file is returned as its bytes, without decoding, so text that is not UTF-8 is no error.
 """
 
 import glob
@@ -26,7 +26,7 @@ from typing import IO, Any
 from longspan.errors import DataError
 
 STANDARD_LIBRARY = "the Python standard library"
-"""The default text: real, long, and present on every machine."""
+"""The name of the default text, which exists on every machine: Python's own source files."""
 
 NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 """Folders of the standard library that are left out: tests, and what others installed."""
@@ -34,7 +34,11 @@ NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-pa
 
 @dataclass(frozen=True)
 class Document:
-    """One text. ``read`` counts the bytes on disk of all sources up to its end, for a progress bar."""
+    """One text.
+
+    ``name``: file, and line or row, for messages; ``text``: its bytes; ``read``: bytes on disk of all sources up to the end of
+    this document, for a progress bar.
+    """
 
     name: str
     text: bytes
@@ -43,7 +47,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """One ``--data`` argument, the files that it names, and those in its folders that are of another kind."""
+    """One ``--data`` argument: as given, its files in the order in which they are read, and the files of unknown kinds."""
 
     given: str
     files: tuple[Path, ...]
@@ -51,14 +55,17 @@ class Source:
 
 
 def documents(sources: Sequence[str], text_field: str = "text") -> Iterator[Document]:
-    """Every text of ``sources``, in their order; files sorted by path.
+    """Read every document of ``sources``, in their order; the files of a folder or glob sorted by path.
 
-    Empty texts (an empty file, ``""`` or ``null``) are no documents. A named file or a glob may hold only known kinds; in a
-    folder, files of other kinds are skipped, and counted; hidden files are not counted.
+    Empty texts (an empty file, ``""`` or ``null``) are left out. A file that is named, or that a glob matches, must be of a
+    known kind; in a folder, hidden files and files of other kinds are skipped.
 
     Args:
         sources: files, folders and globs; empty: the Python standard library.
         text_field: the JSON field and Parquet column of the text.
+
+    Yields:
+        A Document for each file (.txt, .md, .rst, .py), line (JSON lines) or row (Parquet).
 
     Raises:
         DataError: a source does not exist, cannot be read or holds no text, or a line or row has no ``text_field``.
@@ -67,7 +74,7 @@ def documents(sources: Sequence[str], text_field: str = "text") -> Iterator[Docu
 
 
 def documents_of(found: Sequence[Source], text_field: str) -> Iterator[Document]:
-    """``documents`` of files that ``find`` has found."""
+    """As ``documents``, for the result of ``find``."""
     behind = 0
     for source in found:
         empty = True
@@ -85,13 +92,17 @@ def documents_of(found: Sequence[Source], text_field: str) -> Iterator[Document]
 
 
 def size(path: Path) -> int:
-    """Bytes of a file on the disk."""
+    """The size of a file on the disk in bytes. Raises DataError if it cannot be read."""
     with readable(path):
         return path.stat().st_size
 
 
 def find(sources: Sequence[str]) -> list[Source]:
-    """The files of ``sources``. Raises DataError as ``documents`` does, but opens none of the files."""
+    """A Source with its files for each of ``sources``; for none, the Python standard library. Opens no file.
+
+    Raises:
+        DataError: a source does not exist, holds no file of a known kind, or names a file of an unknown kind.
+    """
     if not sources:
         return [_standard_library()]
     return [_find_one(source) for source in sources]
@@ -125,7 +136,7 @@ def _find_one(given: str) -> Source:
 
 
 def _texts_below(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The files of known kinds below a folder, and the others."""
+    """(files of known kinds, other files) below a folder, each sorted by path. Raises DataError without any of a known kind."""
     below = _below(folder, frozenset())
     files = tuple(path for path in below if kind(path))
     if not files:
@@ -134,12 +145,16 @@ def _texts_below(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
 
 
 def counts(paths: Iterable[Path]) -> dict[str, int]:
-    """How many files have which ending, the most frequent first."""
+    """{ending: number of files with it}, the most frequent first; a file without an ending counts as "no ending"."""
     return dict(Counter(kind(path) or path.suffix.lower() or "no ending" for path in paths).most_common())
 
 
 def _below(folder: Path, left_out: frozenset[str]) -> list[Path]:
-    """The files below a folder sorted by path, without hidden ones. Raises DataError for a folder that cannot be listed."""
+    """All files below ``folder``, sorted by path, except hidden ones and those in folders named in ``left_out``.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
     paths = []
     with readable(folder):
         for parent, folders, names in os.walk(folder, onerror=_raise):
@@ -159,6 +174,7 @@ def _known(path: Path) -> Path:
 
 
 def kind(path: Path) -> str:
+    """The ending of _READERS that the file's name has (such as ".jsonl.gz"), in any case of letters; "" if it has none."""
     return next((ending for ending in _READERS if path.name.lower().endswith(ending)), "")
 
 
@@ -169,6 +185,7 @@ def _read(path: Path, text_field: str) -> Iterator[Document]:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
+    """Context manager: an error of reading or decompressing ``path`` in the block is raised as a DataError that names it."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -202,7 +219,10 @@ def _read_jsonl_zst(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _lines(path: Path, file: IO[bytes], lines: Any, text_field: str) -> Iterator[Document]:
-    """A document for each line of ``lines``, which are those of ``file`` or what it decompresses to."""
+    """A Document for each JSON line of ``lines``, except blank ones.
+
+    ``lines`` reads from ``file``, directly or through a decompressor; ``file`` gives the position on the disk.
+    """
     for number, line in enumerate(lines, 1):
         if line.isspace():
             continue

@@ -1,4 +1,4 @@
-"""Packing: documents tokenized once into one memory-mapped token stream. Knows nothing of sequences, ranks or order.
+"""Packing: documents tokenized once into one memory-mapped token stream. Independent of sequences, ranks and their order.
 
     documents     [def f...]   [import os...]   [class A...]
     stream        d e f ... EOS i m p ... EOS c l a ... EOS          tokens.bin: uint8, uint16 or int32, as the vocabulary needs
@@ -41,22 +41,29 @@ HELD_OUT = 20
 """One document in this many is held out, chosen by the hash of its content."""
 
 BATCH_BYTES = 8 << 20
-"""Text that is tokenized at once, in parallel by the tokenizer's threads; the progress bar moves by it."""
+"""Bytes of text that are tokenized in one call, in parallel on the tokenizer's threads; one step of the progress bar."""
 
 SETTLED_SECONDS = 2.0
-"""A file that changed this recently could change again without a newer time: file systems count time coarsely."""
+"""A file that changed less long ago could change again without a new modification time, because file systems round times."""
 
 QUIET_SECONDS = 0.5
-"""Work that takes no longer shows no progress bar."""
+"""The progress bar appears only after this time."""
 
 Bounds = Int64[np.ndarray, "_ 2"]
-"""First and end token of each document, a row each."""
+"""[documents, 2]: the first token of each document in a stream, and the token after its last."""
 
 
 class Split:
     """Some documents of a stream, concatenated: token 0 is the first token of the first document.
 
-    ``documents`` are their bounds, the end-of-document token included; equal ``fingerprint`` means equal tokens.
+    ``documents``: their bounds in this split, each with its end-of-document token; splits with equal ``fingerprint`` have equal
+    tokens; ``name``: whole, train or held_out.
+
+    Args:
+        name: for messages.
+        stream: all tokens.
+        bounds: the documents of this split, as bounds in ``stream``.
+        fingerprint: of the tokens.
     """
 
     def __init__(self, name: str, stream: Integer[np.ndarray, "stream"], bounds: Bounds, fingerprint: str) -> None:
@@ -71,11 +78,11 @@ class Split:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens."""
+        """The number of tokens of the split, with one end-of-document token per document."""
         return int(self.documents[-1, 1])
 
     def read(self, start: int, stop: int) -> Int64[Tensor, "tokens"]:
-        """The tokens at ``start`` .. ``stop - 1``; no other part of the stream is read."""
+        """The tokens ``start`` to ``stop - 1`` of the split; no other part of the stream is read from the disk."""
         assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
         first, last = np.searchsorted(self._run_starts, [start, stop], side="right") - 1
         cuts = [start, *self._run_starts[first + 1 : last + 1].tolist(), stop]
@@ -86,11 +93,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized text: ``text_bytes`` of text became ``tokens`` tokens, one end-of-document token for each document included.
+    """A tokenized text.
 
-    ``byte_entropy`` is the loss of a model that predicts every byte by its frequency alone, in nats per byte of the whole
-    text. ``whole`` is every document; ``train`` and ``held_out`` have no token in common. ``files`` and ``skipped``: how many
-    files of which ending were read, and how many of other kinds were in the same folders.
+    ``tokenizer``: its name; ``eos``: its end-of-document token; ``text_bytes``: the size of the text; ``byte_entropy``: the
+    loss of a model that predicts every byte by its frequency alone, in nats per byte. ``whole`` is every document; ``train``
+    and ``held_out`` are disjoint parts of it. Corpora with equal ``fingerprint`` have equal tokens. ``files`` and
+    ``skipped``: {ending: number} of the files that were read, and of those of other kinds in the same folders.
     """
 
     fingerprint: str
@@ -107,12 +115,12 @@ class Corpus:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of the stream."""
+        """The number of tokens of the stream, with one end-of-document token per document."""
         return self.whole.tokens
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text a token stands for, on average: a loss in nats per token is so many times its nats per byte."""
+        """``text_bytes / tokens``: a loss in nats per token divided by it is in nats per byte."""
         return self.text_bytes / self.tokens
 
 
@@ -124,9 +132,9 @@ def tokenize(
     folder: Path | None = None,
     console: Console | None = None,
 ) -> Corpus:
-    """The tokenized ``sources`` (see ``corpora.documents``), from the cache or made now.
+    """Tokenize the documents of ``sources`` (see ``corpora.documents``), or read their tokens from the cache.
 
-    Every rank may call it: on each machine one makes the stream, the others wait for it.
+    All ranks may call it at once: on each machine one process tokenizes, the others wait for it.
 
     Args:
         sources: files, folders and globs.
@@ -136,7 +144,7 @@ def tokenize(
         console: where the progress is shown; default: stderr.
 
     Raises:
-        DataError: as ``documents`` does; the data changes while it is read; the disk is full. The draft is removed.
+        DataError: as ``documents`` does; the data changes while it is read; or the disk is full. Nothing incomplete is left.
     """
     found = corpora.find(sources)
     state, newest = _state(found)
@@ -153,9 +161,15 @@ def tokenize(
 
 
 def hold_out(bounds: Bounds, hashes: Integer[np.ndarray, "documents"]) -> tuple[Bounds, Bounds]:
-    """(train, held out): one document in 20 is held out by the hash of its content, so equal texts are in the same split.
+    """Divide a stream into (train, held out).
 
-    Where these are not about a twentieth of the tokens (one or few documents, or a huge one), the tail of the stream is.
+    Held out are the documents whose hash is divisible by HELD_OUT (20), so equal texts are in the same split. If these are
+    less than half or more than double of a twentieth of the tokens (few documents, or a huge one), the last twentieth of the
+    stream is held out instead, and a document may be divided.
+
+    Args:
+        bounds: the documents of the stream.
+        hashes: a hash of each document's text.
     """
     held = hashes % HELD_OUT == 0
     tokens = int(bounds[-1, 1])
@@ -249,7 +263,7 @@ def _narrowest(vocab_size: int) -> np.dtype[np.generic]:
 
 
 def _state(found: Sequence[Source]) -> tuple[str, float]:
-    """Every file with its size and times, as text, and the latest of these times. A changed file changes the text."""
+    """(text with path, size and times of every file, the latest of these times in seconds). A changed file changes the text."""
     try:
         stats = [(str(path.resolve()), path.stat()) for source in found for path in source.files]
     except OSError as error:
@@ -259,7 +273,7 @@ def _state(found: Sequence[Source]) -> tuple[str, float]:
 
 
 def _content(found: Sequence[Source], made_by: str) -> str:
-    """The name of the stream: a hash of the files' contents, in their order, and of ``made_by``."""
+    """The name of the stream: a hash of ``made_by`` and of the files' kinds and contents, in their order."""
     digests = []
     for path in (path for source in found for path in source.files):
         with corpora.readable(path), path.open("rb") as file:
@@ -277,7 +291,10 @@ def _document_hash(text: bytes) -> int:
 
 @contextmanager
 def _progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """A function that takes the bytes done out of ``total``; work that takes long shows a bar (without a terminal: a line)."""
+    """Context manager: yields a function that is called with the number of bytes done, out of ``total``.
+
+    After QUIET_SECONDS it shows a progress bar; if ``console`` is not a terminal, one line.
+    """
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console, transient=True)
     task = bar.add_task("tokenizing, once", total=total)
