@@ -1,4 +1,4 @@
-"""Ranks that are processes of their own, as a launcher starts them: an environment each, and what they return and print."""
+"""Starts ranks as separate processes, as a launcher does: each with its own environment variables."""
 
 import os
 import socket
@@ -8,11 +8,15 @@ from pathlib import Path
 from tests.helpers.processes import end, start
 
 LAUNCHERS = ("SLURM", "PMI", "MPI", "OMPI", "RANK", "WORLD", "LOCAL", "MASTER")
-"""How the variables of launchers begin, which a process that is started here must not inherit."""
+"""Prefixes of the environment variables of launchers; processes that are started here do not inherit such variables."""
 
 
 def started(environments: Sequence[dict[str, str]], command: Sequence[str], folder: Path) -> list[tuple[int, str]]:
-    """Run ``command`` in ``folder`` once for each environment, all at once; the exit code and output of each."""
+    """Run ``command`` in ``folder`` once for each environment, all at the same time, with a limit of 240 s.
+
+    Returns:
+        (exit code, stdout and stderr) of each, in the order of ``environments``.
+    """
     base = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     base |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     running = [start(command, env=base | one, cwd=folder) for one in environments]
@@ -25,7 +29,7 @@ def started(environments: Sequence[dict[str, str]], command: Sequence[str], fold
 
 
 def free_port() -> str:
-    """A port of this machine that nobody listens on."""
+    """The number, as text, of a TCP port of this machine that no process uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""A small Hugging Face model on the ranks of a mesh beside itself on one device: loss, logits and every gradient."""
+"""Compares a small Hugging Face model over the ranks of a mesh with the same model on one device."""
 
 from typing import Any
 
@@ -11,12 +11,13 @@ VOCAB = 61
 
 
 def assert_as_one_device(mesh: ParallelMesh, batch: dict[str, Any], alone: dict[str, Any], **keywords: Any) -> None:
-    """Compare the loss plus a randomly weighted sum of the logits, and its gradients.
+    """Assert equal loss plus randomly weighted sum of the logits, and equal gradients of it. Every rank must call it.
 
     Args:
         mesh: the ranks.
-        batch: what ``shard_batch`` is given, with ``keywords``.
-        alone: what the model of one device is called with: as many rows, and the first tokens of each.
+        batch: the whole batch for ``shard_batch``.
+        alone: the batch for the model on one device, with the same rows; if it is shorter, only its tokens are compared.
+        keywords: further arguments of ``shard_batch``.
     """
     model, parallel = llama(), parallelize(llama(), mesh)
     expected = model(**alone)
@@ -35,7 +36,7 @@ def assert_as_one_device(mesh: ParallelMesh, batch: dict[str, Any], alone: dict[
 
 
 def llama() -> Any:
-    """Two layers in fp64, the same weights at each call."""
+    """A llama of two layers in fp64, with the same random weights in every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,

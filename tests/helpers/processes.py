@@ -28,7 +28,7 @@ def run(
 
 
 def output(command: Sequence[str], *, timeout: float = 120) -> str:
-    """The output of a program that must succeed."""
+    """Run a program, assert that its exit code is 0, and return its stdout."""
     done = run(command, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,4 +1,4 @@
-"""The types of ``shard_batch``, which mypy checks here: a mapping gives a part, a sequence gives a list of parts."""
+"""Checked by mypy, not run: ``shard_batch`` of a mapping has the type Part, of a sequence the type list[Part]."""
 
 from typing import assert_type
 
@@ -9,7 +9,7 @@ from longspan.batch.context import Part
 
 
 def part_and_parts(batch: dict[str, Tensor], mesh: ParallelMesh) -> tuple[Part, list[Part]]:
-    """The part of a batch, and the parts of two."""
+    """(part of the batch, parts of the batch twice); ``assert_type`` fails in mypy if a type differs."""
     part = assert_type(shard_batch(batch, mesh), Part)
     parts = assert_type(shard_batch((batch, batch), mesh), list[Part])
     return part, parts
