@@ -1,4 +1,4 @@
-"""``attend``: scaled dot-product attention over a sequence that is split over ranks (Ulysses and ring). Knows no models.
+"""``attend``: scaled dot-product attention over a sequence that is split over ranks (Ulysses and ring). Independent of models.
 
     q, k, v  [batch, my tokens, every head, dim]
         |   one all-to-all          tokens -> heads                                                    ulysses.py
@@ -14,7 +14,7 @@
 ``attend`` records its arguments as an ``AttentionSpec``; ``plan_attention`` turns a spec into an
 ``AttentionPlan``, once per spec. The operator is one node for autograd, torch.compile and selective checkpointing.
 
-R rows: batch * every token   H every head   G my heads   D head size
+The suffix of a tensor's name gives its dims: R rows (batch * every token), H every head, G my heads, D head size.
 """
 
 import math
@@ -48,8 +48,8 @@ class AttentionSpec:
     """The description of one attention call on one rank, without tensor values: local shapes, mask, mesh and options.
 
     Hashable; two calls with equal specs use the same plan. The fields are the arguments of ``attend``, except for the shapes,
-    ``dtype``, ``device_type`` and ``has_sink_logits`` (whether there are sink logits). ``tokens`` and ``key_tokens`` of None
-    mean equally many on every rank.
+    ``dtype``, ``device_type`` ("cpu", "cuda") and ``has_sink_logits`` (whether there are sink logits). If ``tokens`` is None,
+    every rank holds as many tokens as this one; likewise ``key_tokens``.
     """
 
     q_shape: torch.Size
@@ -70,17 +70,18 @@ class AttentionSpec:
 
     @property
     def coordinate(self) -> MeshCoordinate:
-        """This rank's position on the mesh."""
+        """The mesh's degrees and this rank's position on it; those of a mesh of one rank if there is no mesh."""
         return MeshCoordinate() if self.mesh is None else self.mesh.coordinate
 
     @property
     def whole_tokens(self) -> int:
-        """The number of queries of a whole row, over all ranks."""
+        """The number of queries of a whole row, over all ranks that hold it."""
         return self.q_shape[1] * self.coordinate.sequence_ranks if self.tokens is None else self.tokens
 
     @property
     def whole_key_tokens(self) -> int:
-        """The number of keys of a whole row, over all ranks; computed from arguments that are equal on every rank."""
+        """The number of keys of a whole row, over all ranks that hold it: ``key_tokens``, else ``tokens``, else computed from
+        k's shape."""
         if self.key_tokens is not None:
             return self.key_tokens
         return self.k_shape[1] * self.coordinate.sequence_ranks if self.tokens is None else self.tokens
@@ -160,7 +161,10 @@ def attend(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _plan(**fields: Any) -> Constant[AttentionPlan]:
-    """``plan_attention`` for torch.compile, which treats these arguments as constants; a dataclass made in a graph is none."""
+    """``plan_attention(AttentionSpec(**fields))``, as a constant for torch.compile, wrapped in ``Constant``.
+
+    The spec is made here because a dataclass made inside a compiled graph is not a constant.
+    """
     return Constant(plan_attention(AttentionSpec(**fields)))
 
 
@@ -168,14 +172,14 @@ def plan_attention(spec: AttentionSpec) -> AttentionPlan:
     """Plan an attention from its spec: the split of heads, the all-to-alls, the ring hops and the kernel.
 
     Args:
-        spec: The attention. A spec that was planned before on its mesh gets the cached plan; a kernel object, a function or a
-            bias is bound to a copy of the plan and not cached.
+        spec: the attention. If a plan for an equal spec is cached on its mesh, that plan is returned. A kernel object, a
+            function or a bias is not cached: it is bound to a copy of the cached plan.
 
     Returns:
         The plan, an opaque argument of the attention operators.
 
     Raises:
-        LayoutError, MaskError, KernelError: As ``attend``.
+        LayoutError, MaskError, KernelError: as ``attend``.
     """
     if spec.bias is None and isinstance(spec.kernel, str):
         return cached(spec.mesh, spec, lambda: _make_plan(spec, _choose_kernel(spec)))
@@ -244,7 +248,8 @@ def _plan_chunks(spec: AttentionSpec, heads: Heads) -> tuple[HeadChunk, ...]:
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v in the dtype of autocast where it is enabled, as in scaled_dot_product_attention; fp64 is not cast."""
+    """The tensors cast to the autocast dtype if autocast is enabled on their device, else unchanged; fp64 tensors are never
+    cast."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
@@ -268,7 +273,10 @@ def _refuse_tensors(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None)
 
 
 def refuse_kernel(kernel: str | Kernel | KernelFunction, coordinate: MeshCoordinate) -> None:
-    """Raise KernelError for a kernel that no attention on this mesh can use: an unknown name, or a function with a ring."""
+    """Raise KernelError for a kernel that no attention on this mesh can use; otherwise return None.
+
+    That is an unknown name, or a function (which returns no log-sum-exp) with ring > 1.
+    """
     if callable(kernel):
         _refuse_beside_a_function(kernel, coordinate, {})
     elif isinstance(kernel, str):
@@ -286,7 +294,10 @@ def _refuse_beside_a_function(function: KernelFunction, coordinate: MeshCoordina
 
 
 def _to_rows(q: Tensor, k: Tensor, v: Tensor, exchange: ExchangePlan | None) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of every token for my heads, by one all-to-all: [batch * tokens, my heads, dim], row after row."""
+    """q, k and v of every token for my heads, each [batch * tokens, my heads, dim] with one sequence after another.
+
+    By one all-to-all; ``exchange`` None (one ulysses rank) only reshapes.
+    """
     if exchange is None:
         return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     q_RGD, k_RGD, v_RGD = columns(exchange_to_heads([q, k, v], exchange), exchange)

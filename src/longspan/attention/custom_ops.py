@@ -13,9 +13,10 @@
         chunk 2                              fetch          | attend ...   one is exchanged
 
 The first saves its exchanged inputs and sends less. The second saves no exchanged copies; a checkpoint that saves its two
-results repeats neither attention nor all-to-alls. Knows rows and heads; nothing of masks or models.
+results repeats neither attention nor all-to-alls. Independent of masks and models.
 
-B batch  S my tokens  R rows: batch * every token   H every head  K every key/value head  G my heads   D head size
+The suffix of a tensor's name gives its dims: B batch, S my tokens, R rows (batch * every token), H every head,
+K every key/value head, G my heads, D head size.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,19 +34,31 @@ from longspan.attention.ulysses import new_output, start_exchange_to_heads, star
 from longspan.kernels.protocol import accumulation_dtype
 
 Return = Callable[[], Callable[[], None]]
-"""Starts the all-to-all that returns a chunk's results to the ranks of their tokens; its result, when called, finishes it."""
+"""A function that starts the all-to-all of a chunk's results back to the ranks that hold the tokens.
+
+It returns another function, which waits for the end of that all-to-all and writes the results.
+"""
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]
-"""dq, dk, dv, the gradients of the sink logits and of the bias parameters, in the accumulation dtype."""
+"""(dq, dk, dv, gradient of the sink logits or None without them, list of the gradients of the bias parameters), all in fp32 or
+fp64."""
 
 
 @torch.library.custom_op("longspan::attention", mutates_args=())
 def attention(
     q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan
 ) -> tuple[Tensor, Tensor]:
-    """Attention of this rank's heads over exchanged rows, with ring hops and sink logits.
+    """Attention over rows that were exchanged already: all tokens of this ring rank, for the heads of this ulysses rank.
+
+    It contains the ring hops and the sink logits, and no all-to-all. A row is one token of one sequence of the batch.
+
+    Args:
+        q_RGD, k_RGD, v_RGD: [rows, my heads, dim].
+        sinks: the sink logits of my heads, or None.
+        parameters: the parameters of the bias, empty without one.
+        plan: the decisions that need no tensor values: kernel, mask bands, ring hops.
 
     Returns:
-        out [rows, my heads, v_dim] in the dtype of q, and the log-sum-exp [my heads, rows].
+        (out [rows, my heads, v_dim] in the dtype of q, log-sum-exp of the scores [my heads, rows] in fp32 or fp64).
     """
     out_RGD, lse = _forward([q_RGD, k_RGD, v_RGD], sinks, parameters, plan, plan.chunks[0])
     return out_RGD.contiguous(), lse.contiguous()  # the strides of the fake below; flash gives lse other ones
@@ -56,7 +69,15 @@ def attention_backward(
     dout_RGD: Tensor, q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, out_RGD: Tensor, lse: Tensor,
     sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of q, k, v, of the sink logits if there are any, and of the bias' parameters."""
+    """The backward of ``attention``: gradients for this rank's heads over all exchanged rows, without an all-to-all.
+
+    ``dout_RGD`` is the gradient of ``out_RGD``; ``out_RGD`` and ``lse`` are the results of ``attention``, all others its
+    arguments.
+
+    Returns:
+        A list in the order: gradients of q, k and v [rows, my heads, dim], of the sink logits [my heads] (no entry without
+        them), of each bias parameter; each in the dtype of its input.
+    """
     rows = [q_RGD, out_RGD, dout_RGD, k_RGD, v_RGD]
     grads = _backward(rows, lse, sinks, parameters, plan, plan.chunks[0])
     return _as_inputs(grads, [q_RGD, k_RGD, v_RGD], sinks, parameters)
@@ -66,10 +87,17 @@ def attention_backward(
 def attention_recomputable(
     q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan
 ) -> tuple[Tensor, Tensor]:
-    """Attention of this rank's tokens with its all-to-alls, ring hops and sink logits, one head chunk after another.
+    """Attention of this rank's tokens for every head, including its all-to-alls, ring hops and sink logits.
+
+    The heads are exchanged and computed one head chunk after another.
+
+    Args:
+        q_BSHD, k_BSKD, v_BSKD: [batch, my tokens, every head, dim].
+        sinks, parameters, plan: as in ``attention``, but the sink logits of every head.
 
     Returns:
-        out [batch, my tokens, every head, v_dim] in the dtype of q, and the log-sum-exp [my heads, rows].
+        (out [batch, my tokens, every head, v_dim] in the dtype of q, log-sum-exp of the scores [my heads, rows]); a row is one
+        token, of any rank, of one sequence of the batch.
     """
     out_BSHD = q_BSHD.new_empty(*q_BSHD.shape[:3], v_BSKD.shape[3])
     lses: list[Tensor] = []
@@ -91,7 +119,16 @@ def attention_recomputable_backward(
     dout_BSHD: Tensor, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, out_BSHD: Tensor, lse: Tensor,
     sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan,
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of q, k, v, of the sink logits if there are any, and of the bias' parameters."""
+    """The backward of ``attention_recomputable``, including its all-to-alls: gradients for this rank's tokens and every head.
+
+    ``dout_BSHD`` is the gradient of ``out_BSHD``; ``out_BSHD`` and ``lse`` are the results of ``attention_recomputable``, all
+    others its arguments. q, k, v, out and dout are exchanged again.
+
+    Returns:
+        A list in the order: gradients of q, k and v [batch, my tokens, every head, dim], of the sink logits [every head] (no
+        entry without them; 0 for heads of other ranks), of each bias parameter (this rank's part of the sum); each in the
+        dtype of its input.
+    """
     dq = new_output(q_BSHD.shape, False, q_BSHD)
     dk, dv = (new_output(x.shape, plan.replicated, x) for x in (k_BSKD, v_BSKD))
     dsinks = None if sinks is None else lse.new_zeros(sinks.shape)
@@ -119,10 +156,15 @@ def _pipeline(
     fetch: Callable[[HeadChunk], Callable[[], list[Tensor]]],
     attend: Callable[[HeadChunk, list[Tensor]], Return],
 ) -> None:
-    """Software pipeline over the chunks: fetch rows, attend, return the results.
+    """For each head chunk in turn: fetch its rows, attend, return the results; communication overlaps with the kernel.
 
-    The kernel on one chunk overlaps the all-to-all of the next and the return of the one before. Buffers are freed at their
+    The kernel on one chunk runs while the next chunk is fetched and the one before is returned. Buffers are freed at their
     last use.
+
+    Args:
+        chunks: at least one.
+        fetch: starts the exchange of a chunk's rows; the function that it returns waits and gives them.
+        attend: computes a chunk from its rows; the function that it returns starts the return of the results.
     """
     arriving: Callable[[], list[Tensor]] | None = fetch(chunks[0])
     leaving: Callable[[], None] = _nothing
@@ -145,7 +187,16 @@ def _nothing() -> None:
 def _fetch(
     queries: Sequence[Tensor], keys: Sequence[Tensor], chunk: HeadChunk, exchange: ExchangePlan | None
 ) -> Callable[[], list[Tensor]]:
-    """Start the all-to-all to heads for one chunk; the result, when called, returns its tensors [rows, my heads, dim]."""
+    """Start the all-to-all from tokens to heads for one chunk of the heads.
+
+    Args:
+        queries, keys: tensors with all query heads, and with all key/value heads, [batch, my tokens, heads, dim].
+        chunk: the heads.
+        exchange: the all-to-all; None on one ulysses rank, where the heads are sliced and nothing is sent.
+
+    Returns:
+        A function that waits and returns the tensors of ``queries``, then of ``keys``, as [rows, my heads, dim].
+    """
     if exchange is not None:
         arriving = start_exchange_to_heads([*queries, *keys], exchange)
         return lambda: columns(arriving(), exchange)
@@ -177,7 +228,10 @@ def _return(
 
 
 def columns(rows_RW: Sequence[Tensor], exchange: ExchangePlan) -> list[Tensor]:
-    """The tensors [rows, my heads, dim] of an exchange as views of the received rows of each group."""
+    """The tensors of an exchange, [rows, my heads, dim] each, as views of the received rows, in which they lie side by side.
+
+    ``rows_RW`` has, for each group of the exchange, [rows, sum of my heads x dim over the group's tensors].
+    """
     xs_RW = chain.from_iterable(x.split(widths, 1) for x, widths in zip(rows_RW, exchange.my_widths))
     return [x.unflatten(1, (-1, dim)) for x, dim in zip(xs_RW, exchange.dims)]
 
@@ -207,7 +261,10 @@ def _forward(
 
 
 def _without_autocast(like: Tensor) -> torch.autocast:
-    """Autocast disabled: q, k and v are cast already, and what a kernel computes in fp32 must not be cast."""
+    """Context manager that disables autocast on the device of ``like``.
+
+    q, k and v are cast already, and what a kernel computes in fp32 must not be cast to bf16.
+    """
     return torch.autocast(like.device.type, enabled=False)
 
 
@@ -215,7 +272,14 @@ def _backward(
     rows: Sequence[Tensor], lse: Tensor, sinks: Tensor | None, parameters: Sequence[Tensor],
     plan: AttentionPlan, chunk: HeadChunk,
 ) -> Gradients:  # fmt: skip
-    """The gradients of one chunk from the rows of q, out, dout, k and v (the order of ``HeadChunk.backward``)."""
+    """The gradients of one head chunk, in fp32 or fp64.
+
+    Args:
+        rows: q, out, dout, k and v [rows, my heads, dim], in this order (that of ``HeadChunk.backward``).
+        lse: log-sum-exp of the forward, [my heads, rows].
+        sinks, parameters, plan: as in ``attention``.
+        chunk: the heads.
+    """
     q_RGD, out_RGD, dout_RGD, k_RGD, v_RGD = rows
     leaves = tuple(parameter.detach().requires_grad_() for parameter in parameters)
     with _without_autocast(q_RGD):
@@ -229,7 +293,8 @@ def _backward(
 
 
 def _as_inputs(grads: Gradients, qkv: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of the inputs that are not None, each in the dtype of its input and contiguous, as the fakes declare."""
+    """The gradients that are not None as one list, each contiguous and in the dtype of its input, as the fake operators
+    declare."""
     dq, dk, dv, dsinks, dparameters = grads
     present = [dq, dk, dv, *([] if dsinks is None else [dsinks]), *dparameters]
     return [grad.to(x.dtype).contiguous() for grad, x in zip(present, _inputs(qkv, sinks, parameters))]

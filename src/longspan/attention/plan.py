@@ -45,14 +45,14 @@ class Bias(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorGroup:
-    """Tensors with the same token partition (q, or q, k and v), sent next to each other in one all-to-all.
+    """Tensors with the same partition of tokens over the ranks (q, or q, k and v), sent side by side in one all-to-all.
 
     Attributes:
-        sizes: tokens of a row that each rank holds.
-        heads: for each tensor, the heads that each rank computes: ``heads[tensor][rank]``.
+        sizes: for each rank, the number of tokens of a row that it holds.
+        heads: ``heads[tensor][rank]``: the range of heads that the rank computes.
         dims: the head dim of each tensor.
         counts: the number of all heads of each tensor.
-        summed: for each tensor, whether a head returns several times (from several ranks or exchanges) and must be summed.
+        summed: for each tensor, whether a head's result comes from several ranks or exchanges and must be summed.
     """
 
     sizes: tuple[int, ...]
@@ -62,12 +62,12 @@ class TensorGroup:
     summed: tuple[bool, ...]
 
     def widths(self, rank: int) -> tuple[int, ...]:
-        """Elements per token that each tensor sends to ``rank``."""
+        """For each tensor, the elements per token that are sent to ``rank``: the heads that it computes x head dim."""
         return tuple(len(heads[rank]) * dim for heads, dim in zip(self.heads, self.dims))
 
 
 class ExchangePlan(OpaqueBase):
-    """One all-to-all: its tensors, the process group, the transport, and the buffer that it packs into."""
+    """One all-to-all: its tensors, the process group, the transport, and the scratch memory for its send buffer."""
 
     def __init__(
         self, groups: Sequence[TensorGroup], process_group: dist.ProcessGroup, transport: Transport, scratch: Scratch
@@ -89,11 +89,11 @@ class ExchangePlan(OpaqueBase):
         return self  # torch.compile copies its graphs; process groups cannot be copied
 
     def sent(self, batch: int) -> list[int]:
-        """Elements that tokens_to_heads sends to each rank: my tokens, its heads."""
+        """For each rank, the elements sent to it from tokens to heads: my tokens of its heads, for ``batch`` rows."""
         return [batch * elements for elements in self._sent]
 
     def received(self, batch: int) -> list[int]:
-        """Elements that tokens_to_heads receives from each rank: its tokens, my heads."""
+        """For each rank, the elements received from it from tokens to heads: its tokens of my heads, for ``batch`` rows."""
         return [batch * elements for elements in self._received]
 
 
@@ -102,7 +102,8 @@ register_opaque(ExchangePlan, members=("groups", "rank", "my_widths", "dims"))
 
 @dataclass(frozen=True)
 class Hop:
-    """One step of the ring: receive keys and values from the ring rank ``offset`` before this one, send to the one after."""
+    """One step of the ring: receive keys and values from the ring rank ``offset`` before this one, send to the one ``offset``
+    after it."""
 
     offset: int
     bands: tuple[Band, ...]  # between this rank's rows of queries and the received rows of keys
@@ -123,7 +124,11 @@ class HeadChunk:
 
 
 class AttentionPlan(OpaqueBase):
-    """One attention of one rank. An opaque argument of the operators in custom_ops.py."""
+    """All decisions for one attention on one rank that need no tensor values: kernel, scale, head chunks, ring hops,
+    exchanges.
+
+    An opaque argument of the operators in custom_ops.py, so torch.compile does not look inside.
+    """
 
     def __init__(
         self, *, kernel: Kernel | None, scale: float, softcap: float | None, chunks: tuple[HeadChunk, ...], replicated: bool,
@@ -142,22 +147,23 @@ class AttentionPlan(OpaqueBase):
         return self  # torch.compile copies its graphs; process groups cannot be copied
 
     def bind(self, kernel: Kernel, bias: Bias | None) -> "AttentionPlan":
-        """The same plan with this kernel and bias."""
+        """A copy of the plan with this kernel and bias; the plan itself is not changed."""
         bound = copy(self)
         bound.kernel, bound.bias = kernel, bias
         return bound
 
     def kernel_of(self, chunk: HeadChunk) -> GroupedKernel:
-        """The kernel for the heads of one chunk."""
+        """The plan's kernel with its scale and softcap, called once for each regular group of the chunk's heads."""
         assert self.kernel is not None, "a plan is bound before it runs"
         return GroupedKernel(self.kernel, chunk.groups, self.scale, self.softcap)
 
     def bias_of(self, chunk: HeadChunk, key_runs: Runs, parameters: tuple[Tensor, ...]) -> Callable[[slice], BoundBias] | None:
-        """The bias of a chunk as a function of a slice of its heads; None without a bias.
+        """The bias of a chunk in one ring hop: a function from a slice of the chunk's heads to a ``BoundBias``; None without a
+        bias.
 
         Args:
             chunk: the head chunk.
-            key_runs: the positions of the keys of the current hop.
+            key_runs: the positions of the keys of the hop.
             parameters: the tensors to use as the parameters of the bias.
         """
         if self.bias is None:

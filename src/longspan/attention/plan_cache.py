@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar, cast
 from longspan.distributed.mesh import ParallelMesh
 
 PLANS = 256
-"""The most plans in one cache. A mask that changes at every step needs a new plan at every step."""
+"""The largest number of plans in one cache. (A mask that changes at every step adds a plan at every step.)"""
 
 _ONE_DEVICE: dict[Hashable, Any] = {}
 _MISSING = object()
@@ -15,14 +15,15 @@ T = TypeVar("T")
 
 
 def cached(mesh: ParallelMesh | None, key: Hashable, make: Callable[[], T]) -> T:
-    """The plan cached under ``key``, or that of ``make()``, which is then cached. An error of ``make`` is not cached.
+    """The plan that is cached under ``key``; if there is none, ``make()`` is called, and its result cached and returned.
 
-    The cache belongs to the mesh, because plans refer to its process groups and buffers; it is freed with the mesh.
+    The cache belongs to the mesh, because plans refer to its process groups and buffers; it is freed with the mesh. The plan
+    used least recently is removed when there are ``PLANS``. An error that ``make`` raises is passed on and not cached.
 
     Args:
         mesh: the mesh; None is a single device.
         key: everything that the plan depends on.
-        make: called without arguments if there is no plan for ``key``.
+        make: makes the plan.
     """
     plans = _ONE_DEVICE if mesh is None else mesh.plans
     plan = plans.pop(key, _MISSING)
@@ -36,6 +37,7 @@ def cached(mesh: ParallelMesh | None, key: Hashable, make: Callable[[], T]) -> T
 
 @dataclass(slots=True)
 class Constant(Generic[T]):
-    """A wrapper of a plan: a function under ``assume_constant_result`` cannot return an opaque object itself."""
+    """A plan in a wrapper, because a function under ``torch.compiler.assume_constant_result`` cannot return an opaque object
+    itself."""
 
     plan: T

@@ -9,7 +9,7 @@ documents most hops send nothing, and a causal zigzag sends about half of the ro
 again; each is computed with the log-sum-exp and the output over *all* keys, and the gradients of keys and values are sent back
 to their owner in fp32.
 
-One rank is a ring of one hop. Knows bands and rows; nothing of the all-to-all of heads or of models.
+One rank is a ring of one hop. Independent of the all-to-all of heads and of models.
 Source: Ring Attention, arXiv:2310.01889; zigzag: Striped Attention, arXiv:2311.09431, and its successors.
 """
 
@@ -27,10 +27,12 @@ from longspan.masks.bands import Band, localize
 
 
 def plan_hops(bands: tuple[Band, ...], query_runs: Sequence[Runs], key_runs: Sequence[Runs], rank: int) -> tuple[Hop, ...]:
-    """The ring hops of one rank. A hop in which no rank needs a key is left out, on every rank alike.
+    """The ring hops of one rank, the first of which has offset 0 (its own keys).
+
+    A hop in which no rank needs a key is left out on every rank alike, so all ranks have the same number of hops.
 
     Args:
-        bands: the mask of the whole row.
+        bands: the mask of the whole row, in its positions.
         query_runs: for each ring rank, the positions of the queries that it holds.
         key_runs: for each ring rank, the positions of the keys that it holds.
         rank: this ring rank.
@@ -91,14 +93,17 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     *, plan: AttentionPlan, chunk: HeadChunk, parameters: tuple[Tensor, ...],
 ) -> Gradients:  # fmt: skip
-    """The gradients of ``forward``, summed over the hops in fp32 (fp64 for fp64).
+    """The gradients of ``forward`` for one head chunk, summed over the hops in fp32 (fp64 for fp64).
+
+    Keys and values are received again; their gradients are sent to the ranks that hold them.
 
     Args:
-        dout: the gradient of ``out``.
-        out, lse: the results of ``forward``; the others as there.
+        dout: the gradient of ``out``, [queries, heads, v_dim].
+        out, lse: the results of ``forward``, over all keys.
+        q, k, v, plan, chunk, parameters: as in ``forward``.
 
     Returns:
-        (dq, dk, dv, gradients of the bias parameters).
+        (dq, dk, dv of this rank's rows, list of the gradients of the bias parameters).
     """
     kernel = plan.kernel_of(chunk)
     total: Gradients | None = None
@@ -121,7 +126,7 @@ def backward(
 
 
 def _pieces(k: Tensor, v: Tensor, plan: AttentionPlan) -> Iterator[tuple[Hop, Tensor, Tensor]]:
-    """(hop, keys, values) of every hop in turn; the next piece is exchanged while the caller computes this one."""
+    """Yield (hop, keys, values) of every hop in turn; the next piece is exchanged while the caller computes with this one."""
     exchange: Arrival | None = None
     for hop, following in zip(plan.hops, [*plan.hops[1:], None]):
         arrived = exchange.wait() if exchange is not None else None
@@ -142,7 +147,10 @@ def _return(dk: Tensor, dv: Tensor, hop: Hop, plan: AttentionPlan) -> Arrival:
 
 
 def _rotate(rows: Tensor, offset: int, expected_rows: int, plan: AttentionPlan) -> Arrival:
-    """Start to send ``rows`` to the ring rank ``offset`` after this one and to receive from the one ``offset`` before it."""
+    """Start to send ``rows`` to the ring rank ``offset`` after this one and to receive from the one ``offset`` before it.
+
+    Returns a handle whose ``wait`` gives the received elements, flat: ``expected_rows`` rows as wide as ``rows``.
+    """
     assert plan.ring_group is not None
     assert plan.transport is not None
     ranks, rank = plan.ring_group.size(), plan.ring_group.rank()
@@ -174,6 +182,9 @@ def _rows(runs: Runs) -> int:
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Partial:
-    """Merge two partial results of the same queries over different keys; a query that sees no key keeps 0 and -inf."""
+    """(out, log-sum-exp) merged from two partial results of the same queries over different keys; new tensors.
+
+    A query that sees no key in either has out 0 and log-sum-exp -inf.
+    """
     lse, weight_a, weight_b = merge_weights(lse_a, lse_b)
     return out_a * weight_a.T.unsqueeze(2) + out_b * weight_b.T.unsqueeze(2), lse

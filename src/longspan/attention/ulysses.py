@@ -13,10 +13,11 @@
     of my heads, so q and k are views of it and nothing is unpacked.
 
 A key/value head that two ranks need is sent to both, and what both return is summed. So the two functions are each other's
-adjoint, but inverses only where nothing is replicated. Knows nothing of masks, kernels or models. Source: DeepSpeed-Ulysses,
+adjoint, but inverses only where nothing is replicated. Independent of masks, kernels and models. Source: DeepSpeed-Ulysses,
 arXiv:2309.14509, section 3.1.
 
-B batch   S my tokens   T every token   H every head   G my heads   D head size   R rows: B * T   W widths of my heads
+The suffix of a tensor's name gives its dims: B batch, S my tokens, T every token, H every head, G my heads, D head size,
+R rows (B * T), W the widths (heads x head size) of my heads of all tensors side by side.
 """
 
 from collections.abc import Callable, Sequence
@@ -213,7 +214,8 @@ def exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, batch: int
 
 
 def start_exchange_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan) -> Callable[[], list[Tensor]]:
-    """Start ``exchange_to_heads`` and return at once; the result, when called (once), waits and returns the rows."""
+    """Start ``exchange_to_heads`` without waiting for it. Returns a function, to be called once, that waits and returns its
+    rows."""
     batch = xs_BSHD[0].shape[0]
     sent = plan.sent(batch)
     with record_function("longspan::exchange"), ExitStack() as stack:
@@ -231,10 +233,11 @@ def start_exchange_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan) -> Ca
 
 
 def start_exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, outputs: Sequence[Tensor]) -> Callable[[], None]:
-    """Start ``exchange_to_tokens`` and return at once; the result, when called (once), waits and writes ``outputs``.
+    """Start ``exchange_to_tokens`` without waiting for it. Returns a function, to be called once, that waits and writes
+    ``outputs``.
 
-    Only the heads of this exchange are written to the outputs [batch, my tokens, heads, dim]; heads that are ``summed`` are
-    added.
+    ``outputs`` are [batch, my tokens, heads, dim], one for each tensor of the plan. Only the heads of this exchange are
+    written; a tensor whose heads come from several ranks (``TensorGroup.summed``) is added to.
     """
     batch = outputs[0].shape[0]
     received = plan.received(batch)
@@ -256,14 +259,17 @@ def start_exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, outp
 
 
 def new_output(shape: Sequence[int], summed: bool, like: Tensor) -> Tensor:
-    """An output buffer of ``exchange_to_tokens``: uninitialised, or zeros in the accumulation dtype if heads are summed."""
+    """A tensor for ``start_exchange_to_tokens`` to write to: uninitialised in the dtype of ``like``, or if ``summed`` zeros.
+
+    The zeros are in fp32 (fp64 for fp64), because the results of several ranks are added to them.
+    """
     if summed:
         return like.new_zeros(shape, dtype=accumulation_dtype(like.dtype))
     return like.new_empty(shape)
 
 
 def _blocks(flat: Tensor, plan: ExchangePlan, batch: int) -> list[list[list[Tensor]]]:
-    """The send buffer of exchange_to_heads as views [B, S, heads of p, D]: by rank p, group and tensor."""
+    """A send buffer of ``exchange_to_heads`` as views: result[p][group][tensor] is [batch, my tokens, heads of rank p, dim]."""
     blocks = []
     for p, block in zip(plan.ranks, flat.split(plan.sent(batch))):
         parts = zip(plan.groups, plan.widths, block.split([batch * elements for elements in plan.sends[p]]))
@@ -303,7 +309,8 @@ def _unpack(received: Tensor, plan: ExchangePlan, outputs: Sequence[Tensor]) -> 
 
 
 def _row_parts(flat: Tensor, plan: ExchangePlan, batch: int) -> list[list[Tensor]]:
-    """The buffer that exchange_to_heads received as views [B, S of p, W]: by group and rank p."""
+    """The buffer that ``exchange_to_heads`` received as views: result[group][p] is [batch, tokens of rank p, widths of my
+    heads]."""
     parts: list[list[Tensor]] = [[] for _ in plan.groups]
     for p, block in zip(plan.ranks, flat.split(plan.received(batch))):
         pieces = block.split([batch * elements for elements in plan.receives[p]])
@@ -320,7 +327,7 @@ def _as_rows(received: Tensor, plan: ExchangePlan, batch: int) -> list[Tensor]:
 
 
 def _pack_rows(rows_RW: Sequence[Tensor], send: Tensor, plan: ExchangePlan, batch: int) -> None:
-    """Copy the rows of each group into the send buffer of exchange_to_tokens."""
+    """Copy the rows of each group into ``send``, the send buffer of ``exchange_to_tokens``, in rank order."""
     for rows, group, parts in zip(rows_RW, plan.groups, _row_parts(send, plan, batch)):
         whole_BTW = rows.unflatten(0, (batch, sum(group.sizes)))
         for part_BSW, piece in zip(parts, whole_BTW.split(group.sizes, 1)):

@@ -4,8 +4,8 @@
     all_gather         forward: concatenate the ranks' tensors        backward: this rank's piece of the summed gradients
     Transport          one all-to-all with split sizes; Ulysses, the ring and ``all_gather`` use it
 
-Every rank computes the same global loss, so each collective has its true adjoint: that of a sum over ranks is a sum over ranks.
-Anything else gives gradients that are off by a factor which depends on the layout. Knows groups, not meshes or models.
+Every rank computes the same global loss, so each collective has its true adjoint: that of a sum over ranks is a sum over
+ranks. Anything else gives gradients that are off by a factor which depends on the layout. Independent of meshes and models.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,10 +24,10 @@ from longspan.tuning import SCRATCH_BYTES
 
 @runtime_checkable
 class Arrival(Protocol):
-    """The handle of a running all-to-all."""
+    """The handle of an all-to-all that has been started and may still be running."""
 
     def wait(self) -> Shaped[Tensor, " received"]:
-        """Wait for the end of the exchange, and return the received elements. Called once."""
+        """Wait until the all-to-all has ended, and return the received elements, flat and in rank order. To be called once."""
         ...
 
 
@@ -74,11 +74,10 @@ class TorchTransport:
 
 
 class Scratch:
-    """A send buffer that is reused by the next exchange, one per device.
+    """Memory for send buffers that is kept and used again by the next exchange, one buffer per device.
 
     On a CPU, allocating new pages takes longer than the copy into them (four times as long at 256 MiB). Buffers of more than
-    ``SCRATCH_BYTES`` are freed after use: idle, they would add to the peak of the kernels, whose time is then much larger than
-    that of an allocation.
+    ``SCRATCH_BYTES`` are freed after use: kept, they would add to the peak memory of the kernels.
     """
 
     def __init__(self) -> None:
@@ -86,7 +85,11 @@ class Scratch:
 
     @contextmanager
     def lend(self, elements: int, like: Tensor) -> Iterator[Shaped[Tensor, " elements"]]:
-        """Context manager: a flat buffer of ``elements`` elements in the dtype and on the device of ``like``."""
+        """Context manager that gives a flat uninitialised buffer of ``elements`` elements in the dtype and on the device of
+        ``like``.
+
+        The buffer is taken back at the end of the block and must not be used after it.
+        """
         needed = elements * like.element_size()
         buffer = self._free.pop(like.device, None)
         if buffer is None or buffer.numel() < needed:
@@ -106,7 +109,8 @@ class _Receiving:
 
 
 class CountingTransport:
-    """A transport that counts collectives and bytes sent to *other* ranks in ``traffic``, and passes calls to another one."""
+    """A transport that passes every call to ``inner`` and counts it in ``traffic``: collectives, and bytes sent to *other*
+    ranks."""
 
     def __init__(self, inner: Transport) -> None:
         self.inner = inner
@@ -125,7 +129,8 @@ class CountingTransport:
 
 
 def all_reduce_sum(x: Num[Tensor, "*shape"], group: dist.ProcessGroup) -> Num[Tensor, "*shape"]:
-    """The sum of ``x`` over the ranks of ``group``, on every rank. Differentiable: gradients are summed over ranks too."""
+    """The sum of ``x`` over the ranks of ``group``, on every rank. Differentiable: the backward sums the gradients over ranks
+    too."""
     if group.size() == 1:
         return x
     total: Num[Tensor, "*shape"] = _compat.functional_all_reduce(x, group)
@@ -135,14 +140,16 @@ def all_reduce_sum(x: Num[Tensor, "*shape"], group: dist.ProcessGroup) -> Num[Te
 def all_gather(
     x: Num[Tensor, "*shape"], group: dist.ProcessGroup, transport: Transport, dim: int, sizes: Sequence[int]
 ) -> Num[Tensor, "*whole"]:
-    """Concatenate the ranks' tensors: ``torch.cat([x of rank 0, x of rank 1, ...], dim)`` on every rank. Differentiable.
+    """Concatenate the ranks' tensors: ``torch.cat([x of rank 0, x of rank 1, ...], dim)`` on every rank.
+
+    Differentiable: the gradient of a rank's ``x`` is the sum over ranks of the gradients of its piece.
 
     Args:
         x: this rank's tensor.
         group: the ranks.
         transport: the all-to-all that is used.
         dim: the dim to concatenate along.
-        sizes: the size of each rank's ``x`` in ``dim``.
+        sizes: for each rank, the size of its ``x`` in ``dim``.
     """
     if group.size() == 1:
         return x

@@ -8,7 +8,7 @@
     rank 0   (0, facts ...)     each rank fills its own row of zeros,      the table of every rank's facts; where a first
     rank 1   (1, facts ...)     the sum has all rows everywhere            column is 1, all ranks raise that rank's error
 
-So no rank waits for one that failed. The groups are for control traffic, on gloo. Knows nothing of meshes, batches or models.
+So no rank waits for one that failed. The groups are for control traffic, on gloo. Independent of meshes and models.
 """
 
 import logging
@@ -25,13 +25,13 @@ from longspan.errors import BatchError, LongspanError, LostRankError
 Fact = TypeVar("Fact")
 
 SILENT_SECONDS = 60.0
-"""How long a rank waits for the others before it says so."""
+"""How many seconds a rank waits for the others before it logs a warning."""
 
 logger = logging.getLogger(__name__)
 
 
 def gather(fact: Fact, group: dist.ProcessGroup) -> list[Fact]:
-    """The ``fact`` of every rank of ``group``, in rank order. Facts are pickled. Every rank must call it."""
+    """The ``fact`` of every rank of ``group``, in rank order, on every rank. Facts are pickled. Every rank must call it."""
     facts: list[Any] = [fact] * group.size()
     if group.size() > 1:
         dist.all_gather_object(facts, fact, group=group)
@@ -39,7 +39,7 @@ def gather(fact: Fact, group: dist.ProcessGroup) -> list[Fact]:
 
 
 def gather_or_raise(find: Callable[[], Fact], group: dist.ProcessGroup) -> list[Fact]:
-    """Call ``find`` on every rank and gather the results. If it raises a LongspanError on some, all ranks raise the first one.
+    """Call ``find`` on every rank and gather the results.
 
     Args:
         find: called without arguments; its result is pickled.
@@ -47,6 +47,10 @@ def gather_or_raise(find: Callable[[], Fact], group: dist.ProcessGroup) -> list[
 
     Returns:
         The results in rank order.
+
+    Raises:
+        LongspanError: on every rank alike, the error of the first rank whose ``find`` raised one. Other exceptions are raised
+            on their own rank only.
     """
     error: LongspanError | None = None
     fact: Any = None
@@ -62,7 +66,7 @@ def gather_or_raise(find: Callable[[], Fact], group: dist.ProcessGroup) -> list[
 
 
 class Difference(NamedTuple):
-    """A fact that differs between ranks: its name, its value on rank 0, and another rank with its value."""
+    """A fact that differs between ranks: its name, its value on rank 0, another rank, and the value there."""
 
     name: str
     first: str
@@ -71,7 +75,11 @@ class Difference(NamedTuple):
 
 
 def first_difference(facts: Sequence[Mapping[str, str]]) -> Difference | None:
-    """The first named fact that is not equal on all ranks, or None. A fact that a rank lacks has the value "nothing" there."""
+    """The first named fact, by rank and then by name, whose value on some rank differs from that on rank 0; None if all are
+    equal.
+
+    A fact that a rank lacks has the value "nothing" there; such a fact comes before others of that rank.
+    """
     for rank, held in enumerate(facts):
         names = {**facts[0], **held}
         # A name that one of them lacks comes first: it explains why the rest differs.
@@ -91,7 +99,7 @@ def refuse_difference(what: str, mine: str, group: dist.ProcessGroup, remedy: st
 
 
 def own_error(found: BaseException) -> LongspanError | None:
-    """The error if it is a LongspanError, else None: other errors are defects and are not raised on other ranks."""
+    """``found`` itself if it is a LongspanError, else None: other errors are defects and are not raised on other ranks."""
     return found if isinstance(found, LongspanError) else None
 
 
@@ -101,12 +109,15 @@ def raise_together(
     convert: Callable[[BaseException], LongspanError | None] = own_error,
     undo: Callable[[], None] | None = None,
 ) -> Iterator[None]:
-    """An error in the block on one rank is raised on every rank, after the block, with the text of the first such rank.
+    """Context manager: an error in the block on one rank is raised on every rank, after the block.
 
     Args:
         group: every rank of it must enter the block. The block may hold collectives only if they cannot fail on one rank.
-        convert: the LongspanError to raise for an exception of the block; None where that exception is not to be shared.
-        undo: called on every rank before the error is raised, to remove what the block has written: all or none.
+        convert: from an exception of the block to the LongspanError to raise; None raises the exception on its own rank only.
+        undo: called on every rank before the error is raised, to remove what the block has written.
+
+    Raises:
+        LongspanError: on every rank, the converted error of the first rank that has one.
     """
     error: LongspanError | None = None
     try:
@@ -167,7 +178,10 @@ def _wait(work: dist.Work, rank: int, hint: str) -> None:
 
 
 def raise_failed(table: Sequence[Sequence[int]], error: LongspanError | None, group: dist.ProcessGroup) -> None:
-    """Raise on every rank the error of the first rank whose row of ``table`` begins with 1; ``error``: this rank's, or None."""
+    """Raise on every rank the error of the first rank whose row of ``table`` begins with 1; return None if there is none.
+
+    ``error`` is this rank's error, or None; the first failed rank's is sent to all others.
+    """
     failed = [rank for rank, row in enumerate(table) if row[0]]
     if not failed:
         return

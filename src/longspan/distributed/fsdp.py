@@ -6,7 +6,7 @@
     backward            reduce-scatter: the mean of the ranks' gradients, in fp32        (both)
     optimizer           updates this rank's shards                                       (both)
 
-Every rank's loss is the global loss, so FSDP2's mean over all ranks is the gradient of one device. Knows nothing of attention.
+Every rank's loss is the global loss, so FSDP2's mean over all ranks is the gradient of one device. Independent of attention.
 Source: ZeRO, arXiv:1910.02054.
 """
 
@@ -28,12 +28,12 @@ from longspan.errors import ModelError
 UNSHARDABLE = {
     "torch.optim.Adafactor", "torch.optim.lbfgs.LBFGS", "torch.optim.rprop.Rprop", "transformers.optimization.Adafactor",
 }  # fmt: skip
-"""Optimizers whose step fails half-way on sharded parameters, by module and name: tried with torch 2.13, transformers 5.23."""
+""""module.name" of optimizers whose step fails half-way on sharded parameters; tried with torch 2.13, transformers 5.23."""
 
 
 @dataclass(frozen=True)
 class FSDPOptions:
-    """The arguments of ``parallelize`` that FSDP2 implements, with the meaning that they have there."""
+    """The arguments ``zero``, ``dtype``, ``offload_parameters`` and ``fsdp_ranks`` of ``parallelize``, in one object."""
 
     zero: int
     dtype: torch.dtype | None = None
@@ -42,11 +42,12 @@ class FSDPOptions:
 
 
 def refuse_options(options: FSDPOptions, model: nn.Module, mesh: ParallelMesh) -> None:
-    """Check the sharding options for a model on a mesh.
+    """Raise ModelError if the sharding options are not legal for this model and mesh; otherwise return None.
 
     Raises:
-        ModelError: an unknown ``zero``; an option without sharding; ``fsdp_ranks`` that does not divide the ranks; a quantised
-            parameter, which cannot be sharded; an optimizer that already holds the model's parameters.
+        ModelError: ``zero`` is not 0 to 3; another option is set although zero=0; ``fsdp_ranks`` does not divide the number of
+            ranks; ``dtype`` is not a floating-point dtype; a parameter is quantised, so it cannot be sharded; an optimizer
+            already holds the model's parameters.
     """
     if options.zero not in (0, 1, 2, 3):
         raise ModelError(
@@ -106,7 +107,10 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
 
 
 def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
-    """Raise ModelError if an exception ended an earlier backward: FSDP2's final callback did not run, and never will again."""
+    """Forward pre-hook: raise ModelError if an earlier backward of the model ended with an exception.
+
+    FSDP2's callback at the end of that backward did not run, and would not run in later ones either.
+    """
     within_a_backward = _compat.backward_id() != -1  # a checkpoint around the model computes it again
     if not within_a_backward and _compat.fsdp_backward_is_unfinished(model):
         raise ModelError(
@@ -116,9 +120,10 @@ def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
 
 
 def _reshard_without_a_backward(model: nn.Module, *_: object) -> None:
-    """Reshard after a forward under ``no_grad``, which FSDP2 leaves to a backward that does not come.
+    """Forward hook: when gradients are disabled, reshard all FSDP modules of the model.
 
-    An optimizer that is built while parameters are gathered would hold the gathered copies.
+    FSDP2 keeps some parameters gathered until the backward, and after a forward under ``no_grad`` there is none. An optimizer
+    that is built while parameters are gathered would hold the gathered copies.
     """
     if not torch.is_grad_enabled():
         for module in model.modules():
@@ -127,7 +132,10 @@ def _reshard_without_a_backward(model: nn.Module, *_: object) -> None:
 
 
 def _sharding_mesh(mesh: ParallelMesh, ranks: int | None) -> DeviceMesh:
-    """The mesh for ``fully_shard``: all ranks, or (replicas, shards) with shards over ``ranks`` neighbouring ranks (HSDP)."""
+    """The DeviceMesh for ``fully_shard``: ``mesh.fsdp_mesh`` if ``ranks`` is None or all of its ranks.
+
+    Else a mesh (replicas, shards) with shards over ``ranks`` neighbouring ranks, each shard replicated beyond them (HSDP).
+    """
     if ranks is None or ranks == mesh.fsdp_group.size():
         return mesh.fsdp_mesh
     shape = (mesh.fsdp_group.size() // ranks, ranks)
@@ -135,7 +143,8 @@ def _sharding_mesh(mesh: ParallelMesh, ranks: int | None) -> DeviceMesh:
 
 
 def _refuse_earlier_optimizers(model: nn.Module) -> None:
-    """Raise ModelError for an optimizer that holds parameters of ``model``: sharding replaces them by new ones."""
+    """Raise ModelError if an optimizer of this process holds parameters of ``model``, which sharding would replace by new
+    ones."""
     for optimizer in _optimizers_of(model):
         raise ModelError(
             f"{type(optimizer).__name__} was built before the parameters are sharded, and would train nothing; call "
@@ -144,7 +153,7 @@ def _refuse_earlier_optimizers(model: nn.Module) -> None:
 
 
 def _refuse_optimizers_at_first_step(model: nn.Module) -> None:
-    """Make the first forward with gradients raise ModelError for an optimizer that cannot update sharded parameters."""
+    """Register a hook that makes the first forward with gradients raise ModelError for an optimizer in ``UNSHARDABLE``."""
 
     def refuse(module: nn.Module, *_: object) -> None:
         if not torch.is_grad_enabled():
@@ -162,7 +171,7 @@ def _refuse_optimizers_at_first_step(model: nn.Module) -> None:
 
 
 def _optimizers_of(model: nn.Module) -> Iterator[torch.optim.Optimizer]:
-    """The optimizers of this process that hold a parameter of ``model``."""
+    """Yield the optimizers of this process that hold a parameter of ``model``; found among all Python objects."""
     mine = {id(parameter) for parameter in model.parameters()}
     for found in gc.get_objects():
         if issubclass(type(found), torch.optim.Optimizer):

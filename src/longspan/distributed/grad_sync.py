@@ -6,7 +6,7 @@
 Every rank computes the same global loss, so the gradient of a parameter is the mean of the ranks' gradients. The reduction runs
 once per backward, in the order of the parameters and not in the order in which a rank finishes them. So a tied weight is one
 parameter, .grad of earlier micro-batches is never reduced again, and a parameter that one rank does not use counts as zero
-there without blocking the others. Knows nothing of what the model computes.
+there without blocking the others. Independent of what the model computes.
 """
 
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 
 BUCKET_BYTES = 25 * 2**20
-"""The size of one all-reduce: large enough that its latency is negligible, small compared with the model."""
+"""Bytes of gradients in one all-reduce: large enough that its latency is negligible, small compared with the model."""
 
 
 class MeanGradients:
@@ -66,7 +66,7 @@ class MeanGradients:
         )
 
     def remove(self) -> None:
-        """Remove the hooks: ``backward`` then accumulates this rank's own gradient."""
+        """Remove the hooks from the model: ``backward`` then adds this rank's own gradient to ``.grad``."""
         for handle in self._handles:
             handle.remove()
 
@@ -78,9 +78,11 @@ class MeanGradients:
         return grad.new_zeros(()).expand_as(grad)
 
     def _arrived_in_this_backward(self, index: int) -> "_Arrived":
-        """The gradients of the backward that is running, with a callback at its end that reduces them.
+        """The dict of gradients of the backward that is running, made at its first gradient, with a callback at its end to
+        reduce them.
 
-        Only the callback holds a strong reference, so a backward that fails leaves no gradients for the next one.
+        ``index`` is the parameter whose gradient comes first, for the check that it can be averaged. Only the callback holds a
+        strong reference, so a backward that fails leaves no gradients for the next one.
         """
         task = _compat.backward_id()
         arrived = self._arrived.get(task)
@@ -99,9 +101,9 @@ class MeanGradients:
         self._refuse_what_changed()
 
     def _refuse_what_changed(self, *_: object) -> None:
-        """Raise ModelError for a trained parameter without a hook.
+        """Raise ModelError if a parameter of the model requires a gradient but has no hook: it was unfrozen or replaced.
 
-        Called before each forward too: if all parameters with hooks were frozen or replaced, no hook would run in the backward.
+        Also a forward pre-hook: if all parameters with hooks were frozen or replaced, no hook would run in the backward.
         """
         known = set(map(id, self._parameters))
         for name, parameter in self._model.named_parameters():
@@ -220,7 +222,7 @@ def _whole_parameters(trained: dict[str, nn.Parameter]) -> dict[str, str]:
 def _mean_of_bucket(
     parameters: list[nn.Parameter], bucket: list[int], found: dict[int, Tensor], mesh: ParallelMesh
 ) -> dict[int, Tensor]:
-    """The mean over ``mesh.fsdp_group`` of the gradients of one bucket, by all-reduce.
+    """The mean over ``mesh.fsdp_group`` of the gradients of one bucket, by one all-reduce.
 
     Args:
         parameters: all parameters.
@@ -228,7 +230,8 @@ def _mean_of_bucket(
         found: this rank's gradients by index; the entries of the bucket are removed.
 
     Returns:
-        The mean by index. A rank without a gradient counts as zero; a parameter for which no rank has one is left out.
+        The mean by index, in fp32 or fp64. A rank without a gradient counts as zero; a parameter for which no rank has one is
+        left out.
     """
     sizes = [parameters[index].numel() for index in bucket]
     first = parameters[bucket[0]]
@@ -248,11 +251,12 @@ def _mean_of_bucket(
 
 
 class _Arrived(dict[int, Tensor]):
-    """The gradients of one backward, by the index of the parameter. (A plain dict has no weak references.)"""
+    """This rank's gradients of one backward, by index of the parameter. (A class of its own: a plain dict has no weak
+    references.)"""
 
 
 def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which gradients are averaged: fp64 for fp64, fp32 for everything else."""
+    """The dtype in which gradients of parameters of ``dtype`` are averaged: fp64 for fp64, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -290,7 +294,11 @@ def _square(local: Tensor) -> Tensor:
 
 
 def _sharded_axis(grad: Tensor) -> tuple[DeviceMesh, int] | None:
-    """The mesh and the axis of it over which a gradient is sharded; None if this rank has all of it."""
+    """(mesh, axis of it) over which a gradient is sharded; None if this rank has the whole gradient.
+
+    Raises:
+        ModelError: it is sharded over several axes, or is a partial sum.
+    """
     if not isinstance(grad, DTensor):
         return None
     axes = [axis for axis, placement in enumerate(grad.placements) if placement.is_shard()]

@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from longspan.errors import RunError
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a process needs to join its world."""
+"""The environment variables that a process needs to join its world."""
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, PORTS = 10_000, 20_000
 """Ports below those that Linux gives to outgoing connections."""
 JOBS = ("SLURM_JOB_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
-"""Variables of launchers and schedulers that have one value on all ranks of a job."""
+"""Environment variables of launchers and schedulers that have the same value on all ranks of a job, and identify it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchedRank:
-    """One of several ranks that a launcher other than torchrun started."""
+    """One of several ranks that a launcher other than torchrun started, and the address and port at which the ranks meet."""
 
     launcher: str
     rank: int
@@ -41,7 +41,7 @@ class LaunchedRank:
 
 
 def joins_world(environment: Mapping[str, str]) -> bool:
-    """Whether the environment has all that a process needs to join a world as one rank of it."""
+    """Whether the environment has all variables of ``TORCHRUN``, with which a process can join a world as one of its ranks."""
     return environment.keys() >= set(TORCHRUN)
 
 
@@ -68,15 +68,19 @@ def join_launcher(environment: MutableMapping[str, str]) -> LaunchedRank | None:
 
 
 def started_by(environment: Mapping[str, str]) -> str:
-    """The name of the launcher, for a message."""
+    """The name of the launcher that started this process, for a message: "Slurm (srun)", or a phrase if it is not known."""
     found = launched_rank(environment)
     return "a launcher (RANK and WORLD_SIZE are set)" if found is None else found.launcher
 
 
 def launched_rank(environment: Mapping[str, str]) -> LaunchedRank | None:
-    """What Open MPI, PMI or Slurm say of this process; None where none of them started several. Raises as ``join_launcher``.
+    """The rank that Open MPI, PMI (Intel MPI, MPICH) or Slurm gave this process; None if none of them started several ranks.
 
-    The order matters: mpirun inside a Slurm job passes the job's variables on, which describe the job and not the rank.
+    They are tried in this order, because mpirun inside a Slurm job passes on the job's variables, which describe the job and
+    not the rank.
+
+    Raises:
+        RunError: as ``join_launcher``.
     """
     for read in (_of_open_mpi, _of_pmi, _of_slurm):
         found = read(environment)
@@ -93,7 +97,7 @@ def first_host(node_list: str) -> str:
 
 
 def ranks_per_node(counts: str) -> list[int]:
-    """The tasks of each node from Slurm's short form: ``ranks_per_node("8(x2),4") == [8, 8, 4]``."""
+    """The number of tasks on each node, from Slurm's short form: ``ranks_per_node("8(x2),4") == [8, 8, 4]``."""
     found: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts):
         found += [int(count)] * int(times or 1)
@@ -210,7 +214,8 @@ def _given_port(environment: Mapping[str, str]) -> int | None:
 
 
 def _port(environment: Mapping[str, str]) -> int:
-    """A port that all ranks of a job choose alike, and other jobs most likely not."""
+    """A port from 10,000 to 29,999 computed from the job's number: equal on all ranks of a job, most likely not on another
+    job's."""
     job = next((environment[name] for name in JOBS if environment.get(name)), "")
     text = f"{job} {environment.get('SLURM_STEP_ID', '')}"
     return FIRST_PORT + int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % PORTS

@@ -20,11 +20,11 @@ from itertools import accumulate
 from longspan.errors import LayoutError
 
 Runs = tuple[range, ...]
-"""Positions of a row as ranges, in the order in which a rank holds them."""
+"""Positions of a row (token indices, or indices of a rank's own rows) as ranges, in the order in which a rank stores them."""
 
 
 def split(count: int, parts: int) -> tuple[int, ...]:
-    """The sizes of ``parts`` parts of ``count`` items, as equal as possible, the larger first: split(7, 3) == (3, 2, 2)."""
+    """The sizes of ``parts`` parts of ``count`` items, as equal as possible, larger ones first: split(7, 3) == (3, 2, 2)."""
     size, extra = divmod(count, parts)
     return (size + 1,) * extra + (size,) * (parts - extra)
 
@@ -36,7 +36,7 @@ def consecutive(sizes: Sequence[int]) -> Runs:
 
 
 def select(runs: Runs, window: range) -> Runs:
-    """The slice ``window`` of the concatenation of ``runs``, as ranges without empty ones.
+    """Elements window.start to window.stop - 1 of the concatenation of ``runs``, as ranges without empty ones.
 
     select((range(0, 3), range(8, 12)), range(2, 5)) == (range(2, 3), range(8, 10))
     """
@@ -71,23 +71,24 @@ class Layout:
             )
 
     def runs(self, ring_rank: int) -> Runs:
-        """The positions that all ulysses ranks of this ring rank hold together, in order."""
+        """The positions in the row that all ulysses ranks of ring rank ``ring_rank`` hold together, in their order: one range,
+        or two."""
         if not self.zigzag:
             return (consecutive(split(self.tokens, self.ring))[ring_rank],)
         pieces = consecutive(split(self.tokens, 2 * self.ring))
         return tuple(piece for piece in (pieces[ring_rank], pieces[2 * self.ring - 1 - ring_rank]) if piece)
 
     def batch_runs(self, ring_rank: int, rows: int) -> Runs:
-        """``runs`` for a batch of ``rows`` rows laid out as one row, in which row b begins at b * tokens."""
+        """``runs`` of every row of a batch laid out as one long row, in which row b begins at position b * tokens."""
         runs = self.runs(ring_rank)
         return tuple(range(run.start + b * self.tokens, run.stop + b * self.tokens) for b in range(rows) for run in runs)
 
     def sizes(self, ring_rank: int) -> tuple[int, ...]:
-        """The number of tokens that each ulysses rank of this ring rank holds."""
+        """For each ulysses rank of ring rank ``ring_rank``, the number of tokens that it holds."""
         return split(sum(map(len, self.runs(ring_rank))), self.ulysses)
 
     def mine(self, ring_rank: int, ulysses_rank: int) -> Runs:
-        """The positions that one rank holds, in order: its ``position_ids``."""
+        """The positions in the row that one rank holds, in its order; these are the ``position_ids`` of its tokens."""
         return select(self.runs(ring_rank), consecutive(self.sizes(ring_rank))[ulysses_rank])
 
 
@@ -136,7 +137,7 @@ class Heads:
         return f"use ulysses={best} ring={self.ulysses // best}"
 
     def query_of(self, ulysses_rank: int, chunk: int | None = None) -> range:
-        """The query heads that a rank computes, in one chunk or (None) in all."""
+        """The range of query heads that ulysses rank ``ulysses_rank`` computes in chunk ``chunk``; None means in all chunks."""
         mine = consecutive(split(self.query, self.ulysses))[ulysses_rank]
         if chunk is None:
             return mine
@@ -144,13 +145,13 @@ class Heads:
         return mine[part.start : part.stop]
 
     def kv_of(self, ulysses_rank: int, chunk: int | None = None) -> range:
-        """The key/value heads that a rank's query heads read, in one chunk or (None) in all."""
+        """The range of key/value heads that a ulysses rank's query heads read, in chunk ``chunk``; None means in all chunks."""
         mine, group = self.query_of(ulysses_rank, chunk), self.query // self.kv
         return range(mine.start // group, (mine.stop - 1) // group + 1)
 
     @property
     def replicated(self) -> bool:
-        """Whether several ranks or chunks read one key/value head, whose gradients must then be summed."""
+        """Whether some key/value head is read by several ranks or chunks, so that its gradients must be summed."""
         return sum(len(self.kv_of(p, j)) for p in range(self.ulysses) for j in range(self.chunks)) > self.kv
 
     def groups(self, ulysses_rank: int, chunk: int | None = None) -> tuple[tuple[slice, slice], ...]:
@@ -175,7 +176,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Degrees:
-    """Degrees of the ulysses and ring axes, and a sentence with the reason for them."""
+    """The degrees of the ulysses and ring axes, and in ``why`` one sentence with the reason for them."""
 
     ulysses: int
     ring: int
@@ -183,7 +184,7 @@ class Degrees:
 
 
 def choose_degrees(ranks: int, query_heads: int, kv_heads: int, ranks_per_node: int) -> Degrees:
-    """Choose ulysses x ring for the ``ranks`` of a sequence: the largest good ulysses degree, and ring for the rest.
+    """Choose ulysses x ring for the ``ranks`` of a sequence: the largest good ulysses degree, and ring = ranks / ulysses.
 
     Ulysses sends every element once, and its traffic per rank falls with its degree. Its degree is limited by the query heads
     and by the ranks of a node: an all-to-all is as slow as its slowest link, while a ring overlaps with the kernel. Among the
@@ -192,8 +193,11 @@ def choose_degrees(ranks: int, query_heads: int, kv_heads: int, ranks_per_node: 
 
     Args:
         ranks: ranks that hold one sequence.
-        query_heads, kv_heads: the model's heads.
+        query_heads, kv_heads: the model's numbers of heads.
         ranks_per_node: ranks with a fast connection to each other.
+
+    Returns:
+        The degrees and the reason.
 
     Raises:
         LayoutError: the query heads are not a multiple of the key/value heads.

@@ -33,12 +33,12 @@ from longspan.distributed.layout import Degrees, Layout, choose_degrees
 from longspan.errors import LayoutError, RunError
 
 JOIN_SECONDS = 300.0
-"""How long a rank waits for the others of its launcher to start."""
+"""How many seconds a rank waits for the other ranks of its launcher to start."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the mesh, and the rank sets that extend over it."""
+    """One axis of the mesh: its name, and the names of the rank sets (sequence, loss, fsdp, world) that extend over it."""
 
     name: str
     sets: frozenset[str]
@@ -49,13 +49,19 @@ AXES = (
     Axis("ring", frozenset({"sequence", "loss", "fsdp", "world"})),
     Axis("ulysses", frozenset({"sequence", "loss", "fsdp", "world"})),
 )
-"""The axes in the order of the ranks, the fastest last. A new axis is a row here, a degree of ``ParallelMesh`` and two fields
-of ``MeshCoordinate``; every rank set follows from its row."""
+"""The axes in the order of the ranks; ranks along the last one are neighbours.
+
+A new axis is a row here, a degree of ``ParallelMesh`` and two fields of ``MeshCoordinate``; every rank set follows from its
+row.
+"""
 
 
 @dataclass(frozen=True)
 class MeshCoordinate:
-    """The degrees of a mesh and the position of one rank on it: plain integers, so that a DataLoader worker can have it."""
+    """The degrees of a mesh and the position of one rank on it, as plain integers, so a DataLoader worker can be given it.
+
+    ``zigzag`` says whether ring ranks hold an early and a late piece of a row each.
+    """
 
     data: int = 1
     ring: int = 1
@@ -72,7 +78,8 @@ class MeshCoordinate:
 
     @property
     def sequence_rank(self) -> int:
-        """The index of this rank among the ranks of its sequence."""
+        """The index of this rank among the ``sequence_ranks`` ranks that hold one sequence: ring_rank * ulysses +
+        ulysses_rank."""
         return self.ring_rank * self.ulysses + self.ulysses_rank
 
     def layout(self, tokens: int) -> Layout:
@@ -176,7 +183,14 @@ class ParallelMesh:
     def _build(
         self, device_mesh: DeviceMesh, names: Mapping[str, str], world_group: dist.ProcessGroup, layout: str | None
     ) -> None:
-        """Set the coordinate and the groups; ``names`` are the dims of ``device_mesh`` by axis."""
+        """Set the coordinate, the groups and the rank sets.
+
+        Args:
+            device_mesh: the DeviceMesh.
+            names: for each axis (data, ring, ulysses), the dim of ``device_mesh``; an axis without one has size 1.
+            world_group: all ranks, on gloo.
+            layout: "contiguous", "zigzag" or None, as in ``ParallelMesh``.
+        """
         degrees = {axis: device_mesh[name].size() for axis, name in names.items()}
         ranks = {f"{axis}_rank": device_mesh.get_local_rank(name) for axis, name in names.items()}
         zigzag = layout == "zigzag" or (layout is None and degrees.get("ring", 1) > 1)
@@ -207,12 +221,12 @@ class ParallelMesh:
 
 
 def rank_sets(device_mesh: DeviceMesh, names: Mapping[str, str], axes: Sequence[Axis] = AXES) -> dict[str, DeviceMesh]:
-    """The rank sets of tensors (sequence, loss, fsdp), each as a DeviceMesh of one dim.
+    """The rank sets "sequence", "loss" and "fsdp" by name, each as a DeviceMesh of one dim.
 
     Args:
         device_mesh: has a dim for every axis in ``names``.
         names: the dim of each axis; an axis without one has size 1.
-        axes: the table that says which sets an axis belongs to.
+        axes: the table that says to which sets an axis belongs.
     """
     sets = {}
     for name in ("sequence", "loss", "fsdp"):
@@ -237,7 +251,8 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
 
 
 def _device_of(device_mesh: DeviceMesh) -> torch.device:
-    """The device of this rank on a mesh that has been made: init_device_mesh has chosen it."""
+    """The device of this rank on a DeviceMesh that exists: the current CUDA device, which init_device_mesh has set, or the
+    CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if device_mesh.device_type == "cuda" else torch.device("cpu")
 
 
@@ -265,7 +280,11 @@ def join_world(device: torch.device) -> None:
 
 
 def _meet(rank: int, ranks: int) -> Any:
-    """The store of all ranks, once all have come."""
+    """The TCPStore of all ranks at MASTER_ADDR and MASTER_PORT, once every rank has connected to it.
+
+    Raises:
+        RunError: they do not all connect within ``JOIN_SECONDS``, or the address is not usable.
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         return _compat.meet_in_store(host, port, ranks, is_host=rank == 0, seconds=JOIN_SECONDS)
@@ -286,7 +305,10 @@ def _refuse_different_meshes(mine: str, world_group: dist.ProcessGroup) -> None:
 
 
 def _refuse_shared_devices(mine: str, world_group: dist.ProcessGroup) -> None:
-    """Raise RunError on every rank where two have the same device; ``mine`` is its name and the number of its hardware."""
+    """Raise RunError on every rank if two ranks have the same device.
+
+    ``mine`` identifies this rank's device: its name and the uuid of its hardware.
+    """
     devices = gather(mine, world_group)
     for rank, other in enumerate(devices):
         first = devices.index(other)

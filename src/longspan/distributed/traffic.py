@@ -3,7 +3,8 @@
     ulysses    one all-to-all for q, k, v and one for the output in each pass     about 4·N·h/P elements a rank and pass
     ring       keys and values to the ranks that need them, in the forward and again in the backward; gradients back in fp32
 
-Tests count collectives and bytes at the Transport and compare them with these functions by ``==``. Source: arXiv:2309.14509.
+N is the number of tokens of a row, h = heads x head_dim, P the number of ulysses ranks. Tests count collectives and bytes at
+the Transport and compare them with these functions by ``==``. Source: arXiv:2309.14509.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from longspan.distributed.layout import Heads, Layout, split
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank sends: the number of collectives, and the bytes sent to *other* ranks."""
+    """What one rank sends: the number of collectives it takes part in, and the bytes it sends to *other* ranks. Two can be
+    added."""
 
     collectives: int = 0
     bytes: int = 0
@@ -25,20 +27,25 @@ class Traffic:
 
 
 def tokens_to_heads_elements(sizes: Sequence[int], widths: Sequence[int], rank: int) -> int:
-    """Elements that ``rank`` sends to others in the all-to-all from tokens to heads: its tokens, for every other rank's heads.
+    """Elements that ``rank`` sends to other ranks in the all-to-all from tokens to heads: its tokens of every other rank's
+    heads.
 
     Args:
-        sizes: tokens that each rank holds.
-        widths: elements of the heads that each rank computes, for one token.
+        sizes: for each rank, the number of tokens that it holds.
+        widths: for each rank, the elements of one token in the heads that it computes (heads x head dim).
         rank: the sending rank.
     """
     return sizes[rank] * (sum(widths) - widths[rank])
 
 
 def heads_to_tokens_elements(sizes: Sequence[int], widths: Sequence[int], rank: int) -> int:
-    """Elements that ``rank`` sends to others in the all-to-all from heads to tokens: its heads, for every other rank's tokens.
+    """Elements that ``rank`` sends to other ranks in the all-to-all from heads to tokens: every other rank's tokens of its
+    heads.
 
-    Args as in ``tokens_to_heads_elements``.
+    Args:
+        sizes: for each rank, the number of tokens that it holds.
+        widths: for each rank, the elements of one token in the heads that it computes (heads x head dim).
+        rank: the sending rank.
     """
     return (sum(sizes) - sizes[rank]) * widths[rank]
 
@@ -54,22 +61,23 @@ def attention_traffic(
     v_dim: int,
     itemsize: int,
 ) -> tuple[Traffic, Traffic]:
-    """Traffic of one attention layer on the ulysses axis: per pass one all-to-all for q, k, v and one for the output.
+    """What one rank sends on the ulysses axis for one attention layer: per pass one all-to-all for q, k, v and one for the
+    output.
 
-    With equal parts and equal heads a rank sends 4·N·h/P · (P-1)/P elements a pass; DeepSpeed-Ulysses (arXiv:2309.14509,
-    section 3.2) states 4·N·h/P for large P.
+    With N tokens, h = heads x head_dim and P ulysses ranks, all parts and numbers of heads equal, a rank sends 4·N·h/P ·
+    (P-1)/P elements a pass; DeepSpeed-Ulysses (arXiv:2309.14509, section 3.2) states 4·N·h/P for large P.
 
     Args:
         heads: the partition of heads over the ulysses ranks.
-        sizes: query tokens of each ulysses rank of this ring rank.
-        key_sizes: key tokens of each ulysses rank of this ring rank.
+        sizes: for each ulysses rank of this ring rank, its query tokens.
+        key_sizes: for each ulysses rank of this ring rank, its key tokens.
         ulysses_rank: the sending rank.
         rows: rows of the batch.
         qk_dim, v_dim: head dims of queries and keys, and of values.
         itemsize: bytes of an element.
 
     Returns:
-        (forward, backward).
+        (traffic of the forward, traffic of the backward); zero for one ulysses rank.
     """
     if heads.ulysses == 1:
         return Traffic(), Traffic()
@@ -89,13 +97,19 @@ def recomputable_attention_traffic(
     v_dim: int,
     itemsize: int,
 ) -> tuple[Traffic, Traffic]:
-    """Traffic of one layer of ``attend(recomputable=True)``, whose backward exchanges q, k, v and the output again.
+    """What one rank sends on the ulysses axis for one layer of ``attend(recomputable=True)``.
 
     Forward, for each head chunk: one all-to-all for q, k, v and one for the output. Backward: one for q, k, v, the output and
-    its gradient, and one for the gradients of q, k, v. Selective recomputation sends nothing. With equal heads and no key/value
-    head in several chunks, the forward equals that of ``attention_traffic`` and the backward is 8 instead of 4·N·h/P · (P-1)/P.
+    its gradient, and one for the gradients of q, k, v. Selective recomputation itself sends nothing. With N tokens, h = heads
+    x head_dim, P ulysses ranks, equal heads and no key/value head in several chunks, the forward equals that of
+    ``attention_traffic``, and the backward sends 8·N·h/P · (P-1)/P elements instead of 4·N·h/P · (P-1)/P.
 
-    Args and Returns as in ``attention_traffic``; ``heads`` also has the number of chunks.
+    Args:
+        heads: the partition of heads over the ulysses ranks and the head chunks.
+        sizes, key_sizes, ulysses_rank, rows, qk_dim, v_dim, itemsize: as in ``attention_traffic``.
+
+    Returns:
+        (traffic of the forward, traffic of the backward); zero for one ulysses rank.
     """
     if heads.ulysses == 1:
         return Traffic(), Traffic()
@@ -109,7 +123,7 @@ def recomputable_attention_traffic(
 
 
 class _Sent(NamedTuple):
-    """Elements that a rank sends to others for one row, for each kind of exchange."""
+    """Elements that a rank sends to others for one row: q, k, v or the output, from tokens to heads or from heads to tokens."""
 
     qkv_to_heads: int
     out_to_heads: int
@@ -120,7 +134,7 @@ class _Sent(NamedTuple):
 def _sent_elements(
     heads: Heads, chunk: int | None, sizes: Sequence[int], key_sizes: Sequence[int], rank: int, qk_dim: int, v_dim: int
 ) -> _Sent:
-    """The elements that ``rank`` sends for one head chunk (None: all heads), one row."""
+    """The elements that ``rank`` sends for one row and one head chunk; ``chunk`` None means all its heads at once."""
     ranks = range(heads.ulysses)
     q_widths = [len(heads.query_of(p, chunk)) * qk_dim for p in ranks]
     kv_widths = [len(heads.kv_of(p, chunk)) * (qk_dim + v_dim) for p in ranks]
@@ -137,19 +151,20 @@ def _sent_elements(
 def ring_traffic(
     leaving: Sequence[int], arriving: Sequence[int], width: int, *, itemsize: int, grad_itemsize: int
 ) -> tuple[Traffic, Traffic]:
-    """Traffic of one attention layer on the ring axis.
+    """What one rank sends on the ring axis for one attention layer.
 
-    Keys and values are sent once in the forward and once in the backward; their gradients are sent back to the owner.
+    Keys and values are sent once in the forward and once in the backward; in the backward each rank also sends the gradients
+    of the keys and values that it received to the ranks that hold them.
 
     Args:
         leaving: keys that this rank sends, for each hop. A hop in which no rank needs a key has no entry and no collective.
         arriving: keys that this rank receives, for each hop.
         width: elements of one key and its value over this rank's heads.
         itemsize: bytes of an element of keys and values.
-        grad_itemsize: bytes of an element of their gradients (fp32 or fp64).
+        grad_itemsize: bytes of an element of their gradients (4 for fp32, 8 for fp64).
 
     Returns:
-        (forward, backward).
+        (traffic of the forward, traffic of the backward).
     """
     sent = sum(leaving) * width * itemsize
     returned = sum(arriving) * width * grad_itemsize
@@ -157,10 +172,11 @@ def ring_traffic(
 
 
 def causal_keys_sent(layout: Layout, ring_rank: int) -> int:
-    """The keys that a ring rank sends in one pass under a causal mask, for one row: those that other ranks' queries see.
+    """The number of keys of one row that a ring rank sends in one pass under a causal mask: each key counts once per receiving
+    rank.
 
-    Contiguous: all its keys to every later ring rank. Zigzag: its early piece to every other ring rank, and its late piece to
-    the earlier ring ranks, whose own late pieces come after it.
+    Contiguous layout: all its keys to every later ring rank. Zigzag: its early piece to every other ring rank, and its late
+    piece to the earlier ring ranks, whose own late pieces come after it in the row.
     """
     later_ranks = layout.ring - 1 - ring_rank
     if not layout.zigzag:
