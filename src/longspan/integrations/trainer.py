@@ -5,9 +5,8 @@
     prediction_step     the same loss; predictions are gathered if Trainer asks for them
     _save, _load        one rank writes the files of one device; every rank reads them and keeps its shard
 
-Each rank runs the loop of a single process (accelerate.py), so a step that the ranks take together is a step of one device.
-The training loop is that of Transformers. REPLACED and WRAPPED name the methods that are overridden here; a Transformers
-version that lacks one of them is refused.
+Each rank runs Trainer's loop as a single process (accelerate.py), so a step that the ranks take together is a step of one
+device. REPLACED and WRAPPED name the methods that are overridden; a Transformers version that lacks one of them is refused.
 """
 
 import os
