@@ -48,7 +48,6 @@ WRAPPED = (
 SAVE_WAIT_S = 10.0
 """Seconds that ``save_model`` with sharded parameters waits for the other ranks to call it too."""
 
-
 Base: Any = Trainer
 """Untyped: many of its attributes are None until it trains."""
 
