@@ -1,5 +1,8 @@
 """Hugging Face models: ``load`` and ``save`` are public, ``parallelize`` finds the rest by itself. Needs the extra ``hf``.
 
+Map of the folder: candidate.py is the protocol of a deviation (``probe``, ``install``), adapter.py holds their ordered registry
+DEVIATIONS, probe.py is the single-rank test, and each deviation (a Hugging Face quirk) is one more file.
+
 Imported lazily: ``adapter_for`` must be importable without Transformers.
 """
 

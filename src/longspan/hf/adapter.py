@@ -1,16 +1,18 @@
-"""A Hugging Face model as ``parallelize`` wants it: unmodified, proven, and with the way to give it a mesh and back.
+"""Adapter for Hugging Face models: ``parallelize`` calls its ``prove``, ``install`` and ``undo``.
 
     model(**part)   ->   embeddings, norms, MLPs, experts: this rank's tokens, the model's own code
                               |
                          attention(module, query, key, value, mask, ..., longspan=BatchInfo)      by the *name* "longspan" in
                               |                                                              Transformers' public registries
-                         attend(...) over the mesh that hangs on the module                       (attention.py)
+                         attend(...) over the mesh that the module's ``Layer`` holds              (attention.py)
                               |
                     ->   loss_function(logits, labels, ...)   the mean over the labels of all ranks (loss.py)
 
 Nothing of the process or of another model changes: this model gets a copy of its config that names the attention, and
-attributes and hooks on itself, which ``undo`` removes. Everything in which models deviate from that picture is a file of its
-own with ``probe`` and ``install`` (candidate.py), listed in ``DEVIATIONS``.
+attributes and hooks on itself, which ``undo`` removes. Each way in which models deviate from that picture is one file with
+``probe`` and ``install`` (candidate.py), listed in ``DEVIATIONS``.
+
+In this folder "prove", "proof" and "proven" mean: tested on one rank, with small random inputs, before the model is changed.
 """
 
 import inspect
@@ -87,7 +89,7 @@ class PretrainedAdapter:
         self._undo: list[Undo] = []
 
     def computes_loss(self) -> bool:
-        """Whether the model's forward gives the global loss; otherwise its loss is one of this rank's tokens."""
+        """True if the model's forward, once installed, returns the loss over all ranks; False if labels are refused."""
         return self.loss_kind is not None
 
     def blocks(self) -> list[nn.Module]:
@@ -95,7 +97,10 @@ class PretrainedAdapter:
         return list(blocks(self.model).values())
 
     def token_wise(self) -> list[nn.Module]:
-        """The norms and the feed-forwards of the layers, but those of attention and experts."""
+        """The modules that can be computed a tile of tokens at a time: norms, and the feed-forwards of the layers.
+
+        Not those inside attention modules, nor feed-forwards that route tokens to experts.
+        """
         attending = {module for module, _ in self.layers}
         inside = {part for module in attending for part in module.modules()}
         norms = [module for module in self.model.modules() if is_norm(module) and module not in inside]
@@ -104,10 +109,10 @@ class PretrainedAdapter:
         return [module for module in (*norms, *feeds) if _takes_one_argument(module)]
 
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Prove that the model can be parallel, on this rank alone. Changes nothing.
+        """Run every deviation's ``probe`` on this rank, and keep the findings for ``install``. Changes nothing.
 
         Raises:
-            ModelError: a model that cannot, by the name of the module or config field.
+            ModelError: the model cannot be parallel; the message names the module or config field.
             LayoutError: heads that do not fit the mesh.
             KernelError: a kernel that the model, or a ring, cannot have.
         """
@@ -124,32 +129,36 @@ class PretrainedAdapter:
         self._findings = candidate.findings
 
     def install(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Give the model its mesh: copies of its configs, its attention layers' mesh, its loss, its hooks."""
+        """Call ``install`` of every finding of ``prove``, in the order of DEVIATIONS; the model then computes over ``mesh``."""
         self._undo = [found.install(self.model, mesh) for found in self._findings.values()]
 
     def undo(self) -> None:
-        """Remove everything that ``install`` gave."""
+        """Remove everything that ``install`` changed, in reverse order."""
         while self._undo:
             self._undo.pop()()
 
     @property
     def layers(self) -> tuple[tuple[Any, attention_layers.Layer], ...]:
-        """The attention modules, each with what was proven of it."""
+        """(attention module, its Layer) for every attention module that ``prove`` found, in the order of their calls.
+
+        A Layer has the module's mask, its name for messages and which row of tokens it reads.
+        """
         return self._found(AttentionLayers).layers
 
     @property
     def loss_kind(self) -> str | None:
-        """The kind of the model's loss; None where it cannot be formed over ranks."""
+        """``Loss.kind``: a name of Transformers' table of losses, or ``loss.OWN``; None if it cannot be computed over ranks."""
         return self._found(Loss).kind
 
     def with_targets(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A whole batch with what an encoder-decoder would make of its labels by itself; unchanged for other models.
+        """Add the decoder's inputs, which an encoder-decoder computes from ``labels``, to a batch of whole rows.
 
         Args:
             batch: whole rows.
 
         Returns:
-            The batch with ``decoder_input_ids``, and ``decoder_attention_mask`` for a model that hides padding by its id.
+            The batch with ``decoder_input_ids``, and ``decoder_attention_mask`` for a model that hides padding by its id;
+            entries that it has already are kept. Unchanged for other models, and without labels [rows, tokens].
 
         Raises:
             ModelError: the model has no way to make ``decoder_input_ids``.

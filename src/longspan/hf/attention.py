@@ -4,7 +4,7 @@
         create_causal_mask(...)   -->  _mask       -->  MaskFunction(the layer's mask function)     what the model passes on
         attention layer           -->  _attention  -->  attend(...) over the mesh of the layer      my tokens, every head
 
-The layer's ``Layer`` (attention_layers.py) hangs on its module; what changes from step to step comes as the keyword
+The module's attribute ``_longspan`` holds its ``Layer`` (attention_layers.py); what changes per step is the keyword
 ``longspan`` of the call. A module without either is refused.
 
 B batch   H heads   K key/value heads   S my tokens   D head dim
@@ -38,7 +38,14 @@ def _attention(
     dropout: float = 0.0, scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
     position_bias: Tensor | None = None, longspan: "BatchInfo | Probe | None" = None, **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The attention that Transformers calls by name: (output [batch, my tokens, heads, dim], no weights)."""
+    """The attention that Transformers calls by the name "longspan".
+
+    Returns:
+        (output [batch, my tokens, heads, dim], None in place of attention weights).
+
+    Raises:
+        ModelError: the call has no BatchInfo, or the layer asks for dropout or adds a tensor to its scores.
+    """
     _refuse_additions(module, more)
     handed = longspan is not None
     longspan = longspan if handed else scope_of(module).call.step
@@ -66,7 +73,19 @@ def attend_layer(
     module: nn.Module, layer: "Layer", step: BatchInfo, qkv: tuple[Tensor, Tensor, Tensor], dropout: float,
     beside: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """The attention of a layer in a step: q, k, v and the output [batch, my tokens, heads, dim]."""
+    """Compute ``layer.attend`` with the layer's mask in this step.
+
+    Args:
+        module: the attention module.
+        layer: its Layer.
+        step: the BatchInfo of the call.
+        qkv: q, k and v, each [batch, my tokens, heads, dim].
+        dropout: the rate; anything but 0 raises ModelError.
+        beside: further keywords of ``attend``: scale, softcap, sink_logits, bias.
+
+    Returns:
+        [batch, my tokens, heads, dim].
+    """
     if dropout:
         _refuse_dropout(module, layer)
     function = _attend if step.is_plain else _attend_uncompiled
@@ -80,12 +99,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, layer: "Layer", step: BatchInfo, mo
     return layer.attend(q, k, v, mask=row.mask_for(layer.own, restarts=layer.packs), tokens=row.tokens, **more)
 
 
-# A mask that differs from step to step would make torch.compile compile anew at each step: it is left out of the graphs.
+# A mask that differs from step to step would make torch.compile recompile at each step: it is left out of the graphs.
 _attend_uncompiled = torch.compiler.disable(_attend, reason="the mask differs from step to step")
 
 
 def _refuse_additions(module: nn.Module, more: dict[str, Any]) -> None:
-    """What a layer adds to its scores would be dropped without a word."""
+    """Raise ModelError for a floating-point tensor among the other keywords: it would be added to the scores, and is not."""
     for name, value in more.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             raise ModelError(
@@ -106,7 +125,10 @@ def _refuse_dropout(module: nn.Module, layer: "Layer") -> None:
 def _mask(
     *_: Any, mask_function: Callable[..., Tensor], device: torch.device, attention_mask: Tensor | None = None, **sizes: Any
 ) -> MaskFunction:
-    """The mask that Transformers asks for by name. Padding and documents come from the BatchInfo, this from the layer."""
+    """The mask function registered as "longspan": a MaskFunction of the layer's mask, not evaluated yet.
+
+    Padding and documents are not taken from it but from the BatchInfo.
+    """
     shape = (sizes.get("batch_size", 1), 1, sizes.get("q_length", 0), sizes.get("kv_length", 0))
     return MaskFunction(mask_function, device, attention_mask, shape)
 

@@ -5,7 +5,7 @@
     positions that restart                  mean another document to it, or do not
 
 ``install`` names longspan's attention in copies of the model's configs, and attaches to each module a ``Layer``, which
-attention.py reads at every call. Knows nothing of losses or hooks.
+attention.py reads at every call. Independent of losses.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,12 +41,12 @@ class Layer(NamedTuple):
     Attributes:
         own: the layer's mask.
         name: its class and its name in the model, for messages.
-        packs: whether positions that restart mean another document to it, as they do to most decoders.
-        attend: ``attend`` with everything that does not change from step to step.
+        packs: whether the layer treats positions that restart at 0 as the start of another document, as most decoders do.
+        attend: ``attend`` with the mesh, kernel and memory options bound.
         over: the row or rows of tokens: ``SOURCE``, ``TARGET`` or ``ACROSS``.
-        recipe: how it attends in its own code; None where it calls Transformers' registry.
-        handed: whether the registry is handed the step.
-        anew: whether its chunks begin anew in each document and behind padding on the left.
+        recipe: how it computes attention in its own code; None if it calls Transformers' registry.
+        handed: whether the model passes the keyword ``longspan`` (the BatchInfo) on to the registered attention.
+        anew: whether its chunks are counted from the start of each document and from behind padding on the left.
     """
 
     own: Mask
@@ -64,13 +64,13 @@ class Layer(NamedTuple):
         return self.over == ACROSS
 
     def is_like(self, other: "Layer") -> bool:
-        """Whether another call of the same module attends in the same way."""
+        """Whether all fields of two Layers of one module are equal; tensors in recipes are compared by value."""
         mine, theirs = self.recipe, other.recipe
         alike = mine is theirs if mine is None or theirs is None else mine.is_like(theirs)
         return alike and self._replace(recipe=None) == other._replace(recipe=None)
 
     def refuse_mask(self, row: BatchInfo) -> None:
-        """Raise MaskError or ModelError for a row of tokens whose mask the layer cannot have."""
+        """Raise MaskError or ModelError if the mask, padding or documents of ``row`` cannot be combined with this layer's."""
         begins = row.padding is not None and any(real.start > 0 for real in row.padding)
         if self.anew and (begins or row.mask is not None or row.documents is not None or row.restarts is not None):
             raise ModelError(
@@ -80,13 +80,16 @@ class Layer(NamedTuple):
         row.mask_for(self.own, restarts=self.packs)
 
     def row(self, step: BatchInfo) -> BatchInfo:
-        """The row whose tokens are the queries."""
+        """The BatchInfo of the queries' tokens: ``step``, or ``step.target`` for a layer of the decoder."""
         return step if self.over == SOURCE or step.target is None else step.target
 
 
 @dataclass(frozen=True)
 class AttentionLayers:
-    """The attention modules of a model, with what ``install`` needs."""
+    """The finding of ``probe``: ``layers`` is (module, Layer) in the order of calls, ``configs`` is that of Candidate.
+
+    ``fixed``: keywords of ``attend`` that are equal for all layers and steps.
+    """
 
     layers: tuple[tuple[Any, Layer], ...]
     configs: Sequence[tuple[Any, Any]]
@@ -110,7 +113,7 @@ class AttentionLayers:
         return undo
 
     def _refuse_masks(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise, before anything is computed, for a step whose mask a layer cannot have; the same on every rank."""
+        """A pre-hook of the model: ``Layer.refuse_mask`` of each different Layer, so that errors precede every collective."""
         step = kwargs.get("longspan")
         if step is None or step.is_plain:
             return
@@ -120,7 +123,7 @@ class AttentionLayers:
 
 
 def probe(candidate: Candidate) -> AttentionLayers:
-    """The attention layers of the candidate, every operator beside them proven token-wise.
+    """Find the attention layers by test forwards, and test that every other module is token-wise.
 
     Raises:
         ModelError: a layer that does not reach longspan, that attends in two ways, or whose mask no bands express; a module
@@ -141,7 +144,7 @@ def probe(candidate: Candidate) -> AttentionLayers:
 def name_attention(configs: Sequence[tuple[Any, Any]]) -> Undo:
     """Give each module a copy of its config that names longspan's attention; modules that shared one share the copy.
 
-    The originals stay as they are: other models may share them. Returns what gives the modules their configs back.
+    The original configs are not changed, because other models may share them. Returns the undo: it restores them.
     """
     copies: dict[int, Any] = {}
     for module, config in configs:
@@ -160,7 +163,7 @@ def name_attention(configs: Sequence[tuple[Any, Any]]) -> Undo:
 
 @contextmanager
 def attention_named(configs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
-    """For the proof: the configs name longspan's attention, and no balance loss mixes all tokens."""
+    """Context manager for the proof: ``name_attention``, with the balance loss of experts switched off; undone on exit."""
     undo = name_attention(configs)
     for module, _ in configs:
         if hasattr(module.config, "output_router_logits"):
@@ -172,7 +175,11 @@ def attention_named(configs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
 
 
 def _layers_of(model: Any, mesh: ParallelMesh, head_chunks: int) -> list[tuple[Any, Layer]]:
-    """Every attention layer, each of which called longspan's attention, with fitting heads and a mask of bands."""
+    """(module, Layer) of every attention module, found by two forwards: plain positions, and positions that restart.
+
+    Raises:
+        ModelError, LayoutError: as ``probe``.
+    """
     plain, restarted = Probe(), Probe()
     with _noting_calls(model) as called:
         forward(model, probe=plain)
@@ -206,7 +213,7 @@ def _layers_of(model: Any, mesh: ParallelMesh, head_chunks: int) -> list[tuple[A
 
 @contextmanager
 def _noting_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
-    """The attention modules that a forward calls: a decoder without an encoder has layers that it does not call."""
+    """Context manager: yields a set to which every attention module that a forward calls is added."""
     called: set[nn.Module] = set()
     attending = filter(is_attention, model.modules())
     handles = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in attending]
@@ -218,7 +225,11 @@ def _noting_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
 
 
 def _layer(call: Call, restarted: Call, name: str) -> Layer:
-    """A layer by its call, and by the same call where positions restart in the middle."""
+    """The Layer of the module ``name``, from its call with plain positions and from that whose positions restart.
+
+    Raises:
+        ModelError: its mask is not causal, full, sliding or chunked, or its queries and keys are not a row of the batch.
+    """
     own = call.mask.mask if isinstance(call.mask, MaskFunction) else None
     known = {(TOKENS, TOKENS): SOURCE, (TARGETS, TARGETS): TARGET, (TARGETS, TOKENS): ACROSS}
     over = known.get(call.tokens)

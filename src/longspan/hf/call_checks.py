@@ -1,4 +1,4 @@
-"""Refusals at each call of a parallel Hugging Face model: what a part of the tokens cannot answer."""
+"""Checks of each call of a parallel Hugging Face model: refuses arguments that need the whole sequence on one rank."""
 
 import inspect
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ WHOLE_SEQUENCE = (
     "past_key_values", "output_attentions", "logits_to_keep", "use_cache", "attention_mask", "decoder_attention_mask",
     "encoder_outputs", "encoder_hidden_states", "start_positions", "end_positions",
 )  # fmt: skip
-"""Keywords of a call that mean the whole sequence."""
+"""Keywords of a call that refer to the whole sequence, and are refused."""
 
 
 TYPES = "token_type_ids"

@@ -1,10 +1,10 @@
-"""The model that is to become parallel, and the protocol of everything in which it deviates from a plain token-wise model.
+"""The protocol of deviations: how a file of this folder tests and changes a model that is not plainly token-wise.
 
     for each deviation, in one order:   found = deviation.probe(candidate)          None: the model does not deviate so
     then, in the same order:            undo = found.install(model, mesh)
 
-A probe runs on one rank, changes nothing and has no collective; it raises for a model that cannot be parallel. What a probe
-found is open to those behind it (``Candidate.finding``).
+A candidate is the model before it is changed. A probe runs on one rank, changes nothing and has no collective; it raises for a
+model that cannot be parallel. Later probes can read what it returned, its finding (``Candidate.finding``).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,31 +17,38 @@ from longspan.kernels.user_function import KernelFunction
 from longspan.memory.options import MemoryOptions
 
 Undo = Callable[[], None]
-"""Takes back what an ``install`` did."""
+"""A function that removes what an ``install`` changed."""
 F = TypeVar("F")
 
 
 @runtime_checkable
 class Found(Protocol):
-    """What a probe found, and how the model is changed for it."""
+    """The finding of a probe: its data, and ``install``, which changes the model accordingly."""
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Change ``model`` (inside an adapter's wrapper, where there is one) in place for ``mesh``; returns the way back."""
+        """Change ``model`` in place so that it computes over ``mesh``; returns a function that undoes the change.
+
+        ``model``: the Transformers model itself, also if peft wraps it.
+        """
         ...
 
 
 @runtime_checkable
 class Deviation(Protocol):
-    """A file of this folder that knows one way in which models deviate."""
+    """A module (file) of this folder that handles one deviation; DEVIATIONS in adapter.py lists all of them."""
 
     def probe(self, candidate: "Candidate", /) -> Found | None:
-        """What is found of it in the candidate. Raises LongspanError, by name, for what cannot be parallel."""
+        """Test the candidate: a Found, or None if the model does not deviate in this way. Changes nothing.
+
+        Raises:
+            LongspanError: the model cannot be parallel; the message names the module or config field.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A Transformers model with the options that ``parallelize`` was given.
+    """A Transformers model before it is made parallel, with the options of ``parallelize``.
 
     Attributes:
         called: what the user calls: the model, or peft's wrapper of it.
@@ -50,7 +57,7 @@ class Candidate:
         memory: the options that save memory.
         kernel: what attention computes with: a name, "hf:" and a name of Transformers' registry, a Kernel or a function.
         configs: every module that has a config, with the config that the user gave.
-        findings: what the probes found so far, by type.
+        findings: what earlier probes returned, by its class.
     """
 
     called: Any
@@ -62,12 +69,12 @@ class Candidate:
     findings: dict[type[Any], Any] = field(default_factory=dict)
 
     def finding(self, kind: type[F]) -> F | None:
-        """What an earlier probe found, by its type."""
+        """The finding of class ``kind`` of an earlier probe; None if that probe returned None or has not run yet."""
         return self.findings.get(kind)
 
 
 def remove_all(handles: Sequence[Any]) -> Undo:
-    """The way back from hooks: removes each."""
+    """An Undo that calls ``remove()`` of each handle, in order."""
 
     def undo() -> None:
         for handle in handles:

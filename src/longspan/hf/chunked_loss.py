@@ -35,7 +35,12 @@ LABELS = ("labels", "shift_labels")
 
 @dataclass(frozen=True)
 class ChunkedLoss:
-    """The loss is to be formed without the logits; ``in_place``: labels stand where they are predicted."""
+    """Makes a Transformers model compute its loss one tile of tokens at a time, so that the whole logits never exist.
+
+    Attributes:
+        in_place: True if the logits at position t predict ``labels[t]`` (masked LM, token classification); False if they
+            predict the next token, so that ``shift_labels`` is read.
+    """
 
     in_place: bool
 
@@ -46,7 +51,7 @@ class ChunkedLoss:
 
 
 def probe(candidate: Candidate) -> ChunkedLoss | None:
-    """Whether the loss is to be formed without the logits. Raises ModelError for a model whose loss cannot be."""
+    """A ChunkedLoss if ``candidate.memory.chunked_loss``, else None. Raises ModelError if the model cannot compute it so."""
     if not candidate.memory.chunked_loss:
         return None
     loss = candidate.finding(Loss)
@@ -57,11 +62,14 @@ def probe(candidate: Candidate) -> ChunkedLoss | None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args: Any, **given: Any) -> Any:
-    """``model.forward`` in place of its own: with labels, its output has the loss and no logits."""
+    """Replaces ``model.forward``: a call with labels returns the loss over all ranks, and no logits.
+
+    A call without labels, or with labels of the other kind, is passed to the model's own forward (which refuses the latter).
+    """
     targets = given.get("labels" if in_place else "shift_labels")
     cut_for_another_kind = in_place is (given.get("shift_labels") is not None)
     if given.get("labels") is None or targets is None or cut_for_another_kind:
-        return own_forward(model)(*args, **given)  # whose loss refuses labels that were cut for another kind
+        return own_forward(model)(*args, **given)  # its loss refuses labels that were shifted for the other kind of model
     return_dict = given.get("return_dict")
     base, given = model.base_model, given | {"return_dict": True}
     output = base(*args, **{name: value for name, value in given.items() if name not in LABELS})
@@ -75,7 +83,10 @@ def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args
 
 
 def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
-    """Raise ModelError for a model whose loss cannot be formed so: proven on one rank, on a few logits."""
+    """Raise ModelError if the sum over tiles differs from the cross-entropy of the model's whole logits, on a small input.
+
+    Also for a model that computes its loss by itself, has no separate base model, or has a replaced forward.
+    """
     reason = None
     if loss_kind in (None, OWN):
         reason = "computes its loss by itself"
@@ -98,7 +109,14 @@ def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
 
 
 def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any) -> tuple[Tensor, Tensor]:
-    """The sum of the losses of the labelled tokens, given the base model's output, and which tokens they are."""
+    """(sum of the losses of the labelled tokens in at least fp32, mask [rows, tokens] of the labelled tokens).
+
+    Args:
+        model: the model, whose head is applied to one tile of labelled tokens at a time.
+        output: of its base model.
+        targets: [rows, tokens], -100 for no label.
+        step: the BatchInfo, or None.
+    """
     hidden_BSM, wanted = output.last_hidden_state, targets != IGNORE
     hidden_RM, targets = hidden_BSM[wanted], targets[wanted]
     if not len(targets):
@@ -121,7 +139,7 @@ def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any) -> tuple[
 
 
 class _Head(nn.Module):
-    """What the model does behind its base: from a stub's hidden states to logits."""
+    """The part of a model after its base model, as a module: logits from the hidden states that the replaced base returns."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models that their config, or their having no weights, already rules out."""
+"""Refuses models by a config field, or because they are on the meta device, before any forward."""
 
 from longspan.errors import ModelError
 from longspan.hf.candidate import Candidate
@@ -6,7 +6,7 @@ from longspan.hf.names import CAPACITY, SELECTING_FIELDS, is_layerdrop_field
 
 
 def probe(candidate: Candidate) -> None:
-    """Raise ModelError, naming the field, for what the config rules out."""
+    """Raise ModelError, naming the field, for key selection by content, expert capacity, layer dropout or a meta model."""
     model = candidate.model
     config = model.config.get_text_config()
     if any(parameter.is_meta for parameter in model.parameters()):

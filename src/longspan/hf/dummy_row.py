@@ -1,8 +1,8 @@
-"""A data replica without rows joins every collective of the others by a row of padding that nobody learns from.
+"""A dummy row without labels for a data replica that has no row in a step, so that it joins every collective.
 
     no row   --add-->   one row of zeros, labelled -100   --model-->   logits of it   --remove-->   no row
 
-Layers reshape by -1, which fails on a tensor without elements; so the model computes one row. Does not know attention.
+Layers reshape by -1, which fails on a tensor without elements; so the model computes one row. Independent of attention.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from longspan.hf.candidate import Candidate, Undo, remove_all
 
 @dataclass(frozen=True)
 class DummyRow:
-    """Any replica may have no row in some step."""
+    """Gives the model a row of zeros with labels -100 in each call without rows. Installed in every model."""
 
     def install(self, model: nn.Module, mesh: ParallelMesh) -> Undo:
         """Add the dummy row before the model's forward, and remove it from the outputs."""
@@ -27,7 +27,7 @@ class DummyRow:
 
 
 def probe(candidate: Candidate) -> DummyRow:
-    """Every model needs it."""
+    """A DummyRow for every candidate."""
     return DummyRow()
 
 

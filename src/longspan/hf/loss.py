@@ -1,11 +1,11 @@
-"""The loss of a Hugging Face model over all ranks, in place of the one that it would form of one rank's tokens.
+"""The loss of a Hugging Face model over all ranks, in place of the one that it would compute from one rank's tokens.
 
     model.loss_function(logits, labels, ...)       called by most models; its name says whether labels are shifted or in place
     F.cross_entropy(logits, labels) of its own     (BERT, BART) proven on one rank to be that and no more: the forward is then
                                                    given no labels, and the loss is put beside its logits
 
-Both become the mean over the labelled tokens of all ranks. Another loss is left as it is, and a call with labels refused.
-Does not know attention.
+Both become the mean over the labelled tokens of all ranks. Another loss is left unchanged, and a call with labels is refused.
+Independent of attention.
 """
 
 import inspect
@@ -29,9 +29,9 @@ from longspan.hf.step_scope import own_forward, scope_of, set_forward
 from longspan.loss import mean_cross_entropy
 
 IN_PLACE = ("ForMaskedLM", "ForTokenClassification")
-"""Losses of Transformers whose labels stand where they are predicted."""
+"""Losses of Transformers for which the logits at position t predict ``labels[t]``."""
 SHIFTED = ("ForCausalLM",)
-"""Losses of Transformers whose labels are predicted by the token before."""
+"""Losses of Transformers for which the logits at position t predict the next token, ``shift_labels[t]``."""
 SUPPORTED = frozenset({"logits", "labels", "vocab_size", "shift_labels", "num_items_in_batch", "ignore_index", "config"})
 """Arguments of Transformers' loss functions that mean the same over ranks, or are refused by a sentence of their own."""
 OWN = "its own, in place"
@@ -43,9 +43,9 @@ class Loss:
     """The loss of a model.
 
     Attributes:
-        kind: a name of Transformers' table, ``OWN``, or None where it cannot be formed over ranks.
-        classes: the number of labels that the logits of a token distinguish; None without such logits.
-        handed: whether ``model.loss_function`` is handed the step.
+        kind: a name of Transformers' table of losses, ``OWN``, or None if the loss cannot be computed over ranks.
+        classes: the last dim of the logits: labels must be below it; None if the model has no logits [rows, tokens, classes].
+        handed: whether the model passes the keyword ``longspan`` (the BatchInfo) on to ``model.loss_function``.
     """
 
     kind: str | None
@@ -53,7 +53,7 @@ class Loss:
     handed: bool
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Let the model form its loss over all ranks, and refuse labels that it cannot learn from."""
+        """Replace the model's loss by the mean over all ranks, and check labels and loss keywords before each forward."""
         handle = model.register_forward_pre_hook(partial(self._check, type(model).__name__), with_kwargs=True)
         restore: Callable[[], None] = lambda: None  # noqa: E731
         if self.kind == OWN:
@@ -84,18 +84,18 @@ class Loss:
 
 
 def probe(candidate: Candidate) -> Loss:
-    """The loss of the candidate."""
+    """The Loss of the candidate, found by test forwards with labels."""
     kind, handed = _kind(candidate.called, candidate.model)
     return Loss(kind, _classes(candidate.called), handed)
 
 
 def is_in_place(kind: str | None) -> bool:
-    """Whether labels stand where they are predicted."""
+    """True if the logits at position t predict ``labels[t]``; otherwise they predict the next token (``shift_labels``)."""
     return kind in (*IN_PLACE, OWN)
 
 
 def _kind(model: Any, base: Any) -> tuple[str | None, bool]:
-    """The kind of the loss, and whether its function is handed the step."""
+    """(``Loss.kind``, ``Loss.handed``) of a model, by a test forward that records the call of its loss function."""
     if "labels" not in inspect.signature(base.forward).parameters:
         return None, True
     calls: list[tuple[Any, bool]] = []
@@ -152,16 +152,23 @@ def loss_over_ranks(
 
     Args:
         logits: [rows, my tokens, vocab].
-        labels: of the call.
-        vocab_size: of the model; the logits tell it.
-        model: whose loss it is; where it hands neither of the next two on, they are those of its call.
+        labels: this rank's labels [rows, my tokens]; read if ``shift_labels`` is None.
+        vocab_size: not used, because it is the last dim of the logits.
+        model: the model; if it does not pass on ``longspan`` and ``shift_labels``, those of its current call are used.
         mesh: the ranks.
-        in_place: whether labels stand where they are predicted.
-        longspan: the step.
-        shift_labels: the labels shifted over the whole row.
-        num_items_in_batch: what the sum is divided by instead of the labels of the step, the same on every rank.
-        for_layers: keywords of the call for the layers, which Transformers' own loss functions ignore too; those that one
-            would use are refused before the forward.
+        in_place: True if the logits at position t predict ``labels[t]``; otherwise they predict the next token, and
+            ``shift_labels`` is read.
+        longspan: the BatchInfo of the call.
+        shift_labels: the labels shifted over the whole row, this rank's tokens of them.
+        num_items_in_batch: replaces the number of labels of the step as the divisor; the same on every rank.
+        for_layers: not used: keywords for the layers, which Transformers' own loss functions ignore too. Keywords that a
+            loss function would use are refused before the forward.
+
+    Returns:
+        The mean loss, equal on every rank.
+
+    Raises:
+        ModelError: the labels were shifted for the other kind of model.
     """
     if longspan is None:
         call = scope_of(model).call
@@ -172,7 +179,7 @@ def loss_over_ranks(
 
 
 def divisor(step: BatchInfo, num_items_in_batch: Tensor | int | None) -> int:
-    """What the sum of all ranks' losses is divided by."""
+    """The divisor of the sum of all ranks' losses: ``num_items_in_batch`` if given, else the labels of the step."""
     return step.num_labels if num_items_in_batch is None else int(num_items_in_batch)
 
 
@@ -202,7 +209,7 @@ def forward_with_loss(
 
 
 def as_asked(model: Any, output: Any, return_dict: bool | None) -> Any:
-    """The output as a tuple where ``return_dict``, or the model's config without it, is False."""
+    """``output``; as a tuple if ``return_dict`` is False, or if it is None and ``model.config.return_dict`` is False."""
     return output.to_tuple() if (model.config.return_dict if return_dict is None else return_dict) is False else output
 
 

@@ -2,7 +2,7 @@
 
     mask_function(row, head, q, k) -> sees or not     evaluated at rows and keys of interest     Causal(), Full(), Window(...)
 
-Does not know batches, layers or meshes.
+Independent of batches, layers and meshes.
 """
 
 from collections.abc import Callable, Sequence

@@ -8,7 +8,7 @@
 
 The loss is not linear in the tokens: a mean of the ranks' losses is another number. It is a function of means over tokens, so
 that it needs no mask where padding is left out, and no order: proven on one rank first. Over accumulated micro-batches one
-balance loss a micro-batch is added, as Transformers does. Does not know masks.
+balance loss a micro-batch is added, as Transformers does. Independent of masks.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class BalanceLoss:
 
 
 def probe(candidate: Candidate) -> BalanceLoss:
-    """Where the balance loss takes its router logits from. Raises ModelError where it depends on anything else."""
+    """A BalanceLoss with the module whose output holds the router logits. Raises ModelError if the loss depends on more."""
     wanted = any(getattr(config, "output_router_logits", False) for _, config in candidate.configs)
     loss = candidate.finding(Loss)
     kind = None if loss is None else loss.kind

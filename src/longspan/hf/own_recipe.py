@@ -6,7 +6,7 @@
     scores * g, g of 0 and 1       "gate"      beside a mask that hides what g sets to 0
     c tanh(scores / c)             "cap"
 
-Everything else is refused by name. Does not know layers or meshes.
+Everything else is refused by name. Independent of layers and meshes.
 
 H heads   S queries   T keys   D head dim
 Source: ALiBi, arXiv:2108.12409.

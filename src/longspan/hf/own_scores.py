@@ -5,7 +5,7 @@
     softmax(scores, -1) @ v                      ->  ``finish(Attention)``: q, k, v and all terms, in place of the product
 
 ``RecordScores`` does this to every batched product of a module's forward while it is entered. A use that is no term of
-scaled dot-product attention raises ModelError. Does not know masks of models, steps or meshes.
+scaled dot-product attention raises ModelError. Independent of masks of models, steps and meshes.
 
 S queries   T keys   D head dim
 """

@@ -1,4 +1,4 @@
-"""The Hugging Face model inside peft's wrapper, and the adapters that work on each token by itself. Does not know meshes.
+"""Finds the Hugging Face model inside peft's wrapper, and refuses adapters that are not token-wise. Independent of meshes.
 
 PeftModel(**part)     what the user calls, proves, shards and trains: LoRA and its kin work on each token by itself
     LoraModel
@@ -16,14 +16,14 @@ from longspan.hf.candidate import Candidate
 
 
 def base_of(model: nn.Module) -> PreTrainedModel | None:
-    """The Transformers model that ``model`` is or, as a PeftModel, has inside; None where there is none."""
+    """``model`` if it is a Transformers model, the Transformers model inside a PeftModel, or None for any other module."""
     library = sys.modules.get("peft")  # a PeftModel exists only where peft was imported
     found: Any = model.get_base_model() if library is not None and isinstance(model, library.PeftModel) else model
     return found if isinstance(found, PreTrainedModel) else None
 
 
 def probe(candidate: Candidate) -> None:
-    """Raise ModelError for adapters that look at the whole sequence, of which a rank has a part."""
+    """Raise ModelError for a peft adapter that is not token-wise: prompt learning, adaption prompts, activated LoRA."""
     for name, config in candidate.called.peft_config.items() if candidate.called is not candidate.model else ():
         reason = None
         if config.is_prompt_learning or config.is_adaption_prompt:

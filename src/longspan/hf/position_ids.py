@@ -6,7 +6,7 @@
 
 The last needs the ids of the whole row, which one all-gather brings. A rotary table that is chosen by the longest position
 sees that of the whole batch behind this rank's. A table of positions that its stack of layers counts by itself (BART) looks up
-those of the call. Does not know attention or losses.
+those of the call. Independent of attention and losses.
 """
 
 import inspect
@@ -79,7 +79,7 @@ def model_positions(
 
 
 def _of_whole_rows(ids: Tensor, padding_id: int, step: BatchInfo) -> Tensor:
-    """``positions_of_ids``, counted anew in each document that the step's mask keeps apart."""
+    """``positions_of_ids`` of whole rows; in each document of a row that the step's mask separates they start again."""
     each = step.mask if isinstance(step.mask, tuple) else (step.mask,) * len(ids)
     counted = []
     for row, mask in zip(ids.split(1), each):

@@ -4,7 +4,7 @@
     hidden      pad a b pad      tokens that are padding by their ids, where no mask is given (T5Gemma)
 
 A rank would count and hide otherwise over its part of the tokens than over all of them. So it is given positions of the whole
-row (position_ids.py), or refused, on every rank. Does not know attention or losses.
+row (position_ids.py), or refused, on every rank. Independent of attention and losses.
 """
 
 import inspect

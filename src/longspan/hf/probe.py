@@ -8,6 +8,8 @@ attention (a convolution, a state space, a pooling head), or counts positions in
 halves, in any architecture, and is refused by the name of the first module that differs. The same forwards record every call
 of attention (attention_layers.py).
 
+"Proof", "prove" and "proven" mean this test on one rank with small random inputs, here and in the other files of the folder.
+
 B batch   S my tokens   H heads   K key/value heads   D head dim
 """
 
@@ -57,7 +59,10 @@ class Call(NamedTuple):
 
 @dataclass
 class Probe:
-    """The attention of a proof: no token sees another, and each call is recorded."""
+    """Replaces attention in the test forwards: each token gets its own value, and every call is recorded in ``calls``.
+
+    ``keys``: keys and values of cross-attention by name, in the order of the calls.
+    """
 
     calls: list[Call] = field(default_factory=list)
     keys: dict[str, Tensor] = field(default_factory=dict)
@@ -81,7 +86,12 @@ class Probe:
 
 @contextmanager
 def proving(model: nn.Module) -> Iterator[None]:
-    """The state of a proof: evaluation, no gradients, no parameter of zeros, positions and biases as in a parallel model."""
+    """Context manager for the test forwards before ``parallelize`` changes the model.
+
+    Evaluation mode, no gradients, every trainable parameter that is all zeros replaced by small random values (a zero LoRA
+    matrix would hide what it multiplies), and position tables and T5 biases computed as in a parallel model. Restores
+    everything on exit.
+    """
     with _evaluating(model), _without_zero_parameters(model), _positions_and_biases(model), torch.no_grad():
         yield
 
@@ -111,7 +121,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_zero_parameters(model: nn.Module) -> Iterator[None]:
-    """A trained parameter of zeros, as in a new adapter, hides what it multiplies: for the proof it is random."""
+    """Context manager: trainable parameters that are all zeros hold small random values; restored on exit."""
     zeroed = [(p, p.data) for p in model.parameters() if p.requires_grad and not p.any()]
     own = torch.Generator().manual_seed(0)
     try:
@@ -124,7 +134,7 @@ def _without_zero_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def attend_in_proof(module: nn.Module, attention: Attention) -> Tensor:
-    """The attention of a proof, of a module that attends in its own code."""
+    """``Probe.attend`` for a module that computes attention in its own code; the output has the shape that it expects."""
     scope = scope_of(module)
     recipe, mask = read_recipe(module, attention, scope.configs)
     out = scope.call.step.attend(module, *recipe.operands(attention), mask, recipe=recipe)
@@ -132,7 +142,7 @@ def attend_in_proof(module: nn.Module, attention: Attention) -> Tensor:
 
 
 def row_lengths(model: Any) -> dict[str, int]:
-    """The number of tokens of the proof, by the prefix of their tensors' names: two rows for an encoder-decoder."""
+    """{"": TOKENS}, and for an encoder-decoder also {"decoder_": TARGETS}: tokens of the test rows, by prefix of the names."""
     return {"": TOKENS} | ({TARGET: TARGETS} if is_encoder_decoder(model) else {})
 
 
@@ -148,14 +158,14 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def ids_of(model: Any, count: int = TOKENS) -> Tensor:
-    """Tokens of the proof [count], none of them special to the model."""
+    """``count`` different token ids for a test row, none of them a special token of the model."""
     named = special_ids(model, "pad", "bos", "eos", "decoder_start")
     ids = [i for i in range(model.config.get_text_config().vocab_size) if i not in named][3 : 3 + 3 * TOKENS : 3]
     return torch.tensor(ids[-count:], device=model.device)
 
 
 def batch_of(model: Any) -> dict[str, Tensor]:
-    """The batch of the proof: tokens and their positions [1, count]."""
+    """The batch of the test forwards: input_ids and position_ids [1, tokens], and for an encoder-decoder the decoder's."""
     given = {f"{name}input_ids": ids_of(model, count) for name, count in row_lengths(model).items()}
     given |= {f"{name}position_ids": torch.arange(count, device=model.device) for name, count in row_lengths(model).items()}
     return {name: value.unsqueeze(0) for name, value in given.items()}
@@ -249,5 +259,5 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether two forwards gave the same outputs, within the tolerance of the proof."""
+    """Whether two results of ``forward`` have the same names and equal tensors, within TOLERANCE."""
     return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)

@@ -9,7 +9,7 @@ and "eager" take as Transformers builds them, and flash attention does not. The 
 its sinks are those of my heads, and any other tensor of it, which has every head, is refused. Such a function returns no
 log-sum-exp: it runs once more for the gradients, and its parts cannot be merged over a ring.
 
-Does not know ranks. R rows of a block   G my heads   D head dim
+Independent of ranks. R rows of a block   G my heads   D head dim
 """
 
 import sys

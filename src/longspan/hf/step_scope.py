@@ -51,12 +51,12 @@ class Scope:
 
     @property
     def call(self) -> Call:
-        """The innermost call."""
+        """The call that was held last and not released yet; an empty Call if there is none."""
         return self._calls[-1] if self._calls else Call()
 
     @contextmanager
     def during(self, call: Call) -> Iterator[None]:
-        """Hold a call."""
+        """Context manager: ``self.call`` is ``call`` inside."""
         self._calls.append(call)
         try:
             yield
@@ -68,7 +68,7 @@ class Scope:
         self._calls.append(call)
 
     def clear(self) -> None:
-        """Hold nothing."""
+        """Release every call."""
         self._calls.clear()
 
 
@@ -118,7 +118,7 @@ class ScopedModel:
             self._replace(block, partial(_hold, scope, block, block.forward))
 
     def remove(self) -> None:
-        """Take the scope away."""
+        """Remove the scope, the hooks and the replaced forwards."""
         for handle in self._handles:
             handle.remove()
         for module in self._scoped:

@@ -63,7 +63,10 @@ def distances_of(module: nn.Module, position_bias: Tensor, tokens: int) -> Dista
 
 
 def refuse_bias_across(module: nn.Module, position_bias: Tensor) -> None:
-    """Raise ModelError for a cross-attention layer that adds to its scores."""
+    """Raise ModelError if the position bias of a cross-attention layer has a non-zero element.
+
+    Only self-attention may add one.
+    """
     if bool(position_bias.any()):
         _refuse(module, position_bias)
 
@@ -76,7 +79,7 @@ def _refuse(module: nn.Module, position_bias: Tensor) -> None:
 
 
 def compute_biases_by_distance(model: nn.Module) -> list["ByDistance"]:
-    """Let every layer that computes a bias compute that of all distances; returns what takes it back by ``remove``."""
+    """Replace ``compute_bias`` of every layer that has one by ByDistance; returns these objects, whose ``remove`` undoes it."""
     return [ByDistance(module) for module in model.modules() if _computes(module)]
 
 

@@ -7,7 +7,7 @@
                                       |   ... proves it, gathered block by block, and trains it
     folder/          <--save--   each rank its slices; put together on the disk, one tensor at a time
 
-With zero=3 no rank ever holds more than its shard and the largest block. Does not know how a model is sharded or proven.
+With zero=3 no rank ever holds more than its shard and the largest block. Independent of how a model is sharded.
 """
 
 import hashlib
@@ -262,7 +262,7 @@ def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None
 
 @contextmanager
 def _all_or_none(final: Path, draft: Path, mesh: ParallelMesh) -> Iterator[None]:
-    """What fails on one rank's disk fails on all, with one text and nothing left behind."""
+    """Context manager: a write error of one rank is raised on every rank as one ModelError, and the draft is removed."""
 
     def convert(found: BaseException) -> ModelError | None:
         if not isinstance(found, OSError | CheckpointException):
@@ -366,7 +366,7 @@ def _owner(model: PreTrainedModel, name: str) -> Any:
 
 
 def _keep(mine: Tensor, whole: Tensor) -> None:
-    """Copy into a tensor what it holds of a whole one."""
+    """Copy ``whole`` into ``mine``; if ``mine`` is a DTensor, only this rank's shard."""
     if isinstance(mine, DTensor):
         whole = distribute_tensor(whole.to(mine.device), mine.device_mesh, mine.placements, src_data_rank=None).to_local()
         mine = mine.to_local()
