@@ -7,9 +7,10 @@ from longspan.hf._compat import block_class_names
 
 
 def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The layers that the model's class says not to split, by name; of nested ones the outer.
+    """{name: module} of the layers, in the order of the model: instances of the classes that its class says not to split.
 
-    Without those that share a parameter with the rest (BERT's embeddings with its head): FSDP2 gathers shared ones together.
+    Of nested ones only the outer. Modules that share a parameter with the rest of the model (BERT's embeddings with its head)
+    are left out, because FSDP2 must gather shared parameters together.
     """
     kinds = block_class_names(model)
     names: dict[nn.Parameter, list[str]] = {}

@@ -16,9 +16,9 @@ from longspan.masks.constructors import Causal, Chunked, Full, Mask, Window
 
 
 class MaskFunction:
-    """What a layer of a parallel model is given as its ``attention_mask``: its mask function, evaluated only when needed.
+    """The ``attention_mask`` that layers of a parallel model get: Transformers' mask function, evaluated only when needed.
 
-    To the code of a model it is what eager attention gets: 0 where a query sees a key, a large negative number elsewhere.
+    It replaces the tensor of eager attention (0 where a query sees a key, a large negative number elsewhere).
 
     Args:
         function: Transformers' closure.
@@ -35,15 +35,19 @@ class MaskFunction:
         self.function, self.device, self.shape, self._padding, self._tokens = function, device, shape, padding, tokens
 
     def size(self, dim: int | None = None) -> Any:
-        """As of a tensor."""
+        """``shape``, or its element ``dim``, as ``Tensor.size`` returns them."""
         return torch.Size(self.shape) if dim is None else self.shape[dim]
 
     def to(self, *_: Any, **__: Any) -> "MaskFunction":
-        """As of a tensor: of another dtype or on another device it means the same."""
+        """Returns this object: the mask is the same for every dtype and device."""
         return self
 
     def __getitem__(self, index: Any) -> "MaskFunction":
-        """As of a tensor; only a slice that leaves everything is known, as models cut their mask to the keys that there are."""
+        """Returns this object for a slice that keeps everything, as models slice the mask to the number of keys.
+
+        Raises:
+            TypeError: the slice changes the shape.
+        """
         kept = torch.empty((), device="meta").expand(self.shape)[index].shape
         if kept != torch.Size(self.shape):
             raise TypeError(f"{type(self).__name__} of shape {self.shape} is cut to {kept}")
@@ -51,7 +55,7 @@ class MaskFunction:
 
     @property
     def hides_padding(self) -> bool:
-        """Whether the model hides tokens besides, as padding."""
+        """Whether the model hides tokens as padding in addition to the mask function."""
         return self._padding is not None and not bool(self._padding.all())
 
     def sees(self, q: int, k: int) -> bool:
@@ -60,16 +64,16 @@ class MaskFunction:
         return bool(self.function(row, head, query, key))
 
     def shown(self, queries: int, keys: int) -> Tensor:
-        """Which of the first keys each of the first queries of the first row sees, without padding [queries, keys]."""
+        """[queries, keys], bool: which of the first keys each of the first queries of row 0 sees; padding is hidden."""
         zero, q, k = (torch.arange(count, device=self.device) for count in (1, queries, keys))
         shown = self.function(zero, zero, q.unsqueeze(1), k).expand(queries, keys)
         return shown if self._padding is None else shown & self._padding[0, :keys].bool()
 
     @cached_property
     def mask(self) -> Mask | None:
-        """The same as a mask, or None where it is none of the kinds that Transformers builds.
+        """``as_mask`` of the function: a mask of longspan, or None if it is of no kind that Transformers builds.
 
-        A function that looks up a tensor of the row's tokens (which of them are an image's) knows no more tokens than those.
+        A function that indexes a tensor of the row's tokens (which of them are an image's) is evaluated on those tokens only.
         """
         try:
             return as_mask(self.function, self.device, self._tokens)
@@ -78,41 +82,41 @@ class MaskFunction:
 
 
 class DenseMask(MaskFunction):
-    """A mask that the code of a model has built, by its values: which of ``sees`` [queries, keys] a query sees."""
+    """A mask that a model's code has built as a tensor: query q sees key k if ``sees[q, k]``; ``sees`` is [queries, keys]."""
 
     def __init__(self, sees: Tensor) -> None:
         super().__init__(lambda row, head, q, k: sees[q, k], sees.device, shape=(1, 1, *sees.shape), tokens=min(sees.shape))
 
     @property
     def hides_padding(self) -> bool:
-        """What is no mask of a kind that Transformers builds has tokens hidden in it."""
+        """True if the values are no mask of a kind that Transformers builds: then they also hide single tokens."""
         return self.mask is None
 
 
 class AllOf(MaskFunction):
-    """What all of several masks let a query see."""
+    """The intersection of several masks: a query sees a key if it does in all of them. No masks: it sees every key."""
 
     def __init__(self, masks: Sequence[MaskFunction], device: torch.device) -> None:
         super().__init__(lambda *at: torch.stack([each.function(*at) for each in masks]).all(0), device)
         self._masks = tuple(masks)
 
     def shown(self, queries: int, keys: int) -> Tensor:
-        """Which keys all of them show."""
+        """[queries, keys], bool: the keys that each query sees in all of the masks."""
         every = torch.ones(queries, keys, dtype=torch.bool, device=self.device)
         return torch.stack([every, *(each.shown(queries, keys) for each in self._masks)]).all(0)
 
     @property
     def hides_padding(self) -> bool:
-        """Whether any does."""
+        """Whether any of the masks hides padding."""
         return any(each.hides_padding for each in self._masks)
 
     def sees(self, q: int, k: int) -> bool:
-        """Whether all show key k to query q of the first row."""
+        """Whether query q of the first row sees key k in all of the masks."""
         return all(each.sees(q, k) for each in self._masks)
 
     @cached_property
     def mask(self) -> Mask | None:
-        """Their intersection, where each is of a kind that Transformers builds."""
+        """The intersection as a mask of longspan; None if one of the masks is of no kind that Transformers builds."""
         whole: Mask = Full()
         for each in self._masks:
             if each.mask is None:

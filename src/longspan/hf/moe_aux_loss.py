@@ -38,7 +38,7 @@ class BalanceLoss:
     routers: nn.Module | None
 
     def install(self, model: nn.Module, mesh: ParallelMesh) -> Undo:
-        """Gather the router logits of all ranks; refuse a call that asks for what was not proven."""
+        """Gather the router logits of all ranks in each forward; refuse ``output_router_logits=`` if it was not proven."""
         handles: list[Any] = [model.register_forward_pre_hook(self._check, with_kwargs=True)]
         if self.routers is not None:
             handles += gather_routers(self.routers, model, mesh)
@@ -61,14 +61,22 @@ def probe(candidate: Candidate) -> BalanceLoss:
 
 
 class _Whole(tuple[Tensor, ...]):
-    """The router's logits of all ranks' tokens, a tensor a layer, and beside them those of mine."""
+    """Router logits of the tokens of all ranks, one tensor [tokens, experts] per layer; ``mine``: those of this rank."""
 
     mine: tuple[Tensor, ...]
 
 
 def gather_routers(module: nn.Module, base: nn.Module, mesh: ParallelMesh) -> list[Any]:
-    """From now on ``base`` forms its balance loss of all real tokens of the batch; its output has this rank's router logits,
-    as it has this rank's logits. Returns the handles of the hooks on it and on ``module``, where the logits come from."""
+    """Register hooks with which ``base`` computes its balance loss from all tokens of the batch that are not padding.
+
+    Args:
+        module: the module whose output has the ``router_logits``; after it they are gathered from all ranks.
+        base: the model; in its output ``router_logits`` are again those of this rank's tokens.
+        mesh: the ranks.
+
+    Returns:
+        The handles of the hooks.
+    """
 
     def gather(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if output.get("router_logits") and not isinstance(output["router_logits"], _Whole):
@@ -93,7 +101,7 @@ def _of_all_ranks(mine: tuple[Tensor, ...], step: BatchInfo, mesh: ParallelMesh)
 
 
 def _real(step: BatchInfo) -> Tensor:
-    """Which of my [rows * my tokens] are not padding; none of a dummy row."""
+    """The indices into [rows * my tokens] of this rank's tokens that are not padding; empty for a dummy row."""
     positions = torch.tensor([position for run in step.positions for position in run])
     if step.is_dummy:
         return positions[:0]
@@ -103,9 +111,10 @@ def _real(step: BatchInfo) -> Tensor:
 
 
 def _prove_balance(model: Any, base: PreTrainedModel, loss_kind: str | None) -> nn.Module:
-    """The module whose ``router_logits`` the balance loss is formed of, proven by replacing them.
+    """Find the module from whose ``router_logits`` the balance loss is computed, by a test that replaces them.
 
-    Raises ModelError where the loss depends on anything else of the tokens. Changes nothing.
+    Raises:
+        ModelError: the balance loss depends on anything else of the tokens.
     """
     recorded: dict[nn.Module, tuple[Tensor, ...]] = {}
 

@@ -11,25 +11,25 @@ from typing import Any
 from torch import Tensor, nn
 
 ATTENTION = ("Attention",)
-"""In the class names of attention modules: one that does not reach the registry would attend to this rank's tokens alone."""
+"""Parts of the class names of attention modules. One that does not reach the registry would see only this rank's tokens."""
 NORM = ("Norm",)
-"""In the class names of norms, which work on each token by itself."""
+"""Parts of the class names of norms, which are token-wise."""
 POSITION_TABLE = ("PositionalEmbedding",)
-"""In the class names of tables of learned or sinusoidal positions that are looked up by ``position_ids``."""
+"""Parts of the class names of tables of learned or sinusoidal positions that are looked up by ``position_ids``."""
 SELECTING_FIELDS = ("index_topk", "index_block", "index_n_heads", "compress_rate")
-"""How config fields begin that select keys by content. On rows as short as those of the proof such layers see every key."""
+"""Prefixes of config fields of layers that select keys by content. On rows as short as the proof's they see every key."""
 CAPACITY = "expert_capacity"
 """The attribute of a router that drops the tokens of a row beyond the capacity of their expert, and its config field."""
 EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
 """The config fields that hold the number of experts."""
 REACH_PARTS = ("window", "local", "attention_types")
-"""In the names of config fields that limit how far a query sees, which a mask of as few tokens as the proof's may not show."""
+"""Parts of the names of config fields that limit how far a query sees; the proof's short rows may be within the limit."""
 BLOCK_PARTS = ("block_size", "chunk_length", "num_hashes")
-"""In the names of config fields of attention that changes its code on rows longer than a block."""
+"""Parts of the names of config fields of attention that runs other code on rows longer than a block."""
 WHOLE_ATTENTION = ("original_full",)
-"""The ``attention_type`` of a config whose attention never does so."""
+"""The ``attention_type`` of configs whose attention runs the same code for every length, in spite of such fields."""
 SINK_PARAMETERS = ("sinks",)
-"""The parameters of an attention layer that are its sinks, where its attention function reads them from the layer."""
+"""Names of the parameter of an attention module that holds its sinks, which attention functions read from the module."""
 
 
 def is_encoder_decoder(model: Any) -> bool:
@@ -38,7 +38,7 @@ def is_encoder_decoder(model: Any) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether the module attends, by its class name."""
+    """Whether the module is an attention module, by its class name (ATTENTION)."""
     return _is_named(module, ATTENTION)
 
 
@@ -73,12 +73,12 @@ def is_layerdrop_field(name: str) -> bool:
 
 
 def reach_fields(configs: Sequence[Any]) -> list[str]:
-    """The config fields that are set and may limit how far a query sees."""
+    """The names of REACH_PARTS fields that are set in any of the configs, sorted: they may limit how far a query sees."""
     return _set_fields(configs, REACH_PARTS)
 
 
 def block_fields(configs: Sequence[Any]) -> list[str]:
-    """The config fields that are set and name the blocks of an attention that changes its code on long rows."""
+    """The names of BLOCK_PARTS fields that are set in any config, sorted; configs with WHOLE_ATTENTION are left out."""
     return _set_fields([each for each in configs if getattr(each, "attention_type", None) not in WHOLE_ATTENTION], BLOCK_PARTS)
 
 

@@ -28,23 +28,27 @@ from longspan.hf.position_ids import has_counting_stacks
 from longspan.hf.step_scope import ScopedModel, Stripped, needs_scope, scope_of
 
 ROLES = {"cap": ("cap",), "scale": ("scale", "gate"), "add": ("mask", "bias"), "hide": ("mask",), "show": ("mask",)}
-"""What a term of each kind may mean."""
+"""For each kind of Term, the roles that it may have in a Recipe."""
 
 
 @dataclass(frozen=True)
 class OwnAttention:
-    """The modules that attend in their own code, in a model that hands its layers no step."""
+    """The attention modules that compute attention in their own code; the model does not pass ``longspan`` on to its layers."""
 
     modules: Sequence[nn.Module]
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Let the model hold its step, and the modules attend over the mesh."""
+        """Make the model hold the BatchInfo of its call (ScopedModel), and the modules compute attention over the mesh."""
         recorded = [Recorded(module, attend_in_step) for module in self.modules]
         return remove_all([ScopedModel(model), Stripped(model), *recorded])
 
 
 def probe(candidate: Candidate) -> OwnAttention | None:
-    """Whether the model must hold its step: it does not hand it to its attention or loss, or has no place for it."""
+    """An OwnAttention if the model must hold the BatchInfo of its call, else None.
+
+    It must if a module computes attention in its own code, if the keyword ``longspan`` does not reach every attention and the
+    loss, if the model's forward does not accept what ``shard_batch`` adds, or if a stack counts positions by itself.
+    """
     found, loss = candidate.finding(AttentionLayers), candidate.finding(Loss)
     layers = () if found is None else found.layers
     own = [module for module, layer in layers if layer.recipe is not None]
@@ -72,7 +76,14 @@ class Slopes:
 
 @partial(torch.compiler.disable, reason="records the scores of a module's own code")
 def attend_in_step(module: Any, attention: Attention) -> Tensor:
-    """One attention of a module in a step, by its ``Layer``."""
+    """Compute one recorded attention of ``module`` over the mesh, with the mask, slopes and kernel of its ``Layer``.
+
+    Returns:
+        The output, in the shape that the module's code expects.
+
+    Raises:
+        ModelError: the call has no BatchInfo, or the terms are not those of the proof.
+    """
     layer, step = module._longspan, scope_of(module).call.step
     recipe = layer.recipe
     if step is None:

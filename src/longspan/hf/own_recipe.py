@@ -33,13 +33,13 @@ COARSE = 2e-2
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a module attends in its own code.
+    """How a module computes attention in its own code.
 
     Attributes:
-        heads: of its queries.
-        kv_heads: of its keys and values.
-        roles: what each term of its scores means, in order.
-        slopes: of ALiBi [heads], or None.
+        heads: the number of query heads.
+        kv_heads: the number of key/value heads.
+        roles: the meaning of each term of its scores, in order: "scale", "mask", "bias", "gate" or "cap".
+        slopes: the slopes [heads] of ALiBi, or None without it.
     """
 
     heads: int
@@ -48,15 +48,15 @@ class Recipe:
     slopes: Tensor | None
 
     def is_like(self, other: "Recipe") -> bool:
-        """Whether another one is the same."""
+        """Whether all fields of ``other`` are equal; slopes are compared by value."""
         mine, theirs = self.slopes, other.slopes
         alike = mine is theirs if mine is None or theirs is None else torch.equal(mine, theirs)
         return alike and replace(self, slopes=None) == replace(other, slopes=None)
 
     def operands(self, attention: Attention) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v as [batch, tokens, heads, dim], q times the tensors among the scales.
+        """q, k and v of ``attention`` as [batch, tokens, heads, dim]; q is multiplied by every scale that is a tensor.
 
-        All of the widest dtype among them: some modules compute their scores in fp32 and weigh values of their own dtype.
+        All have the widest of their dtypes, because some modules compute scores in fp32 and have values of another dtype.
         """
         q = attention.q
         for term in attention.terms:
@@ -68,7 +68,7 @@ class Recipe:
         return q, k, v
 
     def scale_and_softcap(self, terms: Sequence[Term]) -> tuple[float, float | None]:
-        """The number by which q k is multiplied, and the softcap."""
+        """(the number by which q k is multiplied, the softcap or None), from the numeric scales and caps among ``terms``."""
         before, after, capped = 1.0, 1.0, False
         for term in terms:
             capped |= term.kind == "cap"
@@ -78,9 +78,21 @@ class Recipe:
 
 
 def mask_of(module: nn.Module, q_BSHD: Tensor, k_BSKD: Tensor, value: Any, configs: Sequence[Any]) -> Any:
-    """The mask that a model built itself and handed to Transformers' registry: a tensor of numbers or booleans, by its values.
+    """The attention mask that a model passes to Transformers' registry, as a MaskFunction.
 
-    None means full attention to every function of the registry where the module is not causal.
+    Args:
+        module: the attention module.
+        q_BSHD: its queries.
+        k_BSKD: its keys.
+        value: the mask: a tensor of booleans or of numbers to add, which is read by its values; or any other object.
+        configs: those of the model.
+
+    Returns:
+        A MaskFunction; full attention for None if ``module.is_causal`` is False. ``value`` unchanged if it is no tensor, or a
+        tensor that also holds ALiBi.
+
+    Raises:
+        ModelError: the tensor is neither a mask nor ALiBi.
     """
     if value is None and getattr(module, "is_causal", True) is False:
         return AllOf([], q_BSHD.device)
@@ -94,20 +106,23 @@ def mask_of(module: nn.Module, q_BSHD: Tensor, k_BSKD: Tensor, value: Any, confi
 
 
 def shape_like(out_BSHV: Tensor, attention: Attention) -> Tensor:
-    """The output of attention in the shape of the product in whose place it stands."""
+    """``out_BSHV`` in the shape [..., S, V] and dtype that the model's own product of probabilities and values would have."""
     return out_BSHV.transpose(1, 2).reshape(*attention.shape[:-1], out_BSHV.shape[-1]).to(attention.v.dtype)
 
 
 def read_recipe(module: nn.Module, attention: Attention, configs: Sequence[Any]) -> tuple[Recipe, MaskFunction]:
-    """The recipe of a module, and its mask, by one attention of a proof, whose batch is one row.
+    """Read the meaning of every term of one attention, recorded in a proof with one row.
 
     Args:
         module: the attention module.
-        attention: what it computes.
-        configs: those of its model.
+        attention: the recorded attention.
+        configs: the configs of its model.
+
+    Returns:
+        (the Recipe, the mask of all terms together).
 
     Raises:
-        ModelError: a term that is none of those above.
+        ModelError: a term is none of those in the table of this file, or the numbers of heads do not fit.
     """
     reader = _Reader(module, attention, configs)
     blocks = block_fields(configs)
@@ -123,7 +138,7 @@ def read_recipe(module: nn.Module, attention: Attention, configs: Sequence[Any])
 
 
 class _Reader:
-    """Reads terms one by one."""
+    """Reads the terms of ``attention`` one by one with ``read``; then ``roles`` and ``mask_and_slopes`` hold their meaning."""
 
     def __init__(self, module: nn.Module, attention: Attention, configs: Sequence[Any]) -> None:
         self.module, self.attention, self.configs = module, attention, configs
@@ -140,7 +155,7 @@ class _Reader:
         )
 
     def read(self, term: Term) -> None:
-        """Note the role of the next term."""
+        """Append the role of ``term`` to ``roles``. Raises ModelError for a term without a role."""
         value, self._shape = term.value, term.shape
         if term.kind == "cap":
             self._read_cap()
@@ -155,7 +170,7 @@ class _Reader:
             self._note("mask", self._dense(value.bool() if shows else ~value.bool(), value._base if shows else None))
 
     def mask_and_slopes(self) -> tuple[MaskFunction, Tensor | None]:
-        """The mask of all terms together, and the slopes [heads] of ALiBi."""
+        """(the mask of all terms together, the slopes [heads] of ALiBi or None). Raises ModelError if they do not fit."""
         whole = AllOf(self._masks, self.attention.q.device)
         shown = whole.shown(*self.attention.shape[-2:])
         if any(bool((shown & (gate == 0)).any()) for gate in self._gates):
@@ -202,7 +217,11 @@ class _Reader:
         return self._note("bias", None if bool(sees.all()) else self._dense(sees))
 
     def _dense(self, sees: Tensor, base: Tensor | None = None) -> MaskFunction:
-        """A mask by its values for all queries and keys, or by those of the larger buffer that it was cut from."""
+        """The DenseMask of ``sees``, or of ``base``, the larger square buffer of which ``sees`` is a slice, if there is one.
+
+        Raises:
+            ModelError: heads differ, or a config field may hide further keys on longer rows.
+        """
         every = sees.expand(self._shape).flatten(0, -3)
         if bool((every != every[:1]).any()):
             self.refuse("hides other keys in one head than in another")
@@ -214,7 +233,7 @@ class _Reader:
         return DenseMask(every[0])
 
     def _fitted(self, value_HST: Tensor, factor: float, shown_ST: Tensor) -> Tensor:
-        """The slopes [heads] of a bias times a factor; refused where it is not linear in the keys that a query sees."""
+        """The slopes [heads] of a bias, times ``factor``. Raises ModelError if it is not linear in the keys a query sees."""
         bias_HST = value_HST.double()
         first_S = shown_ST.int().argmax(-1)
         run_ST = torch.arange(shown_ST.shape[-1], device=bias_HST.device) - first_S.unsqueeze(-1)

@@ -36,12 +36,13 @@ DESCRIBES = frozenset({"size", "dim", "is_floating_point", "numel"})
 
 @dataclass(frozen=True)
 class Term:
-    """What was done to scores.
+    """One operation on scores that was recorded.
 
     Attributes:
-        kind: "scale" (times ``value``), "add", "hide" or "show" (where ``value`` is true), "cap" (tanh).
-        value: a number, a tensor, or whatever the model has as its mask.
-        shape: of the scores at that time [..., S, T].
+        kind: "scale" (times ``value``), "add" (plus ``value``), "hide" (probability 0 where ``value`` is true), "show"
+            (probability 0 where ``value`` is false) or "cap" (tanh).
+        value: a number, a tensor, or the object that the model uses as its mask; None for "cap".
+        shape: the shape [..., S, T] of the scores when the operation was recorded.
     """
 
     kind: str
@@ -51,9 +52,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Attention:
-    """A softmax attention: its operands as the model has them, [..., S, D], [..., T, D], [..., T, V], and the terms.
+    """One recorded softmax attention.
 
-    ``shape`` [..., S, T] is that of the probabilities when they met the values.
+    ``q`` [..., S, D], ``k`` [..., T, D] and ``v`` [..., T, V] are the model's own tensors; ``terms`` are the operations on the
+    scores, in order; ``shape`` [..., S, T] is that of the probabilities when they were multiplied by ``v``; ``dropout`` is its
+    rate.
     """
 
     q: Tensor
@@ -65,7 +68,7 @@ class Attention:
 
 
 class Symbol:
-    """Something that is not computed, and looks like a tensor [..., S, T] to the code of a model."""
+    """A placeholder for a tensor [..., S, T] that is never computed: it has shape, dtype and device, and records operations."""
 
     __hash__ = object.__hash__
 
@@ -89,7 +92,7 @@ class Symbol:
         return apply(func.__name__, args, kwargs or {})
 
     def copy(self, kind: "type[Symbol] | None" = None, **changes: Any) -> Any:
-        """The same, of another class or with other attributes."""
+        """A copy of this symbol, of the class ``kind`` if given, with the attributes ``changes`` replaced."""
         other = object.__new__(kind or type(self))
         vars(other).update(vars(self) | changes)
         return other
@@ -112,11 +115,12 @@ for _name in ("add", "radd", "iadd", "sub", "isub", "mul", "rmul", "imul", "true
 
 
 class RecordScores(TorchFunctionMode):
-    """While entered, batched products are recorded.
+    """Torch function mode: inside, a batched product of two tensors returns Scores instead of being computed.
 
     Args:
         owner: the name of the module's class, for messages.
-        finish: computes an attention in place of its last product; returns [..., S, V] in the leading shape of its queries.
+        finish: called with the recorded Attention instead of the product of probabilities and values; returns [..., S, V] with
+            the leading dims of the queries.
     """
 
     def __init__(self, owner: str, finish: Callable[[Attention], Tensor]) -> None:
@@ -124,7 +128,7 @@ class RecordScores(TorchFunctionMode):
         self.owner, self._finish, self._finishing = owner, finish, False
 
     def finish(self, attention: Attention) -> Tensor:
-        """What the model gets in place of the last product; products within are computed."""
+        """The result that the model gets for the product of probabilities and values; inside, nothing is recorded."""
         self._finishing = True
         try:
             return self._finish(attention)
@@ -145,7 +149,14 @@ class RecordScores(TorchFunctionMode):
 
 
 def apply(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The function ``name`` of arguments among which there is a symbol."""
+    """Record the torch function ``name``, of whose arguments at least one is a Symbol.
+
+    Returns:
+        A Symbol, or the output of ``RecordScores.finish`` for the last product.
+
+    Raises:
+        ModelError: the function is no part of scaled dot-product attention.
+    """
     in_place, name = name.endswith("_") and not name.endswith("__"), _base_name(name)
     symbol = next(each for each in (*args, *kwargs.values()) if isinstance(each, Symbol))
     if args and isinstance(args[0], Tensor) and name in LIKE:
@@ -310,16 +321,16 @@ _OF_PROBABILITIES: dict[str, Callable[..., Any]] = {"dropout": _dropout, "matmul
 
 
 def record_attention(model: nn.Module, finish: Callable[[nn.Module, Attention], Tensor]) -> list["Recorded"]:
-    """Record the products of every attention module of ``model``; returns what takes it back by ``remove``."""
+    """Make the forward of every attention module of ``model`` record its products; returns a Recorded for each of them."""
     return [Recorded(module, finish) for module in model.modules() if is_attention(module)]
 
 
 class Recorded:
-    """A module whose forward's products are recorded, until ``remove``.
+    """Replaces the forward of a module by one that runs it inside RecordScores, until ``remove``.
 
     Args:
         module: an attention module.
-        finish: computes one of its attentions.
+        finish: called with the module and each recorded Attention; returns the output of that attention.
     """
 
     def __init__(self, module: nn.Module, finish: Callable[[nn.Module, Attention], Tensor]) -> None:
@@ -332,7 +343,7 @@ class Recorded:
         vars(module)["forward"] = forward
 
     def remove(self) -> None:
-        """Give the module its forward back."""
+        """Restore the module's forward."""
         vars(self._module).pop("forward", None)
         if self._had is not None:
             vars(self._module)["forward"] = self._had

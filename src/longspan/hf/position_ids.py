@@ -31,20 +31,23 @@ from longspan.masks.constructors import documents_of
 
 @dataclass(frozen=True)
 class PositionTables:
-    """Tables of a model that are chosen by the longest position, or counted by their stack of layers."""
+    """Changes position tables that depend on the longest position, or that a stack of layers looks up by its own count."""
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Let them see the positions of the whole batch, and look up those of the call."""
+        """Register hooks: ``lengthen_tables`` and ``pass_positions_to_tables``."""
         return remove_all([*lengthen_tables(model), *pass_positions_to_tables(model)])
 
 
 def probe(candidate: Candidate) -> PositionTables:
-    """The tables of positions; position_probe.py proves how the model counts."""
+    """A PositionTables for every candidate; position_probe.py tests how the model counts positions."""
     return PositionTables()
 
 
 def positions_of_ids(ids: Tensor, padding_id: int) -> Tensor:
-    """The positions [rows, tokens] of whole rows of ids: padding has ``padding_id``, all else counts on from behind it."""
+    """Positions as RoBERTa counts them: ``padding_id`` at padding, ``padding_id`` + 1, + 2, ... at the other tokens of a row.
+
+    ``ids`` and the result are [rows, tokens] of whole rows.
+    """
     real = (ids != padding_id).long()
     return real.cumsum(1) * real + padding_id
 
@@ -52,7 +55,7 @@ def positions_of_ids(ids: Tensor, padding_id: int) -> Tensor:
 def model_positions(
     kwargs: dict[str, Any], step: BatchInfo, mesh: ParallelMesh, *, behind_padding: bool, padding_id: int | None
 ) -> dict[str, Tensor]:
-    """The ``position_ids`` of a call, and its decoder's, as the model counts them, carrying the batch's largest position.
+    """Count the positions of this rank's tokens as the model would over whole rows. It may gather ids over the mesh.
 
     Args:
         kwargs: the keywords of the call.
@@ -60,6 +63,10 @@ def model_positions(
         mesh: where the ids of the whole row are gathered.
         behind_padding: whether the model counts from the first token behind padding.
         padding_id: the id of padding, for a model that counts from ids; else None.
+
+    Returns:
+        {"position_ids": ..., "decoder_position_ids": ...}, [rows, my tokens], as far as the call has them. Each tensor has the
+        attribute ``_longspan_last``, the largest position of the batch.
     """
     found = {}
     for prefix, row in {"": step, TARGET: step.target}.items():
@@ -90,7 +97,11 @@ def _of_whole_rows(ids: Tensor, padding_id: int, step: BatchInfo) -> Tensor:
 
 
 def pass_positions_to_tables(model: Any) -> list[Any]:
-    """Let tables whose stack of layers takes no positions look up those of the call; returns the hooks' handles."""
+    """Register hooks with which position tables look up the call's positions, in stacks that accept no ``position_ids``.
+
+    Returns:
+        The handles of the hooks; [] for a model without such stacks.
+    """
     handles: list[Any] = []
     for stack in _counting(model):
         name = f"{TARGET}position_ids" if is_encoder_decoder(model) and stack is model.get_decoder() else "position_ids"
@@ -104,12 +115,12 @@ def pass_positions_to_tables(model: Any) -> list[Any]:
 
 
 def rows_counted_by_stacks(model: Any) -> set[str]:
-    """The prefixes ("" or "decoder_") of the rows whose positions a stack counts by itself and does not take."""
+    """The prefixes ("" or "decoder_") of the rows of tokens whose stack of layers accepts no ``position_ids``."""
     return {"" if stack is not model.get_decoder() or not is_encoder_decoder(model) else TARGET for stack in _counting(model)}
 
 
 def _counting(model: Any) -> list[nn.Module]:
-    """The stacks with a table of positions that take no positions."""
+    """The modules that have a position table as a child and whose forward accepts no ``position_ids``."""
     stacks = [stack for stack in model.modules() if any(is_position_table(child) for child in stack.children())]
     return [stack for stack in stacks if "position_ids" not in inspect.signature(stack.forward).parameters]
 
@@ -126,9 +137,9 @@ def _look_up(held: list[Tensor | None], table: nn.Module, args: tuple[Any, ...],
 
 
 def _into_rows(held: list[Tensor | None], table: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Some tables take the positions of one row only, some put a dimension before them.
+    """A hook of a position table: its output as [rows, tokens, dim], because tables look up the positions of one row.
 
-    One that is called with a shape gives positions without rows, [tokens, dim], which some stacks rely on.
+    A table that was called with a shape returns [tokens, dim], if all rows have equal positions, as some stacks expect.
     """
     positions = held[-1] if held else None
     if positions is None:
@@ -141,7 +152,7 @@ def _into_rows(held: list[Tensor | None], table: nn.Module, args: Any, output: T
 
 
 def _of_sinusoids(table: Any, positions: Tensor) -> Tensor:
-    """The rows of a table that the model lengthens to the tokens that it sees, where positions go on behind them."""
+    """The rows ``positions`` of a sinusoidal table, which is first lengthened to the largest position of the batch."""
     needed = getattr(positions, "_longspan_last", int(positions.max())) + table.padding_idx + 2
     if needed > len(table.weights):
         table.make_weights(needed + table.offset, table.embedding_dim, table.padding_idx)
@@ -159,7 +170,11 @@ def has_counting_stacks(model: Any) -> bool:
 
 
 def lengthen_tables(model: nn.Module) -> list[Any]:
-    """Let every rotary table that depends on the longest position see that of the batch; returns the hooks' handles."""
+    """Register hooks with which rotary tables that depend on the longest position use that of the whole batch.
+
+    Returns:
+        The handles of the hooks.
+    """
     handles: list[Any] = []
     for name, rotary in model.named_modules():
         if _chooses_by_length(rotary):
@@ -176,7 +191,7 @@ def _chooses_by_length(module: nn.Module) -> bool:
 
 
 def _lengthen(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Let a rotary module see the largest position of the whole batch behind this rank's."""
+    """A pre-hook of a rotary module: append the batch's largest position to its ``position_ids``; ``_shorten`` removes it."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     positions = bound["position_ids"]
     last_position = getattr(positions, "_longspan_last", None)

@@ -25,20 +25,20 @@ from longspan.hf.position_ids import model_positions, positions_of_ids, rows_cou
 from longspan.hf.probe import TOKENS, Probe, all_equal, batch_of, forward, ids_of, proving, row_lengths, special_ids
 
 LEFT = 3
-"""Tokens of padding on the left, where the proof has some."""
+"""The number of padding tokens on the left in the test forwards that have padding."""
 
 
 @dataclass(frozen=True)
 class Counting:
-    """What was proven. A row is named by the prefix of its tensors' names: "", or "decoder_".
+    """How a model counts positions and hides padding. "Row" here is "" for the tokens, "decoder_" for the decoder's tokens.
 
     Attributes:
-        hides_padding: whether the model hides padding by the ids of tokens, where no mask is given.
-        given_ones: whether it does so outside attention too, and a mask of ones shows it that all tokens of a rank are real.
-        ignoring: the rows whose positions it counts by itself, whatever it is given.
-        known: the number of positions in the tables of a row.
-        behind_padding: whether its own positions begin behind padding on the left.
-        padding_id: the id of padding, for a model that counts positions from ids; else None.
+        hides_padding: whether attention hides tokens with the padding id if no attention_mask is given.
+        given_ones: whether other modules hide them too; then each call gets an attention_mask of ones, which prevents it.
+        ignoring: the rows whose ``position_ids`` the model ignores, because it counts them by itself.
+        known: for each row with a table of learned positions, how many positions the table has.
+        behind_padding: whether positions that the model counts begin after the padding on the left (OPT).
+        padding_id: the id of padding, for a model that counts positions from ids (RoBERTa); else None.
     """
 
     hides_padding: bool
@@ -49,7 +49,7 @@ class Counting:
     padding_id: int | None
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Before each forward, refuse what the model would count otherwise, and give it the positions of the whole row."""
+        """Register a pre-hook that calls ``refuse`` and replaces ``position_ids`` by those counted over the whole row."""
         return remove_all([model.register_forward_pre_hook(partial(self._before, mesh), with_kwargs=True)])
 
     def _before(self, mesh: ParallelMesh, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -61,7 +61,12 @@ class Counting:
         return args, kwargs | model_positions(kwargs, step, mesh, behind_padding=behind, padding_id=padding_id)
 
     def refuse(self, model: Any, step: BatchInfo) -> None:
-        """Raise, on every rank alike, for rows that ``model`` would count or hide otherwise than over all tokens."""
+        """Raise on every rank if the model would count positions or hide padding otherwise than on one device.
+
+        Raises:
+            ModelError: a mask or position_ids are missing, or position_ids are given that the model ignores.
+            BatchError: a position is behind the end of the model's table.
+        """
         name = type(model).__name__
         if self.hides_padding and not step.rows_have_masks:
             masks = "attention_mask and decoder_attention_mask" if step.target else "attention_mask"
@@ -91,7 +96,7 @@ class Counting:
 
 
 def probe(candidate: Candidate) -> Counting:
-    """How the candidate counts positions and hides padding. Raises ModelError for a way of counting that is none of these."""
+    """The Counting of the candidate, by test forwards. Raises ModelError for any other way of counting."""
     model, base = candidate.called, candidate.model
     with proving(model):
         ignoring, known = rows_counted_by_stacks(model), _positions_known(model)
@@ -99,8 +104,11 @@ def probe(candidate: Candidate) -> Counting:
 
 
 def _hides_padding(model: Any) -> tuple[bool, bool]:
-    """Whether some layer hides tokens that are padding by their ids, though no mask was given, and whether the model does so
-    outside attention too. Raises ModelError where a mask of ones does not keep it from that."""
+    """(``Counting.hides_padding``, ``Counting.given_ones``), by a forward with padding tokens and without a mask.
+
+    Raises:
+        ModelError: the model hides them outside attention even with a mask of ones.
+    """
     known = getattr(model.get_input_embeddings(), "num_embeddings", 0)
     padding, probe = sorted(token for token in special_ids(model, "pad") if 0 <= token < known), Probe()
     changed: dict[str, Any] = {name: x for name, x in batch_of(model).items() if name.endswith("input_ids")} if padding else {}
@@ -120,12 +128,12 @@ def _hides_padding(model: Any) -> tuple[bool, bool]:
 
 
 def _beside(count: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The outputs of a proof without those of ``count`` tokens behind the first."""
+    """Each output [1, tokens, ...] without tokens 1 to ``count``."""
     return {name: torch.cat([x[:, :1], x[:, 1 + count :]], 1) for name, x in given.items() if x.ndim > 1}
 
 
 def _positions_known(model: Any) -> dict[str, int]:
-    """For each row that has a table looked up by its tokens' positions, the length of the shortest."""
+    """``Counting.known``: for each row the number of positions of its shortest position table; no entry without a table."""
     lengths: dict[str, int] = {}
     row_of = {count: name for name, count in row_lengths(model).items()}
 
@@ -147,8 +155,11 @@ def _positions_known(model: Any) -> dict[str, int]:
 
 
 def _prove_positions(model: Any, base: Any) -> tuple[bool, int | None]:
-    """How positions are counted where none are given: from 0, or True, behind padding on the left (OPT), or from the ids,
-    whose padding is this one (RoBERTa)."""
+    """(``Counting.behind_padding``, ``Counting.padding_id``), by test forwards without position_ids.
+
+    Raises:
+        ModelError: the model counts positions in another way.
+    """
     given = forward(model)
     uncounted: dict[str, Any] = {f"{name}position_ids": None for name in row_lengths(model)}
     if not all_equal(given, forward(model, **uncounted)):
@@ -174,7 +185,7 @@ def _prove_positions(model: Any, base: Any) -> tuple[bool, int | None]:
 
 
 def _counts_ids(model: Any, padding_id: int) -> bool:
-    """Whether the model counts as ``positions_of_ids`` does, with and without a mask of padding."""
+    """Whether the model's own positions are those of ``positions_of_ids``, with and without an attention_mask."""
     ids = ids_of(model).unsqueeze(0)
     ids[0, [0, 1, LEFT + 1, TOKENS - 1]] = padding_id
     counted = forward(model, input_ids=ids, position_ids=positions_of_ids(ids, padding_id))

@@ -48,12 +48,12 @@ TAKES = {sdpa_mask: "booleans", eager_mask: "numbers", flash_attention_mask: "no
 
 @dataclass(frozen=True)
 class RegistryKernels:
-    """The kernel of each attention layer."""
+    """The finding for kernel="hf:...": ``kernels`` is (attention module, its Registered kernel) of each layer."""
 
     kernels: tuple[tuple[Any, "Registered"], ...]
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Let each layer attend by its kernel; undone with the layers."""
+        """Make each layer's ``attend`` use its kernel. The returned undo does nothing: AttentionLayers removes the Layers."""
         for module, kernel in self.kernels:
             layer = module._longspan
             module._longspan = layer._replace(attend=partial(kernel.attend, by=layer.attend))
@@ -61,7 +61,11 @@ class RegistryKernels:
 
 
 def probe(candidate: Candidate) -> RegistryKernels | None:
-    """The kernels of a candidate with kernel="hf:...". Raises KernelError for a layer that cannot have it."""
+    """A RegistryKernels if ``candidate.kernel`` is "hf:..." and the model attends, else None.
+
+    Raises:
+        KernelError: a layer cannot use this kernel, or the model has cross-attention.
+    """
     kernel, found = candidate.kernel, candidate.finding(AttentionLayers)
     if not isinstance(kernel, str) or not kernel.startswith(PREFIX) or found is None:
         return None
@@ -96,13 +100,13 @@ def _names() -> list[str]:
 
 
 class Registered:
-    """The attention ``kernel`` ("hf:" and its name) of one layer, as a Kernel; its lse means nothing.
+    """A Kernel that calls an attention function of Transformers' registry for one layer. The lse that it returns is all zeros.
 
     Args:
-        kernel: the name.
+        kernel: "hf:" and the function's name in the registry.
         module: the attention module.
-        layer: its name in messages.
-        own: its mask.
+        layer: the module's name in messages.
+        own: the layer's mask.
 
     Raises:
         KernelError: the layer cannot have this kernel.
@@ -127,7 +131,11 @@ class Registered:
         self, q: Tensor, k: Tensor, v: Tensor, *, by: Callable[..., Tensor],
         softcap: float | None = None, sink_logits: Tensor | None = None, bias: Any = None, **more: Any,
     ) -> Tensor:  # fmt: skip
-        """``by`` (``attend`` over a mesh) with this kernel, which gets the sinks as parameters beside q, k, v."""
+        """Call ``by`` (``attend`` over a mesh) with this kernel; ``sink_logits`` are passed as a bias without effect on scores.
+
+        Raises:
+            KernelError: the layer has a bias, or a softcap or sinks that this function cannot compute.
+        """
         if bias is not None:
             raise KernelError(
                 f"kernel={self.name!r} cannot carry the bias of {self.layer}, which is evaluated a tile at a time; use 'auto'"
@@ -199,9 +207,9 @@ class Registered:
 
 
 class _Sinks:
-    """A layer's sinks in place of a bias, for whose parameters the operator forms gradients; it adds nothing to scores.
+    """Passes a layer's sinks to the kernel as a bias, because the attention operator computes gradients of a bias' parameters.
 
-    Called for some heads, it gives their sinks [heads, 1, 1].
+    Called for a range of heads it returns their sinks [heads, 1, 1], which the kernel does not add to scores.
     """
 
     def __init__(self, sinks: Tensor) -> None:
@@ -212,7 +220,10 @@ class _Sinks:
 
 
 class _LayerView:
-    """An attention layer as its function is to see it: with my heads only."""
+    """Replaces the attention module as the argument of the registry's function: its sinks are those of this rank's heads.
+
+    Any other tensor of the module, which has every head, raises KernelError when it is read.
+    """
 
     def __init__(self, kernel: Registered, groups: int, sinks: Tensor | None) -> None:
         self._kernel, self._sinks = kernel, sinks
@@ -230,14 +241,14 @@ class _LayerView:
 
 
 class _Block(NamedTuple):
-    """Rows [start, stop) that see only one another, and by which bands."""
+    """The tokens ``start`` to ``stop - 1``, which see only one another, and the bands of their mask."""
 
     start: int
     stop: int
     bands: tuple[Band, ...]
 
     def keywords(self) -> dict[str, Any] | None:
-        """The keywords that express the same without a mask, or None: one band of all rows, causal or full, with a window."""
+        """``is_causal`` and ``sliding_window`` keywords that express the bands without a mask; None if they cannot."""
         if len(self.bands) > 1:
             return None
         whole, band = rectangle(self.start, self.stop, self.start, self.stop), self.bands[0]
@@ -249,7 +260,10 @@ class _Block(NamedTuple):
         return {"is_causal": band.hi == 0} | window
 
     def mask(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(which row sees which [1, 1, rows, rows], which sees none [rows]); such a row sees itself instead."""
+        """(mask [1, 1, rows, rows], True where a row sees a key; [rows], True for a row that sees no key).
+
+        In the mask a row that sees no key sees itself.
+        """
         rows = self.stop - self.start
         sees = torch.zeros(rows, rows, dtype=torch.bool, device=device)
         at = torch.arange(self.start, self.stop, device=device)
@@ -262,7 +276,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(bands: Sequence[Band]) -> Iterator[_Block]:
-    """The smallest blocks of rows that see only one another, in order; a row that neither sees nor is seen is in none."""
+    """Yield the smallest blocks of tokens that see only one another, in order; a token that no band contains is in none."""
     block: _Block | None = None
     for band in sorted(bands, key=lambda band: min(band.q_start, band.k_start)):
         start, stop = min(band.q_start, band.k_start), max(band.q_stop, band.k_stop)
@@ -277,7 +291,7 @@ def _blocks(bands: Sequence[Band]) -> Iterator[_Block]:
 
 
 def _function(module: nn.Module, name: str) -> Callable[..., Any] | None:
-    """The function that the layer itself would call: by the registry of its modeling file, which may have its own entries."""
+    """The function ``name`` of the registry that the module's modeling file uses, or its own eager one; None if missing."""
     files = [vars(sys.modules[kind.__module__]) for kind in type(module).__mro__ if kind.__module__ in sys.modules]
     own = next((file for file in files if "ALL_ATTENTION_FUNCTIONS" in file), {})
     registry = own.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)

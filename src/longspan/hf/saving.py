@@ -14,12 +14,12 @@ from longspan.hf.candidate import Candidate, Undo
 
 @dataclass(frozen=True)
 class Saving:
-    """The objects of which a user calls ``save_pretrained``: the model, and peft's wrapper of it."""
+    """``owners``: the objects on which a user may call ``save_pretrained``: the model, and peft's wrapper of it."""
 
     owners: tuple[Any, ...]
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Put a check before the method of each."""
+        """Replace ``save_pretrained`` of each by one that first refuses sharded parameters."""
         for owner in self.owners:
             vars(owner)["save_pretrained"] = partial(_save, owner, owner.save_pretrained)
 
@@ -31,12 +31,12 @@ class Saving:
 
 
 def probe(candidate: Candidate) -> Saving:
-    """Every model has the method; whether its parameters are sharded is known when it is called."""
+    """A Saving for every candidate; whether parameters are sharded is checked at the call of ``save_pretrained``."""
     return Saving((candidate.called,) if candidate.called is candidate.model else (candidate.called, candidate.model))
 
 
 def _save(owner: Any, save: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-    """Call ``save``. Raises RunError where it would read sharded parameters; a given ``state_dict`` is whole already."""
+    """Call ``save``. Raises RunError if ``owner`` has sharded parameters, unless whole tensors are given as ``state_dict``."""
     state_dict = keywords.get("state_dict", args[2] if len(args) > 2 else None)
     if state_dict is None and any(isinstance(parameter, DTensor) for parameter in owner.parameters()):
         raise RunError(

@@ -35,7 +35,11 @@ OF_THE_FOLDER = ("_name_or_path", "transformers_version", "dtype")
 
 
 def read(folder: str, layers: int | None = None) -> "FolderSource":
-    """The source of a folder, cut to its first ``layers`` where they are given. Raises ModelError for no language model."""
+    """The FolderSource of a Hugging Face folder, with only the first ``layers`` layers if given.
+
+    Raises:
+        ModelError: the folder holds no causal or masked language model, or it has fewer layers.
+    """
     config = read_config(folder)
     kind = class_of(config)
     causal, masked = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_MASKED_LM_MAPPING
@@ -50,7 +54,7 @@ def read(folder: str, layers: int | None = None) -> "FolderSource":
 
 
 def config_of(described: dict[str, Any]) -> PreTrainedConfig:
-    """The config that ``described`` gave. Raises ModelError where this version of Transformers does not know it."""
+    """The config from the result of ``FolderSource.described``. Raises ModelError if Transformers lacks its model type."""
     try:
         config: PreTrainedConfig = AutoConfig.for_model(**described)
     except ValueError as error:
@@ -63,14 +67,17 @@ def config_of(described: dict[str, Any]) -> PreTrainedConfig:
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A language model of Transformers; without a folder, one whose weights are elsewhere."""
+    """A ModelSource of a Transformers language model, by its config and the folder of its weights and tokenizer.
+
+    ``folder`` None: ``build`` draws random weights, to be replaced by those of a checkpoint.
+    """
 
     config: PreTrainedConfig
     folder: str | None
 
     @cached_property
     def outline(self) -> Any:
-        """The model without weights."""
+        """The model on the meta device, without weights: to count parameters."""
         return build_empty(deepcopy(self.config), torch.float32)
 
     @property
@@ -207,7 +214,7 @@ class FolderSource:
 
 
 def _classes(mapping: Any, config: PreTrainedConfig) -> tuple[Any, ...]:
-    """The classes that one of Transformers' tables has for a config: none, one or several."""
+    """The model classes that ``mapping``, one of Transformers' auto-model tables, has for this config; () if none."""
     found = mapping.get(type(config), ())
     return found if isinstance(found, tuple) else (found,)
 
@@ -236,7 +243,7 @@ def _copy_beside(folder: Path, tokenizer: str, source: str | None) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Every rank would show the library's progress bars and notes."""
+    """Context manager: switch off Transformers' progress bars and log lines, which every rank would print."""
     says: Any = logging
     level, shows = says.get_verbosity(), says.is_progress_bar_enabled()
     says.set_verbosity_error()

@@ -1,11 +1,11 @@
-"""The step of a call for layers that are handed no keywords: held by the model while it, or one of its blocks, computes.
+"""Gives layers that receive no keywords the BatchInfo of the call: the model holds it while it, or a block, computes.
 
     model(..., longspan=step)   holds its call   ->   block(..., longspan_call=call)   ->   attention reads the step
                                                           |
                                       computed again in the backward with the same keywords: it holds the call again
 
 Each model has a scope of its own, which its modules name; it is empty when no forward of the model runs. A model or
-block whose forward has no place for what ``shard_batch`` adds to a batch is called without it. Does not know attention.
+block whose forward does not accept what ``shard_batch`` adds to a batch is called without it. Independent of attention.
 """
 
 import inspect
@@ -35,7 +35,7 @@ class Call:
     Attributes:
         step: the BatchInfo, or the Probe of a proof; None outside of a call.
         shift_labels: the labels shifted over the whole row, or None.
-        positions: the ``position_ids`` and ``decoder_position_ids`` that there are, by name.
+        positions: ``position_ids`` and ``decoder_position_ids`` of the call by name, as far as it has them.
     """
 
     step: Any = None
@@ -44,7 +44,7 @@ class Call:
 
 
 class Scope:
-    """The call that a model computes now, and the configs of the model."""
+    """Holds the calls that one model is computing (``call`` is the innermost), and the model's ``configs``."""
 
     def __init__(self, configs: Sequence[Any] = ()) -> None:
         self.configs, self._calls = configs, list[Call]()
@@ -64,7 +64,7 @@ class Scope:
             self._calls.pop()
 
     def push(self, call: Call) -> None:
-        """Hold a call until ``clear``."""
+        """Make ``call`` the innermost call until ``clear``."""
         self._calls.append(call)
 
     def clear(self) -> None:
@@ -73,13 +73,13 @@ class Scope:
 
 
 def scope_of(module: nn.Module) -> Scope:
-    """The scope of the model of ``module``; an empty one where it has none."""
+    """The Scope of the model that ``module`` belongs to; a new, empty Scope if the model has none."""
     scope: Scope | None = vars(module).get(SCOPE)
     return Scope() if scope is None else scope
 
 
 def own_forward(model: Any) -> Callable[..., Any]:
-    """The forward of the model's class, called without what it has no place for."""
+    """The forward of the model's class, bound to ``model``; keywords of ``shard_batch`` that it does not accept are dropped."""
     return partial(_without_additions, partial(type(model).forward, model), _named(type(model).forward))
 
 
@@ -91,13 +91,15 @@ def set_forward(model: Any, function: Callable[..., Any]) -> None:
 
 
 def needs_scope(model: Any) -> bool:
-    """Whether the forward of the model's class has no place for something that ``shard_batch`` adds."""
+    """True if the forward of the model's class has no ``**kwargs`` and no parameter ``longspan`` or ``position_ids``."""
     named = _named(type(model).forward)
     return named is not None and not {STEP, "position_ids"} <= named
 
 
 class ScopedModel:
-    """A model with its scope, until ``remove``.
+    """Gives a model a Scope that holds each call while the model, or one of its blocks, computes; until ``remove``.
+
+    A block that is computed again in the backward holds the same call again.
 
     Args:
         model: the Transformers model.
@@ -134,7 +136,7 @@ class ScopedModel:
 
 
 class Stripped:
-    """A model whose forward is called without what it has no place for, until ``remove``."""
+    """Replaces the model's forward by ``own_forward``, until ``remove``; not if the forward is replaced already."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -142,12 +144,12 @@ class Stripped:
             set_forward(model, own_forward(model))
 
     def remove(self) -> None:
-        """Let the model have the forward of its class again."""
+        """Restore the forward of the model's class."""
         remove_forward(self._model)
 
 
 def strip_additions(model: Any) -> Any:
-    """Let the model be called without what its forward has no place for; for a proof. Returns the handle of the hook."""
+    """Register a pre-hook that drops the keywords of ``shard_batch`` that the forward does not accept; returns its handle."""
     named = _named(type(model).forward)
 
     def strip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -157,13 +159,13 @@ def strip_additions(model: Any) -> Any:
 
 
 def _named(forward: Callable[..., Any]) -> set[str] | None:
-    """The arguments that a forward names; None where it takes any keyword."""
+    """The names of the parameters of ``forward``; None if it takes any keyword (``**kwargs``)."""
     parameters = inspect.signature(forward).parameters.values()
     return None if any(each.kind is each.VAR_KEYWORD for each in parameters) else {each.name for each in parameters}
 
 
 def _taken(kwargs: dict[str, Any], named: set[str] | None) -> dict[str, Any]:
-    """The keywords without those that ``shard_batch`` added and the forward does not name."""
+    """``kwargs`` without the keywords that ``shard_batch`` added and that are not in ``named``; all of them for None."""
     if named is None:
         return kwargs
     step = kwargs.get(STEP)
@@ -188,11 +190,11 @@ def _clear(scope: Scope, *_: Any) -> None:
 
 
 def _name_call(scope: Scope, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The block's call names the call of its model, so that longspan's checkpoint repeats it."""
+    """A pre-hook of a block: adds the model's call as a keyword, which activation checkpointing passes again."""
     return args, kwargs | {OUTER: scope.call}
 
 
 def _hold(scope: Scope, block: nn.Module, forward: Callable[..., Any], *args: Any, longspan_call: Call, **kwargs: Any) -> Any:
-    """The block's forward, and what Transformers' own checkpoint computes of it again, within the call."""
+    """The block's forward, run while ``scope`` holds ``longspan_call``; also what Transformers' checkpointing recomputes."""
     with scope.during(longspan_call), checkpoint_within(block, partial(scope.during, longspan_call)):
         return forward(*args, **kwargs)

@@ -28,21 +28,24 @@ PROVEN_TOKENS = 9
 
 @dataclass(frozen=True)
 class RelativeBias:
-    """Layers that add a bias by relative position."""
+    """The finding for a model with layers that add a bias by relative position."""
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Let them compute the bias of all distances of the whole row."""
+        """Make these layers compute the bias of all distances of the whole row (ByDistance)."""
         return remove_all(compute_biases_by_distance(model))
 
 
 def probe(candidate: Candidate) -> RelativeBias | None:
-    """Whether layers of the candidate add a bias by relative position; ModelError for one of more than distances."""
+    """A RelativeBias if a layer adds a bias by relative position, else None. Raises ModelError as ``prove_distances``."""
     prove_distances(candidate.model)
     return RelativeBias() if any(map(_computes, candidate.model.modules())) else None
 
 
 class Distances:
-    """A bias in the form that ``attend`` takes, of ``distances`` [heads, 2 n - 1]: n - 1 before a query to n - 1 behind it."""
+    """A bias for ``attend(bias=)``: distances[head, k - q + n - 1] for query position q and key position k.
+
+    ``distances`` is [heads, 2 n - 1], for keys from n - 1 before the query to n - 1 behind it; n: tokens of a row.
+    """
 
     def __init__(self, distances: Float[Tensor, "heads distances"]) -> None:
         self.parameters = (distances,)
@@ -56,7 +59,7 @@ class Distances:
 
 
 def distances_of(module: nn.Module, position_bias: Tensor, tokens: int) -> Distances:
-    """The bias that a layer passes to its attention over rows of ``tokens``; ModelError where it is not one by distance."""
+    """The Distances of ``position_bias`` [1, heads, 1, 2 * tokens - 1]. Raises ModelError for any other shape."""
     if position_bias.shape[2:] != (1, 2 * tokens - 1):
         _refuse(module, position_bias)
     return Distances(position_bias[0, :, 0])
@@ -84,7 +87,7 @@ def compute_biases_by_distance(model: nn.Module) -> list["ByDistance"]:
 
 
 def prove_distances(model: nn.Module) -> None:
-    """Raise ModelError for a layer whose bias depends on more than distances. Changes nothing."""
+    """Raise ModelError if the bias of a layer depends on more than the distance of query and key. Changes nothing."""
     for name, module in model.named_modules():
         if _computes(module) and getattr(module, "has_relative_attention_bias", False):
             compute: Any = module.compute_bias
@@ -98,7 +101,10 @@ def prove_distances(model: nn.Module) -> None:
 
 
 class ByDistance:
-    """One layer's ``compute_bias``, of all distances of the row that the layer is called for, until ``remove``."""
+    """Replaces one layer's ``compute_bias`` by the bias of all distances, [1, heads, 1, 2 n - 1], until ``remove``.
+
+    n is the number of tokens of the whole row of the current call.
+    """
 
     def __init__(self, module: Any) -> None:
         self._module, self._own, self._tokens = module, module.compute_bias, 0

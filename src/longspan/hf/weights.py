@@ -48,15 +48,15 @@ FILE_BYTES = 5 * 2**30
 def load(
     folder: str | Path, *, config: PreTrainedConfig | None = None, dtype: torch.dtype | None = None, seed: int = 0
 ) -> PreTrainedModel:
-    """The model of a folder, on the meta device until ``parallelize(load(folder), mesh, zero=3)`` reads each rank's shard.
+    """Build the model of a folder on the meta device; ``parallelize(load(folder), mesh, zero=3)`` then reads each rank's shard.
 
     Afterwards its parameters equal those of ``from_pretrained(folder, dtype=dtype)``. A folder with a config alone means random
     weights, which depend on (config, seed) and on no layout.
 
     Args:
         folder: with config.json and, for weights, *.safetensors.
-        config: instead of the folder's.
-        dtype: of the parameters; the config's where none is given.
+        config: replaces the config of the folder.
+        dtype: of the parameters; default: the config's.
         seed: of random weights.
 
     Returns:
@@ -72,7 +72,10 @@ def load(
 
 
 def load_whole(folder: str | Path | None, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """The same model whole on this rank: ``from_pretrained``, or random weights where there is no folder or none in it."""
+    """The model of ``load`` with all its weights on the CPU of this rank, in training mode.
+
+    The weights are those of ``from_pretrained``; without a folder, or without weights in it, the random ones of ``load``.
+    """
     kind: Any = class_of(config)
     if folder is not None and has_weights(folder):
         model: PreTrainedModel = kind.from_pretrained(folder, config=config, dtype=dtype)
@@ -84,12 +87,12 @@ def load_whole(folder: str | Path | None, config: PreTrainedConfig, dtype: torch
 
 
 def has_weights(folder: str | Path) -> bool:
-    """Whether a folder holds a file of weights."""
+    """Whether a folder holds a .safetensors or .bin file."""
     return any(path.suffix in WEIGHTS for path in Path(folder).iterdir())
 
 
 def read_config(folder: str | Path) -> PreTrainedConfig:
-    """The config of a folder. Raises ModelError where there is none, or one of no model that Transformers has."""
+    """Read config.json of a folder. Raises ModelError if there is none, or if Transformers does not have its model class."""
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         there = "has no config.json" if path.is_dir() else "does not exist"
@@ -108,7 +111,11 @@ def read_config(folder: str | Path) -> PreTrainedConfig:
 
 
 def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that ``config.architectures`` names; where it names none, the causal language model of its kind."""
+    """The model class that ``config.architectures`` names first; by default the causal language model of the config's class.
+
+    Raises:
+        ModelError: Transformers has no such class.
+    """
     named = next(iter(config.architectures or ()), None)
     mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     found = getattr(transformers, named, None) if named else mapping.get(type(config), None)
@@ -121,7 +128,7 @@ def class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def build_empty(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A model of this config, for training, on the meta device; its dtype is the config's where none is given."""
+    """A model of this config on the meta device, in training mode; ``dtype`` None: the config's, else fp32."""
     kind: Any = class_of(config)
     with torch.device("meta"):
         model = _compat.build(kind, config, dtype or config.dtype or torch.float32)
@@ -130,16 +137,19 @@ def build_empty(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrain
 
 
 class FolderWeights:
-    """The weights of a model on the meta device: in the files of its folder, or, where it has none, in a seed."""
+    """The source of the weights of a model on the meta device: the files of ``folder``, or ``seed`` if it has none."""
 
     def __init__(self, model: PreTrainedModel, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder.expanduser(), seed
         self.names = _names(model)
 
     def facts(self, model: PreTrainedModel) -> dict[str, str]:
-        """What all ranks must have alike: the config, and each tensor's shape and first values, or the seed.
+        """{name: text} that must be equal on all ranks: the config, and each tensor's shape, dtype and hash of its first row.
 
-        Raises ModelError for files that do not hold exactly the model's tensors.
+        Without files, the seed instead of the tensors.
+
+        Raises:
+            ModelError: the files do not hold exactly the model's tensors.
         """
         config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
         facts = {"the config": _hash(json.dumps(config, sort_keys=True, default=str).encode())}
@@ -151,7 +161,10 @@ class FolderWeights:
         return facts | {name: str(tensor) for name, tensor in stored.items()}
 
     def read_into(self, model: PreTrainedModel, device: torch.device) -> None:
-        """Give the model, sharded or not, its weights: each rank reads or draws what it keeps. Every rank calls it."""
+        """Move the model, sharded or not, to ``device`` and fill it with its weights. Every rank must call it.
+
+        Each rank reads or draws only what it keeps.
+        """
         if not _files(self.folder):
             self.draw_into(model, device)
         else:
@@ -174,8 +187,10 @@ class FolderWeights:
         model.initialize_weights()
 
     def draw_into(self, model: PreTrainedModel, device: torch.device) -> None:
-        """Random weights as the model's class draws them, of a block, or a module outside the blocks, at a time: whole for as
-        long as it takes to cut it."""
+        """Move the model to ``device`` and fill it with random weights, drawn from ``seed`` by its class' own initialization.
+
+        One block, or module outside the blocks, is drawn whole at a time, and each rank keeps its shard of it.
+        """
         model.to_empty(device=device)
         model.tie_weights()
         model_dtype = next(model.parameters()).dtype
@@ -221,7 +236,7 @@ class FolderWeights:
 
 
 class Stored(NamedTuple):
-    """A tensor of a file: enough to tell it from another one of the same name, without reading it all."""
+    """Shape, dtype and a hash of the first row of a tensor in a file, to compare tensors without reading them whole."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -294,7 +309,7 @@ def _write(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _config_of(model: Any) -> PreTrainedConfig:
-    """The model's own config, not the copy that names our attention, with its class."""
+    """The user's config of the model (not the copy that names longspan's attention), with the model's class and dtype set."""
     state = parallel_state(model)
     config: PreTrainedConfig = model.config if state is None else cast(Any, state.adapter).configs[0][1]
     kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
@@ -304,7 +319,7 @@ def _config_of(model: Any) -> PreTrainedConfig:
 
 
 def _names(model: nn.Module) -> list[list[str]]:
-    """Every tensor of the state by all its names: tied ones have several."""
+    """For each tensor of the state dict the list of its names; a tied tensor has several."""
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
@@ -312,7 +327,7 @@ def _names(model: nn.Module) -> list[list[str]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of weights. Raises ModelError where they are of a kind that cannot be read in parts."""
+    """The .safetensors files of a folder, sorted; [] if it has no weights. Raises ModelError if it has only .bin files."""
     found, other = (sorted(folder.glob(f"*{end}")) for end in WEIGHTS)
     if other and not found:
         raise ModelError(
@@ -323,7 +338,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _peek(files: list[Path]) -> dict[str, Stored]:
-    """Every tensor of the files by name; of its content, the first row."""
+    """{name: Stored} of every tensor in the files. Raises ModelError for a name in two files, or a file that is damaged."""
     stored: dict[str, Stored] = {}
     for file in files:
         try:
@@ -346,7 +361,10 @@ def _hash(content: bytes) -> str:
 
 
 def _parts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, bool]]:
-    """(name, module, whether with all below it) of the blocks, and of each module outside them that has tensors of its own."""
+    """Yield (name, module, True) for each block, and (name, module, False) for each other module with tensors of its own.
+
+    True: with all modules below it.
+    """
     whole = blocks(model)
     for name, module in model.named_modules():
         if name in whole:
@@ -360,7 +378,7 @@ def _own(module: nn.Module, recurse: bool) -> list[tuple[str, Tensor]]:
 
 
 def _owner(model: PreTrainedModel, name: str) -> Any:
-    """The innermost model that the module of this name lies in: its class knows how the module is initialised."""
+    """The innermost PreTrainedModel that contains the module ``name``; its class initializes the module's weights."""
     around = [m for prefix, m in model.named_modules() if not prefix or f"{name}.".startswith(f"{prefix}.")]
     return next(module for module in reversed(around) if isinstance(module, PreTrainedModel))
 
