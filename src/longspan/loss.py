@@ -11,7 +11,7 @@ its true adjoint, so with gradients averaged over the ranks every label counts o
            one block of tokens and vocabulary entries at a time,   megabyte, and three times that in the backward; a block
            in the CPU's cache: logits, log-sum-exp, discard        takes 16 MiB. The backward computes each block again.
 
-N labelled tokens of a tile   M hidden   V vocabulary   W vocabulary entries of a block. Knows nothing of models or masks.
+N labelled tokens of a tile   M hidden   V vocabulary   W vocabulary entries of a block. Independent of models and masks.
 """
 
 from typing import Any, NamedTuple

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from longspan import BatchError, ParallelMesh, shard_batch, shard_local
-from longspan.batch.padding import documents_of, padding_of, restarts_beside_mask, restarts_of
+from longspan.batch.padding import documents_by_position, documents_of, padding_of, restarts_beside_mask
 from longspan.distributed.mesh import MeshCoordinate
 from longspan.masks.constructors import Documents, Full, Span
 from tests.helpers.one_device import assert_as_one_device
@@ -17,7 +17,7 @@ from tests.helpers.ranks import on_ranks
 
 def test_a_row_of_positions_that_only_some_models_take_for_documents_is_refused() -> None:
     positions = torch.cat([torch.arange(5), torch.arange(8)]).expand(4, 1, 13)
-    with pytest.raises(BatchError, match=r"begin anew in their first row.*mask=Documents"):
+    with pytest.raises(BatchError, match=r"restart in their first row.*mask=Documents"):
         shard_batch({"input_ids": torch.ones(1, 13, dtype=torch.long), "position_ids": positions}, ParallelMesh())
 
 
@@ -43,10 +43,12 @@ def test_a_mask_that_is_no_padding_is_refused(mask: list[list[int]], text: str) 
 
 def test_positions_that_begin_anew_are_documents() -> None:
     two, three = [0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 0]
-    assert restarts_of(torch.tensor([two, three]), 2, 6) == (Documents([4, 2]), Documents([2, 3, 1]))
-    assert restarts_of(torch.tensor([two]), 2, 6) == (Documents([4, 2]), Documents([4, 2])), "one row of positions is for all"
-    assert restarts_of(torch.arange(6).expand(2, 6), 2, 6) is None
-    assert restarts_of(None, 2, 6) is None
+    assert documents_by_position(torch.tensor([two, three]), 2, 6) == (Documents([4, 2]), Documents([2, 3, 1]))
+    assert documents_by_position(torch.tensor([two]), 2, 6) == (Documents([4, 2]), Documents([4, 2])), (
+        "one row of positions is for all"
+    )
+    assert documents_by_position(torch.arange(6).expand(2, 6), 2, 6) is None
+    assert documents_by_position(None, 2, 6) is None
 
 
 LENGTHS = torch.tensor([0, 2, 2, 6])
@@ -95,7 +97,7 @@ def test_beside_a_mask_positions_that_go_back_begin_a_document_and_those_of_padd
     assert restarts_beside_mask(None, torch.tensor([[0, 1, 2, 7, 8, 9]]), 1, 6) is None
     assert restarts_beside_mask(None, None, 1, 6) is None
     assert restarts_beside_mask(None, positions[:1].expand(3, 1, 6), 1, 6) is None
-    with pytest.raises(BatchError, match=r"begin anew in their first row"):
+    with pytest.raises(BatchError, match=r"restart in their first row"):
         restarts_beside_mask(None, positions[:1].expand(4, 1, 6), 1, 6)
 
 

@@ -1,4 +1,4 @@
-"""The cheapest tools that fit a budget: those that a model can be given, the same on every rank."""
+"""The fastest options that fit a budget: those that a model can be given, the same on every rank."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from longspan import AutoMemory, MemoryOptions, ModelError, ParallelMesh, parallel_state, parallelize
-from longspan.memory.auto import cheapest, choose
+from longspan.memory.auto import choose, fastest_that_fits
 from longspan.models.decoder import PRESETS, Decoder, DecoderConfig
 from tests.helpers.ranks import Ranks
 
@@ -20,12 +20,12 @@ SMALL = DecoderConfig(vocab=512, layers=3, hidden=128, heads=4, kv_heads=2, head
 def test_auto_takes_the_cheapest_that_fits_and_says_why() -> None:
     sizes = PRESETS["llama-8b"]
     ask = {"parameters": sizes.parameters, "tokens": 131_072, "ranks": 8, "itemsize": 2}
-    roomy, tight = (cheapest(sizes, budget=gib * 2**30, **ask) for gib in (10_000, 80))
+    roomy, tight = (fastest_that_fits(sizes, budget=gib * 2**30, **ask) for gib in (10_000, 80))
     assert (roomy.zero, roomy.memory) == (0, MemoryOptions())
     assert tight.needs.peak <= 80 * 2**30
     assert tight.memory != MemoryOptions()
-    assert cheapest(sizes, budget=80 * 2**30, whole_logits=True, **ask).memory.chunked_loss
-    least = [cheapest(sizes, budget=1, whole_logits=whole, **ask).needs.phases["loss"] for whole in (False, True)]
+    assert fastest_that_fits(sizes, budget=80 * 2**30, whole_logits=True, **ask).memory.chunked_loss
+    least = [fastest_that_fits(sizes, budget=1, whole_logits=whole, **ask).needs.phases["loss"] for whole in (False, True)]
     assert least[1] > least[0]  # the model's own head forms tiles, with their log-softmax and gradient
 
 
@@ -61,9 +61,9 @@ def test_a_budget_that_cannot_be_kept_is_refused(asked: dict[str, Any], text: st
 
 def test_what_wants_shares_is_given_them() -> None:
     ask = {"parameters": SMALL.parameters, "tokens": 1_000, "ranks": 4, "budget": 2**40}
-    assert cheapest(SMALL, **ask)[:2] == (0, MemoryOptions())
-    assert cheapest(SMALL, sharded=True, **ask)[:2] == (2, MemoryOptions())
-    whole, shared = (cheapest(SMALL, sharded=True, fsdp_ranks=shares, **ask).needs.states for shares in (1, None))
+    assert fastest_that_fits(SMALL, **ask)[:2] == (0, MemoryOptions())
+    assert fastest_that_fits(SMALL, sharded=True, **ask)[:2] == (2, MemoryOptions())
+    whole, shared = (fastest_that_fits(SMALL, sharded=True, fsdp_ranks=shares, **ask).needs.states for shares in (1, None))
     assert whole == 4 * shared
     model = parallelize(Decoder(SMALL), ParallelMesh(), memory=AutoMemory(50.0, 1_000), dtype=torch.bfloat16)
     assert isinstance(model, FSDPModule)
@@ -72,11 +72,11 @@ def test_what_wants_shares_is_given_them() -> None:
 def test_head_chunks_are_chosen_only_where_heads_divide() -> None:
     odd = DecoderConfig(vocab=512, layers=3, hidden=128, heads=9, kv_heads=3, head_dim=32, ffn=512)
     ask = {"parameters": odd.parameters, "tokens": 20_000, "budget": 1}  # nothing fits: every set is tried
-    assert cheapest(odd, ranks=1, **ask).memory.head_chunks == 1
+    assert fastest_that_fits(odd, ranks=1, **ask).memory.head_chunks == 1
     six = replace(odd, heads=6, kv_heads=2)
     asked = {"parameters": six.parameters, "tokens": 20_000, "budget": 1}  # nothing fits: every set is tried
-    assert cheapest(six, ranks=2, **asked).memory.head_chunks == 2
-    assert cheapest(six, ranks=4, **asked).memory.head_chunks == 1  # three heads of a chunk are none for one of four ranks
+    assert fastest_that_fits(six, ranks=2, **asked).memory.head_chunks == 2
+    assert fastest_that_fits(six, ranks=4, **asked).memory.head_chunks == 1  # 3 heads a chunk, 4 ranks
 
 
 def test_the_sizes_of_a_hugging_face_model_are_read_from_its_config() -> None:

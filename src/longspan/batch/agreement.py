@@ -4,7 +4,7 @@
     rank 1   parts of shard_local    >  table of StepFacts  <  or one error, the same on every rank
     rank 2   an error               /                        \\
 
-Compared are the ranks of one sequence, which must have been given the same whole batch. Knows nothing of tensors.
+Compared are the ranks of one sequence, which must have been given the same whole batch. Independent of tensors.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
     model(**part)   part["longspan"] = BatchInfo   ->   attention: tokens, mask   positions: last_position   loss: num_labels
 
-Made by ``shard_local``, agreed on by ``sync_batches``, and frozen: it hangs on a call, never on a model. Knows no collective.
+Made by ``shard_local``, agreed on by ``sync_batches``, and frozen: it belongs to one call, never to a model.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Part = dict[str, Any]
 """A rank's tensors by name, and under ``longspan`` the BatchInfo: ``model(**part)``."""
 
 TARGET = "decoder_"
-"""How tensors of an encoder-decoder's batch are named that hold its decoder's tokens; ``labels`` are theirs too."""
+"""The prefix of the names of an encoder-decoder's tensors that hold the decoder's tokens; ``labels`` belong to them too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +76,16 @@ class BatchInfo:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every layer's own mask says all that there is to say."""
+        """Whether the batch adds nothing to a layer's own mask: no ``mask=``, padding or documents, also in ``target``."""
         plain = (self.mask, self.padding, self.documents, self.restarts) == (None,) * 4
         return plain and (self.target is None or self.target.is_plain)
 
     def mask_across(self) -> Mask | tuple[Mask, ...]:
-        """Who in ``target`` may look at whom here: every token of a row at every real token of the same row."""
+        """The mask of cross-attention: each token of ``target`` (query) sees every token of the same row here that is not
+        padding.
+
+        One mask for all rows, or a tuple with one per row if there is padding.
+        """
         if self.target is None or self.padding is None:
             return Full()
         tokens = self.target.tokens
@@ -89,17 +93,17 @@ class BatchInfo:
         return tuple(Bands([band] if band else []) for band in seen)
 
     def mask_for(self, own: Mask, restarts: bool = False) -> Mask | tuple[Mask, ...]:
-        """The mask of a layer in this step: its own, restricted by the step's, by padding and by documents.
+        """The mask of a layer in this step: its own ``&`` the step's ``mask=``, padding and documents.
 
         Args:
             own: the layer's mask: causal, full, a window, chunked.
-            restarts: whether positions that restart mean another document to the model.
+            restarts: whether the model treats restarting ``position_ids`` as the beginning of another document.
 
         Returns:
-            One mask for all rows, or one for each.
+            One mask for all rows, or a tuple with one per row.
 
         Raises:
-            MaskError: the step's mask shows later tokens, which the layer's hides.
+            MaskError: the step's mask is built to show later tokens, and the layer's hides them.
         """
         if self.mask is None:
             mask: Mask | tuple[Mask, ...] = own
@@ -117,10 +121,10 @@ class BatchInfo:
 
 
 def within(mask: Mask, own: Mask) -> Mask:
-    """The tokens that both a step's mask and a layer's own let a token see: a window of the layer survives.
+    """``mask & own``: a token sees what both the step's ``mask`` and a layer's ``own`` mask show, so a layer's window is kept.
 
-    Raises MaskError where the step's mask shows later tokens by its kind and the layer's hides them: the intersection would
-    drop what was asked for.
+    Raises:
+        MaskError: ``mask`` is built to show later tokens (Full, PrefixLM) and ``own`` hides them; the result would hide them.
     """
     if hides_later_tokens(own) and shows_later_tokens(mask):
         raise MaskError(
@@ -131,7 +135,11 @@ def within(mask: Mask, own: Mask) -> Mask:
 
 
 def refuse_unknown_tokens(step: BatchInfo, vocab: int | None, name: str) -> None:
-    """Raise BatchError, on every rank alike, if any rank holds a token or label beyond a model's ``vocab``."""
+    """Raise BatchError, on every rank alike, if a token or label of any rank is ``vocab`` or more; ``vocab`` None checks
+    nothing.
+
+    ``name`` is the model's name in the message.
+    """
     if vocab is not None and step.largest_token_or_label >= vocab:
         largest = step.largest_token_or_label
         raise BatchError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longspan.batch.context import BatchInfo, Part
 from longspan.batch.labels import IGNORE, largest_ids, learned_labels, refuse_blind_labels, refuse_unfit_labels
-from longspan.batch.padding import VARLEN, documents_of, padding_of, restarts_beside_mask, restarts_of
+from longspan.batch.padding import VARLEN, documents_by_position, documents_of, padding_of, restarts_beside_mask
 from longspan.batch.short_rows import lengthen, lengthen_info
 from longspan.distributed.layout import Runs
 from longspan.distributed.mesh import MeshCoordinate
@@ -56,7 +56,7 @@ def cut_row(
     documents = documents_of(batch, rows, tokens)
     restarts = None
     if mask is None and documents is None:
-        find = restarts_of if batch.get("attention_mask") is None else partial(restarts_beside_mask, padding)
+        find = documents_by_position if batch.get("attention_mask") is None else partial(restarts_beside_mask, padding)
         restarts = find(batch.get("position_ids"), rows, tokens)
     declared = TOKEN_DIM | {"shift_labels": 1, "position_ids": max(1, whole["position_ids"].ndim - 1)} | dict(dims)
     short = max(0, coordinate.sequence_ranks - tokens)

@@ -3,7 +3,7 @@
     ids        a  b  c  d  e  f        rank 0: a b c    labels predict b c d       shifted on the whole, then cut: my last
     shifted    b  c  d  e  f  .        rank 1: d e f    labels predict e f .       token predicts the next rank's first
 
-Knows nothing of ranks.
+Independent of ranks.
 """
 
 from collections.abc import Mapping

@@ -5,7 +5,7 @@
     cu_seq_lens_q    0 3 6           ->   Documents([3, 3])     to every layer, as kernels of varying lengths take it
     seq_idx          0 0 0 1 1 1     ->   the same
 
-Read once, of whole rows. Knows nothing of ranks.
+Read once, of whole rows. Independent of ranks.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,17 @@ from longspan.errors import BatchError
 from longspan.masks.constructors import Documents, Span
 
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""What collators of packed documents say to kernels of varying lengths."""
+"""The keys by which collators of packed documents describe the documents to variable-length kernels."""
 
 
 def padding_of(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Span, ...] | None:
-    """For each row the one run of tokens that are not padding; None where none is. Padding may be left, right or both."""
+    """For each row the one run of tokens that are not padding, from ``attention_mask``; padding may be left, right or both.
+
+    None if ``attention_mask`` is None or has no 0.
+
+    Raises:
+        BatchError: its shape is not [rows, tokens], a value is neither 0 nor 1, or the tokens of a row are not one run.
+    """
     if attention_mask is None:
         return None
     if attention_mask.shape != (rows, tokens) or bool(((attention_mask != 0) & (attention_mask != 1)).any()):
@@ -45,8 +51,15 @@ def padding_of(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[S
     return tuple(Span(start, start + int(count)) for start, count in zip(starts, counts))
 
 
-def restarts_of(position_ids: Tensor | None, rows: int, tokens: int) -> tuple[Documents, ...] | None:
-    """For each row the runs of positions that count on by one; None where every row is one run."""
+def documents_by_position(position_ids: Tensor | None, rows: int, tokens: int) -> tuple[Documents, ...] | None:
+    """The packed documents of each row, found from ``position_ids``: a new one begins where a position is not the previous
+    plus 1.
+
+    None if every row is one document, or if ``position_ids`` is None or neither [rows, tokens] nor [1, tokens].
+
+    Raises:
+        BatchError: ``position_ids`` is [4, rows, tokens] and its first row restarts, which only some models read as documents.
+    """
     if position_ids is None:
         return None
     if position_ids.ndim == 3 and bool((position_ids[0].diff(dim=1) != 1).any()):
@@ -70,7 +83,7 @@ def restarts_beside_mask(
 
     Args:
         padding: what ``padding_of`` found; positions of padding are not looked at.
-        position_ids: as in ``restarts_of``.
+        position_ids: as in ``documents_by_position``.
         rows, tokens: of the batch.
     """
     if position_ids is None:
@@ -90,9 +103,13 @@ def restarts_beside_mask(
 
 
 def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Documents, ...] | None:
-    """The documents of a batch of one row with ``cu_seq_lens_q``, ``cu_seq_lens_k`` [documents + 1] or ``seq_idx`` [1, tokens].
+    """The packed documents of a batch of one row, from ``cu_seq_lens_q``, ``cu_seq_lens_k`` [documents + 1] or ``seq_idx`` [1,
+    tokens].
 
-    None without these, or without a row. Raises BatchError where they, or ``position_ids`` that begin anew, say others.
+    None if the batch has none of these, or no row.
+
+    Raises:
+        BatchError: they contradict one another or ``position_ids``, do not cover the tokens, or the batch has several rows.
     """
     given = [_starts(name, batch[name]) for name in VARLEN if batch.get(name) is not None and not name.startswith("max_length")]
     if not given or rows == 0:
@@ -100,7 +117,7 @@ def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Docu
     starts = given[0]
     one = rows == 1 and all(other == starts for other in given) and (starts[0], starts[-1]) == (0, tokens)
     documents = (Documents([b - a for a, b in pairwise(starts)]),) if one else None
-    if documents is None or restarts_of(batch.get("position_ids"), rows, tokens) not in (None, documents):
+    if documents is None or documents_by_position(batch.get("position_ids"), rows, tokens) not in (None, documents):
         names = ", ".join(name for name in VARLEN if name in batch)
         raise BatchError(
             f"{names} and position_ids that begin anew must say the same beginnings of documents in one row, from 0 to its "
@@ -110,7 +127,7 @@ def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Docu
 
 
 def _starts(name: str, value: Any) -> list[int]:
-    """Where documents begin, and the last ends, without empty ones; -1 where they go back."""
+    """The index at which each non-empty document begins, and the number of tokens as last entry; [-1] for an invalid value."""
     if not isinstance(value, Tensor) or not value.numel():
         return [-1]
     if name == "seq_idx":
@@ -120,7 +137,7 @@ def _starts(name: str, value: Any) -> list[int]:
 
 
 def _documents(starts: Tensor) -> tuple[Documents, ...]:
-    """The documents of each row from a flag for each token that begins one; the first always does."""
+    """The documents of each row, from a boolean [rows, tokens] that is True where one begins; the first token must be True."""
     firsts = [row.nonzero().flatten().tolist() for row in starts]
     return tuple(Documents([b - a for a, b in pairwise([*row, starts.shape[1]])]) for row in firsts)
 
@@ -128,6 +145,6 @@ def _documents(starts: Tensor) -> tuple[Documents, ...]:
 def _refuse_four_rows(position_ids: Tensor) -> None:
     if position_ids.ndim == 3 and len(position_ids) == 4:
         raise BatchError(
-            f"position_ids of shape {list(position_ids.shape)} begin anew in their first row, which means documents to some "
-            f"models only; give them by mask=Documents(lengths) & Causal()"
+            f"position_ids of shape {list(position_ids.shape)} restart in their first row: some models read restarting "
+            f"positions as packed documents and others do not; pass mask=Documents(lengths) & Causal() instead"
         )

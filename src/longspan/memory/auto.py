@@ -65,7 +65,7 @@ def choose(
             f"AutoMemory knows models of one row of tokens, and {type(model).__name__} has two; pass MemoryOptions(...)"
         )
     ours = isinstance(config, Sizes)
-    found = cheapest(
+    found = fastest_that_fits(
         config if ours else _sizes(model, config),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         tokens=budget.tokens,
@@ -86,7 +86,7 @@ def choose(
     return found, f"{found}: {gib:.2f} GiB a rank for {budget.tokens:,} tokens fit into {budget.budget_gib:.2f}"
 
 
-def cheapest(
+def fastest_that_fits(
     sizes: Sizes,
     *,
     parameters: int,
@@ -98,7 +98,10 @@ def cheapest(
     sharded: bool = False,
     fsdp_ranks: int | None = None,
 ) -> Choice:
-    """The fastest candidate whose step fits into ``budget`` bytes a rank, or the one with the smallest peak if none fits.
+    """The first (zero, MemoryOptions) of a list ordered from fastest to slowest whose estimated peak is at most ``budget``
+    bytes.
+
+    The peak is a closed form (planner/memory.py), nothing is measured. If none fits, the one with the smallest estimated peak.
 
     Args:
         sizes: sizes of the decoder.
@@ -110,7 +113,7 @@ def cheapest(
         itemsize, sharded, fsdp_ranks: as in ``choose``.
     """
     choices = []
-    for zero, options in _candidates(sizes, ranks, whole_logits, sharded):
+    for zero, options in _in_order_of_time(sizes, ranks, whole_logits, sharded):
         logits = ("tiles" if options.chunked_loss else "whole") if whole_logits else "blocks"
         needs = footprint(
             sizes, parameters=parameters, tokens=tokens, ranks=ranks, zero=zero, fsdp_ranks=fsdp_ranks if zero else None,
@@ -123,8 +126,8 @@ def cheapest(
     return min(choices, key=lambda choice: choice.needs.peak)
 
 
-def _candidates(sizes: Sizes, ranks: int, whole_logits: bool, sharded: bool) -> list[tuple[int, MemoryOptions]]:
-    """The (zero, options) that are tried, the fastest first."""
+def _in_order_of_time(sizes: Sizes, ranks: int, whole_logits: bool, sharded: bool) -> list[tuple[int, MemoryOptions]]:
+    """The (zero, MemoryOptions) that are tried, from fastest to slowest; arguments as in ``fastest_that_fits``."""
     tiles = MemoryOptions(tile_tokens=TILE_TOKENS, chunked_loss=whole_logits)
     selective = replace(tiles, recompute="selective")
     tried = [(0, MemoryOptions()), (0, tiles), (2, tiles), (0, selective), (2, selective), (3, selective)]
@@ -136,7 +139,11 @@ def _candidates(sizes: Sizes, ranks: int, whole_logits: bool, sharded: bool) -> 
 
 
 def _sizes(model: nn.Module, config: Any) -> Sizes:
-    """The sizes of a Transformers model, from its config."""
+    """The sizes of a Transformers model, read from its config.
+
+    Raises:
+        ModelError: the config lacks one of them.
+    """
     text = None if config is None else config.get_text_config()
     found: dict[str, Any] = {name: getattr(text, theirs, None) for name, theirs in THEIR_NAMES.items()}
     found["kv_heads"] = found["kv_heads"] or found["heads"]

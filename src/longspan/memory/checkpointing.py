@@ -18,7 +18,7 @@
       attend(recomputable=True), saved       2          0           2
 
 On long sequences attention is most of the work, and its output is small: one hidden state per token.
-Source: saving only the log-sum-exp for the backward, FlashAttention, arXiv:2205.14135. Knows nothing of models.
+Source: saving only the log-sum-exp for the backward, FlashAttention, arXiv:2205.14135. Independent of models.
 """
 
 from functools import partial

@@ -73,7 +73,7 @@ class _HostCopy:
         x.record_stream(copying)  # its memory may be reused only after the copy has read it
 
     def restore(self) -> Tensor:
-        """The tensor on its original device."""
+        """A copy of the tensor on its original device; on CUDA the current stream waits for the copy."""
         if self.device.type != "cuda":
             return self.host.to(self.device)
         now, copying = torch.cuda.current_stream(self.device), _copy_stream(self.device)
@@ -86,5 +86,5 @@ class _HostCopy:
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of a device on which the copies run, so that they overlap with kernels."""
+    """The CUDA stream of a device on which host copies run, so that they overlap with kernels; always the same one."""
     return torch.cuda.Stream(device)

@@ -1,4 +1,4 @@
-"""Memory profiler of a training step: a timeline of its allocations by category, with the peak. Knows nothing of ranks.
+"""Memory profiler of a training step: a timeline of its allocations by category, with the peak. Independent of ranks.
 
     with Recorded(model, optimizer) as recorded:          allocated
         loss = model(**part).loss                              |          peak
@@ -73,7 +73,7 @@ class Mark(NamedTuple):
 
 
 class Change(NamedTuple):
-    """One allocation (positive ``size`` in bytes) or free (negative), at ``when`` in nanoseconds of the profiler's clock."""
+    """One allocation or free: ``when`` in ns of the profiler's clock, ``size`` in bytes, negative for a free."""
 
     when: int
     category: str
@@ -136,7 +136,7 @@ class Timeline:
         )
 
     def _samples(self, most: int = 4_000) -> Iterator[tuple[int, dict[str, int]]]:
-        """At most ``most`` points (time, bytes by category) for a plot: the highest of each group of consecutive changes."""
+        """Yield at most ``most`` points (time in ns, bytes by category): the highest of each group of consecutive changes."""
         every = max(1, -(-len(self.changes) // most))
         now = dict(self.before)
         for first in range(0, len(self.changes), every):
@@ -211,7 +211,11 @@ class Recorded:
 
 
 def _allocations(events: Sequence[Any], names: tuple[str, ...]) -> Iterator[tuple[int, int, int, tuple[str, ...]]]:
-    """(time, address, size, names of the enclosing operators) of every allocation and free in a tree of profiler events."""
+    """Yield (time in ns, address, size in bytes, names of the enclosing operators) of each allocation in a tree of profiler
+    events.
+
+    A size below 0 is a free. Not sorted by time.
+    """
     for event in events:
         if event.tag.name == "Allocation":
             kept = event.typed[1]

@@ -6,7 +6,7 @@
 
 The intermediate results of a module (four times the hidden size in a feed-forward) exist for one tile only. Autograd gets one
 complete gradient per parameter, however many tiles this rank has, so FSDP2, DDP and plain PyTorch work as with the untiled
-module. Knows nothing of ranks or models. Source: tiled MLP, Arctic Long Sequence Training, arXiv:2506.13996.
+module. Independent of ranks and models. Source: tiled MLP, Arctic Long Sequence Training, arXiv:2506.13996.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +51,7 @@ def tiled(module: Module, tile_tokens: int) -> Module:
 
 
 def refuse_to_tile(module: nn.Module, tile_tokens: int) -> None:
-    """Raise ModelError if ``tiled(module, tile_tokens)`` would."""
+    """Raise ModelError if ``tiled(module, tile_tokens)`` would; otherwise return None and change nothing."""
     if tile_tokens < 1:
         raise ModelError(f"tiles of {tile_tokens} tokens are not possible; use at least 1")
     if "forward" in vars(module):
@@ -67,7 +67,8 @@ def refuse_to_tile(module: nn.Module, tile_tokens: int) -> None:
 
 
 def routes_to_experts(module: nn.Module) -> bool:
-    """Whether ``module`` is or contains a mixture of experts."""
+    """Whether ``module`` or a submodule has an attribute ``experts`` or a class with "Router" in its name (mixture of
+    experts)."""
     return any("Router" in type(part).__name__ or hasattr(part, "experts") for part in module.modules())
 
 
@@ -131,9 +132,9 @@ class _Own(nn.Module):
 
 
 class _SaveInputs(torch.autograd.Function):
-    """Saves the inputs of the tiles for the backward of ``_Tiles``, before the tiles are computed.
+    """Autograd function that saves x and the parameters for the backward of ``_Tiles``, before the tiles are computed.
 
-    A checkpoint stops its recomputation at the last saved tensor, so saving them first spares it from computing the tiles.
+    A checkpoint stops its recomputation at the last saved tensor; with the inputs saved first, it does not compute the tiles.
     Returns x, and an empty tensor whose grad_fn is this node (an integer x has no grad_fn).
     """
 

@@ -4,7 +4,7 @@
     a Hugging Face model              --hf/adapter.py-->    |   parallelize: prove, install, shard, checkpoint
                                                             |   unparallelize: undo
 
-A new kind of model is one class with these methods. Knows no kind of model.
+A new kind of model is one class with these methods. Independent of the kind of model.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@
                         x + feed(n)
 
 ``mix`` rotates queries and keys by their position (RoPE) and calls ``model.attention``; only there do tokens interact.
-Everything else is token-wise, so the same code runs on a part of the tokens. Knows nothing of ranks, groups or sharding.
+Everything else is token-wise, so the same code runs on a part of the tokens. Independent of ranks, groups and sharding.
 
     B rows   S my tokens   R B * S   M hidden   H heads   K key/value heads   D head dim
 """
@@ -351,7 +351,7 @@ def rotate(
 
     Args:
         x_BSHD: queries or keys.
-        cos, sin: the tables of ``rope``, in whose dtype it computes.
+        cos, sin: the tables of ``rope``; the computation is in their dtype.
 
     Returns:
         A tensor of the shape and dtype of ``x_BSHD``, computed one tile of tokens at a time.
