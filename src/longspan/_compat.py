@@ -14,6 +14,7 @@
     fsdp_*                          FSDPModule._get_fsdp_state() and what it holds                          FSDP2
     own_parameters, own_modules     nn.Module._parameters, nn.Module._modules                               models/unchanged.py
     changes_in_place                Tensor._version                                                         memory/offload.py
+    base_of_view                    Tensor._base                                                            hf/own_recipe.py
     hash_store                      torch.distributed.HashStore (without type stubs)                        one rank
     tcp_store, meet_in_store        torch.distributed.TCPStore (without type stubs)                         launching
     elastic_launcher                torch.distributed.launcher, torch.distributed.elastic                   launching
@@ -138,6 +139,11 @@ def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
 def changes_in_place(x: Tensor) -> int:
     """How often ``x`` was changed in place."""
     return x._version
+
+
+def base_of_view(x: Tensor) -> Tensor | None:
+    """The tensor of which ``x`` is a view; None where it is none."""
+    return x._base
 
 
 ZERO = "zero=2 and zero=3"

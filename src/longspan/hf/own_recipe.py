@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan._compat import base_of_view
 from longspan.errors import ModelError
 from longspan.hf.mask_functions import AllOf, DenseMask, MaskFunction
 from longspan.hf.names import block_fields, reach_fields
@@ -167,7 +168,7 @@ class _Reader:
             self._read_addition(value)
         else:
             shows = term.kind == "show"
-            self._note("mask", self._dense(value.bool() if shows else ~value.bool(), value._base if shows else None))
+            self._note("mask", self._dense(value.bool() if shows else ~value.bool(), base_of_view(value) if shows else None))
 
     def mask_and_slopes(self) -> tuple[MaskFunction, Tensor | None]:
         """(the mask of all terms together, the slopes [heads] of ALiBi or None). Raises ModelError if they do not fit."""
