@@ -120,6 +120,11 @@ OWN_KINDS = {
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 5,
          "intermediate_size": 48, "embed_dropout": 0.0, "resid_dropout": 0.0}, **FP32,
     ),
+    "gpt_neo, a window longer than the proof's rows": Kind(
+        "GPTNeoConfig", "GPTNeoForCausalLM",
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 17,
+         "intermediate_size": 48, "embed_dropout": 0.0, "resid_dropout": 0.0}, **FP32,
+    ),
     "openai, gates": Kind("OpenAIGPTConfig", "OpenAIGPTLMHeadModel", GPT),
     "megatron, both directions": Kind("MegatronBertConfig", "MegatronBertForMaskedLM", NO_DROPOUT),
     "stablelm, no keywords": Kind("StableLmConfig", "StableLmForCausalLM"),

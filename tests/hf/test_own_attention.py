@@ -178,6 +178,13 @@ def test_a_term_that_was_not_proven_is_refused_at_the_call() -> None:
         model(**part)
 
 
+def test_a_window_that_the_proof_s_rows_do_not_show_is_that_of_one_device(pool: Callable[[int], Ranks]) -> None:
+    """It stands in a buffer of all positions, of which the proof sees a slice."""
+    name = "gpt_neo, a window longer than the proof's rows"
+    pool(2).run(compare, name, "odd length", 2, 1, 0, MemoryOptions(), False)
+    pool(2).run(compare, name, "left padding", 1, 2, 0, MemoryOptions(), False)
+
+
 def test_a_window_that_short_rows_do_not_show_is_refused() -> None:
     """gpt_neo's window stands in a buffer of all its positions; without it nothing tells how far a query sees."""
     model = build("gpt_neo, windows")

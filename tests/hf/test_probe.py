@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from longspan import LongspanError, ParallelMesh, parallelize
-from tests.helpers.hf_models import BASE, EXPERTS, build, small
+from longspan import LongspanError, ParallelMesh, parallelize, shard_batch
+from tests.helpers.hf_models import BASE, EXPERTS, assert_gradients, build, forward_alone, small
+from tests.helpers.ranks import Ranks, mesh_of
 
 
 def refused(build_it: Callable[[], Any]) -> str:
@@ -54,8 +55,28 @@ HYBRID = {
         (small("RwkvConfig", "RwkvForCausalLM", vocab_size=97, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
          "RwkvSelfAttention 'rwkv.* did not reach longspan: it computes no softmax attention"),
         (small("BertConfig", "BertModel", **BASE), "'output pooler_output' mixes tokens outside attention"),
+        (small("LlamaConfig", "LlamaForCausalLM", **{**BASE, "vocab_size": 12}),
+         "LlamaForCausalLM has a vocabulary of 12, of which .* are no special tokens; its proof needs 14 different ones"),
         (small("LlamaConfig", "LlamaForCausalLM", **BASE, index_topk=512), "config.index_topk says .* selects"),
     ],
 )  # fmt: skip
 def test_what_would_be_wrong_is_refused_by_name(build_it: Callable[[], Any], text: str) -> None:
     assert re.search(text, refused(build_it), re.DOTALL)
+
+
+@pytest.mark.parametrize("vocab", [17, 31])
+def test_a_small_vocabulary_is_proven_and_one_device(vocab: int, pool: Callable[[int], Ranks]) -> None:
+    """Such as that of amino acids or characters."""
+    pool(2).run(small_vocabulary, vocab)
+
+
+def small_vocabulary(vocab: int) -> None:
+    mesh, reference = mesh_of(2, 1), build("llama", vocab_size=vocab)
+    ids = torch.randint(vocab, (2, 23), generator=torch.Generator().manual_seed(1))
+    expected, _ = forward_alone(reference, whole := {"input_ids": ids, "labels": ids}, False)
+    expected.backward()
+    model = parallelize(build("llama", vocab_size=vocab), mesh)
+    found = model(**shard_batch(whole, mesh)).loss
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert_gradients(model, reference, 1e-10)

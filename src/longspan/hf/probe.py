@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -158,10 +159,21 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def ids_of(model: Any, count: int = TOKENS) -> Tensor:
-    """``count`` different token ids for a test row, none of them a special token of the model."""
-    named = special_ids(model, "pad", "bos", "eos", "decoder_start")
-    ids = [i for i in range(model.config.get_text_config().vocab_size) if i not in named][3 : 3 + 3 * TOKENS : 3]
-    return torch.tensor(ids[-count:], device=model.device)
+    """``count`` different token ids for a test row, none of them a special token of the model, and never i, i + 1, ..., which
+    position_probe.py takes for positions.
+
+    Raises:
+        ModelError: the vocabulary has too few others; equal tokens would hide that a module mixes them.
+    """
+    named, vocab = special_ids(model, "pad", "bos", "eos", "decoder_start"), model.config.get_text_config().vocab_size
+    usable = list(islice((i for i in range(vocab) if i not in named), 3 + 3 * TOKENS))
+    if len(usable) < TOKENS:
+        raise ModelError(
+            f"{type(model).__name__} has a vocabulary of {vocab}, of which {len(usable)} are no special tokens; its proof "
+            f"needs {TOKENS} different ones, so use a larger vocab_size"
+        )
+    spread = usable[3::3]
+    return torch.tensor((spread if len(spread) == TOKENS else usable[::-1])[-count:], device=model.device)
 
 
 def batch_of(model: Any) -> dict[str, Tensor]:
