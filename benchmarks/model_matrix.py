@@ -286,7 +286,9 @@ def _targets(one: Class, labels: Any) -> Any:
 
 def _over_ranks(one: Class, model: Any, name: str, mesh: ParallelMesh, expected: dict[str, Any]) -> dict[str, Any]:
     model.zero_grad()
-    adapter: Any = parallel_state(model).adapter  # type: ignore[union-attr]
+    state = parallel_state(model)
+    assert state is not None
+    adapter: Any = state.adapter
     by_itself, shift = adapter.computes_loss(), one.kind == "causal" and not is_in_place(adapter.loss_kind)
     mask = Documents(DOCUMENTS) if name == "packed" else None
     batch = batch_of(one, name, expected["left"])

@@ -9,7 +9,7 @@ Independent of attention.
 """
 
 import inspect
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from longspan.batch.labels import IGNORE
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, ModelError
 from longspan.hf import _compat
-from longspan.hf.candidate import Candidate, Undo, remove_all
+from longspan.hf.candidate import Candidate, Undo
 from longspan.hf.probe import Probe, forward, proving, row_lengths, special_ids
 from longspan.hf.step_scope import own_forward, scope_of, set_forward
 from longspan.loss import mean_cross_entropy
@@ -54,20 +54,16 @@ class Loss:
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
         """Replace the model's loss by the mean over all ranks, and check labels and loss keywords before each forward."""
-        handle = model.register_forward_pre_hook(partial(self._check, type(model).__name__), with_kwargs=True)
-        restore: Callable[[], None] = lambda: None  # noqa: E731
+        undo = ExitStack()
+        check = partial(self._check, type(model).__name__)
+        undo.callback(model.register_forward_pre_hook(check, with_kwargs=True).remove)
         if self.kind == OWN:
             set_forward(model, partial(forward_with_loss, model, mesh))
-            restore = partial(_compat.remove_forward, model)
+            undo.callback(_compat.remove_forward, model)
         elif self.kind is not None:
             _compat.set_loss_function(model, partial(loss_over_ranks, model=model, mesh=mesh, in_place=is_in_place(self.kind)))
-            restore = partial(_compat.reset_loss_function, model)
-
-        def undo() -> None:
-            remove_all([handle])()
-            restore()
-
-        return undo
+            undo.callback(_compat.reset_loss_function, model)
+        return undo.close
 
     def _check(self, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("labels") is None:
