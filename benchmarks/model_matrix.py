@@ -7,7 +7,7 @@ the tolerance is that of fp32.
 
     plain       a row of 23 tokens                       packed      documents of 9 and 14 tokens, mask=Documents([9, 14]),
     padded      two rows of 22: 3 tokens of padding                  against each document by itself
-                on the left, 6 on the right              positions   the same documents as position_ids that begin anew
+                on the left, 6 on the right              positions   the same documents as position_ids that restart
 
     exact       every gradient within 1e-5               refused     by a LongspanError, before anything is computed
     wrong       not: a defect of longspan                undefined   the model itself cannot be given such a batch

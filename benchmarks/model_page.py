@@ -41,7 +41,7 @@ by `make model-matrix` (`benchmarks/model_matrix.py`), which says what is compar
 by a sentence, the same on every rank, before anything is computed. `undefined`: the model itself cannot be given such a batch,
 an encoder-decoder for example no documents within a row. `a / b`: `ulysses=2` / `ring=2`. Columns: a row of {tokens} tokens;
 two rows with padding on the left and on the right; two documents in a row, against each by itself; the same documents as
-`position_ids` that begin anew, against the model's own treatment of them.
+`position_ids` that restart, against the model's own treatment of them.
 
 | class | model type | plain | padded | packed | positions |
 |---|---|---|---|---|---|

@@ -32,7 +32,7 @@ batch = {name: tensor.to(mesh.device) for name, tensor in batch.items()}
 model = parallelize(Qwen3ForCausalLM(config).to(mesh.device), mesh)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for step in range(3):
-    # Positions that begin anew are what Transformers itself takes for packed documents. To say it outright, for any model:
+    # Positions that restart are what Transformers itself takes for packed documents. To say it outright, for any model:
     # shard_batch(..., mesh, mask=Documents(lengths) & Causal())
     part = shard_batch(batch, mesh)
     loss = model(**part).loss

@@ -93,7 +93,10 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keep ``longspan.parallelize`` the function: Python would bind the name to the module once that is imported."""
+    """The type of this package as a module, which keeps ``longspan.parallelize`` the function.
+
+    Importing the submodule ``longspan.parallelize`` would otherwise bind the name to that module.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):

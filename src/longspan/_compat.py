@@ -39,7 +39,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 def _symbol(root: Any, path: str, purpose: str) -> Any:
-    """``root.path``; ImportError with one sentence where this PyTorch has none."""
+    """The attribute of ``root`` with the dotted name ``path``.
+
+    Raises:
+        ImportError: this PyTorch has no such attribute; the message says that ``purpose`` needs it.
+    """
     found = root
     for name in path.split("."):
         found = getattr(found, name, None)
@@ -52,7 +56,11 @@ def _symbol(root: Any, path: str, purpose: str) -> Any:
 
 
 def _imported(module: str, path: str, purpose: str) -> Any:
-    """``path`` of a module of PyTorch that is imported only when it is needed; ImportError as ``_symbol``."""
+    """The attribute ``path`` of the module named ``module``, which is imported by this call.
+
+    Raises:
+        ImportError: this PyTorch has no such module or attribute; the message says that ``purpose`` needs it.
+    """
     try:
         root: Any = import_module(module)
     except ImportError:
@@ -73,7 +81,10 @@ else:
 
 
 def register_opaque(cls: type[OpaqueBase], members: tuple[str, ...] = ()) -> None:
-    """Let operators take instances of ``cls``; torch.compile may read their attributes ``members``, as constants."""
+    """Register ``cls`` with PyTorch, so that custom operators take its instances as arguments.
+
+    torch.compile may read the attributes ``members`` of an instance, and treats them as constants.
+    """
     module, purpose = "torch._library.opaque_object", "the arguments of attention's operators"
     read = dict.fromkeys(members, _imported(module, "MemberType.USE_REAL", purpose))
     new: Any = getattr(import_module(module), "register_custom_class", None)
@@ -84,7 +95,7 @@ def register_opaque(cls: type[OpaqueBase], members: tuple[str, ...] = ()) -> Non
 
 
 def autograd_below_autograd() -> AbstractContextManager[None]:
-    """Enable autograd inside a custom operator, where the dispatcher disables it, for kernels that use it for gradients."""
+    """A context manager in which autograd records, for use inside a custom operator, where PyTorch has disabled it."""
     purpose = "a kernel's own use of autograd"
     include = _symbol(torch._C, "_dispatch_tls_local_include_set", purpose)()
     exclude = _symbol(torch._C, "_dispatch_tls_local_exclude_set", purpose)()
@@ -95,21 +106,21 @@ def autograd_below_autograd() -> AbstractContextManager[None]:
 
 
 def flash_forward(device_type: str) -> Callable[..., Any]:
-    """PyTorch's flash attention operator of a device type, "cpu" or "cuda"."""
+    """PyTorch's operator for the forward of flash attention on a device type, "cpu" or "cuda"."""
     names = {"cpu": "_scaled_dot_product_flash_attention_for_cpu", "cuda": "_flash_attention_forward"}
     operator: Callable[..., Any] = _symbol(torch.ops.aten, f"{names[device_type]}.default", "kernel='sdpa'")
     return operator
 
 
 def flash_backward(device_type: str) -> Callable[..., Any]:
-    """The backward of ``flash_forward``."""
+    """PyTorch's operator for the backward of flash attention on a device type, "cpu" or "cuda"."""
     names = {"cpu": "_scaled_dot_product_flash_attention_for_cpu_backward", "cuda": "_flash_attention_backward"}
     operator: Callable[..., Any] = _symbol(torch.ops.aten, f"{names[device_type]}.default", "kernel='sdpa'")
     return operator
 
 
 def has_cpu_gemm(dtype: torch.dtype) -> bool:
-    """Whether this CPU has native GEMM in ``dtype``, bf16 or fp16, that PyTorch uses."""
+    """Whether this CPU multiplies matrices of ``dtype`` (bf16 or fp16) natively, by instructions that PyTorch uses."""
     names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if not torch.backends.mkldnn.is_available():
         return False
@@ -137,12 +148,12 @@ def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
 
 
 def changes_in_place(x: Tensor) -> int:
-    """How often ``x`` was changed in place."""
+    """How many in-place operations have changed ``x``, as PyTorch counts them."""
     return x._version
 
 
 def base_of_view(x: Tensor) -> Tensor | None:
-    """The tensor of which ``x`` is a view; None where it is none."""
+    """The tensor of which ``x`` is a view; None if ``x`` is not a view."""
     return x._base
 
 
@@ -150,18 +161,21 @@ ZERO = "zero=2 and zero=3"
 
 
 def backward_id() -> int:
-    """The number of the backward pass that this thread is in, -1 outside of one."""
+    """The number of the backward pass that is running in this thread; -1 if none is."""
     number: int = _symbol(torch._C, "_current_graph_task_id", "the average of gradients")()
     return number
 
 
 def after_backward(callback: Callable[[], None]) -> None:
-    """Call ``callback`` once when the backward pass that this thread is in has finished."""
+    """Call ``callback`` once, when the backward pass that is running in this thread has finished."""
     _symbol(torch.autograd.Variable, "_execution_engine.queue_callback", "the average of gradients")(callback)
 
 
 def accumulates_gradient(parameter: Tensor) -> bool:
-    """Whether this backward adds to ``parameter.grad``; False under ``torch.autograd.grad``, whose engine raises instead."""
+    """Whether the backward that is running adds to ``parameter.grad``.
+
+    False if it was started by ``torch.autograd.grad``, which returns gradients instead.
+    """
     will_execute = _symbol(torch._C, "_will_engine_execute_node", "the average of gradients")
     try:
         return bool(will_execute(get_gradient_edge(parameter).node))
@@ -176,12 +190,13 @@ def fsdp_backward_is_unfinished(model: Any) -> bool:
 
 
 def fsdp_fill_unused_gradients(model: Any) -> None:
-    """Make FSDP2 count a parameter that a rank did not use as a zero gradient, instead of waiting for it."""
+    """Make FSDP2 use a gradient of zeros for a parameter that this rank did not use, where it would wait for ever."""
     _symbol(model, "set_reduce_scatter_unused_params", ZERO)(True)
 
 
 def fsdp_gathered_parameters(module: Any) -> list[Tensor]:
-    """The whole parameters that FSDP2 has put in the place of the shards of one FSDPModule, if they are gathered."""
+    """The whole parameters that FSDP2 holds in ``module``, an FSDPModule, in the place of its shards; empty if none is
+    gathered."""
     groups = _symbol(_symbol(module, "_get_fsdp_state", ZERO)(), "_fsdp_param_groups", ZERO)
     found = [getattr(parameter, "_unsharded_param", None) for group in groups for parameter in group.fsdp_params]
     return [parameter for parameter in found if parameter is not None]
@@ -221,13 +236,26 @@ def hash_store() -> Any:
 
 
 def tcp_store(host: str, port: int) -> Any:
-    """The store that the ranks of a launcher share, as a client. Its host may be gone: it is not waited for."""
+    """A client of the TCPStore at ``host`` and ``port``, which the ranks of a launcher share.
+
+    RuntimeError if nothing answers within 2 seconds, because the host may have ended.
+    """
     store = _symbol(torch.distributed, "TCPStore", "launching ranks")
     return store(host, port, is_master=False, timeout=timedelta(seconds=2))
 
 
 def meet_in_store(host: str, port: int, ranks: int, *, is_host: bool, seconds: float) -> Any:
-    """The same store once all ``ranks`` have come; RuntimeError where they have not within ``seconds``."""
+    """The TCPStore at ``host`` and ``port``, returned once all ``ranks`` have connected.
+
+    Args:
+        host, port: where the store listens.
+        ranks: how many processes connect.
+        is_host: whether this process runs the store.
+        seconds: how long to wait.
+
+    Raises:
+        RuntimeError: not all have connected within ``seconds``.
+    """
     store = _symbol(torch.distributed, "TCPStore", "launching ranks")
     return store(host, port, ranks, is_host, timeout=timedelta(seconds=seconds))
 

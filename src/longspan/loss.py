@@ -65,7 +65,7 @@ def cross_entropy(
 def mean_cross_entropy(
     logits: Float[Tensor, "*tokens vocab"], labels: Int[Tensor, "*tokens"], mesh: ParallelMesh | None, num_labels: int | None
 ) -> Float[Tensor, ""]:
-    """``cross_entropy`` without the check of the labels, for labels that ``shard_batch`` has checked already."""
+    """``cross_entropy`` without its check that labels are in the vocabulary, for labels that ``shard_batch`` has checked."""
     rows = logits.reshape(-1, logits.shape[-1])
     exact = rows if rows.dtype == torch.float64 else rows.float()
     total = F.cross_entropy(exact, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
@@ -124,12 +124,13 @@ def linear_cross_entropy(
 
 
 def mean_over_ranks(total: Tensor, wanted: Tensor, mesh: ParallelMesh | None, num_labels: int | None) -> Float[Tensor, ""]:
-    """The sum of ``total`` over the ranks of ``mesh.loss_group``, divided by the number of labels.
+    """The sum of ``total`` over the ranks of ``mesh.loss_group``, divided by the number of labels; equal on every rank.
 
     Args:
-        total: this rank's sum of losses.
-        wanted: the mask of this rank's labelled tokens.
-        num_labels: the divisor (0 counts as 1); None sums ``wanted`` over the ranks.
+        total: this rank's sum of losses, a scalar.
+        wanted: True for each of this rank's tokens that has a label.
+        mesh: the ranks; None is one device, without a sum.
+        num_labels: the divisor; 0 counts as 1. None sums ``wanted`` over the ranks.
     """
     count = wanted.sum() if num_labels is None else torch.tensor(num_labels, device=total.device)
     if mesh is not None:
@@ -152,7 +153,8 @@ def _refuse_unknown_words(targets: Tensor, vocab: int, ignore_index: int, mesh: 
 
 
 class _Terms(NamedTuple):
-    """The options that turn products with the head into logits and a loss, and the dtype of these products."""
+    """The options of ``linear_cross_entropy`` (scale, softcap, label smoothing, z-loss) and the dtype of its matrix
+    products."""
 
     scale: float
     softcap: float | None
@@ -161,7 +163,10 @@ class _Terms(NamedTuple):
     dtype: torch.dtype
 
     def logits(self, hidden_NM: Tensor, weight_WM: Tensor, bias_W: Tensor | None, buffer: "_BlockBuffer") -> Tensor:
-        """The logits of a block in fp32 (fp64 for fp64), in ``buffer``: they overwrite those of the previous block."""
+        """The logits of a block of tokens and vocabulary entries: hidden times weight plus bias, scaled and capped.
+
+        They are in fp32, or fp64 for an fp64 model, and lie in ``buffer``, where they overwrite those of the previous block.
+        """
         product_NW = torch.mm(hidden_NM, weight_WM.T, out=buffer.product(len(hidden_NM), len(weight_WM)))
         logits_NW = buffer.widened(product_NW)
         if bias_W is not None:
@@ -173,7 +178,15 @@ class _Terms(NamedTuple):
         return logits_NW
 
     def gradient(self, logits_NW: Tensor, lse_N1: Tensor, column_N: Tensor, here_N: Tensor, vocab: int) -> Tensor:
-        """The gradient of the summed loss with respect to the products with a block of the head; overwrites the logits."""
+        """The gradient of the summed loss with respect to hidden times weight plus bias, for one block; overwrites the logits.
+
+        Args:
+            logits_NW: the block's logits.
+            lse_N1: the log-sum-exp of each token's logits over the whole vocabulary.
+            column_N: the column of each token's label in the block.
+            here_N: whether the label is in the block.
+            vocab: the number of vocabulary entries, over which label smoothing spreads.
+        """
         slope = None if self.softcap is None else 1 - (logits_NW / self.softcap).square_()
         dlogits_NW = logits_NW.sub_(lse_N1).exp_()
         if self.z_loss:
@@ -187,7 +200,7 @@ class _Terms(NamedTuple):
 
 
 class _BlockBuffer:
-    """A buffer for the logits of a block that every block reuses: allocating new memory would take a fifth of the time."""
+    """Memory for the logits of one block, which every block uses again: allocating each would take a fifth of the time."""
 
     def __init__(self, hidden_RM: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> None:
         size = min(tokens, LOSS_TOKENS) * min(vocab, LOSS_WORDS)
@@ -196,22 +209,25 @@ class _BlockBuffer:
         self._widened = self._products if dtype == wide else hidden_RM.new_empty(size, dtype=wide)
 
     def product(self, tokens: int, words: int) -> Tensor:
-        """The buffer as [tokens, words] in the dtype of the products with the head."""
+        """The buffer's memory as a tensor [tokens, words] in the dtype of the matrix products. Its content is undefined."""
         return self._products[: tokens * words].view(tokens, words)
 
     def widened(self, product_NW: Tensor) -> Tensor:
-        """``product_NW`` in fp32 (fp64 for fp64)."""
+        """``product_NW`` converted to fp32, or fp64 if it is fp64; the same tensor where it has that dtype."""
         if self._widened is self._products:
             return product_NW
         return self._widened[: product_NW.numel()].view_as(product_NW).copy_(product_NW)
 
     def narrowed(self, dlogits_NW: Tensor) -> Tensor:
-        """``dlogits_NW`` in the dtype of the products with the head."""
+        """``dlogits_NW`` converted to the dtype of the matrix products; the same tensor where it has that dtype."""
         return dlogits_NW if self._widened is self._products else self.product(*dlogits_NW.shape).copy_(dlogits_NW)
 
 
 class _TiledLoss(torch.autograd.Function):
-    """The sum of the losses of the labelled rows of ``hidden``. Saves their log-sum-exp for the backward, no logits."""
+    """Autograd function: the sum of the losses of those rows of ``hidden`` that have a label.
+
+    It saves the log-sum-exp of each row for the backward, and no logits, which the backward computes again block by block.
+    """
 
     @staticmethod
     def forward(
@@ -282,19 +298,22 @@ def _blocks(vocab: int) -> list[slice]:
 
 
 def _column(wanted_N: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """The column of each token's label within a block of the vocabulary, and whether the label is in the block."""
+    """Where each token's label lies in a block of vocabulary entries: (its column, whether it is in the block).
+
+    The column of a label outside of the block is 0 or the last; it must not be used.
+    """
     column = wanted_N - words.start
     return column.clamp(0, words.stop - words.start - 1), (column >= 0) & (wanted_N < words.stop)
 
 
 def _log_sum_exp_(logits_NW: Tensor) -> Tensor:
-    """The log-sum-exp of each row, -inf for a row of -inf; overwrites the logits."""
+    """The log-sum-exp of each row of ``logits_NW``, [N]; -inf for a row of -inf. Overwrites ``logits_NW``."""
     top = logits_NW.amax(1).clamp(min=torch.finfo(logits_NW.dtype).min)
     return logits_NW.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
 
 
 def _whole(head: Tensor) -> Tensor:
-    """The whole tensor of a head that may be sharded; its gradient is averaged over the ranks."""
+    """``head`` itself or, of a DTensor, the whole tensor on every rank, whose gradient is averaged over the ranks."""
     if not isinstance(head, DTensor):
         return head
     whole: Tensor = head.full_tensor(grad_placements=[Partial("avg")] * head.device_mesh.ndim)

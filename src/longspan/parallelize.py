@@ -121,7 +121,7 @@ def unparallelize(model: Model) -> Model:
         raise ModelError("unparallelize was given a model that is not parallel; call parallelize(model, mesh) first")
     if state.gradients is None:
         raise ModelError(
-            "a model with sharded parameters cannot be made whole in place: FSDP2 does not undo it; build the model anew and "
+            "a model with sharded parameters cannot be made whole in place: FSDP2 does not undo it; build the model again and "
             "load a checkpoint of this one"
         )
     state.gradients.remove()
@@ -182,7 +182,15 @@ class _Job:
 def _options(
     model: nn.Module, mesh: ParallelMesh, fsdp: FSDPOptions, memory: MemoryOptions | AutoMemory
 ) -> tuple[FSDPOptions, MemoryOptions]:
-    """The options, with those that an ``AutoMemory`` chooses; equal on every rank. The first rank logs the reason."""
+    """The options of a ``parallelize`` call after an ``AutoMemory`` has chosen: (``fsdp``, ``MemoryOptions``).
+
+    They are equal on every rank. Given MemoryOptions, both are returned as they are. Given an AutoMemory, the ZeRO stage and
+    the memory options are those that it chooses, and the first rank logs the reason.
+
+    Raises:
+        ModelError: on every rank alike: nothing fits into the budget, the choice differs between ranks, or ``fsdp.zero`` is set
+            beside an AutoMemory.
+    """
     chosen: list[tuple[Choice, str]] = []
     itemsize = (fsdp.dtype or next((parameter.dtype for parameter in model.parameters()), torch.float32)).itemsize
 
@@ -206,7 +214,11 @@ def _options(
 
 
 def _apply_options(adapter: ModelAdapter, memory: MemoryOptions) -> list[tuple[nn.Module, Any]]:
-    """Tile, checkpoint and offload; returns each changed module with the forward that its instance had before, or None."""
+    """Tile, checkpoint and offload the model's modules as ``memory`` says, in place.
+
+    Returns:
+        Each changed module with the forward that its instance had before, or None if it had none of its own.
+    """
     blocks = adapter.blocks()
     before = [(module, vars(module).get("forward")) for module in (*adapter.token_wise(), *blocks)]
     if memory.tile_tokens is not None:
@@ -225,14 +237,19 @@ def _adapter(model: nn.Module, kernel: str | Kernel | KernelFunction) -> ModelAd
 
 
 def _name(kernel: str | Kernel | KernelFunction) -> str:
-    """The name of a kernel, which is compared between ranks."""
+    """The text by which ranks compare their kernels: the string itself, or the name of the kernel object, function or class."""
     if isinstance(kernel, str):
         return kernel
     return str(getattr(kernel, "name", getattr(kernel, "__name__", type(kernel).__name__)))
 
 
 def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
-    """Call ``look`` on every rank; raise on all ranks if it raised on one, or if the facts that it returned differ."""
+    """Call ``look`` on every rank and compare what it returns; return None if all are equal.
+
+    Raises:
+        ModelError: on every rank alike, if a value differs between ranks; the message names it.
+        LongspanError: on every rank alike, if ``look`` raised one on some rank.
+    """
     difference = first_difference(gather_or_raise(look, mesh.world_group))
     if difference is not None:
         name, first, rank, other = difference
@@ -243,7 +260,7 @@ def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
 
 
 def _refuse_options(job: _Job) -> dict[str, str]:
-    """Check the options against model and mesh; returns them as facts that must be equal on all ranks."""
+    """Raise the error of an option that the model or the mesh cannot have; otherwise return all options as text, by name."""
     if parallel_state(job.model) is not None:
         raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
     refuse_options(job.fsdp, job.model, job.mesh)
@@ -251,9 +268,11 @@ def _refuse_options(job: _Job) -> dict[str, str]:
 
 
 def _prove(job: _Job, read_alike: bool) -> dict[str, str]:
-    """Check options and model; returns the facts that must be equal on all ranks.
+    """Raise the error of an option or a model that cannot be made parallel; otherwise return what must be equal on all ranks.
 
-    The facts include a hash of every parameter, unless the ranks read them from the same source (``read_alike``).
+    Returns:
+        The options and, unless ``read_alike`` says that all ranks read their weights from the same source, the hash of each
+        parameter, as text by name.
     """
     facts = _refuse_options(job)
     job.adapter.prove(job.mesh, job.memory)
@@ -273,7 +292,7 @@ def _refuse_to_tile(modules: Sequence[nn.Module], tile_tokens: int) -> None:
 
 
 def _unread(model: nn.Module) -> UnreadWeights | None:
-    """The ``UnreadWeights`` (source of the weights) of a model on the meta device; None for a model that has its weights."""
+    """The object that will read or draw the weights of a model on the meta device; None for a model that has its weights."""
     waiting: UnreadWeights | None = vars(model).get(UNREAD)
     if waiting is None and hasattr(model, "initialize") and any(parameter.is_meta for parameter in model.parameters()):
         return SeededWeights()
@@ -281,7 +300,7 @@ def _unread(model: nn.Module) -> UnreadWeights | None:
 
 
 def _read(job: _Job, unread: UnreadWeights) -> None:
-    """Shard a model that has no weights yet, then let each rank read its own shards."""
+    """Shard a model on the meta device if ``job`` asks for it, then fill each rank's part with its weights by ``unread``."""
     vars(job.model).pop(UNREAD, None)
     if job.fsdp.zero:
         shard_parameters(job.model, job.adapter.blocks(), job.mesh, job.fsdp)
@@ -289,7 +308,11 @@ def _read(job: _Job, unread: UnreadWeights) -> None:
 
 
 def _fingerprints(model: nn.Module) -> dict[str, str]:
-    """Every parameter and buffer by name: shape, dtype, whether it is trained, and a hash of its content."""
+    """For every parameter and buffer, by name, a text of its shape, dtype, whether it is trained, and a hash of its content.
+
+    Raises:
+        ModelError: a parameter is sharded already, or on the meta device.
+    """
     held = [*model.named_parameters(), *model.named_buffers()]
     return {name: f"{list(t.shape)} {t.dtype} trained={t.requires_grad} {_hash(t)}" for name, t in held}
 

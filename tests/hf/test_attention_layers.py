@@ -47,7 +47,7 @@ def test_chunks_that_each_document_counts_anew_are_refused_only_where_documents_
     left = {"input_ids": IDS, "attention_mask": (torch.arange(23) > 3).long().unsqueeze(0)}
     packed = {"input_ids": IDS, "position_ids": (torch.arange(23) % 12).unsqueeze(0)}
     for batch in (left, packed):
-        with pytest.raises(ModelError, match=r"self_attn' counts its chunks anew .* one document a row, padded on the right"):
+        with pytest.raises(ModelError, match=r"self_attn' restarts its chunks .* one document a row, padded on the right"):
             model(**shard_batch(batch, mesh))
 
 

@@ -24,7 +24,7 @@ LOADERS_HINT = (
 
 
 class StepFacts(NamedTuple):
-    """What a rank brings to the agreement on a step, of all its micro-batches; each is a column of the all-reduce."""
+    """What one rank reports about its micro-batches of a step: integers, which one all-reduce gives to every rank."""
 
     failed: int
     micro_batches: int
@@ -45,7 +45,7 @@ class StepFacts(NamedTuple):
 
     @property
     def content(self) -> tuple[int, ...]:
-        """What is equal on the ranks of a sequence; of other facts, a loader that reads its own tokens knows its part only."""
+        """The facts that must be equal on all ranks of a sequence, because these ranks must be given the same whole batch."""
         return self.micro_batches, self.rows, self.tokens, self.num_labels, self.digest
 
 
@@ -53,16 +53,17 @@ def sync_batches(parts: Sequence[Part], mesh: ParallelMesh, *, error: LongspanEr
     """Complete the parts of one step with what all micro-batches and replicas hold, by one small all-reduce.
 
     Args:
-        parts: what ``shard_local`` returned on this rank. A rank whose data has ended passes none; then no other may have any.
+        parts: what ``shard_local`` returned on this rank, one for each micro-batch. A rank whose data has ended passes an empty
+            list, and is refused unless every rank does.
         mesh: the ranks; every one of them calls it once a step.
-        error: what kept this rank from making its parts. Every rank raises the first rank's error.
+        error: the error that kept this rank from making its parts, if any. Every rank then raises the first such rank's error.
 
     Returns:
         The parts, with the fields of their BatchInfo that are "by agreement" completed.
 
     Raises:
-        BatchError: on every rank alike, where the ranks of a sequence were given different batches, or ranks different
-            numbers of micro-batches.
+        BatchError: on every rank alike, where the ranks of a sequence were given different batches, or ranks different numbers
+            of micro-batches.
         LostRankError: where another rank has ended or does not call it, as a replica does whose loader ended earlier.
     """
     infos: list[BatchInfo] = [part["longspan"] for part in parts]
@@ -98,7 +99,7 @@ def _facts(infos: Sequence[BatchInfo]) -> StepFacts:
 
 
 def _agreed(info: BatchInfo, most: StepFacts, num_labels: int) -> BatchInfo:
-    """``info`` completed with the largest of each fact over all ranks."""
+    """A copy of ``info`` with ``num_labels`` and, for every field that ``sync_batches`` completes, the value of ``most``."""
     target = info.target and replace(
         info.target,
         largest_token_or_label=most.target_largest_token_or_label,

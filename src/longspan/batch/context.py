@@ -41,7 +41,7 @@ class BatchInfo:
     documents: tuple[Documents, ...] | None
     """For each row the documents that the batch gives by ``cu_seq_lens_q`` or ``seq_idx``, valid in every layer; None: none."""
     restarts: tuple[Documents, ...] | None
-    """For each row the documents between which the caller's ``position_ids`` begin anew; None: they never do."""
+    """For each row the documents between which the caller's ``position_ids`` restart; None: they never do."""
     positions_counted: bool
     """Whether the batch came without ``position_ids``, so that those of the part are counted by ``shard_local``."""
     last_position: int
@@ -76,7 +76,8 @@ class BatchInfo:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the batch adds nothing to a layer's own mask: no ``mask=``, padding or documents, also in ``target``."""
+        """Whether the batch has no ``mask=``, padding or documents, also in ``target``, so that each layer's own mask holds as
+        it is."""
         plain = (self.mask, self.padding, self.documents, self.restarts) == (None,) * 4
         return plain and (self.target is None or self.target.is_plain)
 
@@ -121,7 +122,9 @@ class BatchInfo:
 
 
 def within(mask: Mask, own: Mask) -> Mask:
-    """``mask & own``: a token sees what both the step's ``mask`` and a layer's ``own`` mask show, so a layer's window is kept.
+    """The mask ``mask & own``: a token sees what both the step's ``mask`` and a layer's ``own`` mask show it.
+
+    So a layer's window is kept in a step with a mask of its own.
 
     Raises:
         MaskError: ``mask`` is built to show later tokens (Full, PrefixLM) and ``own`` hides them; the result would hide them.

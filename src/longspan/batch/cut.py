@@ -43,7 +43,10 @@ def cut_row(
     mask: Mask | Sequence[Mask] | None,
     dims: Mapping[str, int],
 ) -> Part:
-    """This rank's part of a batch with one row of tokens; arguments and errors are those of ``shard_local``."""
+    """The tensors of a batch with one row of tokens (no encoder-decoder), cut to the tokens of the rank at ``coordinate``.
+
+    Arguments, result and errors are those of ``longspan.shard_local``.
+    """
     shaped, rows, tokens = _row_shape(batch, dims)
     if "labels" not in dims:
         refuse_unfit_labels(batch.get("labels"), rows, tokens)
@@ -89,7 +92,11 @@ def cut_row(
 
 
 def _row_shape(batch: Mapping[str, Any], dims: Mapping[str, int]) -> tuple[Tensor, int, int]:
-    """A tensor of the batch that has the tokens, the number of rows, and the tokens of a row."""
+    """(A tensor of the batch that has the row's tokens, the number of rows, the number of tokens in a row).
+
+    Raises:
+        BatchError: no tensor is known to have the tokens, or a row has none.
+    """
     ids = batch.get("input_ids", batch.get("inputs_embeds"))
     known = {name: dim for name, dim in dims.items() if isinstance(batch.get(name), Tensor) and batch[name].ndim > dim}
     if isinstance(ids, Tensor) and ids.ndim > 1:
@@ -110,17 +117,17 @@ def _row_shape(batch: Mapping[str, Any], dims: Mapping[str, int]) -> tuple[Tenso
 
 
 def take(x: Num[Tensor, "*whole"], runs: Runs, dim: int) -> Num[Tensor, "*part"]:
-    """The positions ``runs`` of ``x`` along ``dim``, contiguous in memory."""
+    """The positions ``runs`` (ranges) of ``x`` along ``dim``, one range after the other, as a new contiguous tensor."""
     return torch.cat([x.narrow(dim, run.start, len(run)) for run in runs], dim)
 
 
 def content_hash(data: bytes) -> int:
-    """56 bits of a hash, which fit into an int64 of the step's all-reduce."""
+    """A hash of ``data`` as an integer of 56 bits, small enough for the int64 in which ranks compare it."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "big")
 
 
 def _counted_positions(mask: Mask | tuple[Mask, ...] | None, rows: int, tokens: int) -> Tensor:
-    """0, 1, 2, ... [rows, tokens], from 0 again in each document that the mask keeps apart."""
+    """Positions 0, 1, 2, ... of each token, [rows, tokens]; they restart at 0 in each document that ``mask`` separates."""
     counted = torch.arange(tokens).expand(rows, tokens)
     each = mask if isinstance(mask, tuple) else (mask,) * rows
     packed = [masks.documents_of(one) for one in each]

@@ -22,12 +22,23 @@ from longspan.masks.constructors import Mask
 
 
 def shift_right(labels: Int[Tensor, "batch tokens"], start: int | None, padding: int | None) -> Int[Tensor, "batch tokens"]:
-    """What an encoder-decoder's decoder is given to predict ``labels``: ``start``, then all but the last, -100 as padding.
+    """The decoder's input ids with which an encoder-decoder learns to predict ``labels``.
 
-    ``start`` and ``padding`` are the model's ``config.decoder_start_token_id`` and ``config.pad_token_id``. Made of the whole
-    row, before the cut: ``shard_batch({"input_ids": ..., "decoder_input_ids": ..., "labels": labels}, mesh, shift=False)``.
-    Equals ``model.prepare_decoder_input_ids_from_labels(labels)`` of BART, Marian, Pegasus and T5; models that begin otherwise
-    (mBART and PLBart: with the language, which stands last) say so there. Raises BatchError where either is None.
+    They are ``start`` followed by all labels but the last, with ``padding`` in the place of -100: what
+    ``model.prepare_decoder_input_ids_from_labels(labels)`` returns in BART, Marian, Pegasus and T5. Models whose decoder input
+    starts with a language id (mBART, PLBart) have another rule; call their method instead. Call it on whole rows, before the
+    cut: ``shard_batch({"input_ids": ..., "decoder_input_ids": ..., "labels": labels}, mesh, shift=False)``.
+
+    Args:
+        labels: the labels of whole rows.
+        start: the model's ``config.decoder_start_token_id``.
+        padding: the model's ``config.pad_token_id``.
+
+    Returns:
+        A new tensor of the shape of ``labels``.
+
+    Raises:
+        BatchError: ``start`` or ``padding`` is None.
     """
     if start is None or padding is None:
         raise BatchError(
@@ -39,7 +50,7 @@ def shift_right(labels: Int[Tensor, "batch tokens"], start: int | None, padding:
 
 
 def has_two_rows(batch: Mapping[str, Any]) -> bool:
-    """Whether the batch has tokens of a decoder beside those of an encoder."""
+    """Whether the batch is one of an encoder-decoder: it has ``decoder_input_ids`` or ``decoder_inputs_embeds``."""
     return any(name in batch for name in (f"{TARGET}input_ids", f"{TARGET}inputs_embeds"))
 
 
@@ -51,9 +62,10 @@ def cut_pair(
     mask: Mask | Sequence[Mask] | None,
     dims: Mapping[str, int],
 ) -> Part:
-    """The batch of an encoder-decoder: the decoder's tensors and labels by their own length, all else by the encoder's.
+    """The tensors of an encoder-decoder's batch, cut to the tokens of the rank at ``coordinate``.
 
-    Arguments and errors are those of ``shard_local``.
+    Labels and tensors named ``decoder_...`` are cut by the length of the decoder's rows, all others by that of the encoder's.
+    Arguments, result and errors are those of ``longspan.shard_local``; a mask, documents and ``shift=True`` are refused.
     """
     if shift and "labels" in batch:
         raise BatchError(

@@ -24,7 +24,10 @@ IGNORE = -100
 
 
 def refuse_unfit_labels(labels: Any, rows: int, tokens: int) -> None:
-    """Raise BatchError for labels that are neither an integer for each token nor a value (or a vector) for each row."""
+    """Raise BatchError if ``labels`` have neither an integer for each token nor a value (or a vector) for each row.
+
+    Otherwise, and where ``labels`` is None, return None.
+    """
     if labels is None:
         return
     if not isinstance(labels, Tensor):
@@ -52,7 +55,11 @@ def refuse_unfit_labels(labels: Any, rows: int, tokens: int) -> None:
 
 
 def learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) -> Tensor | None:
-    """The labels that the loss will see, on the whole row; adds ``shift_labels`` to the batch where they are shifted."""
+    """The labels [rows, tokens] that the loss compares with each token's logits, of the whole rows.
+
+    With ``shift``, they are the labels of the following tokens, and are added to ``whole`` in place as ``shift_labels``. None
+    if ``whole`` has no label for each token.
+    """
     labels = whole.get("labels")
     if not isinstance(labels, Tensor) or labels.shape != (rows, tokens):
         return None
@@ -62,10 +69,14 @@ def learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) -
 
 
 def largest_ids(batch: Mapping[str, Any], learned: Tensor | None) -> tuple[int, int]:
-    """The largest token or label of the whole rows, and the largest label; -1 where there is none.
+    """(The largest id among tokens and labels, the largest label) of whole rows; -1 where there is none.
+
+    Args:
+        batch: the whole batch, whose ``input_ids`` are read.
+        learned: the labels that the loss compares with the logits; -100 is not counted.
 
     Raises:
-        BatchError: for a negative one.
+        BatchError: an id or a label other than -100 is negative.
     """
     labels = None if learned is None else learned[learned != IGNORE]
     found = {"input_ids": -1, "labels": -1}
@@ -78,7 +89,17 @@ def largest_ids(batch: Mapping[str, Any], learned: Tensor | None) -> tuple[int, 
 
 
 def refuse_blind_labels(learned: Tensor | None, step: BatchInfo, shift: bool) -> None:
-    """Raise BatchError for a label of a token that sees nothing, and MaskError for a mask of another length."""
+    """Raise BatchError if a token that has a label sees no token at all, not even itself; otherwise return None.
+
+    Args:
+        learned: the labels that the loss compares with the logits; None if there are none.
+        step: describes the mask, padding and documents of the batch.
+        shift: whether labels were shifted; the message names the place of the label before that.
+
+    Raises:
+        BatchError: as above.
+        MaskError: the batch's mask is made for another number of tokens.
+    """
     if step.mask is None and step.padding is None and step.documents is None:
         return
     bands = masks.rows(step.mask_for(Full()), step.rows, step.tokens, step.tokens)

@@ -1,7 +1,7 @@
 """What a batch says of its rows beside tokens: where padding is, where documents begin.
 
     attention_mask   0 0 1 1 1 1     ->   Span(2, 6)            the run of tokens that are real
-    position_ids     0 1 2 0 1 2     ->   Documents([3, 3])     positions begin anew: another document to most decoders
+    position_ids     0 1 2 0 1 2     ->   Documents([3, 3])     a restart begins another document for most decoders
     cu_seq_lens_q    0 3 6           ->   Documents([3, 3])     to every layer, as kernels of varying lengths take it
     seq_idx          0 0 0 1 1 1     ->   the same
 
@@ -76,15 +76,17 @@ def documents_by_position(position_ids: Tensor | None, rows: int, tokens: int) -
 def restarts_beside_mask(
     padding: tuple[Span, ...] | None, position_ids: Tensor | None, rows: int, tokens: int
 ) -> tuple[Documents, ...] | None:
-    """For each row the documents before which ``position_ids`` go back; None where they do in no row.
+    """For each row of a batch with an ``attention_mask`` its packed documents: one begins where ``position_ids`` decrease.
 
-    Beside an ``attention_mask`` positions may leave numbers out (a model then sees across the gap, as it does on one device),
-    and padding may have any.
+    A position that skips numbers does not begin a document: the model sees across such a gap on one device too.
 
     Args:
-        padding: what ``padding_of`` found; positions of padding are not looked at.
-        position_ids: as in ``documents_by_position``.
-        rows, tokens: of the batch.
+        padding: for each row the tokens that are not padding; the positions of padding are not looked at. None is no padding.
+        position_ids: [rows, tokens] or [1, tokens], or None.
+        rows, tokens: the shape of the batch.
+
+    Returns:
+        The documents of each row; None if no row has more than one, or if ``position_ids`` have another shape.
     """
     if position_ids is None:
         return None
@@ -120,14 +122,19 @@ def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Docu
     if documents is None or documents_by_position(batch.get("position_ids"), rows, tokens) not in (None, documents):
         names = ", ".join(name for name in VARLEN if name in batch)
         raise BatchError(
-            f"{names} and position_ids that begin anew must say the same beginnings of documents in one row, from 0 to its "
+            f"{names} and position_ids that restart must say the same beginnings of documents in one row, from 0 to its "
             f"{tokens} tokens; say anything else by shard_batch(batch, mesh, mask=...)"
         )
     return documents
 
 
 def _starts(name: str, value: Any) -> list[int]:
-    """The index at which each non-empty document begins, and the number of tokens as last entry; [-1] for an invalid value."""
+    """The index at which each document that is not empty begins, then the number of tokens; [-1] if ``value`` is invalid.
+
+    Args:
+        name: ``cu_seq_lens_q``, ``cu_seq_lens_k`` or ``seq_idx``.
+        value: the tensor that the batch has under this name.
+    """
     if not isinstance(value, Tensor) or not value.numel():
         return [-1]
     if name == "seq_idx":

@@ -113,22 +113,42 @@ def shard_local(
     mask: Mask | Sequence[Mask] | None = None,
     dims: Mapping[str, int] | None = None,
 ) -> Part:
-    """The tensors of ``batch`` [batch, tokens, ...] cut to the tokens of the rank at ``coordinate``.
+    """The tensors of ``batch`` [batch, tokens, ...] cut to the tokens of the rank at ``coordinate``, without other ranks.
 
-    Computed without other ranks, so that a worker of a DataLoader may call it.
+    A worker of a DataLoader may call it, because it needs no communication. Before training, ``sync_batches`` completes the
+    BatchInfo, whose ``num_labels`` counts this batch alone until then.
 
-    Adds ``position_ids`` (global) where there are none, and with ``shift`` the ``shift_labels``: labels shifted on the whole
-    row, then cut. ``BatchInfo.num_labels`` counts this batch alone until ``sync_batches``.
+    Args:
+        batch: tensors of whole rows by name.
+        coordinate: the place of a rank in the mesh (``mesh.coordinate``).
+        shift, mask, dims: as in ``shard_batch``.
+
+    Returns:
+        The cut tensors and, under ``longspan``, the BatchInfo. ``position_ids`` in the whole row are added where there are
+        none, and with ``shift`` the ``shift_labels``: labels shifted on the whole row, then cut.
+
+    Raises:
+        BatchError: the batch cannot be cut.
+        MaskError: a mask has another length.
     """
     cut = cut_pair if has_two_rows(batch) else cut_row
     return cut(batch, coordinate, shift=shift, mask=mask, dims=dims or {})
 
 
 def unshard(tensor: Num[Tensor, "*part"], mesh: ParallelMesh, dim: int = 1, tokens: int | None = None) -> Num[Tensor, "*whole"]:
-    """Every rank's tokens of its sequence along ``dim``, in the order of the whole row; the inverse of the cut.
+    """The whole row, put together on every rank from the tokens that each rank of the sequence holds along ``dim``.
 
-    ``tokens`` is the whole length (``BatchInfo.tokens``); without it every rank must hold equally many. Differentiable: the
-    gradient of a rank's part is the sum of what all ranks ask of it.
+    It is the inverse of the cut by ``shard_batch``, and differentiable: the gradient of a rank's part is the sum, over all
+    ranks of the sequence, of the gradients of the tokens that are in it.
+
+    Args:
+        tensor: this rank's tokens.
+        mesh: the ranks; all ranks of a sequence call it.
+        dim: the dim of tokens.
+        tokens: tokens of the whole row (``BatchInfo.tokens``). None: every rank has equally many.
+
+    Returns:
+        A tensor with the whole row along ``dim``, in the row's order.
     """
     coordinate = mesh.coordinate
     sequence = coordinate.sequence_ranks

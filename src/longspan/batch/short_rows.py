@@ -17,19 +17,19 @@ from longspan.masks.constructors import And, Bands, BlockSparse, Documents, Mask
 
 
 def lengthen(x: Num[Tensor, "*whole"], dim: int, count: int, fill: int) -> Num[Tensor, "*longer"]:
-    """``x`` with ``count`` tokens of the value ``fill`` behind its last along ``dim``."""
+    """A copy of ``x`` with ``count`` tokens appended along ``dim``, each element of which is ``fill``."""
     shape = [*x.shape]
     shape[dim] = count
     return torch.cat([x, x.new_full(shape, fill)], dim)
 
 
 def lengthen_info(info: BatchInfo, positions: Runs, count: int) -> BatchInfo:
-    """The BatchInfo of the lengthened rows.
+    """A copy of ``info`` for rows to which padding was appended: length, positions, mask and documents include the padding.
 
     Args:
-        info: of the rows as they were given.
-        positions: this rank's positions in the lengthened row.
-        count: tokens of padding behind each row.
+        info: describes the rows without the appended padding.
+        positions: this rank's positions in the longer row.
+        count: tokens of padding appended to each row.
     """
 
     def longer(rows: tuple[Documents, ...] | None) -> tuple[Documents, ...] | None:
@@ -53,7 +53,11 @@ def lengthen_info(info: BatchInfo, positions: Runs, count: int) -> BatchInfo:
 
 
 def lengthen_mask(mask: Mask, tokens: int, count: int) -> Mask:
-    """``mask``, with those of its parts that hold for exactly ``tokens`` tokens made to hold for ``count`` more."""
+    """A mask that hides and shows the same as ``mask`` in a row to which ``count`` tokens are appended.
+
+    A mask that is made for rows of exactly ``tokens`` tokens (documents, blocks) becomes one for ``tokens + count``; a mask
+    that fits rows of any length is returned as it is.
+    """
     if isinstance(mask, And | Or):
         return type(mask)(lengthen_mask(mask.left, tokens, count), lengthen_mask(mask.right, tokens, count))
     if isinstance(mask, Documents) and mask.key_lengths is None:

@@ -104,7 +104,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
     try:
         load_tensors(tensors, checkpoint_id=path)
     except (CheckpointException, RuntimeError) as error:
-        raise RunError(f"the checkpoint {path} cannot be read: {_cause(error)}; use another one, or start anew") from error
+        raise RunError(f"the checkpoint {path} cannot be read: {_cause(error)}; use another one, or start a new run") from error
     set_model_state_dict(model, tensors["model"])
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"])

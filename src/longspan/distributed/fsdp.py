@@ -115,7 +115,7 @@ def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
     if not within_a_backward and _compat.fsdp_backward_is_unfinished(model):
         raise ModelError(
             "an earlier backward of this model failed: FSDP2 would no longer form the mean of the gradients, and an optimizer "
-            "would train nothing; build the model anew and load a checkpoint, or use zero=0"
+            "would train nothing; build the model again and load a checkpoint, or use zero=0"
         )
 
 

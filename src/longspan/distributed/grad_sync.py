@@ -62,7 +62,7 @@ class MeanGradients:
     def __deepcopy__(self, memo: dict[int, object]) -> "MeanGradients":
         raise ModelError(
             "a parallel model cannot be copied: the gradients of the copy would not be averaged; copy it before parallelize, "
-            "or copy its state_dict into a model that was built anew"
+            "or copy its state_dict into a model that was built again"
         )
 
     def remove(self) -> None:

@@ -46,7 +46,7 @@ class Layer(NamedTuple):
         over: the row or rows of tokens: ``SOURCE``, ``TARGET`` or ``ACROSS``.
         recipe: how it computes attention in its own code; None if it calls Transformers' registry.
         handed: whether the model passes the keyword ``longspan`` (the BatchInfo) on to the registered attention.
-        anew: whether its chunks are counted from the start of each document and from behind padding on the left.
+        per_document: whether its chunks are counted from the start of each document and from behind padding on the left.
     """
 
     own: Mask
@@ -56,7 +56,7 @@ class Layer(NamedTuple):
     over: str
     recipe: Recipe | None
     handed: bool
-    anew: bool
+    per_document: bool
 
     @property
     def crosses(self) -> bool:
@@ -72,9 +72,9 @@ class Layer(NamedTuple):
     def refuse_mask(self, row: BatchInfo) -> None:
         """Raise MaskError or ModelError if the mask, padding or documents of ``row`` cannot be combined with this layer's."""
         begins = row.padding is not None and any(real.start > 0 for real in row.padding)
-        if self.anew and (begins or row.mask is not None or row.documents is not None or row.restarts is not None):
+        if self.per_document and (begins or row.mask is not None or row.documents is not None or row.restarts is not None):
             raise ModelError(
-                f"{self.name} counts its chunks anew in each packed document and behind padding on the left, which is not "
+                f"{self.name} restarts its chunks in each packed document and behind padding on the left, which is not "
                 f"supported; pass one document a row, padded on the right"
             )
         row.mask_for(self.own, restarts=self.packs)
@@ -117,7 +117,7 @@ class AttentionLayers:
         step = kwargs.get("longspan")
         if step is None or step.is_plain:
             return
-        for layer in {(layer.own, layer.packs, layer.over, layer.anew): layer for _, layer in self.layers}.values():
+        for layer in {(layer.own, layer.packs, layer.over, layer.per_document): layer for _, layer in self.layers}.values():
             if not layer.crosses:
                 layer.refuse_mask(layer.row(step))
 

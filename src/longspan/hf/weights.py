@@ -179,7 +179,9 @@ class FolderWeights:
         try:
             load_tensors(wanted, storage_reader=HuggingFaceStorageReader(str(self.folder)))
         except CheckpointException as error:
-            raise ModelError(f"the weights in '{self.folder}' cannot be read: {_cause(error)}; copy the folder anew") from error
+            raise ModelError(
+                f"the weights in '{self.folder}' cannot be read: {_cause(error)}; copy the folder again"
+            ) from error
         # What the files held is marked as Transformers' own loading marks it; the rest, its class knows how to compute.
         lacking = {name for name, _ in model.named_buffers()} - state.keys()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -352,7 +354,7 @@ def _peek(files: list[Path]) -> dict[str, Stored]:
                     content = first.contiguous().flatten().view(torch.uint8).numpy().tobytes()
                     stored[name] = Stored(shape, view.get_dtype(), _hash(content))
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"the weights '{file}' cannot be read: {error}; copy the folder anew") from error
+            raise ModelError(f"the weights '{file}' cannot be read: {error}; copy the folder again") from error
     return stored
 
 

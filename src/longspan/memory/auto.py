@@ -98,10 +98,9 @@ def fastest_that_fits(
     sharded: bool = False,
     fsdp_ranks: int | None = None,
 ) -> Choice:
-    """The first (zero, MemoryOptions) of a list ordered from fastest to slowest whose estimated peak is at most ``budget``
-    bytes.
+    """The first of a list of settings, ordered from fastest to slowest, whose estimated peak memory is within ``budget``.
 
-    The peak is a closed form (planner/memory.py), nothing is measured. If none fits, the one with the smallest estimated peak.
+    A setting is a ZeRO stage with MemoryOptions. Its peak is computed from the sizes (planner/memory.py); nothing is measured.
 
     Args:
         sizes: sizes of the decoder.
@@ -111,6 +110,9 @@ def fastest_that_fits(
         budget: bytes of one rank.
         whole_logits: whether the model's own loss forms all logits at once (Transformers) unless ``chunked_loss`` is set.
         itemsize, sharded, fsdp_ranks: as in ``choose``.
+
+    Returns:
+        The setting and its estimated memory; if none fits, the one with the smallest estimated peak.
     """
     choices = []
     for zero, options in _in_order_of_time(sizes, ranks, whole_logits, sharded):
@@ -127,7 +129,14 @@ def fastest_that_fits(
 
 
 def _in_order_of_time(sizes: Sizes, ranks: int, whole_logits: bool, sharded: bool) -> list[tuple[int, MemoryOptions]]:
-    """The (zero, MemoryOptions) that are tried, from fastest to slowest; arguments as in ``fastest_that_fits``."""
+    """The settings (ZeRO stage, MemoryOptions) that are tried, from fastest to slowest.
+
+    Args:
+        sizes: sizes of the decoder; two head chunks are tried only if the heads allow it.
+        ranks: ranks that hold a row.
+        whole_logits: whether to try ``chunked_loss``.
+        sharded: leave out zero=0.
+    """
     tiles = MemoryOptions(tile_tokens=TILE_TOKENS, chunked_loss=whole_logits)
     selective = replace(tiles, recompute="selective")
     tried = [(0, MemoryOptions()), (0, tiles), (2, tiles), (0, selective), (2, selective), (3, selective)]
@@ -139,10 +148,10 @@ def _in_order_of_time(sizes: Sizes, ranks: int, whole_logits: bool, sharded: boo
 
 
 def _sizes(model: nn.Module, config: Any) -> Sizes:
-    """The sizes of a Transformers model, read from its config.
+    """The sizes of a Transformers model, read from ``config``, its config.
 
     Raises:
-        ModelError: the config lacks one of them.
+        ModelError: the config lacks one of them; the message names it and the class of ``model``.
     """
     text = None if config is None else config.get_text_config()
     found: dict[str, Any] = {name: getattr(text, theirs, None) for name, theirs in THEIR_NAMES.items()}

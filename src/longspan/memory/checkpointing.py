@@ -33,10 +33,10 @@ from longspan.memory.options import Recompute
 
 
 def selective_context() -> tuple[Any, Any]:
-    """The ``context_fn`` for ``torch.utils.checkpoint.checkpoint`` that saves the results of ``attend(recomputable=True)``.
+    """The ``context_fn`` of ``torch.utils.checkpoint.checkpoint`` with which attention is saved and all else recomputed.
 
-    Everything else in the checkpoint is computed again in the backward, also a plain ``attend`` with its exchanges. Gradients
-    are the same as without a checkpoint.
+    Saved are the results of ``attend(recomputable=True)``. Everything else in the checkpoint is computed again in the backward,
+    also a plain ``attend`` with its all-to-alls. Gradients are the same as without a checkpoint.
 
     Returns:
         The two contexts of ``create_selective_checkpoint_contexts``: for the forward and for the recomputation.
@@ -48,7 +48,7 @@ def selective_context() -> tuple[Any, Any]:
 def checkpoint_block(block: nn.Module, recompute: Recompute) -> None:
     """Change ``block`` in place so that its forward saves only its inputs and its backward computes it again.
 
-    ``vars(block).pop("forward")`` undoes it.
+    It replaces ``block.forward`` on the instance, so ``vars(block).pop("forward")`` undoes it.
 
     Args:
         block: a module whose result is the same when it is computed again.

@@ -22,9 +22,9 @@ OFFLOAD_BYTES = 2**20
 
 
 def offload_activations(block: nn.Module) -> None:
-    """Change ``block`` in place so that the tensors it saves for its backward are kept in host memory.
+    """Change ``block`` in place so that the tensors that its forward saves for the backward are kept in host memory.
 
-    Parameters stay on the device. ``vars(block).pop("forward")`` undoes it.
+    Parameters stay on the device. It replaces ``block.forward`` on the instance, so ``vars(block).pop("forward")`` undoes it.
 
     Args:
         block: a module whose backward does not directly follow its forward; the last block of a model gains nothing.
@@ -58,7 +58,7 @@ def _forward_offloaded(block: nn.Module, forward: Callable[..., Any], *args: Any
 
 
 class _HostCopy:
-    """A copy of a tensor in host memory; ``restore`` copies it back to the device of the original."""
+    """A copy of a tensor in host memory, made at once; ``restore`` copies it back to the device of the original."""
 
     def __init__(self, x: Tensor) -> None:
         self.device = x.device
@@ -73,7 +73,7 @@ class _HostCopy:
         x.record_stream(copying)  # its memory may be reused only after the copy has read it
 
     def restore(self) -> Tensor:
-        """A copy of the tensor on its original device; on CUDA the current stream waits for the copy."""
+        """A new copy of the tensor on the device of the original. On CUDA, operators called after it wait for its content."""
         if self.device.type != "cuda":
             return self.host.to(self.device)
         now, copying = torch.cuda.current_stream(self.device), _copy_stream(self.device)
@@ -86,5 +86,5 @@ class _HostCopy:
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The CUDA stream of a device on which host copies run, so that they overlap with kernels; always the same one."""
+    """The CUDA stream on which copies between ``device`` and host memory run beside the kernels; the same one at every call."""
     return torch.cuda.Stream(device)

@@ -49,8 +49,10 @@ class MemoryOptions:
 class AutoMemory:
     """A memory budget from which ``parallelize`` chooses ``zero`` and ``MemoryOptions``: the fastest that fit.
 
+    ``parallelize`` raises ModelError if nothing fits.
+
     Raises:
-        ModelError: the budget or the length is not positive. ``parallelize`` raises it if nothing fits into the budget.
+        ModelError: the budget or the length is not positive.
     """
 
     budget_gib: float

@@ -66,14 +66,14 @@ NOISE = (b"SyncActivityProfilerHandler.cpp", b"Memory block of unknown size was 
 
 
 class Mark(NamedTuple):
-    """A phase of the step begins, in nanoseconds of the profiler's clock."""
+    """The time at which a phase of the step begins: ``when`` in nanoseconds of the profiler's clock, ``phase`` its name."""
 
     when: int
     phase: str
 
 
 class Change(NamedTuple):
-    """One allocation or free: ``when`` in ns of the profiler's clock, ``size`` in bytes, negative for a free."""
+    """One allocation or free: ``when`` in nanoseconds of the profiler's clock, ``size`` in bytes, negative for a free."""
 
     when: int
     category: str
@@ -82,18 +82,24 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The memory of a step: bytes by category before it, every allocation and free in it, and where its phases begin."""
+    """The memory of a training step over time.
+
+    Args:
+        before: bytes of each category before the step.
+        changes: every allocation and free during the step, by time.
+        marks: where the phases of the step begin.
+    """
 
     before: dict[str, int]
     changes: Sequence[Change]
     marks: Sequence[Mark] = ()
 
     def peak(self) -> int:
-        """The largest number of bytes allocated at one time."""
+        """The largest number of bytes that were allocated at one time."""
         return sum(self.at_peak().values())
 
     def at_peak(self) -> dict[str, int]:
-        """The bytes of each category at the time of the peak."""
+        """The bytes of each category at the time of the largest sum."""
         now = dict(self.before)
         most, total = dict(now), sum(now.values())
         largest = total
@@ -136,7 +142,10 @@ class Timeline:
         )
 
     def _samples(self, most: int = 4_000) -> Iterator[tuple[int, dict[str, int]]]:
-        """Yield at most ``most`` points (time in ns, bytes by category): the highest of each group of consecutive changes."""
+        """Yield at most ``most`` points of the timeline, each a time in nanoseconds and the bytes of each category.
+
+        The changes are divided into groups of consecutive ones, and of each group the point with the most bytes is yielded.
+        """
         every = max(1, -(-len(self.changes) // most))
         now = dict(self.before)
         for first in range(0, len(self.changes), every):
@@ -211,10 +220,14 @@ class Recorded:
 
 
 def _allocations(events: Sequence[Any], names: tuple[str, ...]) -> Iterator[tuple[int, int, int, tuple[str, ...]]]:
-    """Yield (time in ns, address, size in bytes, names of the enclosing operators) of each allocation in a tree of profiler
-    events.
+    """Yield each allocation and free in a tree of profiler events, not sorted by time.
 
-    A size below 0 is a free. Not sorted by time.
+    Args:
+        events: the events of one level.
+        names: names of the operators that enclose them.
+
+    Yields:
+        (time in nanoseconds, address, size in bytes, names of the enclosing operators); a free has a negative size.
     """
     for event in events:
         if event.tag.name == "Allocation":
@@ -239,7 +252,11 @@ def _marks(tree: Sequence[Any]) -> list[Mark]:
 
 
 def _phases(events: Sequence[Any]) -> Iterator[tuple[int, str]]:
-    """When an operator of which phase begins; what it calls belongs to it."""
+    """Yield (time in nanoseconds, phase) for each operator at which a phase of the step may begin.
+
+    The phase is "forward", "loss", "backward" or "update", found from the operator's name. Operators called within it are not
+    looked at. The result is not sorted by time.
+    """
     for event in events:
         phase = next((phase for part, phase in PHASES if part in event.name), None)
         if phase is not None:
@@ -250,7 +267,8 @@ def _phases(events: Sequence[Any]) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def _without_noise() -> Iterator[None]:
-    """Hold back what is written to stderr, C++ included, and write it when the block ends, without the lines of ``NOISE``."""
+    """While the block runs, keep stderr back, also of C++ code; when it ends, write what came, without the lines of
+    ``NOISE``."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as held:
         stderr = os.dup(2)
@@ -272,7 +290,10 @@ def _category(names: Sequence[str]) -> str:
 
 
 def _bytes(tensors: Any) -> int:
-    """The bytes of the storages of ``tensors``, each storage counted once (tied weights share one)."""
+    """The total bytes of the storages of those of ``tensors`` that are tensors; a storage that several share counts once.
+
+    Of a DTensor, only this rank's shard counts.
+    """
     sizes = {_storage(x): _local(x).untyped_storage().nbytes() for x in tensors if isinstance(x, Tensor)}
     return sum(sizes.values())
 

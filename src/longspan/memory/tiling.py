@@ -51,7 +51,7 @@ def tiled(module: Module, tile_tokens: int) -> Module:
 
 
 def refuse_to_tile(module: nn.Module, tile_tokens: int) -> None:
-    """Raise ModelError if ``tiled(module, tile_tokens)`` would; otherwise return None and change nothing."""
+    """Raise the ModelError that ``tiled(module, tile_tokens)`` would raise; otherwise return None. Nothing is changed."""
     if tile_tokens < 1:
         raise ModelError(f"tiles of {tile_tokens} tokens are not possible; use at least 1")
     if "forward" in vars(module):
@@ -67,22 +67,29 @@ def refuse_to_tile(module: nn.Module, tile_tokens: int) -> None:
 
 
 def routes_to_experts(module: nn.Module) -> bool:
-    """Whether ``module`` or a submodule has an attribute ``experts`` or a class with "Router" in its name (mixture of
-    experts)."""
+    """Whether ``module`` contains a mixture of experts.
+
+    A module counts as one if it or a submodule has an attribute ``experts`` or a class with "Router" in its name.
+    """
     return any("Router" in type(part).__name__ or hasattr(part, "experts") for part in module.modules())
 
 
 def untiled(module: Module) -> Module:
-    """Undo ``tiled`` in place, and return the module."""
+    """Undo ``tiled`` in place: ``module`` processes all its tokens at once again. A module that is not tiled is left as it is.
+
+    Returns:
+        The module, the same object.
+    """
     vars(module).pop("forward", None)
     return module
 
 
 def tile_by_tile(run: Run, x: Tensor, tokens: int, parameters: Sequence[Tensor]) -> Tensor:
-    """Apply ``run`` to tiles of the rows of ``x`` and concatenate the results, without saving intermediate results.
+    """The results of ``run`` for each tile of the rows of ``x``, concatenated; no intermediate result of it is saved.
 
     Args:
-        run: called for each tile without a graph in the forward, and once more with a graph in the backward.
+        run: called as ``run(tile, rows, parameters)`` with ``rows`` the slice of x that the tile is; for each tile once in the
+            forward without a graph, and once more with a graph in the backward.
         x: [..., dim]; its rows are those of ``x.reshape(-1, dim)``.
         tokens: rows of a tile.
         parameters: tensors that ``run`` gets and in which the result is differentiable, as it is in ``x``.
@@ -96,7 +103,7 @@ def tile_by_tile(run: Run, x: Tensor, tokens: int, parameters: Sequence[Tensor])
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _in_tiles(run: Run, x: Tensor, tokens: int, lead: torch.Size | None, parameters: Sequence[Tensor]) -> Tensor:
-    """``tile_by_tile``, with the leading dims of the result reshaped to ``lead`` (None: one dim of all rows)."""
+    """As ``tile_by_tile``, but dim 0 of the result is reshaped to ``lead``; None leaves one dim of all rows."""
     saved, mark = _SaveInputs.apply(x, *parameters)  # type: ignore[no-untyped-call]
     out: Tensor = _Tiles.apply(run, tokens, lead, mark.grad_fn, saved, *parameters)  # type: ignore[no-untyped-call]
     return out
@@ -121,7 +128,7 @@ def _forward(module: nn.Module, tokens: int, x: Tensor, *more: Any, **named: Any
 
 
 class _Own(nn.Module):
-    """A module called by the forward of its class, which the tiled forward on the instance hides."""
+    """A module that runs ``module`` by the forward of its class, not by the tiled forward that its instance has."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -134,8 +141,8 @@ class _Own(nn.Module):
 class _SaveInputs(torch.autograd.Function):
     """Autograd function that saves x and the parameters for the backward of ``_Tiles``, before the tiles are computed.
 
-    A checkpoint stops its recomputation at the last saved tensor; with the inputs saved first, it does not compute the tiles.
-    Returns x, and an empty tensor whose grad_fn is this node (an integer x has no grad_fn).
+    A checkpoint stops its recomputation when the last saved tensor is there; with the inputs saved first, it does not compute
+    the tiles. It returns x, and an empty tensor whose ``grad_fn`` is this node, because an integer x has no ``grad_fn``.
     """
 
     @staticmethod
@@ -150,7 +157,10 @@ class _SaveInputs(torch.autograd.Function):
 
 
 class _Tiles(torch.autograd.Function):
-    """The tiles, computed without a graph; ``saved``: the node of ``_SaveInputs``, whose tensors the backward reads."""
+    """Autograd function that runs each tile without a graph, and in the backward once more with one.
+
+    Its argument ``saved`` is the autograd node of ``_SaveInputs``, whose saved tensors the backward reads.
+    """
 
     @staticmethod
     def forward(ctx: Any, run: Run, tokens: int, lead: torch.Size | None, saved: Any, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -208,7 +218,8 @@ def _autocast_of(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:
 
 
 class _Random:
-    """The state of the random number generators at a forward; within ``again`` the same numbers are drawn."""
+    """The state of the random number generators when it is made; in a block ``with again():`` the same numbers are drawn
+    again."""
 
     def __init__(self, device: torch.device) -> None:
         self.devices = [device] if device.type == "cuda" else []

@@ -30,40 +30,51 @@ class ModelAdapter(Protocol):
     """A kind of model, as ``parallelize`` uses it."""
 
     def computes_loss(self) -> bool:
-        """Whether the model's own forward gives the global loss from labels. Otherwise the caller computes it from logits."""
+        """Whether the model's forward returns the loss over the global batch when it is given labels.
+
+        False means that the caller computes the loss from the logits.
+        """
         ...
 
     def blocks(self) -> Sequence[nn.Module]:
-        """The layers, in the order in which they are computed: the units of FSDP2 and of activation checkpointing."""
+        """The layers of the model in the order of the forward. Each is sharded by FSDP2 and checkpointed as one unit."""
         ...
 
     def token_wise(self) -> Sequence[nn.Module]:
-        """Modules that process each token independently and can be tiled: feed-forwards and norms."""
+        """The modules that compute each token independently of the others and can therefore be tiled: feed-forwards and
+        norms."""
         ...
 
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Raise a LongspanError if the model cannot run so. Changes nothing, communicates nothing."""
+        """Raise a LongspanError if the model cannot run on ``mesh`` with ``memory``; return None otherwise.
+
+        The model is not changed, and nothing is communicated.
+        """
         ...
 
     def install(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Replace the model's attention and loss by those over the mesh."""
+        """Replace the model's attention and loss by those over ``mesh``, in place."""
         ...
 
     def undo(self) -> None:
-        """Remove what ``install`` changed."""
+        """Restore the attention and the loss that the model had before ``install``."""
         ...
 
 
 @runtime_checkable
 class UnreadWeights(Protocol):
-    """Where the weights of a model on the meta device come from once it is sharded: files, or a seed."""
+    """The source of the weights of a model on the meta device, from which they are read after sharding: files, or a seed."""
 
     def facts(self, model: Any) -> dict[str, str]:
-        """Facts that must be equal on all ranks, by name. Raises ModelError for weights that do not fit the model."""
+        """What must be equal on all ranks for them to read the same weights, as text by name.
+
+        Raises:
+            ModelError: the weights do not fit the model.
+        """
         ...
 
     def read_into(self, model: Any, device: torch.device) -> None:
-        """Fill the model, sharded or not, with its weights. Every rank calls it."""
+        """Move ``model``, whose parameters may be sharded, to ``device`` and fill it with its weights. Every rank calls it."""
         ...
 
 

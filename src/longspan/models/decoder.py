@@ -14,11 +14,11 @@ Everything else is token-wise, so the same code runs on a part of the tokens. In
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -31,10 +31,9 @@ from longspan.kernels.matmul import Linear, linear
 from longspan.loss import linear_cross_entropy
 from longspan.masks.constructors import Causal
 from longspan.memory.checkpointing import selective_context
+from longspan.models.rope import rope, rotate
 from longspan.planner.memory import Sizes
 
-ROTATED_TOKENS = 2_048
-"""How many tokens of a row RoPE rotates at a time, so that the fp32 temporaries are small compared with the row."""
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, S, H, D], k [B, S, K, D], v [B, S, K, D]) -> [B, S, H, D]"""
 
@@ -71,10 +70,10 @@ class DecoderConfig(Sizes):
         return self._matmul_parameters + embedding + norms
 
     def flops_per_token(self, tokens: int) -> float:
-        """Floating-point operations per token of a causal row of ``tokens`` tokens in training, forward and backward.
+        """The floating-point operations per token of one training step on a causal row of ``tokens`` tokens.
 
-        6 for each parameter of a matrix, and 12 for each dimension of each head and each visible key, of which there are
-        (tokens + 1) / 2 on average. Recomputation is not counted.
+        Forward and backward are counted, recomputation is not: 6 for each parameter of a weight matrix, and, in each layer, 12
+        for each dimension of each head and each visible key, of which there are (tokens + 1) / 2 on average.
         """
         attention = 12 * self.layers * self.heads * self.head_dim * (tokens + 1) / 2
         return 6 * self._matmul_parameters + attention
@@ -151,10 +150,10 @@ class Decoder(nn.Module):
         self.initialize(seed)
 
     def chunk_heads(self, head_chunks: int) -> None:
-        """Make every block compute its heads in ``head_chunks`` chunks (see ``Block``).
+        """Make every block compute its heads in ``head_chunks`` chunks, one after another, which saves memory (see ``Block``).
 
         Raises:
-            ModelError: the chunks would not have equally many query heads per key/value head.
+            ModelError: in some chunk, one key/value head would have more query heads than another.
         """
         chunks = chunk_rows(self.config, head_chunks)
         for block in self.blocks:
@@ -162,10 +161,11 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Initialise in place: weights from N(0, 0.02²), those of out and down scaled by 1/sqrt(2·layers), norms 1.
+        """Set all parameters in place: norms to 1, other weights drawn from N(0, 0.02²) with a generator of seed ``seed``.
 
-        Weights are drawn in fp32 on the CPU, one whole parameter at a time, so the values do not depend on dtype, device or
-        sharding.
+        The weights ``out`` and ``down``, whose results are added to the residual stream, are divided by sqrt(2·layers). Each
+        parameter is drawn whole, in fp32, on the CPU, so the values do not depend on dtype, device or sharding. Parameters on
+        the meta device are left as they are.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -187,7 +187,9 @@ class Decoder(nn.Module):
         position_ids: Int[Tensor, "rows my_tokens"] | None = None,
         longspan: BatchInfo | None = None,
     ) -> Output:
-        """Call it as ``model(**shard_batch(batch, mesh))`` on a rank, as ``model(input_ids=ids, labels=ids)`` on one device.
+        """The hidden states of this rank's tokens and, where there are labels, the mean loss over the global batch.
+
+        Call it as ``model(**shard_batch(batch, mesh))`` on a rank, as ``model(input_ids=ids, labels=ids)`` on one device.
 
         Args:
             input_ids: ids of this rank's tokens.
@@ -195,6 +197,9 @@ class Decoder(nn.Module):
             shift_labels: labels that are shifted already, as ``shard_batch`` returns them.
             position_ids: positions in the whole row (default: 0, 1, ...).
             longspan: the batch's ``BatchInfo``, from ``shard_batch``.
+
+        Returns:
+            An ``Output``, whose ``loss`` is None without labels.
 
         Raises:
             ModelError: unshifted ``labels`` with a batch that was sharded.
@@ -292,12 +297,16 @@ class FeedForward(nn.Module):
 
 
 def chunk_rows(config: DecoderConfig, head_chunks: int) -> tuple[tuple[slice, slice], ...]:
-    """The rows of the projection weights that each head chunk uses: (rows of query, rows of key and value) for each chunk.
+    """For each of ``head_chunks`` chunks of the heads, the rows of the projection weights that compute it.
 
-    Heads are split over chunks as they are over ulysses ranks.
+    Heads are split over chunks as ``distributed.layout.Heads`` splits them over ulysses ranks.
+
+    Returns:
+        For each chunk two slices: the rows of the query weight, and the rows of the key and the value weight.
 
     Raises:
-        ModelError: in some chunk, the key/value heads would be read by unequally many query heads; names the legal numbers.
+        ModelError: ``head_chunks`` is less than 1 or more than the query heads, or in some chunk one key/value head would have
+            more query heads than another; the message names the legal numbers.
     """
 
     def is_regular(chunks: int) -> bool:
@@ -318,74 +327,8 @@ def chunk_rows(config: DecoderConfig, head_chunks: int) -> tuple[tuple[slice, sl
     )
 
 
-def rope(
-    position_ids: Int[Tensor, "rows my_tokens"], head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Float[Tensor, "rows my_tokens 1 half"], Float[Tensor, "rows my_tokens 1 half"]]:
-    """The rotary tables cos and sin of each position times each frequency (RoPE, arXiv:2104.09864).
-
-    The angles are computed in fp64: at position 1,000,000 an fp32 product is off by 0.06 rad.
-
-    Args:
-        position_ids: positions in the whole row.
-        head_dim: the head dim, even.
-        theta: base of the frequencies.
-        dtype: the dtype of the model.
-
-    Returns:
-        (cos, sin) in fp32, or fp64 for an fp64 model.
-    """
-    exponent = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float64) / head_dim
-    angles = position_ids[..., None, None].double() * theta**-exponent
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return angles.cos().to(wide), angles.sin().to(wide)
-
-
-def rotate(
-    x_BSHD: Float[Tensor, "rows my_tokens heads head_dim"],
-    cos: Float[Tensor, "rows my_tokens 1 half"],
-    sin: Float[Tensor, "rows my_tokens 1 half"],
-) -> Float[Tensor, "rows my_tokens heads head_dim"]:
-    """Apply RoPE: rotate each pair (i, i + head_dim/2) of dims by its angle.
-
-    The dot product of a rotated query and key depends only on the difference of their positions.
-
-    Args:
-        x_BSHD: queries or keys.
-        cos, sin: the tables of ``rope``; the computation is in their dtype.
-
-    Returns:
-        A tensor of the shape and dtype of ``x_BSHD``, computed one tile of tokens at a time.
-    """
-    rotated: Tensor = _Rotate.apply(x_BSHD, cos, sin)  # type: ignore[no-untyped-call]
-    return rotated
-
-
-class _Rotate(torch.autograd.Function):
-    """RoPE that saves only the tables: the backward rotates the gradient by the opposite angle."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x_BSHD, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, dx_BSHD: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(dx_BSHD, cos, -sin), None, None
-
-
-def _rotated(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    rotated = torch.empty(x_BSHD.shape, dtype=x_BSHD.dtype, device=x_BSHD.device)
-    tiles = (x.split(ROTATED_TOKENS, 1) for x in (x_BSHD, rotated, cos, sin))
-    for x, out, tile_cos, tile_sin in zip(*tiles):
-        (first, second), half = x.to(cos.dtype).chunk(2, dim=-1), x.shape[-1] // 2
-        out[..., :half] = first * tile_cos - second * tile_sin
-        out[..., half:] = second * tile_cos + first * tile_sin
-    return rotated
-
-
 def _shard(whole: Tensor, like: DTensor) -> DTensor:
-    """This rank's shard of a tensor that every rank has whole, placed as ``like``."""
+    """This rank's shard of ``whole``, a tensor that every rank has, with the device mesh and placements of ``like``."""
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 

@@ -29,7 +29,12 @@ NEEDED = ("attention", "cross_entropy", "blocks", "config")
 
 
 class DecoderAdapter:
-    """The ``ModelAdapter`` of a model with ``attention``, ``cross_entropy``, ``blocks`` and ``config`` as attributes."""
+    """The ``ModelAdapter`` of a model with ``attention``, ``cross_entropy``, ``blocks`` and ``config`` as attributes.
+
+    Args:
+        model: the model, such as the Decoder.
+        kernel: the attention kernel, as ``attend(kernel=)`` takes it.
+    """
 
     def __init__(self, model: Any, kernel: str | Kernel | KernelFunction) -> None:
         self.model, self.kernel = model, kernel
@@ -45,7 +50,14 @@ class DecoderAdapter:
         return [module for module in self.model.modules() if type(module) in (FeedForward, nn.RMSNorm)]
 
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Raise ModelError, LayoutError or KernelError for what this model, mesh or kernel cannot do."""
+        """Raise the error of what makes this model impossible to run on ``mesh`` with ``memory``; return None otherwise.
+
+        Raises:
+            ModelError: the model lacks one of the four attributes, or cannot compute its heads in ``memory.head_chunks``
+                chunks.
+            LayoutError: it has fewer heads than ulysses ranks.
+            KernelError: the kernel is unknown, or cannot be used with the mesh.
+        """
         if missing := [name for name in NEEDED if not hasattr(self.model, name)]:
             raise ModelError(
                 f"{type(self.model).__name__} offers no {', '.join(missing)}, so its attention cannot be made parallel; use "
@@ -68,7 +80,11 @@ class DecoderAdapter:
             )
 
     def install(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Replace attention and loss, chunk the heads, and refuse calls with a batch that was not sharded."""
+        """Replace the model's attention and loss by those over ``mesh``, and set the number of head chunks.
+
+        From then on, a call of the model raises BatchError for a token beyond its vocabulary and, if a sequence lies on several
+        ranks, ModelError for a batch that ``shard_batch`` did not cut.
+        """
         self.attention, self.cross_entropy = self.model.attention, self.model.cross_entropy
         attention = self.attention
         if attention is attend and (memory.recompute == "selective" or memory.head_chunks > 1):
@@ -85,7 +101,7 @@ class DecoderAdapter:
             self.guards.append(guard)
 
     def undo(self) -> None:
-        """Remove what ``install`` changed."""
+        """Restore the model's attention, loss and head chunks as they were before ``install``, and remove its checks."""
         for guard in self.guards:
             guard.remove()
         self.model.attention, self.model.cross_entropy = self.attention, self.cross_entropy
@@ -94,7 +110,8 @@ class DecoderAdapter:
 
 
 class SeededWeights:
-    """The ``UnreadWeights`` of a model that draws them from ``model.seed`` by ``model.initialize``, as the Decoder does."""
+    """The ``UnreadWeights`` of a model on the meta device whose weights are drawn: it calls
+    ``model.initialize(model.seed)``."""
 
     def facts(self, model: Any) -> dict[str, str]:
         return {"the seed": str(model.seed)}

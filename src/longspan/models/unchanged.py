@@ -38,10 +38,10 @@ class _Module(NamedTuple):
 
 
 class Snapshot:
-    """What ``model`` is made of now.
+    """A record of a model's modules, parameters, config fields and plain attributes, to which later calls are compared.
 
     Args:
-        model: what the user calls, after everything was installed and sharded.
+        model: what the user calls, after ``parallelize`` has installed and sharded everything.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,7 +62,12 @@ class Snapshot:
         self._sharded = isinstance(model, FSDPModule)
 
     def refuse_changes(self, model: nn.Module, *_: object) -> None:
-        """Raise ModelError, naming it, for what is not as it was. A hook before the forward."""
+        """Compare ``model`` with the record; registered as a hook that runs before each forward.
+
+        Raises:
+            ModelError: a module, parameter, config field or attribute was added, removed, replaced, resized or set to another
+                value since; the message names it. Also for a sharded model under ``torch.inference_mode``.
+        """
         if torch.compiler.is_compiling():
             return
         if self._sharded and torch.is_inference_mode_enabled():
@@ -133,13 +138,16 @@ def _look(name: str, module: nn.Module) -> _Module:
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    """The fields of a config that can change a forward; nested configs are looked at by themselves."""
+    """Copies of the fields of a config that can change a forward, by name; a nested config is not among them."""
     fields = {name: value for name, value in vars(config).items() if name not in HARMLESS_FIELDS}
     return {name: deepcopy(value) for name, value in fields.items() if not hasattr(value, "get_text_config")}
 
 
 def _gathered(module: nn.Module, root: nn.Module) -> set[int]:
-    """The parameters that FSDP2 puts in the place of the sharded ones of ``module``, between a forward and its backward."""
+    """The ids (``id()``) of the whole parameters that FSDP2 holds in the modules of ``root`` in place of their shards.
+
+    FSDP2 does so between a module's forward and its backward; the set is empty at other times.
+    """
     sharded = [part for part in root.modules() if isinstance(part, FSDPModule)]
     return {id(parameter) for part in sharded for parameter in _compat.fsdp_gathered_parameters(part)}
 

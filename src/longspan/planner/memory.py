@@ -18,7 +18,7 @@ WIDE = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a decoder: widths in elements, numbers of layers and heads."""
+    """The sizes of a decoder: numbers of vocabulary entries, layers, heads and key/value heads, and widths in elements."""
 
     vocab: int
     layers: int
@@ -31,7 +31,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The memory of a step in bytes of one rank."""
+    """The estimated memory of a training step on one rank, in bytes."""
 
     states: int
     """Parameters and optimizer states, allocated during the whole step."""
@@ -42,7 +42,11 @@ class Footprint:
 
     @property
     def peak(self) -> int:
-        """The largest number of bytes at one time. Saved activations are freed before the update begins."""
+        """The largest number of bytes that are allocated at one time in the step.
+
+        It is ``states`` plus the larger of two: the optimizer's update, before which saved activations are freed, or ``saved``
+        plus the largest of the other phases.
+        """
         backward = max(size for name, size in self.phases.items() if name != "update")
         return self.states + max(self.phases["update"], self.saved + backward)
 
@@ -61,10 +65,10 @@ def footprint(
     logits: str = "blocks",
     itemsize: int = 4,
 ) -> Footprint:
-    """The memory of a training step with AdamW on one row, on the rank with the most tokens.
+    """The estimated memory of a training step with AdamW on one row, on the rank with the most tokens.
 
-    Assumes a causal mask, heads that divide evenly over the ranks, and a step after the first. docs/memory.md compares it with
-    measurements.
+    Computed from sizes alone, with a causal mask, heads that divide evenly over the ranks, and optimizer states that exist
+    already. docs/memory.md compares it with measurements.
 
     Args:
         sizes: sizes of the decoder.
@@ -77,6 +81,9 @@ def footprint(
         logits: how the loss forms logits: "blocks" (the Decoder), "whole" (Transformers' own loss) or "tiles" (Transformers
             with ``chunked_loss``).
         itemsize: bytes of an element of the activations.
+
+    Returns:
+        A ``Footprint``; its ``peak`` is the memory that the step needs.
     """
     n = -(-tokens // ranks)
     hidden, query, key, ffn = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
@@ -126,7 +133,16 @@ def footprint(
 
 
 def _attention(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, itemsize: int) -> int:
-    """Temporary bytes in the backward of attention, in which one of ``chunks`` chunks of the heads is computed at a time."""
+    """Temporary bytes in the backward of one layer's attention.
+
+    Args:
+        sizes: sizes of the decoder.
+        n: tokens of this rank.
+        ranks: ulysses ranks.
+        recompute: as in ``MemoryOptions``.
+        chunks: chunks of the heads, of which one is computed at a time.
+        itemsize: bytes of an element of the activations.
+    """
     hidden, dim = sizes.hidden, sizes.head_dim
     query, key = sizes.heads * dim // chunks, sizes.kv_heads * dim // chunks  # widths for my tokens, all heads
     my_query, my_key = (ranks * dim * -(-heads // chunks // ranks) for heads in (sizes.heads, sizes.kv_heads))  # my heads
