@@ -134,7 +134,7 @@ def _load_damaged(folder: Path) -> list[str]:
     found = []
     for name in ("__0_0.distcp", ".metadata"):
         (path / name).write_bytes(b"")
-        with pytest.raises(RunError, match=r"the checkpoint .* cannot be read: .*; use another one, or start a new run") as error:
+        with pytest.raises(RunError, match=r"the checkpoint .* cannot be read: .*; use another one, or start a new") as error:
             checkpoint.load(path, model)
         found.append(str(error.value))
     return found

@@ -132,7 +132,7 @@ class LongTrainer(Base):  # type: ignore[misc]
             )
         if self.args.world_size != 1:
             raise RunError(
-                f"{type(self).__name__} has new arguments; pass arguments of its own kind, {type(self.args).__name__}"
+                f"{type(self).__name__} replaced its arguments; pass arguments of its own kind, {type(self.args).__name__}"
             )
 
     def _parallelize(self, model: nn.Module) -> nn.Module:
