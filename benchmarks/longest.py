@@ -32,7 +32,8 @@ from torch import Tensor
 
 from longspan import MemoryOptions, ParallelMesh, cross_entropy, parallelize, shard_batch
 from longspan.memory import checkpointing as memory
-from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import DecoderConfig
 
 BASELINE: dict[str, Any] = {"ranks": 1}
 OURS: dict[str, Any] = {

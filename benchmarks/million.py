@@ -25,7 +25,8 @@ import torch.multiprocessing as mp
 from longspan import Causal, MemoryOptions, ParallelMesh, Window, parallelize, shard_batch
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.grad_sync import clip_grad_norm_
-from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import DecoderConfig
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
 """Larger blocks of memory go back to the system at once, so that the peak is what is really held. Smaller ones, the flash

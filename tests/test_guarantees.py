@@ -18,7 +18,8 @@ from longspan.batch.shard import shard_batch, unshard
 from longspan.distributed import grad_sync as gradients
 from longspan.distributed.collectives import all_reduce_sum
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
-from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import DecoderConfig
 from longspan.parallelize import parallelize
 from tests.helpers.ranks import Ranks
 

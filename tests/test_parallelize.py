@@ -12,7 +12,8 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LayoutError, ModelError
 from longspan.memory.options import MemoryOptions
 from longspan.models.adapter import parallel_state
-from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import DecoderConfig
 from longspan.parallelize import forward_backward, parallelize, unparallelize
 from tests.helpers.ranks import on_ranks
 

@@ -19,7 +19,8 @@ from longspan.errors import LayoutError
 from longspan.kernels.online import Online
 from longspan.masks.constructors import Causal, Documents, Full, Mask, Window
 from longspan.memory.options import MemoryOptions
-from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import DecoderConfig
 from longspan.parallelize import parallelize
 from tests.helpers.ranks import Ranks
 

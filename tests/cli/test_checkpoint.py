@@ -12,7 +12,8 @@ from longspan.batch.shard import shard_batch
 from longspan.cli import checkpoint
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import RunError
-from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import DecoderConfig
 from longspan.parallelize import parallelize
 from tests.helpers.ranks import on_ranks
 

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from longspan.cli import checkpoint, evaluate, launch
 from longspan.cli import main as cli
 from longspan.cli.config import Evaluate, Train
-from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import DecoderConfig
 
 pytestmark = [
     pytest.mark.usefixtures("launcher"),

@@ -14,7 +14,7 @@ from longspan.cli import model_source
 from longspan.cli.model_source import DecoderSource
 from longspan.distributed.mesh import ParallelMesh
 from longspan.hf.source import FolderSource
-from longspan.models.decoder import DecoderConfig
+from longspan.models.decoder_config import DecoderConfig
 from longspan.parallelize import parallelize
 from tests.helpers.ranks import on_ranks
 

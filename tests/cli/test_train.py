@@ -25,7 +25,7 @@ from longspan.cli.config import Train
 from longspan.distributed.layout import Heads
 from longspan.distributed.traffic import attention_traffic
 from longspan.errors import RunError
-from longspan.models.decoder import PRESETS
+from longspan.models.decoder_config import PRESETS
 
 pytestmark = pytest.mark.usefixtures("launcher")
 

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan import Causal, ParallelMesh, attend
 from longspan.memory.checkpointing import selective_context
-from longspan.models.decoder import Block, DecoderConfig
+from longspan.models.block import Attention, Block
+from longspan.models.decoder_config import DecoderConfig
 from tests.helpers.ranks import on_ranks
 
 TOKENS, HEADS, DIM = 4096, 16, 32
@@ -82,16 +83,15 @@ def attention_of_a_block(head_chunks: int, attention: Callable[..., Tensor]) -> 
     Not counted are the input, the output, their gradients, and the gradients of the projections.
     """
     torch.manual_seed(0)
-    block, x = Block(CONFIG, head_chunks), torch.randn(1, TOKENS, CONFIG.hidden, requires_grad=True)
+    attended, x = Attention(CONFIG, head_chunks), torch.randn(1, TOKENS, CONFIG.hidden, requires_grad=True)
     dout = torch.randn(1, TOKENS, CONFIG.hidden)
-    attended = block._attend if head_chunks == 1 else block._attend_in_chunks
 
     def work() -> object:
-        out = attended(x, attention)
+        out: Tensor = attended(x, attention)
         out.backward(dout)
         return out
 
-    weights = sum(p.numel() * 4 for p in (block.query.weight, block.key.weight, block.value.weight, block.out.weight)) / UNIT
+    weights = sum(parameter.numel() * 4 for parameter in attended.parameters()) / UNIT
     return peak_of(work) - 2 - weights
 
 

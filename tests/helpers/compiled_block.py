@@ -13,7 +13,8 @@ import torch
 
 from longspan import Causal, ParallelMesh, attend
 from longspan.memory.tiling import tile_by_tile
-from longspan.models.decoder import Block, DecoderConfig
+from longspan.models.block import Block
+from longspan.models.decoder_config import DecoderConfig
 from tests.helpers.ranks import on_ranks
 
 CONFIG = DecoderConfig(vocab=16, layers=1, hidden=48, heads=6, kv_heads=2, head_dim=8, ffn=64)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import DecoderConfig
 from tests.helpers.hf_models import build, forward_alone
 
 ALL: dict[str, Any] = {

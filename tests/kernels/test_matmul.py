@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longspan.kernels import matmul as products
 from longspan.kernels.matmul import BLOCK_ROWS, Linear, linear
 from longspan.loss import linear_cross_entropy
-from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import DecoderConfig
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from longspan import AutoMemory, MemoryOptions, ModelError, ParallelMesh, parallel_state, parallelize
 from longspan.memory.auto import choose, fastest_that_fits
-from longspan.models.decoder import PRESETS, Decoder, DecoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import PRESETS, DecoderConfig
 from tests.helpers.ranks import Ranks
 
 SMALL = DecoderConfig(vocab=512, layers=3, hidden=128, heads=4, kv_heads=2, head_dim=32, ffn=512)

@@ -24,7 +24,8 @@ from longspan.kernels.online import Online
 from longspan.masks import constructors as masks
 from longspan.masks.constructors import Causal
 from longspan.memory.checkpointing import selective_context
-from longspan.models.decoder import Block, DecoderConfig
+from longspan.models.block import Block
+from longspan.models.decoder_config import DecoderConfig
 from tests.helpers import processes
 from tests.helpers.ranks import Ranks
 

@@ -126,13 +126,13 @@ def half_errors(name: str) -> tuple[float, float]:
 def test_unparallelize_gives_back_forwards_and_chunks_that_hung_before() -> None:
     model = Decoder(SHAPE, head_chunks=2)
     mine = vars(model.blocks[0])["forward"] = lambda *given: type(model.blocks[0]).forward(model.blocks[0], *given)
-    chunks = model.blocks[1].chunks
+    chunks = model.blocks[1].attention.chunks
     unparallelize(parallelize(model, ParallelMesh(), memory=MemoryOptions("full")))
     assert vars(model.blocks[0])["forward"] is mine
     parallelize(model, ParallelMesh(), memory=MemoryOptions(head_chunks=4))
-    assert model.blocks[1].chunks != chunks
+    assert model.blocks[1].attention.chunks != chunks
     unparallelize(model)
-    assert model.blocks[1].chunks == chunks
+    assert model.blocks[1].attention.chunks == chunks
 
 
 @pytest.mark.parametrize(

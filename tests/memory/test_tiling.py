@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan import ModelError, ParallelMesh, tiled
 from longspan.memory.tiling import untiled
-from longspan.models.decoder import DecoderConfig, FeedForward
+from longspan.models.block import FeedForward
+from longspan.models.decoder_config import DecoderConfig
 from tests.helpers.ranks import on_ranks
 
 SHAPE = DecoderConfig(vocab=11, layers=1, hidden=6, heads=2, kv_heads=1, head_dim=4, ffn=10)

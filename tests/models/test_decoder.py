@@ -9,7 +9,8 @@ from longspan.batch.shard import shard_local
 from longspan.distributed.mesh import MeshCoordinate
 from longspan.errors import LayoutError, ModelError
 from longspan.masks.constructors import Causal, Window
-from longspan.models.decoder import PRESETS, Decoder, DecoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import PRESETS, DecoderConfig
 from tests.helpers.ranks import on_ranks
 
 CONFIG = DecoderConfig(vocab=13, layers=2, hidden=12, heads=4, kv_heads=2, head_dim=6, ffn=20)
@@ -51,10 +52,10 @@ def _written_out(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
         for head in range(config.heads):
             mine = slice(head * config.head_dim, (head + 1) * config.head_dim)
             kv = slice(head // group * config.head_dim, (head // group + 1) * config.head_dim)
-            q, k = rotate(n @ block["query.weight"][mine].T), rotate(n @ block["key.weight"][kv].T)
+            q, k = rotate(n @ block["attention.query.weight"][mine].T), rotate(n @ block["attention.key.weight"][kv].T)
             scores = (q @ k.mT / config.head_dim**0.5).masked_fill(~past, -torch.inf)
-            heads.append(scores.softmax(-1) @ (n @ block["value.weight"][kv].T))
-        x = x + torch.cat(heads, -1) @ block["out.weight"].T
+            heads.append(scores.softmax(-1) @ (n @ block["attention.value.weight"][kv].T))
+        x = x + torch.cat(heads, -1) @ block["attention.out.weight"].T
         n = norm(x, block["ffn_norm.weight"])
         gate = n @ block["feed.gate.weight"].T
         x = x + (gate * gate.sigmoid() * (n @ block["feed.up.weight"].T)) @ block["feed.down.weight"].T

@@ -11,7 +11,8 @@ import torch
 from longspan import ParallelMesh, parallelize, shard_batch
 from longspan.distributed.collectives import Arrival, TorchTransport
 from longspan.memory.profiler import Recorded
-from longspan.models.decoder import Decoder, DecoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import DecoderConfig
 from longspan.planner.memory import footprint
 from tests.helpers.options import keywords
 from tests.helpers.ranks import on_ranks

@@ -40,7 +40,7 @@ from longspan.loss import cross_entropy
 from longspan.masks import constructors as masks
 from longspan.masks.constructors import Causal
 from longspan.models.adapter import parallel_state
-from longspan.models.decoder import DecoderConfig
+from longspan.models.decoder_config import DecoderConfig
 from longspan.parallelize import parallelize
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}

@@ -58,7 +58,7 @@ document  begins                             tokens  nats a token  perplexity
 all: 3.7403 bits a byte; byte frequencies alone: 4.6691 bits a byte"""
 
 CHECKED = """$ longspan check --ranks 4 --ulysses 4 --heads 7 --kv-heads 7
-worst gradient of 21: blocks.0.out.weight  error 1.4e-15  bound 1e-10  holds
+worst gradient of 21: blocks.0.attention.out.weight  error 1.4e-15  bound 1e-10  holds
 
 Guarantee 1 holds.
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
-from longspan.models.decoder import PRESETS, Decoder, DecoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import PRESETS, DecoderConfig
 
 FOLDER = "hf:"
 

@@ -23,7 +23,7 @@ from longspan.errors import ModelError
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import KernelFunction
 from longspan.memory.options import MemoryOptions
-from longspan.models.decoder import FeedForward, chunk_rows
+from longspan.models.block import FeedForward, chunk_rows
 
 NEEDED = ("attention", "cross_entropy", "blocks", "config")
 
@@ -89,7 +89,7 @@ class DecoderAdapter:
         attention = self.attention
         if attention is attend and (memory.recompute == "selective" or memory.head_chunks > 1):
             attention = partial(attend, recomputable=True)
-        self.chunks = {block: block.chunks for block in self.model.blocks} if memory.head_chunks > 1 else {}
+        self.chunks = {block: block.attention.chunks for block in self.model.blocks} if memory.head_chunks > 1 else {}
         if self.chunks:
             self.model.chunk_heads(memory.head_chunks)
         chosen: dict[str, Any] = {} if self.kernel == "auto" else {"kernel": self.kernel}
@@ -106,7 +106,7 @@ class DecoderAdapter:
             guard.remove()
         self.model.attention, self.model.cross_entropy = self.attention, self.cross_entropy
         for block, chunks in self.chunks.items():
-            block.chunks = chunks
+            block.attention.chunks = chunks
 
 
 class SeededWeights:
