@@ -228,9 +228,11 @@ def _return(
 
 
 def columns(rows_RW: Sequence[Tensor], exchange: ExchangePlan) -> list[Tensor]:
-    """The tensors of an exchange, [rows, my heads, dim] each, as views of the received rows, in which they lie side by side.
+    """The received tensors of an all-to-all, each [rows, my heads, dim], as views of the rows in which they lie side by side.
 
-    ``rows_RW`` has, for each group of the exchange, [rows, sum of my heads x dim over the group's tensors].
+    Args:
+        rows_RW: for each group of tensors that were sent together, [rows, sum of my heads x dim over the group's tensors].
+        exchange: the all-to-all.
     """
     xs_RW = chain.from_iterable(x.split(widths, 1) for x, widths in zip(rows_RW, exchange.my_widths))
     return [x.unflatten(1, (-1, dim)) for x, dim in zip(xs_RW, exchange.dims)]
@@ -293,8 +295,8 @@ def _backward(
 
 
 def _as_inputs(grads: Gradients, qkv: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients that are not None as one list, each contiguous and in the dtype of its input, as the fake operators
-    declare."""
+    """The gradients as the attention operators return them: those that are not None, contiguous, in the dtype of their
+    inputs."""
     dq, dk, dv, dsinks, dparameters = grads
     present = [dq, dk, dv, *([] if dsinks is None else [dsinks]), *dparameters]
     return [grad.to(x.dtype).contiguous() for grad, x in zip(present, _inputs(qkv, sinks, parameters))]

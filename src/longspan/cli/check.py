@@ -98,7 +98,7 @@ def work(config: Check) -> int:
 
 
 def _exact(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line]:
-    """This rank's lines for fp64 and fp32: loss, the gradient with the largest error, gradient norm, traffic."""
+    """The lines of the check's table for fp64 and fp32 on this rank: loss, worst gradient, gradient norm, traffic."""
     dtype = torch.float64 if config.dtype == "fp64" else torch.float32
     ours, traffic = _parallel(config, source, config.seed, dtype, mesh)  # first, because it refuses illegal layouts
     one = _one_device(config, source, config.seed, dtype, mesh)
@@ -119,10 +119,10 @@ def _exact(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line]
 
 
 def _pooled(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line]:
-    """This rank's lines for bf16: the loss, the gradient error pooled over 8 seeds, traffic.
+    """The lines of the check's table for bf16 on this rank: the loss, the error of the gradients over 8 seeds, traffic.
 
-    The pooled error is sqrt(sum of the squared differences from the fp64 gradients of one device). The bound is on the ratio
-    of this layout's to that of one device in bf16.
+    The error is sqrt(sum of the squared differences from the fp64 gradients of one device), over all parameters and seeds. Its
+    bound is on the ratio of this layout's error to that of one device in bf16.
     """
     ours_squared = one_squared = 0.0
     loss_error = 0.0
@@ -238,9 +238,9 @@ def _minus(after: Traffic, before: Traffic) -> Traffic:
 def _traffic_lines(
     config: Check, source: ModelSource, mesh: ParallelMesh, found: tuple[Traffic, Traffic], itemsize: int
 ) -> list[Line]:
-    """Counted and predicted traffic per layer, forward and backward; [] for a Hugging Face model.
+    """The lines of the check's table that compare counted traffic per layer with the closed form, forward and backward.
 
-    The prediction is for layers that are all causal and of one shape, as the decoder's are.
+    Empty for a Hugging Face model, because the closed form is for layers that are all causal and of one shape.
     """
     return _decoder_traffic(config, source.config, mesh, found, itemsize) if isinstance(source, DecoderSource) else []
 
@@ -279,7 +279,7 @@ def _decoder_traffic(
 
 
 def _worst_of_all_ranks(lines: list[Line], mesh: ParallelMesh) -> list[Line]:
-    """For each line, the one of the rank with the largest error (NaN counts as infinite); equal on every rank. A collective."""
+    """For each line of the table, the version of the rank with the largest error; NaN counts as infinite. A collective."""
     everyone = gather(lines, mesh.world_group)
     return [max(same, key=lambda line: math.inf if math.isnan(line.error) else line.error) for same in zip(*everyone)]
 

@@ -92,7 +92,7 @@ def memory_heading(run: str, step: int, source: ModelSource, config: Train, mesh
 
 
 def _files(counts: dict[str, int]) -> str:
-    """{".txt": 10, ".md": 2} as "12 files (10 .txt, 2 .md)"."""
+    """Numbers of files by ending as text: {".txt": 10, ".md": 2} gives "12 files (10 .txt, 2 .md)"."""
     return f"{count(sum(counts.values()), 'file')} ({', '.join(f'{number:,} {ending}' for ending, number in counts.items())})"
 
 

@@ -163,7 +163,10 @@ def _loader(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
 
 
 def _for_epochs(config: Train, sequences: int) -> Train:
-    """Replace ``epochs`` by ``steps``: epochs * ``sequences`` of the text / rows per step, rounded up. None: unchanged."""
+    """A copy of ``config`` in which ``epochs`` is replaced by ``steps``, rounded up; ``config`` itself if ``epochs`` is None.
+
+    An epoch is ``sequences`` sequences of the text.
+    """
     if config.epochs is None:
         return config
     return replace(config, steps=math.ceil(config.epochs * sequences / config.rows_per_step), epochs=None)

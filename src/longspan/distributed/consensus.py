@@ -140,15 +140,15 @@ def raise_first_error(error: LongspanError | None, group: dist.ProcessGroup) -> 
 
 
 def exchange_integers(mine: Sequence[int], group: dist.ProcessGroup, hint: str = "") -> list[list[int]]:
-    """The integers of every rank, a row a rank, by one all-reduce; all ranks must pass equally many.
+    """The integers of every rank, as a list with one row for each rank, by one all-reduce.
 
     Args:
-        mine: the integers of this rank.
+        mine: the integers of this rank; all ranks must pass equally many.
         group: the ranks, on gloo.
-        hint: a sentence for the user, in case the other ranks do not come: it is logged after ``SILENT_SECONDS``.
+        hint: a sentence for the user that is logged if other ranks do not call this within ``SILENT_SECONDS``.
 
     Raises:
-        LostRankError: a rank has ended, or did not come within the timeout of the group.
+        LostRankError: a rank has ended, or did not call this within the timeout of the group.
     """
     table = torch.zeros(group.size(), len(mine), dtype=torch.int64)
     table[group.rank()] = torch.tensor(mine)
@@ -161,7 +161,11 @@ def exchange_integers(mine: Sequence[int], group: dist.ProcessGroup, hint: str =
 
 
 def _wait(work: dist.Work, rank: int, hint: str) -> None:
-    """Wait for a collective; log the hint once where it takes long, and name what is wrong where it fails."""
+    """Wait until the collective ``work`` has ended; log ``hint`` once if that takes long.
+
+    Raises:
+        LostRankError: it failed, because another rank has ended or does not take part.
+    """
     try:
         try:
             work.wait(timedelta(seconds=SILENT_SECONDS))

@@ -78,11 +78,14 @@ class MeanGradients:
         return grad.new_zeros(()).expand_as(grad)
 
     def _arrived_in_this_backward(self, index: int) -> "_Arrived":
-        """The dict of gradients of the backward that is running, made at its first gradient, with a callback at its end to
-        reduce them.
+        """The gradients that have been computed so far in the backward that is running, by index of the parameter.
 
-        ``index`` is the parameter whose gradient comes first, for the check that it can be averaged. Only the callback holds a
-        strong reference, so a backward that fails leaves no gradients for the next one.
+        At the first gradient of a backward the dict is made, and a callback is registered that averages its gradients over
+        ranks at the end. Only that callback holds a strong reference, so a backward that fails leaves no gradients for the next
+        one.
+
+        Args:
+            index: the parameter whose gradient was just computed, for the check that it can be averaged.
         """
         task = _compat.backward_id()
         arrived = self._arrived.get(task)
@@ -101,9 +104,9 @@ class MeanGradients:
         self._refuse_what_changed()
 
     def _refuse_what_changed(self, *_: object) -> None:
-        """Raise ModelError if a parameter of the model requires a gradient but has no hook: it was unfrozen or replaced.
+        """Raise ModelError if a parameter of the model requires a gradient but was unfrozen or replaced after hooks were set.
 
-        Also a forward pre-hook: if all parameters with hooks were frozen or replaced, no hook would run in the backward.
+        It is also a forward pre-hook: if all parameters with hooks were frozen or replaced, no hook would run in the backward.
         """
         known = set(map(id, self._parameters))
         for name, parameter in self._model.named_parameters():

@@ -165,7 +165,17 @@ def _launched(
     local_rank: str,
     local_ranks: Callable[[], int | None],
 ) -> LaunchedRank:
-    """Read the variables with these names."""
+    """The rank that a launcher describes in the variables of the given names.
+
+    Args:
+        environment: the variables.
+        launcher: its name, for messages.
+        rank, ranks, local_rank: the names of the variables with this rank, the number of ranks, and the rank on this machine.
+        local_ranks: returns the number of ranks on this machine; None if it is not known.
+
+    Raises:
+        RunError: the variables contradict each other, or the machine of rank 0 cannot be known.
+    """
     number, count = _integer(environment, rank), _integer(environment, ranks)
     if number is None or count is None or not 0 <= number < count:
         raise RunError(

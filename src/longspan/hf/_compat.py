@@ -22,23 +22,23 @@ __all__ = [
 
 
 def mask_functions() -> Any:
-    """The registry of mask functions, by the name of the attention."""
+    """Transformers' registry of functions that build attention masks, keyed by the name of an attention implementation."""
     return AttentionMaskInterface()  # type: ignore[no-untyped-call]
 
 
 def attention_name(config: Any) -> str | None:
-    """The attention that a config names."""
+    """The name of the attention implementation in a config (such as "sdpa"); None if it names none."""
     name: str | None = config._attn_implementation
     return name
 
 
 def set_attention_name(config: Any, name: str) -> None:
-    """Let a config name an attention, without the checks that belong to Transformers' own."""
+    """Set the name of the attention implementation in a config, without Transformers' checks of that name."""
     config._attn_implementation = name
 
 
 def block_class_names(model: PreTrainedModel) -> set[str]:
-    """The class names of the layers that a model's class says not to split."""
+    """The class names of a model's layers, as its class lists them in ``_no_split_modules``."""
     return set(model._no_split_modules or ())
 
 
@@ -48,18 +48,18 @@ def has_loss_function(model: Any) -> bool:
 
 
 def set_loss_function(model: Any, loss: Callable[..., Tensor]) -> None:
-    """Let ``model.loss_function`` be ``loss``."""
+    """Set ``model.loss_function`` to ``loss``; ``reset_loss_function`` undoes it."""
     model._loss_function = loss
 
 
 def reset_loss_function(model: Any) -> None:
-    """Let ``model.loss_function`` be that of the model's class again."""
+    """Undo ``set_loss_function``: ``model.loss_function`` is that of the model's class again."""
     del model._loss_function
 
 
 @contextmanager
 def loss_function_set_to(model: Any, loss: Callable[..., Tensor]) -> Iterator[None]:
-    """Within the context ``model.loss_function`` is ``loss``."""
+    """Context manager: inside, ``model.loss_function`` is ``loss``; on exit it is what it was before."""
     before = vars(model).get("_loss_function")
     set_loss_function(model, loss)
     try:
@@ -82,7 +82,10 @@ def loss_kind(model: Any) -> str | None:
 
 
 def loss_keywords(kind: str | None) -> set[str]:
-    """The arguments that a loss function of Transformers' table names, and the cross-entropy behind it."""
+    """The names of the arguments that a loss function takes, and of those of the cross-entropy that it calls.
+
+    ``kind`` is the function's name in Transformers' table of losses; None gives an empty set.
+    """
     functions: list[Any] = [LOSS_MAPPING[kind], fixed_cross_entropy] if kind in LOSS_MAPPING else []
     parameters = [each for function in functions for each in inspect.signature(function).parameters.values()]
     return {each.name for each in parameters if each.kind is not each.VAR_KEYWORD} - {"source", "target"}
@@ -90,8 +93,11 @@ def loss_keywords(kind: str | None) -> set[str]:
 
 @contextmanager
 def checkpoint_within(block: Any, context: Callable[[], Any]) -> Iterator[None]:
-    """While entered, what the block gives to Transformers' gradient checkpointing is computed, and computed again, within
-    a context of its own; nothing where it has no checkpointing."""
+    """Context manager: Transformers' gradient checkpointing of ``block`` runs inside ``context()``, also when it recomputes.
+
+    Each run, in the forward and in the recomputation, enters a context of its own. Does nothing for a block without gradient
+    checkpointing.
+    """
     own = vars(block).get("_gradient_checkpointing_func")
 
     def function(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -112,27 +118,31 @@ def checkpoint_within(block: Any, context: Callable[[], Any]) -> Iterator[None]:
 
 
 def remove_forward(model: Any) -> None:
-    """Let a model have the forward of its class again, also where accelerate wrapped the one that was set on it."""
+    """Remove a forward that was set on the instance ``model``, so that a call runs the forward of its class again.
+
+    It also works where accelerate has wrapped the forward that was set.
+    """
     for name in ("forward", "_original_forward"):
         vars(model).pop(name, None)
 
 
 def build(kind: Any, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreTrainedModel:
-    """A model of the class ``kind`` from its config alone."""
+    """A new model of the class ``kind`` with random weights, built from ``config`` in ``dtype``."""
     model: PreTrainedModel = kind._from_config(config, dtype=dtype)
     return model
 
 
 def draw_weights(owner: Any, module: nn.Module) -> None:
-    """Draw the weights of ``module`` as the class of ``owner``, the model it lies in, draws them."""
+    """Fill ``module``, a part of the Transformers model ``owner``, with random weights by the rule of the class of
+    ``owner``."""
     owner._init_weights(module)
 
 
 def mark_initialized(tensor: Tensor, done: bool) -> None:
-    """Tell ``initialize_weights`` whether a tensor has its values already."""
+    """Set whether ``initialize_weights`` of Transformers leaves ``tensor`` as it is (``done``) or draws its values."""
     tensor._is_hf_initialized = done  # type: ignore[attr-defined]
 
 
 def ignored_on_load(model: PreTrainedModel) -> list[str]:
-    """Patterns of the tensor names in files that the model's class does not load."""
+    """Regular expressions of the names of stored tensors that the model's class does not load."""
     return [*(model._keys_to_ignore_on_load_unexpected or ())]

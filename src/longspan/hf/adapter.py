@@ -109,12 +109,15 @@ class PretrainedAdapter:
         return [module for module in (*norms, *feeds) if _takes_one_argument(module)]
 
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Run every deviation's ``probe`` on this rank, and keep the findings for ``install``. Changes nothing.
+        """Run on this rank the test of every way in which Transformers models differ from one another, and keep what is found.
+
+        The tests are the functions ``probe`` of the files in DEVIATIONS; ``install`` uses what they found. The model is not
+        changed.
 
         Raises:
             ModelError: the model cannot be parallel; the message names the module or config field.
             LayoutError: heads that do not fit the mesh.
-            KernelError: a kernel that the model, or a ring, cannot have.
+            KernelError: a kernel that the model, or a ring, cannot use.
         """
         if isinstance(self.kernel, str) and self.kernel.startswith(PREFIX):
             refuse_name(self.kernel, self.model, mesh.coordinate)
@@ -129,7 +132,8 @@ class PretrainedAdapter:
         self._findings = candidate.findings
 
     def install(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Call ``install`` of every finding of ``prove``, in the order of DEVIATIONS; the model then computes over ``mesh``."""
+        """Make the model compute over ``mesh``, in place: apply what every test of ``prove`` found, in the order of
+        DEVIATIONS."""
         self._undo = [found.install(self.model, mesh) for found in self._findings.values()]
 
     def undo(self) -> None:
@@ -139,7 +143,8 @@ class PretrainedAdapter:
 
     @property
     def layers(self) -> tuple[tuple[Any, attention_layers.Layer], ...]:
-        """(attention module, its Layer) for every attention module that ``prove`` found, in the order of their calls.
+        """Every attention module that ``prove`` found, in the order of their calls, each with the description of it (a
+        ``Layer``).
 
         A Layer has the module's mask, its name for messages and which row of tokens it reads.
         """
@@ -147,7 +152,11 @@ class PretrainedAdapter:
 
     @property
     def loss_kind(self) -> str | None:
-        """``Loss.kind``: a name of Transformers' table of losses, or ``loss.OWN``; None if it cannot be computed over ranks."""
+        """The name of the model's loss in Transformers' table of losses, or ``loss.OWN`` for a model that computes it by
+        itself.
+
+        None if the loss cannot be computed over several ranks.
+        """
         return self._found(Loss).kind
 
     def with_targets(self, batch: dict[str, Any]) -> dict[str, Any]:

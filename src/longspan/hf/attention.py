@@ -73,18 +73,21 @@ def attend_layer(
     module: nn.Module, layer: "Layer", step: BatchInfo, qkv: tuple[Tensor, Tensor, Tensor], dropout: float,
     beside: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """Compute ``layer.attend`` with the layer's mask in this step.
+    """The attention of one layer over the mesh, with the layer's own mask combined with the mask of this step.
 
     Args:
         module: the attention module.
         layer: its Layer.
         step: the BatchInfo of the call.
         qkv: q, k and v, each [batch, my tokens, heads, dim].
-        dropout: the rate; anything but 0 raises ModelError.
+        dropout: the rate of attention dropout.
         beside: further keywords of ``attend``: scale, softcap, sink_logits, bias.
 
     Returns:
         [batch, my tokens, heads, dim].
+
+    Raises:
+        ModelError: ``dropout`` is not 0.
     """
     if dropout:
         _refuse_dropout(module, layer)
@@ -104,7 +107,10 @@ _attend_uncompiled = torch.compiler.disable(_attend, reason="the mask differs fr
 
 
 def _refuse_additions(module: nn.Module, more: dict[str, Any]) -> None:
-    """Raise ModelError for a floating-point tensor among the other keywords: it would be added to the scores, and is not."""
+    """Raise ModelError if a model passes a floating-point tensor to its attention as a keyword that longspan does not know.
+
+    Such a tensor is usually added to the attention scores, and leaving it out would change the result.
+    """
     for name, value in more.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             raise ModelError(
@@ -125,9 +131,10 @@ def _refuse_dropout(module: nn.Module, layer: "Layer") -> None:
 def _mask(
     *_: Any, mask_function: Callable[..., Tensor], device: torch.device, attention_mask: Tensor | None = None, **sizes: Any
 ) -> MaskFunction:
-    """The mask function registered as "longspan": a MaskFunction of the layer's mask, not evaluated yet.
+    """The object that layers get as their attention mask: Transformers' mask function, not evaluated yet.
 
-    Padding and documents are not taken from it but from the BatchInfo.
+    It is registered with Transformers under the name "longspan". Padding and documents are left out of it: the BatchInfo has
+    them.
     """
     shape = (sizes.get("batch_size", 1), 1, sizes.get("q_length", 0), sizes.get("kv_length", 0))
     return MaskFunction(mask_function, device, attention_mask, shape)

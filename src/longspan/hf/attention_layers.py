@@ -64,7 +64,7 @@ class Layer(NamedTuple):
         return self.over == ACROSS
 
     def is_like(self, other: "Layer") -> bool:
-        """Whether all fields of two Layers of one module are equal; tensors in recipes are compared by value."""
+        """Whether two descriptions of the same module are equal in all fields; tensors in them are compared by value."""
         mine, theirs = self.recipe, other.recipe
         alike = mine is theirs if mine is None or theirs is None else mine.is_like(theirs)
         return alike and self._replace(recipe=None) == other._replace(recipe=None)
@@ -86,9 +86,12 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionLayers:
-    """The finding of ``probe``: ``layers`` is (module, Layer) in the order of calls, ``configs`` is that of Candidate.
+    """What ``probe`` found: all attention modules of a model.
 
-    ``fixed``: keywords of ``attend`` that are equal for all layers and steps.
+    Attributes:
+        layers: (module, its Layer), in the order of calls.
+        configs: every module that has a config, with that config.
+        fixed: keywords of ``attend`` that are equal for all layers and steps.
     """
 
     layers: tuple[tuple[Any, Layer], ...]
@@ -96,7 +99,10 @@ class AttentionLayers:
     fixed: dict[str, Any]
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Name longspan's attention in the configs and attach its ``Layer`` to each module."""
+        """Make every attention module that was found call longspan's attention, and attach its ``Layer`` to it.
+
+        Returns a function that undoes it.
+        """
         restore = name_attention(self.configs)
         over_mesh = partial(attend, mesh=mesh, **self.fixed)
         for module, layer in self.layers:
@@ -113,7 +119,7 @@ class AttentionLayers:
         return undo
 
     def _refuse_masks(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pre-hook of the model: ``Layer.refuse_mask`` of each different Layer, so that errors precede every collective."""
+        """Forward pre-hook of the model: raise the error of a batch whose mask some layer cannot use, before any collective."""
         step = kwargs.get("longspan")
         if step is None or step.is_plain:
             return
@@ -142,9 +148,12 @@ def probe(candidate: Candidate) -> AttentionLayers:
 
 
 def name_attention(configs: Sequence[tuple[Any, Any]]) -> Undo:
-    """Give each module a copy of its config that names longspan's attention; modules that shared one share the copy.
+    """Give each module a copy of its config in which longspan's attention is the attention implementation.
 
-    The original configs are not changed, because other models may share them. Returns the undo: it restores them.
+    Modules that shared a config share its copy. The original configs are not changed, because other models may share them.
+
+    Returns:
+        A function that gives every module its original config again.
     """
     copies: dict[int, Any] = {}
     for module, config in configs:
@@ -163,7 +172,10 @@ def name_attention(configs: Sequence[tuple[Any, Any]]) -> Undo:
 
 @contextmanager
 def attention_named(configs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
-    """Context manager for the proof: ``name_attention``, with the balance loss of experts switched off; undone on exit."""
+    """Context manager: inside, the modules' configs name longspan's attention, and the balance loss of experts is off.
+
+    On exit the modules have their original configs again.
+    """
     undo = name_attention(configs)
     for module, _ in configs:
         if hasattr(module.config, "output_router_logits"):
@@ -175,10 +187,13 @@ def attention_named(configs: Sequence[tuple[Any, Any]]) -> Iterator[None]:
 
 
 def _layers_of(model: Any, mesh: ParallelMesh, head_chunks: int) -> list[tuple[Any, Layer]]:
-    """(module, Layer) of every attention module, found by two forwards: plain positions, and positions that restart.
+    """Every attention module of a model with its Layer, found by two test forwards.
+
+    In the first forward positions count through the row, in the second they restart.
 
     Raises:
-        ModelError, LayoutError: as ``probe``.
+        ModelError: a layer that does not reach longspan, that attends in two ways, or whose mask no bands express.
+        LayoutError: heads that do not fit the mesh.
     """
     plain, restarted = Probe(), Probe()
     with _noting_calls(model) as called:
@@ -225,7 +240,12 @@ def _noting_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
 
 
 def _layer(call: Call, restarted: Call, name: str) -> Layer:
-    """The Layer of the module ``name``, from its call with plain positions and from that whose positions restart.
+    """The Layer of the attention module called ``name``.
+
+    Args:
+        call: what was recorded of its call in a test forward with positions that count through the row.
+        restarted: the same for a forward whose positions restart within the row.
+        name: the module's name in the model.
 
     Raises:
         ModelError: its mask is not causal, full, sliding or chunked, or its queries and keys are not a row of the batch.

@@ -27,20 +27,22 @@ TYPES = "token_type_ids"
 
 @dataclass(frozen=True)
 class CallChecks:
-    """The checks that every model needs.
+    """Checks of the keywords with which a parallel model is called.
 
-    ``types_unmask``: whether tokens see other ones by their ``token_type_ids``.
+    Attributes:
+        types_unmask: whether the model lets tokens see others by their ``token_type_ids``.
     """
 
     types_unmask: bool
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Check the keywords before each forward."""
+        """Register a hook that checks the keywords of each call of ``model`` before its forward; returns a function to remove
+        it."""
         return remove_all([model.register_forward_pre_hook(partial(_check, self.types_unmask), with_kwargs=True)])
 
 
 def probe(candidate: Candidate) -> CallChecks:
-    """Every model needs them."""
+    """The checks of calls, which every model gets; only ``types_unmask`` depends on the model."""
     if TYPES not in inspect.signature(candidate.model.forward).parameters:
         return CallChecks(False)
     typed, plain = Probe(), Probe()

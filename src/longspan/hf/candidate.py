@@ -23,7 +23,7 @@ F = TypeVar("F")
 
 @runtime_checkable
 class Found(Protocol):
-    """The finding of a probe: its data, and ``install``, which changes the model accordingly."""
+    """What a ``probe`` found out about a model, with a method ``install`` that changes the model accordingly."""
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
         """Change ``model`` in place so that it computes over ``mesh``; returns a function that undoes the change.
@@ -35,10 +35,16 @@ class Found(Protocol):
 
 @runtime_checkable
 class Deviation(Protocol):
-    """A module (file) of this folder that handles one deviation; DEVIATIONS in adapter.py lists all of them."""
+    """The interface of the files of this folder that each handle one way in which some Transformers models differ.
+
+    DEVIATIONS in adapter.py lists these files.
+    """
 
     def probe(self, candidate: "Candidate", /) -> Found | None:
-        """Test the candidate: a Found, or None if the model does not deviate in this way. Changes nothing.
+        """Test whether the model in ``candidate`` differs in the way that this file handles. Changes nothing.
+
+        Returns:
+            What was found, to be installed later; None if the model does not differ in this way.
 
         Raises:
             LongspanError: the model cannot be parallel; the message names the module or config field.
@@ -69,12 +75,13 @@ class Candidate:
     findings: dict[type[Any], Any] = field(default_factory=dict)
 
     def finding(self, kind: type[F]) -> F | None:
-        """The finding of class ``kind`` of an earlier probe; None if that probe returned None or has not run yet."""
+        """What an earlier ``probe`` found, if that is of class ``kind``; None if that probe found nothing or has not run
+        yet."""
         return self.findings.get(kind)
 
 
 def remove_all(handles: Sequence[Any]) -> Undo:
-    """An Undo that calls ``remove()`` of each handle, in order."""
+    """A function that calls ``remove()`` of each of ``handles``, in their order."""
 
     def undo() -> None:
         for handle in handles:

@@ -45,13 +45,20 @@ class ChunkedLoss:
     in_place: bool
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Replace the model's forward."""
+        """Replace the model's forward by one that computes the loss over ``mesh`` without forming all logits.
+
+        Returns a function that undoes it.
+        """
         set_forward(model, partial(forward_without_logits, model, mesh, self.in_place))
         return partial(_compat.remove_forward, model)
 
 
 def probe(candidate: Candidate) -> ChunkedLoss | None:
-    """A ChunkedLoss if ``candidate.memory.chunked_loss``, else None. Raises ModelError if the model cannot compute it so."""
+    """A ChunkedLoss if the option ``chunked_loss`` is set, else None.
+
+    Raises:
+        ModelError: the model cannot compute its loss tile by tile.
+    """
     if not candidate.memory.chunked_loss:
         return None
     loss = candidate.finding(Loss)
@@ -83,9 +90,10 @@ def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args
 
 
 def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
-    """Raise ModelError if the sum over tiles differs from the cross-entropy of the model's whole logits, on a small input.
+    """Raise ModelError for a model whose loss cannot be computed tile by tile.
 
-    Also for a model that computes its loss by itself, has no separate base model, or has a replaced forward.
+    That is one for which, on a small input, the sum over tiles of tokens differs from the cross-entropy of all its logits; one
+    that computes its loss by itself, has no separate base model, or has a replaced forward.
     """
     reason = None
     if loss_kind in (None, OWN):
@@ -109,13 +117,16 @@ def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
 
 
 def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any) -> tuple[Tensor, Tensor]:
-    """(sum of the losses of the labelled tokens in at least fp32, mask [rows, tokens] of the labelled tokens).
+    """The sum of the losses of this rank's labelled tokens, and which tokens are labelled.
 
     Args:
         model: the model, whose head is applied to one tile of labelled tokens at a time.
-        output: of its base model.
+        output: what its base model returned.
         targets: [rows, tokens], -100 for no label.
         step: the BatchInfo, or None.
+
+    Returns:
+        (a scalar in at least fp32, a boolean mask [rows, tokens]).
     """
     hidden_BSM, wanted = output.last_hidden_state, targets != IGNORE
     hidden_RM, targets = hidden_BSM[wanted], targets[wanted]

@@ -6,7 +6,11 @@ from longspan.hf.names import CAPACITY, SELECTING_FIELDS, is_layerdrop_field
 
 
 def probe(candidate: Candidate) -> None:
-    """Raise ModelError, naming the field, for key selection by content, expert capacity, layer dropout or a meta model."""
+    """Raise ModelError, naming the config field, for an option that longspan does not support; otherwise return None.
+
+    Refused: attention that selects keys by their content, a capacity limit of experts, layer dropout, and a model on the meta
+    device.
+    """
     model = candidate.model
     config = model.config.get_text_config()
     if any(parameter.is_meta for parameter in model.parameters()):

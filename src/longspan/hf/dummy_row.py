@@ -20,14 +20,17 @@ class DummyRow:
     """Gives the model a row of zeros with labels -100 in each call without rows. Installed in every model."""
 
     def install(self, model: nn.Module, mesh: ParallelMesh) -> Undo:
-        """Add the dummy row before the model's forward, and remove it from the outputs."""
+        """Register hooks: a call of ``model`` without rows gets one row of zeros, which is removed from the outputs again.
+
+        Returns a function that removes the hooks.
+        """
         return remove_all([
             model.register_forward_pre_hook(_add, with_kwargs=True), model.register_forward_hook(_remove, with_kwargs=True)
         ])  # fmt: skip
 
 
 def probe(candidate: Candidate) -> DummyRow:
-    """A DummyRow for every candidate."""
+    """A DummyRow, which every model gets."""
     return DummyRow()
 
 

@@ -40,7 +40,7 @@ OWN = "its own, in place"
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of a model.
+    """How a model computes its loss, as ``probe`` found it.
 
     Attributes:
         kind: a name of Transformers' table of losses, ``OWN``, or None if the loss cannot be computed over ranks.
@@ -80,7 +80,7 @@ class Loss:
 
 
 def probe(candidate: Candidate) -> Loss:
-    """The Loss of the candidate, found by test forwards with labels."""
+    """How the model in ``candidate`` computes its loss, found by test forwards with labels."""
     kind, handed = _kind(candidate.called, candidate.model)
     return Loss(kind, _classes(candidate.called), handed)
 
@@ -91,7 +91,11 @@ def is_in_place(kind: str | None) -> bool:
 
 
 def _kind(model: Any, base: Any) -> tuple[str | None, bool]:
-    """(``Loss.kind``, ``Loss.handed``) of a model, by a test forward that records the call of its loss function."""
+    """How a model computes its loss, found by a test forward that records the call of its loss function.
+
+    Returns:
+        (the name of the loss as in ``Loss.kind``, whether the loss function gets the keyword ``longspan``).
+    """
     if "labels" not in inspect.signature(base.forward).parameters:
         return None, True
     calls: list[tuple[Any, bool]] = []
@@ -124,7 +128,10 @@ def _classes(model: Any) -> int | None:
 
 
 def _is_plain(model: Any, base: Any) -> bool:
-    """Whether the loss that the forward computes is the cross-entropy of its logits, of padding too, but not of -100."""
+    """Whether the loss of ``model``, which computes it in its own code, is the cross-entropy of its logits.
+
+    Labels of -100 must be ignored in it, and no others, also not those that equal the padding id.
+    """
     logits = forward(model).get("logits")
     if logits is None or logits.ndim != 3 or "forward" in vars(base):
         return False
@@ -194,7 +201,10 @@ def _refuse_keywords(kind: str | None, kwargs: dict[str, Any]) -> None:
 def forward_with_loss(
     model: Any, mesh: ParallelMesh, *args: Any, labels: Tensor | None = None, shift_labels: Tensor | None = None, **given: Any
 ) -> Any:
-    """``model.forward`` of a model that computes its loss by itself: without labels, and the loss put beside its logits."""
+    """The forward of a model that computes its loss in its own code, with that loss replaced by the mean over all ranks.
+
+    The model's own forward is called without labels; the loss is computed from its logits and added to its output.
+    """
     return_dict = given.get("return_dict")
     output = own_forward(model)(*args, **given | {"return_dict": True})
     if labels is not None:
@@ -205,7 +215,10 @@ def forward_with_loss(
 
 
 def as_asked(model: Any, output: Any, return_dict: bool | None) -> Any:
-    """``output``; as a tuple if ``return_dict`` is False, or if it is None and ``model.config.return_dict`` is False."""
+    """The model output in the form that the caller wants: a tuple if ``return_dict`` is False, else ``output`` itself.
+
+    If ``return_dict`` is None, ``model.config.return_dict`` decides.
+    """
     return output.to_tuple() if (model.config.return_dict if return_dict is None else return_dict) is False else output
 
 

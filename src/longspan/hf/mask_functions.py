@@ -71,9 +71,9 @@ class MaskFunction:
 
     @cached_property
     def mask(self) -> Mask | None:
-        """``as_mask`` of the function: a mask of longspan, or None if it is of no kind that Transformers builds.
+        """This mask as a mask of longspan (``Causal``, ``Window``, ...); None if it is of no kind that Transformers builds.
 
-        A function that indexes a tensor of the row's tokens (which of them are an image's) is evaluated on those tokens only.
+        A function that reads a tensor about the row's tokens (such as which are an image's) is compared on those tokens only.
         """
         try:
             return as_mask(self.function, self.device, self._tokens)
@@ -89,7 +89,7 @@ class DenseMask(MaskFunction):
 
     @property
     def hides_padding(self) -> bool:
-        """True if the values are no mask of a kind that Transformers builds: then they also hide single tokens."""
+        """Whether these values also hide single tokens: True if they are no mask of a kind that Transformers builds."""
         return self.mask is None
 
 
@@ -129,11 +129,11 @@ class AllOf(MaskFunction):
 
 
 def as_mask(function: Callable[..., Tensor], device: torch.device, tokens: int = 2**21) -> Mask | None:
-    """One of Transformers' mask functions as a mask; None where it is of no kind that Transformers builds.
+    """One of Transformers' mask functions as a mask of longspan; None if it is of no kind that Transformers builds.
 
-    The number of queries that see the first key gives the reach; the kind that this allows is then compared with the function
-    at rows and keys of interest: where rows begin and end, and a few hundred others. Evaluating every query would take half a
-    second a kind, most of it for fresh memory pages.
+    How many queries see the first key tells how far the mask reaches. The mask of that reach is then compared with the function
+    at a few hundred queries and keys, among them those where rows begin and end. Evaluating every query would take half a
+    second for each kind.
 
     Args:
         function: (row, head, query, key) -> bool tensor.
@@ -166,9 +166,10 @@ def as_mask(function: Callable[..., Tensor], device: torch.device, tokens: int =
 
 
 def _reach(sees: Callable[[Tensor], Tensor], device: torch.device, tokens: int, stride: int = 1024) -> int:
-    """How many queries see the first key: they are the first ones in every kind of mask; 0 where they are not.
+    """The number of queries that see the first key, if these are the first queries of the row; 0 if they are not.
 
-    Every ``stride``-th query is looked at, then each one of the stretch in which the last one that sees must be.
+    ``sees`` tells for each of some queries whether it sees that key. It is called for every ``stride``-th query, then for each
+    query of the stretch in which the last one that sees the key must be.
     """
     start = 0
     for queries in (torch.arange(0, tokens, stride, device=device), torch.arange(stride, device=device)):

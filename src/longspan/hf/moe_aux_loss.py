@@ -33,12 +33,20 @@ from longspan.hf.probe import TOKENS, all_equal, forward, proving
 
 @dataclass(frozen=True)
 class BalanceLoss:
-    """``routers``: the module whose output holds the router logits; None where the config asks for no balance loss."""
+    """What ``probe`` found about the balance loss of a mixture of experts.
+
+    Attributes:
+        routers: the module whose output holds the router logits; None where the config asks for no balance loss.
+    """
 
     routers: nn.Module | None
 
     def install(self, model: nn.Module, mesh: ParallelMesh) -> Undo:
-        """Gather the router logits of all ranks in each forward; refuse ``output_router_logits=`` if it was not proven."""
+        """Register hooks with which the balance loss is computed from the router logits of all ranks.
+
+        A call with ``output_router_logits=`` raises ModelError if the config asked for no balance loss. Returns a function that
+        removes the hooks.
+        """
         handles: list[Any] = [model.register_forward_pre_hook(self._check, with_kwargs=True)]
         if self.routers is not None:
             handles += gather_routers(self.routers, model, mesh)
@@ -53,7 +61,11 @@ class BalanceLoss:
 
 
 def probe(candidate: Candidate) -> BalanceLoss:
-    """A BalanceLoss with the module whose output holds the router logits. Raises ModelError if the loss depends on more."""
+    """The BalanceLoss of a model: the module whose output holds the router logits, if the config asks for a balance loss.
+
+    Raises:
+        ModelError: the balance loss depends on more than these router logits.
+    """
     wanted = any(getattr(config, "output_router_logits", False) for _, config in candidate.configs)
     loss = candidate.finding(Loss)
     kind = None if loss is None else loss.kind

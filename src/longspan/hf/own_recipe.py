@@ -107,7 +107,7 @@ def mask_of(module: nn.Module, q_BSHD: Tensor, k_BSKD: Tensor, value: Any, confi
 
 
 def shape_like(out_BSHV: Tensor, attention: Attention) -> Tensor:
-    """``out_BSHV`` in the shape [..., S, V] and dtype that the model's own product of probabilities and values would have."""
+    """``out_BSHV`` with the shape [..., S, V] and the dtype that the model's own code expects of its attention."""
     return out_BSHV.transpose(1, 2).reshape(*attention.shape[:-1], out_BSHV.shape[-1]).to(attention.v.dtype)
 
 
@@ -139,7 +139,10 @@ def read_recipe(module: nn.Module, attention: Attention, configs: Sequence[Any])
 
 
 class _Reader:
-    """Reads the terms of ``attention`` one by one with ``read``; then ``roles`` and ``mask_and_slopes`` hold their meaning."""
+    """Finds the meaning of the operations of one recorded attention: call ``read`` for each of them, in order.
+
+    Afterwards ``roles`` has the meaning of each, and ``mask_and_slopes()`` returns what they add up to.
+    """
 
     def __init__(self, module: nn.Module, attention: Attention, configs: Sequence[Any]) -> None:
         self.module, self.attention, self.configs = module, attention, configs
@@ -218,7 +221,11 @@ class _Reader:
         return self._note("bias", None if bool(sees.all()) else self._dense(sees))
 
     def _dense(self, sees: Tensor, base: Tensor | None = None) -> MaskFunction:
-        """The DenseMask of ``sees``, or of ``base``, the larger square buffer of which ``sees`` is a slice, if there is one.
+        """The mask in which query q sees key k if ``sees[q, k]``.
+
+        Args:
+            sees: boolean, [..., queries, keys], equal for all heads.
+            base: the larger square buffer of which ``sees`` is a slice, which is used in its place; None if there is none.
 
         Raises:
             ModelError: heads differ, or a config field may hide further keys on longer rows.
@@ -234,7 +241,11 @@ class _Reader:
         return DenseMask(every[0])
 
     def _fitted(self, value_HST: Tensor, factor: float, shown_ST: Tensor) -> Tensor:
-        """The slopes [heads] of a bias, times ``factor``. Raises ModelError if it is not linear in the keys a query sees."""
+        """The slopes [heads] of a bias that is linear in the key, as in ALiBi, multiplied by ``factor``.
+
+        Raises:
+            ModelError: among the keys that a query sees, the bias is not linear.
+        """
         bias_HST = value_HST.double()
         first_S = shown_ST.int().argmax(-1)
         run_ST = torch.arange(shown_ST.shape[-1], device=bias_HST.device) - first_S.unsqueeze(-1)
@@ -254,14 +265,17 @@ def _has_keys(factor: Tensor) -> bool:
 
 
 def _times(q: Tensor, factor: Tensor, shape: torch.Size) -> Tensor:
-    """q times a factor of its scores [..., S or 1, 1]."""
+    """The queries multiplied by a factor of their scores, so that the scores get the same factor.
+
+    ``factor`` has the shape of the scores with one key, [..., S or 1, 1].
+    """
     if factor.numel() == 1:
         return q * factor.reshape(()).to(q.dtype)
     return (q.reshape(*shape[:-1], q.shape[-1]) * factor.to(q.dtype)).reshape(q.shape)
 
 
 def _contains(base: Tensor, part: Tensor) -> bool:
-    """Whether ``part`` [S, T] is the corner of a larger square of one row and head."""
+    """Whether ``part`` [S, T] equals the upper left corner of ``base``, a larger square for one row and one head."""
     rows, keys = base.shape[-2:] if base.ndim >= 2 else (0, 0)
     if rows != keys or rows <= part.shape[0] or base.numel() != rows * keys:
         return False

@@ -99,11 +99,11 @@ class Symbol:
 
 
 class Scores(Symbol):
-    """The product of queries and keys, and its terms."""
+    """A placeholder for the product of queries and keys; it records the operations on it."""
 
 
 class Probabilities(Symbol):
-    """The softmax of scores over the keys."""
+    """A placeholder for the softmax of attention scores over the keys; it records the operations on it."""
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -227,7 +227,11 @@ def _described(symbol: Symbol, name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _reshaped(symbol: Symbol, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size:
-    """The new shape, of which the last two dims must stay queries and keys."""
+    """The shape that the reshape ``name`` gives to ``symbol``.
+
+    Raises:
+        ModelError: its last two dims would no longer be queries and keys.
+    """
     like = torch.empty((), device="meta").expand(symbol.shape)
     shape: torch.Size = getattr(like, name if name != "view" else "reshape")(*args, **kwargs).shape
     if shape[-2:] != symbol.shape[-2:]:
@@ -281,7 +285,7 @@ def _maximum(scores: Any, other: Any = None, min: Any = None, max: Any = None) -
 
 
 def _hides(value: Any) -> bool:
-    """Whether a score of this value has the probability 0."""
+    """Whether ``value``, as a score, means probability 0: a number, or a tensor of one number, of at most -10,000."""
     return (
         isinstance(value, int | float | Tensor) and (not isinstance(value, Tensor) or value.ndim == 0) and float(value) <= -1e4
     )
@@ -321,7 +325,15 @@ _OF_PROBABILITIES: dict[str, Callable[..., Any]] = {"dropout": _dropout, "matmul
 
 
 def record_attention(model: nn.Module, finish: Callable[[nn.Module, Attention], Tensor]) -> list["Recorded"]:
-    """Make the forward of every attention module of ``model`` record its products; returns a Recorded for each of them."""
+    """Replace the forward of every attention module of ``model`` by one that records its products of queries and keys.
+
+    Args:
+        model: the model.
+        finish: called with the module and each recorded Attention; returns the output of that attention.
+
+    Returns:
+        An object for each module, whose ``remove`` undoes the replacement.
+    """
     return [Recorded(module, finish) for module in model.modules() if is_attention(module)]
 
 

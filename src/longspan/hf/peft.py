@@ -23,7 +23,10 @@ def base_of(model: nn.Module) -> PreTrainedModel | None:
 
 
 def probe(candidate: Candidate) -> None:
-    """Raise ModelError for a peft adapter that is not token-wise: prompt learning, adaption prompts, activated LoRA."""
+    """Raise ModelError for a peft adapter that mixes tokens or adds some; otherwise return None.
+
+    Refused: prompt learning, adaption prompts, activated LoRA.
+    """
     for name, config in candidate.called.peft_config.items() if candidate.called is not candidate.model else ():
         reason = None
         if config.is_prompt_learning or config.is_adaption_prompt:

@@ -31,15 +31,16 @@ from longspan.masks.constructors import documents_of
 
 @dataclass(frozen=True)
 class PositionTables:
-    """Changes position tables that depend on the longest position, or that a stack of layers looks up by its own count."""
+    """Makes position tables look up the positions of this rank's tokens, and lengthens those that depend on the whole row."""
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Register hooks: ``lengthen_tables`` and ``pass_positions_to_tables``."""
+        """Register the hooks of ``lengthen_tables`` and of ``pass_positions_to_tables``; returns a function that removes
+        them."""
         return remove_all([*lengthen_tables(model), *pass_positions_to_tables(model)])
 
 
 def probe(candidate: Candidate) -> PositionTables:
-    """A PositionTables for every candidate; position_probe.py tests how the model counts positions."""
+    """A PositionTables, which every model gets; how a model counts positions is tested elsewhere (position_probe.py)."""
     return PositionTables()
 
 
@@ -86,7 +87,10 @@ def model_positions(
 
 
 def _of_whole_rows(ids: Tensor, padding_id: int, step: BatchInfo) -> Tensor:
-    """``positions_of_ids`` of whole rows; in each document of a row that the step's mask separates they start again."""
+    """Positions of whole rows as RoBERTa counts them, restarting in each document that the step's mask separates.
+
+    See ``positions_of_ids``; ``ids`` and the result are [rows, tokens].
+    """
     each = step.mask if isinstance(step.mask, tuple) else (step.mask,) * len(ids)
     counted = []
     for row, mask in zip(ids.split(1), each):
@@ -97,10 +101,10 @@ def _of_whole_rows(ids: Tensor, padding_id: int, step: BatchInfo) -> Tensor:
 
 
 def pass_positions_to_tables(model: Any) -> list[Any]:
-    """Register hooks with which position tables look up the call's positions, in stacks that accept no ``position_ids``.
+    """Register hooks with which position tables look up the call's positions, in encoders or decoders without ``position_ids``.
 
     Returns:
-        The handles of the hooks; [] for a model without such stacks.
+        The handles of the hooks; [] for a model in which every encoder and decoder takes ``position_ids``.
     """
     handles: list[Any] = []
     for stack in _counting(model):
@@ -115,7 +119,10 @@ def pass_positions_to_tables(model: Any) -> list[Any]:
 
 
 def rows_counted_by_stacks(model: Any) -> set[str]:
-    """The prefixes ("" or "decoder_") of the rows of tokens whose stack of layers accepts no ``position_ids``."""
+    """Which rows of tokens have an encoder or decoder that counts positions by itself, as prefixes of the keywords.
+
+    A prefix is "" or "decoder_"; counting by itself means that its forward accepts no ``position_ids``.
+    """
     return {"" if stack is not model.get_decoder() or not is_encoder_decoder(model) else TARGET for stack in _counting(model)}
 
 
@@ -137,9 +144,10 @@ def _look_up(held: list[Tensor | None], table: nn.Module, args: tuple[Any, ...],
 
 
 def _into_rows(held: list[Tensor | None], table: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """A hook of a position table: its output as [rows, tokens, dim], because tables look up the positions of one row.
+    """Forward hook of a position table that was given the positions of all rows: its output as [rows, tokens, dim].
 
-    A table that was called with a shape returns [tokens, dim], if all rows have equal positions, as some stacks expect.
+    A table that was called with a shape instead of positions returns [tokens, dim], as its caller expects; all rows must then
+    have equal positions.
     """
     positions = held[-1] if held else None
     if positions is None:
@@ -165,7 +173,7 @@ def _forget(held: list[Tensor | None], *_: Any) -> None:
 
 
 def has_counting_stacks(model: Any) -> bool:
-    """Whether some stack with a table of positions takes no positions."""
+    """Whether an encoder or decoder of the model has a position table but accepts no ``position_ids``."""
     return bool(_counting(model))
 
 
@@ -184,7 +192,8 @@ def lengthen_tables(model: nn.Module) -> list[Any]:
 
 
 def _chooses_by_length(module: nn.Module) -> bool:
-    """Whether a rotary table depends on the longest position: dynamic and longrope do."""
+    """Whether the rotary table of ``module`` depends on the longest position of the row, as with RoPE types dynamic and
+    longrope."""
     kinds = getattr(module, "rope_type", None)
     named = kinds.values() if isinstance(kinds, dict) else [kinds or ""]
     return any("dynamic" in kind or kind == "longrope" for kind in named)

@@ -49,7 +49,11 @@ class Counting:
     padding_id: int | None
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Register a pre-hook that calls ``refuse`` and replaces ``position_ids`` by those counted over the whole row."""
+        """Register a hook that, before each forward, refuses what cannot be counted and sets ``position_ids`` for this rank's
+        tokens.
+
+        Positions are those that the model would count over whole rows. Returns a function that removes the hook.
+        """
         return remove_all([model.register_forward_pre_hook(partial(self._before, mesh), with_kwargs=True)])
 
     def _before(self, mesh: ParallelMesh, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -96,7 +100,11 @@ class Counting:
 
 
 def probe(candidate: Candidate) -> Counting:
-    """The Counting of the candidate, by test forwards. Raises ModelError for any other way of counting."""
+    """How the model in ``candidate`` counts positions and hides padding, found by test forwards.
+
+    Raises:
+        ModelError: it does so in a way that longspan does not know.
+    """
     model, base = candidate.called, candidate.model
     with proving(model):
         ignoring, known = rows_counted_by_stacks(model), _positions_known(model)
@@ -104,10 +112,13 @@ def probe(candidate: Candidate) -> Counting:
 
 
 def _hides_padding(model: Any) -> tuple[bool, bool]:
-    """(``Counting.hides_padding``, ``Counting.given_ones``), by a forward with padding tokens and without a mask.
+    """Whether the model hides padding tokens without being given a mask, by a test forward.
+
+    Returns:
+        (whether attention hides them, whether other modules do, which a mask of ones prevents).
 
     Raises:
-        ModelError: the model hides them outside attention even with a mask of ones.
+        ModelError: other modules hide them even with a mask of ones.
     """
     known = getattr(model.get_input_embeddings(), "num_embeddings", 0)
     padding, probe = sorted(token for token in special_ids(model, "pad") if 0 <= token < known), Probe()
@@ -128,12 +139,13 @@ def _hides_padding(model: Any) -> tuple[bool, bool]:
 
 
 def _beside(count: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each output [1, tokens, ...] without tokens 1 to ``count``."""
+    """A copy of ``given`` in which every tensor [1, tokens, ...] lacks the tokens 1 to ``count``."""
     return {name: torch.cat([x[:, :1], x[:, 1 + count :]], 1) for name, x in given.items() if x.ndim > 1}
 
 
 def _positions_known(model: Any) -> dict[str, int]:
-    """``Counting.known``: for each row the number of positions of its shortest position table; no entry without a table."""
+    """For each row of tokens ("" or "decoder_") the number of positions of its shortest position table; no entry without
+    one."""
     lengths: dict[str, int] = {}
     row_of = {count: name for name, count in row_lengths(model).items()}
 
@@ -155,7 +167,10 @@ def _positions_known(model: Any) -> dict[str, int]:
 
 
 def _prove_positions(model: Any, base: Any) -> tuple[bool, int | None]:
-    """(``Counting.behind_padding``, ``Counting.padding_id``), by test forwards without position_ids.
+    """How a model counts positions that it is not given, found by test forwards.
+
+    Returns:
+        (whether it begins behind padding on the left, the padding id if it counts from the ids as RoBERTa does, else None).
 
     Raises:
         ModelError: the model counts positions in another way.

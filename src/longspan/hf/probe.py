@@ -44,10 +44,11 @@ COARSE = 5e-2
 
 
 class Call(NamedTuple):
-    """One call of attention: the module, the numbers of tokens and heads of q and k, and the mask that it was given.
+    """One recorded call of attention in a test forward: the module, numbers of tokens and heads of q and k, and its mask.
 
-    ``recipe``: how the module attends in its own code; None where it calls Transformers' registry. ``handed``: whether the
-    registry was handed the step.
+    Attributes:
+        recipe: how the module attends in its own code; None if it calls Transformers' registry.
+        handed: whether the registered function was given the keyword ``longspan``.
     """
 
     module: nn.Module
@@ -60,9 +61,11 @@ class Call(NamedTuple):
 
 @dataclass
 class Probe:
-    """Replaces attention in the test forwards: each token gets its own value, and every call is recorded in ``calls``.
+    """Replaces attention in test forwards: every call is recorded, and each token gets its own value as the output.
 
-    ``keys``: keys and values of cross-attention by name, in the order of the calls.
+    Attributes:
+        calls: the recorded calls, in order.
+        keys: keys and values of cross-attention by name, in the order of the calls.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -72,9 +75,10 @@ class Probe:
         self, module: nn.Module, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Any,
         *, recipe: Recipe | None = None, handed: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Each token's own values, and a trace of its query, which has been rotated by the token's position.
+        """Record a call of attention and return, for each token, its own value plus a trace of its query.
 
-        Cross-attention has no values of the queries' tokens; its keys and values are recorded, to be compared by themselves.
+        The query has been rotated by the token's position, so the outputs show which position it had. In cross-attention the
+        queries' tokens have no values; there, keys and values are recorded to be compared.
         """
         tokens, heads = ((q_BSHD.shape[dim], k_BSKD.shape[dim]) for dim in (1, 2))
         self.calls.append(Call(module, tokens, heads, mask, recipe, handed))
@@ -135,7 +139,10 @@ def _without_zero_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def attend_in_proof(module: nn.Module, attention: Attention) -> Tensor:
-    """``Probe.attend`` for a module that computes attention in its own code; the output has the shape that it expects."""
+    """The output of attention in a test forward, for a module that computes attention in its own code.
+
+    Each token gets its own value (see ``Probe.attend``), in the shape that the module's code expects.
+    """
     scope = scope_of(module)
     recipe, mask = read_recipe(module, attention, scope.configs)
     out = scope.call.step.attend(module, *recipe.operands(attention), mask, recipe=recipe)
@@ -143,12 +150,15 @@ def attend_in_proof(module: nn.Module, attention: Attention) -> Tensor:
 
 
 def row_lengths(model: Any) -> dict[str, int]:
-    """{"": TOKENS}, and for an encoder-decoder also {"decoder_": TARGETS}: tokens of the test rows, by prefix of the names."""
+    """The lengths of the rows of a test batch: {"": tokens} and, for an encoder-decoder, also {"decoder_": tokens}.
+
+    A key is the prefix of the names of the row's tensors.
+    """
     return {"": TOKENS} | ({TARGET: TARGETS} if is_encoder_decoder(model) else {})
 
 
 def special_ids(model: Any, *kinds: str) -> set[int]:
-    """The ids that the model's configs name for ``kinds`` ("pad", "bos", ...)."""
+    """The token ids that the model's configs have for ``kinds``, such as "pad" for ``pad_token_id``."""
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     named = [getattr(config, f"{kind}_token_id", None) for config in configs for kind in kinds]
     return {token for tokens in named for token in _as_list(tokens) if token is not None}
@@ -159,8 +169,10 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def ids_of(model: Any, count: int = TOKENS) -> Tensor:
-    """``count`` different token ids for a test row, none of them a special token of the model, and never i, i + 1, ..., which
-    position_probe.py takes for positions.
+    """``count`` different token ids for a test row, [1, count].
+
+    None is a special token of the model, and none is one more than the id before it, because position_probe.py would take such
+    ids for positions.
 
     Raises:
         ModelError: the vocabulary has too few others; equal tokens would hide that a module mixes them.
@@ -184,13 +196,13 @@ def batch_of(model: Any) -> dict[str, Tensor]:
 
 
 def forward(model: Any, half: int | None = None, probe: Probe | None = None, **more: Any) -> dict[str, Tensor]:
-    """The model's outputs by name, for the tokens of the proof or for their first or second half.
+    """The outputs of a test forward of ``model``, by name.
 
     Args:
         model: the model, its configs naming longspan's attention.
-        half: 0, 1, or None for all tokens.
+        half: 0 or 1 for the first or second half of the test row; None for all of it.
         probe: what records the calls of attention.
-        more: further keywords of the call, or others than the proof's; one that is None is left out.
+        more: further keywords of the call, which replace those of the test batch; one that is None is left out.
 
     Raises:
         ModelError: the forward fails.
@@ -220,9 +232,9 @@ def forward(model: Any, half: int | None = None, probe: Probe | None = None, **m
 
 
 def prove_token_wise(model: nn.Module) -> None:
-    """Raise ModelError, naming the first module that differs, unless two halves give what the whole row gives.
+    """Raise ModelError, naming the module, if a module outside attention mixes tokens; otherwise return None.
 
-    Attention is that of the proof, which lets no token see another.
+    Two forwards of half a row are compared with one of the whole row, with attention in which no token sees another.
     """
     outputs: list[dict[str, Tensor]] = []
 
@@ -254,7 +266,10 @@ def prove_token_wise(model: nn.Module) -> None:
 
 
 def _is_token_wise(name: str, whole: dict[str, Tensor], left: dict[str, Tensor], right: dict[str, Tensor]) -> bool | None:
-    """Whether a module gave the same in two halves; None where its output has no token dim (experts sort their tokens)."""
+    """Whether the outputs of a module for the two halves of a row, put together, equal its output for the whole row.
+
+    None if its output has no dim of tokens, as inside experts, which sort their tokens.
+    """
     if name not in left or name not in right:
         return None
     sizes = zip(whole[name].shape, left[name].shape, right[name].shape)

@@ -48,12 +48,16 @@ TAKES = {sdpa_mask: "booleans", eager_mask: "numbers", flash_attention_mask: "no
 
 @dataclass(frozen=True)
 class RegistryKernels:
-    """The finding for kernel="hf:...": ``kernels`` is (attention module, its Registered kernel) of each layer."""
+    """The kernels of an attention of Transformers' registry (``kernel="hf:..."``), one for each attention module.
+
+    Attributes:
+        kernels: (attention module, its kernel).
+    """
 
     kernels: tuple[tuple[Any, "Registered"], ...]
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Make each layer's ``attend`` use its kernel. The returned undo does nothing: AttentionLayers removes the Layers."""
+        """Make each attention module use its kernel. The function that is returned does nothing: another undo removes them."""
         for module, kernel in self.kernels:
             layer = module._longspan
             module._longspan = layer._replace(attend=partial(kernel.attend, by=layer.attend))
@@ -61,7 +65,7 @@ class RegistryKernels:
 
 
 def probe(candidate: Candidate) -> RegistryKernels | None:
-    """A RegistryKernels if ``candidate.kernel`` is "hf:..." and the model attends, else None.
+    """The kernels for ``kernel="hf:..."``; None for any other kernel, and for a model without attention.
 
     Raises:
         KernelError: a layer cannot use this kernel, or the model has cross-attention.
@@ -75,7 +79,11 @@ def probe(candidate: Candidate) -> RegistryKernels | None:
 
 
 def refuse_name(kernel: str, model: PreTrainedModel, coordinate: MeshCoordinate) -> None:
-    """Raise KernelError for a name that is not in the registry, that the model cannot use, or that a ring cannot."""
+    """Raise KernelError if ``kernel`` cannot be used; otherwise return None.
+
+    Refused: a name that is not in Transformers' registry, one that the model cannot use, and any name on a mesh whose ring has
+    several ranks, because these functions return no log-sum-exp.
+    """
     legal = _names()
     name = kernel.removeprefix(PREFIX)
     if name not in legal:
@@ -131,7 +139,17 @@ class Registered:
         self, q: Tensor, k: Tensor, v: Tensor, *, by: Callable[..., Tensor],
         softcap: float | None = None, sink_logits: Tensor | None = None, bias: Any = None, **more: Any,
     ) -> Tensor:  # fmt: skip
-        """Call ``by`` (``attend`` over a mesh) with this kernel; ``sink_logits`` are passed as a bias without effect on scores.
+        """Attention over a mesh with this kernel: call ``by``, which is ``longspan.attend`` with the mesh bound.
+
+        ``sink_logits`` reach the kernel as a bias, which computes their gradients; it adds nothing to the scores.
+
+        Args:
+            q, k, v: this rank's tokens.
+            by: the attention to call.
+            softcap: as in ``attend``.
+            sink_logits: as in ``attend``.
+            bias: must be None.
+            more: further keywords of ``attend``.
 
         Raises:
             KernelError: the layer has a bias, or a softcap or sinks that this function cannot compute.
@@ -182,7 +200,7 @@ class Registered:
         self, q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, block: "_Block", scale: float, softcap: float | None,
         bias: BoundBias | None,
     ) -> Tensor:  # fmt: skip
-        """The output of the layer's function for the rows of a block: [rows, my heads, v_dim]."""
+        """The output [rows, my heads, v_dim] of Transformers' attention function, called on the tokens of ``block``."""
         zero = torch.zeros(1, dtype=torch.long, device=q_RGD.device)
         sinks = None if bias is None else bias(zero, zero).flatten()
         keywords, mask, blind = block.keywords(), None, None

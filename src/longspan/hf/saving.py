@@ -14,12 +14,19 @@ from longspan.hf.candidate import Candidate, Undo
 
 @dataclass(frozen=True)
 class Saving:
-    """``owners``: the objects on which a user may call ``save_pretrained``: the model, and peft's wrapper of it."""
+    """Replaces ``save_pretrained`` of a model by one that refuses sharded parameters.
+
+    Attributes:
+        owners: the objects on which a user may call it: the model, and peft's wrapper of it.
+    """
 
     owners: tuple[Any, ...]
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Replace ``save_pretrained`` of each by one that first refuses sharded parameters."""
+        """Replace ``save_pretrained`` of each owner by one that raises RunError where parameters are sharded.
+
+        Returns a function that undoes it.
+        """
         for owner in self.owners:
             vars(owner)["save_pretrained"] = partial(_save, owner, owner.save_pretrained)
 
@@ -31,12 +38,16 @@ class Saving:
 
 
 def probe(candidate: Candidate) -> Saving:
-    """A Saving for every candidate; whether parameters are sharded is checked at the call of ``save_pretrained``."""
+    """A Saving, which every model gets; whether parameters are sharded is checked when ``save_pretrained`` is called."""
     return Saving((candidate.called,) if candidate.called is candidate.model else (candidate.called, candidate.model))
 
 
 def _save(owner: Any, save: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-    """Call ``save``. Raises RunError if ``owner`` has sharded parameters, unless whole tensors are given as ``state_dict``."""
+    """Call ``save``, the ``save_pretrained`` of ``owner``, with the other arguments.
+
+    Raises:
+        RunError: ``owner`` has sharded parameters, and no ``state_dict`` of whole tensors is given.
+    """
     state_dict = keywords.get("state_dict", args[2] if len(args) > 2 else None)
     if state_dict is None and any(isinstance(parameter, DTensor) for parameter in owner.parameters()):
         raise RunError(

@@ -67,9 +67,11 @@ def config_of(described: dict[str, Any]) -> PreTrainedConfig:
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A ModelSource of a Transformers language model, by its config and the folder of its weights and tokenizer.
+    """The ModelSource of a language model in a Hugging Face folder.
 
-    ``folder`` None: ``build`` draws random weights, to be replaced by those of a checkpoint.
+    Attributes:
+        folder: where its weights and tokenizer are; None if ``build`` is to draw random weights, which those of a checkpoint
+            will replace.
     """
 
     config: PreTrainedConfig
@@ -116,7 +118,11 @@ class FolderSource:
 
     @property
     def reach(self) -> int | None:
-        """``max_position_embeddings``, or what a scaled RoPE makes of the length that it was trained with."""
+        """The largest number of tokens of a row: ``max_position_embeddings`` or, of a scaled RoPE, the length that it is scaled
+        to.
+
+        None if the config has neither.
+        """
         rope, known = (getattr(self._text, name, None) for name in ("rope_parameters", "max_position_embeddings"))
         if not rope or known is None:
             return None
@@ -178,8 +184,11 @@ class FolderSource:
             return built
 
     def flops_per_token(self, tokens: int) -> float:
-        """As the decoder counts them: 6 for each parameter that a token is multiplied with (matrices, the head, of the experts
-        those it is sent to), and 12 for each dimension of a head and key that it sees; windows are not counted."""
+        """The floating-point operations per token of one training step on a causal row of ``tokens`` tokens.
+
+        They are 6 for each parameter that a token is multiplied with (matrices, the head, the experts that it is sent to), and
+        12 for each dimension of a head and each key that it sees. Windows are not taken into account.
+        """
         text = self._text
         experts = number_of_experts(text)
         active = (getattr(text, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
@@ -199,7 +208,11 @@ class FolderSource:
         return {name: value for name, value in fields.items() if name not in OF_THE_FOLDER}
 
     def export(self, model: nn.Module, folder: Path, tokenizer: str, mesh: ParallelMesh) -> bool:
-        """The model, the tokenizer that it was trained with, and the folder's settings of generation."""
+        """Write the trained model, the tokenizer that it was trained with, and the source's generation settings into
+        ``folder``.
+
+        Every rank must call it. Returns True, because the folder was written.
+        """
         assert isinstance(model, transformers.PreTrainedModel)
         with _quietly():
             save(model, folder, mesh)

@@ -30,10 +30,10 @@ OUTER = "longspan_call"
 
 @dataclass(frozen=True)
 class Call:
-    """What ``shard_batch`` adds to a call; opaque to FSDP2, which looks for tensors in dicts.
+    """What ``shard_batch`` added to one call of a model, in one object, in which FSDP2 does not look for tensors.
 
     Attributes:
-        step: the BatchInfo, or the Probe of a proof; None outside of a call.
+        step: the BatchInfo, or the Probe of a test forward; None outside of a call.
         shift_labels: the labels shifted over the whole row, or None.
         positions: ``position_ids`` and ``decoder_position_ids`` of the call by name, as far as it has them.
     """
@@ -44,19 +44,23 @@ class Call:
 
 
 class Scope:
-    """Holds the calls that one model is computing (``call`` is the innermost), and the model's ``configs``."""
+    """The calls that one model is computing at the moment, so that its layers can read what the model does not pass on to them.
+
+    Attributes:
+        configs: the configs of the model.
+    """
 
     def __init__(self, configs: Sequence[Any] = ()) -> None:
         self.configs, self._calls = configs, list[Call]()
 
     @property
     def call(self) -> Call:
-        """The call that was held last and not released yet; an empty Call if there is none."""
+        """The innermost call that is being computed; an empty Call if there is none."""
         return self._calls[-1] if self._calls else Call()
 
     @contextmanager
     def during(self, call: Call) -> Iterator[None]:
-        """Context manager: ``self.call`` is ``call`` inside."""
+        """Context manager: inside, ``call`` is the innermost call of this scope; on exit it is what it was before."""
         self._calls.append(call)
         try:
             yield
@@ -64,11 +68,11 @@ class Scope:
             self._calls.pop()
 
     def push(self, call: Call) -> None:
-        """Make ``call`` the innermost call until ``clear``."""
+        """Make ``call`` the innermost call until ``clear`` is called."""
         self._calls.append(call)
 
     def clear(self) -> None:
-        """Release every call."""
+        """Forget every call."""
         self._calls.clear()
 
 
@@ -84,14 +88,20 @@ def own_forward(model: Any) -> Callable[..., Any]:
 
 
 def set_forward(model: Any, function: Callable[..., Any]) -> None:
-    """Let ``function`` be the model's forward, with the signature of its class: trainers read there which columns it takes."""
+    """Set ``function`` as the forward of the instance ``model``, with the signature of the forward of its class.
+
+    Trainers read the signature to find which columns of a dataset the model takes.
+    """
     signature = inspect.signature(model.forward)
     model.forward = function
     model.forward.__signature__ = signature
 
 
 def needs_scope(model: Any) -> bool:
-    """True if the forward of the model's class has no ``**kwargs`` and no parameter ``longspan`` or ``position_ids``."""
+    """Whether a model cannot pass the keyword ``longspan`` on to its layers by itself.
+
+    That is so if the forward of its class has no ``**kwargs`` and no parameter ``longspan`` or ``position_ids``.
+    """
     named = _named(type(model).forward)
     return named is not None and not {STEP, "position_ids"} <= named
 
@@ -136,7 +146,10 @@ class ScopedModel:
 
 
 class Stripped:
-    """Replaces the model's forward by ``own_forward``, until ``remove``; not if the forward is replaced already."""
+    """Replaces the model's forward by one that drops keywords that it does not accept, until ``remove`` is called.
+
+    A model whose forward is replaced already is left as it is.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -165,7 +178,10 @@ def _named(forward: Callable[..., Any]) -> set[str] | None:
 
 
 def _taken(kwargs: dict[str, Any], named: set[str] | None) -> dict[str, Any]:
-    """``kwargs`` without the keywords that ``shard_batch`` added and that are not in ``named``; all of them for None."""
+    """``kwargs`` without the keywords that ``shard_batch`` added and that the forward does not accept.
+
+    ``named`` are the names that the forward accepts; None means that it accepts any.
+    """
     if named is None:
         return kwargs
     step = kwargs.get(STEP)

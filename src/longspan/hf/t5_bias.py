@@ -28,15 +28,22 @@ PROVEN_TOKENS = 9
 
 @dataclass(frozen=True)
 class RelativeBias:
-    """The finding for a model with layers that add a bias by relative position."""
+    """What ``probe`` found: the model has layers that add a bias by relative position (T5)."""
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Make these layers compute the bias of all distances of the whole row (ByDistance)."""
+        """Make the layers that add a bias by relative position compute it for all distances of the whole row.
+
+        Returns a function that undoes it.
+        """
         return remove_all(compute_biases_by_distance(model))
 
 
 def probe(candidate: Candidate) -> RelativeBias | None:
-    """A RelativeBias if a layer adds a bias by relative position, else None. Raises ModelError as ``prove_distances``."""
+    """A RelativeBias if the model has a layer that adds a bias by relative position, else None.
+
+    Raises:
+        ModelError: such a bias depends on more than the distance of query and key.
+    """
     prove_distances(candidate.model)
     return RelativeBias() if any(map(_computes, candidate.model.modules())) else None
 
@@ -82,7 +89,11 @@ def _refuse(module: nn.Module, position_bias: Tensor) -> None:
 
 
 def compute_biases_by_distance(model: nn.Module) -> list["ByDistance"]:
-    """Replace ``compute_bias`` of every layer that has one by ByDistance; returns these objects, whose ``remove`` undoes it."""
+    """Replace ``compute_bias`` of every layer that has one by a function that computes the bias of all distances of the row.
+
+    Returns:
+        An object for each such layer, whose ``remove`` undoes the replacement.
+    """
     return [ByDistance(module) for module in model.modules() if _computes(module)]
 
 

@@ -144,9 +144,10 @@ class FolderWeights:
         self.names = _names(model)
 
     def facts(self, model: PreTrainedModel) -> dict[str, str]:
-        """{name: text} that must be equal on all ranks: the config, and each tensor's shape, dtype and hash of its first row.
+        """What must be equal on all ranks for them to get the same weights, as text by name.
 
-        Without files, the seed instead of the tensors.
+        These are the config and, for each stored tensor, its shape, dtype and a hash of its first row; without stored tensors,
+        the seed.
 
         Raises:
             ModelError: the files do not hold exactly the model's tensors.
@@ -340,7 +341,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _peek(files: list[Path]) -> dict[str, Stored]:
-    """{name: Stored} of every tensor in the files. Raises ModelError for a name in two files, or a file that is damaged."""
+    """A description (shape, dtype, hash of the first row) of every tensor in the files, by name.
+
+    Raises:
+        ModelError: a name is in two files, or a file is damaged.
+    """
     stored: dict[str, Stored] = {}
     for file in files:
         try:
@@ -363,9 +368,9 @@ def _hash(content: bytes) -> str:
 
 
 def _parts(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Yield (name, module, True) for each block, and (name, module, False) for each other module with tensors of its own.
+    """Yield the parts of a model that are initialized one by one: (name, module, whether the modules inside it belong to it).
 
-    True: with all modules below it.
+    The last is True for each block, and False for each other module that has parameters or buffers of its own.
     """
     whole = blocks(model)
     for name, module in model.named_modules():

@@ -25,7 +25,10 @@ PROBE_ROWS, PROBE_TOKENS = 2, 7
 
 
 def single(values: tuple[Any, ...] | None) -> Any:
-    """``values[0]`` of a tuple with one element; any other tuple, and None, unchanged. Trainer's form of outputs and labels."""
+    """``values[0]`` if ``values`` is a tuple of one element, else ``values`` unchanged, also None.
+
+    Trainer passes outputs and labels in this form.
+    """
     return values[0] if values is not None and len(values) == 1 else values
 
 

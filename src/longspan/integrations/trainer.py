@@ -27,7 +27,7 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, LongspanError, RunError
 from longspan.hf.loss import is_in_place
 from longspan.hf.names import is_encoder_decoder
-from longspan.integrations import predictions, random_state
+from longspan.integrations import predictions, random_state, trl_loss
 from longspan.integrations.accelerate import OneDevice, refuse_repeated_rows, single_process_arguments
 from longspan.integrations.arguments import refuse_arguments, refuse_keywords, refuse_other_losses, refuse_versions
 from longspan.integrations.presence import absent_ranks
@@ -155,9 +155,10 @@ class LongTrainer(Base):  # type: ignore[misc]
     # ---- Batches
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], None]:
-        """``Trainer``'s next ``num_batches`` batches as _MicroBatch, and None: labels are counted by ``shard_batch``.
+        """The next ``num_batches`` batches of Trainer, each with this rank's part of it, and None.
 
-        Every rank must call it. An error of one rank's dataset or collator is raised on all ranks.
+        The second value would be the number of labels, which ``shard_batch`` counts instead. Every rank must call it. An error
+        of one rank's dataset or collator is raised on all ranks.
         """
         self._micro_batch = 0
         random_state.synchronize(self.mesh)
@@ -166,7 +167,7 @@ class LongTrainer(Base):  # type: ignore[misc]
         return [_MicroBatch(batch, part) for batch, part in zip(batches, self._shard(batches))], None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
-        """Returns None, because ``shard_batch`` counts the labels."""
+        """Return None: ``shard_batch`` counts the labels."""
 
     def _shard(self, batches: Sequence[Mapping[str, Any]]) -> list[Any]:
         if not batches:
@@ -202,36 +203,20 @@ class LongTrainer(Base):  # type: ignore[misc]
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """The model's own loss, equal on every rank; with ``return_outputs`` (loss, outputs of this rank's tokens).
+        """The model's own loss over all ranks, equal on every rank.
 
         A step without any label gives what one device gives: nan with zero gradients, or 0 with TRL's SFTTrainer.
+
+        Returns:
+            The loss; with ``return_outputs`` (loss, outputs for this rank's tokens).
         """
         labelled = inputs.get("labels") is not None and self._adapter().loss_kind is not None
         loss, outputs = Trainer.compute_loss(self, model, inputs, return_outputs=True)
-        if self._trl_loss:
-            loss = self._average_balance_loss(loss, outputs)
+        if trl_loss.is_behind(type(self), LongTrainer):
+            loss = trl_loss.average_balance_loss(self, loss, outputs)
         elif labelled and inputs["longspan"].num_labels == 0:
             loss = loss + torch.nan
         return (loss, outputs) if return_outputs else loss
-
-    @property
-    def _trl_loss(self) -> bool:
-        """Whether the next ``compute_loss`` behind this class is not Trainer's: then it is TRL's SFTTrainer's."""
-        behind = type(self).__mro__[type(self).__mro__.index(LongTrainer) + 1 :]
-        return next(kind for kind in behind if "compute_loss" in vars(kind)) is not Trainer
-
-    def _average_balance_loss(self, loss: Tensor, outputs: Any) -> Tensor:
-        """Change the weight of the experts' balance loss in ``loss`` (if there is one) from Transformers' to TRL's.
-
-        Transformers' is ``model.router_aux_loss_coef``, TRL's ``self.router_aux_loss_coef`` / micro-batches in training.
-        """
-        aux_loss = outputs.get("aux_loss") if getattr(self, "aux_loss_enabled", False) else None
-        if aux_loss is None:
-            return loss
-        steps = self.current_gradient_accumulation_steps if self.model.training else 1
-        weight: float = self.router_aux_loss_coef / steps - self.model.router_aux_loss_coef
-        averaged: Tensor = loss + weight * aux_loss
-        return averaged
 
     # ---- Counters
 
@@ -286,7 +271,11 @@ class LongTrainer(Base):  # type: ignore[misc]
         return loss, self._predictions(logits, part, predictions.single(labels)), predictions.single(labels)
 
     def _predictions(self, outputs: Mapping[str, Any], part: Mapping[str, Any], labels: Any) -> Any:
-        """``self._preprocess`` of the outputs of all ranks; it is applied before the gather if it is token-wise, else after."""
+        """The predictions for all rows and tokens, on every rank: ``preprocess_logits_for_metrics`` of the model's outputs.
+
+        The function is applied to each rank's tokens before they are gathered if it is token-wise, else to the gathered logits;
+        without it the predictions are the logits.
+        """
         info, function = part["longspan"], self._preprocess
         if function is not None and info.target is None:
             mine = predictions.single(tuple(outputs.values()))
@@ -302,7 +291,11 @@ class LongTrainer(Base):  # type: ignore[misc]
     # ---- Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords: Any) -> Any:
-        """``Trainer.train``. Raises BatchError if the ranks would resume from different checkpoints."""
+        """Train as ``Trainer.train`` does.
+
+        Raises:
+            BatchError: the ranks would resume from different checkpoints.
+        """
         folder: Any = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
@@ -388,7 +381,7 @@ class LongTrainer(Base):  # type: ignore[misc]
 
 
 class _MicroBatch(dict[str, Any]):
-    """A batch of this data replica's rows as a dict, whose tokens Trainer counts; ``part``: this rank's part of it."""
+    """A batch with the rows of this data replica, from which Trainer counts tokens; ``part`` is this rank's part of it."""
 
     def __init__(self, batch: Mapping[str, Any], part: Any) -> None:
         super().__init__(batch.items())
