@@ -153,7 +153,10 @@ class AttentionPlan(OpaqueBase):
         return bound
 
     def kernel_of(self, chunk: HeadChunk) -> GroupedKernel:
-        """The plan's kernel with its scale and softcap, called once for each regular group of the chunk's heads."""
+        """The plan's kernel, as an object that calls it for groups of the chunk's heads, with the plan's scale and softcap.
+
+        In each group, every key/value head is read by equally many query heads, as kernels require.
+        """
         assert self.kernel is not None, "a plan is bound before it runs"
         return GroupedKernel(self.kernel, chunk.groups, self.scale, self.softcap)
 

@@ -27,9 +27,11 @@ from longspan.masks.bands import Band, localize
 
 
 def plan_hops(bands: tuple[Band, ...], query_runs: Sequence[Runs], key_runs: Sequence[Runs], rank: int) -> tuple[Hop, ...]:
-    """The ring hops of one rank, the first of which has offset 0 (its own keys).
+    """The steps of ring attention for one rank: in each, it receives keys and values from one rank and sends its own to
+    another.
 
-    A hop in which no rank needs a key is left out on every rank alike, so all ranks have the same number of hops.
+    The first step has offset 0: the rank's own keys. A step in which no rank needs a key is left out on every rank alike, so
+    all ranks have the same number of steps.
 
     Args:
         bands: the mask of the whole row, in its positions.

@@ -291,9 +291,9 @@ def _document_hash(text: bytes) -> int:
 
 @contextmanager
 def _progress(total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """Context manager: yields a function that is called with the number of bytes done, out of ``total``.
+    """Context manager: yields a function that is called with the number of bytes done, out of ``total``, to show progress.
 
-    After QUIET_SECONDS it shows a progress bar; if ``console`` is not a terminal, one line.
+    Nothing is shown in the first seconds; then a progress bar or, if ``console`` is not a terminal, one line.
     """
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console, transient=True)

@@ -153,7 +153,12 @@ def _refuse_earlier_optimizers(model: nn.Module) -> None:
 
 
 def _refuse_optimizers_at_first_step(model: nn.Module) -> None:
-    """Register a hook that makes the first forward with gradients raise ModelError for an optimizer in ``UNSHARDABLE``."""
+    """Register a hook on ``model``: at the first forward with gradients, refuse optimizers that cannot update sharded
+    parameters.
+
+    The hook raises ModelError if such an optimizer (a class of ``UNSHARDABLE``) holds parameters of the model, else removes
+    itself.
+    """
 
     def refuse(module: nn.Module, *_: object) -> None:
         if not torch.is_grad_enabled():

@@ -38,7 +38,7 @@ def is_encoder_decoder(model: Any) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether the module is an attention module, by its class name (ATTENTION)."""
+    """Whether the module is an attention module, by the name of its class."""
     return _is_named(module, ATTENTION)
 
 

@@ -49,7 +49,7 @@ class Recipe:
     slopes: Tensor | None
 
     def is_like(self, other: "Recipe") -> bool:
-        """Whether all fields of ``other`` are equal; slopes are compared by value."""
+        """Whether this and ``other`` describe the same computation: all fields are equal, slopes by their values."""
         mine, theirs = self.slopes, other.slopes
         alike = mine is theirs if mine is None or theirs is None else torch.equal(mine, theirs)
         return alike and replace(self, slopes=None) == replace(other, slopes=None)
@@ -69,7 +69,11 @@ class Recipe:
         return q, k, v
 
     def scale_and_softcap(self, terms: Sequence[Term]) -> tuple[float, float | None]:
-        """(the number by which q k is multiplied, the softcap or None), from the numeric scales and caps among ``terms``."""
+        """The factor of the scores and their softcap, read from the recorded operations ``terms``.
+
+        Returns:
+            (product of all numeric scales, the softcap or None without one).
+        """
         before, after, capped = 1.0, 1.0, False
         for term in terms:
             capped |= term.kind == "cap"

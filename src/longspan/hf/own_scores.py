@@ -128,7 +128,8 @@ class RecordScores(TorchFunctionMode):
         self.owner, self._finish, self._finishing = owner, finish, False
 
     def finish(self, attention: Attention) -> Tensor:
-        """The result that the model gets for the product of probabilities and values; inside, nothing is recorded."""
+        """Call the argument ``finish`` of this mode with ``attention`` and return its result, while the mode records
+        nothing."""
         self._finishing = True
         try:
             return self._finish(attention)

@@ -157,7 +157,7 @@ class Stripped:
             set_forward(model, own_forward(model))
 
     def remove(self) -> None:
-        """Restore the forward of the model's class."""
+        """Undo the replacement: the model computes by the forward of its class again."""
         remove_forward(self._model)
 
 

@@ -124,7 +124,7 @@ class LongTrainer(Base):  # type: ignore[misc]
             self._parallelize(self.model)
 
     def _refuse_other_sharding(self) -> None:
-        """Raise RunError if accelerate's configuration shards the model, or if a class behind has replaced ``self.args``."""
+        """Raise RunError if accelerate's configuration also shards the model, or if a base class has replaced ``self.args``."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator.parallelism_config is not None:
             raise RunError(
                 "accelerate's configuration (DeepSpeed, FSDP or a ParallelismConfig) would shard the model as well; start the "

@@ -122,10 +122,11 @@ def corners(stacks: Sequence[Stack]) -> tuple[Stack, ...]:
 
 
 def columns(stacks: Sequence[Stack], keys: int = COLUMN) -> tuple[Stack, ...]:
-    """The same stacks, with RECTANGLE and LOWER tiles that stand alone in their stack cut into columns of at most ``keys``
-    keys.
+    """The same stacks with large single tiles cut into columns of at most ``keys`` keys, which need less memory at a time.
 
-    A LOWER tile gives a smaller LOWER tile and a RECTANGLE below it for each column. Other stacks are returned unchanged.
+    Cut are tiles that are alone in their stack: one in which every query sees every key (RECTANGLE) into columns, and a causal
+    square (LOWER) into, for each column, a smaller causal square and the rectangle below it. Other stacks are returned as they
+    are.
     """
     return tuple(column for stack in stacks for column in _columns(stack, keys))
 
