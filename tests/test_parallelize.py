@@ -269,3 +269,16 @@ def test_parallel_state_is_what_parallelize_was_given():
     assert state is not None
     assert (state.mesh, state.zero, state.memory) == (mesh, 2, MemoryOptions(tile_tokens=4))
     assert state.adapter.computes_loss()
+
+
+def test_a_model_on_another_device_than_the_mesh_is_refused(tmp_path):
+    on_ranks(2, _on_another_device, tmp_path=tmp_path)
+
+
+def _on_another_device():
+    mesh = ParallelMesh()
+    mesh.device = torch.device("cuda", torch.distributed.get_rank())
+    with pytest.raises(
+        ModelError, match=r"embed.* is on cpu and the mesh on cuda:0; call parallelize\(model.to\(mesh.device\)"
+    ):
+        parallelize(_decoder(), mesh)

@@ -17,6 +17,8 @@
     base_of_view                    Tensor._base                                                            hf/own_recipe.py
     hash_store                      torch.distributed.HashStore (without type stubs)                        one rank
     tcp_store, meet_in_store        torch.distributed.TCPStore (without type stubs)                         launching
+    torchrun_store                  torch.distributed.distributed_c10d.rendezvous                           torchrun's ranks
+    set_group_timeout               torch.distributed.set_timeout, before 2.14 _set_pg_timeout              a mesh's timeout
     elastic_launcher                torch.distributed.launcher, torch.distributed.elastic                   launching
     event_tree                      profiler.kineto_results.experimental_event_tree                         memory/profiler.py
 
@@ -258,6 +260,22 @@ def meet_in_store(host: str, port: int, ranks: int, *, is_host: bool, seconds: f
     """
     store = _symbol(torch.distributed, "TCPStore", "launching ranks")
     return store(host, port, ranks, is_host, timeout=timedelta(seconds=seconds))
+
+
+def torchrun_store() -> tuple[Any, int, int]:
+    """The store that torchrun made for its ranks, this rank's number, and the number of ranks."""
+    rendezvous = _symbol(torch.distributed.distributed_c10d, "rendezvous", "joining torchrun's ranks")
+    store, rank, ranks = next(rendezvous("env://"))
+    return store, rank, ranks
+
+
+def set_group_timeout(group: torch.distributed.ProcessGroup, timeout: timedelta) -> None:
+    """Let collectives of ``group``, on gloo and NCCL, fail after ``timeout``."""
+    new: Any = getattr(torch.distributed, "set_timeout", None)
+    if new is not None:
+        new(timeout, group)
+    else:
+        _symbol(torch.distributed.distributed_c10d, "_set_pg_timeout", "ParallelMesh(timeout=)")(timeout, group)
 
 
 def event_tree(profiler: Any) -> Sequence[Any]:

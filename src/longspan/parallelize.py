@@ -81,8 +81,9 @@ def parallelize(
     Raises:
         KernelError: a kernel that is unknown, or that the model or a ring cannot use.
         LayoutError: fewer heads than ulysses ranks.
-        ModelError: a model that has no attention to replace, is parallel already, or differs between ranks; an optimizer that
-            was built before; an option that the model cannot have; a budget that nothing fits into.
+        ModelError: a model that has no attention to replace, is on another device than the mesh, is parallel already, or
+            differs between ranks; an optimizer that was built before; an option that the model cannot have; a budget that
+            nothing fits into.
     """
     fsdp = FSDPOptions(zero, dtype, offload_parameters, fsdp_ranks)
     fsdp, options = _options(model, mesh, fsdp, memory)
@@ -264,7 +265,19 @@ def _refuse_options(job: _Job) -> dict[str, str]:
     if parallel_state(job.model) is not None:
         raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
     refuse_options(job.fsdp, job.model, job.mesh)
+    _refuse_another_device(job)
     return {name: str(value) for name, value in (vars(job.memory) | vars(job.fsdp)).items()}
+
+
+def _refuse_another_device(job: _Job) -> None:
+    """Raise ModelError for a parameter or buffer on another device than the mesh; FSDP2 moves those of zero=2 and 3 itself."""
+    if job.fsdp.zero:
+        return
+    for name, held in (*job.model.named_parameters(), *job.model.named_buffers()):
+        if held.device != job.mesh.device and not held.is_meta:
+            raise ModelError(
+                f"{name} is on {held.device} and the mesh on {job.mesh.device}; call parallelize(model.to(mesh.device), mesh)"
+            )
 
 
 def _prove(job: _Job, read_alike: bool) -> dict[str, str]:

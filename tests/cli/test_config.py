@@ -108,7 +108,9 @@ def test_a_run_may_not_be_called_latest() -> None:
 
 
 def test_unknown_names_are_refused_by_name() -> None:
-    with pytest.raises(RunError, match=r"x sets tokns, unknown to train \(did you mean tokens\?\); legal are ranks, debug, "):
+    with pytest.raises(
+        RunError, match=r"x sets tokns, unknown to train \(did you mean tokens\?\); legal are ranks, timeout_seconds, debug, "
+    ):
         known(Train, {"tokns": 1, "tokens": 2}, "the config x")
 
 

@@ -20,15 +20,15 @@ from tests.helpers import processes
 
 FLAGS = {
     "train": """
-        ranks debug ulysses ring zero recompute tile_tokens head_chunks offload_activations chunked_loss model dtype data
-        text_field tokenizer tokens rope_scaling rows_per_step micro_batches steps epochs optimizer learning_rate warmup_steps
-        decay_steps weight_decay clip_norm eval_every_steps eval_rows checkpoint_every_steps keep_checkpoints seed run
-        memory_report runs_folder resume
+        ranks timeout_seconds debug ulysses ring zero recompute tile_tokens head_chunks offload_activations chunked_loss
+        model dtype data text_field tokenizer tokens rope_scaling rows_per_step micro_batches steps epochs optimizer
+        learning_rate warmup_steps decay_steps weight_decay clip_norm eval_every_steps eval_rows
+        checkpoint_every_steps keep_checkpoints seed run memory_report runs_folder resume
     """,
-    "evaluate": "ranks debug checkpoint data text_field max_tokens documents dtype runs_folder",
+    "evaluate": "ranks timeout_seconds debug checkpoint data text_field max_tokens documents dtype runs_folder",
     "check": """
-        ranks debug ulysses ring zero recompute tile_tokens head_chunks offload_activations chunked_loss dtype model layers
-        heads kv_heads tokens rows seed
+        ranks timeout_seconds debug ulysses ring zero recompute tile_tokens head_chunks offload_activations chunked_loss
+        dtype model layers heads kv_heads tokens rows seed
     """,
 }
 
@@ -46,6 +46,39 @@ def test_flags_become_settings() -> None:
     )
     assert cli.parse("evaluate", ["runs/x", "--max-tokens", "10"]) == Evaluate(checkpoint="runs/x", max_tokens=10)
     assert cli.parse("check", ["--kv-heads", "2", "--debug"]) == Check(kv_heads=2, debug=True)
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "devices", "world", "ranks", "ulysses"),
+    [
+        ("train", [], 0, None, 2, 2),
+        ("train", [], 1, None, 1, 1),  # one GPU: one rank
+        ("check", ["--dtype", "fp32"], 3, None, 3, 3),
+        ("train", [], 8, None, 4, 4),  # the smallest model has four heads
+        ("train", ["--ulysses", "2"], 1, None, 2, 2),
+        ("train", ["--ranks=2"], 1, None, 2, 2),
+        ("train", [], 8, "1", 1, 1),  # torchrun with one rank
+        ("train", [], 8, "2", 2, 2),
+        ("evaluate", [], 1, None, 1, None),
+        ("evaluate", [], 0, None, 2, None),
+    ],
+)
+def test_as_many_ranks_as_devices(
+    verb: str,
+    flags: list[str],
+    devices: int,
+    world: str | None,
+    ranks: int,
+    ulysses: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli.launch, "visible_devices", lambda work, ranks: devices)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+        if world is not None:
+            monkeypatch.setenv(name, world)
+    placed = cli._on_the_devices(cli.parse(verb, flags), flags, f"longspan.cli.{verb}:work")
+    assert (placed.local_ranks, getattr(placed, "ulysses", None)) == (ranks, ulysses)
 
 
 def test_flags_win_over_a_file_and_a_file_over_the_record_of_a_run(tmp_path: Path) -> None:

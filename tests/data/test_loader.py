@@ -34,7 +34,7 @@ class Tokens:
 
     def read(self, start: int, stop: int) -> Int64[Tensor, "tokens"]:
         self.touched += range(start, stop)
-        return 3 * torch.arange(start, stop) + 1
+        return 3 * torch.arange(start, stop, device="cpu") + 1
 
 
 def places(ring: int, ulysses: int, zigzag: bool, data: int = 1) -> list[MeshCoordinate]:
@@ -70,6 +70,15 @@ def test_a_part_is_the_cut_of_the_whole(ring: int, ulysses: int, zigzag: bool, s
         assert_same(mine, oracle)
         for name in ("tokens", "rows", "positions", "mask", "num_labels"):
             assert getattr(mine["longspan"], name) == getattr(oracle["longspan"], name)
+
+
+def test_a_default_device_is_not_asked_for_the_tokens_of_a_step() -> None:
+    """``torch.set_default_device("cuda")`` in a program; the meta device, which has no numbers, stands for it."""
+    (coordinate,) = places(1, 1, False)
+    with torch.device("meta"):
+        (found,) = Loader(Tokens(99), tokens=8, rows=3, seed=31, coordinate=coordinate).step(0)
+    (expected,) = Loader(Tokens(99), tokens=8, rows=3, seed=31, coordinate=coordinate).step(0)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize(("ring", "ulysses", "zigzag"), LAYOUTS)

@@ -158,8 +158,8 @@ def test_two_srun_tasks_of_the_command_are_one_run(tmp_path: Path) -> None:
 
 ALONE = """
 import sys
-from longspan.distributed import mesh
-mesh.JOIN_SECONDS = 1
+from longspan.distributed import device, mesh
+device.JOIN_SECONDS = 1
 try:
     mesh.ParallelMesh()
 except Exception as error:

@@ -1,5 +1,7 @@
 """A mesh cuts the world as asked, leaves the rest to data, and refuses what does not divide on every rank alike."""
 
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,9 @@ from longspan.distributed.mesh import (
     Axis,
     MeshCoordinate,
     ParallelMesh,
-    _refuse_shared_devices,
-    choose_device,
-    join_world,
     rank_sets,
 )
-from longspan.errors import LayoutError, RunError
+from longspan.errors import LayoutError
 from longspan.loss import cross_entropy
 from longspan.masks.constructors import Causal
 from tests.helpers.ranks import on_ranks
@@ -216,45 +215,19 @@ def _other_orders() -> None:
         ParallelMesh.from_device_mesh(device_mesh, ulysses=("cp", "dp")[dist.get_rank()], data=None)
 
 
-@pytest.mark.parametrize(
-    ("environment", "cuda", "chosen"),
-    [
-        ({"LOCAL_RANK": "3"}, {"device_count": 8}, "cuda:3"),
-        ({"LOCAL_RANK": "3"}, {"device_count": 1}, "cuda:0"),  # one visible device for each task
-        ({"LOCAL_RANK": "5"}, {"device_count": 4}, "cuda:1"),
-        ({}, {"device_count": 8}, "cuda:0"),
-        ({"LOCAL_RANK": "3"}, {"device_count": 8, "is_initialized": True, "current_device": 6}, "cuda:6"),
-        ({"LOCAL_RANK": "3"}, {"device_count": 8, "is_initialized": True}, "cuda:3"),
-        ({"LOCAL_RANK": "3"}, {"is_available": False}, "cpu"),
-    ],
-)
-def test_each_rank_takes_the_device_of_its_number(
-    environment: dict[str, str], cuda: dict[str, Any], chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    for name, value in ({"is_available": True, "is_initialized": False, "current_device": 0, "device_count": 0} | cuda).items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    assert choose_device() == torch.device(chosen)
-    assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("cuda:2") == torch.device("cuda:2")
+def test_the_timeout_holds_for_every_group(tmp_path: Path) -> None:
+    """A rank that does not come to a collective of any axis is reported after the mesh's timeout, not after 30 minutes."""
+    assert on_ranks(2, _waited, tmp_path=tmp_path) == [True, True]
 
 
-def test_the_device_is_set_before_anything_asks_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(dist, "is_initialized", lambda: calls.append("the process group") or True)
-    join_world(torch.device("cuda:1"))
-    assert calls == [torch.device("cuda:1"), "the process group"]
-
-
-def test_two_ranks_on_one_device_are_refused_by_name(tmp_path: Path) -> None:
-    on_ranks(3, _shared, tmp_path=tmp_path)
-
-
-def _shared() -> None:
-    group, rank = dist.new_group(backend="gloo"), dist.get_rank()
-    _refuse_shared_devices(f"cuda:{rank}", group)
-    with pytest.raises(RunError, match=r"ranks 0 and 2 are both on cuda:0, and NCCL needs a device for each rank"):
-        _refuse_shared_devices(f"cuda:{rank % 2}", group)
+def _waited() -> bool:
+    mesh = ParallelMesh(ulysses=2, timeout=timedelta(seconds=1))
+    dist.barrier(group=mesh.ulysses_group)
+    started = time.monotonic()
+    if dist.get_rank() == 0:
+        for group in (mesh.ulysses_group, mesh.world_group):
+            with pytest.raises(RuntimeError):
+                dist.all_reduce(torch.zeros(1), group=group)
+    else:
+        time.sleep(4)
+    return time.monotonic() - started < 30

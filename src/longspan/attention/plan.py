@@ -194,4 +194,6 @@ class TileBias:
 
 
 def _positions(runs: Runs, tokens: int) -> Tensor:
-    return torch.cat([torch.arange(run.start, run.stop) for run in runs] or [torch.arange(0)]) % tokens
+    return (
+        torch.cat([torch.arange(run.start, run.stop, device="cpu") for run in runs] or [torch.arange(0, device="cpu")]) % tokens
+    )

@@ -128,7 +128,7 @@ def content_hash(data: bytes) -> int:
 
 def _counted_positions(mask: Mask | tuple[Mask, ...] | None, rows: int, tokens: int) -> Tensor:
     """Positions 0, 1, 2, ... of each token, [rows, tokens]; they restart at 0 in each document that ``mask`` separates."""
-    counted = torch.arange(tokens).expand(rows, tokens)
+    counted = torch.arange(tokens, device="cpu").expand(rows, tokens)
     each = mask if isinstance(mask, tuple) else (mask,) * rows
     packed = [masks.documents_of(one) for one in each]
     if not any(packed) or len(each) != rows:
@@ -136,7 +136,7 @@ def _counted_positions(mask: Mask | tuple[Mask, ...] | None, rows: int, tokens: 
     restarted = [
         of_row
         if documents is None or sum(documents.lengths) != tokens
-        else torch.cat([torch.arange(n) for n in documents.lengths])
+        else torch.cat([torch.arange(n, device="cpu") for n in documents.lengths])
         for of_row, documents in zip(counted, packed)
     ]
     return torch.stack(restarted)

@@ -72,7 +72,8 @@ def shard_batch(
         dims: the dim of tokens of tensors that are not known by name.
 
     Returns:
-        ``Part`` for a mapping, a list of them for a list: this rank's tensors, and under ``longspan`` the BatchInfo.
+        ``Part`` for a mapping, a list of them for a list: this rank's tensors on ``mesh.device``, and under ``longspan`` the
+        BatchInfo. Pass batches in host memory, as a DataLoader gives them: their content is read to be compared.
 
     Raises:
         BatchError: for a batch that cannot be cut or that differs between the ranks of a sequence, on every rank alike.
@@ -83,11 +84,33 @@ def shard_batch(
     problem: LongspanError | None = None
     try:
         _refuse_no_batch(micro_batches)
-        parts = [shard_local(one, mesh.coordinate, shift=shift, mask=mask, dims=dims) for one in micro_batches]
+        whole = [_on_host(one) for one in micro_batches]
+        parts = [shard_local(one, mesh.coordinate, shift=shift, mask=mask, dims=dims) for one in whole]
     except Exception as error:
         problem = error if isinstance(error, LongspanError) else BatchError(f"{type(error).__name__}: {error}")
-    agreed = sync_batches(parts, mesh, error=problem)
+    agreed = [on_device(part, mesh.device) for part in sync_batches(parts, mesh, error=problem)]
     return agreed[0] if isinstance(batch, Mapping) else agreed
+
+
+def on_device(part: Part, device: torch.device) -> Part:
+    """``part`` with its tensors on ``device``. Tensors of host memory are pinned and copied without waiting for the device."""
+    return {name: _moved(value, device) if isinstance(value, Tensor) else value for name, value in part.items()}
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu" or tensor.device == device:
+        return tensor.to(device)
+    return (tensor.pin_memory() if tensor.device.type == "cpu" and not tensor.requires_grad else tensor).to(
+        device, non_blocking=True
+    )
+
+
+def _on_host(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``batch`` with its tensors of integers in host memory, where they are hashed and counted."""
+    return {
+        name: value.cpu() if isinstance(value, Tensor) and not value.is_floating_point() else value
+        for name, value in batch.items()
+    }
 
 
 def _refuse_no_batch(micro_batches: Any) -> None:
@@ -165,5 +188,5 @@ def unshard(tensor: Num[Tensor, "*part"], mesh: ParallelMesh, dim: int = 1, toke
     gathered = all_gather(tensor, mesh.sequence_group, mesh.transport, dim, sizes)
     if not coordinate.zigzag:
         return gathered.narrow(dim, 0, whole)
-    order = torch.cat([torch.arange(run.start, run.stop) for runs in owned for run in runs])
+    order = torch.cat([torch.arange(run.start, run.stop, device="cpu") for runs in owned for run in runs])
     return gathered.index_select(dim, order.argsort()[:whole].to(gathered.device))

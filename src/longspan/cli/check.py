@@ -86,7 +86,7 @@ def work(config: Check) -> int:
     Raises:
         LongspanError: a layout or model that cannot run; raised on every rank with the same text.
     """
-    mesh = ParallelMesh(config.ulysses, config.ring, transport=CountingTransport(TorchTransport()))
+    mesh = ParallelMesh(config.ulysses, config.ring, transport=CountingTransport(TorchTransport()), timeout=config.timeout)
     with raise_together(mesh.world_group):
         source = model_source.from_name(config.model, config.layers, config.heads, config.kv_heads)
     lines = _pooled(config, source, mesh) if config.dtype == "bf16" else _exact(config, source, mesh)
@@ -205,11 +205,11 @@ def _batch(config: Check, source: ModelSource, seed: int, device: torch.device) 
     Row i of R rows keeps about (i + 1) / R of its labels, the others are -100; the last row has none in its second half.
     Token 1 of row 0 always has a label, so that the loss is defined.
     """
-    random = torch.Generator().manual_seed(seed)
-    plain = torch.tensor([token for token in range(source.vocab) if token not in source.special])
-    ids = plain[torch.randint(len(plain), (config.rows, config.tokens), generator=random)]
-    labelled_fraction = (1 + torch.arange(config.rows)[:, None]) / config.rows
-    labels = ids.where(torch.rand(ids.shape, generator=random) < labelled_fraction, IGNORE)
+    random = torch.Generator("cpu").manual_seed(seed)
+    plain = torch.tensor([token for token in range(source.vocab) if token not in source.special], device="cpu")
+    ids = plain[torch.randint(len(plain), (config.rows, config.tokens), generator=random, device="cpu")]
+    labelled_fraction = (1 + torch.arange(config.rows, device="cpu")[:, None]) / config.rows
+    labels = ids.where(torch.rand(ids.shape, generator=random, device="cpu") < labelled_fraction, IGNORE)
     labels[-1, (config.tokens + 1) // 2 :] = IGNORE
     labels[0, 1] = ids[0, 1]
     return {"input_ids": ids.to(device), "labels": labels.to(device)}

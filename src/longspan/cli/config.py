@@ -12,6 +12,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -55,19 +56,26 @@ def _number(hint: str) -> object:
 class Ranks:
     """Settings of every verb: processes and debugging."""
 
-    ranks: Annotated[int | None, _number("2")] = None
+    ranks: Annotated[int | None, _number("one for each GPU, up to 4; without a GPU 2")] = None
     """Ranks to start on this machine. Under torchrun or another launcher its ranks are used instead."""
+    timeout_seconds: Annotated[int | None, _number("PyTorch's, 600 for NCCL and 1800 for gloo")] = None
+    """How long a rank waits in a collective for the other ranks before the run fails."""
     debug: bool = False
     """Show the traceback of an error beside its message."""
 
     def __post_init__(self) -> None:
         _legal_choices(self)
-        _at_least(self, 1, "ranks")
+        _at_least(self, 1, "ranks", "timeout_seconds")
 
     @property
     def local_ranks(self) -> int:
         """The number of ranks to start on this machine if no launcher has started ranks: ``ranks``, or its default."""
         return self.ranks if self.ranks is not None else 2
+
+    @property
+    def timeout(self) -> timedelta | None:
+        """``timeout_seconds`` as ``ParallelMesh(timeout=)`` takes it."""
+        return None if self.timeout_seconds is None else timedelta(seconds=self.timeout_seconds)
 
     @property
     def after_a_death(self) -> str:
@@ -81,7 +89,7 @@ class Layout(Ranks):
 
     ranks: Annotated[int | None, _number("ulysses x ring")] = None
     """Ranks to start on this machine. Under torchrun or another launcher its ranks are used instead."""
-    ulysses: int = 2
+    ulysses: Annotated[int, arg(help_behavior_hint="(default: one for each GPU, up to 4; without a GPU 2)")] = 2
     """Degree of Ulysses sequence parallelism: an all-to-all turns shards of tokens into shards of heads around attention."""
     ring: int = 1
     """Degree of ring attention (context parallelism): key/value blocks pass from rank to rank. For more ranks than heads."""

@@ -93,10 +93,7 @@ def is_first_to_report(error: Exception) -> bool:
 
 
 def _start(work: str, config: Any, ranks: int) -> int:
-    os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // ranks))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    multiprocessing.set_forkserver_preload([work.partition(":")[0]])
-    forkserver.ensure_running()  # it imports torch while this process does
+    _start_server(work, ranks)
 
     from longspan import _compat
 
@@ -129,11 +126,32 @@ def _start(work: str, config: Any, ranks: int) -> int:
     return max(codes.values())
 
 
+def _start_server(work: str, ranks: int) -> None:
+    """Start the fork server, unless it runs already; it imports torch while this process does."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // ranks))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    multiprocessing.set_forkserver_preload([work.partition(":")[0]])
+    forkserver.ensure_running()
+
+
+def visible_devices(work: str, ranks: int) -> int:
+    """The number of accelerators that this process sees; it imports torch beside the fork server, as ``run`` does.
+
+    Args:
+        work, ranks: what ``run`` will be called with if there is no accelerator.
+    """
+    _start_server(work, ranks)
+
+    from longspan.distributed.device import visible_devices
+
+    return visible_devices()
+
+
 def _work_as_a_rank(work: str, config: Any) -> int:
     import torch
     import torch.distributed as dist
 
-    from longspan.distributed.mesh import choose_device, join_world
+    from longspan.distributed.device import choose_device, join_world
 
     # The agent's own handlers only run once Python is back from a collective, which may never end.
     for name in (signal.SIGTERM, signal.SIGINT):

@@ -17,7 +17,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import dropwhile, takewhile
@@ -27,8 +27,12 @@ import tyro
 
 import longspan
 from longspan.cli import launch
-from longspan.cli.config import LATEST, Check, Evaluate, Ranks, Train, close, known, read_file, settings_of_run
+from longspan.cli.config import LATEST, Check, Evaluate, Layout, Ranks, Train, close, known, read_file, settings_of_run
+from longspan.distributed.launchers import join_launcher
 from longspan.errors import LongspanError, RunError
+
+MOST_DEFAULT_RANKS = 4
+"""The most ranks that are started where no flag asks for a number: the query heads of the smallest preset."""
 
 
 class Verb(NamedTuple):
@@ -143,14 +147,31 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
 
 
 def _run(verb: str, flags: Sequence[str]) -> int:
-    config = parse(verb, flags)
+    work = f"longspan.cli.{verb}:work"
+    config = _on_the_devices(parse(verb, flags), flags, work)
     try:
-        return launch.run(f"longspan.cli.{verb}:work", config, config.local_ranks)
+        return launch.run(work, config, config.local_ranks)
     except launch.RankDied as died:
         _print_error(f"{died}{config.after_a_death}", apart=died.code != 1)
         if config.debug:
             print(died.trace, file=sys.stderr)
         return died.code
+
+
+def _on_the_devices(config: Any, flags: Sequence[str], work: str) -> Any:
+    """``config`` with as many ranks as there are accelerators, or as a launcher started, where no flag names a layout.
+
+    At most ``MOST_DEFAULT_RANKS``. Without accelerators, unchanged: two ranks.
+    """
+    given = {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
+    if given & {"ranks", "ulysses", "ring", "resume", "config"}:
+        return config
+    join_launcher(os.environ)
+    ranks = int(os.environ["WORLD_SIZE"]) if launch.joins() else launch.visible_devices(work, config.local_ranks)
+    if (launch.joins() and ranks > 1) or not ranks:
+        return config
+    ranks = min(ranks, MOST_DEFAULT_RANKS)
+    return replace(config, ulysses=ranks) if isinstance(config, Layout) else replace(config, ranks=ranks)
 
 
 def _say(error: LongspanError | OSError, debug: bool) -> None:

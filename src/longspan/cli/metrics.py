@@ -214,14 +214,14 @@ def measured_peak_flops(mesh: ParallelMesh, dtype: torch.dtype, seconds: float =
         start = time.perf_counter()
         x[0, 0] = (x @ x)[0, 0].item()  # reading a number waits for the device
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    total = torch.tensor(best, dtype=torch.float64)
+    total = torch.tensor(best, dtype=torch.float64, device="cpu")
     dist.all_reduce(total, group=mesh.world_group)
     return float(total)
 
 
 def fullest_rank_bytes(mesh: ParallelMesh) -> int:
     """The largest ``peak_bytes`` of all ranks, on every rank: a collective."""
-    mine = torch.tensor(peak_bytes(mesh.device))
+    mine = torch.tensor(peak_bytes(mesh.device), device="cpu")
     dist.all_reduce(mine, dist.ReduceOp.MAX, group=mesh.world_group)
     return int(mine)
 

@@ -57,7 +57,7 @@ def work(config: Train) -> int:
             every rank with the same text.
     """
     transport = CountingTransport(TorchTransport())
-    mesh = ParallelMesh(config.ulysses, config.ring, transport=transport)
+    mesh = ParallelMesh(config.ulysses, config.ring, transport=transport, timeout=config.timeout)
     lead = dist.get_rank() == 0
     with raise_together(mesh.world_group):
         source = model_source.from_name(config.model)

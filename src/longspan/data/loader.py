@@ -130,14 +130,16 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
     rows = [[_with_successors(stream, start, tokens, run) for run in positions] for start in starts]
     mine = sum(map(len, positions))
     ids, following = (
-        torch.stack([torch.cat([run[i] for run in row]) for row in rows]) if rows else torch.empty(0, mine, dtype=torch.int64)
+        torch.stack([torch.cat([run[i] for run in row]) for row in rows])
+        if rows
+        else torch.empty(0, mine, dtype=torch.int64, device="cpu")
         for i in range(2)
     )
     return {
         "input_ids": ids,
         "labels": ids.clone(),
         "shift_labels": following,
-        "position_ids": torch.cat([torch.arange(run.start, run.stop) for run in positions]).repeat(len(rows), 1),
+        "position_ids": torch.cat([torch.arange(run.start, run.stop, device="cpu") for run in positions]).repeat(len(rows), 1),
         "longspan": BatchInfo(
             tokens=tokens,
             rows=len(rows),
@@ -173,7 +175,7 @@ def _with_successors(stream: Stream, start: int, tokens: int, run: range) -> tup
 @lru_cache(maxsize=4)  # the current epoch, the next one where a step takes rows of both, and those of an evaluation
 def _permutation(seed: int, epoch: int, count: int) -> Int64[Tensor, "count"]:
     """A random permutation of 0 to ``count - 1``, a function of ``seed`` and ``epoch`` alone; 8 bytes an element."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(_digest(f"{seed} {epoch}")))
+    return torch.randperm(count, generator=torch.Generator("cpu").manual_seed(_digest(f"{seed} {epoch}")), device="cpu")
 
 
 def _digest(text: str) -> int:

@@ -150,8 +150,8 @@ def exchange_integers(mine: Sequence[int], group: dist.ProcessGroup, hint: str =
     Raises:
         LostRankError: a rank has ended, or did not call this within the timeout of the group.
     """
-    table = torch.zeros(group.size(), len(mine), dtype=torch.int64)
-    table[group.rank()] = torch.tensor(mine)
+    table = torch.zeros(group.size(), len(mine), dtype=torch.int64, device="cpu")
+    table[group.rank()] = torch.tensor(mine, device="cpu")
     if group.size() > 1:
         work = dist.all_reduce(table, group=group, async_op=True)
         assert work is not None  # None on ranks outside the group only

@@ -140,7 +140,7 @@ def grad_norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     squares_by_axis: dict[tuple[DeviceMesh, int] | None, list[Tensor]] = {}
     for grad in grads:
         squares_by_axis.setdefault(_sharded_axis(grad), []).append(_square(_local(grad)))

@@ -19,7 +19,7 @@ Code asks for one of four rank sets by name, never for a product of degrees, so 
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -28,12 +28,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from longspan import _compat
 from longspan.distributed.collectives import Scratch, TorchTransport, Transport
 from longspan.distributed.consensus import gather
-from longspan.distributed.launchers import join_launcher, joins_world, started_by
+from longspan.distributed.device import choose_device, device_of, join_world, refuse_shared_devices, set_timeout
+from longspan.distributed.launchers import join_launcher
 from longspan.distributed.layout import Degrees, Layout, choose_degrees
-from longspan.errors import LayoutError, RunError
-
-JOIN_SECONDS = 300.0
-"""How many seconds a rank waits for the other ranks of its launcher to start."""
+from longspan.errors import LayoutError
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,12 @@ class ParallelMesh:
             sequence to the whole world, and chooses ulysses x ring from ``heads`` and the ranks of a node (LOCAL_WORLD_SIZE).
         ring: ranks that pass keys and values around a ring (ring attention, arXiv:2310.01889).
         layout: "contiguous" or "zigzag"; by default zigzag where ring > 1, which balances a causal mask.
-        device: default: the CUDA device with the number of this rank on its machine (LOCAL_RANK), or the CPU.
+        device: default: the accelerator with the number of this rank on its machine (LOCAL_RANK), or the CPU. Move the model to
+            ``mesh.device``.
         transport: carries every exchange of tensors; default: PyTorch's all-to-all.
         heads: (query heads, key/value heads), needed by ``ulysses="auto"`` only.
+        timeout: how long a collective waits for the other ranks before it fails; default: PyTorch's, 30 minutes for gloo (also
+            the control messages) and 10 for NCCL.
 
     Attributes:
         coordinate: the degrees and this rank's position.
@@ -123,20 +124,21 @@ class ParallelMesh:
         device: torch.device | str | None = None,
         transport: Transport | None = None,
         heads: tuple[int, int] | None = None,
+        timeout: timedelta | None = None,
     ) -> None:
         join_launcher(os.environ)
         own_device = choose_device(device)
-        join_world(own_device)
-        world_group = dist.new_group(backend="gloo")
+        join_world(own_device, timeout)
+        world_group = dist.new_group(backend="gloo", timeout=timeout)
         _refuse_different_meshes(f"ulysses={ulysses} ring={ring} layout={layout}", world_group)
-        if own_device.type == "cuda" and "cuda:nccl" in str(dist.get_backend_config()):
-            _refuse_shared_devices(f"{own_device} {torch.cuda.get_device_properties(own_device).uuid}", world_group)
+        refuse_shared_devices(own_device, world_group)
         _refuse_unknown_layout(layout)
         degrees = _degrees(ulysses, ring, heads, world_group)
         shape = (world_group.size() // (degrees.ring * degrees.ulysses), degrees.ring, degrees.ulysses)
         names = tuple(axis.name for axis in AXES)
         device_mesh = init_device_mesh(own_device.type, shape, mesh_dim_names=names)
         self._build(device_mesh, dict(zip(names, names)), world_group, layout)
+        set_timeout(self._groups(), timeout)
         self.device, self.transport, self.why = own_device, transport or TorchTransport(), degrees.why
 
     @classmethod
@@ -176,7 +178,7 @@ class ParallelMesh:
         _refuse_unknown_layout(layout)
         _refuse_unfit_dims(device_mesh, names, known, world_group.size())
         mesh._build(device_mesh, names, world_group, layout)
-        mesh.device = _device_of(device_mesh)
+        mesh.device = device_of(device_mesh)
         mesh.transport, mesh.why = transport or TorchTransport(), f"the DeviceMesh {known} was given"
         return mesh
 
@@ -200,10 +202,10 @@ class ParallelMesh:
         axes: dict[str, dist.ProcessGroup] = {
             axis.name: device_mesh[names[axis.name]].get_group() for axis in AXES if axis.name in names
         }
-        # use_local_synchronization: only this rank takes part in making its group.
+        # use_local_synchronization: only this rank takes part in making its group, which NCCL could not split from the world's.
         for axis in AXES:
             if axis.name not in axes:
-                axes[axis.name] = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+                axes[axis.name] = dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
         self.data_group: dist.ProcessGroup = axes["data"]
         self.ring_group: dist.ProcessGroup = axes["ring"]
         self.ulysses_group: dist.ProcessGroup = axes["ulysses"]
@@ -211,6 +213,10 @@ class ParallelMesh:
         self.sequence_group, self.loss_group = sets["sequence"].get_group(), sets["loss"].get_group()
         self.fsdp_mesh = sets["fsdp"]
         self.fsdp_group = self.fsdp_mesh.get_group()
+
+    def _groups(self) -> tuple[dist.ProcessGroup, ...]:
+        axes = (self.data_group, self.ring_group, self.ulysses_group)
+        return (*axes, self.sequence_group, self.loss_group, self.fsdp_group, self.world_group)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ParallelMesh":
         return self  # process groups cannot be copied; a copied model belongs to the same ranks
@@ -236,87 +242,11 @@ def rank_sets(device_mesh: DeviceMesh, names: Mapping[str, str], axes: Sequence[
     return sets
 
 
-def choose_device(device: torch.device | str | None = None) -> torch.device:
-    """The device of this rank: ``device``; for "cuda", or None where there is one, the CUDA device with this rank's number.
-
-    A program that has chosen its device by ``torch.cuda.set_device`` keeps it. Where a process sees fewer devices than its
-    machine has ranks (one for each task under Slurm and Ray), the numbers begin again at 0.
-    """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type != "cuda" or chosen.index is not None:
-        return chosen
-    current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
-    local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0))
-    return torch.device("cuda", current or local_rank % max(1, torch.cuda.device_count()))
-
-
-def _device_of(device_mesh: DeviceMesh) -> torch.device:
-    """The device of this rank on a DeviceMesh that exists: the current CUDA device, which init_device_mesh has set, or the
-    CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if device_mesh.device_type == "cuda" else torch.device("cpu")
-
-
-def join_world(device: torch.device) -> None:
-    """Make ``device`` the current one and join the process group of the launcher, unless there is one already.
-
-    Args:
-        device: of this rank. It is set before anything initialises CUDA, which would put every rank on the first device.
-
-    Raises:
-        RunError: where the other ranks of an environment with RANK and WORLD_SIZE do not come within five minutes.
-    """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if dist.is_initialized():
-        return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if dist.is_torchelastic_launched():
-        dist.init_process_group(backend)
-    elif joins_world(os.environ):
-        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(backend, store=_meet(rank, ranks), rank=rank, world_size=ranks)
-    else:
-        dist.init_process_group(backend, store=_compat.hash_store(), rank=0, world_size=1)
-
-
-def _meet(rank: int, ranks: int) -> Any:
-    """The TCPStore of all ranks at MASTER_ADDR and MASTER_PORT, once every rank has connected to it.
-
-    Raises:
-        RunError: they do not all connect within ``JOIN_SECONDS``, or the address is not usable.
-    """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        return _compat.meet_in_store(host, port, ranks, is_host=rank == 0, seconds=JOIN_SECONDS)
-    except RuntimeError as error:  # a time-out, a port in use, or a name that is no host
-        raise RunError(
-            f"{started_by(os.environ)} started this process as rank {rank} of {ranks}, but the ranks did not meet at "
-            f"{host}:{port} within {JOIN_SECONDS:g} s ({str(error).splitlines()[0]}); start all of them at once (srun, mpirun "
-            f"or torchrun), set MASTER_ADDR and MASTER_PORT to a free port of rank 0's machine, or, for a run of one rank, "
-            f"unset the launcher's variables"
-        ) from None
-
-
 def _refuse_different_meshes(mine: str, world_group: dist.ProcessGroup) -> None:
     asked = gather(mine, world_group)
     for rank, other in enumerate(asked):
         if other != asked[0]:
             raise LayoutError(f"rank 0 asks for {asked[0]} but rank {rank} for {other}; every rank must ask for the same mesh")
-
-
-def _refuse_shared_devices(mine: str, world_group: dist.ProcessGroup) -> None:
-    """Raise RunError on every rank if two ranks have the same device.
-
-    ``mine`` identifies this rank's device: its name and the uuid of its hardware.
-    """
-    devices = gather(mine, world_group)
-    for rank, other in enumerate(devices):
-        first = devices.index(other)
-        if first != rank:
-            raise RunError(
-                f"ranks {first} and {rank} are both on {other}, and NCCL needs a device for each rank; start one rank for "
-                f"each device, or share devices by init_process_group('cpu:gloo,cuda:gloo') before the mesh"
-            )
 
 
 def _refuse_unknown_layout(layout: str | None) -> None:

@@ -103,7 +103,7 @@ class Decoder(nn.Module):
         parameter is drawn whole, in fp32, on the CPU, so the values do not depend on dtype, device or sharding. Parameters on
         the meta device are left as they are.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.is_meta:
                 continue
