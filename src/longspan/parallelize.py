@@ -17,6 +17,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from longspan.distributed.consensus import first_difference, gather_or_raise
-from longspan.distributed.fsdp import FSDPOptions, refuse_options, shard_parameters
+from longspan.distributed.fsdp import FSDPOptions, is_sharded, refuse_options, shard_parameters
 from longspan.distributed.grad_sync import MeanGradients
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.tensor_parallel import TensorParallel
 from longspan.errors import ModelError
 from longspan.hf import adapter_for
 from longspan.kernels.protocol import Kernel
@@ -95,10 +97,12 @@ def parallelize(
         _read(job, unread)
     _agree(mesh, lambda: _prove(job, read_alike=unread is not None) | {"kernel": _name(kernel)})
     adapter.install(mesh, options)
+    if mesh.coordinate.tensor > 1:
+        TensorParallel(model, adapter.blocks(), adapter.tensor_plan(), mesh, partial(_tokens_of_tensor_ranks, mesh))
     state = ParallelState(mesh, 2 if fsdp.zero == 1 else fsdp.zero, options, adapter, _apply_options(adapter, options))
     if fsdp.zero == 0:
         state.gradients = MeanGradients(model, mesh)
-    elif unread is None:
+    elif not is_sharded(model):
         shard_parameters(model, adapter.blocks(), mesh, fsdp)
     state.snapshot_hook = model.register_forward_pre_hook(Snapshot(model).refuse_changes, prepend=True)
     vars(model)[STATE] = state
@@ -120,6 +124,11 @@ def unparallelize(model: Model) -> Model:
     state = parallel_state(model)
     if state is None:
         raise ModelError("unparallelize was given a model that is not parallel; call parallelize(model, mesh) first")
+    if state.mesh.coordinate.tensor > 1:
+        raise ModelError(
+            "a model whose weights are cut over tensor ranks cannot be made whole in place; build the model anew and load a "
+            "checkpoint of this one"
+        )
     if state.gradients is None:
         raise ModelError(
             "a model with sharded parameters cannot be made whole in place: FSDP2 does not undo it; build the model again and "
@@ -169,6 +178,17 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
     return torch.stack(losses).sum()
 
 
+def _tokens_of_tensor_ranks(mesh: ParallelMesh, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """For each tensor rank, the tokens of a row that it holds, by the BatchInfo among the keywords of the model's call."""
+    step = kwargs.get("longspan")
+    if step is None:
+        raise ModelError(
+            "the tokens of this model lie on several tensor ranks, but the batch was not cut; call "
+            "model(**shard_batch(batch, mesh))"
+        )
+    return mesh.coordinate.tensor_sizes(step.tokens)
+
+
 @dataclass(frozen=True)
 class _Job:
     """A model and the options of one ``parallelize`` call."""
@@ -198,6 +218,8 @@ def _options(
     def look() -> dict[str, str]:
         if isinstance(memory, MemoryOptions):
             return {"memory": "MemoryOptions"}
+        if mesh.coordinate.tensor > 1:
+            raise ModelError("AutoMemory does not model tensor > 1; pass MemoryOptions and zero instead")
         if fsdp.zero:
             raise ModelError(f"AutoMemory chooses zero, which was given as {fsdp.zero}; leave zero out, or pass MemoryOptions")
         ranks, sharded = mesh.coordinate.sequence_ranks, fsdp != FSDPOptions(0)
@@ -266,6 +288,15 @@ def _refuse_options(job: _Job) -> dict[str, str]:
         raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
     refuse_options(job.fsdp, job.model, job.mesh)
     _refuse_another_device(job)
+    if job.mesh.coordinate.pipeline > 1:
+        raise ModelError(
+            f"pipeline={job.mesh.coordinate.pipeline}: parallelize does not split a model into stages yet; use pipeline=1"
+        )
+    if job.mesh.coordinate.tensor > 1 and job.memory.tile_tokens is not None:
+        raise ModelError(
+            f"tile_tokens={job.memory.tile_tokens} does not work with tensor={job.mesh.coordinate.tensor}, whose ranks "
+            f"exchange all tokens of a feed-forward at once; leave it out (recompute and head_chunks work), or use tensor=1"
+        )
     return {name: str(value) for name, value in (vars(job.memory) | vars(job.fsdp)).items()}
 
 
@@ -315,7 +346,7 @@ def _unread(model: nn.Module) -> UnreadWeights | None:
 def _read(job: _Job, unread: UnreadWeights) -> None:
     """Shard a model on the meta device if ``job`` asks for it, then fill each rank's part with its weights by ``unread``."""
     vars(job.model).pop(UNREAD, None)
-    if job.fsdp.zero:
+    if job.fsdp.zero and job.mesh.coordinate.tensor == 1:  # with tensor > 1 each rank reads the whole model, then cuts it
         shard_parameters(job.model, job.adapter.blocks(), job.mesh, job.fsdp)
     unread.read_into(job.model, job.mesh.device)
 

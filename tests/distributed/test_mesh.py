@@ -15,7 +15,6 @@ from longspan.batch.shard import shard_batch
 from longspan.distributed.collectives import all_reduce_sum
 from longspan.distributed.mesh import (
     AXES,
-    Axis,
     MeshCoordinate,
     ParallelMesh,
     rank_sets,
@@ -62,8 +61,8 @@ def _workers() -> list[int]:
     ("degrees", "text"),
     [
         ({"ulysses": 3}, r"ulysses=3 x ring=1 does not divide the world of 2 ranks; their product may be 1, 2"),
-        ({"ulysses": 0}, r"ulysses=0 and ring=1 must be at least 1"),
-        ({"ulysses": "auto"}, r"ulysses='auto' ring=1 heads=None cannot be chosen from"),
+        ({"ulysses": 0}, r"ulysses=0 ring=1 tensor=1 pipeline=1: each degree must be at least 1"),
+        ({"ulysses": "auto"}, r"ulysses='auto' ring=1 tensor=1 pipeline=1 heads=None cannot be chosen from"),
         ({"layout": "diagonal"}, r"layout='diagonal' is unknown; legal are 'contiguous' and 'zigzag'"),
     ],
 )
@@ -97,11 +96,13 @@ def test_ranks_that_ask_for_different_meshes_are_refused(tmp_path: Path) -> None
 
 
 def _different() -> None:
-    with pytest.raises(LayoutError, match=r"rank 0 asks for ulysses=1 ring=1 layout=None but rank 1 for ulysses=2 ring=1"):
+    with pytest.raises(
+        LayoutError, match=r"rank 0 asks for ulysses=1 ring=1 tensor=1 pipeline=1 layout=None but rank 1 for ulysses=2 ring=1"
+    ):
         ParallelMesh(ulysses=dist.get_rank() + 1)
 
 
-def test_each_rank_set_is_right_when_an_axis_is_added(tmp_path: Path) -> None:
+def test_the_rank_sets_of_tensor_and_pipeline(tmp_path: Path) -> None:
     """A tensor axis (the same rows, other parts of the parameters) and a pipeline axis (other layers, outside the loss)."""
     expected = {"sequence": (0, 1, 2, 3), "loss": tuple(range(4)), "fsdp": (0, 2)}
     found = on_ranks(8, _sets_with_more_axes, tmp_path=tmp_path)
@@ -110,11 +111,9 @@ def test_each_rank_set_is_right_when_an_axis_is_added(tmp_path: Path) -> None:
 
 
 def _sets_with_more_axes() -> dict[str, tuple[int, ...]]:
-    pipeline, tensor = Axis("pipeline", frozenset({"world"})), Axis("tensor", frozenset({"sequence", "loss", "world"}))
-    axes = (pipeline, *AXES, tensor)
-    names = tuple(axis.name for axis in axes)
-    sets = rank_sets(init_device_mesh("cpu", (2, 1, 1, 2, 2), mesh_dim_names=names), dict(zip(names, names)), axes)
-    return {name: tuple(found.mesh.tolist()) for name, found in sets.items()}
+    mesh = ParallelMesh(pipeline=2, ulysses=2, tensor=2)
+    names = {dim: dim for dim in mesh.device_mesh.mesh_dim_names or ()}
+    return {name: tuple(found.mesh.tolist()) for name, found in rank_sets(mesh.device_mesh, names).items()}
 
 
 def test_every_axis_has_its_two_fields_in_the_coordinate() -> None:
@@ -189,7 +188,12 @@ def _compare_with_one_device(mesh: ParallelMesh) -> None:
         ((2, 2), ("dp", "sp"), {}, r"ulysses='cp' is no dim of the DeviceMesh \('dp', 'sp'\) of sizes \(2, 2\); name one of"),
         ((4,), ("cp",), {}, r"data='dp' is no dim of the DeviceMesh .*, or pass data=None"),
         ((2, 2), ("cp", "dp"), {}, r"are not in the order of the DeviceMesh \('cp', 'dp'\)"),
-        ((2, 2), ("dp", "cp"), {"ring": "cp"}, r"they must be different dims in the order data, ring, ulysses"),
+        (
+            (2, 2),
+            ("dp", "cp"),
+            {"ring": "cp"},
+            r"they must be different dims in the order pipeline, data, ring, ulysses, tensor",
+        ),
         ((2, 2, 1), ("dp", "tp", "cp"), {}, r"the dims tp of the DeviceMesh .* are left over from data='dp', ulysses='cp'"),
         ((2, 2), ("dp", "cp"), {"layout": "diagonal"}, r"layout='diagonal' is unknown"),
     ],
@@ -211,7 +215,7 @@ def _other_orders() -> None:
     with pytest.raises(LayoutError, match=r"is not the 2 ranks of the process group in their order"):
         ParallelMesh.from_device_mesh(DeviceMesh("cpu", [1, 0], mesh_dim_names=("cp",)), data=None)
     device_mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "cp"))
-    with pytest.raises(LayoutError, match=r"rank 0 asks for ulysses=cp .* but rank 1 for ulysses=dp"):
+    with pytest.raises(LayoutError, match=r"rank 0 asks for .* ulysses=cp .* but rank 1 for .* ulysses=dp"):
         ParallelMesh.from_device_mesh(device_mesh, ulysses=("cp", "dp")[dist.get_rank()], data=None)
 
 

@@ -76,7 +76,7 @@ class AttentionSpec:
     @property
     def whole_tokens(self) -> int:
         """The number of queries of a whole row, over all ranks that hold it."""
-        return self.q_shape[1] * self.coordinate.sequence_ranks if self.tokens is None else self.tokens
+        return self.q_shape[1] * self.coordinate.attention_ranks if self.tokens is None else self.tokens
 
     @property
     def whole_key_tokens(self) -> int:
@@ -84,7 +84,7 @@ class AttentionSpec:
         k's shape."""
         if self.key_tokens is not None:
             return self.key_tokens
-        return self.k_shape[1] * self.coordinate.sequence_ranks if self.tokens is None else self.tokens
+        return self.k_shape[1] * self.coordinate.attention_ranks if self.tokens is None else self.tokens
 
 
 def attend(

@@ -168,7 +168,7 @@ def _group(tensors: Sequence[tuple[tuple[int, ...], torch.Size, tuple[range, ...
 
 def _sizes(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> tuple[int, ...]:
     coordinate = mesh.coordinate
-    whole = tokens if tokens is not None else shape[1] * coordinate.sequence_ranks
+    whole = tokens if tokens is not None else shape[1] * coordinate.attention_ranks
     sizes = coordinate.layout(whole).sizes(coordinate.ring_rank)
     if sizes[coordinate.ulysses_rank] != shape[1]:
         raise LayoutError(

@@ -63,7 +63,7 @@ def cut_row(
         restarts = find(batch.get("position_ids"), rows, tokens)
     declared = TOKEN_DIM | {"shift_labels": 1, "position_ids": max(1, whole["position_ids"].ndim - 1)} | dict(dims)
     short = max(0, coordinate.sequence_ranks - tokens)
-    positions = coordinate.layout(tokens + short).mine(coordinate.ring_rank, coordinate.ulysses_rank)
+    positions = coordinate.my_positions(tokens + short)
     part: Part = {name: _cut_one(name, value, declared, tokens, short, positions) for name, value in whole.items()}
     counted = "position_ids" not in batch
     last_position = int(whole["position_ids"].max()) if rows else tokens - 1

@@ -10,6 +10,7 @@ keyword ``longspan`` of the model's call (context.py). cut.py cuts, labels.py sh
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any, overload
 
 import torch
@@ -177,7 +178,8 @@ def unshard(tensor: Num[Tensor, "*part"], mesh: ParallelMesh, dim: int = 1, toke
     sequence = coordinate.sequence_ranks
     whole = tokens if tokens is not None else tensor.shape[dim] * sequence
     layout = coordinate.layout(max(whole, sequence))  # shard_batch has lengthened a row shorter than its ranks
-    owned = [layout.mine(ring, ulysses) for ring in range(coordinate.ring) for ulysses in range(coordinate.ulysses)]
+    ranks = product(*map(range, (coordinate.ring, coordinate.ulysses, coordinate.tensor)))
+    owned = [layout.mine(*rank) for rank in ranks]
     sizes = [sum(map(len, runs)) for runs in owned]
     mine = sizes[coordinate.sequence_rank]
     if tensor.shape[dim] != mine:

@@ -186,7 +186,7 @@ def _refuse_more_ranks_than_heads(source: ModelSource, mesh: ParallelMesh) -> No
 
 
 def _my_tokens(tokens: int, mesh: ParallelMesh) -> tuple[range, ...]:
-    return mesh.coordinate.layout(tokens).mine(mesh.coordinate.ring_rank, mesh.coordinate.ulysses_rank)
+    return mesh.coordinate.my_positions(tokens)
 
 
 def _print(title: str, losses: list[DocumentLoss], corpus: Corpus) -> None:

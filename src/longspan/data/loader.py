@@ -68,7 +68,7 @@ class Loader:
             raise DataError(_too_short(stream, tokens))
         self._stream, self._tokens, self._rows, self._seed, self._coordinate = stream, tokens, rows, seed, coordinate
         self._micro_batches = micro_batches
-        self._mine = coordinate.layout(tokens).mine(coordinate.ring_rank, coordinate.ulysses_rank)
+        self._mine = coordinate.my_positions(tokens)
 
     def step(self, step: int) -> list[Part]:
         """Read this rank's part of every micro-batch of a step. No collective: pass the list to ``sync_batches``.

@@ -106,6 +106,11 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
     model.register_forward_hook(_reshard_without_a_backward)
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``shard_parameters`` has sharded the model."""
+    return isinstance(model, FSDPModule)
+
+
 def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
     """Forward pre-hook: raise ModelError if an earlier backward of the model ended with an exception.
 

@@ -74,6 +74,10 @@ class MeanGradients:
         arrived = self._arrived_in_this_backward(index)
         if grad is None:
             return None
+        parameter = self._parameters[index]
+        if isinstance(grad, DTensor) and isinstance(parameter, DTensor):  # a weight of tensor parallelism
+            arrived[index] = _local(grad.redistribute(placements=parameter.placements))
+            return _placed_as(parameter, torch.zeros_like(arrived[index]))
         arrived[index] = grad
         return grad.new_zeros(()).expand_as(grad)
 
@@ -129,26 +133,26 @@ def grad_norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
     """The 2-norm of all gradients together, over all shards of sharded parameters.
 
     Args:
-        parameters: parameters with whole gradients, or with gradients (DTensor) sharded over one mesh axis.
+        parameters: parameters with whole gradients, or with gradients (DTensor) sharded over axes of a mesh.
 
     Returns:
         An fp64 scalar, equal on every rank. It equals ``torch.nn.utils.get_total_norm`` of one device's gradients in fp64;
         torch's fp32 norm on a CPU can be 1e-4 too low.
 
     Raises:
-        ModelError: a gradient is sharded over several mesh axes, or is a partial sum.
+        ModelError: a gradient is a partial sum.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
         return torch.zeros((), dtype=torch.float64, device="cpu")
-    squares_by_axis: dict[tuple[DeviceMesh, int] | None, list[Tensor]] = {}
+    squares_by_axes: dict[tuple[tuple[DeviceMesh, int], ...], list[Tensor]] = {}
     for grad in grads:
-        squares_by_axis.setdefault(_sharded_axis(grad), []).append(_square(_local(grad)))
+        squares_by_axes.setdefault(_sharded_axes(grad), []).append(_square(_local(grad)))
     total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
-    for axis, squares in squares_by_axis.items():
+    for axes, squares in squares_by_axes.items():
         part = torch.stack(squares).sum()
-        if axis is not None:
-            dist.all_reduce(part, group=axis[0].get_group(axis[1]))
+        for mesh, axis in axes:
+            dist.all_reduce(part, group=mesh.get_group(axis))
         total = total + part
     return total.sqrt()
 
@@ -158,7 +162,7 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Flo
     """Scale all gradients in place so that their norm over all ranks is at most ``max_norm``.
 
     Args:
-        model: a module, or its parameters (an iterable of tensors); their gradients may be sharded over one mesh axis.
+        model: a module, or its parameters (an iterable of tensors); their gradients may be sharded.
         max_norm: the largest 2-norm of all gradients together.
 
     Returns:
@@ -236,7 +240,7 @@ def _mean_of_bucket(
         The mean by index, in fp32 or fp64. A rank without a gradient counts as zero; a parameter for which no rank has one is
         left out.
     """
-    sizes = [parameters[index].numel() for index in bucket]
+    sizes = [_local(parameters[index]).numel() for index in bucket]
     first = parameters[bucket[0]]
     flat = torch.zeros(sum(sizes) + len(bucket), dtype=_reduction_dtype(first.dtype), device=first.device)
     *pieces, present = torch.split(flat, [*sizes, len(bucket)])
@@ -247,7 +251,7 @@ def _mean_of_bucket(
     if mesh.fsdp_group.size() > 1:
         dist.all_reduce(flat, group=mesh.fsdp_group)
     return {
-        index: piece.div_(mesh.fsdp_group.size()).view(parameters[index].shape)
+        index: piece.div_(mesh.fsdp_group.size()).view(_local(parameters[index]).shape)
         for index, piece, ranks in zip(bucket, pieces, present.tolist())
         if ranks
     }
@@ -269,7 +273,7 @@ def _buckets(parameters: list[nn.Parameter]) -> list[list[int]]:
     kind, free = None, 0
     for index, parameter in enumerate(parameters):
         dtype = _reduction_dtype(parameter.dtype)
-        size = parameter.numel() * dtype.itemsize
+        size = _local(parameter).numel() * dtype.itemsize
         if (dtype, parameter.device) != kind or size > free:
             buckets.append([])
             kind, free = (dtype, parameter.device), BUCKET_BYTES
@@ -280,14 +284,24 @@ def _buckets(parameters: list[nn.Parameter]) -> list[list[int]]:
 
 def _add(parameter: nn.Parameter, mean: Tensor) -> None:
     if parameter.grad is None:
-        parameter.grad = mean.to(parameter.dtype, copy=True)
+        parameter.grad = _placed_as(parameter, mean.to(parameter.dtype, copy=True))
     else:
-        parameter.grad.add_(mean)
+        _local(parameter.grad).add_(mean)
 
 
-def _local(grad: Tensor) -> Tensor:
-    local: Tensor = grad.to_local() if isinstance(grad, DTensor) else grad
-    return local
+def _local(x: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be sharded. Without a gradient of its own."""
+    if not isinstance(x, DTensor):
+        return x
+    with torch.no_grad():
+        return x.to_local()
+
+
+def _placed_as(like: Tensor, local: Tensor) -> Tensor:
+    """``local`` as what this rank holds of a tensor placed as ``like``; itself where ``like`` is a plain tensor."""
+    if not isinstance(like, DTensor):
+        return local
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def _square(local: Tensor) -> Tensor:
@@ -296,15 +310,14 @@ def _square(local: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).square().sum()
 
 
-def _sharded_axis(grad: Tensor) -> tuple[DeviceMesh, int] | None:
-    """(mesh, axis of it) over which a gradient is sharded; None if this rank has the whole gradient.
+def _sharded_axes(grad: Tensor) -> tuple[tuple[DeviceMesh, int], ...]:
+    """(mesh, axis of it) for each axis over which a gradient is sharded; none if this rank has the whole gradient.
 
     Raises:
-        ModelError: it is sharded over several axes, or is a partial sum.
+        ModelError: it is a partial sum.
     """
     if not isinstance(grad, DTensor):
-        return None
-    axes = [axis for axis, placement in enumerate(grad.placements) if placement.is_shard()]
-    if len(axes) > 1 or any(placement.is_partial() for placement in grad.placements):
-        raise ModelError(f"the norm of a gradient placed as {grad.placements} is not supported; shard it over one mesh axis")
-    return (grad.device_mesh, axes[0]) if axes else None
+        return ()
+    if any(placement.is_partial() for placement in grad.placements):
+        raise ModelError(f"the norm of a gradient placed as {grad.placements}, a partial sum, is not defined; redistribute it")
+    return tuple((grad.device_mesh, axis) for axis, placement in enumerate(grad.placements) if not placement.is_replicate())

@@ -1,4 +1,4 @@
-"""The partition of tokens and heads over the ranks of a sequence, for ulysses and ring. Integers only: no torch.
+"""The partition of tokens and heads over the ranks of a sequence: ring, ulysses, tensor. Integers only: no torch.
 
 tokens 0 .. N-1      ring=2, ulysses=2, contiguous            ring=2, ulysses=2, zigzag
 
@@ -7,7 +7,8 @@ tokens 0 .. N-1      ring=2, ulysses=2, contiguous            ring=2, ulysses=2,
 
 Zigzag cuts the row into 2R pieces and gives ring rank r the pieces r and 2R-1-r. Under a causal mask an early piece has few
 visible keys and a late piece many, so every ring rank has equal work. The tokens of a ring rank, its two pieces one after the
-other, are then split into consecutive parts over the ulysses ranks.
+other, are then split into ulysses x tensor consecutive shares; tensor rank t of ulysses rank u holds share u * tensor + t.
+Attention and feed-forward run on the shares of all tensor ranks together (gathered), everything else on a rank's own share.
 
 heads 0 .. H-1       split as evenly as possible over the ulysses ranks, in contiguous ranges. A rank also gets the key/value
                      heads that its query heads read, so a key/value head that two ranks need is replicated.
@@ -47,12 +48,13 @@ def select(runs: Runs, window: range) -> Runs:
 
 @dataclass(frozen=True)
 class Layout:
-    """The partition of the ``tokens`` tokens of a row over ``ring`` x ``ulysses`` ranks. Every token is on exactly one rank.
+    """The partition of a row of ``tokens`` tokens over ``ring`` x ``ulysses`` x ``tensor`` ranks; each token is on one rank.
 
     Attributes:
         tokens: tokens of the row.
         ring, ulysses: degrees of the two axes.
         zigzag: give each ring rank an early and a late piece of the row instead of one contiguous piece.
+        tensor: degree of the tensor axis.
 
     Raises:
         LayoutError: there are fewer tokens than ranks.
@@ -62,12 +64,15 @@ class Layout:
     ring: int = 1
     ulysses: int = 1
     zigzag: bool = False
+    tensor: int = 1
 
     def __post_init__(self) -> None:
-        if self.tokens < self.ring * self.ulysses:
+        ranks = self.ring * self.ulysses * self.tensor
+        if self.tokens < ranks:
+            more = f" x tensor={self.tensor}" if self.tensor > 1 else ""
             raise LayoutError(
-                f"tokens={self.tokens} is fewer than the {self.ring * self.ulysses} ranks of a sequence "
-                f"(ring={self.ring} x ulysses={self.ulysses}); pass at least one token a rank, or use fewer ranks a sequence"
+                f"tokens={self.tokens} is fewer than the {ranks} ranks of a sequence (ring={self.ring} x "
+                f"ulysses={self.ulysses}{more}); pass at least one token a rank, or use fewer ranks a sequence"
             )
 
     def runs(self, ring_rank: int) -> Runs:
@@ -83,13 +88,24 @@ class Layout:
         runs = self.runs(ring_rank)
         return tuple(range(run.start + b * self.tokens, run.stop + b * self.tokens) for b in range(rows) for run in runs)
 
-    def sizes(self, ring_rank: int) -> tuple[int, ...]:
-        """For each ulysses rank of ring rank ``ring_rank``, the number of tokens that it holds."""
-        return split(sum(map(len, self.runs(ring_rank))), self.ulysses)
+    def shares(self, ring_rank: int, ulysses_rank: int) -> tuple[int, ...]:
+        """For each tensor rank of (``ring_rank``, ``ulysses_rank``), the number of tokens that it holds."""
+        sizes = split(sum(map(len, self.runs(ring_rank))), self.ulysses * self.tensor)
+        return sizes[ulysses_rank * self.tensor : (ulysses_rank + 1) * self.tensor]
 
-    def mine(self, ring_rank: int, ulysses_rank: int) -> Runs:
-        """The positions in the row that one rank holds, in its order; these are the ``position_ids`` of its tokens."""
+    def sizes(self, ring_rank: int) -> tuple[int, ...]:
+        """For each ulysses rank of ring rank ``ring_rank``, the number of tokens of its attention: those of its tensor ranks
+        together."""
+        return tuple(sum(self.shares(ring_rank, ulysses_rank)) for ulysses_rank in range(self.ulysses))
+
+    def gathered(self, ring_rank: int, ulysses_rank: int) -> Runs:
+        """The positions in the row that all tensor ranks of (``ring_rank``, ``ulysses_rank``) hold together."""
         return select(self.runs(ring_rank), consecutive(self.sizes(ring_rank))[ulysses_rank])
+
+    def mine(self, ring_rank: int, ulysses_rank: int, tensor_rank: int = 0) -> Runs:
+        """The positions in the row that one rank holds, in its order; these are the ``position_ids`` of its tokens."""
+        shares = self.shares(ring_rank, ulysses_rank)
+        return select(self.gathered(ring_rank, ulysses_rank), consecutive(shares)[tensor_rank])
 
 
 @dataclass(frozen=True)

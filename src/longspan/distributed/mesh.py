@@ -1,6 +1,6 @@
-"""The device mesh data x ring x ulysses, its process groups, and the rank sets for tokens, loss, parameters and control.
+"""The device mesh pipeline x data x ring x ulysses x tensor, its process groups, and its rank sets.
 
-    world  =  data x ring x ulysses        (the rightmost axis varies fastest, so ulysses ranks are neighbours)
+    world  =  pipeline x data x ring x ulysses x tensor      (the rightmost axis varies fastest: its ranks are neighbours)
 
                     ulysses 0   ulysses 1
       data 0  ring 0    0           1       \\  one sequence: ring x ulysses ranks hold its tokens together
@@ -30,7 +30,7 @@ from longspan.distributed.collectives import Scratch, TorchTransport, Transport
 from longspan.distributed.consensus import gather
 from longspan.distributed.device import choose_device, device_of, join_world, refuse_shared_devices, set_timeout
 from longspan.distributed.launchers import join_launcher
-from longspan.distributed.layout import Degrees, Layout, choose_degrees
+from longspan.distributed.layout import Degrees, Layout, Runs, choose_degrees
 from longspan.errors import LayoutError
 
 
@@ -43,15 +43,19 @@ class Axis:
 
 
 AXES = (
+    Axis("pipeline", frozenset({"world"})),
     Axis("data", frozenset({"loss", "fsdp", "world"})),
     Axis("ring", frozenset({"sequence", "loss", "fsdp", "world"})),
     Axis("ulysses", frozenset({"sequence", "loss", "fsdp", "world"})),
+    Axis("tensor", frozenset({"sequence", "loss", "world"})),
 )
 """The axes in the order of the ranks; ranks along the last one are neighbours.
 
 A new axis is a row here, a degree of ``ParallelMesh`` and two fields of ``MeshCoordinate``; every rank set follows from its
 row.
 """
+BASIC = ("data", "ring", "ulysses")
+"""The axes that every mesh has a dim for; the others only where their degree is more than 1."""
 
 
 @dataclass(frozen=True)
@@ -61,32 +65,50 @@ class MeshCoordinate:
     ``zigzag`` says whether ring ranks hold an early and a late piece of a row each.
     """
 
+    pipeline: int = 1
     data: int = 1
     ring: int = 1
     ulysses: int = 1
+    tensor: int = 1
+    pipeline_rank: int = 0
     data_rank: int = 0
     ring_rank: int = 0
     ulysses_rank: int = 0
+    tensor_rank: int = 0
     zigzag: bool = False
 
     @property
     def sequence_ranks(self) -> int:
         """The number of ranks that hold the tokens of one sequence together."""
-        return self.ring * self.ulysses
+        return self.ring * self.ulysses * self.tensor
 
     @property
     def sequence_rank(self) -> int:
-        """The index of this rank among the ``sequence_ranks`` ranks that hold one sequence: ring_rank * ulysses +
-        ulysses_rank."""
-        return self.ring_rank * self.ulysses + self.ulysses_rank
+        """The index of this rank among the ``sequence_ranks`` ranks that hold one sequence, in the order ring, ulysses,
+        tensor."""
+        return (self.ring_rank * self.ulysses + self.ulysses_rank) * self.tensor + self.tensor_rank
+
+    @property
+    def attention_ranks(self) -> int:
+        """The number of ranks over which attention itself is parallel: ring x ulysses. Each tensor rank has heads of its
+        own."""
+        return self.ring * self.ulysses
 
     def layout(self, tokens: int) -> Layout:
         """The partition of a row of ``tokens`` tokens over the ranks of a sequence."""
-        return Layout(tokens, self.ring, self.ulysses, self.zigzag)
+        return Layout(tokens, self.ring, self.ulysses, self.zigzag, self.tensor)
+
+    def my_positions(self, tokens: int) -> Runs:
+        """The positions that this rank holds of a row of ``tokens`` tokens, in its order."""
+        return self.layout(tokens).mine(self.ring_rank, self.ulysses_rank, self.tensor_rank)
+
+    def tensor_sizes(self, tokens: int) -> tuple[int, ...]:
+        """For each tensor rank of this rank's (ring, ulysses), the number of tokens that it holds of a row."""
+        return self.layout(tokens).shares(self.ring_rank, self.ulysses_rank)
 
 
 class ParallelMesh:
-    """``data x ring x ulysses`` ranks on one DeviceMesh; the data degree is the world size divided by ring and ulysses.
+    """The ranks on one DeviceMesh, by axis; the data degree is the world size divided by the product of the other degrees.
 
     Joins the process group that exists, or that the environment of the launcher describes: torchrun, srun (Slurm), mpirun
     (Open MPI), mpiexec (Intel MPI, MPICH). A plain Python process is a world of one.
@@ -95,6 +117,9 @@ class ParallelMesh:
         ulysses: ranks that exchange tokens for heads by all-to-all (DeepSpeed-Ulysses, arXiv:2309.14509). "auto" gives each
             sequence to the whole world, and chooses ulysses x ring from ``heads`` and the ranks of a node (LOCAL_WORLD_SIZE).
         ring: ranks that pass keys and values around a ring (ring attention, arXiv:2310.01889).
+        tensor: ranks that split the heads and the feed-forward of every layer, and between them the tokens (tensor parallel
+            with sequence-parallel norms: Megatron-SP, arXiv:2205.05198).
+        pipeline: stages of consecutive layers, each on ranks of its own (pipeline parallel, arXiv:1811.06965).
         layout: "contiguous" or "zigzag"; by default zigzag where ring > 1, which balances a causal mask.
         device: default: the accelerator with the number of this rank on its machine (LOCAL_RANK), or the CPU. Move the model to
             ``mesh.device``.
@@ -105,7 +130,8 @@ class ParallelMesh:
 
     Attributes:
         coordinate: the degrees and this rank's position.
-        device_mesh: the DeviceMesh below; ``data_group``, ``ring_group`` and ``ulysses_group`` are the groups of its axes.
+        device_mesh: the DeviceMesh below; ``data_group``, ``ring_group``, ``ulysses_group`` and ``tensor_group`` are the
+            groups of its axes.
         sequence_group, loss_group, fsdp_group, world_group: the rank sets (``world_group`` on gloo); ``fsdp_mesh``: the
             DeviceMesh of the fsdp set.
         why: the reason for ulysses x ring, one sentence.
@@ -120,6 +146,8 @@ class ParallelMesh:
         ulysses: int | str = 1,
         ring: int = 1,
         *,
+        tensor: int = 1,
+        pipeline: int = 1,
         layout: str | None = None,
         device: torch.device | str | None = None,
         transport: Transport | None = None,
@@ -130,14 +158,15 @@ class ParallelMesh:
         own_device = choose_device(device)
         join_world(own_device, timeout)
         world_group = dist.new_group(backend="gloo", timeout=timeout)
-        _refuse_different_meshes(f"ulysses={ulysses} ring={ring} layout={layout}", world_group)
+        _refuse_different_meshes(f"ulysses={ulysses} ring={ring} {tensor=} {pipeline=} {layout=}", world_group)
         refuse_shared_devices(own_device, world_group)
         _refuse_unknown_layout(layout)
-        degrees = _degrees(ulysses, ring, heads, world_group)
-        shape = (world_group.size() // (degrees.ring * degrees.ulysses), degrees.ring, degrees.ulysses)
-        names = tuple(axis.name for axis in AXES)
-        device_mesh = init_device_mesh(own_device.type, shape, mesh_dim_names=names)
-        self._build(device_mesh, dict(zip(names, names)), world_group, layout)
+        degrees = _degrees(ulysses, ring, tensor, pipeline, heads, world_group)
+        data = world_group.size() // (pipeline * degrees.ring * degrees.ulysses * tensor)
+        sizes = {"data": data, "ring": degrees.ring, "ulysses": degrees.ulysses}
+        sizes = ({"pipeline": pipeline} if pipeline > 1 else {}) | sizes | ({"tensor": tensor} if tensor > 1 else {})
+        device_mesh = init_device_mesh(own_device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        self._build(device_mesh, {name: name for name in sizes}, world_group, layout)
         set_timeout(self._groups(), timeout)
         self.device, self.transport, self.why = own_device, transport or TorchTransport(), degrees.why
 
@@ -149,6 +178,8 @@ class ParallelMesh:
         ulysses: str = "cp",
         ring: str | None = None,
         data: str | None = "dp",
+        tensor: str | None = None,
+        pipeline: str | None = None,
         layout: str | None = None,
         transport: Transport | None = None,
     ) -> "ParallelMesh":
@@ -159,8 +190,8 @@ class ParallelMesh:
 
         Args:
             device_mesh: a DeviceMesh with named dims over all ranks of the process group, in the order of the ranks.
-            ulysses, ring, data: the name of the dim that becomes this axis; None for an axis of size 1 that the DeviceMesh
-                does not have. They must stand in the order data, ring, ulysses. Every other dim must have size 1.
+            ulysses, ring, data, tensor, pipeline: the name of the dim that becomes this axis; None for an axis of size 1 that
+                the DeviceMesh does not have. They must stand in the order of ``AXES``. Every other dim must have size 1.
             layout, transport: as in ``ParallelMesh``.
 
         Returns:
@@ -172,9 +203,12 @@ class ParallelMesh:
         """
         mesh = cls.__new__(cls)
         world_group = dist.new_group(backend="gloo")
-        names = {axis: name for axis, name in (("data", data), ("ring", ring), ("ulysses", ulysses)) if name is not None}
+        asked = {"pipeline": pipeline, "data": data, "ring": ring, "ulysses": ulysses, "tensor": tensor}
+        names = {axis: name for axis, name in asked.items() if name is not None}
         known = f"{device_mesh.mesh_dim_names} of sizes {tuple(device_mesh.shape)}"
-        _refuse_different_meshes(f"ulysses={ulysses} ring={ring} data={data} layout={layout} of {known}", world_group)
+        _refuse_different_meshes(
+            f"{' '.join(f'{axis}={name}' for axis, name in asked.items())} {layout=} of {known}", world_group
+        )
         _refuse_unknown_layout(layout)
         _refuse_unfit_dims(device_mesh, names, known, world_group.size())
         mesh._build(device_mesh, names, world_group, layout)
@@ -189,7 +223,7 @@ class ParallelMesh:
 
         Args:
             device_mesh: the DeviceMesh.
-            names: for each axis (data, ring, ulysses), the dim of ``device_mesh``; an axis without one has size 1.
+            names: for each axis of ``AXES``, the dim of ``device_mesh``; an axis without one has size 1.
             world_group: all ranks, on gloo.
             layout: "contiguous", "zigzag" or None, as in ``ParallelMesh``.
         """
@@ -202,20 +236,21 @@ class ParallelMesh:
         axes: dict[str, dist.ProcessGroup] = {
             axis.name: device_mesh[names[axis.name]].get_group() for axis in AXES if axis.name in names
         }
-        # use_local_synchronization: only this rank takes part in making its group, which NCCL could not split from the world's.
-        for axis in AXES:
-            if axis.name not in axes:
-                axes[axis.name] = dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
-        self.data_group: dist.ProcessGroup = axes["data"]
-        self.ring_group: dist.ProcessGroup = axes["ring"]
-        self.ulysses_group: dist.ProcessGroup = axes["ulysses"]
+        if len(axes) < len(AXES):
+            alone = [group for group in axes.values() if group.size() == 1]
+            # use_local_synchronization: only this rank makes its group, which NCCL could not split from the world's.
+            one = alone[0] if alone else dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+            axes |= {axis.name: one for axis in AXES if axis.name not in axes}
+        self.data_group, self.ring_group, self.ulysses_group = axes["data"], axes["ring"], axes["ulysses"]
+        self.tensor_group, self.pipeline_group = axes["tensor"], axes["pipeline"]
+        self.tensor_mesh = device_mesh[names["tensor"]] if "tensor" in names else None
         sets = rank_sets(device_mesh, names)
         self.sequence_group, self.loss_group = sets["sequence"].get_group(), sets["loss"].get_group()
         self.fsdp_mesh = sets["fsdp"]
         self.fsdp_group = self.fsdp_mesh.get_group()
 
     def _groups(self) -> tuple[dist.ProcessGroup, ...]:
-        axes = (self.data_group, self.ring_group, self.ulysses_group)
+        axes = (self.pipeline_group, self.data_group, self.ring_group, self.ulysses_group, self.tensor_group)
         return (*axes, self.sequence_group, self.loss_group, self.fsdp_group, self.world_group)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ParallelMesh":
@@ -223,7 +258,8 @@ class ParallelMesh:
 
     def __repr__(self) -> str:
         at = self.coordinate
-        return f"ParallelMesh(data={at.data}, ring={at.ring}, ulysses={at.ulysses}, device={str(self.device)!r})"
+        shown = [f"{axis.name}={getattr(at, axis.name)}" for axis in AXES if axis.name in BASIC or getattr(at, axis.name) > 1]
+        return f"ParallelMesh({', '.join(shown)}, device={str(self.device)!r})"
 
 
 def rank_sets(device_mesh: DeviceMesh, names: Mapping[str, str], axes: Sequence[Axis] = AXES) -> dict[str, DeviceMesh]:
@@ -263,8 +299,8 @@ def _refuse_unfit_dims(device_mesh: DeviceMesh, names: Mapping[str, str], known:
     order = [dims.index(name) for name in names.values()]
     if order != sorted(set(order)):
         raise LayoutError(
-            f"{wanted} are not in the order of the DeviceMesh {known}; they must be different dims in the order data, "
-            f"ring, ulysses, because neighbouring ranks exchange most"
+            f"{wanted} are not in the order of the DeviceMesh {known}; they must be different dims in the order "
+            f"{', '.join(axis.name for axis in AXES)}, because neighbouring ranks exchange most"
         )
     left = [name for name in dims if name not in names.values() and device_mesh[name].size() > 1]
     if left:
@@ -279,22 +315,26 @@ def _refuse_unfit_dims(device_mesh: DeviceMesh, names: Mapping[str, str], known:
         )
 
 
-def _degrees(ulysses: int | str, ring: int, heads: tuple[int, int] | None, world_group: dist.ProcessGroup) -> Degrees:
+def _degrees(
+    ulysses: int | str, ring: int, tensor: int, pipeline: int, heads: tuple[int, int] | None, world_group: dist.ProcessGroup
+) -> Degrees:
     world = world_group.size()
+    given = f"ulysses={ulysses!r} ring={ring} tensor={tensor} pipeline={pipeline}"
+    if min(ring, tensor, pipeline, 1 if isinstance(ulysses, str) else ulysses) < 1:
+        raise LayoutError(f"{given}: each degree must be at least 1")
     if isinstance(ulysses, str):
-        if ulysses != "auto" or ring != 1 or heads is None:
+        if ulysses != "auto" or ring != 1 or heads is None or world % (tensor * pipeline) or heads[0] % tensor:
             raise LayoutError(
-                f"ulysses={ulysses!r} ring={ring} heads={heads} cannot be chosen from; use ulysses='auto' with "
-                f"heads=(query heads, key/value heads) and no ring, or two numbers"
+                f"{given} heads={heads} cannot be chosen from on {world} ranks; use ulysses='auto' with heads=(query heads, "
+                f"key/value heads), no ring, and tensor x pipeline that divides the ranks, or numbers"
             )
         fewest = min(gather(int(os.environ.get("LOCAL_WORLD_SIZE", world)), world_group))  # nodes may have different numbers
-        return choose_degrees(world, *heads, ranks_per_node=fewest)
-    if ulysses < 1 or ring < 1:
-        raise LayoutError(f"ulysses={ulysses} and ring={ring} must be at least 1")
-    if world % (ulysses * ring):
+        mine = (heads[0] // tensor, max(1, heads[1] // tensor))
+        return choose_degrees(world // (tensor * pipeline), *mine, ranks_per_node=max(1, fewest // tensor))
+    if world % (ulysses * ring * tensor * pipeline):
         legal = ", ".join(str(d) for d in range(1, world + 1) if world % d == 0)
+        product = " x ".join(given.split()[: 2 if tensor == pipeline == 1 else 4])
         raise LayoutError(
-            f"ulysses={ulysses} x ring={ring} does not divide the world of {world} rank{'s' * (world > 1)}; "
-            f"their product may be {legal}"
+            f"{product} does not divide the world of {world} rank{'s' * (world > 1)}; their product may be {legal}"
         )
     return Degrees(ulysses, ring, f"ulysses={ulysses} ring={ring} were asked for")

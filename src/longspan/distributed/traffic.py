@@ -122,6 +122,33 @@ def recomputable_attention_traffic(
     return Traffic(2 * heads.chunks, forward * unit), Traffic(2 * heads.chunks, backward * unit)
 
 
+def tensor_region_traffic(
+    shares: Sequence[int], tensor_rank: int, *, rows: int = 1, hidden: int, itemsize: int
+) -> tuple[Traffic, Traffic]:
+    """What one rank sends on the tensor axis for one region: an attention or a feed-forward module, of which a layer has two.
+
+    Forward: an all-gather of its tokens and a reduce-scatter of the partial sums. Backward: their adjoints, a reduce-scatter
+    and an all-gather. The gathered input is kept for the backward, not gathered again: with N tokens of a row and equal shares
+    a layer sends 4 units of N·hidden·(T-1)/T elements forward and 8 a step (Megatron-SP gathers again: 10; arXiv:2205.05198).
+    Recomputing a layer repeats its forward without the last reduce-scatter, whose result no backward needs: 11 units a step.
+
+    Args:
+        shares: for each tensor rank, its tokens of a row.
+        tensor_rank: the sending rank.
+        rows: rows of the batch.
+        hidden: elements of a hidden state.
+        itemsize: bytes of an element.
+
+    Returns:
+        (traffic of the forward, traffic of the backward); zero for one tensor rank.
+    """
+    if len(shares) == 1:
+        return Traffic(), Traffic()
+    gathered, scattered = shares[tensor_rank] * (len(shares) - 1), sum(shares) - shares[tensor_rank]
+    one_pass = Traffic(2, (gathered + scattered) * rows * hidden * itemsize)
+    return one_pass, one_pass
+
+
 class _Sent(NamedTuple):
     """Elements that a rank sends to others for one row: q, k, v or the output, from tokens to heads or from heads to tokens."""
 

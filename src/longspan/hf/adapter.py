@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from longspan.attention.api import refuse_kernel
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.tensor_parallel import TensorPlan
 from longspan.errors import ModelError
 from longspan.hf import (
     attention_layers,
@@ -39,6 +40,7 @@ from longspan.hf import (
     registry_kernel,
     saving,
     t5_bias,
+    tensor_weights,
 )
 from longspan.hf.attention_layers import AttentionLayers, attention_named
 from longspan.hf.blocks import blocks
@@ -47,6 +49,7 @@ from longspan.hf.loss import Loss
 from longspan.hf.names import is_encoder_decoder, is_norm
 from longspan.hf.position_probe import Counting
 from longspan.hf.registry_kernel import PREFIX, refuse_name
+from longspan.hf.tensor_weights import TensorWeights
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import KernelFunction
 from longspan.memory.options import MemoryOptions
@@ -56,6 +59,7 @@ DEVIATIONS: tuple[Deviation, ...] = (
     config_refusals,
     peft,
     attention_layers,
+    tensor_weights,  # reads the heads that attention_layers finds
     registry_kernel,  # replaces what attention_layers installs
     dummy_row,  # its row is what all later hooks see
     call_checks,
@@ -107,6 +111,10 @@ class PretrainedAdapter:
         children = [child for block in self.blocks() for child in block.children()]
         feeds = [child for child in children if _is_feed_forward(child) and not attending & set(child.modules())]
         return [module for module in (*norms, *feeds) if _takes_one_argument(module)]
+
+    def tensor_plan(self) -> TensorPlan:
+        """The weights that the model's own ``base_model_tp_plan`` cuts over the tensor axis; ModelError without one."""
+        return self._found(TensorWeights).plan
 
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
         """Run on this rank the test of every way in which Transformers models differ from one another, and keep what is found.

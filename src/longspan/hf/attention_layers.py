@@ -47,6 +47,7 @@ class Layer(NamedTuple):
         recipe: how it computes attention in its own code; None if it calls Transformers' registry.
         handed: whether the model passes the keyword ``longspan`` (the BatchInfo) on to the registered attention.
         per_document: whether its chunks are counted from the start of each document and from behind padding on the left.
+        heads: the numbers of query heads and of key/value heads, of all ranks together.
     """
 
     own: Mask
@@ -57,6 +58,7 @@ class Layer(NamedTuple):
     recipe: Recipe | None
     handed: bool
     per_document: bool
+    heads: tuple[int, int]
 
     @property
     def crosses(self) -> bool:
@@ -216,7 +218,8 @@ def _layers_of(model: Any, mesh: ParallelMesh, head_chunks: int) -> list[tuple[A
         raise ModelError(f"no layer of {type(model).__name__} attends; there is nothing to make parallel")
     layers: dict[Any, Layer] = {}
     for call, again in zip(plain.calls, restarted.calls):
-        Heads(*call.heads, mesh.coordinate.ulysses, head_chunks)
+        if mesh.coordinate.tensor == 1:  # else tensor_weights.py knows which heads a rank has
+            Heads(*call.heads, mesh.coordinate.ulysses, head_chunks)
         layer = _layer(call, again, f"{type(call.module).__name__} '{names[call.module]}'")
         if not layers.setdefault(call.module, layer).is_like(layer):
             raise ModelError(
@@ -265,7 +268,7 @@ def _layer(call: Call, restarted: Call, name: str) -> Layer:
         )
     middle = call.tokens[0] // 2
     packs = not restarted.mask.sees(middle, middle - 1)  # the first token of a document, the last of the one before
-    return Layer(own, name, packs, attend, over, call.recipe, call.handed, _is_chunked(own))
+    return Layer(own, name, packs, attend, over, call.recipe, call.handed, _is_chunked(own), call.heads)
 
 
 def _is_chunked(mask: Mask) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 
 from longspan import _compat
 
@@ -33,7 +34,7 @@ def offload_activations(block: nn.Module) -> None:
 
 
 def _forward_offloaded(block: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    parameters = {_storage(parameter) for parameter in block.parameters()}
     copies: dict[object, tuple[Tensor, _HostCopy]] = {}  # holding the tensor keeps its address from being reused
 
     def pack(x: Tensor) -> Tensor | _HostCopy:
@@ -88,3 +89,10 @@ class _HostCopy:
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     """The CUDA stream on which copies between ``device`` and host memory run beside the kernels; the same one at every call."""
     return torch.cuda.Stream(device)
+
+
+@torch.no_grad()
+def _storage(parameter: Tensor) -> int:
+    """The address of a parameter's memory; of this rank's part of a weight that is cut over tensor ranks."""
+    held: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return held.untyped_storage().data_ptr()

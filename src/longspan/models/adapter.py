@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from longspan.distributed.grad_sync import MeanGradients
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.tensor_parallel import TensorPlan
 from longspan.memory.options import MemoryOptions
 
 STATE = "_longspan"
@@ -43,6 +44,10 @@ class ModelAdapter(Protocol):
     def token_wise(self) -> Sequence[nn.Module]:
         """The modules that compute each token independently of the others and can therefore be tiled: feed-forwards and
         norms."""
+        ...
+
+    def tensor_plan(self) -> TensorPlan:
+        """Which weights are cut over the tensor axis, by name. Raises ModelError for a model without such a plan."""
         ...
 
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:

@@ -85,13 +85,17 @@ class Decoder(nn.Module):
             self.head.weight = self.embed.weight
         self.initialize(seed)
 
-    def chunk_heads(self, head_chunks: int) -> None:
+    def chunk_heads(self, head_chunks: int, tensor: int = 1) -> None:
         """Make every block compute its heads in ``head_chunks`` chunks, one after another, which saves memory (see ``Block``).
+
+        Args:
+            head_chunks: the number of chunks.
+            tensor: tensor ranks that split the heads; the chunks are those of one rank's heads.
 
         Raises:
             ModelError: in some chunk, one key/value head would have more query heads than another.
         """
-        chunks = chunk_rows(self.config, head_chunks)
+        chunks = chunk_rows(self.config.of_tensor_rank(tensor), head_chunks)
         for block in self.blocks:
             vars(block.attention)["chunks"] = chunks
 
@@ -120,7 +124,7 @@ class Decoder(nn.Module):
         input_ids: Int[Tensor, "rows my_tokens"],
         labels: Int[Tensor, "rows my_tokens"] | None = None,
         shift_labels: Int[Tensor, "rows my_tokens"] | None = None,
-        position_ids: Int[Tensor, "rows my_tokens"] | None = None,
+        position_ids: Int[Tensor, "rows attending_tokens"] | None = None,
         longspan: BatchInfo | None = None,
     ) -> Output:
         """The hidden states of this rank's tokens and, where there are labels, the mean loss over the global batch.
@@ -131,7 +135,8 @@ class Decoder(nn.Module):
             input_ids: ids of this rank's tokens.
             labels: the ids of whole rows, shifted here; -100 is ignored. Only where a rank has whole rows.
             shift_labels: labels that are shifted already, as ``shard_batch`` returns them.
-            position_ids: positions in the whole row (default: 0, 1, ...).
+            position_ids: positions in the whole row (default: 0, 1, ...). With tensor parallelism ``parallelize`` gathers
+                them: attention has the tokens of all tensor ranks.
             longspan: the batch's ``BatchInfo``, from ``shard_batch``.
 
         Returns:

@@ -8,6 +8,7 @@ Any model with these attributes can be made parallel.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +20,13 @@ from longspan.attention.api import attend, refuse_kernel
 from longspan.batch.context import refuse_unknown_tokens
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.tensor_parallel import Cut, TensorPlan, refuse_plan
 from longspan.errors import ModelError
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import KernelFunction
 from longspan.memory.options import MemoryOptions
 from longspan.models.block import FeedForward, chunk_rows
+from longspan.models.decoder import Decoder
 
 NEEDED = ("attention", "cross_entropy", "blocks", "config")
 
@@ -49,13 +52,30 @@ class DecoderAdapter:
     def token_wise(self) -> Sequence[nn.Module]:
         return [module for module in self.model.modules() if type(module) in (FeedForward, nn.RMSNorm)]
 
+    def tensor_plan(self) -> TensorPlan:
+        if not isinstance(self.model, Decoder):
+            raise ModelError(
+                f"{type(self.model).__name__} does not say which of its weights tensor > 1 may cut; use tensor=1, the Decoder, "
+                f"or a Hugging Face model"
+            )
+        config, names = self.model.config, [f"blocks.{layer}" for layer in range(self.model.config.layers)]
+        query, kv = Cut(dim=0, units=config.heads), Cut(dim=0, units=config.kv_heads, replicable=True)
+        layer = {
+            "attention.query": query, "attention.key": kv, "attention.value": kv, "attention.out": replace(query, dim=1),
+            "feed.gate": Cut(dim=0, units=config.ffn), "feed.up": Cut(dim=0, units=config.ffn),
+            "feed.down": Cut(dim=1, units=config.ffn),
+        }  # fmt: skip
+        regions = tuple(f"{name}.{region}" for name in names for region in ("attention", "feed"))
+        cuts = {f"{name}.{weight}.weight": cut for name in names for weight, cut in layer.items()}
+        return TensorPlan(regions=regions, exits=regions, cuts=cuts)
+
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
         """Raise the error of what makes this model impossible to run on ``mesh`` with ``memory``; return None otherwise.
 
         Raises:
             ModelError: the model lacks one of the four attributes, or cannot compute its heads in ``memory.head_chunks``
                 chunks.
-            LayoutError: it has fewer heads than ulysses ranks.
+            LayoutError: it has fewer heads than ulysses ranks, or sizes that the tensor ranks do not divide.
             KernelError: the kernel is unknown, or cannot be used with the mesh.
         """
         if missing := [name for name in NEEDED if not hasattr(self.model, name)]:
@@ -64,15 +84,19 @@ class DecoderAdapter:
                 f"a Hugging Face model, the Decoder, or a model with attention, cross_entropy, blocks and config as attributes"
             )
         refuse_kernel(self.kernel, mesh.coordinate)
-        Heads(self.model.config.heads, self.model.config.kv_heads, mesh.coordinate.ulysses)
+        config, coordinate = self.model.config, mesh.coordinate
+        if coordinate.tensor > 1:
+            refuse_plan(self.tensor_plan(), coordinate.tensor)
+            config = config.of_tensor_rank(coordinate.tensor)
+        Heads(config.heads, config.kv_heads, coordinate.ulysses)
         if memory.head_chunks != 1:
-            self._refuse_chunks(memory.head_chunks, mesh.coordinate.ulysses)
+            self._refuse_chunks(memory.head_chunks, config, coordinate.ulysses)
 
-    def _refuse_chunks(self, head_chunks: int, ulysses: int) -> None:
+    def _refuse_chunks(self, head_chunks: int, config: Any, ulysses: int) -> None:
         if not hasattr(self.model, "chunk_heads"):
             raise ModelError(f"{type(self.model).__name__} has no chunk_heads(count); leave out head_chunks")
-        chunk_rows(self.model.config, head_chunks)
-        heads = self.model.config.heads
+        chunk_rows(config, head_chunks)
+        heads = config.heads
         if heads // head_chunks < ulysses:
             raise ModelError(
                 f"head_chunks={head_chunks} leaves {heads // head_chunks} query heads to a chunk, and each of "
@@ -86,12 +110,12 @@ class DecoderAdapter:
         ranks, ModelError for a batch that ``shard_batch`` did not cut.
         """
         self.attention, self.cross_entropy = self.model.attention, self.model.cross_entropy
-        attention = self.attention
+        attention, tensor = self.attention, mesh.coordinate.tensor
         if attention is attend and (memory.recompute == "selective" or memory.head_chunks > 1):
             attention = partial(attend, recomputable=True)
         self.chunks = {block: block.attention.chunks for block in self.model.blocks} if memory.head_chunks > 1 else {}
         if self.chunks:
-            self.model.chunk_heads(memory.head_chunks)
+            self.model.chunk_heads(memory.head_chunks, **({"tensor": tensor} if tensor > 1 else {}))
         chosen: dict[str, Any] = {} if self.kernel == "auto" else {"kernel": self.kernel}
         self.model.attention = partial(attention, mesh=mesh, **chosen)
         self.model.cross_entropy = partial(self.cross_entropy, mesh=mesh)

@@ -1,6 +1,6 @@
 """The configuration of the Decoder: its sizes and options, parameter and FLOP counts, and presets by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longspan.distributed.layout import Heads
 from longspan.errors import ModelError
@@ -37,6 +37,11 @@ class DecoderConfig(Sizes):
         norms = (2 * self.layers + 1) * self.hidden
         embedding = 0 if self.tied else self.vocab * self.hidden
         return self._matmul_parameters + embedding + norms
+
+    def of_tensor_rank(self, tensor: int) -> "DecoderConfig":
+        """The configuration of what one of ``tensor`` tensor ranks computes of each layer: its heads and hidden units."""
+        kv_heads = max(1, self.kv_heads // tensor)
+        return replace(self, heads=self.heads // tensor, kv_heads=kv_heads, ffn=max(1, self.ffn // tensor))
 
     def flops_per_token(self, tokens: int) -> float:
         """The floating-point operations per token of one training step on a causal row of ``tokens`` tokens.

@@ -1,0 +1,296 @@
+"""Tensor parallel with sequence-parallel norms (Megatron-SP): heads and feed-forwards split over the tensor axis.
+
+    x [B, my tokens, M]                                  norms, embedding, loss: each rank its own tokens, parameters replicated
+      | all-gather over tensor                           entry of a region: an attention or a feed-forward module
+      v
+    [B, gathered tokens, M]
+      | weights cut by rows (column-parallel)            q, k, v, gate, up: each rank its own heads and hidden units
+      | weight cut by columns (row-parallel)             out, down: each rank a partial sum of all hidden states
+      v
+    [B, gathered tokens, M], a partial sum
+      | reduce-scatter over tensor, then the bias        exit of the region
+      v
+    [B, my tokens, M]
+
+A parameter is a DTensor on the tensor mesh, cut (``Shard``) or replicated, and becomes a plain tensor where its module uses it.
+There its gradient is finished too: every rank starts backward from the same global loss and every collective has its true
+adjoint, so the gradient of an element is the sum over the ranks that hold a copy, divided by the number of ranks of the loss.
+A cut parameter's gradient is divided by the tensor degree; a replicated one's is the mean over the tensor ranks. The mean over
+the other ranks is formed by FSDP2, or by grad_sync.py.
+
+Sees names of modules and parameters, and the number of tokens of each rank; knows nothing of models or batches. Source:
+Megatron-LM's sequence parallelism, arXiv:2205.05198; tensor parallelism, arXiv:1909.08053.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from longspan import _compat
+from longspan.distributed.collectives import all_gather, reduce_scatter
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import LayoutError, ModelError
+
+SIZES = "longspan_tensor_sizes"
+"""The keyword of a block's call that holds the token counts of the tensor ranks; activation checkpointing passes it again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How a parameter is divided over the tensor ranks along ``dim``.
+
+    Attributes:
+        dim: the dim that is cut.
+        units: indivisible parts of that dim: heads, or single rows.
+        packed: matrices that lie one after another in that dim and are cut one by one, as gate and up in one weight.
+        replicable: whether one unit may be held by several ranks, as a key/value head may.
+    """
+
+    dim: int
+    units: int
+    packed: int = 1
+    replicable: bool = False
+
+    def is_even(self, ranks: int) -> bool:
+        """Whether each of ``ranks`` ranks has one contiguous piece, so that it needs to store no more than that."""
+        return self.packed == 1 and self.units % ranks == 0
+
+    def pieces(self, size: int, ranks: int, rank: int) -> tuple[range, ...]:
+        """The indices in ``dim``, of ``size`` in all, that ``rank`` of ``ranks`` computes with: one range per packed matrix.
+
+        With fewer units than ranks, ranks / units neighbouring ranks compute with the same unit.
+        """
+        unit, whole = size // self.packed // self.units, size // self.packed
+        if self.units % ranks == 0:
+            first, count = rank * (self.units // ranks), self.units // ranks
+        else:
+            first, count = rank * self.units // ranks, 1
+        start = first * unit
+        return tuple(range(part * whole + start, part * whole + start + count * unit) for part in range(self.packed))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlan:
+    """What of a model is tensor parallel, by names.
+
+    Attributes:
+        regions: modules whose first input is gathered over the tensor ranks.
+        exits: modules whose output is a partial sum that is reduce-scattered: a region, or a row-parallel module in it.
+        cuts: parameters that are cut; every other parameter is replicated.
+        late_biases: the bias of an exit, which is added once, after the reduce-scatter.
+        inputs: keywords of the model's call, [batch, my tokens], that attention reads: they are gathered at the call.
+    """
+
+    regions: tuple[str, ...]
+    exits: tuple[str, ...]
+    cuts: Mapping[str, Cut]
+    late_biases: Mapping[str, str] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ("position_ids",)
+
+
+def refuse_plan(plan: TensorPlan, ranks: int) -> None:
+    """Raise LayoutError if a parameter of the plan cannot be divided over ``ranks`` ranks; names the legal degrees."""
+    if ranks == 1:
+        return
+    for name, cut in plan.cuts.items():
+        if not _divides(cut, ranks):
+            legal = ", ".join(
+                str(degree)
+                for degree in range(1, max(cut.units for cut in plan.cuts.values()) + 1)
+                if all(_divides(other, degree) for other in plan.cuts.values())
+            )
+            raise LayoutError(
+                f"tensor={ranks} cannot divide {name!r}, which has {cut.units} heads or hidden units, into equal parts; legal "
+                f"are {legal} (ulysses takes heads that do not divide)"
+            )
+
+
+def _divides(cut: Cut, ranks: int) -> bool:
+    return cut.units % ranks == 0 or (cut.replicable and ranks % cut.units == 0)
+
+
+class TensorParallel:
+    """The tensor parallelism of one model: its cut parameters, and the hooks on its modules.
+
+    Args:
+        model: the whole model, equal on every rank, or on the meta device. Its parameters become DTensors.
+        blocks: its layers, which activation checkpointing may compute again.
+        plan: what is cut.
+        mesh: the ranks.
+        sizes_of: (keywords of the model's call) -> for each tensor rank, the tokens that it holds of a row.
+
+    Raises:
+        ModelError: in a forward, where a region is not given hidden states [batch, my tokens, hidden].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        plan: TensorPlan,
+        mesh: ParallelMesh,
+        sizes_of: Callable[[Mapping[str, Any]], Sequence[int]],
+    ) -> None:
+        self._mesh, self._sizes_of, self._inputs = mesh, sizes_of, plan.inputs
+        self._sizes: list[tuple[int, ...]] = []
+        _distribute(model, plan, mesh)
+        model.register_forward_pre_hook(self._enter_model, with_kwargs=True)
+        model.register_forward_hook(self._leave_model, always_call=True)
+        for block in blocks:
+            block.register_forward_pre_hook(self._name_sizes, with_kwargs=True)
+            vars(block)["forward"] = partial(self._hold, block.forward)
+        for name in plan.regions:
+            model.get_submodule(name).register_forward_pre_hook(partial(self._gather, name), with_kwargs=True)
+        for module, uses in _uses(model, plan, mesh).items():
+            module.register_forward_pre_hook(partial(_show, uses))
+            module.register_forward_hook(partial(_hide, uses), always_call=True)
+        for name in plan.exits:
+            bias = plan.late_biases.get(name)
+            added = None if bias is None else _Use(*_owner(model, bias), None, mesh)
+            model.get_submodule(name).register_forward_hook(partial(self._scatter, added))
+
+    def _enter_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        sizes = tuple(self._sizes_of(kwargs))
+        self._sizes.append(sizes)
+        whole = {name: self._gathered(x, sizes) for name in self._inputs if isinstance(x := kwargs.get(name), Tensor)}
+        for name, x in whole.items():
+            vars(x).update(vars(kwargs[name]))  # facts of the whole row that the model's adapter has attached
+        return args, kwargs | whole
+
+    def _leave_model(self, *_: Any) -> None:
+        self._sizes.clear()
+
+    def _name_sizes(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._sizes:
+            raise ModelError(
+                "a layer is computed again outside of a call of its model, where the tokens of the tensor ranks are not known; "
+                "use MemoryOptions(recompute=...) of parallelize instead of the model's own gradient checkpointing"
+            )
+        return args, kwargs | {SIZES: self._sizes[-1]}
+
+    def _hold(self, forward: Callable[..., Any], *args: Any, longspan_tensor_sizes: tuple[int, ...], **kwargs: Any) -> Any:
+        self._sizes.append(longspan_tensor_sizes)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._sizes.pop()
+
+    def _gather(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = args[0] if args else kwargs.get("hidden_states")
+        sizes, rank = self._sizes[-1], self._mesh.tensor_group.rank()
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[1] != sizes[rank]:
+            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ModelError(
+                f"'{name}' was given {shape} instead of hidden states [batch, {sizes[rank]} tokens of this rank, hidden], "
+                f"which tensor > 1 gathers there; use tensor=1 with ulysses or ring"
+            )
+        whole = self._gathered(x, sizes)
+        return ((whole, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": whole})
+
+    def _gathered(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        return all_gather(x, self._mesh.tensor_group, self._mesh.transport, 1, sizes).contiguous()  # models call view
+
+    def _scatter(self, bias: "_Use | None", module: nn.Module, args: Any, output: Any) -> Any:
+        partial_sum: Tensor = output[0] if isinstance(output, tuple) else output
+        mine = reduce_scatter(partial_sum, self._mesh.tensor_group, self._mesh.transport, 1, self._sizes[-1]).contiguous()
+        if bias is not None:
+            mine = mine + bias.local()
+        return (mine, *output[1:]) if isinstance(output, tuple) else mine
+
+
+def _distribute(model: nn.Module, plan: TensorPlan, mesh: ParallelMesh) -> None:
+    """Replace every parameter by a DTensor on the tensor mesh; a tied one by the same DTensor everywhere."""
+    assert mesh.tensor_mesh is not None
+    ranks, made = mesh.tensor_group.size(), dict[int, nn.Parameter]()
+    for name, module in model.named_modules(remove_duplicate=False):
+        for own, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:
+                cut = plan.cuts.get(f"{name}.{own}" if name else own)
+                placement = Shard(cut.dim) if cut is not None and cut.is_even(ranks) else Replicate()
+                whole = distribute_tensor(parameter.detach(), mesh.tensor_mesh, [placement], src_data_rank=None)
+                made[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+                made[id(made[id(parameter)])] = made[id(parameter)]
+            setattr(module, own, made[id(parameter)])
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A parameter of a module as a rank computes with it: a plain tensor, whose gradient is finished over the tensor ranks."""
+
+    module: nn.Module
+    name: str
+    cut: Cut | None
+    mesh: ParallelMesh
+    is_late: bool = False
+
+    def local(self) -> Tensor:
+        parameter, group = _compat.own_parameters(self.module)[self.name], self.mesh.tensor_group
+        assert isinstance(parameter, DTensor)
+        (placement,) = parameter.placements
+        held = parameter.to_local(grad_placements=[placement])
+        finished: Tensor = _FinishGradient.apply(held, None if placement.is_replicate() else group.size(), group)
+        if self.cut is None or placement.is_shard():
+            return finished
+        pieces = self.cut.pieces(finished.shape[self.cut.dim], group.size(), group.rank())
+        return torch.cat([finished.narrow(self.cut.dim, piece.start, len(piece)) for piece in pieces], self.cut.dim)
+
+
+class _FinishGradient(torch.autograd.Function):
+    """The identity; its backward divides the gradient of a cut parameter by ``degree``, and for ``degree`` None averages that
+    of a replicated one over ``group``, in fp32 (fp64 for fp64)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, degree: int | None, group: dist.ProcessGroup) -> Tensor:
+        ctx.degree, ctx.group = degree, group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.degree is not None:
+            return grad / ctx.degree, None, None
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous()
+        dist.all_reduce(total, group=ctx.group)
+        return total.div_(ctx.group.size()).to(grad.dtype), None, None
+
+
+def _uses(model: nn.Module, plan: TensorPlan, mesh: ParallelMesh) -> dict[nn.Module, tuple[_Use, ...]]:
+    """For each module that is called, the parameters that its forward reads: a region's are all below it, else its own."""
+    late, uses = set(plan.late_biases.values()), dict[nn.Module, tuple[_Use, ...]]()
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module in inside:
+            continue
+        parts = list(module.named_modules()) if name in plan.regions else [("", module)]
+        inside |= {part for _, part in parts}
+        own = tuple(
+            _Use(part, leaf, plan.cuts.get(full), mesh, full in late)
+            for below, part in parts
+            for leaf, _ in part.named_parameters(recurse=False)
+            for full in [".".join(filter(None, (name, below, leaf)))]
+        )
+        if own:
+            uses[module] = own
+    return uses
+
+
+def _show(uses: Sequence[_Use], *_: Any) -> None:
+    """A pre-hook: attributes of the modules shadow their DTensors by plain tensors; a late bias by None."""
+    for use in uses:
+        vars(use.module)[use.name] = None if use.is_late else use.local()
+
+
+def _hide(uses: Sequence[_Use], *_: Any) -> None:
+    for use in uses:
+        vars(use.module).pop(use.name, None)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that owns the parameter ``name`` of ``model``, and the parameter's name in it."""
+    module, _, leaf = name.rpartition(".")
+    return model.get_submodule(module), leaf

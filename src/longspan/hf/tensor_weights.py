@@ -1,0 +1,210 @@
+"""Tensor parallelism of a Hugging Face model by its own plan, ``config.base_model_tp_plan``: which weights are cut, and where.
+
+    "layers.*.self_attn.q_proj": "colwise"        rows of the weight are heads               \\  region layers.*.self_attn,
+    "layers.*.self_attn.o_proj": "rowwise"        its output is a partial sum                /   exit o_proj
+    "layers.*.mlp.experts.gate_up_proj": "packed_colwise"      gate and up, each cut         >   region and exit layers.*.mlp
+
+The plan names weights; the region is the module that owns them (of experts: the module that routes to them). What the plan does
+not name is replicated. Styles that are not in ``HONOURED`` are refused by name. Embedding and head are replicated over tensor.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from longspan.distributed.layout import Heads
+from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.tensor_parallel import Cut, TensorPlan, refuse_plan
+from longspan.errors import ModelError
+from longspan.hf.attention_layers import AttentionLayers
+from longspan.hf.candidate import Candidate, Undo
+from longspan.hf.names import is_encoder_decoder
+
+HONOURED = frozenset({
+    "colwise", "rowwise", "packed_colwise", "packed_rowwise", "replicated_with_grad_allreduce", "moe_tp_experts",
+})  # fmt: skip
+"""The styles of plans that are computed. ``colwise_gather_output`` is honoured for the head alone, which is replicated."""
+REFUSED = frozenset({
+    "all_reduce", "colwise_gather_output", "colwise_rep", "embedding_colwise", "embedding_rowwise", "ep_dispatch_experts",
+    "grouped_gemm", "local_params", "mla_kv_a_proj", "moe_identity_expert", "replicate", "rowwise_rep",
+    "rowwise_split_input", "sequence_parallel",
+})  # fmt: skip
+"""Styles that Transformers has and longspan does not compute. A test fails for a style that is in neither list."""
+
+
+@dataclass(frozen=True)
+class TensorWeights:
+    """The finding of ``probe``: what of the model is cut."""
+
+    plan: TensorPlan
+
+    def install(self, model: nn.Module, mesh: ParallelMesh) -> Undo:
+        """Nothing to change: ``parallelize`` cuts the weights when every other change is installed."""
+        return lambda: None
+
+
+def probe(candidate: Candidate) -> TensorWeights | None:
+    """The plan of the model's weights on a mesh with tensor > 1, else None.
+
+    Raises:
+        ModelError: the model has no plan, or one that is not honoured; LoRA; an encoder-decoder; a balance loss of experts.
+        LayoutError: heads or hidden units that the tensor ranks do not divide.
+    """
+    ranks = candidate.mesh.coordinate.tensor
+    if ranks == 1:
+        return None
+    layers = candidate.finding(AttentionLayers)
+    assert layers is not None, "attention_layers stands before this file in DEVIATIONS"
+    styles = _styles(candidate)
+    plan = _Reader(candidate.model, layers, styles).plan()
+    refuse_plan(plan, ranks)
+    for query, kv in {layer.heads for _, layer in layers.layers}:
+        Heads(query // ranks, max(1, kv // ranks), candidate.mesh.coordinate.ulysses, candidate.memory.head_chunks)
+    return TensorWeights(plan)
+
+
+def _styles(candidate: Candidate) -> dict[str, str]:
+    """{name of a module or parameter of the model: style}, of the plan of the model's config.
+
+    Raises:
+        ModelError: as ``probe``.
+    """
+    model, kind = candidate.model, type(candidate.model).__name__
+    base = model.base_model
+    plan: Mapping[str, str] = getattr(base.config, "base_model_tp_plan", None) or {}
+    reason = None
+    if candidate.called is not model:
+        reason = "is wrapped by peft, whose adapters the plan of the model does not name"
+    elif is_encoder_decoder(model):
+        reason = "is an encoder-decoder"
+    elif not plan:
+        reason = "has no base_model_tp_plan that says which of its weights may be cut"
+    elif any(getattr(config, "output_router_logits", False) for _, config in candidate.configs):
+        reason = "adds the balance loss of its experts (config.output_router_logits)"
+    if reason is not None:
+        raise ModelError(f"{kind} {reason}, which tensor > 1 does not support; use tensor=1 with ulysses or ring")
+    prefix = next(name for name, module in model.named_modules() if module is base)
+    found = {}
+    for name in [name for name, _ in (*base.named_modules(), *base.named_parameters())]:
+        style, full = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name)), f"{prefix}.{name}" if prefix else name
+        if style is not None and style not in HONOURED:
+            raise ModelError(
+                f"{kind} wants {full!r} cut in the style {style!r}, which is not supported; use tensor=1 with ulysses or ring"
+            )
+        if style is not None:
+            found[full] = style
+    return found
+
+
+class _Reader:
+    """Reads a model's styles into a TensorPlan.
+
+    Args:
+        model: the Transformers model.
+        layers: its attention layers.
+        styles: {name: style}.
+    """
+
+    def __init__(self, model: nn.Module, layers: AttentionLayers, styles: Mapping[str, str]) -> None:
+        self._model, self._styles = model, styles
+        names = {module: name for name, module in model.named_modules()}
+        self._heads = {names[module]: layer.heads for module, layer in layers.layers}
+        if any(layer.recipe is not None for _, layer in layers.layers):
+            raise ModelError(f"{type(model).__name__} attends in its own code, which tensor > 1 does not support; use tensor=1")
+
+    def plan(self) -> TensorPlan:
+        """The regions, exits and cuts. Raises ModelError for a weight that cannot be cut as the plan says."""
+        regions = self._regions()
+        for name in self._heads:
+            if name not in regions:
+                raise ModelError(f"the model's plan cuts nothing of attention {name!r}, which tensor > 1 needs; use tensor=1")
+        exits, cuts, late = list[str](), dict[str, Cut](), dict[str, str]()
+        for name, style in self._weights():
+            region = next(region for region in regions if name.startswith(f"{region}."))
+            module, leaf = self._linear(name)
+            cuts |= self._cuts(region, name, style)
+            is_exit = style == "rowwise" and leaf and not regions[region]
+            if is_exit:
+                exits.append(name)
+            if style == "rowwise" and getattr(module, "bias", None) is not None:
+                if not is_exit:
+                    raise ModelError(
+                        f"{name!r} has a bias inside a mixture of experts, which tensor > 1 would add on each rank"
+                    )
+                late[name] = f"{name}.bias"
+        routed = [region for region, experts in regions.items() if experts]
+        self._refuse_uncut_experts(routed, cuts)
+        return TensorPlan(regions=tuple(regions), exits=(*exits, *routed), cuts=cuts, late_biases=late)
+
+    def _weights(self) -> Iterator[tuple[str, str]]:
+        """(name, style) of the Linear modules and the parameters that are cut."""
+        return ((n, s) for n, s in self._styles.items() if s not in ("replicated_with_grad_allreduce", "moe_tp_experts"))
+
+    def _regions(self) -> dict[str, bool]:
+        """{region: whether it routes tokens to experts}; of nested ones only the outer."""
+        experts = {name for name, style in self._styles.items() if style == "moe_tp_experts"}
+        owners: dict[str, bool] = {}
+        for name, _ in self._weights():
+            owner = name.rpartition(".")[0]
+            owners |= {owner.rpartition(".")[0]: True} if owner in experts else {owner: owners.get(owner, False)}
+        return {
+            name: routes for name, routes in owners.items() if not any(name.startswith(f"{other}.") for other in owners)
+        }  # fmt: skip
+
+    def _linear(self, name: str) -> tuple[nn.Module | None, bool]:
+        """(the Linear called ``name``, True), or (None, False) for the name of a parameter.
+
+        Raises:
+            ModelError: another kind of module.
+        """
+        module = dict(self._model.named_modules()).get(name)
+        if module is not None and not isinstance(module, nn.Linear):
+            raise ModelError(f"{name!r} is a {type(module).__name__}, and tensor > 1 cuts torch.nn.Linear only; use tensor=1")
+        return module, module is not None
+
+    def _cuts(self, region: str, name: str, style: str) -> dict[str, Cut]:
+        module, is_linear = self._linear(name)
+        if not is_linear:
+            return {name: self._cut_of_parameter(name, style)}
+        assert isinstance(module, nn.Linear)
+        rows, columns = module.weight.shape
+        if style == "rowwise":
+            return {f"{name}.weight": Cut(dim=1, units=self._heads[region][0] if region in self._heads else columns)}
+        if style != "colwise":
+            raise ModelError(f"{name!r} is a Linear in the style {style!r}, which is supported for experts only; use tensor=1")
+        cut = self._cut_of_heads(region, name, rows) if region in self._heads else Cut(dim=0, units=rows)
+        return {f"{name}.weight": cut} | ({f"{name}.bias": cut} if module.bias is not None else {})
+
+    def _cut_of_heads(self, region: str, name: str, rows: int) -> Cut:
+        """The cut of a projection of an attention module: by query heads, or by key/value heads."""
+        query, kv = self._heads[region]
+        attention: Any = self._model.get_submodule(region)
+        dims: set[int] = {getattr(attention, field, 0) for field in ("head_dim", "v_head_dim", "head_size")}
+        if kv < query and rows in {kv * dim for dim in dims}:
+            return Cut(dim=0, units=kv, replicable=True)
+        if rows % query == 0 and (kv == query or rows // query in {dim * many for dim in dims for many in (1, 2)}):
+            return Cut(dim=0, units=query)
+        raise ModelError(
+            f"{name!r} has {rows} rows, which are not those of its {query} query or {kv} key/value heads; tensor > 1 cannot "
+            f"cut it, use tensor=1"
+        )
+
+    def _cut_of_parameter(self, name: str, style: str) -> Cut:
+        """The cut of the stacked weights of experts, [experts, rows, columns]."""
+        shape = self._model.get_parameter(name).shape
+        known = {"colwise": (-2, 1), "rowwise": (-1, 1), "packed_colwise": (-2, 2), "packed_rowwise": (-1, 2)}
+        dim, packed = known[style]
+        if len(shape) != 3 or shape[dim] % packed:
+            raise ModelError(f"{name!r} of shape {list(shape)} is no stack of experts; tensor > 1 cannot cut it, use tensor=1")
+        return Cut(dim=len(shape) + dim, units=shape[dim] // packed, packed=packed)
+
+    def _refuse_uncut_experts(self, regions: list[str], cuts: Mapping[str, Cut]) -> None:
+        """Raise ModelError if experts have a parameter that is not cut: every tensor rank would add it."""
+        experts = [name for name, style in self._styles.items() if style == "moe_tp_experts"]
+        for name in experts:
+            for leaf, _ in self._model.get_submodule(name).named_parameters():
+                if f"{name}.{leaf}" not in cuts and any(name.startswith(f"{region}.") for region in regions):
+                    raise ModelError(f"the model's plan does not cut {name}.{leaf}, which tensor > 1 would add on each rank")
