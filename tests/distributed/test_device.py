@@ -1,4 +1,4 @@
-"""Each rank's device: chosen by its number before anything else asks for one, shared only where that is said."""
+"""Each rank's device: chosen by its number before anything else asks for one, shared only with a warning."""
 
 import logging
 from pathlib import Path
