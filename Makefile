@@ -3,6 +3,8 @@
 # make clean      remove .venv and caches, not runs/
 # make model-matrix   which language models of Transformers are exact on two ranks; writes docs/models.md, about an hour
 # make bench-million   real steps on one sequence of 1,048,576 tokens, two ranks, about ten minutes a step on a CPU with AVX-512
+# make test-versions V=2.11.0   make test with another PyTorch, in an environment that is removed afterwards; prints a row of
+#                               docs/versions.md. TRANSFORMERS=5.24.0 TESTS=tests/hf for another Transformers, and for a part
 #
 # PyTorch's default wheel brings CUDA (gigabytes). For the CPU alone:
 #     make train TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -15,7 +17,7 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
-.PHONY: train lint quick test test-long model-matrix bench-million clean
+.PHONY: train lint quick test test-long test-versions model-matrix bench-million clean
 
 train: .venv/installed
 	$(BIN)/longspan train $(ARGS)
@@ -40,6 +42,9 @@ test: lint
 
 test-long: .venv/installed-dev
 	$(BIN)/pytest -n 2 --dist worksteal -m "long or examples" --hypothesis-profile many
+
+test-versions:
+	.ci/versions "$(V)" "$(TRANSFORMERS)" $(TESTS)
 
 model-matrix: .venv/installed-dev
 	$(BIN)/python benchmarks/model_matrix.py $(ARGS)

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from longspan import _compat
+from tests.helpers import processes
 
 SRC = Path(__file__).resolve().parents[1] / "src" / "longspan"
 FILES = [path for path in sorted(SRC.rglob("*.py")) if path.name != "_compat.py"]
@@ -120,7 +122,10 @@ class _Anything:
 
 
 class _FSDPModule:
-    """What ``_compat`` needs of an FSDPModule, or a state that has nothing."""
+    """What ``_compat`` needs of an FSDPModule, with a state that has nothing."""
+
+    def modules(self) -> list[object]:
+        return [self]
 
     def _get_fsdp_state(self) -> object:
         return object()
@@ -142,8 +147,8 @@ USES: dict[str, tuple[str, Callable[[], object]]] = {
     "after_backward": ("queue_callback", lambda: _compat.after_backward(print)),
     "accumulates_gradient": ("_will_engine_execute_node", lambda: _compat.accumulates_gradient(nn.Parameter(torch.ones(1)))),
     "fsdp_backward_is_unfinished": ("_state_ctx", lambda: _compat.fsdp_backward_is_unfinished(_FSDPModule())),
-    "fsdp_gathered_parameters": ("_fsdp_param_groups", lambda: _compat.fsdp_gathered_parameters(_FSDPModule())),
-    "fsdp_fill_unused_gradients": ("set_reduce_scatter_unused_params", lambda: _compat.fsdp_fill_unused_gradients(object())),
+    "fsdp_gathered_parameters": ("_fsdp_param_group", lambda: _compat.fsdp_gathered_parameters(_FSDPModule())),
+    "fsdp_fill_unused_gradients": ("_fsdp_param_group", lambda: _compat.fsdp_fill_unused_gradients(_FSDPModule())),
     "hash_store": ("HashStore", _compat.hash_store),
     "tcp_store": ("TCPStore", lambda: _compat.tcp_store("localhost", 1)),
     "elastic_launcher": ("SignalException", _compat.elastic_launcher),
@@ -180,3 +185,9 @@ def test_every_function_has_a_row_at_the_top_of_the_file() -> None:
     tree = ast.parse(Path(_compat.__file__).read_text())
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not is_private(node.name)]
     assert {name for name in functions if not name.startswith("fsdp_")} <= set(rows)
+
+
+@pytest.mark.parametrize("module", ["longspan", "longspan.hf.adapter", "longspan.integrations.trainer", "longspan.cli.train"])
+def test_an_import_in_a_fresh_process_writes_nothing(module: str) -> None:
+    done = processes.run([sys.executable, "-c", f"import {module}"])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -2,6 +2,7 @@
 
     here                            PyTorch's                                                               used for
     OpaqueBase, register_opaque     torch._custom_class_base, before 2.14 torch._opaque_base                operator arguments
+    constant_when_compiled          torch.compiler.assume_constant_result, before 2.13 torch.compiler.disable   plans
     autograd_below_autograd         torch._C._ForceDispatchKeyGuard, the dispatcher's thread-local keys     gradients of a bias
     flash_forward, flash_backward   aten._flash_attention_*, aten._scaled_dot_product_flash_*_for_cpu       kernels/flash_*.py
     has_cpu_gemm                    torch.ops.mkldnn._is_mkldnn_*_supported                                 kernels/matmul.py
@@ -28,16 +29,22 @@ Knows nothing of the rest of longspan, so that every folder can import it.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.device_mesh import DeviceMesh
+
+PLANS_ARE_CONSTANTS = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 13)
+"""Whether torch.compile can take an object that holds frozen dataclasses as a constant; no symbol tells."""
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _symbol(root: Any, path: str, purpose: str) -> Any:
@@ -94,6 +101,19 @@ def register_opaque(cls: type[OpaqueBase], members: tuple[str, ...] = ()) -> Non
         new(cls, typ="symbolic", members=read)
     else:
         _imported(module, "register_opaque_type", purpose)(cls, typ="reference", members=read)
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """Decorator: torch.compile takes the result of ``function`` as a constant, and does not trace it.
+
+    Before PyTorch 2.13 a result that holds frozen dataclasses cannot be one: there the call is outside of the graph, which
+    breaks in two, so that ``fullgraph=True`` fails.
+    """
+    if not PLANS_ARE_CONSTANTS:
+        outside: Function = torch.compiler.disable(function)
+        return outside
+    constant: Function = torch.compiler.assume_constant_result(function)
+    return constant
 
 
 def autograd_below_autograd() -> AbstractContextManager[None]:
@@ -193,14 +213,44 @@ def fsdp_backward_is_unfinished(model: Any) -> bool:
 
 def fsdp_fill_unused_gradients(model: Any) -> None:
     """Make FSDP2 use a gradient of zeros for a parameter that this rank did not use, where it would wait for ever."""
-    _symbol(model, "set_reduce_scatter_unused_params", ZERO)(True)
+    fill = getattr(model, "set_reduce_scatter_unused_params", None)  # since PyTorch 2.13
+    if fill is not None:
+        fill(True)
+        return
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            for group in _fsdp_groups(module):
+                group.post_backward = partial(_fill_then_reduce, group, group.post_backward)
+
+
+def _fill_then_reduce(group: Any, reduce: Callable[..., None], *unused: Any) -> None:
+    if group.reduce_grads:
+        for parameter in group.fsdp_params:
+            whole = getattr(parameter, "_unsharded_param", None)
+            if (
+                whole is not None
+                and whole.requires_grad
+                and whole.grad is None
+                and parameter.unsharded_accumulated_grad is None
+            ):
+                whole.grad = torch.zeros_like(whole)
+    reduce(*unused)
+
+
+def _fsdp_groups(module: Any) -> list[Any]:
+    """The groups of parameters of one FSDPModule: before PyTorch 2.13 one, or none where it has no parameter of its own."""
+    state = _symbol(module, "_get_fsdp_state", ZERO)()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    if hasattr(state, "_fsdp_param_group") and state._fsdp_param_group is None:
+        return []
+    return [_symbol(state, "_fsdp_param_group", ZERO)]
 
 
 def fsdp_gathered_parameters(module: Any) -> list[Tensor]:
     """The whole parameters that FSDP2 holds in ``module``, an FSDPModule, in the place of its shards; empty if none is
     gathered."""
-    groups = _symbol(_symbol(module, "_get_fsdp_state", ZERO)(), "_fsdp_param_groups", ZERO)
-    found = [getattr(parameter, "_unsharded_param", None) for group in groups for parameter in group.fsdp_params]
+    found = [getattr(each, "_unsharded_param", None) for group in _fsdp_groups(module) for each in group.fsdp_params]
     return [parameter for parameter in found if parameter is not None]
 
 
@@ -226,10 +276,16 @@ def elastic_launcher() -> ElasticLauncher:
     return ElasticLauncher(
         ChildFailedError=_imported(f"{elastic}.errors", "ChildFailedError", purpose),
         DefaultLogsSpecs=_imported(f"{elastic}.api", "DefaultLogsSpecs", purpose),
-        LaunchConfig=_imported("torch.distributed.launcher.api", "LaunchConfig", purpose),
+        LaunchConfig=partial(_launch_config, _imported("torch.distributed.launcher.api", "LaunchConfig", purpose)),
         SignalException=_imported(f"{elastic}.api", "SignalException", purpose),
         elastic_launch=_imported("torch.distributed.launcher.api", "elastic_launch", purpose),
     )
+
+
+def _launch_config(kind: Any, *, shutdown_timeout: int, **options: Any) -> Any:
+    """A LaunchConfig; before PyTorch 2.13 it has no ``shutdown_timeout``, and its agent waits 30 seconds for ranks to end."""
+    known = "shutdown_timeout" in {field.name for field in fields(kind)}
+    return kind(**options, **({"shutdown_timeout": shutdown_timeout} if known else {}))
 
 
 def hash_store() -> Any:

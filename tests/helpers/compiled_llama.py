@@ -1,8 +1,8 @@
 """Compile a parallel Hugging Face llama over 2 ranks and compare it with one device (test_compile.py).
 
-Run as a program: FOLDER plain|packed. Plain rows must compile without a graph break; packed rows may break the graph. It
-prints the number of graphs after each step, then "exact". The backend aot_eager runs PyTorch's own kernels, because
-inductor's rounding of fp32 norms is not covered by the guarantee.
+Run as a program: FOLDER plain|packed. Plain rows must compile without a graph break, except before PyTorch 2.13; packed rows may
+break the graph. It prints the number of graphs after each step, then "exact". The backend aot_eager runs PyTorch's own kernels,
+because inductor's rounding of fp32 norms is not covered by the guarantee.
 """
 
 import sys
@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longspan import ParallelMesh, parallelize, shard_batch
+from longspan._compat import PLANS_ARE_CONSTANTS
 from tests.helpers.ranks import on_ranks
 
 CONFIG = LlamaConfig(
@@ -44,9 +45,9 @@ def compiled_is_one_device(then_packed: bool) -> None:
             torch.testing.assert_close(mine.grad, one.grad, rtol=1e-9, atol=1e-10)
         reference.zero_grad()
         model.zero_grad()
-        assert packed or not counters["graph_break"]
+        assert packed or not PLANS_ARE_CONSTANTS or not counters["graph_break"]
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] <= 2  # the second is torch's own, of the hooks behind the backward
+    assert not PLANS_ARE_CONSTANTS or graphs[0] <= 2  # the second is torch's own, of the hooks behind the backward
     print(graphs)
 
 

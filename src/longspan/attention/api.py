@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from longspan import _compat
 from longspan.attention import ring
 from longspan.attention.custom_ops import attention, attention_recomputable, columns
 from longspan.attention.plan import AttentionPlan, Bias, ExchangePlan, HeadChunk, Hop
@@ -159,7 +160,7 @@ def attend(
     return _to_tokens(out_RGD, chunk.out, q.shape[:2])
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_compat.constant_when_compiled
 def _plan(**fields: Any) -> Constant[AttentionPlan]:
     """``plan_attention(AttentionSpec(**fields))``, as a constant for torch.compile, wrapped in ``Constant``.
 

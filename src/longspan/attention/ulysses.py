@@ -29,6 +29,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.profiler import record_function
 
+from longspan import _compat
 from longspan.attention.plan import ExchangePlan, TensorGroup
 from longspan.attention.plan_cache import Constant, cached
 from longspan.distributed.layout import Heads
@@ -94,7 +95,7 @@ def heads_to_tokens(
     return x_BSHD
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_compat.constant_when_compiled
 def _plan(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> Constant[ExchangePlan | None]:
     return Constant(plan_exchange([shape], mesh, tokens))
 

@@ -182,7 +182,7 @@ class Recorded:
         }
         self._block = ExitStack()
         self._block.enter_context(_without_noise())
-        self._profile = self._block.enter_context(torch.profiler.profile(profile_memory=True))
+        self._profile = self._block.enter_context(torch.profiler.profile(profile_memory=True, acc_events=True))
         for hook in (
             self._optimizer.register_step_pre_hook(self._note_gradients),
             self._model.register_forward_pre_hook(_mark_forward),

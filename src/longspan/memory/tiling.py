@@ -105,7 +105,7 @@ def tile_by_tile(run: Run, x: Tensor, tokens: int, parameters: Sequence[Tensor])
 def _in_tiles(run: Run, x: Tensor, tokens: int, lead: torch.Size | None, parameters: Sequence[Tensor]) -> Tensor:
     """As ``tile_by_tile``, but dim 0 of the result is reshaped to ``lead``; None leaves one dim of all rows."""
     saved, mark = _SaveInputs.apply(x, *parameters)  # type: ignore[no-untyped-call]
-    out: Tensor = _Tiles.apply(run, tokens, lead, mark.grad_fn, saved, *parameters)  # type: ignore[no-untyped-call]
+    out: Tensor = _Tiles.apply(run, tokens, lead, (mark,), saved, *parameters)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -159,18 +159,19 @@ class _SaveInputs(torch.autograd.Function):
 class _Tiles(torch.autograd.Function):
     """Autograd function that runs each tile without a graph, and in the backward once more with one.
 
-    Its argument ``saved`` is the autograd node of ``_SaveInputs``, whose saved tensors the backward reads.
+    Its argument ``marks`` is a tuple of the empty tensor that ``_SaveInputs`` returned, whose node has saved what the backward
+    reads. The tensor keeps the node alive, and in a tuple it is no input that autograd wants a gradient for.
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Run, tokens: int, lead: torch.Size | None, saved: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Run, tokens: int, lead: torch.Size | None, marks: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         x_RM = x.reshape(-1, x.shape[-1])
         ctx.run, ctx.tiles = run, [slice(start, start + tokens) for start in range(0, len(x_RM), tokens)]
         ctx.autocast, ctx.random = _autocast_of(x), _Random(x.device)
         with ctx.autocast():
             outs = [run(x_RM[rows], rows, parameters) for rows in ctx.tiles]
         ctx.sizes, ctx.inner = [len(out) for out in outs], outs[0].ndim - 1
-        ctx.saved = saved
+        ctx.marks = marks
         tail = outs[0].shape[1:]
         out = outs[0].new_empty(*(lead or (sum(ctx.sizes),)), *tail)  # FSDP2 wants no view of something else
         torch.cat(outs, out=out.view(-1, *tail))
@@ -179,7 +180,7 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        x, *parameters = ctx.saved.saved_tensors
+        x, *parameters = ctx.marks[0].grad_fn.saved_tensors
         # copies without hooks: the hooks of a parameter expect its whole gradient, not that of a tile
         leaves = [parameter.detach().requires_grad_(parameter.requires_grad) for parameter in parameters]
         trained = [leaf for leaf in leaves if leaf.requires_grad]
