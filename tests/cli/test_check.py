@@ -37,7 +37,7 @@ def verdict(config: Check, tmp_path: Path, work: str = "into_a_file") -> tuple[i
     "config",
     [
         replace(SMALL, ranks=4),
-        replace(SMALL, ulysses=4, heads=8, kv_heads=2),
+        pytest.param(replace(SMALL, ulysses=4, heads=8, kv_heads=2), marks=pytest.mark.long),
         replace(SMALL, ring=2),
         replace(SMALL, ranks=3, ulysses=1, zero=3, dtype="fp32"),
         replace(SMALL, ranks=4, rows=1, dtype="fp32"),
@@ -60,10 +60,12 @@ def test_guarantee_1_holds(config: Check, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "tools",
     [
-        {"recompute": "full"},
+        pytest.param({"recompute": "full"}, marks=pytest.mark.long),
         {"recompute": "selective", "ring": 2, "ranks": 4},
         {"head_chunks": 2, "heads": 8, "kv_heads": 2},
-        {"head_chunks": 2, "heads": 8, "kv_heads": 4, "recompute": "full", "ring": 2, "ranks": 4},
+        pytest.param(
+            {"head_chunks": 2, "heads": 8, "kv_heads": 4, "recompute": "full", "ring": 2, "ranks": 4}, marks=pytest.mark.long
+        ),
         {"head_chunks": 2, "heads": 8, "kv_heads": 4, "recompute": "selective", "tile_tokens": 5, "zero": 3},
     ],
     ids=["full", "kept-ring", "chunks", "chunks-full-ring", "all"],

@@ -65,7 +65,7 @@ def test_what_is_loaded_goes_on_as_what_was_saved_bit_by_bit(zero: int, tmp_path
     assert on_ranks(2, _load, tmp_path, zero, tmp_path=tmp_path) == saved
 
 
-@pytest.mark.parametrize(("saving", "loading"), [((4, 3), (2, 0)), ((2, 0), (3, 3))])
+@pytest.mark.parametrize(("saving", "loading"), [((4, 3), (2, 0)), pytest.param((2, 0), (3, 3), marks=pytest.mark.long)])
 def test_other_ranks_and_another_sharding_read_it(saving: tuple[int, int], loading: tuple[int, int], tmp_path: Path) -> None:
     (saved, *_) = on_ranks(saving[0], _save, tmp_path, saving[1], tmp_path=tmp_path)
     for found in on_ranks(loading[0], _load, tmp_path, loading[1], tmp_path=tmp_path):

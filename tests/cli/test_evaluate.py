@@ -61,7 +61,7 @@ def one_device(run: Path, text: bytes) -> float:
     return float(loss)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_documents_have_the_loss_of_one_device(ranks: int, run: Path, tmp_path: Path) -> None:
     texts = sorted(run.parent.parent.glob("*.txt"))
     config = Evaluate(checkpoint=str(run), data=(f"{run.parent.parent}/*.txt",), ranks=ranks, documents=3)

@@ -84,7 +84,7 @@ def test_steps_on_two_ranks_are_those_of_one(optimizer: str, steps: int, text: s
     "settings",
     [
         {"micro_batches": 3, "zero": 2, "recompute": "selective", "tile_tokens": 10, "head_chunks": 2},
-        {"zero": 3, "ranks": 4},
+        pytest.param({"zero": 3, "ranks": 4}, marks=LONG),
         {"ranks": 4, "micro_batches": 2},
     ],
     ids=["micro-batches and tools", "zero-3", "replicas"],
@@ -124,7 +124,8 @@ def killed_at_step_6(config: Train) -> int:
     return train.work(config)
 
 
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=LONG), 3])  # test_checkpoint.py reads and writes both
+@pytest.mark.long  # test_checkpoint.py goes on bit by bit with both, and the next test kills a run
+@pytest.mark.parametrize("zero", [0, 3])
 def test_a_killed_run_goes_on_bit_by_bit(zero: int, text: str, tmp_path: Path) -> None:
     config = small(text, tmp_path, steps=9, checkpoint_every_steps=2, eval_every_steps=3, zero=zero)
     whole = run(replace(config, run="whole"))
@@ -267,6 +268,7 @@ LLAMA: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.long  # hf/test_weights.py reads and writes shares, checkpoints of a run are above
 def test_a_hugging_face_model_trains_in_shares_goes_on_and_is_written_back(folder: Path, text: str, tmp_path: Path) -> None:
     config = small(text, tmp_path, model=f"hf:{folder}", steps=7, checkpoint_every_steps=2, learning_rate=1e-2)
     one = run(replace(config, run="one", ulysses=1))

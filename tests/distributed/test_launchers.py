@@ -136,9 +136,8 @@ def processes_of(launcher: str) -> list[dict[str, str]]:
     return [{name: rank if value is None else value for name, value in names.items()} for rank in "01"]
 
 
-@pytest.mark.parametrize(
-    "launcher", ["srun", *(pytest.param(name, marks=pytest.mark.long) for name in ("Open MPI", "Intel MPI"))]
-)
+@pytest.mark.long  # the next test joins the same world by the command; which variables say so is tested on integers above
+@pytest.mark.parametrize("launcher", ["srun", "Open MPI", "Intel MPI"])
 def test_two_processes_become_one_world_in_a_loop_of_one_s_own(launcher: str, tmp_path: Path) -> None:
     port = {"MASTER_PORT": free_port()}
     found = started([one | port for one in processes_of(launcher)], [sys.executable, "-c", TRAIN], tmp_path)

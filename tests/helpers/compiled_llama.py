@@ -1,6 +1,6 @@
 """Compile a parallel Hugging Face llama over 2 ranks and compare it with one device (test_compile.py).
 
-Run as a program: FOLDER plain|packed. Plain rows must compile without a graph break, except before PyTorch 2.13; packed rows may
+Run as a program: FOLDER plain|packed. Plain rows must compile without a graph break (but before PyTorch 2.13); packed rows may
 break the graph. It prints the number of graphs after each step, then "exact". The backend aot_eager runs PyTorch's own kernels,
 because inductor's rounding of fp32 norms is not covered by the guarantee.
 """

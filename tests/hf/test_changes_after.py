@@ -77,7 +77,7 @@ CHANGES: dict[Callable[[Any], None], str] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("zero", [0, pytest.param(2, marks=pytest.mark.long), 3])  # 2 gathers what 3 gathers
 def test_a_change_after_the_proof_is_refused_on_every_rank(change: Any, zero: int, pool: Callable[[int], Ranks]) -> None:
     for text in pool(2).run(refused_change, change, zero):
         assert re.search(CHANGES[change], text), text

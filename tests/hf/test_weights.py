@@ -140,7 +140,7 @@ def peak_of_loading(folder: str) -> int:
 LAYERS = {"num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 256}
 
 
-@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_no_rank_holds_more_than_its_share_and_a_block(drawn: bool, tmp_path: Path, pool: Callable[[int], Ranks]) -> None:
     folder = write(tmp_path, **LAYERS)
     model = LlamaForCausalLM.from_pretrained(folder)

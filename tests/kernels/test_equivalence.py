@@ -36,8 +36,16 @@ def test_kernel_equals_reference(kernel: Kernel, attention: tuple[Mask, Inputs])
     assert_same(run(kernel, x, bands), run(Reference(), x, bands), 1e-10)
 
 
-@pytest.mark.parametrize("mask", [Causal(), Window(130, 7), Chunked(90) & Causal(), Window(20) | SinkTokens(3)], ids=repr)
-@pytest.mark.parametrize("kernel", [SDPA(), Online()], ids=lambda kernel: kernel.name)
+FP32 = {
+    SDPA(): [Causal(), Window(130, 7), Chunked(90) & Causal(), Window(20) | SinkTokens(3)],
+    Online(): [Causal(), Window(20) | SinkTokens(3)],  # it sums one way, whatever the mask
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mask"),
+    [pytest.param(kernel, mask, id=f"{kernel.name}-{mask!r}") for kernel, masks in FP32.items() for mask in masks],
+)
 def test_fp32(kernel: Kernel, mask: Mask) -> None:
     x = draw_inputs(1500, 1500, heads=4, kv_heads=2, dim=32, dtype=torch.float32)
     found = run(kernel, x, bands_of(mask, x))
