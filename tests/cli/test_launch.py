@@ -158,7 +158,7 @@ sys.exit(main.main(["train", "--run", "mine"]))
                 os.killpg(process.pid, signal.SIGINT)
             _, err = process.communicate(timeout=60)
             assert (process.returncode, err) == (code, output)
-            assert processes.family(process.pid) == set()
+            assert processes.left_of(process.pid) == set()
             for rank in range(2):
                 pid = (tmp_path / f"rank{rank}").read_text()
                 assert not Path(f"/proc/{pid}").exists()

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -63,3 +64,11 @@ def family(leader: int) -> set[int]:
     while new := {pid for pid, above in everyone.items() if above & found} - found:
         found |= new
     return found & set(everyone)
+
+
+def left_of(leader: int, seconds: float = 10) -> set[int]:
+    """The ``family`` of a program that has ended, after up to ``seconds`` in which its helpers notice that and end too."""
+    until = time.monotonic() + seconds
+    while (left := family(leader)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return left

@@ -17,6 +17,7 @@ def test_calls_that_mean_the_whole_sequence_are_refused() -> None:
         (lambda: model(**part, use_cache=True), "use_cache= means the whole sequence"),
         (lambda: model(**part, logits_to_keep=1), "logits_to_keep= means the whole sequence"),
         (lambda: model(**part, output_attentions=True), "output_attentions= means the whole sequence"),
+        (lambda: model(**part, pixel_values=torch.zeros(1, 3, 8, 8)), "pixel_values= is no tensor of tokens: each rank would"),
     ]:
         with pytest.raises(ModelError, match=text):
             call()

@@ -17,10 +17,15 @@ from longspan.hf.probe import TOKENS, Probe, forward, proving
 WHOLE_SEQUENCE = (
     "past_key_values", "output_attentions", "logits_to_keep", "use_cache", "attention_mask", "decoder_attention_mask",
     "encoder_outputs", "encoder_hidden_states", "start_positions", "end_positions",
+    "cache_params", "cache", "mems", "state", "padding_cache", "past_buckets_states", "encoder_past_key_values",
+    "shared_kv_states",
 )  # fmt: skip
 """Keywords of a call that refer to the whole sequence, and are refused."""
-
-
+MEDIA = (
+    "pixel_values", "pixel_values_videos", "image_pixel_values", "image_patches", "image_hidden_states", "input_features",
+    "input_values", "audio_input_features", "mm_encoder_outputs", "cross_attention_states", "encoder_inputs_embeds",
+)  # fmt: skip
+"""Keywords of a call that hold images and sounds, or what an encoder made of them, and are refused."""
 TYPES = "token_type_ids"
 """The keyword that tells some models which tokens are an image's."""
 
@@ -69,6 +74,12 @@ def _check(types_unmask: bool, model: Any, args: tuple[Any, ...], kwargs: dict[s
         value = kwargs.get(keyword)
         if value is not None and value is not False and not (isinstance(value, int) and value == 0):
             raise ModelError(f"{keyword}= means the whole sequence, and a rank has a part of it; leave it out of model(...)")
+    for keyword in MEDIA:
+        if kwargs.get(keyword) is not None:
+            raise ModelError(
+                f"{keyword}= is no tensor of tokens: each rank would place all of it among its own part; give the "
+                f"model text alone, or inputs_embeds of the whole row, which shard_batch(...) cuts"
+            )
     if types_unmask and kwargs.get(TYPES) is not None:
         raise ModelError(
             f"{TYPES}= lets the tokens of an image see one another in {type(model).__name__}, and each rank would see those of "

@@ -1,0 +1,134 @@
+"""docs/arguments.md has a verdict for every argument of longspan, of Transformers' models and configs, and of its Trainer."""
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from transformers import TrainingArguments
+from transformers.models.auto import modeling_auto as auto
+
+import longspan
+from longspan import hf
+from longspan.hf.call_checks import MEDIA, WHOLE_SEQUENCE
+from longspan.hf.names import is_dropout_field
+from longspan.integrations.arguments import REMEDIES
+from longspan.integrations.trainer import LongTrainer
+
+PAGE = Path(__file__).parents[1] / "docs" / "arguments.md"
+MODELS = Path(transformers.__file__).parent / "models"
+TESTED = (
+    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss", "phi3", "mixtral", "qwen3_moe", "deepseek_v3",
+    "olmo2", "starcoder2", "gpt_neox", "gpt2", "opt", "bert", "roberta", "modernbert", "gptj", "bloom", "mpt", "falcon",
+    "gpt_neo", "openai", "megatron_bert", "stablelm", "diffllama", "bart", "mbart", "plbart", "pegasus", "marian", "t5",
+    "mt5", "umt5", "t5gemma", "m2m_100", "qwen2_vl", "cohere", "granite",
+)  # fmt: skip
+PARTS = ("Attention", "Router", "MoE", "Moe", "Experts", "Gate")
+"""Parts of the names of the classes of Transformers that attend or route."""
+MASKS = ("Window", "Documents", "Chunked", "PrefixLM", "SinkTokens", "Span", "BlockSparse")
+
+
+def rows(section: str) -> list[list[str]]:
+    """The cells of the table under a heading of the page, without its two first lines."""
+    text = PAGE.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line] for line in lines[2:]]
+
+
+def verdicts(section: str) -> dict[str, str]:
+    """The verdict of each name in a table; a name stands in it once."""
+    found: dict[str, str] = {}
+    for names, verdict, how in rows(section):
+        assert verdict in ("honoured", "refused", "irrelevant"), verdict
+        assert how, names
+        for name in names.split(", "):
+            assert name not in found, f"{name} stands twice under {section}"
+            found[name] = verdict
+    return found
+
+
+def refused(section: str) -> set[str]:
+    return {name for name, verdict in verdicts(section).items() if verdict == "refused"}
+
+
+def callables() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """longspan's public functions, and the classes that a user makes with arguments."""
+    for name in longspan.__all__:
+        public = getattr(longspan, name)
+        if inspect.isfunction(public) or name in ("ParallelMesh", "MemoryOptions", "AutoMemory"):
+            yield name, public
+    yield "ParallelMesh.from_device_mesh", longspan.ParallelMesh.from_device_mesh
+    yield "LongTrainer", LongTrainer.__init__
+    yield "hf.load", hf.load
+    yield "hf.save", hf.save
+
+
+@pytest.mark.parametrize(("name", "public"), list(callables()))
+def test_every_public_argument_has_a_verdict(name: str, public: Callable[..., Any]) -> None:
+    named = {of: arguments.split(", ") for of, arguments, *_ in rows("Public arguments")}
+    assert named[name] == [argument for argument in inspect.signature(public).parameters if argument != "self"]
+
+
+def test_every_argument_of_a_mask_has_a_verdict() -> None:
+    named = {of: set(arguments.split(", ")) for of, arguments, *_ in rows("Public arguments")}
+    assert named[", ".join(MASKS)] == {name for mask in MASKS for name in inspect.signature(getattr(longspan, mask)).parameters}
+
+
+def test_every_field_of_training_arguments_has_a_verdict() -> None:
+    names = {field.name for field in fields(TrainingArguments)}
+    assert set(verdicts("`TrainingArguments`")) == names
+    own_names_of_compile = {"torch_compile_backend", "torch_compile_mode"}  # each sets torch_compile
+    assert refused("`TrainingArguments`") == (set(REMEDIES) & names) | own_names_of_compile
+
+
+def test_a_backend_alone_compiles(tmp_path: Path) -> None:
+    assert TrainingArguments(str(tmp_path), torch_compile_backend="eager", use_cpu=True).torch_compile
+
+
+def classes_of(files: Iterator[Path] | list[Path]) -> Iterator[ast.ClassDef]:
+    for path in files:
+        yield from (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef))
+
+
+def test_every_keyword_of_a_language_model_has_a_verdict() -> None:
+    tables = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )  # fmt: skip
+    listed = [name for table in tables for name in table.values()]
+    names = {each for name in listed for each in (name if isinstance(name, tuple | list) else (name,))}
+    files = [path for path in MODELS.glob("*/modeling_*.py") if any(f"class {name}(" in path.read_text() for name in names)]
+    found = set()
+    for kind in classes_of(files):
+        forward = next((node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "forward"), None)
+        if kind.name in names and forward is not None:
+            found |= {argument.arg for argument in (*forward.args.args[1:], *forward.args.kwonlyargs)}
+    named = verdicts("Keywords of `model(...)`")
+    assert len(found) > 50
+    assert found == set(named), (found - set(named), set(named) - found)
+    by_shard_batch = {
+        name for names, verdict, how in rows("Keywords of `model(...)`") if verdict == "refused" and "`shard_batch`" in how
+        for name in names.split(", ")
+    }  # fmt: skip
+    in_the_call = {*WHOLE_SEQUENCE, *MEDIA} & found - {"attention_mask", "decoder_attention_mask"}
+    assert refused("Keywords of `model(...)`") == in_the_call | by_shard_batch
+
+
+def test_every_config_field_that_attention_routing_or_loss_reads_has_a_verdict() -> None:
+    found = set()
+    for kind in classes_of([path for name in TESTED for path in (MODELS / name).glob("modeling_*.py")]):
+        whole = any(part in kind.name for part in PARTS)
+        heads = [
+            node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "forward" and "For" in kind.name
+        ]
+        for node in (node for part in ([kind] if whole else heads) for node in ast.walk(part)):
+            if isinstance(node, ast.Attribute) and "config" in (getattr(node.value, "id", ""), getattr(node.value, "attr", "")):
+                found |= {node.attr} if not node.attr.startswith("get_") else set()
+    named = verdicts("Config fields")
+    assert len(found) > 50
+    assert found == set(named), (found - set(named), set(named) - found)
+    assert all(is_dropout_field(name) or name == "router_jitter_noise" for name in named if "drop" in name or "jitter" in name)
