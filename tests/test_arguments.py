@@ -69,8 +69,8 @@ def callables() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 @pytest.mark.parametrize(("name", "public"), list(callables()))
 def test_every_public_argument_has_a_verdict(name: str, public: Callable[..., Any]) -> None:
-    named = {of: arguments.split(", ") for of, arguments, *_ in rows("Public arguments")}
-    assert named[name] == [argument for argument in inspect.signature(public).parameters if argument != "self"]
+    named = {of: set(arguments.split(", ")) for of, arguments, *_ in rows("Public arguments")}
+    assert named[name] == set(inspect.signature(public).parameters) - {"self"}
 
 
 def test_every_argument_of_a_mask_has_a_verdict() -> None:
