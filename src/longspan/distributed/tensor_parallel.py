@@ -77,7 +77,7 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlan:
-    """What of a model is tensor parallel, by names.
+    """Which modules and parameters of a model are tensor parallel, by their names in it.
 
     Attributes:
         regions: modules whose first input is gathered over the tensor ranks.
@@ -95,7 +95,7 @@ class TensorPlan:
 
 
 def refuse_plan(plan: TensorPlan, ranks: int) -> None:
-    """Raise LayoutError if a parameter of the plan cannot be divided over ``ranks`` ranks; names the legal degrees."""
+    """Raise LayoutError, with the legal degrees, if a parameter of the plan cannot be divided over ``ranks`` ranks."""
     if ranks == 1:
         return
     for name, cut in plan.cuts.items():
@@ -205,7 +205,10 @@ class TensorParallel:
 
 
 def _distribute(model: nn.Module, plan: TensorPlan, mesh: ParallelMesh) -> None:
-    """Replace every parameter by a DTensor on the tensor mesh; a tied one by the same DTensor everywhere."""
+    """Replace every parameter of the model by a DTensor on the tensor mesh, in place: sharded if the plan cuts it evenly.
+
+    Any other is replicated. A parameter that several modules share stays one parameter.
+    """
     assert mesh.tensor_mesh is not None
     ranks, made = mesh.tensor_group.size(), dict[int, nn.Parameter]()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -221,7 +224,10 @@ def _distribute(model: nn.Module, plan: TensorPlan, mesh: ParallelMesh) -> None:
 
 @dataclass(frozen=True)
 class _Use:
-    """A parameter of a module as a rank computes with it: a plain tensor, whose gradient is finished over the tensor ranks."""
+    """A parameter of a module that is a DTensor; ``local`` returns the plain tensor with which this rank computes.
+
+    The gradient of that tensor is made the one of all tensor ranks in the backward.
+    """
 
     module: nn.Module
     name: str
@@ -242,8 +248,11 @@ class _Use:
 
 
 class _FinishGradient(torch.autograd.Function):
-    """The identity; its backward divides the gradient of a cut parameter by ``degree``, and for ``degree`` None averages that
-    of a replicated one over ``group``, in fp32 (fp64 for fp64)."""
+    """Autograd function that returns its input; its backward makes a gradient the one of all tensor ranks.
+
+    That of a cut parameter is divided by ``degree``, the number of tensor ranks. With ``degree`` None (a replicated parameter)
+    it is the mean over ``group``, formed in fp32 (fp64 for fp64).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, degree: int | None, group: dist.ProcessGroup) -> Tensor:
@@ -260,7 +269,10 @@ class _FinishGradient(torch.autograd.Function):
 
 
 def _uses(model: nn.Module, plan: TensorPlan, mesh: ParallelMesh) -> dict[nn.Module, tuple[_Use, ...]]:
-    """For each module that is called, the parameters that its forward reads: a region's are all below it, else its own."""
+    """For each module that is called, the parameters that its forward reads.
+
+    Those of a module whose input is gathered are all parameters below it, those of any other module its own.
+    """
     late, uses = set(plan.late_biases.values()), dict[nn.Module, tuple[_Use, ...]]()
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
@@ -280,7 +292,11 @@ def _uses(model: nn.Module, plan: TensorPlan, mesh: ParallelMesh) -> dict[nn.Mod
 
 
 def _show(uses: Sequence[_Use], *_: Any) -> None:
-    """A pre-hook: attributes of the modules shadow their DTensors by plain tensors; a late bias by None."""
+    """Forward pre-hook: replace the modules' DTensors by the plain tensors that this rank computes with, until the forward
+    ends.
+
+    A bias that is added after the reduce-scatter is replaced by None.
+    """
     for use in uses:
         vars(use.module)[use.name] = None if use.is_late else use.local()
 

@@ -37,20 +37,21 @@ REFUSED = frozenset({
 
 @dataclass(frozen=True)
 class TensorWeights:
-    """The finding of ``probe``: what of the model is cut."""
+    """What ``probe`` found: which weights of the model are cut over the tensor ranks, and how."""
 
     plan: TensorPlan
 
     def install(self, model: nn.Module, mesh: ParallelMesh) -> Undo:
-        """Nothing to change: ``parallelize`` cuts the weights when every other change is installed."""
+        """Return an undo that does nothing: ``parallelize`` cuts the weights after every other change is installed."""
         return lambda: None
 
 
 def probe(candidate: Candidate) -> TensorWeights | None:
-    """The plan of the model's weights on a mesh with tensor > 1, else None.
+    """Which weights of the model are cut over the tensor ranks, read from its config; None on a mesh with tensor=1.
 
     Raises:
-        ModelError: the model has no plan, or one that is not honoured; LoRA; an encoder-decoder; a balance loss of experts.
+        ModelError: the config has no plan of tensor parallelism, or one that longspan does not compute; LoRA; an
+            encoder-decoder; a balance loss of experts.
         LayoutError: heads or hidden units that the tensor ranks do not divide.
     """
     ranks = candidate.mesh.coordinate.tensor
@@ -67,7 +68,7 @@ def probe(candidate: Candidate) -> TensorWeights | None:
 
 
 def _styles(candidate: Candidate) -> dict[str, str]:
-    """{name of a module or parameter of the model: style}, of the plan of the model's config.
+    """How each module or parameter of the model is cut, by name: the styles of the config's plan, such as "colwise".
 
     Raises:
         ModelError: as ``probe``.
@@ -100,12 +101,12 @@ def _styles(candidate: Candidate) -> dict[str, str]:
 
 
 class _Reader:
-    """Reads a model's styles into a TensorPlan.
+    """Reads which weights of a model are cut, and where their inputs are gathered, from the styles of Transformers' plan.
 
     Args:
         model: the Transformers model.
         layers: its attention layers.
-        styles: {name: style}.
+        styles: the style of each module or parameter of the plan, by its name in the model.
     """
 
     def __init__(self, model: nn.Module, layers: AttentionLayers, styles: Mapping[str, str]) -> None:
@@ -116,7 +117,11 @@ class _Reader:
             raise ModelError(f"{type(model).__name__} attends in its own code, which tensor > 1 does not support; use tensor=1")
 
     def plan(self) -> TensorPlan:
-        """The regions, exits and cuts. Raises ModelError for a weight that cannot be cut as the plan says."""
+        """The model's TensorPlan: where inputs are gathered, where outputs are reduced, and how each weight is cut.
+
+        Raises:
+            ModelError: a weight cannot be cut as the plan says.
+        """
         regions = self._regions()
         for name in self._heads:
             if name not in regions:
@@ -140,11 +145,14 @@ class _Reader:
         return TensorPlan(regions=tuple(regions), exits=(*exits, *routed), cuts=cuts, late_biases=late)
 
     def _weights(self) -> Iterator[tuple[str, str]]:
-        """(name, style) of the Linear modules and the parameters that are cut."""
+        """The name and the style of each Linear module, and of each parameter, that is cut."""
         return ((n, s) for n, s in self._styles.items() if s not in ("replicated_with_grad_allreduce", "moe_tp_experts"))
 
     def _regions(self) -> dict[str, bool]:
-        """{region: whether it routes tokens to experts}; of nested ones only the outer."""
+        """The modules whose input is gathered, by name, each with whether it routes tokens to experts.
+
+        Of modules inside one another only the outer one is in the result.
+        """
         experts = {name for name, style in self._styles.items() if style == "moe_tp_experts"}
         owners: dict[str, bool] = {}
         for name, _ in self._weights():
@@ -155,10 +163,10 @@ class _Reader:
         }  # fmt: skip
 
     def _linear(self, name: str) -> tuple[nn.Module | None, bool]:
-        """(the Linear called ``name``, True), or (None, False) for the name of a parameter.
+        """The Linear module called ``name`` and True; None and False if ``name`` is that of a parameter.
 
         Raises:
-            ModelError: another kind of module.
+            ModelError: it is another kind of module.
         """
         module = dict(self._model.named_modules()).get(name)
         if module is not None and not isinstance(module, nn.Linear):
@@ -179,7 +187,11 @@ class _Reader:
         return {f"{name}.weight": cut} | ({f"{name}.bias": cut} if module.bias is not None else {})
 
     def _cut_of_heads(self, region: str, name: str, rows: int) -> Cut:
-        """The cut of a projection of an attention module: by query heads, or by key/value heads."""
+        """How a projection of an attention module is cut over the tensor ranks: by its query heads, or by its key/value heads.
+
+        Raises:
+            ModelError: its rows are those of neither.
+        """
         query, kv = self._heads[region]
         attention: Any = self._model.get_submodule(region)
         dims: set[int] = {getattr(attention, field, 0) for field in ("head_dim", "v_head_dim", "head_size")}
@@ -193,7 +205,11 @@ class _Reader:
         )
 
     def _cut_of_parameter(self, name: str, style: str) -> Cut:
-        """The cut of the stacked weights of experts, [experts, rows, columns]."""
+        """How the stacked weights of experts, [experts, rows, columns], are cut over the tensor ranks.
+
+        Raises:
+            ModelError: the parameter has another shape.
+        """
         shape = self._model.get_parameter(name).shape
         known = {"colwise": (-2, 1), "rowwise": (-1, 1), "packed_colwise": (-2, 2), "packed_rowwise": (-1, 2)}
         dim, packed = known[style]
