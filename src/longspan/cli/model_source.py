@@ -25,7 +25,7 @@ FOLDER = "hf:"
 
 @runtime_checkable
 class ModelSource(Protocol):
-    """A model that can be built, and the properties of it that the verbs need."""
+    """A model that can be built, and what the commands train, evaluate and check must know of it before."""
 
     @property
     def summary(self) -> str:

@@ -174,7 +174,8 @@ def _known(path: Path) -> Path:
 
 
 def kind(path: Path) -> str:
-    """The ending of _READERS that the file's name has (such as ".jsonl.gz"), in any case of letters; "" if it has none."""
+    """The ending by which a file of a known kind is read (such as ".jsonl.gz"), in any case of letters; "" for any other
+    file."""
     return next((ending for ending in _READERS if path.name.lower().endswith(ending)), "")
 
 

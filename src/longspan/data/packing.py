@@ -273,7 +273,8 @@ def _state(found: Sequence[Source]) -> tuple[str, float]:
 
 
 def _content(found: Sequence[Source], made_by: str) -> str:
-    """The name of the stream: a hash of ``made_by`` and of the files' kinds and contents, in their order."""
+    """The name under which the tokens of a text are cached: a hash of ``made_by`` and of the kinds and contents of its
+    files."""
     digests = []
     for path in (path for source in found for path in source.files):
         with corpora.readable(path), path.open("rb") as file:

@@ -27,7 +27,10 @@ def __getattr__(name: str) -> Any:
 
 
 def adapter_for(model: "nn.Module", kernel: Any = "auto") -> "PretrainedAdapter | None":
-    """The adapter of a Transformers model, or of peft's wrapper of one; None for any other model."""
+    """The object by which ``parallelize`` reads and changes a Transformers model, or peft's wrapper of one (a ModelAdapter).
+
+    None for any other model. ``kernel`` is that of ``parallelize``.
+    """
     if "transformers" not in sys.modules:  # such a model exists only where the library was imported
         return None
     from longspan.hf.adapter import PretrainedAdapter

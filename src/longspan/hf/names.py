@@ -43,7 +43,7 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a norm: one of PyTorch's, or by its class name."""
+    """Whether the module is a norm: an instance of PyTorch's norms, or of a class with a norm's name."""
     return isinstance(module, nn.LayerNorm | nn.RMSNorm) or _is_named(module, NORM)
 
 
@@ -73,12 +73,15 @@ def is_layerdrop_field(name: str) -> bool:
 
 
 def reach_fields(configs: Sequence[Any]) -> list[str]:
-    """The names of REACH_PARTS fields that are set in any of the configs, sorted: they may limit how far a query sees."""
+    """The names, sorted, of the fields set in any of the configs that may limit how far a query sees, such as a window."""
     return _set_fields(configs, REACH_PARTS)
 
 
 def block_fields(configs: Sequence[Any]) -> list[str]:
-    """The names of BLOCK_PARTS fields that are set in any config, sorted; configs with WHOLE_ATTENTION are left out."""
+    """The names, sorted, of the fields set in any config for attention that runs other code on rows longer than a block.
+
+    A config whose ``attention_type`` says that it runs the same code for every length is left out.
+    """
     return _set_fields([each for each in configs if getattr(each, "attention_type", None) not in WHOLE_ATTENTION], BLOCK_PARTS)
 
 

@@ -33,12 +33,15 @@ ROLES = {"cap": ("cap",), "scale": ("scale", "gate"), "add": ("mask", "bias"), "
 
 @dataclass(frozen=True)
 class OwnAttention:
-    """The attention modules that compute attention in their own code; the model does not pass ``longspan`` on to its layers."""
+    """What ``probe`` found: the modules that compute attention in their own code, in a model that must hold its BatchInfo."""
 
     modules: Sequence[nn.Module]
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Make the model hold the BatchInfo of its call (ScopedModel), and the modules compute attention over the mesh."""
+        """Make the model hold the BatchInfo of its call while it computes, and these modules compute attention over the mesh.
+
+        Returns a function that undoes it.
+        """
         recorded = [Recorded(module, attend_in_step) for module in self.modules]
         return remove_all([ScopedModel(model), Stripped(model), *recorded])
 
@@ -76,13 +79,13 @@ class Slopes:
 
 @partial(torch.compiler.disable, reason="records the scores of a module's own code")
 def attend_in_step(module: Any, attention: Attention) -> Tensor:
-    """Compute one recorded attention of ``module`` over the mesh, with the mask, slopes and kernel of its ``Layer``.
+    """The output of one recorded attention of ``module``, computed over the mesh with the layer's mask, slopes and kernel.
 
     Returns:
         The output, in the shape that the module's code expects.
 
     Raises:
-        ModelError: the call has no BatchInfo, or the terms are not those of the proof.
+        ModelError: the call has no BatchInfo, or the operations on its scores are not those of the test forward.
     """
     layer, step = module._longspan, scope_of(module).call.step
     recipe = layer.recipe

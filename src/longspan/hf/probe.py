@@ -286,5 +286,5 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether two results of ``forward`` have the same names and equal tensors, within TOLERANCE."""
+    """Whether two results of ``forward`` have the same names, and tensors that are equal up to a small tolerance."""
     return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)

@@ -40,8 +40,9 @@ STEPS_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
 def refuse_arguments(args: TrainingArguments, mesh: ParallelMesh) -> None:
     """Raise RunError, naming the field, for a TrainingArguments setting that is not supported over ``mesh``.
 
-    Refused: a set field of REMEDIES, an optimizer of STEPS_IN_BACKWARD, accelerate's ``split_batches`` and
-    ``dispatch_batches``, metrics of inputs, several GPUs in one process, and another device than the mesh's.
+    docs/arguments.md lists the fields that are refused; of others single values are: an optimizer that steps in the backward,
+    accelerate's ``split_batches`` and ``dispatch_batches``, and metrics of inputs. So are several GPUs in one process, and
+    another device than the mesh's.
     """
     for name, remedy in REMEDIES.items():
         if getattr(args, name, None):

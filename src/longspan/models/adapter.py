@@ -28,7 +28,8 @@ UNREAD = "_longspan_unread"
 
 @runtime_checkable
 class ModelAdapter(Protocol):
-    """A kind of model, as ``parallelize`` uses it."""
+    """The interface by which ``parallelize`` reads and changes one kind of model, such as the Decoder or Hugging Face
+    models."""
 
     def computes_loss(self) -> bool:
         """Whether the model's forward returns the loss over the global batch when it is given labels.
