@@ -103,7 +103,7 @@ def _one_is_wrong(rank: int) -> None:
 
 
 class _Broken(dict[str, Any]):
-    def get(self, *_: Any) -> Any:
+    def items(self) -> Any:
         raise RuntimeError("the storage is gone")
 
 

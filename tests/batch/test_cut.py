@@ -20,7 +20,11 @@ LAYOUTS = [(1, 1, False), (2, 1, False), (3, 1, False), (1, 2, True), (2, 2, Tru
 def test_the_parts_of_all_ranks_are_the_whole(ulysses: int, ring: int, zigzag: bool, tokens: int) -> None:
     ids = torch.arange(2 * tokens).view(2, tokens)
     batch = {"input_ids": ids, "labels": ids, "inputs_embeds": torch.randn(2, tokens, 3), "name": "kept as it is"}
-    places = [MeshCoordinate(1, ring, ulysses, 0, r, u, zigzag) for r in range(ring) for u in range(ulysses)]
+    places = [
+        MeshCoordinate(ring=ring, ulysses=ulysses, ring_rank=r, ulysses_rank=u, zigzag=zigzag)
+        for r in range(ring)
+        for u in range(ulysses)
+    ]
     parts = [shard_local(batch, coordinate) for coordinate in places]
     positions = torch.cat([part["position_ids"] for part in parts], 1)
     order = positions[0].argsort()

@@ -32,7 +32,11 @@ def test_a_mask_lets_the_given_tokens_see_what_they_saw(mask: Mask) -> None:
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(4, 1), (2, 2), (1, 5)])
 def test_every_rank_holds_a_token_and_nobody_learns_from_those_added(ulysses: int, ring: int) -> None:
-    ranks = [MeshCoordinate(1, ring, ulysses, 0, r, u, ring > 1) for r in range(ring) for u in range(ulysses)]
+    ranks = [
+        MeshCoordinate(ring=ring, ulysses=ulysses, ring_rank=r, ulysses_rank=u, zigzag=ring > 1)
+        for r in range(ring)
+        for u in range(ulysses)
+    ]
     parts = [shard_local({"input_ids": IDS, "labels": IDS}, rank) for rank in ranks]
     assert all(part["input_ids"].shape == (2, 1) for part in parts)
     learned = sorted(int(label) for part in parts for label in part["shift_labels"].flatten() if label != IGNORE)

@@ -39,7 +39,10 @@ class Tokens:
 
 def places(ring: int, ulysses: int, zigzag: bool, data: int = 1) -> list[MeshCoordinate]:
     return [
-        MeshCoordinate(data, ring, ulysses, d, r, u, zigzag) for d in range(data) for r in range(ring) for u in range(ulysses)
+        MeshCoordinate(data=data, ring=ring, ulysses=ulysses, data_rank=d, ring_rank=r, ulysses_rank=u, zigzag=zigzag)
+        for d in range(data)
+        for r in range(ring)
+        for u in range(ulysses)
     ]
 
 

@@ -186,7 +186,9 @@ def gathered(case: Case, parts: list[dict[str, torch.Tensor]]) -> dict[str, torc
 def places(case: Case) -> list[MeshCoordinate]:
     """The mesh coordinate of each rank of the case, in the order of the ranks."""
     spots = [(r, u) for r in range(case.ring) for u in range(case.ulysses)]
-    return [MeshCoordinate(1, case.ring, case.ulysses, 0, r, u, case.zigzag) for r, u in spots]
+    return [
+        MeshCoordinate(ring=case.ring, ulysses=case.ulysses, ring_rank=r, ulysses_rank=u, zigzag=case.zigzag) for r, u in spots
+    ]
 
 
 def run(case: Case, pool: Callable[[int], Ranks]) -> dict[str, torch.Tensor]:

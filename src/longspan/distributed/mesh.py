@@ -58,7 +58,7 @@ BASIC = ("data", "ring", "ulysses")
 """The axes that every mesh has a dim for; the others only where their degree is more than 1."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MeshCoordinate:
     """The degrees of a mesh and the position of one rank on it, as plain integers, so a DataLoader worker can be given it.
 
