@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -89,9 +90,22 @@ def test_a_backend_alone_compiles(tmp_path: Path) -> None:
     assert TrainingArguments(str(tmp_path), torch_compile_backend="eager", use_cpu=True).torch_compile
 
 
-def classes_of(files: Iterator[Path] | list[Path]) -> Iterator[ast.ClassDef]:
-    for path in files:
-        yield from (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef))
+def classes_of(folder: str, wanted: Callable[[str], bool]) -> Iterator[ast.ClassDef]:
+    """The classes with a wanted name in the modeling files of the folders that match ``folder``; nothing else is parsed."""
+    for path in MODELS.glob(f"{folder}/modeling_*.py"):
+        for piece in re.split(r"(?m)^(?=[^\s#)\]}])", path.read_text()):
+            if (name := re.match(r"class (\w+)", piece)) and wanted(name[1]):
+                (found,) = ast.parse(piece).body
+                assert isinstance(found, ast.ClassDef)
+                yield found
+
+
+def forwards(kind: ast.ClassDef) -> list[ast.FunctionDef]:
+    return [node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "forward"]
+
+
+def is_read(name: str) -> bool:
+    return "For" in name or any(part in name for part in PARTS)
 
 
 def test_every_keyword_of_a_language_model_has_a_verdict() -> None:
@@ -101,11 +115,9 @@ def test_every_keyword_of_a_language_model_has_a_verdict() -> None:
     )  # fmt: skip
     listed = [name for table in tables for name in table.values()]
     names = {each for name in listed for each in (name if isinstance(name, tuple | list) else (name,))}
-    files = [path for path in MODELS.glob("*/modeling_*.py") if any(f"class {name}(" in path.read_text() for name in names)]
     found = set()
-    for kind in classes_of(files):
-        forward = next((node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "forward"), None)
-        if kind.name in names and forward is not None:
+    for kind in classes_of("*", names.__contains__):
+        for forward in forwards(kind):
             found |= {argument.arg for argument in (*forward.args.args[1:], *forward.args.kwonlyargs)}
     named = verdicts("Keywords of `model(...)`")
     assert len(found) > 50
@@ -120,12 +132,9 @@ def test_every_keyword_of_a_language_model_has_a_verdict() -> None:
 
 def test_every_config_field_that_attention_routing_or_loss_reads_has_a_verdict() -> None:
     found = set()
-    for kind in classes_of([path for name in TESTED for path in (MODELS / name).glob("modeling_*.py")]):
-        whole = any(part in kind.name for part in PARTS)
-        heads = [
-            node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "forward" and "For" in kind.name
-        ]
-        for node in (node for part in ([kind] if whole else heads) for node in ast.walk(part)):
+    for kind in (kind for folder in TESTED for kind in classes_of(folder, is_read)):
+        parts = [kind] if any(part in kind.name for part in PARTS) else forwards(kind)
+        for node in (node for part in parts for node in ast.walk(part)):
             if isinstance(node, ast.Attribute) and "config" in (getattr(node.value, "id", ""), getattr(node.value, "attr", "")):
                 found |= {node.attr} if not node.attr.startswith("get_") else set()
     named = verdicts("Config fields")

@@ -187,7 +187,7 @@ def test_every_function_has_a_row_at_the_top_of_the_file() -> None:
     assert {name for name in functions if not name.startswith("fsdp_")} <= set(rows)
 
 
-@pytest.mark.parametrize("module", ["longspan", "longspan.hf.adapter", "longspan.integrations.trainer", "longspan.cli.train"])
-def test_an_import_in_a_fresh_process_writes_nothing(module: str) -> None:
-    done = processes.run([sys.executable, "-c", f"import {module}"])
+@pytest.mark.parametrize("modules", ["longspan", "longspan.cli.train, longspan.hf.adapter, longspan.integrations.trainer"])
+def test_an_import_in_a_fresh_process_writes_nothing(modules: str) -> None:
+    done = processes.run([sys.executable, "-c", f"import {modules}"])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
