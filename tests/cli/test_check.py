@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from longspan.cli import check, launch
@@ -43,18 +44,37 @@ def verdict(config: Check, tmp_path: Path, work: str = "into_a_file") -> tuple[i
         replace(SMALL, ranks=4, rows=1, dtype="fp32"),
         replace(SMALL, ulysses=3, dtype="bf16", tokens=64),
         replace(SMALL, ulysses=1),
+        replace(SMALL, tensor=2, heads=8, kv_heads=4, zero=3),
+        replace(SMALL, tensor=2, ring=2, ulysses=1),
+        replace(SMALL, tensor=2, ulysses=1, kv_heads=1, ranks=4, rows=1),
     ],
-    ids=["2x2", "1x4-gqa", "ring-2x2", "3x1-zero-3", "a-replica-without-a-row", "1x3-bf16", "one-rank"],
+    ids=[
+        "2x2",
+        "1x4-gqa",
+        "ring-2x2",
+        "3x1-zero-3",
+        "a-replica-without-a-row",
+        "1x3-bf16",
+        "one-rank",
+        "tensor-2x2-zero-3",
+        "tensor-ring",
+        "tensor-a-replica-without-a-row",
+    ],
 )
 def test_guarantee_1_holds(config: Check, tmp_path: Path) -> None:
     code, lines = verdict(config, tmp_path)
     assert {words[-1] for words in lines.values()} == {"holds"}
     assert code == 0
-    if config.ring == 1:
-        exchanges = "0" if config.ulysses == 1 else "2"
-        assert {lines[f"collectives a layer, {way}"][0] for way in ("forward", "backward")} == {exchanges}
-    for way in ("forward", "backward"):
-        assert lines[f"bytes a layer, {way}"][0] == lines[f"bytes a layer, {way}"][1]
+    axes = {what.partition(":")[0] for what in lines if ":" in what} - {"other axes", "worst gradient of 21"}
+    assert {line for line in axes if not line.startswith("worst")} == {
+        axis for axis in ("ulysses", "ring", "tensor") if getattr(config, axis) > 1
+    }
+    if config.ulysses > 1:
+        assert {lines[f"ulysses: collectives, {way}"][0] for way in ("forward", "backward")} == {str(2 * SMALL.layers)}
+    if config.tensor > 1:  # two regions a layer, and the position ids
+        assert lines["tensor: collectives, forward"][0] == str(4 * SMALL.layers + 1)
+        assert lines["tensor: bytes, forward"][0] != "0"
+    assert lines["other axes: collectives"][0] == "0"
 
 
 @pytest.mark.parametrize(
@@ -67,14 +87,17 @@ def test_guarantee_1_holds(config: Check, tmp_path: Path) -> None:
             {"head_chunks": 2, "heads": 8, "kv_heads": 4, "recompute": "full", "ring": 2, "ranks": 4}, marks=pytest.mark.long
         ),
         {"head_chunks": 2, "heads": 8, "kv_heads": 4, "recompute": "selective", "tile_tokens": 5, "zero": 3},
+        {"tensor": 2, "ranks": 4, "recompute": "full", "tokens": 21},
+        {"tensor": 2, "ranks": 4, "recompute": "selective", "head_chunks": 2, "heads": 8, "kv_heads": 4},
+        {"tensor": 2, "ranks": 2, "ulysses": 1, "head_chunks": 2, "heads": 8, "kv_heads": 4, "dtype": "bf16", "tokens": 64},
     ],
-    ids=["full", "kept-ring", "chunks", "chunks-full-ring", "all"],
+    ids=["full", "kept-ring", "chunks", "chunks-full-ring", "all", "tensor-full", "tensor-selective", "tensor-bf16"],
 )
 def test_the_traffic_is_that_of_the_tools(tools: dict[str, Any], tmp_path: Path) -> None:
     code, lines = verdict(replace(SMALL, **{"ranks": 2, "ulysses": 2} | tools), tmp_path)
     assert {words[-1] for words in lines.values()} == {"holds"}
     assert code == 0
-    assert "bytes a layer, backward" in lines
+    assert lines["ulysses: bytes, backward"][0] != "0" if "tensor" not in tools else "tensor: bytes, backward" in lines
 
 
 def hugging_face(folder: Path, model: str, **more: Any) -> str:
@@ -163,7 +186,7 @@ def the_loss_of_one_rank_is_nan(job: Any) -> int:
         ("one_gradient_is_off", ["worst gradient of 21: blocks.1.feed.up.weight"]),
         (
             "something_is_sent_twice",
-            [f"{what} a layer, {way}" for way in ("forward", "backward") for what in ("collectives", "bytes")],
+            [f"ulysses: {what}, {way}" for way in ("forward", "backward") for what in ("collectives", "bytes")],
         ),
         ("the_loss_of_one_rank_is_nan", ["loss"]),
     ],
@@ -173,6 +196,36 @@ def test_a_fault_of_any_rank_fails_guarantee_1(work: str, fails: list[str], tmp_
     assert [what for what, words in lines.items() if words[-1] == "FAILS"] == fails
     assert code == 1
     assert "Guarantee 1 FAILS on this machine." in (tmp_path / "output0").read_text()
+
+
+def test_the_certificate_says_what_was_compared(tmp_path: Path) -> None:
+    path = tmp_path / "certificate.json"
+    verdict(replace(SMALL, tensor=2, ulysses=2, json=str(path)), tmp_path)
+    held = json.loads(path.read_text())
+    assert held["holds"] is True
+    assert (held["model"]["name"], held["model"]["heads"], held["batch"]["tokens"]) == ("tiny", 4, 19)
+    assert [held["layout"][name] for name in ("pipeline", "data", "ring", "ulysses", "tensor", "zero")] == [1, 1, 1, 2, 2, 0]
+    assert held["versions"]["torch"] == torch.__version__
+    assert set(held["compared"]) == {"loss", "gradients", "norm"}
+    assert 0 < held["compared"]["gradients"]["error"] < held["compared"]["gradients"]["bound"] == 1e-10
+    counted = {line["what"]: (line["found"], line["expected"]) for line in held["traffic"]}
+    assert len(counted) == 9
+    assert counted["tensor: collectives, forward"] == (9, 9)
+    assert all(found == expected for found, expected in counted.values())
+
+
+def test_the_certificate_of_a_fault_is_legal_json_and_does_not_hold(tmp_path: Path) -> None:
+    path = tmp_path / "certificate.json"
+    verdict(replace(SMALL, json=str(path)), tmp_path, "the_loss_of_one_rank_is_nan")
+    held = json.loads(path.read_text())
+    assert (held["holds"], held["compared"]["loss"]["holds"], held["compared"]["loss"]["error"]) == (False, False, "nan")
+
+
+def test_a_certificate_that_cannot_be_written_is_refused_by_every_rank(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", "--tokens", "19", "--json", str(tmp_path)]) == 2
+    assert "cannot be written: Is a directory; name another file" in capfd.readouterr().err
 
 
 def test_the_smallest_batch_has_a_label(tmp_path: Path) -> None:

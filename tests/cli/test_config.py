@@ -33,6 +33,12 @@ def test_presets_that_flags_name_are_those_of_the_decoder() -> None:
         (Train, {"run": "a/b"}, "run='a/b' is not a plain name; put the folder of the runs into --runs-folder"),
         (Evaluate, {"documents": 0}, "documents=0 must be at least 1"),
         (Check, {"heads": 0}, "heads=0 must be at least 1"),
+        (Check, {"tensor": 0}, "tensor=0 must be at least 1"),
+        (
+            Check,
+            {"json": "no/such/x"},
+            "json='no/such/x' is in a folder that does not exist; make it first, or name another file",
+        ),
     ],
 )
 def test_settings_are_checked_at_birth(kind: type[Ranks], settings: dict[str, object], text: str) -> None:
@@ -61,7 +67,9 @@ def test_one_sequence_decides_how_many_ranks_start() -> None:
     assert Train().local_ranks == 2
     assert Train(ulysses=4).local_ranks == 4
     assert Train(ulysses=2, ring=3).local_ranks == 6
+    assert Train(ulysses=2, ring=3, tensor=2).local_ranks == 12
     assert Train(ulysses=1, ranks=3).local_ranks == 3
+    assert [Evaluate(tensor=tensor).local_ranks for tensor in (1, 4)] == [2, 4]
 
 
 def test_a_record_reads_back_as_it_was(tmp_path: Path) -> None:

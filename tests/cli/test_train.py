@@ -86,8 +86,10 @@ def test_steps_on_two_ranks_are_those_of_one(optimizer: str, steps: int, text: s
         {"micro_batches": 3, "zero": 2, "recompute": "selective", "tile_tokens": 10, "head_chunks": 2},
         pytest.param({"zero": 3, "ranks": 4}, marks=LONG),
         {"ranks": 4, "micro_batches": 2},
+        {"tensor": 2, "ulysses": 1},
+        {"tensor": 2, "zero": 3, "micro_batches": 2, "recompute": "selective"},
     ],
-    ids=["micro-batches and tools", "zero-3", "replicas"],
+    ids=["micro-batches and tools", "zero-3", "replicas", "tensor", "tensor and ulysses"],
 )
 def test_every_layout_trains_alike(settings: dict[str, Any], text: str, tmp_path: Path) -> None:
     config = small(text, tmp_path, rows_per_step=3)
@@ -211,12 +213,20 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--data", text, "--ulysses", "3", "--ranks", "2"], "ulysses=3 x ring=1 does not divide the world of 2 ranks; "),
         (
             ["--data", text, "--ranks", "4"],
-            "4 ranks with ulysses=2 and ring=1 are 2 data replicas, and rows_per_step=1 gives a micro-batch 1 row, so that a "
-            "replica would never have one; use --rows-per-step 2 or more, or one replica: --ranks 2, or --ulysses and --ring ",
+            "4 ranks with ulysses=2, ring=1 and tensor=1 are 2 data replicas, and rows_per_step=1 gives a micro-batch 1 row, "
+            "so that a replica would never have one; use --rows-per-step 2 or more, or one replica: --ranks 2, or --ulysses, ",
         ),
         (["--data", text, "--rope-scaling", "yarn"], "rope_scaling='yarn' is for hf: models, which were trained on rows of "),
         (["--data", text, "--ulysses", "5"], "ulysses=5 exceeds the 4 query heads; "),
         (["--data", text, "--tokens", "3", "--ulysses", "4"], "tokens=3 is fewer than the 4 ranks of a sequence "),
+        (["--data", text, "--tensor", "0"], "tensor=0 must be at least 1"),
+        (["--data", text, "--tensor", "2", "--ranks", "3"], "ulysses=2 x ring=1 x tensor=2 x pipeline=1 does not divide "),
+        (
+            ["--data", text, "--tensor", "3", "--ulysses", "1"],
+            "tensor=3 cannot divide 'blocks.0.attention.query.weight', which ",
+        ),
+        (["--data", text, "--tensor", "2", "--ulysses", "3"], "ulysses=3 exceeds the 2 query heads"),
+        (["--data", text, "--tensor", "2", "--tile-tokens", "8"], "tile_tokens=8 does not work with tensor=2, whose ranks "),
     ]
     for flags, sentence in refused:
         assert sentence in refuses(capfd, *base, *flags)

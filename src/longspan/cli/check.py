@@ -12,7 +12,8 @@ Hugging Face model would compute its own loss in fp32.
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,26 +22,24 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from longspan.attention.ring import plan_hops
 from longspan.batch.context import Part
 from longspan.batch.labels import IGNORE
 from longspan.batch.shard import shard_batch
-from longspan.cli import model_source
+from longspan.cli import certificate, model_source
+from longspan.cli.certificate import Line
 from longspan.cli.config import Check
+from longspan.cli.expected_traffic import by_axis
 from longspan.cli.metrics import output
 from longspan.cli.model_source import DecoderSource, ModelSource
-from longspan.cli.report import count
+from longspan.cli.report import count, degrees
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.consensus import gather, raise_together
 from longspan.distributed.grad_sync import grad_norm
-from longspan.distributed.layout import Heads, consecutive, split
+from longspan.distributed.layout import consecutive, split
 from longspan.distributed.mesh import ParallelMesh
-from longspan.distributed.traffic import Traffic, attention_traffic, recomputable_attention_traffic, ring_traffic
+from longspan.distributed.traffic import Traffic
 from longspan.loss import cross_entropy
-from longspan.masks import constructors as masks
-from longspan.masks.constructors import Causal
 from longspan.models.adapter import parallel_state
-from longspan.models.decoder_config import DecoderConfig
 from longspan.parallelize import parallelize
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
@@ -48,24 +47,8 @@ FLOOR = 1e-3
 """A gradient's error is divided by max(its norm on one device, FLOOR * global gradient norm)."""
 BF16_RATIO = 1.2
 BF16_SEEDS = 8
-
-
-class Line(NamedTuple):
-    """One line of the table: what is compared, its value over the mesh and on one device, the error and the largest legal one.
-
-    The traffic lines compare with the closed form instead of one device.
-    """
-
-    what: str
-    found: str
-    expected: str
-    error: float
-    bound: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether ``error <= bound``; False if the error is NaN."""
-        return self.error <= self.bound
+Counted = dict[str, Traffic]
+"""What a rank has sent, by axis."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +69,15 @@ def work(config: Check) -> int:
     Raises:
         LongspanError: a layout or model that cannot run; raised on every rank with the same text.
     """
-    mesh = ParallelMesh(config.ulysses, config.ring, transport=CountingTransport(TorchTransport()), timeout=config.timeout)
+    transport = CountingTransport(TorchTransport())
+    mesh = ParallelMesh(config.ulysses, config.ring, tensor=config.tensor, transport=transport, timeout=config.timeout)
     with raise_together(mesh.world_group):
         source = model_source.from_name(config.model, config.layers, config.heads, config.kv_heads)
     lines = _pooled(config, source, mesh) if config.dtype == "bf16" else _exact(config, source, mesh)
     lines = _worst_of_all_ranks(lines, mesh)
+    with raise_together(mesh.world_group):
+        if config.json is not None and dist.get_rank() == 0:
+            certificate.write(config.json, config, source, mesh, lines)
     holds = all(line.holds for line in lines)
     if dist.get_rank() == 0:
         _print(config, source, mesh, lines, holds)
@@ -105,15 +92,16 @@ def _exact(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line]
     worst = max(ours.grads, key=lambda name: _relative(ours.grads[name], one.grads[name], one.norm))
     bound = TOLERANCE[config.dtype]
     return [
-        Line("loss", f"{ours.loss:.12g}", f"{one.loss:.12g}", abs(ours.loss - one.loss) / abs(one.loss), bound),
+        Line("loss", "loss", ours.loss, one.loss, abs(ours.loss - one.loss) / abs(one.loss), bound),
         Line(
+            "gradients",
             f"worst gradient of {len(one.grads)}: {worst}",
-            f"{float(ours.grads[worst].norm()):.12g}",
-            f"{float(one.grads[worst].norm()):.12g}",
+            float(ours.grads[worst].norm()),
+            float(one.grads[worst].norm()),
             _relative(ours.grads[worst], one.grads[worst], one.norm),
             bound,
         ),
-        Line("norm of all gradients", f"{ours.norm:.12g}", f"{one.norm:.12g}", abs(ours.norm - one.norm) / one.norm, bound),
+        Line("norm", "norm of all gradients", ours.norm, one.norm, abs(ours.norm - one.norm) / one.norm, bound),
         *_traffic_lines(config, source, mesh, traffic, dtype.itemsize),
     ]
 
@@ -135,11 +123,12 @@ def _pooled(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line
         loss_error = max(loss_error, abs(ours.loss - one.loss) / abs(one.loss))
     ratio = math.sqrt(ours_squared / one_squared)
     return [
-        Line(f"loss, worst of {BF16_SEEDS} seeds", f"{ours.loss:.7g}", f"{one.loss:.7g}", loss_error, 2.0**-8),
+        Line("loss", f"loss, worst of {BF16_SEEDS} seeds", ours.loss, one.loss, loss_error, 2.0**-8),
         Line(
+            "gradients",
             "error of all gradients against fp64, beside that of one device",
-            f"{math.sqrt(ours_squared):.4g}",
-            f"{math.sqrt(one_squared):.4g}",
+            math.sqrt(ours_squared),
+            math.sqrt(one_squared),
             ratio,
             BF16_RATIO,
         ),
@@ -159,20 +148,19 @@ def _one_device(config: Check, source: ModelSource, seed: int, dtype: torch.dtyp
 
 def _parallel(
     config: Check, source: ModelSource, seed: int, dtype: torch.dtype, mesh: ParallelMesh
-) -> tuple[Outcome, tuple[Traffic, Traffic]]:
-    assert isinstance(mesh.transport, CountingTransport)
+) -> tuple[Outcome, tuple[Counted, Counted]]:
     model = parallelize(_model(source, seed, dtype, mesh), mesh, zero=config.zero, memory=config.memory)
     mine = consecutive(split(config.rows, mesh.coordinate.data))[mesh.coordinate.data_rank]
     whole = _batch(config, source, seed, mesh.device)
     rows = {name: tensor[mine.start : mine.stop] for name, tensor in whole.items()}
     part: Part = shard_batch(rows, mesh, shift=not source.in_place)
-    before = mesh.transport.traffic
+    before = _counted(mesh)
     with _compute_in(dtype, mesh):
         loss = _loss(model, part, mesh)
-    between = mesh.transport.traffic
+    between = _counted(mesh)
     loss.backward()
-    after = mesh.transport.traffic
-    return _outcome(model, loss), (_minus(between, before), _minus(after, between))
+    after = _counted(mesh)
+    return _outcome(model, loss), (_between(between, before), _between(after, between))
 
 
 def _loss(model: Any, part: Part, mesh: ParallelMesh) -> Tensor:
@@ -231,51 +219,45 @@ def _squared_error(found: Outcome, truth: Outcome) -> float:
     return sum(float((found.grads[name] - truth.grads[name]).square().sum()) for name in truth.grads)
 
 
+def _counted(mesh: ParallelMesh) -> Counted:
+    """What this rank has sent so far on each axis of degree above 1, and over groups that are none of these axes."""
+    assert isinstance(mesh.transport, CountingTransport)
+    groups = {"ulysses": mesh.ulysses_group, "ring": mesh.ring_group, "tensor": mesh.tensor_group}
+    sent = {axis: mesh.transport.sent_over(group) for axis, group in groups.items() if group.size() > 1}
+    total = mesh.transport.traffic
+    return sent | {"none of these": reduce(_minus, sent.values(), total)}
+
+
 def _minus(after: Traffic, before: Traffic) -> Traffic:
     return Traffic(after.collectives - before.collectives, after.bytes - before.bytes)
 
 
+def _between(after: Counted, before: Counted) -> Counted:
+    return {axis: _minus(after[axis], before[axis]) for axis in after}
+
+
 def _traffic_lines(
-    config: Check, source: ModelSource, mesh: ParallelMesh, found: tuple[Traffic, Traffic], itemsize: int
+    config: Check, source: ModelSource, mesh: ParallelMesh, found: tuple[Counted, Counted], itemsize: int
 ) -> list[Line]:
-    """The lines of the check's table that compare counted traffic per layer with the closed form, forward and backward.
+    """The lines of the check's table that compare this rank's counted traffic with the closed form: by axis, in each pass.
 
     Empty for a Hugging Face model, because the closed form is for layers that are all causal and of one shape.
     """
-    return _decoder_traffic(config, source.config, mesh, found, itemsize) if isinstance(source, DecoderSource) else []
+    if not isinstance(source, DecoderSource):
+        return []
+    formula = by_axis(config, source.config, mesh.coordinate, itemsize)
+    lines = [
+        _traffic_line(f"{axis}: {what}, {way}", getattr(counted[axis], what), getattr(expected, what))
+        for axis, passes in formula.items()
+        for way, counted, expected in zip(("forward", "backward"), found, passes)
+        for what in ("collectives", "bytes")
+    ]
+    others = sum(counted[axis].collectives for counted in found for axis in counted if axis not in formula)
+    return [*lines, _traffic_line("other axes: collectives", others, 0)]
 
 
-def _decoder_traffic(
-    config: Check, shape: DecoderConfig, mesh: ParallelMesh, found: tuple[Traffic, Traffic], itemsize: int
-) -> list[Line]:
-    coordinate, layout = mesh.coordinate, mesh.coordinate.layout(config.tokens)
-    sizes, dim, rows = (
-        layout.sizes(coordinate.ring_rank),
-        shape.head_dim,
-        split(config.rows, coordinate.data)[coordinate.data_rank],
-    )
-    chunked = Heads(shape.heads, shape.kv_heads, config.head_chunks)
-    once = config.recompute == "selective" or config.head_chunks > 1
-    exchange = recomputable_attention_traffic if once else attention_traffic
-    held = [layout.batch_runs(rank, rows) for rank in range(coordinate.ring)]
-    bands = masks.rows(Causal(), rows, config.tokens, config.tokens)
-    hops = plan_hops(bands, held, held, coordinate.ring_rank)[1:]
-    leaving, arriving = ([sum(map(len, getattr(hop, keys))) for hop in hops] for keys in ("leaving", "arriving"))
-    forward = backward = Traffic()
-    for chunk in range(config.head_chunks):
-        heads = Heads(len(chunked.query_of(chunk)), len(chunked.kv_of(chunk)), coordinate.ulysses)
-        exchanged = exchange(heads, sizes, sizes, coordinate.ulysses_rank, rows=rows, qk_dim=dim, v_dim=dim, itemsize=itemsize)
-        width = 2 * dim * len(heads.kv_of(coordinate.ulysses_rank))
-        passed = ring_traffic(leaving, arriving, width, itemsize=itemsize, grad_itemsize=max(itemsize, 4))
-        forward, backward = forward + exchanged[0] + passed[0], backward + exchanged[1] + passed[1]
-    if config.recompute == "full":
-        backward = forward + backward  # attention is computed again
-    lines = []
-    for way, counted, formula in zip(("forward", "backward"), found, (forward, backward)):
-        for what in ("collectives", "bytes"):
-            a_layer, expected = getattr(counted, what) / shape.layers, getattr(formula, what)
-            lines.append(Line(f"{what} a layer, {way}", f"{a_layer:,.10g}", f"{expected:,}", abs(a_layer - expected), 0.0))
-    return lines
+def _traffic_line(what: str, found: int, expected: int) -> Line:
+    return Line("traffic", what, found, expected, abs(found - expected), 0)
 
 
 def _worst_of_all_ranks(lines: list[Line], mesh: ParallelMesh) -> list[Line]:
@@ -285,16 +267,14 @@ def _worst_of_all_ranks(lines: list[Line], mesh: ParallelMesh) -> list[Line]:
 
 
 def _print(config: Check, source: ModelSource, mesh: ParallelMesh, lines: list[Line], holds: bool) -> None:
-    coordinate = mesh.coordinate
     table = Table("", "found", "expected", "error", "bound", "verdict", box=None, pad_edge=False)
     for line in lines:
         verdict = "[green]holds[/]" if line.holds else "[red]FAILS[/]"
-        table.add_row(line.what, line.found, line.expected, f"{line.error:.2g}", f"{line.bound:.2g}", verdict)
+        shown = (f"{x:,}" if isinstance(x, int) else f"{x:.12g}" for x in (line.found, line.expected))
+        table.add_row(line.what, *shown, f"{line.error:.2g}", f"{line.bound:.2g}", verdict)
     console = output(140)
     console.print(
-        f"{count(mesh.world_group.size(), 'rank')} = data {coordinate.data} x "
-        f"ring {coordinate.ring} x ulysses {coordinate.ulysses}, zero={config.zero}, "
-        f"{config.dtype}: "
+        f"{count(mesh.world_group.size(), 'rank')} = {degrees(mesh.coordinate)}, zero={config.zero}, {config.dtype}: "
         f"{count(config.rows, 'row')} of {config.tokens:,} tokens, {source.summary}",
         highlight=False,
     )

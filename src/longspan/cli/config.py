@@ -23,11 +23,12 @@ from longspan.errors import RunError
 from longspan.memory.options import MemoryOptions
 
 PRESETS = ("tiny", "small", "llama-1b", "llama-8b", "llama-70b")
-"""The names of ``models.decoder.PRESETS``, repeated here so that ``--help`` does not import torch."""
+"""The names of ``models.decoder_config.PRESETS``, repeated here so that ``--help`` does not import torch."""
 
 OTHER_NAMES = {
     "batch_size": "rows_per_step", "global_batch_size": "rows_per_step", "gradient_accumulation_steps": "micro_batches",
     "nproc_per_node": "ranks", "gpus": "ranks", "world_size": "ranks", "sequence_parallel": "ulysses",
+    "tp": "tensor", "tp_size": "tensor", "tensor_parallel": "tensor", "tensor_model_parallel_size": "tensor",
     "context_parallel": "ring", "stage": "zero", "gradient_checkpointing": "recompute", "bf16": "dtype",
     "lr": "learning_rate", "max_steps": "steps", "num_train_epochs": "epochs", "max_grad_norm": "clip_norm",
     "seq_len": "tokens", "seq_length": "tokens", "max_length": "tokens", "context_length": "tokens",
@@ -87,12 +88,14 @@ class Ranks:
 class Layout(Ranks):
     """Parallel layout, ZeRO stage and memory options."""
 
-    ranks: Annotated[int | None, _number("ulysses x ring")] = None
+    ranks: Annotated[int | None, _number("ulysses x ring x tensor")] = None
     """Ranks to start on this machine. Under torchrun or another launcher its ranks are used instead."""
     ulysses: Annotated[int, arg(help_behavior_hint="(default: one for each GPU, up to 4; without a GPU 2)")] = 2
     """Degree of Ulysses sequence parallelism: an all-to-all turns shards of tokens into shards of heads around attention."""
     ring: int = 1
     """Degree of ring attention (context parallelism): key/value blocks pass from rank to rank. For more ranks than heads."""
+    tensor: int = 1
+    """Degree of tensor parallel: heads, feed-forwards and their weights are split (Megatron-SP)."""
     zero: Literal[0, 2, 3] = 0
     """ZeRO stage (FSDP2). 0: nothing is sharded. 2: gradients and optimizer states are sharded; 3: parameters too."""
     recompute: Literal["none", "full", "selective"] = "none"
@@ -108,11 +111,11 @@ class Layout(Ranks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "ulysses", "ring", "tile_tokens", "head_chunks")
+        _at_least(self, 1, "ulysses", "ring", "tensor", "tile_tokens", "head_chunks")
 
     @property
     def local_ranks(self) -> int:
-        return self.ranks if self.ranks is not None else self.ulysses * self.ring
+        return self.ranks if self.ranks is not None else self.ulysses * self.ring * self.tensor
 
     @property
     def memory(self) -> MemoryOptions:
@@ -213,6 +216,8 @@ class Evaluate(Ranks):
     """Documents are truncated to their first this many tokens."""
     documents: int = 8
     """How many documents, the longest first. Each is one forward pass over all ranks."""
+    tensor: int = 1
+    """Degree of tensor parallel; the ulysses degree is the number of ranks divided by it."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute dtype of the forward."""
     runs_folder: str = "runs"
@@ -221,8 +226,12 @@ class Evaluate(Ranks):
     def __post_init__(self) -> None:
         super().__post_init__()
         _legal_folder(self.runs_folder)
-        _at_least(self, 1, "documents")
+        _at_least(self, 1, "documents", "tensor")
         _at_least(self, 2, "max_tokens")
+
+    @property
+    def local_ranks(self) -> int:
+        return self.ranks if self.ranks is not None else max(2, self.tensor)
 
 
 @dataclass(frozen=True)
@@ -245,6 +254,8 @@ class Check(Layout):
     """Sequences of the batch, over all data replicas."""
     seed: int = 0
     """Seed of parameters and batch."""
+    json: Annotated[str | None, arg(help_behavior_hint="(default: none)", metavar="FILE")] = None
+    """File for a certificate: model, layout, versions, and each line of the table as numbers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -252,6 +263,8 @@ class Check(Layout):
         _at_least(self, 1, "layers", "heads", "kv_heads", "rows")
         _at_least(self, 2, "tokens")
         _at_least(self, 0, "seed")
+        if self.json is not None and not Path(self.json).parent.is_dir():
+            raise RunError(f"json={self.json!r} is in a folder that does not exist; make it first, or name another file")
 
 
 def read_file(path: str) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def work(config: Evaluate) -> int:
     Raises:
         LongspanError: a checkpoint, text or number of ranks that cannot be used; raised on every rank with the same text.
     """
-    mesh = ParallelMesh(ulysses=dist.get_world_size(), timeout=config.timeout)
+    ulysses = max(1, dist.get_world_size() // config.tensor)
+    mesh = ParallelMesh(ulysses, tensor=config.tensor, timeout=config.timeout)
     with raise_together(mesh.world_group):
         found = _find(config)
         tokenizer = load_tokenizer(found.tokenizer)

@@ -170,8 +170,8 @@ def _on_the_devices(config: Any, flags: Sequence[str], work: str) -> Any:
     ranks = int(os.environ["WORLD_SIZE"]) if launch.joins() else launch.visible_devices(work, config.local_ranks)
     if (launch.joins() and ranks > 1) or not ranks:
         return config
-    ranks = min(ranks, MOST_DEFAULT_RANKS)
-    return replace(config, ulysses=ranks) if isinstance(config, Layout) else replace(config, ranks=ranks)
+    ulysses = max(1, min(ranks, MOST_DEFAULT_RANKS) // config.tensor)
+    return replace(config, **({"ulysses": ulysses} if isinstance(config, Layout) else {"ranks": ulysses * config.tensor}))
 
 
 def _say(error: LongspanError | OSError, debug: bool) -> None:

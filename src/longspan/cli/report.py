@@ -13,7 +13,7 @@ from longspan.cli.metrics import MEMORY
 from longspan.cli.model_source import ModelSource
 from longspan.data.loader import Loader
 from longspan.data.packing import Corpus, bits
-from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.mesh import AXES, BASIC, MeshCoordinate, ParallelMesh
 
 
 def opening(source: ModelSource, corpus: Corpus, loader: Loader, config: Train, mesh: ParallelMesh, done: int) -> str:
@@ -33,7 +33,7 @@ def opening(source: ModelSource, corpus: Corpus, loader: Loader, config: Train, 
     kept = f"; the learning rate keeps its decay over {config.decay_steps} steps" * bent
     return "\n".join(
         [
-            f"{count(mesh.world_group.size(), 'rank')} = data {c.data} x ring {c.ring} x ulysses {c.ulysses}; "
+            f"{count(mesh.world_group.size(), 'rank')} = {degrees(c)}; "
             f"{config.tokens:,} tokens a sequence, {config.tokens // c.sequence_ranks:,} of them a rank",
             f"model  {source.summary}",
             f"text   {found}, {split}{skipped}",
@@ -62,6 +62,7 @@ def closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, co
     lines = [f"  {what:<24}{loss:7.4f} nats a token {bits(loss * per_byte):8.4f} bits a byte" for what, loss in learned]
     ours = "longspan" if shutil.which("longspan") else sys.argv[0]
     where = "" if config.runs_folder == "runs" else f" --runs-folder {config.runs_folder}"
+    tensor = f" --tensor {config.tensor}" if config.tensor > 1 else ""
     return "\n".join(
         [
             "",
@@ -72,7 +73,7 @@ def closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, co
             + f", {MEMORY}" * (run / MEMORY).exists()
             + ", and export/: the model for from_pretrained" * exported,
             "Next",
-            f"  {ours} evaluate {run.name} --ranks {config.ulysses}{where}",
+            f"  {ours} evaluate {run.name} --ranks {config.ulysses * config.tensor}{tensor}{where}",
             f"  {Path(ours).with_name('tensorboard')} --logdir {config.runs_folder}",
         ]
     )
@@ -83,12 +84,18 @@ def memory_heading(run: str, step: int, source: ModelSource, config: Train, mesh
     c = mesh.coordinate
     options = {"zero": config.zero, "dtype": config.dtype, "optimizer": config.optimizer} | asdict(config.memory)
     about = (
-        f"data {c.data} x ring {c.ring} x ulysses {c.ulysses}; {count(config.rows_per_step, 'sequence')} of {config.tokens:,} "
+        f"{degrees(c)}; {count(config.rows_per_step, 'sequence')} of {config.tokens:,} "
         f"tokens in {count(config.micro_batches, 'micro-batch')}",
         ", ".join(f"{name}={value}" for name, value in options.items()),
         source.summary,
     )
     return f"{run}: memory of rank 0 of {mesh.world_group.size()} in step {step}", "\n".join(about)
+
+
+def degrees(coordinate: MeshCoordinate) -> str:
+    """The degrees of a mesh as text: "data 1 x ring 1 x ulysses 2", and the other axes where their degree is above 1."""
+    sizes = {axis.name: getattr(coordinate, axis.name) for axis in AXES}
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if name in BASIC or size > 1)
 
 
 def _files(counts: dict[str, int]) -> str:

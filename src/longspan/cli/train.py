@@ -57,7 +57,7 @@ def work(config: Train) -> int:
             every rank with the same text.
     """
     transport = CountingTransport(TorchTransport())
-    mesh = ParallelMesh(config.ulysses, config.ring, transport=transport, timeout=config.timeout)
+    mesh = ParallelMesh(config.ulysses, config.ring, tensor=config.tensor, transport=transport, timeout=config.timeout)
     lead = dist.get_rank() == 0
     with raise_together(mesh.world_group):
         source = model_source.from_name(config.model)
@@ -179,10 +179,10 @@ def _refuse_idle_replicas(config: Train, mesh: ParallelMesh) -> None:
         return
     ranks = mesh.world_group.size()
     raise RunError(
-        f"{ranks} ranks with ulysses={c.ulysses} and ring={c.ring} are {c.data} data replicas, and rows_per_step="
-        f"{config.rows_per_step} gives a micro-batch {rows} row{'s' * (rows > 1)}, so that a replica would never have one; use "
-        f"--rows-per-step {c.data * config.micro_batches} or more, or one replica: --ranks {c.sequence_ranks}, or --ulysses "
-        f"and --ring whose product is {ranks}"
+        f"{ranks} ranks with ulysses={c.ulysses}, ring={c.ring} and tensor={c.tensor} are {c.data} data replicas, and "
+        f"rows_per_step={config.rows_per_step} gives a micro-batch {rows} row{'s' * (rows > 1)}, so that a replica would never "
+        f"have one; use --rows-per-step {c.data * config.micro_batches} or more, or one replica: --ranks {c.sequence_ranks}, "
+        f"or --ulysses, --ring and --tensor whose product is {ranks}"
     )
 
 

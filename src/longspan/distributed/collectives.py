@@ -112,11 +112,16 @@ class _Receiving:
 
 class CountingTransport:
     """A transport that passes every call to ``inner`` and counts it in ``traffic``: collectives, and bytes sent to *other*
-    ranks."""
+    ranks. ``sent_over(group)`` is the part that one group of ranks carried."""
 
     def __init__(self, inner: Transport) -> None:
         self.inner = inner
         self.traffic = Traffic()
+        self._by_group: dict[str, Traffic] = {}
+
+    def sent_over(self, group: dist.ProcessGroup) -> Traffic:
+        """What this rank has sent over ``group`` so far."""
+        return self._by_group.get(group.group_name, Traffic())
 
     def all_to_all(
         self,
@@ -126,7 +131,8 @@ class CountingTransport:
         group: dist.ProcessGroup,
     ) -> Arrival:
         others = sum(send_splits) - send_splits[group.rank()]
-        self.traffic = self.traffic + Traffic(1, others * send.element_size())
+        sent = Traffic(1, others * send.element_size())
+        self.traffic, self._by_group[group.group_name] = self.traffic + sent, self.sent_over(group) + sent
         return self.inner.all_to_all(send, send_splits, recv_splits, group)
 
 

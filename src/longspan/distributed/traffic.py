@@ -123,7 +123,7 @@ def recomputable_attention_traffic(
 
 
 def tensor_region_traffic(
-    shares: Sequence[int], tensor_rank: int, *, rows: int = 1, hidden: int, itemsize: int
+    shares: Sequence[int], tensor_rank: int, *, rows: int = 1, hidden: int, itemsize: int, sum_itemsize: int | None = None
 ) -> tuple[Traffic, Traffic]:
     """What one rank sends on the tensor axis for one region: an attention or a feed-forward module, of which a layer has two.
 
@@ -137,7 +137,8 @@ def tensor_region_traffic(
         tensor_rank: the sending rank.
         rows: rows of the batch.
         hidden: elements of a hidden state.
-        itemsize: bytes of an element.
+        itemsize: bytes of an element of the region's input and of its gradient.
+        sum_itemsize: of its partial sums and of their gradients, which autocast computes in bf16; None: the same.
 
     Returns:
         (traffic of the forward, traffic of the backward); zero for one tensor rank.
@@ -145,8 +146,9 @@ def tensor_region_traffic(
     if len(shares) == 1:
         return Traffic(), Traffic()
     gathered, scattered = shares[tensor_rank] * (len(shares) - 1), sum(shares) - shares[tensor_rank]
-    one_pass = Traffic(2, (gathered + scattered) * rows * hidden * itemsize)
-    return one_pass, one_pass
+    ways = (itemsize, sum_itemsize or itemsize)
+    forward, backward = (gathered * a + scattered * b for a, b in (ways, ways[::-1]))
+    return Traffic(2, forward * rows * hidden), Traffic(2, backward * rows * hidden)
 
 
 class _Sent(NamedTuple):
