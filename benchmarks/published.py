@@ -1,0 +1,250 @@
+"""Rows of published measurements as cases of the planner: model, cluster, software, step, strategy, and what was measured.
+
+A CSV has one metric a row; ``runs`` joins the metrics of one run. ``case`` reads what a row states and infers the rest by rules
+that hold for every source; a row that it cannot read is returned with the reason. Rules for software: Megatron and NeMo keep 2 + 4
++ 12 bytes a parameter and run fused kernels; DeepSpeed keeps the same without them; FSDP keeps 4 + 4 + 8.
+"""
+
+import csv
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from longspan.planner.hardware import CLUSTERS, GIGA, H100_500W, MICRO, NVLINK4_H800, Cluster, Link
+from longspan.planner.model import ModelShape, dense
+from longspan.planner.strategy import Recipe, Strategy, Workload
+
+Row = dict[str, str]
+CONFIG = (
+    "source", "table", "model", "layers", "hidden", "heads", "gpu", "gpus", "strategy", "ulysses", "ring", "tp", "pp", "dp",
+    "zero", "act_ckpt", "offload", "tiled", "seq_len", "global_batch", "micro_batch", "precision",
+)  # fmt: skip
+"""Columns that say which run a row belongs to."""
+
+STEP = ("iter_time", "tokens_per_s_per_gpu", "tokens_per_s_total", "tflops_per_gpu", "mfu", "layer_time_combined")
+"""Metrics of which a step time follows, the most direct first."""
+ATTENTION = ("attn_fwd_iter_per_s", "attn_iter_per_s fwd", "attn_iter_per_s fwd+bwd", "attn_tflops_per_gpu fwd",
+             "attn_tflops_per_gpu bwd")  # fmt: skip
+MEMORY = ("peak_mem", "peak_mem_nvsmi")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One published run that the planner can compute."""
+
+    rows: tuple[Row, ...]
+    shape: ModelShape
+    cluster: Cluster
+    recipe: Recipe
+    workload: Workload
+    strategy: Strategy
+
+    @property
+    def source(self) -> str:
+        """The source of the run."""
+        return self.rows[0]["source"]
+
+    def metric(self, *names: str) -> tuple[str, float] | None:
+        """The first of these metrics that was published: (its name, its value)."""
+        values = {row["metric"]: float(row["value"]) for row in self.rows}
+        return next(((name, values[name]) for name in names if name in values), None)
+
+
+def runs(path: str | Path) -> list[tuple[Row, ...]]:
+    """The rows of a CSV by run; two values of one metric with one configuration are two runs."""
+    found: list[tuple[tuple[str, ...], list[Row]]] = []
+    latest: dict[tuple[str, ...], list[Row]] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            key = tuple(row.get(column, "") for column in CONFIG)
+            if key not in latest or row["metric"] in {other["metric"] for other in latest[key]}:
+                latest[key] = []
+                found.append((key, latest[key]))
+            latest[key].append(row)
+    return [tuple(rows) for _, rows in found]
+
+
+def case(rows: tuple[Row, ...]) -> Case | str:
+    """The case of a run, or the reason why the planner does not model it."""
+    row = rows[0]
+    metrics = {r["metric"] for r in rows}
+    if not metrics & {*STEP, *ATTENTION, *MEMORY, "max_seq_len"}:
+        return "a fact of hardware or a closed form, not a run" if row["suggested_split"] == "calib" else "a metric of no run"
+    cluster = _cluster(row)
+    if cluster is None:
+        return f"hardware without figures: {row['gpu'] or 'not given'}"
+    if row["precision"] == "nvfp4":
+        return "4-bit products, for which no rate was measured"
+    shape = _shape(row, bool(metrics & set(ATTENTION)))
+    if shape is None:
+        return "sizes of the model not given"
+    tokens = _int(row, "seq_len")
+    if tokens is None:
+        return "length of a sequence not given"
+    recipe = _recipe(row, cluster)
+    strategy = _strategy(row, cluster, recipe)
+    if isinstance(strategy, str):
+        return strategy
+    rows_a_step = _int(row, "global_batch") or strategy.data * strategy.micro_batch
+    if rows_a_step % (strategy.data * strategy.micro_batch):
+        strategy = replace(strategy, micro_batch=max(1, rows_a_step // strategy.data))
+    return Case(rows, shape, cluster, recipe, Workload(tokens=tokens, rows=rows_a_step), strategy)
+
+
+def _int(row: Row, column: str) -> int | None:
+    text = row.get(column, "")
+    return int(float(text)) if re.fullmatch(r"\d+(\.\d+)?", text) else None
+
+
+def _cluster(row: Row) -> Cluster | None:
+    gpu, gpus = row["gpu"], _int(row, "gpus") or 1
+    names = (("A100-40", "a100-40gb"), ("A100", "a100-80gb"), ("A800", "a100-80gb"), ("H100", "h100"), ("H800", "h100"),
+             ("H200", "h200"), ("GB200", "gb200"), ("GB300", "gb300"), ("B200", "b200"), ("MI300X", "mi300x"), ("L20", "l20"))  # fmt: skip
+    key = next((name for start, name in names if gpu.startswith(start)), None)
+    if key is None or gpu.startswith(("L20", "L2")) and not gpu.startswith("L20"):
+        return None
+    if key == "h100" and row["model"].startswith("nanotron"):
+        key = "h100-efa"
+    found = CLUSTERS[key]
+    if "500W" in gpu:
+        found = replace(found, accelerator=H100_500W)
+    if gpu.startswith("H800"):
+        found = replace(found, inside=NVLINK4_H800)
+    node = _int(row, "gpus_per_node") or found.gpus_per_node
+    network = _network(row["table"] + " " + row["notes"], node)
+    if network is not None:
+        found = replace(found, between=network)
+    return replace(found, gpus=gpus, gpus_per_node=max(1, min(node, gpus)))
+
+
+def _network(text: str, gpus_per_node: int) -> Link | None:
+    """The network that a source states, in Gbit/s of a node."""
+    several = re.search(r"(\d+)x(\d+) ?Gb", text)
+    whole = re.search(r"(\d+) ?(?:Gbps node|Gbit/s between nodes)", text)
+    gbit = int(several[1]) * int(several[2]) if several else int(whole[1]) if whole else 0
+    if not gbit:
+        return None
+    return Link(f"{gbit} Gbit/s a node", 0.97 * gbit / 8 * GIGA / gpus_per_node, 12 * MICRO, "stated by the source")
+
+
+def _shape(row: Row, attention_only: bool) -> ModelShape | None:
+    if attention_only:
+        heads, kv, dim = (re.search(pattern, row["model"]) for pattern in (r"hn?(\d+) ?", r"kv ?(\d+)", r"d(\d+)$"))
+        sizes = [int(m[1]) for m in (heads, kv, dim) if m]
+        if len(sizes) < 3:
+            if not (row["heads"] and row["hidden"]):
+                return None
+            sizes = [int(row["heads"]), int(row["kv_heads"]), int(row["hidden"]) // int(row["heads"])]
+        return dense(row["model"], layers=1, hidden=sizes[0] * sizes[2], heads=sizes[0], kv_heads=sizes[1], ffn=1, vocab=1)
+    sizes = [_int(row, column) for column in ("layers", "hidden", "heads", "ffn", "vocab")]
+    if None in sizes:
+        return None
+    layers, hidden, heads, ffn, vocab = (int(size or 0) for size in sizes)
+    old = row["model"].startswith(("GPT", "MPT", "Nemotron")) and row["model"] != "GPT3-5B"
+    tied = row["model"].startswith(("GPT", "MPT", "Qwen3-4B", "Llama-3.2")) or (row["model"] in TIED_ALONE and row["pp"] == "1")
+    dim = 128 if row["model"].startswith("Qwen3") else None
+    kv = _int(row, "kv_heads") or heads
+    return dense(row["model"], layers=layers, hidden=hidden, heads=heads, kv_heads=kv, ffn=ffn, vocab=vocab, head_dim=dim,
+                 gated=not old, tied=tied)  # fmt: skip
+
+
+TIED_ALONE = ("nanotron-1B", "nanotron-3B")
+"""Models whose head is tied without a pipeline only."""
+
+
+def _recipe(row: Row, cluster: Cluster) -> Recipe:
+    text, strategy = f"{row['table']} {row['notes']}".lower(), row["strategy"].lower()
+    fp8 = "fp8" in row["precision"]
+    recipe = Recipe(dtype="fp8" if fp8 else "bf16")
+    old = row["precision"] == "fp16" or "no flash" in text
+    nanotron = row["model"].startswith("nanotron")
+    megatron = "megatron" in strategy or "tp-sp+" in strategy or strategy in ("tp", "tp+sp") or "zero1" in strategy
+    native = (megatron and not nanotron and not old) or "megatron-bridge" in row["source"].lower()
+    deepspeed = "zero3" in strategy
+    if megatron or native or deepspeed or nanotron:
+        recipe = replace(recipe, parameter_bytes=2, gradient_bytes=4, optimizer_bytes=12)
+    if native and not strategy.startswith("zero1"):
+        recipe = replace(recipe, compiled=True, attention="fused", overlapped_tensor=True)
+    if "compile" in row["strategy"]:
+        recipe = replace(recipe, compiled=True, logit_bytes=10)
+    if old:
+        sharded = "sp" in strategy.replace("tp+sp", "sp") and "no sequence parallel" not in strategy
+        recipe = replace(recipe, attention="unfused", sharded_norms=sharded, selective="attention", reduced_bytes=2)
+    if "pure" in row["precision"]:
+        recipe = replace(recipe, parameter_bytes=2, gradient_bytes=2, optimizer_bytes=4)
+    if "sel-op" in row["act_ckpt"]:
+        recipe = replace(recipe, selective="operators")
+    if cluster.accelerator.name.startswith(("B200", "GB")):
+        recipe = replace(recipe, attention="fused")
+    if row["metric"] in ATTENTION and "fa3" in text:
+        recipe = replace(recipe, attention="fused")
+    if strategy == "fsdp":
+        recipe = replace(recipe, reduced_bytes=2)
+    return recipe
+
+
+def _strategy(row: Row, cluster: Cluster, recipe: Recipe) -> Strategy | str:
+    degree = {axis: _int(row, column) or 1 for axis, column in
+              (("ulysses", "ulysses"), ("ring", "ring"), ("tensor", "tp"), ("pipeline", "pp"))}  # fmt: skip
+    product = degree["ulysses"] * degree["ring"] * degree["tensor"] * degree["pipeline"]
+    if product == 1 and not row["dp"] and cluster.gpus > 1:
+        return "degrees not given"
+    data = _int(row, "dp") or max(1, cluster.gpus // product)
+    if product * data != cluster.gpus:
+        return f"degrees multiply to {product * data}, not to {cluster.gpus} GPUs"
+    act, stages = row["act_ckpt"], re.search(r"VP=(\d+)", row["notes"])
+    recompute: Any = "full" if act == "full" else "selective" if act.startswith("selective") else "none"
+    chunked = row["tiled"] not in ("", "none") or "chunked CE" in row["strategy"]
+    interleaved = int(stages[1]) if stages and degree["pipeline"] > 1 else 1
+    return Strategy(
+        **degree,
+        data=data,
+        zero=int(row["zero"][0]) if row["zero"] else 0,
+        recompute=recompute,
+        micro_batch=_int(row, "micro_batch") or 1,
+        stages_per_rank=interleaved,
+        chunked_loss=chunked,
+        offload_optimizer="optimizer" in row["offload"] and "not stated" not in row["offload"],
+        offload_parameters="weights" in row["offload"] or "params" in row["offload"],
+    )
+
+
+def flops_per_token(c: Case) -> float | None:
+    """Operations of a token in forward and backward by the convention that the source states, for its TFLOP/s and MFU."""
+    row, s, tokens = c.rows[0], c.shape, c.workload.tokens
+    stated = next((r["flop_convention"] for r in c.rows if r["metric"] in ("tflops_per_gpu", "mfu")), "")
+    lhs = s.layers * s.hidden * tokens
+    inner = s.parameters - (0 if s.tied else s.embedding_parameters)
+    table = (
+        ("6(N-emb_in)+6", 6 * inner + 6 * lhs),
+        ("6(N-emb_in)+12", 6 * inner + 12 * lhs),
+        ("6N+12", (6 * inner if "NeMo" in row["source"] else 6 * s.parameters) + 12 * lhs),
+        ("model_flops=8N+16", 8 * s.parameters + 16 * lhs),
+        ("Megatron", 96 * s.layers * s.hidden**2 * (1 + tokens / 6 / s.hidden + s.vocab / 16 / s.layers / s.hidden)
+         * (1 if c.strategy.recompute == "full" else 0.75)),
+        ("8N'+8", 8 * s.parameters + 8 * lhs),
+    )  # fmt: skip
+    return next((value for start, value in table if stated.startswith(start)), None)
+
+
+def measured_seconds(c: Case) -> float | None:
+    """The step time that follows from the most direct metric of a run, None where there is none."""
+    found = c.metric(*STEP)
+    if found is None:
+        return None
+    name, value = found
+    tokens = c.workload.tokens * c.workload.rows
+    flops = flops_per_token(c)
+    peak = c.cluster.accelerator.peak.get("bf16", 1.0)
+    if name == "iter_time":
+        return value
+    if name == "layer_time_combined":
+        return value * 1e-3
+    if name == "tokens_per_s_total":
+        return tokens / value
+    if name == "tokens_per_s_per_gpu":
+        return tokens / (value * c.cluster.gpus)
+    if flops is None:
+        return None
+    return tokens * flops / (value * 1e12 if name == "tflops_per_gpu" else value / 100 * peak) / c.cluster.gpus

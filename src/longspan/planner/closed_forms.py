@@ -1,0 +1,103 @@
+"""Closed forms of published papers: traffic of sequence parallelism and bytes of activations. Integers only.
+
+Each function is a formula of one paper, so that tests compare it with the paper by ``==``; cost.py and explain.py use them. N:
+tokens of a row, h: hidden size, P: degree, L: layers, s: tokens, b: rows, a: heads, t: tensor degree.
+"""
+
+from fractions import Fraction
+from typing import Any
+
+Number = Any
+"""An int, a Fraction, a float, or a numpy array of them: a formula serves one layout, or all layouts of a search."""
+
+
+def ulysses_elements(tokens: int, hidden: int, ranks: int) -> Fraction:
+    """Elements on each link for one layer and pass: 4·N·h/P (DeepSpeed-Ulysses, arXiv:2309.14509, for large P)."""
+    return Fraction(4 * tokens * hidden, ranks)
+
+
+def all_to_all_sent(elements: Number, ranks: Number) -> Number:
+    """What one rank sends of its ``elements`` to the others: elements · (P-1)/P. With elements = M/P that is M·(P-1)/P²."""
+    return elements * (ranks - 1) / ranks
+
+
+def megatron_elements(tokens: int, hidden: int) -> int:
+    """Elements of Megatron sequence parallelism for one layer and pass, whatever P is: 2 all-gathers and 2 reduce-scatters of
+    N·h."""
+    return 4 * tokens * hidden
+
+
+def loongtrain_kv_elements(tokens: int, hidden: int, heads: int, kv_heads: int, ulysses: int, ranks: int) -> Fraction:
+    """Elements of keys and values with replication: max(Hkv, d_hp)/H · 4·S·D/d_sp (LoongTrain, arXiv:2406.18485)."""
+    return Fraction(max(kv_heads, ulysses) * 4 * tokens * hidden, heads * ranks)
+
+
+USP_TABLE = {
+    # strategy: (parameter elements / d², activation elements / (bs·L·d) as a function of the degree)
+    "ulysses": (12, lambda n: Fraction(8, n)),
+    "ring": (12, lambda n: Fraction(4)),
+    "data": (12, lambda n: Fraction(0)),
+    "zero1": (12, lambda n: Fraction(0)),
+    "usp_zero3": (18, lambda n: Fraction(4)),
+    "tensor": (0, lambda n: Fraction(8)),
+    "tensor_sequence": (0, lambda n: Fraction(10)),
+}
+"""Table 2 of USP (arXiv:2405.07719): elements of a block, forward and backward, before the factors of the algorithms.
+"usp_zero3" is an upper bound of its activations."""
+
+
+def usp_elements(strategy: str, *, hidden: int, tokens: int, rows: int, ranks: int) -> tuple[int, Fraction]:
+    """(elements of parameters, elements of activations) of one block in forward and backward, from ``USP_TABLE``."""
+    parameters, activations = USP_TABLE[strategy]
+    return parameters * hidden * hidden, activations(ranks) * rows * tokens * hidden
+
+
+def usp_grouped_ulysses(*, hidden: int, tokens: int, rows: int, ranks: int, groups: int) -> Fraction:
+    """Elements of Ulysses' activations of one block with grouped queries, G query heads a key/value head: (4/N)(1+1/G)·bs·L·d."""
+    return Fraction(4, ranks) * (1 + Fraction(1, groups)) * rows * tokens * hidden
+
+
+def korthikanti_bytes(
+    method: str, *, tokens: int, rows: int, hidden: int, heads: int, tensor: int = 1
+) -> Fraction:
+    """Bytes of activations of one layer, fp16, dropout, unfused attention, 4h feed-forward (arXiv:2205.05198, table 2).
+
+    Args:
+        method: "none", "tensor", "tensor+sequence", "tensor+selective", "tensor+sequence+selective" or "full".
+        tokens, rows, hidden, heads: s, b, h and a.
+        tensor: t.
+    """
+    sbh, scores = tokens * rows * hidden, Fraction(5 * heads * tokens, hidden)
+    factor = {
+        "none": 34 + scores,
+        "tensor": 10 + Fraction(24, tensor) + scores / tensor,
+        "tensor+sequence": Fraction(34, tensor) + scores / tensor,
+        "tensor+selective": 10 + Fraction(24, tensor),
+        "tensor+sequence+selective": Fraction(34, tensor),
+        "full": Fraction(2),
+    }[method]
+    return sbh * factor
+
+
+def interleaved_factor(pipeline: Number, stages_per_rank: Number) -> Number:
+    """How many times the activations of the first stage grow by interleaving: 1 + (p-1)/(p·m) (arXiv:2205.05198)."""
+    return 1 + (pipeline - 1) / (pipeline * stages_per_rank)
+
+
+def alst_checkpoint_bytes(*, layers: int, tokens: int, ranks: int, hidden: int) -> Fraction:
+    """Bytes of the inputs of all blocks on one rank with full recomputation: layers · s/SP · h · 2 (ALST, arXiv:2506.13996)."""
+    return Fraction(2 * layers * tokens * hidden, ranks)
+
+
+def alst_logit_bytes(*, tokens: int, ranks: int, vocab: int) -> Fraction:
+    """Bytes of one fp32 copy of the logits on one rank: 4 · s/SP · V (ALST)."""
+    return Fraction(4 * tokens * vocab, ranks)
+
+
+ALST_STATE_BYTES = 2 + 4 + 12
+"""Bytes of a parameter in ALST: bf16 weight, fp32 gradient, master weight and two moments in fp32."""
+
+
+def mean_pairs(tokens: int) -> Fraction:
+    """Mean number of keys that a query of a causal row sees: (N+1)/2."""
+    return Fraction(tokens + 1, 2)
