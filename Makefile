@@ -5,6 +5,7 @@
 # make bench-million   real steps on one sequence of 1,048,576 tokens, two ranks, about ten minutes a step on a CPU with AVX-512
 # make test-versions V=2.11.0   make test with another PyTorch, in an environment that is removed afterwards; prints a row of
 #                               docs/versions.md. TRANSFORMERS=5.24.0 TESTS=tests/hf for another Transformers, and for a part
+# make validate-planner CSV=FILE   the planner beside published measurements, and docs/planner.md from them
 #
 # PyTorch's default wheel brings CUDA (gigabytes). For the CPU alone:
 #     make train TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -17,7 +18,9 @@ BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 	$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL))
 
-.PHONY: train lint quick test test-long test-versions model-matrix bench-million clean
+CSV ?=
+
+.PHONY: train lint quick test test-long test-versions model-matrix bench-million validate-planner clean
 
 train: .venv/installed
 	$(BIN)/longspan train $(ARGS)
@@ -51,6 +54,10 @@ model-matrix: .venv/installed-dev
 
 bench-million: .venv/installed
 	$(BIN)/python benchmarks/million.py $(ARGS)
+
+validate-planner: .venv/installed
+	@test -n '$(CSV)' || { echo 'name the published measurements: make validate-planner CSV=FILE (columns: docs/planner.md)' >&2; exit 2; }
+	$(BIN)/python benchmarks/validate_planner.py $(CSV) --write docs/planner.md $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

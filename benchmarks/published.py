@@ -1,8 +1,8 @@
 """Rows of published measurements as cases of the planner: model, cluster, software, step, strategy, and what was measured.
 
 A CSV has one metric a row; ``runs`` joins the metrics of one run. ``case`` reads what a row states and infers the rest by rules
-that hold for every source; a row that it cannot read is returned with the reason. Rules for software: Megatron and NeMo keep 2 + 4
-+ 12 bytes a parameter and run fused kernels; DeepSpeed keeps the same without them; FSDP keeps 4 + 4 + 8.
+that hold for every source; a row that it cannot read is returned with the reason. Rules for software: Megatron and NeMo keep
+2 + 4 + 12 bytes a parameter and run fused kernels; DeepSpeed keeps the same without them; FSDP keeps 4 + 4 + 8.
 """
 
 import csv
@@ -92,6 +92,14 @@ def case(rows: tuple[Row, ...]) -> Case | str:
     return Case(rows, shape, cluster, recipe, Workload(tokens=tokens, rows=rows_a_step), strategy)
 
 
+GPUS = (
+    ("A100-40", "a100-40gb"), ("A100", "a100-80gb"), ("A800", "a100-80gb"), ("H100", "h100"), ("H800", "h100"),
+    ("H200", "h200"),
+    ("GB200", "gb200"), ("GB300", "gb300"), ("B200", "b200"), ("MI300X", "mi300x"), ("L20", "l20"),
+)  # fmt: skip
+"""Beginnings of the names of devices in the data set, and the clusters of planner/hardware.py that have them."""
+
+
 def _int(row: Row, column: str) -> int | None:
     text = row.get(column, "")
     return int(float(text)) if re.fullmatch(r"\d+(\.\d+)?", text) else None
@@ -99,10 +107,8 @@ def _int(row: Row, column: str) -> int | None:
 
 def _cluster(row: Row) -> Cluster | None:
     gpu, gpus = row["gpu"], _int(row, "gpus") or 1
-    names = (("A100-40", "a100-40gb"), ("A100", "a100-80gb"), ("A800", "a100-80gb"), ("H100", "h100"), ("H800", "h100"),
-             ("H200", "h200"), ("GB200", "gb200"), ("GB300", "gb300"), ("B200", "b200"), ("MI300X", "mi300x"), ("L20", "l20"))  # fmt: skip
-    key = next((name for start, name in names if gpu.startswith(start)), None)
-    if key is None or gpu.startswith(("L20", "L2")) and not gpu.startswith("L20"):
+    key = next((name for start, name in GPUS if gpu.startswith(start)), None)
+    if key is None:
         return None
     if key == "h100" and row["model"].startswith("nanotron"):
         key = "h100-efa"
@@ -165,12 +171,14 @@ def _recipe(row: Row, cluster: Cluster) -> Recipe:
     if megatron or native or deepspeed or nanotron:
         recipe = replace(recipe, parameter_bytes=2, gradient_bytes=4, optimizer_bytes=12)
     if native and not strategy.startswith("zero1"):
-        recipe = replace(recipe, compiled=True, attention="fused", overlapped_tensor=True)
-    if "compile" in row["strategy"]:
-        recipe = replace(recipe, compiled=True, logit_bytes=10)
+        recipe = replace(recipe, compiled=True, attention="fused", overlapped_tensor=True, saves_gathered=False)
+    if "compile" in row["strategy"] or ("cumulative" in text and "chunked" in strategy):
+        blocks_alone = strategy.startswith("fsdp")  # torchtitan compiles its blocks, not its loss
+        recipe = replace(recipe, compiled=True, logit_bytes=14 if blocks_alone else 10)
     if old:
         sharded = "sp" in strategy.replace("tp+sp", "sp") and "no sequence parallel" not in strategy
-        recipe = replace(recipe, attention="unfused", sharded_norms=sharded, selective="attention", reduced_bytes=2)
+        recipe = replace(recipe, attention="unfused", sharded_norms=sharded, selective="attention", reduced_bytes=2,
+                         saves_gathered=False)  # fmt: skip
     if "pure" in row["precision"]:
         recipe = replace(recipe, parameter_bytes=2, gradient_bytes=2, optimizer_bytes=4)
     if "sel-op" in row["act_ckpt"]:

@@ -33,33 +33,30 @@ def loongtrain_kv_elements(tokens: int, hidden: int, heads: int, kv_heads: int, 
 
 
 USP_TABLE = {
-    # strategy: (parameter elements / d², activation elements / (bs·L·d) as a function of the degree)
-    "ulysses": (12, lambda n: Fraction(8, n)),
-    "ring": (12, lambda n: Fraction(4)),
-    "data": (12, lambda n: Fraction(0)),
-    "zero1": (12, lambda n: Fraction(0)),
-    "usp_zero3": (18, lambda n: Fraction(4)),
-    "tensor": (0, lambda n: Fraction(8)),
-    "tensor_sequence": (0, lambda n: Fraction(10)),
+    "ulysses": (12, 0, 8),
+    "ring": (12, 4, 0),
+    "data": (12, 0, 0),
+    "zero1": (12, 0, 0),
+    "usp_zero3": (18, 4, 0),
+    "tensor": (0, 8, 0),
+    "tensor_sequence": (0, 10, 0),
 }
-"""Table 2 of USP (arXiv:2405.07719): elements of a block, forward and backward, before the factors of the algorithms.
-"usp_zero3" is an upper bound of its activations."""
+"""Table 2 of USP (arXiv:2405.07719): elements of a block, forward and backward, before the factors of the algorithms: of
+parameters in d², of activations in bs·L·d, and of activations in bs·L·d/N. "usp_zero3" is an upper bound of its activations."""
 
 
 def usp_elements(strategy: str, *, hidden: int, tokens: int, rows: int, ranks: int) -> tuple[int, Fraction]:
     """(elements of parameters, elements of activations) of one block in forward and backward, from ``USP_TABLE``."""
-    parameters, activations = USP_TABLE[strategy]
-    return parameters * hidden * hidden, activations(ranks) * rows * tokens * hidden
+    parameters, constant, divided = USP_TABLE[strategy]
+    return parameters * hidden * hidden, (constant + Fraction(divided, ranks)) * rows * tokens * hidden
 
 
 def usp_grouped_ulysses(*, hidden: int, tokens: int, rows: int, ranks: int, groups: int) -> Fraction:
-    """Elements of Ulysses' activations of one block with grouped queries, G query heads a key/value head: (4/N)(1+1/G)·bs·L·d."""
+    """Elements of Ulysses' activations of one block with G query heads a key/value head: (4/N)(1+1/G)·bs·L·d."""
     return Fraction(4, ranks) * (1 + Fraction(1, groups)) * rows * tokens * hidden
 
 
-def korthikanti_bytes(
-    method: str, *, tokens: int, rows: int, hidden: int, heads: int, tensor: int = 1
-) -> Fraction:
+def korthikanti_bytes(method: str, *, tokens: int, rows: int, hidden: int, heads: int, tensor: int = 1) -> Fraction:
     """Bytes of activations of one layer, fp16, dropout, unfused attention, 4h feed-forward (arXiv:2205.05198, table 2).
 
     Args:

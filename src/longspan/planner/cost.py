@@ -38,10 +38,10 @@ class Constants:
         reserve: bytes of a process beside its tensors: context, buffers of collectives, fragmentation.
     """
 
-    matmul: float = 0.85
-    attention_keys: float = 256.0
-    dispatch: float = 12e-6
-    host_update: float = 1.5e-9
+    matmul: float = 0.70
+    attention_keys: float = 128.0
+    dispatch: float = 20e-6
+    host_update: float = 2e-9
     reserve: float = 4e9
 
 
@@ -208,6 +208,12 @@ def ulysses_bytes(x: Setting, s: Any) -> Number:
     return all_to_all_sent(m * width * x.recipe.itemsize, s.ulysses)
 
 
+def ulysses_exposed(x: Setting, s: Any) -> Number:
+    """Seconds of the two all-to-alls of one layer's forward: nothing hides them."""
+    whole = ulysses_bytes(x, s) * s.ulysses / np.maximum(1, s.ulysses - 1)
+    return 2 * all_to_all_time(groups(x.cluster, s)["ulysses"], whole / 2)
+
+
 def _layer_communication(
     x: Setting, s: Any, attend: Number, attend_back: Number, forward: Number, backward: Number
 ) -> dict[str, Number]:
@@ -219,19 +225,17 @@ def _layer_communication(
     tensor = (8 + 4 * again) * gather_time(axes["tensor"], m * shape.hidden * size)
     if x.recipe.overlapped_tensor:
         tensor = np.maximum(0.0, tensor - forward - backward) + 0.25 * tensor
-    # ulysses: two all-to-alls a pass; selective recomputation sends the output and its inputs again
-    whole = ulysses_bytes(x, s) * s.ulysses / np.maximum(1, s.ulysses - 1)
-    ulysses = (2 + again) * (all_to_all_time(axes["ulysses"], whole / 2) * 2)
+    ulysses = (2 + again) * ulysses_exposed(x, s)  # selective recomputation sends the output and its inputs again
     # ring: keys and values travel while the previous ones are computed; gradients in fp32 come back in the backward
     hop = send_time(axes["ring"], m * shape.kv_width / s.tensor * size)
     back = send_time(axes["ring"], m * shape.kv_width / s.tensor * (size + 4))
-    ring = (s.ring - 1) * (
-        (1 + s.full) * np.maximum(0.0, hop - attend / s.ring) + np.maximum(0.0, back - attend_back / s.ring)
-    )
+    ring = (s.ring - 1) * ((1 + s.full) * np.maximum(0.0, hop - attend / s.ring) + np.maximum(0.0, back - attend_back / s.ring))
     # ZeRO-3: a layer is gathered in the forward and in the backward, and its gradient reduced, beside the layer before it
     weights = shape.layer_parameters / shape.layers / s.tensor
     gather = gather_time(axes["fsdp"], weights * x.recipe.gathered_bytes)
-    gather = gather + s.offload_parameters * weights * x.recipe.gathered_bytes / axes["fsdp"].ranks / x.cluster.to_host.bandwidth
+    gather = (
+        gather + s.offload_parameters * weights * x.recipe.gathered_bytes / axes["fsdp"].ranks / x.cluster.to_host.bandwidth
+    )
     reduce = gather_time(axes["fsdp"], weights * x.recipe.reduced_bytes)
     zero = (s.zero == 3) * (np.maximum(0.0, gather - forward) + np.maximum(0.0, gather + reduce - backward))
     return {"tensor": tensor, "ulysses": ulysses, "ring": ring, "zero": zero}

@@ -15,6 +15,8 @@ from longspan.errors import ModelError
 from longspan.masks.bands import area
 from longspan.masks.constructors import Causal, Mask
 
+CAUSAL = Causal()
+
 
 @dataclass(frozen=True)
 class LayerKind:
@@ -30,7 +32,7 @@ class LayerKind:
     """
 
     count: int
-    mask: Mask = Causal()
+    mask: Mask = CAUSAL
     ffn: int = 0
     experts: int = 0
     active_experts: int = 0

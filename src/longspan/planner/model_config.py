@@ -80,7 +80,9 @@ def read_config(source: str | Path | Mapping[str, Any], name: str = "") -> Model
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"the config {path} cannot be read ({error}); name a config.json, or the folder that holds it") from error
+        raise ModelError(
+            f"the config {path} cannot be read ({error}); name a config.json, or the folder that holds it"
+        ) from error
     if not isinstance(config, dict):
         raise ModelError(f"the config {path} holds a {type(config).__name__}; it must hold names and values")
     return _shape(config, name or path.parent.name or str(path))

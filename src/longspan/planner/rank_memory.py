@@ -69,6 +69,8 @@ def saved_bytes(x: Setting, s: Any) -> Number:
     shape, size, m, t = x.shape, x.recipe.itemsize, rank_tokens(x.workload, s), s.tensor
     outside, inside = layer_widths(x, s)
     none = m * (outside / (t if x.recipe.sharded_norms else 1) + inside / t)
+    if x.recipe.saves_gathered and x.recipe.sharded_norms:
+        none = none + m * 2 * shape.hidden * size * (t - 1) / t  # the normed inputs of attention and feed-forward
     block = m * (shape.hidden + shape.out_width) / t * size + m * shape.heads / t * 4
     halves = (shape.query_width + shape.kv_width + shape.hidden + shape.matrices * shape.ffn_width) / 2
     operators = m * (2 * shape.hidden + shape.out_width + halves) / t * size
@@ -82,6 +84,7 @@ def working_bytes(x: Setting, s: Any) -> Number:
     shape, size, m, t = x.shape, x.recipe.itemsize, rank_tokens(x.workload, s), s.tensor
     outside, inside = layer_widths(x, s)
     again = (s.full + s.selective * (x.recipe.selective == "block")) * m * (outside + inside) / t
+    again = again + m * 2 * shape.hidden * size * (t - 1) / t  # the gathered input of a region, and its gradient
     rows = np.where(s.tile_tokens > 0, np.minimum(m, s.tile_tokens), m)
     feed = rows * shape.ffn_width * (shape.matrices + (s.tile_tokens > 0) * 4) * size / t
     exchanged = 1 + (s.ulysses > 1)

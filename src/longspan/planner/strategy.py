@@ -4,8 +4,8 @@
     Recipe     what the software does     dtype, attention kernel, bytes kept for a parameter, what is fused
     Workload   what a step computes       tokens of a row, rows of a step
 
-``check`` refuses a strategy that is not legal and names the legal degrees. Ranks are laid out with pipeline outermost and tensor
-innermost, so tensor ranks are neighbours in a node.
+``check`` refuses a strategy that is not legal and names the legal degrees. Ranks are laid out with pipeline outermost and
+tensor innermost, so tensor ranks are neighbours in a node.
 """
 
 from dataclasses import dataclass
@@ -48,6 +48,7 @@ class Recipe:
             "attention" (everything but the scores of unfused attention, Megatron), "operators" (half of the matrix products,
             torchtitan).
         overlapped_tensor: whether the tensor axis' collectives run beside matrix products.
+        saves_gathered: whether a tensor region saves its gathered input, instead of gathering it again (Megatron).
     """
 
     dtype: Literal["fp32", "bf16", "fp8"] = "bf16"
@@ -62,6 +63,7 @@ class Recipe:
     sharded_norms: bool = True
     selective: Literal["block", "attention", "operators"] = "block"
     overlapped_tensor: bool = False
+    saves_gathered: bool = True
 
     @property
     def itemsize(self) -> int:
@@ -154,12 +156,14 @@ def check(shape: ModelShape, workload: Workload, strategy: Strategy, gpus: int |
     _heads(shape, strategy)
     if strategy.pipeline * strategy.stages_per_rank > shape.layers:
         raise LayoutError(
-            f"pipeline={strategy.pipeline} x {strategy.stages_per_rank} stages exceeds the {shape.layers} layers of {shape.name}; "
-            f"a stage needs a layer: use at most {shape.layers} stages"
+            f"pipeline={strategy.pipeline} x {strategy.stages_per_rank} stages exceeds the {shape.layers} layers of "
+            f"{shape.name}; a stage needs a layer: use at most {shape.layers} stages"
         )
     parts = strategy.ring * strategy.ulysses * strategy.tensor
     if workload.tokens < parts:
-        raise LayoutError(f"{workload.tokens} tokens are fewer than the {parts} ranks of a sequence; use fewer ranks a sequence")
+        raise LayoutError(
+            f"{workload.tokens} tokens are fewer than the {parts} ranks of a sequence; use fewer ranks a sequence"
+        )
     if workload.rows % (strategy.data * strategy.micro_batch):
         raise LayoutError(
             f"{workload.rows} rows cannot be divided over data={strategy.data} replicas in micro-batches of "
@@ -176,19 +180,21 @@ def _heads(shape: ModelShape, strategy: Strategy) -> None:
     legal = [d for d in range(1, shape.heads + 1) if legal_tensor(shape, d)]
     if strategy.tensor not in legal:
         raise LayoutError(
-            f"tensor={strategy.tensor} does not divide the {shape.heads} query heads and the feed-forwards of {shape.name}, or "
-            f"neither divides nor is divided by its {shape.kv_heads} key/value heads; legal are {', '.join(map(str, legal))}"
+            f"tensor={strategy.tensor} does not divide the {shape.heads} query heads and the feed-forwards of "
+            f"{shape.name}, or neither divides nor is divided by its {shape.kv_heads} key/value heads; "
+            f"legal are {', '.join(map(str, legal))}"
         )
     mine = shape.heads // strategy.tensor
     if strategy.ulysses > mine:
         best = max(d for d in range(1, mine + 1) if strategy.ulysses % d == 0)
         raise LayoutError(
-            f"ulysses={strategy.ulysses} exceeds the {mine} query heads of a tensor rank of {shape.name}; use ulysses up to {mine}, "
-            f"and ring for more ranks: ulysses={best} ring={strategy.ring * strategy.ulysses // best}"
+            f"ulysses={strategy.ulysses} exceeds the {mine} query heads of a tensor rank of {shape.name}; "
+            f"use ulysses up to {mine}, and ring for more ranks: ulysses={best} ring={strategy.ring * strategy.ulysses // best}"
         )
     if strategy.head_chunks > mine // strategy.ulysses:
         raise LayoutError(
-            f"head_chunks={strategy.head_chunks} cannot cut the {mine // strategy.ulysses} query heads of a rank; use fewer chunks"
+            f"head_chunks={strategy.head_chunks} cannot cut the {mine // strategy.ulysses} query heads of a rank; "
+            f"use fewer chunks"
         )
 
 
