@@ -60,7 +60,8 @@ def parallelize(
 
     Every rank calls it, with equal parameters (the same seed, or the same checkpoint), before it builds its optimizer; then
     each calls ``model(**shard_batch(batch, mesh))``. A model whose weights are still on disk (``longspan.hf.load``), or a
-    Decoder on the meta device, is sharded first; then each rank reads or draws its own shards.
+    Decoder on the meta device, is sharded first; then each rank reads or draws its own shards (with tensor > 1: all weights, of
+    which it then keeps its shards).
 
     Args:
         model: a Hugging Face model, the Decoder, or a model with the attributes that ``models/decoder_adapter.py`` names.

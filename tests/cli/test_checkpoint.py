@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, the same state back, on any number of ranks."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from longspan.models.decoder_config import DecoderConfig
 from longspan.parallelize import parallelize
 from tests.helpers.ranks import on_ranks
 
-CONFIG = DecoderConfig(vocab=11, layers=2, hidden=12, heads=2, kv_heads=2, head_dim=4, ffn=16, tied=True)
+CONFIG = DecoderConfig(vocab=11, layers=2, hidden=12, heads=4, kv_heads=2, head_dim=4, ffn=16, tied=True)
+NONE: Mapping[str, int] = {}
 
 
-def _trained(zero: int, seed: int = 0, steps: int = 2) -> tuple[Any, torch.optim.Optimizer, ParallelMesh]:
-    mesh = ParallelMesh()
-    model = parallelize(Decoder(CONFIG, seed=seed), mesh, zero=zero)
+def _trained(
+    zero: int, seed: int = 0, steps: int = 2, degrees: Mapping[str, int] = NONE, dtype: torch.dtype = torch.float32
+) -> tuple[Any, torch.optim.Optimizer, ParallelMesh]:
+    mesh = ParallelMesh(**degrees)
+    model = parallelize(Decoder(CONFIG, seed=seed).to(dtype), mesh, zero=zero)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(steps):
         _step(model, optimizer, mesh, step)
@@ -70,6 +74,37 @@ def test_other_ranks_and_another_sharding_read_it(saving: tuple[int, int], loadi
     (saved, *_) = on_ranks(saving[0], _save, tmp_path, saving[1], tmp_path=tmp_path)
     for found in on_ranks(loading[0], _load, tmp_path, loading[1], tmp_path=tmp_path):
         assert found == pytest.approx(saved, rel=1e-5)
+
+
+Saved = tuple[int, dict[str, int], int]
+"""(ranks, degrees, zero)."""
+
+ONE: Saved = (1, {}, 0)
+ULYSSES: Saved = (2, {"ulysses": 2}, 2)
+TENSOR: Saved = (4, {"tensor": 2, "ulysses": 2}, 3)
+WHOLE_TENSOR: Saved = (2, {"tensor": 2}, 0)
+
+
+@pytest.mark.parametrize(
+    ("saving", "loading"), [(TENSOR, ONE), (TENSOR, ULYSSES), (ONE, TENSOR), (ULYSSES, TENSOR), (WHOLE_TENSOR, TENSOR)], ids=str
+)
+def test_a_checkpoint_is_free_of_the_layout(saving: Saved, loading: Saved, tmp_path: Path, pool: Any) -> None:
+    (saved, *_) = pool(saving[0]).run(_next_losses, tmp_path, *saving[1:], True)
+    for found in pool(loading[0]).run(_next_losses, tmp_path, *loading[1:], False):
+        assert found == pytest.approx(saved, rel=1e-10)
+
+
+def _next_losses(folder: Path, degrees: Mapping[str, int], zero: int, saves: bool) -> list[float]:
+    """The losses of three steps after a checkpoint of two, in fp64; the loading ranks begin with other weights."""
+    seed, steps = (0, 2) if saves else (1, 1)
+    model, optimizer, mesh = _trained(zero, seed, steps, degrees, torch.float64)
+    if saves:
+        checkpoint.save(folder, 2, model, optimizer, {"step": 2}, mesh, keep=2)
+    else:
+        path = checkpoint.newest(folder)
+        assert path is not None
+        checkpoint.load(path, model, optimizer)
+    return [_step(model, optimizer, mesh, step) for step in (2, 3, 4)]
 
 
 def _save_several(folder: Path) -> None:

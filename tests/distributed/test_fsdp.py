@@ -105,13 +105,14 @@ def unused_on_one_rank() -> float:
     return ((grad - wanted).norm() / wanted.norm()).item()
 
 
-def test_a_decoder_without_memory_is_made_share_by_share(pool: Callable[[int], Ranks]) -> None:
-    for equal in pool(2).run(from_meta):
+@pytest.mark.parametrize(("ranks", "tensor"), [(2, 1), (4, 2)])
+def test_a_decoder_without_memory_is_made_share_by_share(ranks: int, tensor: int, pool: Callable[[int], Ranks]) -> None:
+    for equal in pool(ranks).run(from_meta, tensor):
         assert equal
 
 
-def from_meta() -> bool:
-    mesh, whole = mesh_of(2, 1), Decoder(SHAPE, seed=3)
+def from_meta(tensor: int) -> bool:
+    mesh, whole = ParallelMesh(2, tensor=tensor), Decoder(SHAPE, seed=3)
     with torch.device("meta"):
         model = Decoder(SHAPE, seed=3)
     parallelize(model, mesh, zero=3)

@@ -71,8 +71,8 @@ def steps(model: Any, mesh: ParallelMesh) -> tuple[list[float], dict[str, Tensor
     return losses, grads
 
 
-def same_as_from_pretrained(folder: str, ulysses: int, zero: int) -> None:
-    mesh = ParallelMesh(ulysses=ulysses)
+def same_as_from_pretrained(folder: str, degrees: dict[str, int], zero: int) -> None:
+    mesh = ParallelMesh(**degrees)
     expected, wanted = steps(parallelize(LlamaForCausalLM.from_pretrained(folder), mesh, zero=zero), mesh)
     model = parallelize(load(folder), mesh, zero=zero)
     reference = LlamaForCausalLM.from_pretrained(folder)
@@ -87,21 +87,23 @@ def same_as_from_pretrained(folder: str, ulysses: int, zero: int) -> None:
         assert torch.equal(grads[name], wanted[name]), name
 
 
+BOTH = {"tensor": 2, "ulysses": 2}
 LONG = pytest.mark.long  # the pairs that stay hold every layout, tied and not, sharded and not
 
 
 @pytest.mark.parametrize(
-    ("ranks", "ulysses", "zero", "tied"),
+    ("ranks", "degrees", "zero", "tied"),
     [
-        (4, 2, 3, False), (2, 2, 3, True), (2, 1, 0, True),
-        pytest.param(4, 2, 3, True, marks=LONG), pytest.param(2, 2, 3, False, marks=LONG),
-        pytest.param(2, 1, 0, False, marks=LONG),
+        (4, {"ulysses": 2}, 3, False), (2, {"ulysses": 2}, 3, True), (2, {}, 0, True), (4, BOTH, 3, True),
+        pytest.param(4, {"ulysses": 2}, 3, True, marks=LONG), pytest.param(2, {"ulysses": 2}, 3, False, marks=LONG),
+        pytest.param(2, {}, 0, False, marks=LONG), pytest.param(4, {"tensor": 2}, 2, False, marks=LONG),
+        pytest.param(2, {"tensor": 2}, 0, True, marks=LONG),
     ],
 )  # fmt: skip
 def test_a_rank_s_share_of_the_files_trains_as_the_whole(
-    tied: bool, ranks: int, ulysses: int, zero: int, tmp_path: Path, pool: Callable[[int], Ranks]
+    tied: bool, ranks: int, degrees: dict[str, int], zero: int, tmp_path: Path, pool: Callable[[int], Ranks]
 ) -> None:
-    pool(ranks).run(same_as_from_pretrained, write(tmp_path, tied), ulysses, zero)
+    pool(ranks).run(same_as_from_pretrained, write(tmp_path, tied), degrees, zero)
 
 
 # ---- never whole on one rank
@@ -158,9 +160,9 @@ def test_no_rank_holds_more_than_its_share_and_a_block(drawn: bool, tmp_path: Pa
 # ---- random weights of a config alone
 
 
-def drawn(folder: str, zero: int) -> dict[str, Tensor]:
+def drawn(folder: str, zero: int, tensor: int) -> dict[str, Tensor]:
     before = torch.get_rng_state()
-    model = parallelize(load(folder, seed=3), ParallelMesh(), zero=zero)
+    model = parallelize(load(folder, seed=3), ParallelMesh(tensor=tensor), zero=zero)
     assert torch.equal(before, torch.get_rng_state())
     return {name: whole(tensor).detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -169,7 +171,8 @@ def drawn(folder: str, zero: int) -> dict[str, Tensor]:
 def test_random_weights_depend_on_config_and_seed_alone(tied: bool, tmp_path: Path, pool: Callable[[int], Ranks]) -> None:
     config = LlamaConfig(**SMALL, tie_word_embeddings=tied, initializer_range=0.1, architectures=["LlamaForCausalLM"])
     config.save_pretrained(tmp_path)
-    found = [*pool(4).run(drawn, str(tmp_path), 3), *pool(2).run(drawn, str(tmp_path), 0)]
+    four = [found for tensor in (1, 2) for found in pool(4).run(drawn, str(tmp_path), 3, tensor)]
+    found = [*four, *pool(2).run(drawn, str(tmp_path), 0, 1)]
     for weights in found:
         assert weights.keys() == found[0].keys()
         assert all(torch.equal(weights[name], found[0][name]) for name in weights)
@@ -207,9 +210,9 @@ def test_every_kind_is_read_as_the_library_reads_it(name: str, tmp_path: Path, p
 # ---- and back
 
 
-def saved(folder: str, out: str, zero: int) -> None:
+def saved(folder: str, out: str, zero: int, degrees: dict[str, int]) -> None:
     pretrained.FILE_BYTES = 2**15  # several files
-    mesh = ParallelMesh(ulysses=2)
+    mesh = ParallelMesh(**degrees)
     model = parallelize(load(folder), mesh, zero=zero)
     steps(model, mesh)
     ids = torch.arange(3, 27).reshape(1, 24)
@@ -226,10 +229,12 @@ def saved(folder: str, out: str, zero: int) -> None:
     assert all(torch.equal(whole(parameter), trained[name]) for name, parameter in again.named_parameters())
 
 
-@pytest.mark.parametrize(("tied", "zero"), [(True, 3), (False, 3), (True, 0)])
-def test_what_is_saved_is_what_was_trained(tied: bool, zero: int, tmp_path: Path, pool: Callable[[int], Ranks]) -> None:
+@pytest.mark.parametrize(("tied", "zero", "tensor"), [(True, 3, 1), (False, 3, 1), (True, 0, 1), (True, 3, 2), (False, 0, 2)])
+def test_what_is_saved_is_what_was_trained(
+    tied: bool, zero: int, tensor: int, tmp_path: Path, pool: Callable[[int], Ranks]
+) -> None:
     out = tmp_path / "out" / "model"
-    pool(2).run(saved, write(tmp_path / "in", tied), str(out), zero)
+    pool(2 * tensor).run(saved, write(tmp_path / "in", tied), str(out), zero, {"ulysses": 2, "tensor": tensor})
     assert [path.name for path in out.parent.iterdir()] == ["model"]
     assert len(list(out.glob("model-*.safetensors"))) > 1
     kept = json.loads((out / "config.json").read_text())

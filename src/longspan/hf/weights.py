@@ -7,7 +7,8 @@
                                       |   ... proves it, gathered block by block, and trains it
     folder/          <--save--   each rank its slices; put together on the disk, one tensor at a time
 
-With zero=3 no rank ever holds more than its shard and the largest block. Independent of how a model is sharded.
+With zero=3 no rank ever holds more than its shard and the largest block; with tensor > 1 each rank reads all weights before
+they are cut. Independent of how a model is sharded.
 """
 
 import hashlib
