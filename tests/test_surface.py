@@ -18,7 +18,7 @@ NAMES = [
     "LongspanError", "Mask", "MaskError", "MemoryOptions", "ModelError", "ParallelMesh", "PrefixLM",
     "RunError", "SinkTokens", "Span", "Transport", "Window", "attend", "average_gradients",
     "clip_grad_norm_", "cross_entropy", "forward_backward", "heads_to_tokens", "linear_cross_entropy", "parallel_state",
-    "parallelize", "shard_batch",
+    "parallelize", "plan", "shard_batch",
     "shard_local", "shift_right", "sync_batches", "tiled", "tokens_to_heads", "unparallelize",
     "unshard",
 ]  # fmt: skip

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from longspan.parallelize import forward_backward as forward_backward
     from longspan.parallelize import parallelize as parallelize
     from longspan.parallelize import unparallelize as unparallelize
+    from longspan.planner.plan import plan as plan
 
 __version__ = "0.1.0"
 
@@ -79,6 +80,7 @@ _MODULE_OF = {
         "memory.tiling": "tiled",
         "models.adapter": "parallel_state",
         "parallelize": "forward_backward parallelize unparallelize",
+        "planner.plan": "plan",
     }.items()
     for name in names.split()
 }

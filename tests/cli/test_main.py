@@ -30,6 +30,9 @@ FLAGS = {
         ranks timeout_seconds debug ulysses ring tensor zero recompute tile_tokens head_chunks offload_activations chunked_loss
         dtype model layers heads kv_heads tokens rows seed json
     """,
+    "plan": """
+        model hardware gpus tokens rows dtype price goal pipeline ring ulysses tensor zero recompute explain json debug
+    """,
 }
 
 
@@ -113,7 +116,7 @@ def test_a_file_names_the_checkpoint_too(tmp_path: Path) -> None:
     [
         (
             "trian",
-            "'trian' is not a verb of longspan (did you mean train?); legal are train, evaluate, check (see longspan --help)",
+            "'trian' is not a verb of longspan (did you mean train?); legal are train, evaluate, check, plan (see longspan ",
         ),
         ("train --qqq", "--qqq is not a flag of longspan train; see longspan train --help"),
         ("train --step 5", "--step is not a flag of longspan train (did you mean --steps?); see longspan train --help"),
@@ -234,4 +237,4 @@ def test_under_a_launcher_every_rank_meets_an_error_and_one_says_it() -> None:
 
 def test_an_unknown_verb_is_not_parsed() -> None:
     with pytest.raises(RunError, match="is not a verb"):
-        cli.parse("plan", [])
+        cli.parse("plot", [])

@@ -323,7 +323,7 @@ def settings_of_run(runs_folder: str, name: str) -> tuple[str, dict[str, Any]]:
         raise RunError(f"no run {name!r} in the folder {runs_folder}: {which}") from error
 
 
-def known(kind: type[Ranks], values: dict[str, Any], where: str) -> dict[str, Any]:
+def known(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
     """Return ``values`` unchanged if all its names are fields of ``kind``.
 
     Raises:

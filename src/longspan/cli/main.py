@@ -18,6 +18,7 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import dropwhile, takewhile
@@ -28,6 +29,7 @@ import tyro
 import longspan
 from longspan.cli import launch
 from longspan.cli.config import LATEST, Check, Evaluate, Layout, Ranks, Train, close, known, read_file, settings_of_run
+from longspan.cli.plan import PlanSettings
 from longspan.distributed.launchers import join_launcher
 from longspan.errors import LongspanError, RunError
 
@@ -38,7 +40,7 @@ MOST_DEFAULT_RANKS = 4
 class Verb(NamedTuple):
     """A verb of the command line: the class of its settings, a one-line description, and an example call with its output."""
 
-    settings: type[Ranks]
+    settings: type[Any]
     does: str
     example: str
 
@@ -68,12 +70,26 @@ Guarantee 1 holds.
 
 A Hugging Face model of your own:  longspan check --model hf:FOLDER --layers 2"""
 
+PLANNED = """$ longspan plan --model llama-70b --hardware h100 --gpus 64 --tokens 1048576
+llama-70b, 70.6B parameters, on 64 H100: 8 x 1,048,576 tokens a step
+43,760 legal layouts, 3,835 fit; longest sequence 12,206,080 tokens
+
+                                 best        runner-up
+step                  2,033.95 s +-6%  2,035.40 s +-6%
+memory of a GPU        72.8 GiB +-11%   72.8 GiB +-11%
+memory of a host            320.0 GiB        320.0 GiB
+
+best       data 2 x ring 4 x ulysses 8, zero=3, recompute=selective, tile_tokens=4096, offload_activations
+
+What binds, and what doubling the tokens does:  longspan plan --model hf:FOLDER --explain"""
+
 VERBS = {
     "train": Verb(Train, "Train a decoder, or a Hugging Face model, on long sequences of text.", TRAINED),
     "evaluate": Verb(
         Evaluate, "Loss and perplexity of whole documents under a checkpoint or a Hugging Face folder.", EVALUATED
     ),
     "check": Verb(Check, "Compare loss, gradients, norm and traffic of a layout with one device.", CHECKED),
+    "plan": Verb(PlanSettings, "Predict time and memory on a cluster that is not there yet, and choose the layout.", PLANNED),
 }
 
 
@@ -148,7 +164,10 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
 
 def _run(verb: str, flags: Sequence[str]) -> int:
     work = f"longspan.cli.{verb}:work"
-    config = _on_the_devices(parse(verb, flags), flags, work)
+    config = parse(verb, flags)
+    if not isinstance(config, Ranks):  # it starts no ranks
+        return int(import_module(f"longspan.cli.{verb}").work(config))
+    config = _on_the_devices(config, flags, work)
     try:
         return launch.run(work, config, config.local_ranks)
     except launch.RankDied as died:

@@ -1,0 +1,173 @@
+"""``longspan plan``: the best layout of a cluster for a model, from formulas. It starts no ranks and imports no torch.
+
+longspan plan --model llama-70b --gpus 64 --tokens 1048576    ->   a table, --explain: sentences, --json: all numbers
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from longspan.errors import RunError
+from longspan.planner.explain import MEMORY_ERROR, kinds, parts
+from longspan.planner.plan import Choice, Plan, plan
+
+GIB = 2**30
+
+
+def _optional(hint: str, metavar: str = "INT") -> object:
+    """A tyro annotation of a setting whose default is None: ``--help`` shows its type and ``(default: {hint})``."""
+    return arg(help_behavior_hint=f"(default: {hint})", metavar=metavar)
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """Settings of a plan."""
+
+    model: str = "llama-8b"
+    """tiny, small, llama-1b, llama-8b or llama-70b: a decoder of that shape. hf:FOLDER: a Hugging Face config.json."""
+    hardware: str = "h100"
+    """The accelerators: a100-40gb, a100-80gb, h100, h100-efa, h200, b200, gb200, gb300, mi300x, mi355x or l20."""
+    gpus: int = 8
+    """Accelerators of the whole cluster."""
+    tokens: Annotated[int | None, _optional("131072; found with --goal length")] = None
+    """Tokens of one sequence (the context length)."""
+    rows: Annotated[int | None, _optional("one for each 8 GPUs")] = None
+    """Sequences of one optimizer step (the global batch size), over all data replicas and micro-batches."""
+    dtype: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Compute dtype of forward and backward. Parameters, gradients and optimizer states are fp32."""
+    price: Annotated[float | None, _optional("not known", "FLOAT")] = None
+    """Price of one accelerator for an hour."""
+    goal: Literal["speed", "length", "cost"] = "speed"
+    """speed: the most tokens a second. length: the longest sequence that fits. cost: the cheapest tokens, on fewer GPUs too."""
+    pipeline: Annotated[int | None, _optional("chosen")] = None
+    """Degree of pipeline parallelism: the layers are split over ranks."""
+    ring: Annotated[int | None, _optional("chosen")] = None
+    """Degree of ring attention (context parallelism)."""
+    ulysses: Annotated[int | None, _optional("chosen")] = None
+    """Degree of Ulysses sequence parallelism."""
+    tensor: Annotated[int | None, _optional("chosen")] = None
+    """Degree of tensor parallelism: heads and feed-forwards are split over ranks."""
+    zero: Annotated[int | None, _optional("chosen")] = None
+    """ZeRO stage: 0, 2 or 3."""
+    recompute: Literal["chosen", "none", "full", "selective"] = "chosen"
+    """What a block computes again in its backward instead of keeping it."""
+    explain: bool = False
+    """Print what binds, what a layer sends, what doubling the tokens does, and why the runner-up lost."""
+    json: bool = False
+    """Print every number as JSON instead of the table."""
+    debug: bool = False
+    """Show the traceback of an error beside its message."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "tokens", "rows", "pipeline", "ring", "ulysses", "tensor"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RunError(f"{name}={value} must be at least 1")
+        if self.price is not None and not self.price > 0:
+            raise RunError(f"price={self.price:g} must be above 0; leave it out where the price of a GPU hour is not known")
+        if self.zero not in (None, 0, 2, 3):
+            raise RunError(f"zero={self.zero} is unknown; legal are 0, 2 and 3")
+        if self.goal == "length" and self.tokens is not None:
+            raise RunError("--goal length finds the longest sequence, and --tokens names one; give one of them")
+        if self.goal == "cost" and self.price is None:
+            raise RunError("--goal cost needs --price, the price of one GPU hour")
+
+    @property
+    def fixed(self) -> dict[str, int | str]:
+        """The degrees and options that were given."""
+        named = {name: getattr(self, name) for name in ("pipeline", "ring", "ulysses", "tensor", "zero")}
+        given: dict[str, int | str] = {name: value for name, value in named.items() if value is not None}
+        return given | ({} if self.recompute == "chosen" else {"recompute": self.recompute})
+
+
+def work(settings: PlanSettings) -> int:
+    """Print the plan. Returns the exit code, 0; LongspanError is raised for what has no plan."""
+    tokens = settings.tokens or (None if settings.goal == "length" else 131_072)
+    found = plan(
+        settings.model,
+        hardware=settings.hardware,
+        gpus=settings.gpus,
+        tokens=tokens,
+        rows=settings.rows,
+        price=settings.price,
+        dtype=settings.dtype,
+        goal=settings.goal,
+        fixed=settings.fixed,
+    )
+    if settings.json:
+        print(json.dumps(as_numbers(found), indent=2))
+        return 0
+    _print_table(found)
+    if settings.explain:
+        print("\n".join(f"- {sentence}" for sentence in found.best.explain()))
+        print(f"- {found.lost}." if found.lost else "- No other layout fits.")
+    return 0
+
+
+def as_numbers(found: Plan) -> dict[str, Any]:
+    """A plan as names and plain values, for JSON."""
+
+    def of(choice: Choice | None) -> dict[str, Any] | None:
+        if choice is None:
+            return None
+        values = {name: getattr(choice, name) for name in choice.__dataclass_fields__ if name not in ("setting", "strategy")}
+        described = {"strategy": asdict(choice.strategy), "time": asdict(choice.time), "memory": asdict(choice.memory)}
+        return values | described | {"explain": list(choice.explain())}
+
+    return {
+        "model": found.model.name,
+        "parameters": found.model.parameters,
+        "hardware": found.cluster.accelerator.name,
+        "gpus": found.cluster.gpus,
+        "tokens": found.workload.tokens,
+        "rows": found.workload.rows,
+        "longest": found.longest,
+        "legal": found.legal,
+        "fitting": found.fitting,
+        "memory_error": MEMORY_ERROR[0],
+        "best": of(found.best),
+        "runner_up": of(found.runner_up),
+        "lost": found.lost,
+    }
+
+
+def _print_table(found: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, best, where = Console(highlight=False, soft_wrap=True), found.best, found.cluster
+    console.print(
+        f"{found.model.name}, {found.model.parameters / 1e9:.3g}B parameters, on {where.gpus} {where.accelerator.name}: "
+        f"{found.workload.rows} x {found.workload.tokens:,} tokens a step"
+    )
+    console.print(f"{found.legal:,} legal layouts, {found.fitting:,} fit; longest sequence {found.longest:,} tokens\n")
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "best", "runner-up"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, cells in _lines(best, found.runner_up):
+        table.add_row(name, *cells)
+    console.print(table)
+    console.print(f"\nbest       {best.strategy}")
+    if found.runner_up is not None:
+        console.print(f"runner-up  {found.runner_up.strategy}")
+    console.print("Predicted by formulas that were compared with published measurements, never on a GPU of longspan's own.")
+
+
+def _lines(best: Choice, other: Choice | None) -> list[tuple[str, list[str]]]:
+    """The rows of the table: a name, and a cell for each choice."""
+    choices = [choice for choice in (best, other) if choice is not None]
+    lines = [
+        ("step", [f"{c.seconds:,.2f} s +-{c.error:.0%}" for c in choices]),
+        ("tokens a second", [f"{c.tokens_per_second:,.0f}" for c in choices]),
+        ("share of peak", [f"{c.share_of_peak:.0%}" for c in choices]),
+        ("memory of a GPU", [f"{c.bytes / GIB:,.1f} GiB +-{MEMORY_ERROR[0]:.0%}" for c in choices]),
+        ("memory of a host", [f"{c.host_bytes / GIB:,.1f} GiB" for c in choices]),
+    ]
+    if best.price_per_million_tokens is not None:
+        lines.append(("price, million tokens", [f"{c.price_per_million_tokens:,.2f}" for c in choices]))
+    spent = [name for name, value in parts(best.time) if value > 0.005 * best.seconds]
+    lines += [(f"  time: {n}", [f"{getattr(c.time, n) / c.seconds:.1%}" for c in choices]) for n in spent]
+    lines += [(f"  memory: {n}", [f"{getattr(c.memory, n) / GIB:,.1f} GiB" for c in choices]) for n, _ in kinds(best.memory)]
+    return lines

@@ -1,0 +1,241 @@
+"""What a plan means, in sentences with numbers: what binds, what a layer sends, what doubling does, why the runner-up lost.
+
+``why`` gives the formula of one predicted number with its terms. ``sentences`` answers the questions that people ask before
+they rent a cluster. Every figure comes from the formulas of cost.py, rank_memory.py and closed_forms.py.
+"""
+
+from dataclasses import replace
+
+from longspan.planner.closed_forms import megatron_elements, ulysses_elements
+from longspan.planner.cost import (
+    Setting,
+    StepTime,
+    layer_time,
+    rank_tokens,
+    stage_layers,
+    stage_parameters,
+    step_time,
+    ulysses_bytes,
+    ulysses_exposed,
+)
+from longspan.planner.rank_memory import RankMemory, logits_bytes, rank_memory, saved_bytes
+from longspan.planner.strategy import Strategy, micro_batches
+
+GIB, TERA = 2**30, 1e12
+
+TIME_ERRORS = (
+    ("offload", 0.46, "HF blog, whose optimizer is on the host"),
+    ("model", 0.17, "Korthikanti and Megatron-LM, tensor and pipeline"),
+    ("sequence", 0.06, "ALST and XTuner, Ulysses with ZeRO-3"),
+    ("data", 0.10, "llm-foundry, ZeRO-3"),
+)
+"""Median error of predicted step times by the kind of layout, with its source (docs/planner.md)."""
+MEMORY_ERROR = (0.11, "torchtitan, mean of 7 runs")
+
+
+def time_error(strategy: Strategy) -> tuple[float, str]:
+    """The uncertainty of a predicted step time: (relative error, the published runs of the nearest kind)."""
+    kind = "data"
+    if strategy.ring * strategy.ulysses > 1:
+        kind = "sequence"
+    if strategy.tensor * strategy.pipeline > 1:
+        kind = "model"
+    if strategy.offload_optimizer:
+        kind = "offload"
+    return next((error, source) for name, error, source in TIME_ERRORS if name == kind)
+
+
+def why(x: Setting, s: Strategy, name: str) -> str:
+    """The formula of one number of a plan, with its terms.
+
+    Args:
+        x, s: what was priced.
+        name: a field of ``StepTime`` or ``RankMemory``, or "seconds" or "bytes" for their totals.
+
+    Returns:
+        "name = formula = terms".
+
+    Raises:
+        KeyError: there is no such number; the message lists them.
+    """
+    time, memory = step_time(x, s), rank_memory(x, s)
+    if name == "seconds":
+        return f"seconds = {' + '.join(f'{n} {_seconds(v)}' for n, v in parts(time))} = {_seconds(float(time.total))}"
+    if name == "bytes":
+        held = ("parameters", "gradients", "optimizer", "gathered", "saved", "reserve")
+        terms = " + ".join(f"{n} {_gib(float(getattr(memory, n)))}" for n in held)
+        larger = f"max(working {_gib(float(memory.working))}, logits {_gib(float(memory.logits))})"
+        return f"bytes = {terms} + {larger} = {_gib(float(memory.total))}"
+    formula = _formulas(x, s).get(name)
+    if formula is None:
+        raise KeyError(f"{name!r} is no number of a plan; there are seconds, bytes, {', '.join(_formulas(x, s))}")
+    of_memory = getattr(memory, name.removesuffix("_bytes"), None)
+    in_seconds = name in time.__dataclass_fields__
+    return f"{name} = {formula} = {_seconds(float(getattr(time, name))) if in_seconds else _gib(float(of_memory or 0.0))}"
+
+
+def _formulas(x: Setting, s: Strategy) -> dict[str, str]:
+    """The formula of each number with its terms."""
+    shape, recipe, device, c = x.shape, x.recipe, x.cluster.accelerator, x.constants
+    count, layers, layer = micro_batches(x.workload, s), int(stage_layers(shape, s)), layer_time(x, s)
+    m = float(rank_tokens(x.workload, s))
+    each = f"{count} micro-batches x {layers} layers x"
+    held, shards = float(stage_parameters(shape, s)), s.data * s.ring * s.ulysses
+    cut = {stage: f" / {shards}" if s.zero >= stage and shards > 1 else "" for stage in (1, 2, 3)}
+    rate = f"{x.matmul_rate / TERA:.0f} TFLOP/s ({c.matmul:g} of what large products reach)"
+    pairs = shape.attention_pairs(x.workload.tokens) / shape.layers
+
+    def link(axis: str) -> str:
+        return f"{each} {_seconds(float(getattr(layer, axis)))} that nothing hides"
+
+    return {
+        "matmul": f"{each} 3 x 2 x {m:,.0f} tokens x {shape.active_weights / shape.layers / s.tensor:,.0f} weights / {rate}",
+        "attention": f"{each} 3.5 x 2 x ({shape.qk_dim} + {shape.v_dim}) x {shape.heads} heads x {pairs:,.0f} pairs x "
+        f"{s.micro_batch} rows / ({s.ulysses * s.ring * s.tensor} ranks) / the rate of the {recipe.attention} kernel",
+        "elementwise": f"{each} 3 x bytes read and written by norms, residuals, rotations and activations / "
+        f"{device.bandwidth / TERA:.2f} TB/s",
+        "dispatch": f"{each} what the host needs to start operators ({c.dispatch * 1e6:g} us each) beyond device time",
+        "loss": f"{count} micro-batches x (3 x 2 x {m:,.0f} x {shape.hidden} x {shape.vocab} / {s.tensor} / {rate} + logits "
+        f"read and written)",
+        "recompute": f"{each} {_seconds(float(layer.recompute))} (recompute={s.recompute}, tile_tokens={s.tile_tokens})",
+        "tensor": link("tensor"),
+        "ulysses": link("ulysses"),
+        "ring": link("ring"),
+        "zero": link("zero"),
+        "gradients": f"{held:,.0f} parameters of a rank over {shards} ranks, less the backward that hides it",
+        "pipeline": f"2 sends x ({count} micro-batches x {s.stages_per_rank} stages + {s.pipeline - 1})",
+        "bubble": f"({s.pipeline} - 1) / {s.stages_per_rank} x a micro-batch of a stage",
+        "offload": f"{count} micro-batches x 2 x (what is saved / {x.cluster.to_host.bandwidth / 1e9:.0f} GB/s - the compute "
+        f"beside it)",
+        "optimizer": f"{held:,.0f}{cut[1]} parameters x bytes of their states, or {c.host_update:g} s each on the host",
+        "parameters": f"{held:,.0f} x {recipe.parameter_bytes} bytes{cut[3]}",
+        "gradients_bytes": f"{held:,.0f} x {recipe.gradient_bytes} bytes{cut[2]}",
+        "optimizer_bytes": f"{held:,.0f} x {recipe.optimizer_bytes} bytes{cut[1]}",
+        "gathered": "two layers and the head, whole, with zero=3",
+        "saved": f"{layers} layers x {_gib(float(saved_bytes(x, s)))} x micro-batches in flight",
+        "working": "what one layer's backward computes again, and its gradients",
+        "logits": f"{m:,.0f} x {shape.vocab} / {s.tensor} x {recipe.logit_bytes} bytes, or a tile: "
+        f"{_gib(float(logits_bytes(x, s)))}",
+        "reserve": "context, buffers of collectives, fragmentation: a constant",
+        "host": "what is offloaded, of all ranks of a node",
+    }
+
+
+def parts(time: StepTime) -> list[tuple[str, float]]:
+    """The parts of a step that are not zero, (name, seconds), the largest first."""
+    values = [(name, float(getattr(time, name))) for name in time.__dataclass_fields__]
+    return sorted(((n, v) for n, v in values if v > 0), key=lambda part: -part[1])
+
+
+def kinds(memory: RankMemory) -> list[tuple[str, float]]:
+    """The kinds of memory on the device, (name, bytes), the largest first."""
+    values = [(name, float(getattr(memory, name))) for name in memory.__dataclass_fields__ if name != "host"]
+    return sorted(((n, v) for n, v in values if v > 0), key=lambda kind: -kind[1])
+
+
+def sentences(x: Setting, s: Strategy) -> list[str]:
+    """What binds a strategy and what changes it, each with its numbers."""
+    time, memory = step_time(x, s), rank_memory(x, s)
+    total, device = float(time.total), x.cluster.accelerator
+    spent, held = parts(time), kinds(memory)
+    error, source = time_error(s)
+    flops = x.shape.training_flops(x.workload.tokens) * x.workload.rows
+    share = flops / total / x.cluster.gpus / device.peak[x.recipe.dtype]
+    found = [
+        f"A step takes {_seconds(total)} (+-{error:.0%}, the error on {source}): {_shares(spent, total)}.",
+        f"That is {share:.0%} of the peak of {device.name}, counting {flops:.3g} operations without recomputation.",
+        f"The fullest rank needs {_gib(float(memory.total))} of {_gib(device.memory)} (+-{MEMORY_ERROR[0]:.0%}, the error on "
+        f"{MEMORY_ERROR[1]}); the largest part is {held[0][0]}, {_gib(held[0][1])}, then {held[1][0]}, {_gib(held[1][1])}.",
+    ]
+    if float(memory.host):
+        found.append(f"A node's host needs {_gib(float(memory.host))} of {_gib(x.cluster.host_memory)} for what is offloaded.")
+    if s.ulysses > 1:
+        found += _exchange(x, s, total)
+    return [*found, _doubled(x, s, total), _overtaken(x, s), _checkpoint(x)]
+
+
+def _exchange(x: Setting, s: Strategy, total: float) -> list[str]:
+    """The two all-to-alls of one layer, and what Megatron sequence parallelism would send instead."""
+    n, h, size = x.workload.tokens, x.shape.query_width, x.recipe.itemsize
+    sent, seconds = float(ulysses_bytes(x, s)), float(ulysses_exposed(x, s))
+    ours = float(ulysses_elements(n, h, s.ulysses * s.ring)) * size * s.micro_batch
+    theirs = megatron_elements(n, x.shape.hidden) * size * s.micro_batch
+    part = float(step_time(x, s).ulysses) / total
+    return [
+        f"The two all-to-alls of a layer (q, k, v and the output) send 4·N·h/P elements at most: {_mib(ours)} of a rank for "
+        f"N={n:,}, h={h}, P={s.ulysses * s.ring}; with {x.shape.kv_heads} key/value heads and without what a rank keeps, "
+        f"{_mib(sent)} in {_seconds(seconds)} a pass, {part:.1%} of the step.",
+        f"Megatron sequence parallelism would send 4·N·h = {_mib(theirs)} a layer and pass whatever the number of ranks, "
+        f"{theirs / max(sent, 1):.0f} times as much.",
+    ]
+
+
+def _doubled(x: Setting, s: Strategy, total: float) -> str:
+    """What happens when the tokens and the ranks of a sequence double together."""
+    bigger = replace(x, workload=replace(x.workload, tokens=2 * x.workload.tokens),
+                     cluster=replace(x.cluster, gpus=2 * x.cluster.gpus))  # fmt: skip
+    by_heads = 2 * s.ulysses * s.tensor <= x.shape.heads
+    wider = replace(s, ulysses=2 * s.ulysses) if by_heads else replace(s, ring=2 * s.ring)
+    axis = f"ulysses={wider.ulysses}" if by_heads else f"ring={wider.ring}"
+    time, memory = float(step_time(bigger, wider).total), float(rank_memory(bigger, wider).total)
+    if s.ulysses == 1 or not by_heads:
+        sent = ""
+    else:
+        before, after = (float(ulysses_bytes(*pair)) for pair in ((x, s), (bigger, wider)))
+        sent = f"; the all-to-alls of a layer send {_mib(after)} instead of {_mib(before)} a rank"
+    return (
+        f"With twice the tokens and twice the GPUs ({axis}) a step takes {_seconds(time)} instead of {_seconds(total)}, "
+        f"because attention grows with the square of the tokens, and a rank needs {_gib(memory)}{sent}."
+    )
+
+
+def _overtaken(x: Setting, s: Strategy) -> str:
+    """The length from which a ring of as many ranks as Ulysses has exposes less communication."""
+    degree = max(2, s.ulysses * s.ring)
+    if degree * s.tensor > x.shape.heads:
+        return (
+            f"{degree} ranks a sequence exceed the {x.shape.heads} query heads (tensor={s.tensor}): Ulysses goes up to "
+            f"{x.shape.heads // s.tensor} ranks, and ring takes the rest."
+        )
+    for power in range(10, 27):
+        longer = replace(x, workload=replace(x.workload, tokens=1 << power))
+        ring = layer_time(longer, replace(s, ulysses=1, ring=degree, head_chunks=1)).ring
+        ulysses = layer_time(longer, replace(s, ulysses=degree, ring=1, head_chunks=1)).ulysses
+        if float(ring) < float(ulysses):
+            return (
+                f"With {degree} ranks a sequence, ring exposes less communication than Ulysses from about {1 << power:,} "
+                f"tokens on, where its hops are hidden behind attention."
+            )
+    return f"With {degree} ranks a sequence, Ulysses exposes less communication than ring at every length up to 64M tokens."
+
+
+def _checkpoint(x: Setting) -> str:
+    size = x.shape.parameters * (x.recipe.parameter_bytes + x.recipe.optimizer_bytes)
+    return f"A checkpoint holds {_gib(size)}: parameters and optimizer states of {x.shape.parameters:,} parameters."
+
+
+def lost(x: Setting, best: Strategy, other: Strategy) -> str:
+    """Why ``other`` is slower than ``best``: the part of the step that differs most."""
+    one, two = step_time(x, best), step_time(x, other)
+    gap = {name: float(getattr(two, name)) - float(getattr(one, name)) for name in one.__dataclass_fields__}
+    name = max(gap, key=lambda part: gap[part])
+    return (
+        f"{other} takes {_seconds(float(two.total))} instead of {_seconds(float(one.total))}: most of the difference is "
+        f"{name}, {_seconds(float(getattr(two, name)))} instead of {_seconds(float(getattr(one, name)))}"
+    )
+
+
+def _shares(spent: list[tuple[str, float]], total: float) -> str:
+    return ", ".join(f"{name} {value / total:.0%}" for name, value in spent if value > 0.005 * total)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
+
+
+def _gib(value: float) -> str:
+    return f"{value / GIB:,.1f} GiB"
+
+
+def _mib(value: float) -> str:
+    return f"{value / 2**20:,.1f} MiB"

@@ -1,0 +1,223 @@
+"""``plan``: the best way to train a model on a cluster, with its time, memory and reasons, as frozen dataclasses.
+
+plan("llama-70b", hardware="h100", gpus=64, tokens=1_048_576)   ->   Plan(best=Choice(...), runner_up=..., longest=...)
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from longspan.errors import LayoutError, ModelError
+from longspan.planner.cost import Setting, StepTime, step_time
+from longspan.planner.explain import lost, sentences, time_error, why
+from longspan.planner.hardware import Cluster, cluster
+from longspan.planner.model import PRESETS, ModelShape
+from longspan.planner.model_config import read_config
+from longspan.planner.rank_memory import RankMemory, rank_memory
+from longspan.planner.search import OPTION_NAMES, longest, search
+from longspan.planner.strategy import AXES, Recipe, Strategy, Workload
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy with what it costs. Times are in seconds, memory in bytes of the fullest rank.
+
+    Attributes:
+        strategy: degrees and options.
+        seconds: of one step; ``error``: the relative error of such predictions.
+        tokens_per_second: of the whole cluster.
+        share_of_peak: operations without recomputation over the peak of all devices.
+        bytes, host_bytes: memory of the fullest rank, and of a node's host.
+        price_per_million_tokens: None without a price of a GPU hour.
+        time, memory: by what they are spent on.
+    """
+
+    strategy: Strategy
+    seconds: float
+    error: float
+    tokens_per_second: float
+    share_of_peak: float
+    bytes: float
+    host_bytes: float
+    price_per_million_tokens: float | None
+    time: StepTime
+    memory: RankMemory
+    setting: Setting
+
+    def why(self, name: str) -> str:
+        """The formula of one number with its terms: "seconds", "bytes", or a part of ``time`` or ``memory``."""
+        return why(self.setting, self.strategy, name)
+
+    def explain(self) -> tuple[str, ...]:
+        """What binds, what a layer sends, what doubling does: sentences with numbers."""
+        return tuple(sentences(self.setting, self.strategy))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The result of ``plan``.
+
+    Attributes:
+        model, cluster, workload: what was asked.
+        best: the fastest layout that fits.
+        runner_up: the fastest with other degrees or another ZeRO stage, and ``lost`` the reason why it is slower.
+        legal, fitting: how many layouts were legal, and how many of them fit.
+        longest: the most tokens of a row that some layout can hold.
+    """
+
+    model: ModelShape
+    cluster: Cluster
+    workload: Workload
+    best: Choice
+    runner_up: Choice | None
+    lost: str
+    legal: int
+    fitting: int
+    longest: int
+
+
+def plan(
+    model: str | Path | Mapping[str, Any] | ModelShape,
+    *,
+    hardware: str | Cluster = "h100",
+    gpus: int = 8,
+    tokens: int | None = None,
+    rows: int | None = None,
+    price: float | None = None,
+    dtype: Literal["fp32", "bf16", "fp8"] = "bf16",
+    goal: Literal["speed", "length", "cost"] = "speed",
+    fixed: Mapping[str, int | str] | None = None,
+) -> Plan:
+    """Find the best legal layout of a cluster for a model, from formulas: no GPU, no process group, no tensors.
+
+    Args:
+        model: a preset ("llama-8b"), a config.json or its folder ("hf:FOLDER" too), its contents, or a ModelShape.
+        hardware: a name ("h100", "a100-80gb", "mi300x", ...) or a Cluster.
+        gpus: accelerators of the cluster; a Cluster has its own number.
+        tokens: tokens of a row; with ``goal="length"`` it is found, and must be left out.
+        rows: rows of one optimizer step (default: one for each 8 GPUs).
+        price: cost of one GPU hour, for the price of a million tokens.
+        dtype: compute dtype.
+        goal: "speed", the fastest on all GPUs; "length", the fastest at the longest sequence that fits; "cost", the cheapest
+            tokens on the GPUs, or on a half, a quarter, ... of them.
+        fixed: degrees and options that must have these values: the axes, ``micro_batch``, ``zero``, ``recompute``,
+            ``tile_tokens``, ``head_chunks``, ``offload_activations``, ``offload_parameters``.
+
+    Returns:
+        A Plan. Its numbers have the errors that docs/planner.md shows against published measurements.
+
+    Raises:
+        ModelError: the model cannot be read, or its sizes are impossible.
+        LayoutError: unknown hardware, no legal layout, or none that fits; the message says what is legal, or what would fit.
+    """
+    shape = _shape(model)
+    where = cluster(hardware, gpus, price) if isinstance(hardware, str) else hardware
+    if (tokens is None) != (goal == "length"):
+        raise LayoutError(f"goal={goal!r} and tokens={tokens} contradict: give tokens, or goal='length', which finds them")
+    if goal == "cost" and where.price is None:
+        raise LayoutError("goal='cost' needs the price of a GPU hour; give price, or goal='speed'")
+    if dtype not in where.accelerator.peak:
+        raise LayoutError(f"{where.accelerator.name} has no {dtype}; it has {', '.join(where.accelerator.peak)}")
+    if tokens is not None and shape.positions is not None and tokens > shape.positions:
+        raise LayoutError(
+            f"{tokens:,} tokens are beyond the {shape.positions:,} positions of {shape.name}; use at most "
+            f"{shape.positions:,} tokens, or a config whose positions reach further (RoPE scaling)"
+        )
+    work = Workload(tokens=tokens or 1, rows=rows if rows is not None else max(1, where.gpus // 8))
+    x = Setting(shape, where, Recipe(dtype=dtype, gathered_bytes=4 if dtype == "fp32" else 2), work)
+    must = _fixed(fixed or {})
+    if goal != "cost":
+        return _planned(x, must, find_length=goal == "length")
+    counts = [where.gpus >> halvings for halvings in range(where.gpus.bit_length()) if where.gpus % (1 << halvings) == 0]
+    plans = []
+    for count in counts:
+        node = min(where.gpus_per_node, count)
+        with suppress(LayoutError):
+            plans.append(_planned(replace(x, cluster=replace(where, gpus=count, gpus_per_node=node)), must, find_length=False))
+    if not plans:
+        return _planned(x, must, find_length=False)  # raises, and says why on all GPUs
+    return min(plans, key=lambda found: found.best.price_per_million_tokens or 0.0)
+
+
+def _planned(x: Setting, must: dict[str, int], find_length: bool) -> Plan:
+    """The plan for one number of GPUs; ``find_length``: at the longest row that fits instead of the given one."""
+    shape, where, tokens = x.shape, x.cluster, x.workload.tokens
+    limit = longest(x, must)
+    if find_length:
+        x = replace(x, workload=replace(x.workload, tokens=max(1, limit)))
+    ranking = search(x, must)
+    if ranking.best is None:
+        least = ranking.smallest
+        raise LayoutError(
+            f"{shape.name} with {tokens:,} tokens does not fit on {where.gpus} {where.accelerator.name}: the layout that needs "
+            f"least ({least.strategy}) needs {least.bytes / GIB:,.1f} GiB of {where.accelerator.memory / GIB:,.1f} on a GPU "
+            f"and {least.host_bytes / GIB:,.0f} GiB of {where.host_memory / GIB:,.0f} on a host; "
+            f"{f'at most {limit:,} tokens fit' if limit else 'no length fits: use more GPUs'}"
+        )
+    other = ranking.runner_up
+    return Plan(
+        model=shape,
+        cluster=where,
+        workload=x.workload,
+        best=choice(x, ranking.best.strategy),
+        runner_up=None if other is None else choice(x, other.strategy),
+        lost="" if other is None else lost(x, ranking.best.strategy, other.strategy),
+        legal=ranking.legal,
+        fitting=ranking.fitting,
+        longest=limit,
+    )
+
+
+def choice(x: Setting, strategy: Strategy) -> Choice:
+    """A strategy with its time, memory and price."""
+    time, memory = step_time(x, strategy), rank_memory(x, strategy)
+    seconds, tokens = float(time.total), x.workload.tokens * x.workload.rows
+    peak = x.cluster.accelerator.peak[x.recipe.dtype]
+    flops = x.shape.training_flops(x.workload.tokens) * x.workload.rows
+    hour = x.cluster.price
+    return Choice(
+        strategy=strategy,
+        seconds=seconds,
+        error=time_error(strategy)[0],
+        tokens_per_second=tokens / seconds,
+        share_of_peak=flops / seconds / x.cluster.gpus / peak,
+        bytes=float(memory.total),
+        host_bytes=float(memory.host),
+        price_per_million_tokens=None if hour is None else hour * x.cluster.gpus * seconds / 3600 / tokens * 1e6,
+        time=StepTime(**{name: float(getattr(time, name)) for name in time.__dataclass_fields__}),
+        memory=RankMemory(**{name: float(getattr(memory, name)) for name in memory.__dataclass_fields__}),
+        setting=x,
+    )
+
+
+def _shape(model: str | Path | Mapping[str, Any] | ModelShape) -> ModelShape:
+    if isinstance(model, ModelShape):
+        return model
+    if isinstance(model, str) and model in PRESETS:
+        return PRESETS[model]
+    if isinstance(model, str):
+        folder = model.removeprefix("hf:")
+        if not model.startswith("hf:") and not Path(folder).exists():
+            raise ModelError(
+                f"model={model!r} is unknown; legal are {', '.join(PRESETS)}, hf:FOLDER, and the name of a config.json"
+            )
+        return read_config(folder)
+    return read_config(model)
+
+
+def _fixed(given: Mapping[str, int | str]) -> dict[str, int]:
+    """``fixed`` as the search reads it: ``recompute`` as two numbers."""
+    must: dict[str, int] = {}
+    for name, value in given.items():
+        if name == "recompute" and value in ("none", "selective", "full"):
+            must |= {"full": int(value == "full"), "selective": int(value == "selective")}
+        elif name in (*AXES, "micro_batch", *OPTION_NAMES) and not isinstance(value, str):
+            must[name] = int(value)
+        else:
+            names = ", ".join((*AXES, "micro_batch", "recompute", *(n for n in OPTION_NAMES if n not in ("full", "selective"))))
+            raise LayoutError(f"{name}={value!r} is no degree or option of a plan; there are {names}")
+    return must

@@ -1,0 +1,51 @@
+"""``longspan plan``: the table, the sentences, the JSON, and exit code 2 with one sentence on bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longspan.cli.main import main
+
+
+def test_the_table_names_the_best_layout_and_its_uncertainty(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--gpus", "8", "--tokens", "131072", "--price", "2", "--explain"]) == 0
+    text = capsys.readouterr().out
+    assert "llama-8b, 8.03B parameters, on 8 H100: 1 x 131,072 tokens a step" in text
+    assert "s +-" in text
+    assert "GiB +-11%" in text
+    assert "price, million tokens" in text
+    assert "- Megatron sequence parallelism would send 4·N·h" in text
+
+
+def test_json_has_every_number(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--gpus", "8", "--ulysses", "4", "--recompute", "full", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    best = found["best"]
+    assert (best["strategy"]["ulysses"], best["strategy"]["recompute"]) == (4, "full")
+    assert sum(best["time"].values()) == pytest.approx(best["seconds"])
+    assert found["runner_up"]["seconds"] >= best["seconds"]
+
+
+def test_a_config_of_hugging_face_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 512, "num_attention_heads": 8, "vocab_size": 1000,
+              "intermediate_size": 1024, "max_position_embeddings": 4096}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", "--model", f"hf:{tmp_path}", "--tokens", "4096", "--goal", "speed"]) == 0
+    assert "4,096 tokens a step" in capsys.readouterr().out
+    assert main(["plan", "--model", f"hf:{tmp_path}", "--tokens", "5000"]) == 2
+    assert "beyond the 4,096 positions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [("--price 0", "price=0 must be above 0"), ("--hardware h1", "the hardware 'h1' is unknown"), ("--gpus 0", "at least 1"),
+     ("--goal length --tokens 5", "give one of them"), ("--goal cost", "needs --price"), ("--zero 1", "legal are 0, 2 and 3"),
+     ("--model llama-9b", "model='llama-9b' is unknown"), ("--tensor 3", "legal are 1, 2, 4"),
+     ("--tokens 99999999999", "tokens fit"), ("--tensor x", "see longspan plan --help"), ("--ranks 3", "is not a flag")],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(flags: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
