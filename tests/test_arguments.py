@@ -30,6 +30,10 @@ TESTED = (
 )  # fmt: skip
 PARTS = ("Attention", "Router", "MoE", "Moe", "Experts", "Gate")
 """Parts of the names of the classes of Transformers that attend or route."""
+PINNED = transformers.__version__.startswith("5.23.")
+"""Whether this is the Transformers of constraints.txt, of which no name that the tables have is missing."""
+NEWER = {"encoder_cache"}
+"""Keywords that came after it; 5.24 calls ``past_key_values`` and ``cache_params`` by the name ``cache`` too."""
 MASKS = ("Window", "Documents", "Chunked", "PrefixLM", "SinkTokens", "Span", "BlockSparse")
 
 
@@ -121,12 +125,13 @@ def test_every_keyword_of_a_language_model_has_a_verdict() -> None:
             found |= {argument.arg for argument in (*forward.args.args[1:], *forward.args.kwonlyargs)}
     named = verdicts("Keywords of `model(...)`")
     assert len(found) > 50
-    assert found == set(named), (found - set(named), set(named) - found)
+    assert found <= set(named), found - set(named)
+    assert not PINNED or set(named) - found == NEWER
     by_shard_batch = {
         name for names, verdict, how in rows("Keywords of `model(...)`") if verdict == "refused" and "`shard_batch`" in how
         for name in names.split(", ")
     }  # fmt: skip
-    in_the_call = {*WHOLE_SEQUENCE, *MEDIA} & found - {"attention_mask", "decoder_attention_mask"}
+    in_the_call = {*WHOLE_SEQUENCE, *MEDIA} & set(named) - {"attention_mask", "decoder_attention_mask"}
     assert refused("Keywords of `model(...)`") == in_the_call | by_shard_batch
 
 
@@ -139,5 +144,6 @@ def test_every_config_field_that_attention_routing_or_loss_reads_has_a_verdict()
                 found |= {node.attr} if not node.attr.startswith("get_") else set()
     named = verdicts("Config fields")
     assert len(found) > 50
-    assert found == set(named), (found - set(named), set(named) - found)
+    assert found <= set(named), found - set(named)
+    assert not PINNED or found == set(named), set(named) - found
     assert all(is_dropout_field(name) or name == "router_jitter_noise" for name in named if "drop" in name or "jitter" in name)

@@ -18,7 +18,7 @@ WHOLE_SEQUENCE = (
     "past_key_values", "output_attentions", "logits_to_keep", "use_cache", "attention_mask", "decoder_attention_mask",
     "encoder_outputs", "encoder_hidden_states", "start_positions", "end_positions",
     "cache_params", "cache", "mems", "state", "padding_cache", "past_buckets_states", "encoder_past_key_values",
-    "shared_kv_states",
+    "encoder_cache", "shared_kv_states",
 )  # fmt: skip
 """Keywords of a call that refer to the whole sequence, and are refused."""
 MEDIA = (
