@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 NAMES = [
     "AutoMemory", "BatchError", "BatchInfo", "Bias", "BlockSparse", "Causal", "Chunked",
     "DataError", "Documents", "Full", "Kernel", "KernelError", "LayoutError",
-    "LongspanError", "Mask", "MaskError", "MemoryOptions", "ModelError", "ParallelMesh", "PrefixLM",
+    "LongspanError", "Mask", "MaskError", "MemoryOptions", "ModelError", "ParallelMesh", "PipelineOptions", "PrefixLM",
     "RunError", "SinkTokens", "Span", "Transport", "Window", "attend", "average_gradients",
     "clip_grad_norm_", "cross_entropy", "forward_backward", "heads_to_tokens", "linear_cross_entropy", "parallel_state",
     "parallelize", "plan", "shard_batch",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from longspan.distributed.grad_sync import average_gradients as average_gradients
     from longspan.distributed.grad_sync import clip_grad_norm_ as clip_grad_norm_
     from longspan.distributed.mesh import ParallelMesh as ParallelMesh
+    from longspan.distributed.pipeline_parallel import PipelineOptions as PipelineOptions
     from longspan.errors import BatchError as BatchError
     from longspan.errors import DataError as DataError
     from longspan.errors import KernelError as KernelError
@@ -72,6 +73,7 @@ _MODULE_OF = {
         "distributed.collectives": "Transport",
         "distributed.grad_sync": "average_gradients clip_grad_norm_",
         "distributed.mesh": "ParallelMesh",
+        "distributed.pipeline_parallel": "PipelineOptions",
         "errors": "BatchError DataError KernelError LayoutError LongspanError MaskError ModelError RunError",
         "kernels.protocol": "Kernel",
         "loss": "cross_entropy linear_cross_entropy",

@@ -20,6 +20,7 @@
     tcp_store, meet_in_store        torch.distributed.TCPStore (without type stubs)                         launching
     torchrun_store                  torch.distributed.distributed_c10d.rendezvous                           torchrun's ranks
     set_group_timeout               torch.distributed.set_timeout, before 2.14 _set_pg_timeout              a mesh's timeout
+    run_pipeline                    pipelining schedules' _step_microbatches                                pipeline_parallel.py
     elastic_launcher                torch.distributed.launcher, torch.distributed.elastic                   launching
     event_tree                      profiler.kineto_results.experimental_event_tree                         memory/profiler.py
 
@@ -338,3 +339,30 @@ def event_tree(profiler: Any) -> Sequence[Any]:
     """The nested events that a ``torch.profiler.profile().profiler`` recorded, with their allocations."""
     events: Sequence[Any] = _symbol(profiler, "kineto_results.experimental_event_tree", "the memory report")()
     return events
+
+
+def run_pipeline(
+    schedule: Any,
+    stages: list[Any],
+    args: list[tuple[Any, ...]],
+    kwargs: list[dict[str, Any]],
+    losses: list[Tensor],
+    trains: bool,
+) -> None:
+    """Run a pipeline schedule of PyTorch over micro-batches that are split already.
+
+    Args:
+        schedule: the schedule; it computes losses, by its ``loss_fn``, only if ``trains``.
+        stages: its stages on this rank.
+        args, kwargs: for each micro-batch, the positional arguments of the first stage and the keywords of every stage.
+        losses: gets the losses of the micro-batches, on the last stage alone.
+        trains: whether the schedule runs backwards.
+    """
+    step = _symbol(schedule, "_step_microbatches", "pipeline > 1")
+    for stage in stages:
+        stage.has_backward = trains
+        stage.clear_runtime_states()
+    targets = [torch.zeros(()) for _ in args]
+    step(args, kwargs, targets, losses if trains else None)
+    if not trains:
+        losses += [loss for stage in stages if stage.is_last for loss in stage.output_chunks]

@@ -147,7 +147,7 @@ def _refuse_unknown_words(targets: Tensor, vocab: int, ignore_index: int, mesh: 
             f"{ignore_index} where nothing is learned"
         )
     if mesh is not None:
-        raise_first_error(error, mesh.world_group)
+        raise_first_error(error, mesh.loss_control_group)
     elif error is not None:
         raise error
 

@@ -16,6 +16,7 @@ wrong results on all of them.
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from longspan.distributed.consensus import first_difference, gather_or_raise
 from longspan.distributed.fsdp import FSDPOptions, is_sharded, refuse_options, shard_parameters
 from longspan.distributed.grad_sync import MeanGradients
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.pipeline_parallel import PipelineOptions, PipelineParallel
 from longspan.distributed.tensor_parallel import TensorParallel
 from longspan.errors import ModelError
 from longspan.hf import adapter_for
@@ -55,6 +57,7 @@ def parallelize(
     fsdp_ranks: int | None = None,
     memory: MemoryOptions | AutoMemory = MemoryOptions(),  # noqa: B008 - frozen
     kernel: str | Kernel | KernelFunction = "auto",
+    pipeline: PipelineOptions = PipelineOptions(),  # noqa: B008 - frozen
 ) -> Model:
     """Change ``model`` in place so that its loss and gradients on ``mesh`` are those of one device (guarantee 1).
 
@@ -97,10 +100,13 @@ def parallelize(
         _agree(mesh, lambda: _refuse_options(job) | unread.facts(model))
         _read(job, unread)
     _agree(mesh, lambda: _prove(job, read_alike=unread is not None) | {"kernel": _name(kernel)})
+    stages = _split(job, pipeline)
     adapter.install(mesh, options)
     if mesh.coordinate.tensor > 1:
-        TensorParallel(model, adapter.blocks(), adapter.tensor_plan(), mesh, partial(_tokens_of_tensor_ranks, mesh))
-    state = ParallelState(mesh, 2 if fsdp.zero == 1 else fsdp.zero, options, adapter, _apply_options(adapter, options))
+        TensorParallel(
+            model, adapter.blocks(), adapter.tensor_plan().within(model), mesh, partial(_tokens_of_tensor_ranks, mesh)
+        )
+    state = ParallelState(mesh, 2 if fsdp.zero == 1 else fsdp.zero, options, adapter, _apply_options(adapter, options), stages)
     if fsdp.zero == 0:
         state.gradients = MeanGradients(model, mesh)
     elif not is_sharded(model):
@@ -125,10 +131,10 @@ def unparallelize(model: Model) -> Model:
     state = parallel_state(model)
     if state is None:
         raise ModelError("unparallelize was given a model that is not parallel; call parallelize(model, mesh) first")
-    if state.mesh.coordinate.tensor > 1:
+    if state.mesh.coordinate.tensor > 1 or state.pipeline is not None:
         raise ModelError(
-            "a model whose weights are cut over tensor ranks cannot be made whole in place; build the model anew and load a "
-            "checkpoint of this one"
+            "a model that is cut over tensor ranks or pipeline stages cannot be made whole in place; build the model "
+            "again and load a checkpoint of this one"
         )
     if state.gradients is None:
         raise ModelError(
@@ -163,12 +169,20 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
     Raises:
         ModelError: a model that is not parallel, no micro-batch at all, or a model that returns no loss.
     """
-    if parallel_state(model) is None:
+    state = parallel_state(model)
+    if state is None:
         raise ModelError("forward_backward was given a model that is not parallel; call parallelize(model, mesh) first")
     if isinstance(parts, Mapping) or not parts:
         raise ModelError(
             "forward_backward takes the micro-batches of a step as a list of at least one; pass shard_batch([batch, ...], mesh)"
         )
+    if state.pipeline is not None:
+        trains = torch.is_grad_enabled()
+        with state.gradients.once() if state.gradients is not None and trains else nullcontext():
+            total = state.pipeline.step(parts)
+        if trains:
+            state.pipeline.sum_copies()
+        return total
     losses = []
     for part in parts:
         loss = model(**part).loss
@@ -177,6 +191,14 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
         loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum()
+
+
+def _split(job: "_Job", options: PipelineOptions) -> PipelineParallel | None:
+    """Split the model into pipeline stages in place; None for one stage."""
+    if job.mesh.coordinate.pipeline == 1:
+        return None
+    dtype = job.fsdp.dtype or next(p.dtype for p in job.model.parameters() if p.is_floating_point())
+    return PipelineParallel(job.model, job.adapter.pipeline_plan(), job.mesh, options, dtype)
 
 
 def _tokens_of_tensor_ranks(mesh: ParallelMesh, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -289,10 +311,6 @@ def _refuse_options(job: _Job) -> dict[str, str]:
         raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
     refuse_options(job.fsdp, job.model, job.mesh)
     _refuse_another_device(job)
-    if job.mesh.coordinate.pipeline > 1:
-        raise ModelError(
-            f"pipeline={job.mesh.coordinate.pipeline}: parallelize does not split a model into stages yet; use pipeline=1"
-        )
     if job.mesh.coordinate.tensor > 1 and job.memory.tile_tokens is not None:
         raise ModelError(
             f"tile_tokens={job.memory.tile_tokens} does not work with tensor={job.mesh.coordinate.tensor}, whose ranks "
@@ -347,7 +365,8 @@ def _unread(model: nn.Module) -> UnreadWeights | None:
 def _read(job: _Job, unread: UnreadWeights) -> None:
     """Shard a model on the meta device if ``job`` asks for it, then fill each rank's part with its weights by ``unread``."""
     vars(job.model).pop(UNREAD, None)
-    if job.fsdp.zero and job.mesh.coordinate.tensor == 1:  # with tensor > 1 each rank reads the whole model, then cuts it
+    # With tensor or pipeline > 1 each rank reads the whole model, then cuts it.
+    if job.fsdp.zero and job.mesh.coordinate.tensor == job.mesh.coordinate.pipeline == 1:
         shard_parameters(job.model, job.adapter.blocks(), job.mesh, job.fsdp)
     unread.read_into(job.model, job.mesh.device)
 

@@ -71,7 +71,8 @@ def sync_batches(parts: Sequence[Part], mesh: ParallelMesh, *, error: LongspanEr
     table = [StepFacts(*row) for row in exchange_integers(facts, mesh.world_group, LOADERS_HINT)]
     raise_failed(table, error, mesh.world_group)
     _refuse_disagreement(table, mesh.coordinate)
-    num_labels = sum(facts.num_labels for facts in table[:: mesh.coordinate.sequence_ranks])
+    one_stage = table[: len(table) // mesh.coordinate.pipeline]  # every pipeline stage has the same rows
+    num_labels = sum(facts.num_labels for facts in one_stage[:: mesh.coordinate.sequence_ranks])
     most = StepFacts(*map(max, zip(*table)))
     return [{**part, "longspan": _agreed(info, most, num_labels)} for part, info in zip(parts, infos)]
 
@@ -130,14 +131,14 @@ def _refuse_disagreement(table: Sequence[StepFacts], coordinate: MeshCoordinate)
             "some ranks' batches have decoder_input_ids and some have none; pass them on every rank, where there is no row of "
             "shape [0, tokens]"
         )
-    sequence = coordinate.sequence_ranks
-    for first in range(0, len(table), sequence):
-        for rank in range(first + 1, first + sequence):
-            if table[rank].content != table[first].content:
-                raise BatchError(
-                    f"ranks {first} and {rank} share a sequence but were given different batches: "
-                    f"{_describe(table[first])} and {_describe(table[rank])}; pass the same whole batch and mask to both"
-                )
+    sequence, stage = coordinate.sequence_ranks, len(table) // coordinate.pipeline
+    for rank, facts in enumerate(table):
+        first = rank % stage // sequence * sequence  # the rank of the first stage that begins this sequence
+        if facts.content != table[first].content:
+            raise BatchError(
+                f"ranks {first} and {rank} share a sequence but were given different batches: "
+                f"{_describe(table[first])} and {_describe(facts)}; pass the same whole batch and mask to both"
+            )
 
 
 def _describe(facts: StepFacts) -> str:

@@ -9,7 +9,9 @@ parameter, .grad of earlier micro-batches is never reduced again, and a paramete
 there without blocking the others. Independent of what the model computes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from weakref import WeakValueDictionary
 
@@ -52,6 +54,7 @@ class MeanGradients:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._buckets = _buckets(self._parameters)
         self._arrived: WeakValueDictionary[int, _Arrived] = WeakValueDictionary()
+        self._delayed: _Arrived | None = None
         # on one rank the gradient is the mean already
         hooked = self._parameters if mesh.fsdp_group.size() > 1 else []
         self._handles: list[RemovableHandle] = [
@@ -120,9 +123,25 @@ class MeanGradients:
                     f"call unparallelize(model), then parallelize it again"
                 )
 
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Context manager: the gradients of all backwards inside are summed on this rank, and averaged once on exit."""
+        self._delayed = _Arrived()
+        try:
+            yield
+            delayed = self._delayed
+        finally:
+            self._delayed = None
+        self._reduce(delayed)
+
     @torch.no_grad()
     @record_function("longspan::mean_gradients")
     def _reduce(self, arrived: "_Arrived") -> None:
+        if self._delayed is not None:
+            for index, grad in arrived.items():
+                wide = grad.to(_reduction_dtype(grad.dtype))
+                self._delayed[index] = self._delayed[index] + wide if index in self._delayed else wide
+            return
         for bucket in self._buckets:
             for index, mean in _mean_of_bucket(self._parameters, bucket, arrived, self._mesh).items():
                 _add(self._parameters[index], mean)
@@ -157,12 +176,48 @@ def grad_norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
     return total.sqrt()
 
 
+STAGES = "_longspan_stages"
+"""The attribute of a model that is split into pipeline stages; it holds its ``StageNorm``."""
+
+
+@dataclass(frozen=True)
+class StageNorm:
+    """The gradient norm of a model whose layers stand on several pipeline stages.
+
+    Attributes:
+        group: this rank's counterparts on all stages.
+        copy: the name of a parameter that another stage counts, or None.
+    """
+
+    group: dist.ProcessGroup
+    copy: str | None
+
+    def norm(self, model: nn.Module) -> Float[Tensor, ""]:
+        """The 2-norm of the gradients of all stages; the others call it too."""
+        square = grad_norm(p for name, p in model.named_parameters() if name != self.copy).square()
+        device = next(model.parameters()).device
+        square = square.to(device)
+        dist.all_reduce(square, group=self.group)
+        return square.sqrt()
+
+
+@torch.no_grad()
+def sum_over(parameter: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Replace ``parameter.grad`` by the sum of the gradients over ``group``, formed in fp32 (fp64 for fp64)."""
+    assert parameter.grad is not None
+    mine = _local(parameter.grad)
+    total = mine.to(_reduction_dtype(mine.dtype), copy=True)
+    dist.all_reduce(total, group=group)
+    mine.copy_(total)
+
+
 @torch.no_grad()
 def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
     """Scale all gradients in place so that their norm over all ranks is at most ``max_norm``.
 
     Args:
-        model: a module, or its parameters (an iterable of tensors); their gradients may be sharded.
+        model: a module, or its parameters (an iterable of tensors); their gradients may be sharded. On a pipeline pass the
+            module: the norm is over the parameters of all stages.
         max_norm: the largest 2-norm of all gradients together.
 
     Returns:
@@ -170,7 +225,8 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Flo
         ``torch.nn.utils.clip_grad_norm_`` is not: torch's fp32 norm on a CPU can be 1e-4 too low for large gradients.
     """
     members = list(model.parameters() if isinstance(model, nn.Module) else model)
-    before = grad_norm(members)
+    stages: StageNorm | None = vars(model).get(STAGES) if isinstance(model, nn.Module) else None
+    before = grad_norm(members) if stages is None or not isinstance(model, nn.Module) else stages.norm(model)
     scale = min(1.0, max_norm / (before.item() + 1e-6))
     for parameter in members:
         if parameter.grad is not None and scale != 1.0:

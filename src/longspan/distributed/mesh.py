@@ -133,7 +133,7 @@ class ParallelMesh:
         device_mesh: the DeviceMesh below; ``data_group``, ``ring_group``, ``ulysses_group`` and ``tensor_group`` are the
             groups of its axes.
         sequence_group, loss_group, fsdp_group, world_group: the rank sets (``world_group`` on gloo); ``fsdp_mesh``: the
-            DeviceMesh of the fsdp set.
+            DeviceMesh of the fsdp set; ``loss_control_group``: the loss set on gloo, for errors inside a forward.
         why: the reason for ulysses x ring, one sentence.
 
     Raises:
@@ -246,6 +246,10 @@ class ParallelMesh:
         self.tensor_mesh = device_mesh[names["tensor"]] if "tensor" in names else None
         sets = rank_sets(device_mesh, names)
         self.sequence_group, self.loss_group = sets["sequence"].get_group(), sets["loss"].get_group()
+        self.loss_control_group = world_group
+        if self.coordinate.pipeline > 1:
+            sharing: list[int] = sets["loss"].mesh.tolist()
+            self.loss_control_group = dist.new_group(sharing, backend="gloo", use_local_synchronization=True)
         self.fsdp_mesh = sets["fsdp"]
         self.fsdp_group = self.fsdp_mesh.get_group()
 

@@ -23,7 +23,7 @@ Megatron-LM's sequence parallelism, arXiv:2205.05198; tensor parallelism, arXiv:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -92,6 +92,17 @@ class TensorPlan:
     cuts: Mapping[str, Cut]
     late_biases: Mapping[str, str] = field(default_factory=dict)
     inputs: tuple[str, ...] = ("position_ids",)
+
+    def within(self, model: nn.Module) -> "TensorPlan":
+        """The part of the plan whose modules and parameters ``model`` has, on a pipeline stage."""
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        return replace(
+            self,
+            regions=tuple(name for name in self.regions if name in modules),
+            exits=tuple(name for name in self.exits if name in modules),
+            cuts={name: cut for name, cut in self.cuts.items() if name in parameters},
+            late_biases={name: bias for name, bias in self.late_biases.items() if name in modules},
+        )
 
 
 def refuse_plan(plan: TensorPlan, ranks: int) -> None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from longspan.attention.api import refuse_kernel
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.pipeline_parallel import PipelinePlan
 from longspan.distributed.tensor_parallel import TensorPlan
 from longspan.errors import ModelError
 from longspan.hf import (
@@ -35,6 +36,7 @@ from longspan.hf import (
     moe_aux_loss,
     own_attention,
     peft,
+    pipeline_stages,
     position_ids,
     position_probe,
     registry_kernel,
@@ -47,6 +49,7 @@ from longspan.hf.blocks import blocks
 from longspan.hf.candidate import Candidate, Deviation, F, Found, Undo
 from longspan.hf.loss import Loss
 from longspan.hf.names import is_encoder_decoder, is_norm
+from longspan.hf.pipeline_stages import PipelineStages
 from longspan.hf.position_probe import Counting
 from longspan.hf.registry_kernel import PREFIX, refuse_name
 from longspan.hf.tensor_weights import TensorWeights
@@ -60,6 +63,7 @@ DEVIATIONS: tuple[Deviation, ...] = (
     peft,
     attention_layers,
     tensor_weights,  # reads the heads that attention_layers finds
+    pipeline_stages,
     registry_kernel,  # replaces what attention_layers installs
     dummy_row,  # its row is what all later hooks see
     call_checks,
@@ -115,6 +119,10 @@ class PretrainedAdapter:
     def tensor_plan(self) -> TensorPlan:
         """The weights that the model's own ``base_model_tp_plan`` cuts over the tensor axis; ModelError without one."""
         return self._found(TensorWeights).plan
+
+    def pipeline_plan(self) -> PipelinePlan:
+        """The stages that the model's own ``base_model_pp_plan`` describes, found by ``prove`` on a mesh with pipeline > 1."""
+        return self._found(PipelineStages).plan
 
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
         """Run on this rank the test of every way in which Transformers models differ from one another, and keep what is found.

@@ -41,9 +41,14 @@ def refuse_arguments(args: TrainingArguments, mesh: ParallelMesh) -> None:
     """Raise RunError, naming the field, for a TrainingArguments setting that is not supported over ``mesh``.
 
     docs/arguments.md lists the fields that are refused; of others single values are: an optimizer that steps in the backward,
-    accelerate's ``split_batches`` and ``dispatch_batches``, and metrics of inputs. So are several GPUs in one process, and
-    another device than the mesh's.
+    accelerate's ``split_batches`` and ``dispatch_batches``, and metrics of inputs. So are several GPUs in one process,
+    another device than the mesh's, and a pipeline.
     """
+    if mesh.coordinate.pipeline > 1:
+        raise RunError(
+            f"a trainer calls its model, which pipeline={mesh.coordinate.pipeline} does not allow; use pipeline=1, or a loop "
+            f"of your own with forward_backward(model, parts)"
+        )
     for name, remedy in REMEDIES.items():
         if getattr(args, name, None):
             raise RunError(f"TrainingArguments({name}={getattr(args, name)!r}) is not supported over a mesh: {remedy}")

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from longspan.distributed.grad_sync import MeanGradients
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.pipeline_parallel import PipelineParallel, PipelinePlan
 from longspan.distributed.tensor_parallel import TensorPlan
 from longspan.memory.options import MemoryOptions
 
@@ -49,6 +50,10 @@ class ModelAdapter(Protocol):
 
     def tensor_plan(self) -> TensorPlan:
         """Which weights are cut over the tensor axis, by name. Raises ModelError for a model without such a plan."""
+        ...
+
+    def pipeline_plan(self) -> PipelinePlan:
+        """Which modules stand on which pipeline stage, by name. Raises ModelError for a model that cannot be split."""
         ...
 
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
@@ -98,6 +103,8 @@ class ParallelState:
     """The adapter of this kind of model."""
     replaced: Sequence[tuple[nn.Module, Any]] = ()
     """Modules whose forward was replaced, each with the forward that its instance had before, or None."""
+    pipeline: PipelineParallel | None = None
+    """The pipeline stages of this rank; None for a whole model."""
     gradients: MeanGradients | None = None
     """What averages the gradients after each backward at zero=0; None where FSDP2 does."""
     snapshot_hook: RemovableHandle | None = None

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -97,7 +97,8 @@ class Decoder(nn.Module):
         """
         chunks = chunk_rows(self.config.of_tensor_rank(tensor), head_chunks)
         for block in self.blocks:
-            vars(block.attention)["chunks"] = chunks
+            if isinstance(block, Block):  # not a layer of another pipeline stage
+                vars(block.attention)["chunks"] = chunks
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -121,11 +122,12 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        input_ids: Int[Tensor, "rows my_tokens"],
+        input_ids: Int[Tensor, "rows my_tokens"] | None = None,
         labels: Int[Tensor, "rows my_tokens"] | None = None,
         shift_labels: Int[Tensor, "rows my_tokens"] | None = None,
         position_ids: Int[Tensor, "rows attending_tokens"] | None = None,
         longspan: BatchInfo | None = None,
+        inputs_embeds: Float[Tensor, "rows my_tokens hidden"] | None = None,
     ) -> Output:
         """The hidden states of this rank's tokens and, where there are labels, the mean loss over the global batch.
 
@@ -138,6 +140,7 @@ class Decoder(nn.Module):
             position_ids: positions in the whole row (default: 0, 1, ...). With tensor parallelism ``parallelize`` gathers
                 them: attention has the tokens of all tensor ranks.
             longspan: the batch's ``BatchInfo``, from ``shard_batch``.
+            inputs_embeds: hidden states in place of ``input_ids``: those of the stage before, in a pipeline.
 
         Returns:
             An ``Output``, whose ``loss`` is None without labels.
@@ -145,9 +148,9 @@ class Decoder(nn.Module):
         Raises:
             ModelError: unshifted ``labels`` with a batch that was sharded.
         """
+        x_BSM = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand(input_ids.shape)
-        x_BSM = self.embed(input_ids)
+            position_ids = torch.arange(x_BSM.shape[1], device=x_BSM.device).expand(x_BSM.shape[:2])
         mix = self._mix(position_ids, x_BSM.dtype, longspan)
         for block in self.blocks:
             x_BSM = block(x_BSM, mix)

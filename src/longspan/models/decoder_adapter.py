@@ -10,6 +10,7 @@ Any model with these attributes can be made parallel.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from longspan.attention.api import attend, refuse_kernel
 from longspan.batch.context import refuse_unknown_tokens
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.pipeline_parallel import PipelinePlan, Skipped
 from longspan.distributed.tensor_parallel import Cut, TensorPlan, refuse_plan
 from longspan.errors import ModelError
 from longspan.kernels.protocol import Kernel
@@ -46,8 +48,9 @@ class DecoderAdapter:
     def computes_loss(self) -> bool:
         return True
 
-    def blocks(self) -> Sequence[nn.Module]:
-        return list(self.model.blocks)
+    def blocks(self) -> Sequence[Any]:
+        blocks: list[Any] = [block for block in self.model.blocks if not isinstance(block, Skipped)]
+        return blocks
 
     def token_wise(self) -> Sequence[nn.Module]:
         return [module for module in self.model.modules() if type(module) in (FeedForward, nn.RMSNorm)]
@@ -68,6 +71,19 @@ class DecoderAdapter:
         regions = tuple(f"{name}.{region}" for name in names for region in ("attention", "feed"))
         cuts = {f"{name}.{weight}.weight": cut for name in names for weight, cut in layer.items()}
         return TensorPlan(regions=regions, exits=regions, cuts=cuts)
+
+    def pipeline_plan(self) -> PipelinePlan:
+        if not isinstance(self.model, Decoder):
+            raise ModelError(
+                f"{type(self.model).__name__} does not say how its layers may be split into stages; use pipeline=1, the "
+                f"Decoder, or a Hugging Face model"
+            )
+        return PipelinePlan(
+            blocks=tuple(f"blocks.{layer}" for layer in range(self.model.config.layers)), first=("embed",),
+            last=("norm",), heads=("head",),
+            hidden=self.model.config.hidden, hidden_of=attrgetter("hidden"),
+            tied=("embed.weight", "head.weight") if self.model.config.tied else None,
+        )  # fmt: skip
 
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
         """Raise the error of what makes this model impossible to run on ``mesh`` with ``memory``; return None otherwise.
@@ -113,7 +129,7 @@ class DecoderAdapter:
         attention, tensor = self.attention, mesh.coordinate.tensor
         if attention is attend and (memory.recompute == "selective" or memory.head_chunks > 1):
             attention = partial(attend, recomputable=True)
-        self.chunks = {block: block.attention.chunks for block in self.model.blocks} if memory.head_chunks > 1 else {}
+        self.chunks = {block: block.attention.chunks for block in self.blocks()} if memory.head_chunks > 1 else {}
         if self.chunks:
             self.model.chunk_heads(memory.head_chunks, **({"tensor": tensor} if tensor > 1 else {}))
         chosen: dict[str, Any] = {} if self.kernel == "auto" else {"kernel": self.kernel}

@@ -1,0 +1,350 @@
+"""Pipeline parallel: a model's layers split in place into stages, and the schedule that runs a step's micro-batches over them.
+
+    stage 0   embedding, layers 0-3      ids ----> hidden states --send-->
+    stage 1   layers 4-8                           hidden states --send-->
+    stage 2   layers 9-11, norm, head              hidden states ----> the loss of the micro-batch
+
+The modules of other stages are replaced by ones that pass their input through, so that every stage runs the model's own
+forward, and names of parameters stay. PyTorch's schedules (GPipe, 1F1B, interleaved 1F1B) send hidden states and their
+gradients. Every loss is divided by the labels of the whole step, so gradients are not scaled. A weight that embedding and head
+share is a copy on the first and on the last stage, whose gradients are summed once a step.
+
+Sees names of modules and opaque keywords; knows nothing of models or batches. Source: GPipe, arXiv:1811.06965; 1F1B and
+interleaved stages, arXiv:2104.04473.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+
+from longspan import _compat
+from longspan.distributed.grad_sync import STAGES, StageNorm, sum_over
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import LayoutError, LongspanError, ModelError
+
+PLAIN = (bool, int, float, str)
+LABELS = frozenset({"labels", "shift_labels"})
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """How the stages of a pipeline work; frozen, checked when made.
+
+    Raises:
+        LayoutError: an unknown schedule, or several stages on a rank with a schedule that has none.
+    """
+
+    schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
+    """The order of forwards and backwards: "1f1b" holds the activations of at most as many micro-batches as stages follow,
+    "gpipe" those of all, "interleaved" has several stages on each rank and a shorter bubble."""
+    stages_per_rank: int = 1
+    """Stages on each rank, in turn: rank 0 has stages 0, p, 2p, ...; more than 1 needs "interleaved"."""
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("1f1b", "gpipe", "interleaved"):
+            raise LayoutError(f"schedule={self.schedule!r} is unknown; legal are '1f1b', 'gpipe' and 'interleaved'")
+        if (self.stages_per_rank > 1) != (self.schedule == "interleaved") or self.stages_per_rank < 1:
+            raise LayoutError(
+                f"stages_per_rank={self.stages_per_rank} does not go with schedule={self.schedule!r}; use 'interleaved' with 2 "
+                f"or more, the others with 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelinePlan:
+    """Which modules of a model stand on which stage, by names.
+
+    Attributes:
+        blocks: the layers, in the order in which they are computed.
+        first, last: modules that only the first stage (embedding) or only the last stage (norm) has.
+        heads: modules of the last stage that work on the hidden states behind the layers; no other stage needs their output.
+        hidden: the size of a hidden state.
+        body: the module whose output holds the hidden states behind the layers; "" is the model.
+        hidden_of: reads them from its output.
+        tied: (parameter of the first stage, parameter of the last) where they are one weight.
+    """
+
+    blocks: tuple[str, ...]
+    first: tuple[str, ...]
+    last: tuple[str, ...]
+    heads: tuple[str, ...]
+    hidden: int
+    hidden_of: Callable[[Any], Tensor]
+    body: str = ""
+    tied: tuple[str, str] | None = None
+
+
+def split_layers(costs: Sequence[float], stages: int, *, last_cost: float = 0.0) -> tuple[range, ...]:
+    """Split consecutive layers into ``stages`` ranges so that the most expensive stage costs as little as possible.
+
+    Args:
+        costs: the cost of each layer.
+        stages: the number of stages, each of which gets at least one layer.
+        last_cost: what the last stage computes besides (the head).
+
+    Returns:
+        For each stage the indices of its layers. Of equally good splits, earlier stages have more layers.
+
+    Raises:
+        LayoutError: fewer layers than stages.
+    """
+    if len(costs) < stages:
+        raise LayoutError(
+            f"{len(costs)} layers cannot be split into {stages} pipeline stages; use up to {len(costs)} "
+            f"(pipeline x stages_per_rank)"
+        )
+    before = [0.0, *accumulate(costs)]
+    # best[n]: the smallest maximum over the last s stages of layers n.., with the end of the first of them.
+    best = {n: (before[-1] - before[n] + last_cost, len(costs)) for n in range(len(costs))}
+    plans = [best]
+    for left in range(2, stages + 1):
+        best = {
+            n: min((max(before[end] - before[n], best[end][0]), -end) for end in range(n + 1, len(costs) - left + 2))
+            for n in range(len(costs) - left + 1)
+        }  # fmt: skip
+        best = {n: (cost, -end) for n, (cost, end) in best.items()}
+        plans.append(best)
+    cuts = [0]
+    for plan in reversed(plans):
+        cuts.append(plan[cuts[-1]][1])
+    return tuple(range(start, stop) for start, stop in pairwise(cuts))
+
+
+class Skipped(nn.Module):
+    """In place of a module of another stage: returns its first argument, the hidden states. Keeps the module's attributes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        plain = {name: value for name, value in vars(module).items() if type(value) in PLAIN and not name.startswith("_")}
+        vars(self).update(plain | {"training": module.training})
+
+    def forward(self, x: Any, *_: Any, **__: Any) -> Any:
+        return x
+
+
+class SkippedHead(Skipped):
+    """In place of a head of the last stage: returns a zero, because no logits are needed."""
+
+    def forward(self, x: Any, *_: Any, **__: Any) -> Any:
+        return x.new_zeros(())
+
+
+def stage_modules(model: nn.Module, plan: PipelinePlan, stages: int) -> dict[str, int]:
+    """{name of a module of ``plan``: the stage that has it}, with layers split by their numbers of parameters."""
+    sizes = [float(sum(p.numel() for p in model.get_submodule(name).parameters())) for name in plan.blocks]
+    last_cost = float(sum(p.numel() for name in (*plan.last, *plan.heads) for p in model.get_submodule(name).parameters()))
+    runs = split_layers(sizes, stages, last_cost=last_cost)
+    of_block = {plan.blocks[layer]: stage for stage, run in enumerate(runs) for layer in run}
+    return dict.fromkeys(plan.first, 0) | of_block | dict.fromkeys((*plan.last, *plan.heads), stages - 1)
+
+
+@contextmanager
+def skipping(model: nn.Module, plan: PipelinePlan, names: Iterable[str]) -> Iterator[None]:
+    """Context manager: the modules of ``plan`` called ``names`` are skipped inside; they are put back on exit."""
+    held = {name: (*_parent(model, name), model.get_submodule(name)) for name in names}
+    for name, (parent, leaf, module) in held.items():
+        setattr(parent, leaf, _skipped(plan, name, module))
+    try:
+        yield
+    finally:
+        for parent, leaf, module in held.values():
+            setattr(parent, leaf, module)
+
+
+class PipelineParallel:
+    """The stages of one model on this rank, and the step over them.
+
+    Args:
+        model: the whole model; its modules of other ranks' stages are replaced, and lose their memory.
+        plan: what stands where.
+        mesh: the ranks; stages are over its pipeline axis.
+        options: the schedule.
+        dtype: of the hidden states that are sent.
+
+    Raises:
+        LayoutError: fewer layers than stages.
+        ModelError: later, for a call of the model that is not part of ``step``.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: PipelinePlan, mesh: ParallelMesh, options: PipelineOptions, dtype: torch.dtype
+    ) -> None:
+        self._model, self._plan, self._mesh, self._options, self._dtype = model, plan, mesh, options, dtype
+        ranks, rank = mesh.coordinate.pipeline, mesh.coordinate.pipeline_rank
+        self._count = ranks * options.stages_per_rank
+        self._mine = range(rank, self._count, ranks)
+        holders = stage_modules(model, plan, self._count)
+        for name, stage in holders.items():
+            if stage not in self._mine:
+                parent, leaf = _parent(model, name)
+                gone = model.get_submodule(name)
+                setattr(parent, leaf, _skipped(plan, name, gone))
+                gone.to_empty(device="meta")  # the model's adapter may still hold it
+        self._others = {
+            stage: [name for name, other in holders.items() if other in self._mine and other != stage] for stage in self._mine
+        }  # fmt: skip
+        self._running: int | None = None
+        self._hidden: Tensor | None = None
+        self._schedules: dict[tuple[object, ...], tuple[Any, list[PipelineStage]]] = {}
+        self._copies = None if plan.tied is None else _Copies(model, plan.tied, mesh)
+        vars(model)[STAGES] = StageNorm(mesh.pipeline_group, None if self._copies is None else self._copies.second)
+        self._skipped = ExitStack()
+        model.register_forward_pre_hook(self._refuse_direct_calls, prepend=True)
+        model.register_forward_pre_hook(self._skip_others)  # behind every hook that looks at the model's modules
+        model.register_forward_hook(lambda *_: self._skipped.close(), always_call=True)
+        model.get_submodule(plan.body).register_forward_hook(self._note_hidden)
+
+    def step(self, parts: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Forward and, where gradients are enabled, backward of all micro-batches of a step, over all stages.
+
+        Args:
+            parts: this rank's micro-batches, all of one shape; every stage has the same tokens of the same rows.
+
+        Returns:
+            The sum of the micro-batches' losses, a detached scalar, equal on every stage.
+
+        Raises:
+            ModelError: a part without labels.
+            LongspanError: what the model's forward raises.
+        """
+        losses, trains = list[Tensor](), torch.is_grad_enabled()
+        inputs = [self._inputs(part) for part in parts]
+        schedule, stages = self._schedule(parts, trains)
+        try:
+            _compat.run_pipeline(schedule, stages, [(x,) for x, _ in inputs], [more for _, more in inputs], losses, trains)
+        except RuntimeError as error:
+            if isinstance(error.__cause__, LongspanError):
+                raise error.__cause__ from None
+            raise
+        total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        for loss in losses:
+            total += loss.detach()
+        dist.all_reduce(total, group=self._mesh.pipeline_group)  # only the last stage has losses
+        return total.to(torch.float64 if self._dtype == torch.float64 else torch.float32)
+
+    def sum_copies(self) -> None:
+        """Sum the gradients of a weight that the first and the last stage both have; once, after the step's averages."""
+        if self._copies is not None:
+            self._copies.sum_gradients()
+
+    def _inputs(self, part: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """The ids (or embeddings) of a part, and the keywords of the model's call on this rank's stages."""
+        name = "input_ids" if "input_ids" in part else "inputs_embeds"
+        if not any(part.get(label) is not None for label in LABELS):
+            raise ModelError("a pipeline computes a loss only; put labels into the batch before shard_batch")
+        is_last = self._count - 1 in self._mine
+        dropped = {name} | (set() if is_last else LABELS)
+        return part[name], {key: value for key, value in part.items() if key not in dropped}
+
+    def _schedule(self, parts: Sequence[Mapping[str, Any]], trains: bool) -> tuple[Any, list[PipelineStage]]:
+        """The schedule for micro-batches of this number and shape, and its stages on this rank; made once for each."""
+        ids = parts[0].get("input_ids", parts[0].get("inputs_embeds"))
+        assert isinstance(ids, Tensor)
+        key = (len(parts), ids.shape[:2], ids.dtype, trains)
+        if key not in self._schedules:
+            self._refuse_broken_rounds(len(parts))
+            few = self._options.schedule == "1f1b" and len(parts) < self._count  # 1F1B is then GPipe, and PyTorch refuses it
+            stages = [self._stage(index, ids, trains) for index in self._mine]
+            kind = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe, "interleaved": ScheduleInterleaved1F1B}[
+                "gpipe" if few else self._options.schedule
+            ]
+            given: Any = stages if self._options.schedule == "interleaved" else stages[0]
+            loss = (lambda output, _: output) if trains else None
+            self._schedules[key] = (kind(given, len(parts), loss_fn=loss, scale_grads=False), stages)
+        return self._schedules[key]
+
+    def _refuse_broken_rounds(self, micro_batches: int) -> None:
+        ranks = self._mesh.coordinate.pipeline
+        rounds = max(1, micro_batches // ranks)
+        if self._options.schedule == "interleaved" and (micro_batches % rounds or micro_batches < ranks):
+            raise ModelError(
+                f"interleaved stages need micro-batches in whole rounds of {ranks} ranks, and the step has {micro_batches}; "
+                f"pass a multiple of {ranks}, or use schedule='1f1b'"
+            )
+
+    def _stage(self, index: int, ids: Tensor, trains: bool) -> PipelineStage:
+        state = torch.empty(*ids.shape[:2], self._plan.hidden, dtype=self._dtype, device="meta", requires_grad=trains)
+        loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=trains)
+        return PipelineStage(
+            _StageModule(self, index), index, self._count, self._mesh.device, group=self._mesh.pipeline_group,
+            input_args=(ids.to("meta") if index == 0 else state,), output_args=(loss if index == self._count - 1 else state,),
+        )  # fmt: skip
+
+    def run(self, stage: int, x: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """The forward of one stage of this rank: ids (stage 0) or hidden states in, hidden states or the loss out."""
+        is_last, name = stage == self._count - 1, "inputs_embeds" if x.is_floating_point() else "input_ids"
+        more = given if is_last else {key: value for key, value in given.items() if key not in LABELS}
+        self._running = stage
+        try:
+            output = self._model(**{name: x}, **more)
+        finally:
+            self._running = None
+        result, self._hidden = output.loss if is_last else self._hidden, None
+        if not isinstance(result, Tensor):
+            raise ModelError(f"{type(self._model).__name__} returned no loss; put labels into the batch before shard_batch")
+        return result
+
+    def _refuse_direct_calls(self, model: nn.Module, *_: Any) -> None:
+        if self._running is None:
+            raise ModelError(
+                f"a model on pipeline={self._mesh.coordinate.pipeline} has some of its layers on each rank and cannot be "
+                f"called; use forward_backward(model, parts), under torch.no_grad() for an evaluation"
+            )
+
+    def _skip_others(self, model: nn.Module, *_: Any) -> None:
+        """A pre-hook: the modules of this rank's other stages pass their input through until the forward ends."""
+        assert self._running is not None
+        self._skipped.enter_context(skipping(model, self._plan, self._others[self._running]))
+
+    def _note_hidden(self, body: nn.Module, args: Any, output: Any) -> None:
+        self._hidden = self._plan.hidden_of(output)
+
+
+class _StageModule(nn.Module):
+    """One stage as PyTorch's schedules call it. The model is no submodule of it: FSDP2 and others have wrapped that already."""
+
+    def __init__(self, pipeline: PipelineParallel, stage: int) -> None:
+        super().__init__()
+        self._pipeline, self._stage = pipeline, stage
+
+    def forward(self, x: Tensor, **given: Any) -> Tensor:
+        return self._pipeline.run(self._stage, x, given)
+
+
+class _Copies:
+    """A weight that the first and the last stage both have: its gradients are summed once a step, and counted once in the norm.
+
+    Args:
+        model: the model, whose modules of other stages are gone.
+        names: the parameter's name on the first and on the last stage.
+        mesh: the ranks.
+    """
+
+    def __init__(self, model: nn.Module, names: tuple[str, str], mesh: ParallelMesh) -> None:
+        self._model, at = model, mesh.coordinate
+        ends = {0: names[0], at.pipeline - 1: names[1]}
+        self._name = ends.get(at.pipeline_rank)
+        self.second = names[1] if at.pipeline_rank == at.pipeline - 1 else None
+        ranks = [dist.get_global_rank(mesh.pipeline_group, rank) for rank in ends]
+        self._group = dist.new_group(ranks, use_local_synchronization=True) if self._name is not None else None
+
+    def sum_gradients(self) -> None:
+        """Replace the gradient of either copy by the sum of both, in fp32 (fp64 for fp64)."""
+        if self._name is not None:
+            sum_over(self._model.get_parameter(self._name), self._group)
+
+
+def _skipped(plan: PipelinePlan, name: str, module: nn.Module) -> Skipped:
+    return (SkippedHead if name in plan.heads else Skipped)(module)
+
+
+def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, leaf = name.rpartition(".")
+    return model.get_submodule(parent), leaf

@@ -1,0 +1,244 @@
+"""Pipeline parallel: the decoder on every schedule and beside the other axes is one device's; splits are integers."""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from longspan import (
+    BatchError,
+    LayoutError,
+    MemoryOptions,
+    ModelError,
+    ParallelMesh,
+    PipelineOptions,
+    clip_grad_norm_,
+    forward_backward,
+    parallelize,
+    shard_batch,
+    unparallelize,
+)
+from longspan.distributed import grad_sync, pipeline_parallel
+from longspan.distributed.pipeline_parallel import PipelinePlan, Skipped, SkippedHead, skipping, split_layers
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import DecoderConfig
+from tests.helpers.ranks import Ranks
+
+SHAPE = DecoderConfig(vocab=97, layers=5, hidden=32, heads=12, kv_heads=4, head_dim=4, ffn=24)
+ROWS, TOKENS, MICRO_BATCHES = 2, 23, 4
+INTERLEAVED = PipelineOptions("interleaved", stages_per_rank=2)
+PLAIN = MemoryOptions()
+
+
+def test_layers_are_split_by_their_cost() -> None:
+    assert split_layers([1.0] * 5, 2) == (range(3), range(3, 5))
+    assert split_layers([1.0] * 6, 2, last_cost=2.0) == (range(4), range(4, 6))
+    assert split_layers([1.0, 1.0, 5.0, 1.0], 3) == (range(2), range(2, 3), range(3, 4))
+
+
+@pytest.mark.parametrize(("costs", "stages"), [([3.0, 1.0, 4.0, 1.0, 5.0, 9.0], 3), ([2.0] * 7, 4), ([1.0, 8.0], 2)])
+def test_no_other_split_has_a_cheaper_stage(costs: list[float], stages: int) -> None:
+    def most(cuts: tuple[int, ...]) -> float:
+        edges = (0, *cuts, len(costs))
+        return max(sum(costs[a:b]) + (2.0 if b == len(costs) else 0) for a, b in pairwise(edges))
+
+    def all_cuts(start: int, left: int) -> list[tuple[int, ...]]:
+        if not left:
+            return [()]
+        return [(cut, *more) for cut in range(start, len(costs) - left + 1) for more in all_cuts(cut + 1, left - 1)]
+
+    runs = split_layers(costs, stages, last_cost=2.0)
+    assert most(tuple(run.start for run in runs[1:])) == min(map(most, all_cuts(1, stages - 1)))
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(LayoutError, match="2 layers cannot be split into 3 pipeline stages; use up to 2"):
+        split_layers([1.0, 1.0], 3)
+
+
+@pytest.mark.parametrize(("schedule", "per_rank"), [("zigzag", 1), ("1f1b", 2), ("interleaved", 1)])
+def test_options_that_do_not_go_together_are_refused(schedule: Any, per_rank: int) -> None:
+    with pytest.raises(LayoutError, match=r"is unknown|does not go with"):
+        PipelineOptions(schedule, per_rank)
+
+
+def test_what_is_skipped_passes_its_input_and_is_put_back() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 7))
+    plan = PipelinePlan(blocks=("0", "1"), first=(), last=(), heads=("2",), hidden=3, hidden_of=lambda output: output)
+    before, x = list(model), torch.ones(2, 3)
+    with skipping(model, plan, ["0", "2"]):
+        assert [type(module) for module in model] == [Skipped, nn.Linear, SkippedHead]
+        assert torch.equal(model[:2](x), before[1](x))
+        assert model(x).shape == ()
+    assert list(model) == before
+
+
+CASES: list[tuple[int, dict[str, int], PipelineOptions]] = [
+    (2, {"pipeline": 2}, PipelineOptions()),
+    (2, {"pipeline": 2}, INTERLEAVED),
+    (4, {"pipeline": 2, "ulysses": 2}, PipelineOptions("gpipe")),
+]
+MORE: list[tuple[int, dict[str, int], PipelineOptions]] = [
+    (4, {"pipeline": 2}, PipelineOptions()), (4, {"pipeline": 4}, PipelineOptions()),
+    (4, {"pipeline": 2, "ring": 2}, INTERLEAVED),
+    (4, {"pipeline": 2, "tensor": 2}, PipelineOptions()), (8, {"pipeline": 2, "tensor": 2, "ulysses": 2}, INTERLEAVED),
+    (8, {"pipeline": 2, "tensor": 2, "ring": 2}, PipelineOptions()), (8, {"pipeline": 2, "ulysses": 2}, PipelineOptions()),
+    (8, {"pipeline": 4, "ulysses": 2}, PipelineOptions()), (8, {"pipeline": 2, "tensor": 2}, PipelineOptions()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("zero", "tied"), [(0, True), (3, False)])
+@pytest.mark.parametrize(("ranks", "degrees", "options"), CASES, ids=str)
+def test_it_is_one_device(
+    ranks: int, degrees: dict[str, int], options: PipelineOptions, zero: int, tied: bool, pool: Callable[[int], Ranks]
+) -> None:
+    pool(ranks).run(equals_one_device, degrees, options, zero, tied, MemoryOptions(recompute="full") if zero else PLAIN)
+
+
+def test_eight_ranks_of_three_axes(pool: Callable[[int], Ranks]) -> None:
+    pool(8).run(equals_one_device, {"pipeline": 2, "tensor": 2, "ulysses": 2}, PipelineOptions(), 3, True, PLAIN)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("memory", [PLAIN, MemoryOptions(recompute="selective", head_chunks=2)], ids=["plain", "options"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize(("ranks", "degrees", "options"), CASES + MORE, ids=str)
+def test_it_is_one_device_with_every_option(
+    ranks: int, degrees: dict[str, int], options: PipelineOptions, zero: int, tied: bool, memory: MemoryOptions,
+    pool: Callable[[int], Ranks],
+) -> None:  # fmt: skip
+    pool(ranks).run(equals_one_device, degrees, options, zero, tied, memory)
+
+
+def model_of(tied: bool = False, **changes: Any) -> Decoder:
+    model = Decoder(DecoderConfig(**(vars(SHAPE) | {"tied": tied} | changes))).double()
+    for parameter in model.parameters():
+        parameter.data.mul_(5 if parameter.ndim > 1 else 1)  # else attention is uniform
+    return model
+
+
+def batches_of(mesh: ParallelMesh, count: int = MICRO_BATCHES) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """All rows of a step for one device, and the micro-batches of this replica; one of its rows has no labels."""
+    data, at = mesh.coordinate.data, mesh.coordinate.data_rank
+    ids = torch.randint(0, SHAPE.vocab, (count, data, ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, 0, 0, :9] = labels[-1, -1, 1] = -100
+    whole = {name: x.flatten(0, 2) for name, x in {"input_ids": ids, "labels": labels}.items()}
+    return whole, [{"input_ids": i[at], "labels": one[at]} for i, one in zip(ids, labels, strict=True)]
+
+
+def full(x: Tensor) -> Tensor:
+    whole: Tensor = x.full_tensor() if isinstance(x, DTensor) else x
+    return whole
+
+
+def equals_one_device(
+    degrees: Mapping[str, int], options: PipelineOptions, zero: int, tied: bool, memory: MemoryOptions
+) -> None:
+    mesh, reference = ParallelMesh(**degrees), model_of(tied)
+    model = parallelize(deepcopy(reference), mesh, zero=zero, memory=memory, pipeline=options)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, reference)]
+    whole, mine = batches_of(mesh)
+    for _ in range(3):
+        loss = reference(**whole).loss
+        loss.backward()
+        parts = shard_batch(mine, mesh)
+        with torch.no_grad():
+            torch.testing.assert_close(forward_backward(model, parts), loss.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(forward_backward(model, parts), loss.detach(), rtol=1e-12, atol=0)
+        assert_gradients_and_norm(model, reference)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def assert_gradients_and_norm(model: Decoder, reference: Decoder) -> None:
+    named = dict(reference.named_parameters(remove_duplicate=False))
+    total = torch.stack([p.grad.norm() for p in reference.parameters() if p.grad is not None]).norm()
+    for name, parameter in model.named_parameters():
+        wanted = named[name].grad
+        assert wanted is not None
+        assert parameter.grad is not None, name
+        error = (full(parameter.grad) - wanted).norm()
+        assert error <= 1e-10 * max(wanted.norm(), 1e-3 * total), f"{name} is off by {error:.1e}"
+    norm = clip_grad_norm_(model, 1e9)
+    assert abs(norm - total) <= 1e-10 * total, f"the norm is off by {norm - total:.1e}"
+
+
+def test_each_rank_holds_its_layers_under_their_own_names(pool: Callable[[int], Ranks]) -> None:
+    first, last = pool(2).run(held)
+    assert {name.split(".")[1] for name in first if "blocks" in name} == {"0", "1", "2"}
+    assert {name.split(".")[1] for name in last if "blocks" in name} == {"3", "4"}
+    assert "embed.weight" in first
+    assert {"norm.weight", "head.weight"} < set(last)
+
+
+def held() -> list[str]:
+    model = parallelize(model_of(), ParallelMesh(pipeline=2))
+    return [name for name, _ in model.named_parameters()]
+
+
+def test_what_a_pipeline_cannot_do_is_refused(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(refused)
+
+
+def refused() -> None:
+    mesh = ParallelMesh(pipeline=2)
+    model = parallelize(model_of(), mesh)
+    _, mine = batches_of(mesh)
+    with pytest.raises(ModelError, match=r"has some of its layers on each rank and cannot be called; use forward_backward"):
+        model(**shard_batch(mine[0], mesh))
+    with pytest.raises(ModelError, match="cut over tensor ranks or pipeline stages cannot be made whole"):
+        unparallelize(model)
+    shorter = {name: x[:, :-1] for name, x in mine[0].items()}
+    with pytest.raises(
+        BatchError, match=r"micro-batch 0 has 2 rows of 23 tokens and micro-batch 1 has 2 rows of 22; on pipeline=2"
+    ):
+        shard_batch([mine[0], shorter], mesh)
+    unlabelled = {"input_ids": mine[0]["input_ids"]}
+    with pytest.raises(ModelError, match="a pipeline computes a loss only; put labels into the batch"):
+        forward_backward(model, shard_batch([unlabelled], mesh))
+    assert forward_backward(model, shard_batch(mine[:1], mesh)) > 0  # fewer micro-batches than stages
+    other = mine[mesh.coordinate.pipeline_rank]
+    with pytest.raises(BatchError, match="ranks 0 and 1 share a sequence but were given different batches"):
+        shard_batch([other], mesh)
+    with pytest.raises(
+        ModelError, match="interleaved stages need micro-batches in whole rounds of 2 ranks, and the step has 5"
+    ):
+        forward_backward(parallelize(model_of(), mesh, pipeline=INTERLEAVED), shard_batch(batches_of(mesh, 5)[1], mesh))
+
+
+FAULTS = ["a tied weight averaged", "a stage's norm left out", "a tied weight not summed"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(fault: str, pool: Callable[[int], Ranks]) -> None:
+    with pytest.raises(AssertionError, match=r"is off by|not close"):
+        pool(2).run(planted, fault)
+
+
+def planted(fault: str) -> None:
+    right_sum, right_norm = pipeline_parallel.sum_over, grad_sync.StageNorm.norm
+
+    def averaged(parameter: Tensor, group: Any) -> None:
+        right_sum(parameter, group)
+        assert parameter.grad is not None
+        parameter.grad.div_(2)
+
+    if fault == FAULTS[0]:
+        pipeline_parallel.sum_over = averaged
+    elif fault == FAULTS[1]:
+        grad_sync.StageNorm.norm = lambda self, model: grad_sync.grad_norm(model.parameters())  # type: ignore[method-assign]
+    else:
+        pipeline_parallel.sum_over = lambda parameter, group: None
+    try:
+        equals_one_device({"pipeline": 2}, PipelineOptions(), 0, True, PLAIN)
+    finally:
+        pipeline_parallel.sum_over = right_sum
+        grad_sync.StageNorm.norm = right_norm  # type: ignore[method-assign]

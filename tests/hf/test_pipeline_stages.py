@@ -1,0 +1,133 @@
+"""Pipeline stages of Hugging Face models by their own plans: exact, or refused by name before anything is split."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from longspan import (
+    LongspanError,
+    MemoryOptions,
+    ModelError,
+    ParallelMesh,
+    PipelineOptions,
+    forward_backward,
+    parallelize,
+    shard_batch,
+)
+from longspan.batch.labels import IGNORE
+from tests.helpers.hf_models import KINDS, batches, build, forward_alone, targets
+from tests.helpers.ranks import Ranks
+
+EXACT = ["llama", "qwen3", "gemma2", "mixtral", "gpt_oss"]
+MORE = ["qwen3_moe", "gemma3", "deepseek_v3", "olmo2", "gpt_neox", "starcoder2", "mistral", "qwen2", "phi3, longrope"]
+BOTH = {"pipeline": 2, "ulysses": 2}
+INTERLEAVED = PipelineOptions("interleaved", stages_per_rank=2)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_it_is_one_device(name: str, pool: Callable[[int], Ranks]) -> None:
+    pool(4).run(equals_one_device, name, BOTH, 3, "packed", PipelineOptions(), MemoryOptions(recompute="full"), {})
+
+
+def test_a_tied_head_and_padding_on_interleaved_stages(pool: Callable[[int], Ranks]) -> None:
+    more = {"tie_word_embeddings": True}
+    pool(2).run(equals_one_device, "llama", {"pipeline": 2}, 0, "left padding", INTERLEAVED, MemoryOptions(), more)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("batch", ["odd length", "packed", "right padding", "a rank without labels"])
+@pytest.mark.parametrize(
+    ("degrees", "zero", "options"),
+    [
+        ({"pipeline": 2}, 0, INTERLEAVED),
+        (BOTH, 2, PipelineOptions("gpipe")),
+        ({"pipeline": 2, "ring": 2}, 0, PipelineOptions()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", EXACT + MORE)
+def test_it_is_one_device_for_every_batch(
+    name: str, degrees: dict[str, int], zero: int, options: PipelineOptions, batch: str, pool: Callable[[int], Ranks]
+) -> None:
+    more = {"tie_word_embeddings": True} if zero else {}
+    pool(4).run(equals_one_device, name, degrees, zero, batch, options, MemoryOptions(chunked_loss=zero == 2), more)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mixtral", "qwen3_moe"])
+def test_beside_tensor_parallelism(name: str, pool: Callable[[int], Ranks]) -> None:
+    pool(4).run(equals_one_device, name, {"pipeline": 2, "tensor": 2}, 0, "odd length", PipelineOptions(), MemoryOptions(), {})
+
+
+def equals_one_device(
+    name: str, degrees: dict[str, int], zero: int, batch: str, options: PipelineOptions, memory: MemoryOptions,
+    config: dict[str, Any],
+) -> None:  # fmt: skip
+    """Loss and gradients of two micro-batches, the second with its rows in the other order."""
+    mesh, more = ParallelMesh(**degrees), {"num_hidden_layers": 4, **config}
+    reference, model = build(name, **more), build(name, **more)
+    parallelize(model, mesh, zero=zero, memory=memory, pipeline=options)
+    one = batches(batch, False)
+    whole = [one, {key: value.flip(0) for key, value in one.items()}]
+    counts = [int((targets(each["labels"], False) != IGNORE).sum()) for each in whole]
+    losses = [forward_alone(reference, each, False)[0] * count / sum(counts) for each, count in zip(whole, counts, strict=True)]
+    loss = torch.stack(losses).sum()
+    loss.backward()
+    got = forward_backward(model, shard_batch(whole, mesh))
+    torch.testing.assert_close(got.double(), loss.detach().double(), rtol=1e-5, atol=1e-6)  # Transformers' loss is fp32
+    named = dict(reference.named_parameters(remove_duplicate=False))
+    total = torch.stack([p.grad.norm() for p in reference.parameters() if p.grad is not None]).norm().item()
+    exact = KINDS[name].dtype == torch.float64 and KINDS[name].tolerance < 1e-9
+    for parameter_name, parameter in model.named_parameters():
+        want = named[parameter_name].grad
+        if want is None:
+            continue
+        assert parameter.grad is not None, parameter_name
+        mine = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        error = (mine - want).norm().item()
+        assert error <= (1e-10 if exact else 2e-5) * max(want.norm().item(), 1e-3 * total), f"{parameter_name}: {error:.1e}"
+
+
+REFUSALS = [
+    ("gpt2", {}, "GPT2LMHeadModel has no base_model_pp_plan"),
+    ("mixtral", {"output_router_logits": True}, "balance loss of its experts"),
+    ("llama", {"num_hidden_layers": 1}, "1 layers cannot be split into 2 pipeline stages"),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "text"), REFUSALS)
+def test_what_is_not_exact_is_refused(name: str, config: dict[str, Any], text: str, pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(refused, name, config, text)
+
+
+def refused(name: str, config: dict[str, Any], text: str) -> None:
+    with pytest.raises(LongspanError, match=text):
+        parallelize(build(name, **config), ParallelMesh(pipeline=2))
+
+
+def test_layers_that_read_more_than_hidden_states_are_refused(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(reads_more)
+
+
+class Adds(nn.Module):
+    """Token-wise, but of the embedding that another stage has: what the base model hands to a later layer."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self._held: list[torch.Tensor] = []
+        model.model.embed_tokens.register_forward_hook(lambda module, args, output: self._held.append(output))
+        model.model.register_forward_hook(lambda *_: self._held.clear())
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + (self._held[-1] if self._held else 0)
+
+
+def reads_more() -> None:
+    model = build("llama", num_hidden_layers=2)
+    model.model.layers[1].mlp = Adds(model)
+    with pytest.raises(ModelError, match="read more than the hidden states of the layer before"):
+        parallelize(model, ParallelMesh(pipeline=2))
