@@ -22,7 +22,7 @@ from torch import Tensor
 from longspan.attention.plan import AttentionPlan, HeadChunk, Hop
 from longspan.distributed.collectives import Arrival
 from longspan.distributed.layout import Runs, consecutive, select
-from longspan.kernels.protocol import Gradients, Partial, merge_weights
+from longspan.kernels.protocol import Gradients, Partial, accumulation_dtype, merge_weights
 from longspan.masks.bands import Band, localize
 
 
@@ -114,6 +114,9 @@ def backward(
         bias = plan.bias_of(chunk, hop.arriving, parameters)
         if total is None:
             total = kernel.backward(dout, q, k_piece, v_piece, out, lse, bands=hop.bands, bias=bias)
+            if len(plan.hops) > 1:  # what follows is added to it
+                dq, dk, dv = (x.to(accumulation_dtype(x.dtype)) for x in total[:3])
+                total = dq, dk, dv, total[3]
             continue
         dk, dv = k_piece.to(total[1].dtype), v_piece.to(total[2].dtype)  # no rows, where this hop serves other ranks
         if hop.bands:

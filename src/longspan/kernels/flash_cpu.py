@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longspan import _compat
 from longspan.kernels.matmul import product_dtype
-from longspan.kernels.tiles import Shape, Stack, columns
+from longspan.kernels.tiles import Shape, Stack
 
 FlashPartial = tuple[Float[Tensor, "tiles heads rows dim"], Float[Tensor, "tiles heads rows"]]
 FlashGradients = tuple[
@@ -22,10 +22,6 @@ FlashGradients = tuple[
 
 _forward_cpu = _compat.flash_forward("cpu")
 _backward_cpu = _compat.flash_backward("cpu")
-
-
-arrange = columns
-"""Function from stacks to stacks, applied before the calls: cuts tiles into columns of keys that stay in a CPU's cache."""
 
 
 def lacks(dtype: torch.dtype, dim: int) -> str | None:

@@ -1,80 +1,171 @@
-"""PyTorch's flash attention operators on CUDA, applied to one stack of tiles. Never run on a GPU, only with fake tensors.
+"""PyTorch's flash attention operators on CUDA, over the bands of a mask. Never run on a GPU, only with fake tensors.
 
-    LOWER      is_causal (aligned bottom right, which is top left in a square)
-    UPPER      window (0, unlimited)                    BAND  window (keys - rows, 0), aligned bottom right
-    documents  one variable-length call for all of them: cum_seq_q, cum_seq_k
+    bands --plan--> calls    one band         dense call with a window            [1, rows, heads, dim]
+                             a chain of bands variable-length call with a window  [rows of all documents, heads, dim]
 
-The same functions as flash_cpu.py. The operators take [tiles, tokens, heads, dim]. For a dense call the cumulative lengths are
-None: the operators take an empty tensor for a variable-length call.
+Which keys a call shows is decided on integers, once for each mask (flash_calls.py); the cumulative lengths of its documents are
+put on the device once for each mask, without waiting for the device. Where each query is in one call, results keep the dtype of
+the operator; else they are merged, and gradients summed, in fp32. For a dense call the cumulative lengths are None: the
+operators take an empty tensor for a variable-length call. FlashAttention 3, where a program has activated it in PyTorch,
+replaces these operators.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from longspan import _compat
-from longspan.kernels.tiles import Shape, Stack, corners
+from longspan.kernels.flash_calls import Call, head_groups, plan
+from longspan.kernels.protocol import Partial, accumulation_dtype, merge_weights
+from longspan.masks.bands import Band
 
 _forward_cuda = _compat.flash_forward("cuda")
 _backward_cuda = _compat.flash_backward("cuda")
 
-arrange = corners
-"""Function from stacks to stacks, applied before the calls: joins packed documents into one variable-length call."""
-
-Lengths = tuple[Tensor | None, Tensor | None, int, int]  # cum_seq_q, cum_seq_k, max_q, max_k
+MOST_ELEMENTS = 2**31
+"""A call with as many elements of one tensor would overflow the operator's 32-bit indices."""
+AMPERE = (8, 0)
+"""The oldest compute capability that the operators have kernels for."""
 
 
 def lacks(dtype: torch.dtype, dim: int) -> str | None:
-    """The reason, as a sentence, why the operators do not support this dtype and head dim; None if they do."""
+    """The reason, as a sentence, why the operators do not support this dtype and head dim on this GPU; None if they do."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"flash attention on cuda takes fp16 and bf16, not {dtype}"
     if dim % 8 or dim > 256:
         return f"flash attention on cuda takes head dims that are multiples of 8 up to 256, not {dim}"
+    capability = _capability()
+    if capability is not None and capability < AMPERE:
+        return (
+            f"flash attention on cuda needs compute capability 8.0 (Ampere), and this GPU has {'.'.join(map(str, capability))}"
+        )
     return None
 
 
-def forward(stack: Stack, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    left, right = _window(stack)
-    out, lse, *_ = _forward_cuda(
-        *(_operand(stack, x) for x in (q, k, v)), *_lengths(stack, q.device), 0.0, stack.shape is Shape.LOWER, False,
-        scale=scale, window_size_left=left, window_size_right=right,
-    )  # fmt: skip
-    return _tile(stack, out), lse[None] if stack.documents else lse
+@lru_cache(maxsize=1)
+def _capability() -> tuple[int, int] | None:
+    """The compute capability of this process's GPU; None where it sees none, or a GPU of another maker than NVIDIA."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() and torch.version.hip is None else None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[Band], scale: float) -> Partial:
+    """Attention of ``q`` over the keys that ``bands`` show: (out [queries, heads, dim], log-sum-exp [heads, queries]).
+
+    ``out`` has the dtype of ``q`` if each query is in one call, else fp32; the log-sum-exp is fp32.
+    """
+    planned = plan(tuple(bands))
+    if len(planned.calls) == 1 and planned.calls[0].rows == len(q):
+        return _call_forward(planned.calls[0], q, k, v, scale)
+    out = torch.zeros(q.shape, dtype=q.dtype if planned.disjoint_queries else accumulation_dtype(q.dtype), device=q.device)
+    lse = out.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=accumulation_dtype(q.dtype))
+    for call in planned.calls:
+        rows = slice(call.q_start, call.q_start + call.rows)
+        part, part_lse = _call_forward(call, q, k, v, scale)
+        if call.fresh:
+            out[rows], lse[:, rows] = part, part_lse
+        else:
+            both, weight, part_weight = merge_weights(lse[:, rows], part_lse)
+            out[rows].mul_(weight.T.unsqueeze(2)).add_(part * part_weight.T.unsqueeze(2))
+            lse[:, rows] = both
+    return out, lse
 
 
 def backward(
-    stack: Stack, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bands: Sequence[Band], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    left, right = _window(stack)
-    dq, dk, dv = _backward_cuda(
-        *(_operand(stack, x) for x in (dout, q, k, v, out)), (lse[0] if stack.documents else lse).contiguous(),
-        *_lengths(stack, q.device), 0.0, stack.shape is Shape.LOWER, None, None,  # without dropout there is no random state
-        scale=scale, window_size_left=left, window_size_right=right,
-    )  # fmt: skip
-    return _tile(stack, dq), _tile(stack, dk), _tile(stack, dv)
+    """The gradients (dq, dk, dv) for the keys in ``k``, from output and log-sum-exp over all keys of each query.
 
-
-def _window(stack: Stack) -> tuple[int | None, int | None]:
-    if stack.shape is Shape.UPPER:
-        return 0, None
-    return (stack.keys - stack.rows, 0) if stack.shape is Shape.BAND else (None, None)
-
-
-def _lengths(stack: Stack, device: torch.device) -> Lengths:
-    if not stack.documents:
-        return None, None, stack.rows, stack.keys
-    rows, keys = zip(*stack.documents)
-    cum_seq_q, cum_seq_k = (
-        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (rows, keys)
+    dq has the dtype of ``q`` if each query is in one call, dk and dv that of ``k`` if each key is; else they are fp32.
+    """
+    planned = plan(tuple(bands))
+    dout, out = dout.to(q.dtype), out.to(q.dtype)
+    if len(planned.calls) == 1 and (planned.calls[0].rows, planned.calls[0].keys) == (len(q), len(k)):
+        return _call_backward(planned.calls[0], dout, q, k, v, out, lse, scale)
+    dq = torch.zeros(q.shape, dtype=q.dtype if planned.disjoint_queries else accumulation_dtype(q.dtype), device=q.device)
+    dk, dv = (
+        torch.zeros(x.shape, dtype=x.dtype if planned.disjoint_keys else accumulation_dtype(x.dtype), device=x.device)
+        for x in (k, v)
     )
-    return cum_seq_q, cum_seq_k, max(rows), max(keys)
+    for call in planned.calls:
+        rows, keys = slice(call.q_start, call.q_start + call.rows), slice(call.k_start, call.k_start + call.keys)
+        parts = _call_backward(call, dout, q, k, v, out, lse, scale)
+        for total, run, part in zip((dq, dk, dv), (rows, keys, keys), parts):
+            total[run] += part
+    return dq, dk, dv
 
 
-def _operand(stack: Stack, x_THSD: Tensor) -> Tensor:
-    x_TSHD = x_THSD.transpose(1, 2)
-    return x_TSHD[0] if stack.documents else x_TSHD
+def _call_forward(call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+    q, k, v = q[call.q_start :][: call.rows], k[call.k_start :][: call.keys], v[call.k_start :][: call.keys]
+    parts = []
+    for heads, kv in head_groups(q.shape[1], k.shape[1], call.rows, call.keys, q.shape[2], MOST_ELEMENTS):
+        out, lse, *_ = _forward_cuda(
+            *(_operand(call, x) for x in (q[:, heads], k[:, kv], v[:, kv])), *_lengths(call, q.device), 0.0, _is_causal(call),
+            False, scale=scale, **_window(call),
+        )  # fmt: skip
+        parts.append((out, lse) if len(call.lengths) > 1 else (out[0], lse[0]))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts])
 
 
-def _tile(stack: Stack, x: Tensor) -> Tensor:
-    return (x[None] if stack.documents else x).transpose(1, 2)
+def _call_backward(
+    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, keys = slice(call.q_start, call.q_start + call.rows), slice(call.k_start, call.k_start + call.keys)
+    groups = head_groups(q.shape[1], k.shape[1], call.rows, call.keys, q.shape[2], MOST_ELEMENTS)
+    parts = []
+    for heads, kv in groups:
+        queries, columns = [x[rows, heads] for x in (dout, q, out)], [x[keys, kv] for x in (k, v)]
+        own_dout, own_q, own_k, own_v, own_out = (_operand(call, x) for x in (*queries[:2], *columns, queries[2]))
+        own_lse = (lse[heads, rows] if len(call.lengths) > 1 else lse[None, heads, rows]).contiguous()
+        grads = _backward_cuda(
+            own_dout, own_q, own_k, own_v, own_out, own_lse, *_lengths(call, q.device), 0.0, _is_causal(call),
+            None, None, scale=scale, **_window(call),  # without dropout there is no random state
+        )  # fmt: skip
+        parts.append([x if len(call.lengths) > 1 else x[0] for x in grads])
+    if len(parts) == 1:
+        dq, dk, dv = parts[0]
+        return dq, dk, dv
+    dk, dv = (torch.zeros_like(x[keys], dtype=accumulation_dtype(x.dtype)) for x in (k, v))
+    for (_, kv), (_, dk_part, dv_part) in zip(groups, parts):
+        dk[:, kv] += dk_part
+        dv[:, kv] += dv_part
+    return torch.cat([part[0] for part in parts], 1), dk, dv
+
+
+def _operand(call: Call, x_SHD: Tensor) -> Tensor:
+    """``x_SHD`` as the operator takes it: with a batch dim where the call is dense."""
+    return x_SHD if len(call.lengths) > 1 else x_SHD[None]
+
+
+def _is_causal(call: Call) -> bool:
+    return call.left.limit is None and call.right.limit == 0
+
+
+def _window(call: Call) -> dict[str, int | None]:
+    """The windows as keywords of the operator; causal has its own argument, and None is unlimited."""
+    if _is_causal(call):
+        return {"window_size_left": None, "window_size_right": None}
+    return {"window_size_left": call.left.limit, "window_size_right": call.right.limit}
+
+
+def _lengths(call: Call, device: torch.device) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """cum_seq_q, cum_seq_k, max_q and max_k of the operator."""
+    rows, keys = zip(*call.lengths)
+    if len(rows) == 1:
+        return None, None, rows[0], keys[0]
+    return *_cumulative(call.lengths, device), max(rows), max(keys)
+
+
+@lru_cache(maxsize=64)
+def _cumulative(lengths: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cumulative numbers of queries and of keys, int32 [documents + 1] on ``device``.
+
+    One copy from pinned memory, for which the host does not wait.
+    """
+    sums = torch.tensor([[0, *accumulate(sizes)] for sizes in zip(*lengths)], dtype=torch.int32, device="cpu")
+    q_sums, k_sums = (sums.pin_memory() if device.type != "cpu" else sums).to(device, non_blocking=True)
+    return q_sums, k_sums

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longspan._compat import autograd_below_autograd
-from longspan.kernels.protocol import BoundBias, Gradients, Kernel, Partial
+from longspan.kernels.protocol import BoundBias, Gradients, Kernel, Partial, accumulation_dtype
 from longspan.masks.bands import Band
 
 Groups = tuple[tuple[slice, slice], ...]
@@ -78,7 +78,7 @@ class GroupedKernel(NamedTuple):
         dq = _join([part[0] for part in parts], 1)
         if len(parts) == 1:
             return dq, *parts[0][1:]
-        dk, dv = (torch.zeros_like(x, dtype=dq.dtype) for x in (k, v))
+        dk, dv = (torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in (k, v))
         for (_, kv), (_, dk_part, dv_part, _) in zip(self.groups, parts):
             dk[:, kv] += dk_part  # a key/value head at the border of two groups is in both
             dv[:, kv] += dv_part

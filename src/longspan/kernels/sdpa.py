@@ -5,12 +5,14 @@
 
 Time is proportional to the number of visible (query, key) pairs, memory to the number of tokens: a large stack is computed in
 chunks, and only the overlapping keys and values of one chunk are copied. Partial results are merged, and gradients summed, in
-fp32 (fp64 for fp64 inputs). tiles.py makes the tiles; flash_cpu.py and flash_cuda.py call the operators.
+fp32 (fp64 for fp64 inputs). tiles.py makes the tiles and flash_cpu.py calls the operators of the CPU. On CUDA, where the
+operators have windows and variable lengths, a band is one call (flash_cuda.py).
 
 The suffix of a tensor's name gives its dims: N all tokens, H heads, D head dim, T tiles of a stack, S tokens of a tile.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -19,11 +21,11 @@ from torch import Tensor
 from longspan.errors import KernelError
 from longspan.kernels import flash_cpu, flash_cuda
 from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, accumulation_dtype, merge_weights
-from longspan.kernels.tiles import Stack, plan
+from longspan.kernels.tiles import Stack, columns, plan
 from longspan.masks.bands import Band
 
 OPERATORS = {"cpu": flash_cpu, "cuda": flash_cuda}
-"""By device type, the module that calls PyTorch's flash operators there: ``arrange``, ``lacks``, ``forward``, ``backward``."""
+"""By device type, the module that calls PyTorch's flash operators there and says by ``lacks`` what they do not support."""
 CHUNK = 2**21
 """The most elements of q, k and v together that one call of an operator gets; a single larger tile is still one call."""
 
@@ -59,16 +61,18 @@ class SDPA:
         bias: BoundBias | None = None,
     ) -> Partial:
         _refuse(softcap, bias)
-        dtype, flash = accumulation_dtype(q.dtype), OPERATORS[q.device.type]
+        dtype = accumulation_dtype(q.dtype)
         q, k, v = (_readable(x) for x in (q, k, v))
-        stacks = flash.arrange(plan(bands))
+        if OPERATORS[q.device.type] is flash_cuda:
+            return flash_cuda.forward(q, k, v, bands, scale)
+        stacks = _stacks(tuple(bands))
         if _is_one_call(stacks, q):
-            part, part_lse = flash.forward(stacks[0], *_tiles_of(stacks[0], q, k, v), scale)
+            part, part_lse = flash_cpu.forward(stacks[0], *_tiles_of(stacks[0], q, k, v), scale)
             return part[0].transpose(0, 1).to(dtype), part_lse[0]
         out = q.new_zeros(q.shape, dtype=dtype)
         lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=dtype)
         for stack in _chunked(stacks, q, k):
-            part, part_lse = flash.forward(stack, *_tiles_of(stack, q, k, v), scale)
+            part, part_lse = flash_cpu.forward(stack, *_tiles_of(stack, q, k, v), scale)
             out_tiles, lse_tiles = _queries(stack, out), _queries(stack, lse.T.unsqueeze(2)).squeeze(3)
             if stack.fresh:
                 out_tiles.copy_(part)
@@ -92,18 +96,26 @@ class SDPA:
         bias: BoundBias | None = None,
     ) -> Gradients:
         _refuse(softcap, bias)
-        dtype, flash = accumulation_dtype(q.dtype), OPERATORS[q.device.type]
+        dtype = accumulation_dtype(q.dtype)
         dout, q, k, v, out = (_readable(x) for x in (dout, q, k, v, out))
+        if OPERATORS[q.device.type] is flash_cuda:
+            return *flash_cuda.backward(dout, q, k, v, out, lse, bands, scale), []
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
-        for stack in _chunked(flash.arrange(plan(bands)), q, k):
+        for stack in _chunked(_stacks(tuple(bands)), q, k):
             dout_tiles, out_tiles = (_queries(stack, x).to(q.dtype) for x in (dout, out))
             lse_tiles = _queries(stack, lse.T.unsqueeze(2)).squeeze(3)
             q_tiles, k_tiles, v_tiles = _tiles_of(stack, q, k, v)
-            parts = flash.backward(stack, dout_tiles, q_tiles, k_tiles, v_tiles, out_tiles, lse_tiles, scale)
+            parts = flash_cpu.backward(stack, dout_tiles, q_tiles, k_tiles, v_tiles, out_tiles, lse_tiles, scale)
             _queries(stack, dq).add_(parts[0])
             _add_keys(stack, dk, parts[1])
             _add_keys(stack, dv, parts[2])
         return dq, dk, dv, []
+
+
+@lru_cache(maxsize=64)
+def _stacks(bands: tuple[Band, ...]) -> tuple[Stack, ...]:
+    """The tiles of a mask on a CPU, made once for all layers and passes."""
+    return columns(plan(bands))
 
 
 def _refuse(softcap: float | None, bias: BoundBias | None) -> None:

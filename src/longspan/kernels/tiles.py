@@ -64,8 +64,6 @@ class Stack:
     Attributes:
         rows, keys: the number of queries and of keys of one tile.
         fresh: no query of this stack is in an earlier stack of the plan, so its results are written, not merged.
-        documents: (rows, keys) of tiles of unequal sizes that follow one another along the diagonal and together have ``rows``
-            queries and ``keys`` keys (see ``corners``); empty for ordinary tiles.
     """
 
     shape: Shape
@@ -77,7 +75,6 @@ class Stack:
     q_step: int = 0
     k_step: int = 0
     fresh: bool = True
-    documents: tuple[tuple[int, int], ...] = ()
 
     @property
     def q_stop(self) -> int:
@@ -105,22 +102,6 @@ def plan(bands: Sequence[Band]) -> tuple[Stack, ...]:
     return tuple(stacks)
 
 
-def corners(stacks: Sequence[Stack]) -> tuple[Stack, ...]:
-    """The same stacks, with each chain of single tiles that touch at their corners joined into one stack of count 1.
-
-    Two tiles touch if the second begins at the query and the key after the last ones of the first; only neighbours in
-    ``stacks`` of the same shape are joined. Packed documents give such chains: the joined stack has their sizes in
-    ``documents`` and is one variable-length operator call.
-    """
-    chains: list[list[Stack]] = []
-    for stack in stacks:
-        if chains and _touch(chains[-1][-1], stack):
-            chains[-1].append(stack)
-        else:
-            chains.append([stack])
-    return tuple(chain[0] if len(chain) == 1 else _documents(chain) for chain in chains)
-
-
 def columns(stacks: Sequence[Stack], keys: int = COLUMN) -> tuple[Stack, ...]:
     """The same stacks with large single tiles cut into columns of at most ``keys`` keys, which need less memory at a time.
 
@@ -144,16 +125,6 @@ def _columns(stack: Stack, keys: int) -> Iterator[Stack]:
             column = replace(column, shape=Shape.RECTANGLE, q_start=stack.q_start + below, rows=stack.rows - below)
         if column.rows:
             yield column
-
-
-def _touch(a: Stack, b: Stack) -> bool:
-    alike = a.shape is b.shape and a.fresh == b.fresh and a.count == b.count == 1
-    return alike and (b.q_start, b.k_start) == (a.q_start + a.rows, a.k_start + a.keys)
-
-
-def _documents(chain: Sequence[Stack]) -> Stack:
-    lengths = tuple((tile.rows, tile.keys) for tile in chain)
-    return replace(chain[0], rows=sum(rows for rows, _ in lengths), keys=sum(keys for _, keys in lengths), documents=lengths)
 
 
 def _cut(band: Band) -> Iterator[Stack]:
