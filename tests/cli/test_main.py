@@ -31,7 +31,7 @@ FLAGS = {
         dtype model layers heads kv_heads tokens rows seed json
     """,
     "plan": """
-        model hardware gpus tokens rows dtype price goal pipeline ring ulysses tensor zero recompute explain json debug
+        model hardware gpus tokens rows dtype price goal pipeline ring ulysses tensor zero recompute explain json html debug
     """,
 }
 

@@ -18,6 +18,13 @@ def test_the_table_names_the_best_layout_and_its_uncertainty(capsys: pytest.Capt
     assert "- Megatron sequence parallelism would send 4·N·h" in text
 
 
+def test_a_page_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "llama-1b", "--gpus", "2", "--tokens", "4096", "--html", str(tmp_path / "a.html")]) == 0
+    assert "llama-1b on H100" in (tmp_path / "a.html").read_text()
+    assert "best " in capsys.readouterr().out
+    assert main(["plan", "--gpus", "2", "--tokens", "4096", "--html", str(tmp_path / "no" / "a.html")]) == 2
+
+
 def test_json_has_every_number(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--gpus", "8", "--ulysses", "4", "--recompute", "full", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

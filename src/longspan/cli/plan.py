@@ -1,16 +1,18 @@
 """``longspan plan``: the best layout of a cluster for a model, from formulas. It starts no ranks and imports no torch.
 
-longspan plan --model llama-70b --gpus 64 --tokens 1048576    ->   a table, --explain: sentences, --json: all numbers
+longspan plan --model llama-70b --gpus 64 --tokens 1048576    ->  a table, or --explain, --json, --html
 """
 
 import json
 from dataclasses import asdict, dataclass
+from io import StringIO
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from longspan.errors import RunError
 from longspan.planner.explain import MEMORY_ERROR, kinds, parts
+from longspan.planner.page import write_page
 from longspan.planner.plan import Choice, Plan, plan
 
 GIB = 2**30
@@ -57,6 +59,8 @@ class PlanSettings:
     """Print what binds, what a layer sends, what doubling the tokens does, and why the runner-up lost."""
     json: bool = False
     """Print every number as JSON instead of the table."""
+    html: Annotated[str | None, _optional("no page", "FILE")] = None
+    """Write a page with plots of time and memory against length, and what-if controls, to this file."""
     debug: bool = False
     """Show the traceback of an error beside its message."""
 
@@ -96,10 +100,12 @@ def work(settings: PlanSettings) -> int:
         goal=settings.goal,
         fixed=settings.fixed,
     )
+    if settings.html is not None:
+        write_page(found, settings.html)
     if settings.json:
         print(json.dumps(as_numbers(found), indent=2))
         return 0
-    _print_table(found)
+    print(_table(found))
     if settings.explain:
         print("\n".join(f"- {sentence}" for sentence in found.best.explain()))
         print(f"- {found.lost}." if found.lost else "- No other layout fits.")
@@ -133,11 +139,12 @@ def as_numbers(found: Plan) -> dict[str, Any]:
     }
 
 
-def _print_table(found: Plan) -> None:
+def _table(found: Plan) -> str:
+    """The plan as text: what was asked, and best and runner-up side by side."""
     from rich.console import Console
     from rich.table import Table
 
-    console, best, where = Console(highlight=False, soft_wrap=True), found.best, found.cluster
+    console, best, where = Console(file=StringIO(), width=160, highlight=False, soft_wrap=True), found.best, found.cluster
     console.print(
         f"{found.model.name}, {found.model.parameters / 1e9:.3g}B parameters, on {where.gpus} {where.accelerator.name}: "
         f"{found.workload.rows} x {found.workload.tokens:,} tokens a step"
@@ -153,6 +160,7 @@ def _print_table(found: Plan) -> None:
     if found.runner_up is not None:
         console.print(f"runner-up  {found.runner_up.strategy}")
     console.print("Predicted by formulas that were compared with published measurements, never on a GPU of longspan's own.")
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
 def _lines(best: Choice, other: Choice | None) -> list[tuple[str, list[str]]]:
