@@ -10,7 +10,7 @@ from longspan.kernels import flex
 from longspan.kernels.online import Online
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.sdpa import SDPA
-from longspan.kernels.table import KERNELS, choose
+from longspan.kernels.table import KERNELS, PREFERENCES, choose
 from longspan.masks.constructors import Causal
 from tests.helpers.kernel_cases import Slopes, draw_inputs, run
 
@@ -25,11 +25,24 @@ def test_auto_takes_the_fused_operators_where_they_can() -> None:
     assert ask("auto", softcap=30.0).name == "online"
     assert ask("auto", v_dim=32).name == "online"
     assert ask("auto", bias=Slopes(2)).name == "online"
-    assert ask("auto", device_type="cuda").name == "online"
+    assert ask("auto", device_type="cuda").name == "flex"
+    assert ask("auto", device_type="cuda", dtype=torch.bfloat16, softcap=30.0).name == "flex"
+    assert ask("auto", device_type="cuda", dtype=torch.bfloat16, v_dim=128).name == "flex"
+    assert ask("auto", device_type="cuda", dtype=torch.float64).name == "online"
+    assert ask("auto", device_type="cuda", bias=Slopes(2)).name == "online"
+    assert ask("auto", device_type="cuda", qk_dim=8, v_dim=8).name == "online"
+    assert ask("auto", device_type="xpu").name == "online"
     assert ask("auto", device_type="cuda", dtype=torch.bfloat16).name == "sdpa"
     assert ask("flex", device_type="cuda").name == "flex"
     mine = Online()
     assert ask(mine) is mine
+
+
+def test_a_choice_for_a_gpu_says_that_it_was_never_measured() -> None:
+    assert [(row.device_type, row.basis.partition(":")[0]) for row in PREFERENCES if row.device_type != "cpu"] == [
+        ("cuda", "assumed")
+    ]
+    assert all(set(row.kernels) <= set(KERNELS) for row in PREFERENCES)
 
 
 @pytest.mark.parametrize(

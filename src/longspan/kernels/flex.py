@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import AuxOutput, BlockMask
 
 
+LEAST_DIM = 16
+"""The smallest head dim that inductor's kernel for CUDA takes."""
+
+
 class Flex:
     """Kernel "flex": ``flex_attention`` for any bands, with softcap, and with a value head dim that may differ from q's."""
 
@@ -39,6 +43,8 @@ class Flex:
             return f"flex_attention has no backward on {need.device_type}, only on cuda"
         if need.dtype == torch.float64:
             return "flex_attention is compiled for fp32, bf16 and fp16, not for fp64"
+        if min(need.qk_dim, need.v_dim) < LEAST_DIM:
+            return f"flex_attention is compiled for head dims of at least {LEAST_DIM}, not {min(need.qk_dim, need.v_dim)}"
         if need.bias:
             return "flex_attention takes a bias score by score, not tile by tile"
         return None
@@ -139,10 +145,11 @@ def intervals(bands: Sequence[Band], queries: int, device: torch.device) -> Inte
     for band in sorted(bands):
         free = next((i for i, (stop, _) in enumerate(layers) if stop <= band.q_start), len(layers))
         layers[free:] = [(band.q_stop, [*layers[free][1], band] if free < len(layers) else [band]), *layers[free + 1 :]]
-    first, stop = torch.zeros(2, max(1, len(layers)), queries, dtype=torch.int32)
+    count = 1 << max(0, len(layers) - 1).bit_length()  # few different counts, each of which is compiled once
+    first, stop = torch.zeros(2, count, queries, dtype=torch.int32, device="cpu")
     for i, (_, held) in enumerate(layers):
         for band in held:
-            rows = torch.arange(band.q_start, band.q_stop, dtype=torch.int32)
+            rows = torch.arange(band.q_start, band.q_stop, dtype=torch.int32, device="cpu")
             first[i, band.q_start : band.q_stop] = (rows + band.lo).clamp(min=band.k_start)
             stop[i, band.q_start : band.q_stop] = (rows + band.hi + 1).clamp(max=band.k_stop)
     return first.to(device), stop.to(device)
@@ -164,13 +171,51 @@ def _within(first: Tensor, stop: Tensor, q_index: Tensor, k_index: Tensor) -> Te
     return seen
 
 
+BLOCK = 128
+"""The queries and the keys of a block of the BlockMask, at least."""
+MOST_BLOCKS = 4096
+"""The most blocks of queries or keys of a mask: a BlockMask has an entry for each pair. Longer rows get larger blocks."""
+
+
+def blocks(bands: Sequence[Band], queries: int, keys: int, size: int) -> tuple[Tensor, Tensor]:
+    """The blocks of ``size`` queries x ``size`` keys that the bands reach: (those that need a mask, those seen whole).
+
+    Computed on integers: no mask of queries x keys is formed.
+
+    Returns:
+        Two bool tensors [blocks of queries, blocks of keys] on the CPU; no block is in both.
+    """
+    shape = (-(-queries // size), -(-keys // size))
+    reached, whole = (torch.zeros(shape, dtype=torch.bool, device="cpu") for _ in range(2))
+    for band in bands:
+        for i in range(band.q_start // size, (band.q_stop - 1) // size + 1):
+            first, last = max(band.q_start, i * size), min(band.q_stop, (i + 1) * size) - 1  # its queries in this block
+            start, stop = max(band.k_start, first + band.lo), min(band.k_stop, last + band.hi + 1)
+            reached[i, start // size : -(-stop // size)] = True
+            if first == i * size and last == min(queries, (i + 1) * size) - 1:
+                start, stop = max(band.k_start, last + band.lo), min(band.k_stop, first + band.hi + 1)  # of every query
+                whole[i, -(-start // size) : max(0, stop) // size] = True
+    return reached & ~whole, whole
+
+
 @lru_cache(maxsize=8)
 def _block_mask(bands: tuple[Band, ...], queries: int, keys: int, device: torch.device) -> "BlockMask":
-    from torch.nn.attention.flex_attention import create_block_mask
+    """The BlockMask of the bands. Masks of equal size differ in tensors only, so that nothing is compiled anew."""
+    from torch.nn.attention.flex_attention import BlockMask
 
-    # compiled, because eager would build the dense queries x keys mask first
-    create: Callable[..., BlockMask] = torch.compile(create_block_mask)
-    return create(mask_mod(bands, queries, device), None, None, queries, keys, device=device)
+    size = BLOCK
+    while -(-max(queries, keys) // size) > MOST_BLOCKS:
+        size *= 2
+    partial, whole = (_ordered(dense.to(device)) for dense in blocks(bands, queries, keys, size))
+    mask = mask_mod(bands, queries, device)
+    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=size, mask_mod=mask, seq_lengths=(queries, keys))
+
+
+def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """A bool tensor [blocks of queries, blocks of keys] as BlockMask takes it: the number of True in each row [1, 1, blocks],
+    and the columns of each row, those of True first, [1, 1, blocks, blocks]."""
+    columns = dense.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    return dense.sum(1, dtype=torch.int32)[None, None], columns.int()[None, None]
 
 
 @lru_cache(maxsize=1)
@@ -178,7 +223,7 @@ def _compiled() -> "Callable[..., tuple[Tensor, AuxOutput]]":
     # imported late: it takes seconds, and only this kernel needs it
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
 
 
 def _attend(

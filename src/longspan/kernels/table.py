@@ -6,6 +6,8 @@ flex        compiled FlexAttention, CUDA only
 reference   dense attention in fp64
 """
 
+from typing import NamedTuple
+
 import torch
 
 from longspan.errors import KernelError
@@ -18,7 +20,22 @@ from longspan.kernels.sdpa import SDPA
 __all__ = ["KERNELS", "BoundBias", "Kernel", "Need", "accumulation_dtype", "choose", "refuse_unknown"]
 
 KERNELS = {kernel.name: kernel for kernel in (SDPA(), Online(), Flex(), Reference())}
-"""Every kernel by its name. ``kernel="auto"`` takes the first one in this order that supports the attention."""
+"""Every kernel by its name."""
+
+
+class Preference(NamedTuple):
+    """A row of ``PREFERENCES``: the kernels of a device type in the order of their speed, and what the order rests on."""
+
+    device_type: str
+    kernels: tuple[str, ...]
+    basis: str
+
+
+PREFERENCES = (
+    Preference("cuda", ("sdpa", "flex", "online", "reference"), "assumed: no kernel has run on a GPU"),
+    Preference("cpu", ("sdpa", "online", "reference"), "measured on two CPU cores, docs/numbers.md"),
+)
+"""``kernel="auto"`` takes the first kernel of the device's row that supports the attention; other devices have the CPU's."""
 
 
 def choose(
@@ -34,8 +51,8 @@ def choose(
     """The kernel to use for an attention.
 
     Args:
-        kernel: the name of a kernel, "auto" for the first of ``KERNELS`` that supports the attention, or a ``Kernel`` object,
-            which is returned unchanged.
+        kernel: the name of a kernel, "auto" for the first of ``PREFERENCES`` that supports the attention, or a ``Kernel``
+            object, which is returned unchanged.
         device_type: "cpu" or "cuda".
         dtype: the dtype of q, k and v.
         qk_dim: the head dim of queries and keys.
@@ -56,7 +73,8 @@ def choose(
     reasons = {name: each.lacks(need) for name, each in KERNELS.items()}
     able = [name for name, reason in reasons.items() if reason is None]
     if kernel == "auto":
-        return KERNELS[able[0]]
+        row = next((row for row in PREFERENCES if row.device_type == device_type), PREFERENCES[-1])
+        return KERNELS[next(name for name in row.kernels if name in able)]
     if reasons[kernel] is not None:
         raise KernelError(f"kernel={kernel!r} cannot do this: {reasons[kernel]}; use {' or '.join(map(repr, able))}")
     return KERNELS[kernel]
