@@ -31,7 +31,7 @@ from longspan.cli.config import Check
 from longspan.cli.expected_traffic import by_axis
 from longspan.cli.metrics import output
 from longspan.cli.model_source import DecoderSource, ModelSource
-from longspan.cli.report import count, degrees
+from longspan.cli.summary import count, degrees
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.consensus import gather, raise_together
 from longspan.distributed.grad_sync import grad_norm

@@ -21,7 +21,7 @@ from longspan.cli import checkpoint, model_source
 from longspan.cli.config import MAX_TOKENS, Evaluate, read_file
 from longspan.cli.metrics import output
 from longspan.cli.model_source import ModelSource
-from longspan.cli.report import count
+from longspan.cli.summary import count
 from longspan.data.corpora import STANDARD_LIBRARY
 from longspan.data.loader import part
 from longspan.data.packing import Corpus, Split, bits, tokenize

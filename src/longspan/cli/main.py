@@ -30,6 +30,7 @@ import longspan
 from longspan.cli import launch
 from longspan.cli.config import LATEST, Check, Evaluate, Layout, Ranks, Train, close, known, read_file, settings_of_run
 from longspan.cli.plan import PlanSettings
+from longspan.cli.report import ReportSettings
 from longspan.distributed.launchers import join_launcher
 from longspan.errors import LongspanError, RunError
 
@@ -83,6 +84,13 @@ best       data 2 x ring 4 x ulysses 8, zero=3, recompute=selective, tile_tokens
 
 What binds, and what doubling the tokens does:  longspan plan --model hf:FOLDER --explain"""
 
+REPORTED = """$ longspan report train-001 train-002
+train-001  step 55, loss 2.4264
+train-002  step 12, loss 3.0127
+Written to report.html
+
+While runs go on:  longspan report latest --watch 30"""
+
 VERBS = {
     "train": Verb(Train, "Train a decoder, or a Hugging Face model, on long sequences of text.", TRAINED),
     "evaluate": Verb(
@@ -90,6 +98,7 @@ VERBS = {
     ),
     "check": Verb(Check, "Compare loss, gradients, norm and traffic of a layout with one device.", CHECKED),
     "plan": Verb(PlanSettings, "Predict time and memory on a cluster that is not there yet, and choose the layout.", PLANNED),
+    "report": Verb(ReportSettings, "Draw finished or running runs as one HTML page.", REPORTED),
 }
 
 
@@ -292,8 +301,8 @@ def _as_flags(settings: dict[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
-        if name == "checkpoint":
-            flags.insert(0, str(value))
+        if name in ("checkpoint", "runs"):  # given by position
+            flags[:0] = map(str, value if isinstance(value, list) else [value])
         elif isinstance(value, bool):
             flags += [flag if value else f"--no-{name.replace('_', '-')}"]
         else:

@@ -1,108 +1,143 @@
-"""Texts that a run prints: layout, model and data before its first step; losses and files after its last.
+"""``longspan report``: finished or running runs as one HTML page. It starts no ranks and imports no torch.
 
-They are only formatted here, and computed elsewhere. The progress between them is in metrics.py.
+    runs/NAME/config.json, metrics.jsonl  ->  loss, tokens a second, memory, bytes exchanged, of all named runs side by side
+
+The page holds plotly itself and requests nothing. ``--watch`` writes it again while runs go on, and the page loads itself anew.
 """
 
-import shutil
-import sys
-from dataclasses import asdict
+import json
+import time
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from typing import Annotated, Any
 
-from longspan.cli.config import Train
-from longspan.cli.metrics import MEMORY
-from longspan.cli.model_source import ModelSource
-from longspan.data.loader import Loader
-from longspan.data.packing import Corpus, bits
-from longspan.distributed.mesh import AXES, BASIC, MeshCoordinate, ParallelMesh
+from tyro.conf import Positional, arg
 
+from longspan.cli.config import LATEST, settings_of_run
+from longspan.errors import RunError
 
-def opening(source: ModelSource, corpus: Corpus, loader: Loader, config: Train, mesh: ParallelMesh, done: int) -> str:
-    """Four lines: layout; model; files, documents and tokens of the text; tokens, epochs and steps that are left to run.
-
-    ``done``: the steps that were done before a resume, 0 in a new run.
-    """
-    c, steps = mesh.coordinate, config.steps - done
-    found = f"{_files(corpus.files)}, {count(len(corpus.whole.documents), 'document')}"
-    split = f"{corpus.train.tokens:,} tokens to train on, {corpus.held_out.tokens:,} held out"
-    skipped = f"; skipped {_files(corpus.skipped)} of other kinds" if corpus.skipped else ""
-    seen = steps * config.rows_per_step
-    length = f"{count(steps, 'step')} of {count(config.rows_per_step, 'sequence')}" + f"; going on after step {done}" * (
-        done > 0
-    )
-    bent = config.decay_steps not in (None, config.steps)
-    kept = f"; the learning rate keeps its decay over {config.decay_steps} steps" * bent
-    return "\n".join(
-        [
-            f"{count(mesh.world_group.size(), 'rank')} = {degrees(c)}; "
-            f"{config.tokens:,} tokens a sequence, {config.tokens // c.sequence_ranks:,} of them a rank",
-            f"model  {source.summary}",
-            f"text   {found}, {split}{skipped}",
-            f"run    {seen * config.tokens:,} tokens, {seen / loader.sequences:.3g} epochs: {length}{kept}",
-        ]
-    )
+PANELS = (
+    ("loss", "Loss of training, nats a token", 1.0),
+    ("eval_loss", "Loss of held-out text, nats a token", 1.0),
+    ("tokens_per_s", "Tokens a second", 1.0),
+    ("peak_share", "Share of the peak of this machine's matrix products, %", 100.0),
+    ("memory_bytes", "Memory of the fullest rank, GiB", 2.0**-30),
+    ("exchanged_bytes", "Exchanged by rank 0 in a step, MiB", 2.0**-20),
+    ("grad_norm", "Global gradient norm", 1.0),
+)
+"""A metric of metrics.jsonl, the title of its plot, and the factor to its unit. Plots without data are left out."""
+SETTINGS = ("model", "tokens", "rows_per_step", "ulysses", "ring", "tensor", "zero", "recompute", "dtype", "steps")
+"""Settings of a run that the table shows."""
 
 
-def closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, config: Train, exported: bool) -> str:
-    """The losses in nats a token and bits a byte, the files that the run wrote, and the commands to run next.
+@dataclass(frozen=True)
+class ReportSettings:
+    """Settings of a report."""
+
+    runs: Positional[tuple[str, ...]] = (LATEST,)
+    """Names of runs, or ``latest``."""
+    runs_folder: str = "runs"
+    """Folder that holds the folders of all runs."""
+    html: str = "report.html"
+    """The page to write."""
+    watch: Annotated[float | None, arg(help_behavior_hint="(default: write once)", metavar="SECONDS")] = None
+    """Write the page again after this many seconds, until Ctrl-C, and let it load itself anew."""
+    debug: bool = False
+    """Show the traceback of an error beside its message."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise RunError("no run is named; name runs, or latest")
+        if self.watch is not None and not self.watch > 0:
+            raise RunError(f"watch={self.watch:g} must be above 0; leave it out to write the page once")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it: its settings, and its records by metric as (steps, values)."""
+
+    name: str
+    settings: dict[str, Any]
+    metrics: dict[str, tuple[list[int], list[float]]]
+
+
+def work(settings: ReportSettings) -> int:
+    """Write the page, once or until Ctrl-C. Returns the exit code, 0; RunError is raised for a run that is not there."""
+    while True:
+        runs = [read_run(settings.runs_folder, name) for name in settings.runs]
+        Path(settings.html).write_text(page(runs, settings.watch), encoding="utf-8")
+        if settings.watch is None:
+            break
+        time.sleep(settings.watch)
+    for run in runs:
+        steps, losses = run.metrics.get("loss", ([], []))
+        print(f"{run.name}  {f'step {steps[-1]}, loss {losses[-1]:.4f}' if steps else 'no step yet'}")
+    print(f"Written to {settings.html}")
+    return 0
+
+
+def read_run(runs_folder: str, name: str) -> Run:
+    """Read a run's settings and records.
 
     Args:
-        run: the run's folder.
-        losses: the training losses of the last steps, whose mean is shown.
-        eval_loss: the last held-out loss.
-        corpus: the text, for bytes per token and byte entropy.
-        config: the settings of the run.
-        exported: whether ``export/`` was written.
+        runs_folder, name: as for ``settings_of_run``.
+
+    Returns:
+        The Run. A last line that is being written is left out.
+
+    Raises:
+        RunError: there is no such run.
     """
-    per_byte = 1 / corpus.bytes_per_token
-    learned = [
-        (f"loss, last {count(len(losses), 'step')}", sum(losses) / len(losses)),
-        ("loss, held-out text", eval_loss),
-        ("byte frequencies alone", corpus.byte_entropy / per_byte),
-    ]
-    lines = [f"  {what:<24}{loss:7.4f} nats a token {bits(loss * per_byte):8.4f} bits a byte" for what, loss in learned]
-    ours = "longspan" if shutil.which("longspan") else sys.argv[0]
-    where = "" if config.runs_folder == "runs" else f" --runs-folder {config.runs_folder}"
-    tensor = f" --tensor {config.tensor}" if config.tensor > 1 else ""
-    return "\n".join(
-        [
-            "",
-            "Learned",
-            *lines,
-            f"Kept in {run}",
-            f"  checkpoints/step-{config.steps:06d}, metrics.jsonl, config.json, TensorBoard events"
-            + f", {MEMORY}" * (run / MEMORY).exists()
-            + ", and export/: the model for from_pretrained" * exported,
-            "Next",
-            f"  {ours} evaluate {run.name} --ranks {config.ulysses * config.tensor}{tensor}{where}",
-            f"  {Path(ours).with_name('tensorboard')} --logdir {config.runs_folder}",
-        ]
+    name, values = settings_of_run(runs_folder, name)
+    metrics: dict[str, tuple[list[int], list[float]]] = {}
+    path = Path(runs_folder) / name / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # a run is writing it
+        for metric, value in record.items():
+            steps, series = metrics.setdefault(metric, ([], []))
+            steps.append(record["step"])
+            series.append(value)
+    return Run(name, values, metrics)
+
+
+def page(runs: list[Run], watch: float | None) -> str:
+    """The page of several runs as HTML; with ``watch`` it loads itself anew after that many seconds."""
+    from plotly import graph_objects as graph
+    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped,unused-ignore]
+
+    plots = []
+    for metric, title, factor in PANELS:
+        figure = graph.Figure()
+        for run in runs:
+            if metric in run.metrics:
+                steps, values = run.metrics[metric]
+                figure.add_scatter(x=steps, y=[factor * v for v in values], name=run.name, mode="lines+markers")
+        if figure.data:
+            figure.update_layout(title=title, xaxis_title="step", height=340, margin={"l": 55, "r": 15, "t": 45, "b": 45})
+            plots.append(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
+    again = f'<meta http-equiv="refresh" content="{watch:g}">' if watch is not None else ""
+    style = (
+        "body{font:15px/1.4 sans-serif;margin:1.5em}"
+        ".plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(430px,1fr))}"
+        "td,th{text-align:left;padding:.2em .7em;border-bottom:1px solid #ddd}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Runs of longspan</title>{again}'
+        f'<link rel="icon" href="data:,"><style>{style}</style><script>{get_plotlyjs()}</script></head>'
+        f'<body><h1>Runs</h1>{_table(runs)}<div class="plots">{"".join(plots)}</div></body></html>'
     )
 
 
-def memory_heading(run: str, step: int, source: ModelSource, config: Train, mesh: ParallelMesh) -> tuple[str, str]:
-    """(title, about) of the memory page: one line with run, rank and step; three lines with layout, options and model."""
-    c = mesh.coordinate
-    options = {"zero": config.zero, "dtype": config.dtype, "optimizer": config.optimizer} | asdict(config.memory)
-    about = (
-        f"{degrees(c)}; {count(config.rows_per_step, 'sequence')} of {config.tokens:,} "
-        f"tokens in {count(config.micro_batches, 'micro-batch')}",
-        ", ".join(f"{name}={value}" for name, value in options.items()),
-        source.summary,
-    )
-    return f"{run}: memory of rank 0 of {mesh.world_group.size()} in step {step}", "\n".join(about)
-
-
-def degrees(coordinate: MeshCoordinate) -> str:
-    """The degrees of a mesh as text: "data 1 x ring 1 x ulysses 2", and the other axes where their degree is above 1."""
-    sizes = {axis.name: getattr(coordinate, axis.name) for axis in AXES}
-    return " x ".join(f"{name} {size}" for name, size in sizes.items() if name in BASIC or size > 1)
-
-
-def _files(counts: dict[str, int]) -> str:
-    """Numbers of files by ending as text: {".txt": 10, ".md": 2} gives "12 files (10 .txt, 2 .md)"."""
-    return f"{count(sum(counts.values()), 'file')} ({', '.join(f'{number:,} {ending}' for ending, number in counts.items())})"
-
-
-def count(number: int, what: str) -> str:
-    """``number`` and ``what`` in the singular or plural: "1 rank", "2 ranks", "2 batches"."""
-    return f"{number:,} {what}{'' if number == 1 else 'es' if what.endswith('ch') else 's'}"
+def _table(runs: list[Run]) -> str:
+    """The settings of the runs that have any of ``SETTINGS``, and their last loss, as an HTML table."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("run", *SETTINGS, "last loss"))
+    rows = []
+    for run in runs:
+        last = run.metrics.get("loss", ([], []))[1][-1:]
+        cells = [run.name, *(str(run.settings.get(name, "")) for name in SETTINGS), f"{last[0]:.4f}" if last else "none yet"]
+        rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

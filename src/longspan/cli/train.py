@@ -27,7 +27,7 @@ from longspan.cli import checkpoint, model_source
 from longspan.cli.config import LATEST, Train, as_json
 from longspan.cli.metrics import Display, Journal, Record, fullest_rank_bytes, measured_peak_flops, memory_table, peak_bytes
 from longspan.cli.model_source import ModelSource
-from longspan.cli.report import closing, memory_heading, opening
+from longspan.cli.summary import closing, memory_heading, opening
 from longspan.data.loader import Loader
 from longspan.data.packing import Corpus, tokenize
 from longspan.data.tokenizers import load as load_tokenizer

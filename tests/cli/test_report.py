@@ -1,0 +1,49 @@
+"""``longspan report``: runs on one page, from their files; a run that is being written; bad input."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from longspan.cli.main import main
+from longspan.cli.report import page, read_run
+
+
+def _run(folder: Path, name: str, losses: list[float], tail: str = "") -> None:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "config.json").write_text(json.dumps({"model": "tiny", "tokens": 64, "ulysses": 2, "run": name}))
+    records = [{"step": 1 + i, "loss": loss, "memory_bytes": (1 + i) << 30} for i, loss in enumerate(losses)]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / name / "metrics.jsonl").write_text(text + tail)
+    (folder / "latest").write_text(name)
+
+
+def test_two_runs_are_drawn_on_one_page_that_requests_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _run(tmp_path / "runs", "first", [3.0, 2.5])
+    _run(tmp_path / "runs", "<second>", [3.25])
+    html = tmp_path / "page.html"
+    assert main(["report", "first", "<second>", "--runs-folder", str(tmp_path / "runs"), "--html", str(html)]) == 0
+    assert "first  step 2, loss 2.5000" in capsys.readouterr().out
+    text = html.read_text()
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=\"(?!data:)", text)
+    assert "&lt;second&gt;" in text
+    assert "Loss of training" in text
+    assert "Memory of the fullest rank" in text
+    assert "Tokens a second" not in text, "a plot without data is left out"
+    assert 'http-equiv="refresh"' not in text
+
+
+def test_a_line_that_is_being_written_is_left_out_and_watching_reloads(tmp_path: Path) -> None:
+    _run(tmp_path, "going", [3.0], tail='{"step": 2, "lo')
+    run = read_run(str(tmp_path), "latest")
+    assert run.metrics["loss"] == ([1], [3.0])
+    assert run.metrics["memory_bytes"] == ([1], [float(1 << 30)])
+    assert '<meta http-equiv="refresh" content="5">' in page([run], 5)
+
+
+@pytest.mark.parametrize(("flags", "reason"), [("nothing", "no run 'nothing'"), ("--watch 0", "must be above 0")])
+def test_bad_input_is_one_sentence(flags: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _run(tmp_path, "there", [1.0])
+    assert main(["report", *flags.split(), "--runs-folder", str(tmp_path), "--html", str(tmp_path / "x.html")]) == 2
+    assert reason in capsys.readouterr().err
