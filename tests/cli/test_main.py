@@ -33,6 +33,7 @@ FLAGS = {
     "plan": """
         model hardware gpus tokens rows dtype price goal pipeline ring ulysses tensor zero recompute explain json html debug
     """,
+    "probe": "ranks timeout_seconds debug out largest_mib repeats",
     "report": "runs runs_folder html watch debug",
 }
 
@@ -117,7 +118,7 @@ def test_a_file_names_the_checkpoint_too(tmp_path: Path) -> None:
     [
         (
             "trian",
-            "'trian' is not a verb of longspan (did you mean train?); legal are train, evaluate, check, plan, report (see ",
+            "'trian' is not a verb of longspan (did you mean train?); legal are train, evaluate, check, plan, probe, report",
         ),
         ("train --qqq", "--qqq is not a flag of longspan train; see longspan train --help"),
         ("train --step 5", "--step is not a flag of longspan train (did you mean --steps?); see longspan train --help"),

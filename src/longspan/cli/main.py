@@ -30,6 +30,7 @@ import longspan
 from longspan.cli import launch
 from longspan.cli.config import LATEST, Check, Evaluate, Layout, Ranks, Train, close, known, read_file, settings_of_run
 from longspan.cli.plan import PlanSettings
+from longspan.cli.probe import ProbeSettings
 from longspan.cli.report import ReportSettings
 from longspan.distributed.launchers import join_launcher
 from longspan.errors import LongspanError, RunError
@@ -91,6 +92,15 @@ Written to report.html
 
 While runs go on:  longspan report latest --watch 30"""
 
+PROBED = """$ longspan probe --ranks 2
+x86_64 cpu, 2 ranks at the same time; spread: quartiles over the median
+
+  matmul fp32 1024                      48.6 GFLOP/s   +-9%
+  attention forward and backward        17.0 GFLOP/s   +-15%
+  point-to-point, large                    0.57 GB/s   +-22%
+
+Written to hardware.json; plan with it:  longspan plan --hardware hardware.json"""
+
 VERBS = {
     "train": Verb(Train, "Train a decoder, or a Hugging Face model, on long sequences of text.", TRAINED),
     "evaluate": Verb(
@@ -98,6 +108,7 @@ VERBS = {
     ),
     "check": Verb(Check, "Compare loss, gradients, norm and traffic of a layout with one device.", CHECKED),
     "plan": Verb(PlanSettings, "Predict time and memory on a cluster that is not there yet, and choose the layout.", PLANNED),
+    "probe": Verb(ProbeSettings, "Measure this machine or cluster into a file that longspan plan reads.", PROBED),
     "report": Verb(ReportSettings, "Draw finished or running runs as one HTML page.", REPORTED),
 }
 

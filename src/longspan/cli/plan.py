@@ -30,7 +30,8 @@ class PlanSettings:
     model: str = "llama-8b"
     """tiny, small, llama-1b, llama-8b or llama-70b: a decoder of that shape. hf:FOLDER: a Hugging Face config.json."""
     hardware: str = "h100"
-    """The accelerators: a100-40gb, a100-80gb, h100, h100-efa, h200, b200, gb200, gb300, mi300x, mi355x or l20."""
+    """The accelerators: a100-40gb, a100-80gb, h100, h100-efa, h200, b200, gb200, gb300, mi300x, mi355x, l20, or
+    a .json file that longspan probe wrote."""
     gpus: int = 8
     """Accelerators of the whole cluster."""
     tokens: Annotated[int | None, _optional("131072; found with --goal length")] = None

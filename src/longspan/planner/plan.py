@@ -15,6 +15,7 @@ from longspan.planner.explain import lost, sentences, time_error, why
 from longspan.planner.hardware import Cluster, cluster
 from longspan.planner.model import PRESETS, ModelShape
 from longspan.planner.model_config import read_config
+from longspan.planner.probed import read_cluster
 from longspan.planner.rank_memory import RankMemory, rank_memory
 from longspan.planner.search import OPTION_NAMES, longest, search
 from longspan.planner.strategy import AXES, Recipe, Strategy, Workload
@@ -96,7 +97,8 @@ def plan(
 
     Args:
         model: a preset ("llama-8b"), a config.json or its folder ("hf:FOLDER" too), its contents, or a ModelShape.
-        hardware: a name ("h100", "a100-80gb", "mi300x", ...) or a Cluster.
+        hardware: a name ("h100", "a100-80gb", "mi300x", ...), a file of ``longspan probe`` (its name ends in .json), or a
+            Cluster.
         gpus: accelerators of the cluster; a Cluster has its own number.
         tokens: tokens of a row; with ``goal="length"`` it is found, and must be left out.
         rows: rows of one optimizer step (default: one for each 8 GPUs).
@@ -115,7 +117,7 @@ def plan(
         LayoutError: unknown hardware, no legal layout, or none that fits; the message says what is legal, or what would fit.
     """
     shape = _shape(model)
-    where = cluster(hardware, gpus, price) if isinstance(hardware, str) else hardware
+    where = _cluster(hardware, gpus, price)
     if (tokens is None) != (goal == "length"):
         raise LayoutError(f"goal={goal!r} and tokens={tokens} contradict: give tokens, or goal='length', which finds them")
     if goal == "cost" and where.price is None:
@@ -192,6 +194,13 @@ def choice(x: Setting, strategy: Strategy) -> Choice:
         memory=RankMemory(**{name: float(getattr(memory, name)) for name in memory.__dataclass_fields__}),
         setting=x,
     )
+
+
+def _cluster(hardware: str | Cluster, gpus: int, price: float | None) -> Cluster:
+    """The cluster that ``hardware`` names, or that a file of ``longspan probe`` describes."""
+    if isinstance(hardware, Cluster):
+        return hardware
+    return read_cluster(hardware, gpus, price) if hardware.endswith(".json") else cluster(hardware, gpus, price)
 
 
 def _shape(model: str | Path | Mapping[str, Any] | ModelShape) -> ModelShape:

@@ -1,0 +1,210 @@
+"""What ``longspan probe`` measures: matrix products, attention, copies and collectives, each with its spread.
+
+A figure is the median of several repeats; its spread is the distance of the quartiles over the median. Ranks measure at the
+same time, because they share a machine's memory and cores in training too. Collectives are those of ``torch.distributed``, with
+one small and one large message: bandwidth and latency follow from the two.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from longspan.distributed.consensus import raise_together
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import RunError
+
+SIZES = {"cpu": (256, 512, 1024), "cuda": (1024, 4096, 8192)}
+"""Rows and columns of the square matrix products, by kind of device."""
+SMALL_BYTES = 1024
+"""The small message of a collective, whose time is its latency."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Figure(NamedTuple):
+    """A measured number and its spread: the distance of the quartiles over the median."""
+
+    value: float
+    spread: float
+
+
+def measure_and_write(path: str, largest_mib: int, repeats: int, timeout: timedelta | None) -> int:
+    """Measure on all ranks; rank 0 writes ``path`` and prints the figures. Every rank must call it.
+
+    Args:
+        path: the JSON file, which is replaced.
+        largest_mib: MiB of the large message of the collectives.
+        repeats: how often each figure is measured.
+        timeout: of the process group.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    mesh = ParallelMesh(dist.get_world_size(), timeout=timeout)
+    found, spreads = measure(mesh, largest_mib << 20, repeats)
+    with raise_together(mesh.world_group):
+        if dist.get_rank() == 0:
+            try:
+                Path(path).write_text(json.dumps(found | {"spread": spreads}, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise RunError(f"{path} cannot be written: {error.strerror}; name another file with --out") from error
+    if dist.get_rank() == 0:
+        print("\n".join(_lines(found, spreads)))
+        print(f"\nWritten to {path}; plan with it:  longspan plan --hardware {path}")
+    return 0
+
+
+def measure(mesh: ParallelMesh, largest: int, repeats: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """Measure on every rank of ``mesh``.
+
+    Args:
+        mesh: its world group carries the collectives.
+        largest: bytes of the large message.
+        repeats: how often each figure is measured.
+
+    Returns:
+        (what planner/probed.py reads, the spread of each figure), both of the calling rank.
+    """
+    device, group = mesh.device, mesh.world_group
+    spreads: dict[str, float] = {}
+
+    def seconds(name: str, run: Callable[[], Any]) -> float:
+        figure = timed(run, device, group, repeats)
+        spreads[name] = figure.spread
+        return figure.value
+
+    matmul: dict[str, dict[str, float]] = {}
+    for dtype, torch_dtype in DTYPES.items():
+        for size in SIZES.get(device.type, SIZES["cpu"]):
+            x = torch.ones(size, size, dtype=torch_dtype, device=device)
+            took = seconds(f"matmul {dtype} {size}", lambda x=x: x @ x)  # type: ignore[misc]
+            matmul.setdefault(dtype, {})[str(size)] = 2 * size**3 / took
+    attention = _attention(device, seconds)
+    block = torch.ones(largest // 4, device=device)
+    copied = torch.empty_like(block)
+    bandwidth = 2 * block.nbytes / seconds("copy", lambda: copied.copy_(block))
+    on_host = torch.empty(block.shape, pin_memory=device.type == "cuda")
+    to_host = block.nbytes / seconds("copy to host", lambda: on_host.copy_(block))
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ranks = dist.get_world_size(group)
+    is_cuda = device.type == "cuda"
+    found = {
+        "name": torch.cuda.get_device_name(device) if is_cuda else f"{platform.machine()} cpu",
+        "torch": torch.__version__,
+        "ranks": ranks,
+        "memory": torch.cuda.get_device_properties(device).total_memory if is_cuda else host / ranks,
+        "host_memory": float(host),
+        "matmul": matmul,
+        "attention": attention,
+        "bandwidth": bandwidth,
+        "to_host": to_host,
+        "dispatch": seconds("dispatch", lambda: [block[:1].add_(0) for _ in range(100)]) / 100,
+        "links": _links(device, group, largest, seconds) if ranks > 1 else {},
+    }
+    return found, spreads
+
+
+def timed(run: Callable[[], Any], device: torch.device, group: dist.ProcessGroup, repeats: int) -> Figure:
+    """The median seconds of ``run`` on this rank and their spread; all ranks begin each repeat together."""
+    run()
+    taken = []
+    for _ in range(max(2, repeats)):
+        dist.barrier(group=group)
+        _wait(device)
+        begin = time.perf_counter()
+        run()
+        _wait(device)
+        taken.append(time.perf_counter() - begin)
+    low, _, high = quantiles(taken, n=4)
+    return Figure(median(taken), (high - low) / median(taken))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _attention(device: torch.device, seconds: Callable[[str, Callable[[], Any]], float]) -> dict[str, float]:
+    """Rates of causal attention in fp32, forward and backward, on the area of its mask."""
+    heads, tokens, dim = (8, 1024, 64) if device.type == "cpu" else (32, 8192, 128)
+    q = torch.ones(1, heads, tokens, dim, device=device, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    def both() -> None:
+        q.grad = None
+        out = forward()
+        out.backward(torch.ones_like(out))
+
+    with torch.no_grad():
+        one = seconds("attention forward", forward)
+    whole = seconds("attention forward and backward", both)
+    flops = 4 * dim * heads * tokens * (tokens + 1) / 2
+    return {"forward": flops / one, "backward": 2.5 * flops / max(whole - one, 1e-9)}
+
+
+def _links(
+    device: torch.device, group: dist.ProcessGroup, largest: int, seconds: Callable[[str, Callable[[], Any]], float]
+) -> dict[str, dict[str, float]]:
+    """Bandwidth and latency of each collective over all ranks: bytes that a rank sends to others, over their seconds."""
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def run(name: str, size: int) -> Callable[[], Any]:
+        whole = torch.ones(max(1, size // 4 // ranks) * ranks, device=device)
+        part, other = whole[: whole.numel() // ranks].clone(), torch.empty_like(whole)
+
+        def send() -> None:
+            ahead, behind = (rank + 1) % ranks, (rank - 1) % ranks
+            works = [dist.P2POp(dist.isend, part, ahead, group), dist.P2POp(dist.irecv, other[: part.numel()], behind, group)]
+            for request in dist.batch_isend_irecv(works):
+                request.wait()
+
+        return {
+            "all-to-all": lambda: dist.all_to_all_single(other, whole, group=group),
+            "all-gather": lambda: dist.all_gather(list(other.chunk(ranks)), part, group=group),
+            "reduce-scatter": lambda: dist.reduce_scatter(part, list(whole.chunk(ranks)), group=group),
+            "point-to-point": send,
+        }[name]
+
+    found = {}
+    for name in ("all-to-all", "all-gather", "reduce-scatter", "point-to-point"):
+        latency = seconds(f"{name}, small", run(name, SMALL_BYTES))
+        took = seconds(f"{name}, large", run(name, largest))
+        sent = largest / ranks * (1 if name == "point-to-point" else ranks - 1)
+        hops = 1 if name in ("all-to-all", "point-to-point") else ranks - 1
+        found[name] = {"bandwidth": sent / max(took - latency, 1e-9), "latency": latency / hops}
+    return found
+
+
+def _lines(found: dict[str, Any], spreads: dict[str, float]) -> list[str]:
+    """The figures as text, each with its spread."""
+    lines = [f"{found['name']}, {found['ranks']} ranks at the same time; spread: quartiles over the median", ""]
+
+    def line(name: str, value: str) -> None:
+        lines.append(f"  {name:<34}{value:>16}   +-{spreads.get(name, 0.0):.0%}")
+
+    for dtype, rates in found["matmul"].items():
+        for size, rate in rates.items():
+            line(f"matmul {dtype} {size}", f"{rate / 1e9:,.1f} GFLOP/s")
+    line("attention forward", f"{found['attention']['forward'] / 1e9:,.1f} GFLOP/s")
+    line("attention forward and backward", f"{found['attention']['backward'] / 1e9:,.1f} GFLOP/s")
+    line("copy", f"{found['bandwidth'] / 1e9:,.2f} GB/s")
+    line("copy to host", f"{found['to_host'] / 1e9:,.2f} GB/s")
+    line("dispatch", f"{found['dispatch'] * 1e6:,.2f} us")
+    for name, link in found["links"].items():
+        line(f"{name}, large", f"{link['bandwidth'] / 1e9:,.2f} GB/s")
+        line(f"{name}, small", f"{link['latency'] * 1e6:,.0f} us")
+    return lines

@@ -1,0 +1,74 @@
+"""A measured machine: the JSON that ``longspan probe`` writes, read as a Cluster that a plan can use.
+
+    longspan probe  ->  {"name", "ranks", "matmul": {dtype: {size: rate}}, "attention", "bandwidth", "links", ...}  ->  Cluster
+
+Rates are operations a second, bandwidths bytes a second, times seconds, sizes bytes. The best size counts as what large
+products reach. One kind of link was measured: the plan uses it inside a node and between nodes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from longspan.errors import LayoutError
+from longspan.planner.hardware import Accelerator, Attention, Cluster, Link
+
+KEYS = ("name", "ranks", "memory", "host_memory", "matmul", "attention", "bandwidth", "to_host", "links")
+"""What the file must have."""
+
+
+def read_cluster(path: str | Path, gpus: int | None = None, price: float | None = None) -> Cluster:
+    """Read the file that ``longspan probe`` wrote.
+
+    Args:
+        path: the file.
+        gpus: devices of the cluster (default: the ranks that were measured).
+        price: cost of one device for an hour.
+
+    Returns:
+        A Cluster of devices like the one measured.
+
+    Raises:
+        LayoutError: the file cannot be read, or lacks a figure.
+    """
+    try:
+        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        missing = [key for key in KEYS if key not in found]
+    except (OSError, ValueError) as error:
+        raise LayoutError(f"the hardware {path} cannot be read ({error}); name a file that longspan probe wrote") from error
+    if missing:
+        raise LayoutError(f"the hardware {path} lacks {', '.join(missing)}; name a file that longspan probe wrote")
+    source = f"longspan probe, {path}"
+    matmul = {dtype: max(rates.values()) for dtype, rates in found["matmul"].items()}
+    # the formulas slow a kernel down by the ratio of the dtypes' matrix rates; attention was measured in fp32
+    ratio = matmul["bf16"] / matmul["fp32"]
+    rates = found["attention"]
+    device = Accelerator(
+        name=found["name"],
+        peak=matmul,
+        matmul=matmul,
+        attention={"flash": Attention(rates["forward"] * ratio, rates["backward"] * ratio, source)},
+        memory=found["memory"],
+        bandwidth=found["bandwidth"],
+        multiprocessors=1,
+        source=source,
+    )
+    links = found["links"].values()
+    link = Link(
+        "measured",
+        min((one["bandwidth"] for one in links), default=found["bandwidth"]),
+        max((one["latency"] for one in links), default=0.0),
+        source,
+    )
+    count = gpus or int(found["ranks"])
+    return Cluster(
+        accelerator=device,
+        gpus=count,
+        gpus_per_node=min(count, int(found["ranks"])),
+        inside=link,
+        between=link,
+        to_host=Link("host", found["to_host"], 0.0, source),
+        host_memory=found["host_memory"],
+        host_bandwidth=found["bandwidth"],
+        price=price,
+    )

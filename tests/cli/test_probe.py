@@ -1,0 +1,32 @@
+"""``longspan probe``: what two ranks measure is a file that a plan reads; a file that lacks figures is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longspan.cli.main import main
+
+
+@pytest.mark.usefixtures("launcher")
+def test_a_probe_of_two_ranks_is_hardware_of_a_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "hardware.json"
+    assert main(["probe", "--ranks", "2", "--largest-mib", "1", "--repeats", "2", "--out", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["ranks"] == 2
+    assert set(found["links"]) == {"all-to-all", "all-gather", "reduce-scatter", "point-to-point"}
+    assert all(rate > 0 for rates in found["matmul"].values() for rate in rates.values())
+    assert {"matmul fp32 512", "copy", "all-gather, small"} <= set(found["spread"])
+    plan = ["plan", "--model", "tiny", "--gpus", "2", "--tokens", "8192", "--rows", "2", "--json", "--hardware", str(path)]
+    assert main(plan) == 0
+    assert json.loads(capsys.readouterr().out)["hardware"] == found["name"]
+
+
+def test_a_file_without_figures_and_an_impossible_size_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.json").write_text('{"name": "x"}')
+    assert main(["plan", "--hardware", str(tmp_path / "a.json")]) == 2
+    assert "lacks ranks, memory" in capsys.readouterr().err
+    assert main(["plan", "--hardware", str(tmp_path / "b.json")]) == 2
+    assert "longspan probe wrote" in capsys.readouterr().err
+    assert main(["probe", "--repeats", "0"]) == 2
+    assert "repeats=0 must be at least 1" in capsys.readouterr().err
