@@ -1,7 +1,7 @@
 # make train      install into .venv and train on this machine        make test        every check, as CI runs it
 # make quick      lint, types and the quickest tests, two minutes    make test-long   the full product of shapes and layouts, 45 minutes
 # make clean      remove .venv and caches, not runs/
-# make model-matrix   which language models of Transformers are exact on two ranks; writes docs/models.md, about an hour
+# make model-matrix   which language models of Transformers are exact on two ranks; writes docs/models.md and plans.md, about an hour
 # make bench-million   real steps on one sequence of 1,048,576 tokens, two ranks, about ten minutes a step on a CPU with AVX-512
 # make test-versions V=2.11.0   make test with another PyTorch, in an environment that is removed afterwards; prints a row of
 #                               docs/versions.md. TRANSFORMERS=5.24.0 TESTS=tests/hf for another Transformers, and for a part
@@ -51,6 +51,7 @@ test-versions:
 
 model-matrix: .venv/installed-dev
 	$(BIN)/python benchmarks/model_matrix.py $(ARGS)
+	$(BIN)/python benchmarks/plan_matrix.py $(ARGS)
 
 bench-million: .venv/installed
 	$(BIN)/python benchmarks/million.py $(ARGS)

@@ -24,6 +24,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,13 @@ def main() -> None:
     asked = parser.parse_args()
     results: dict[str, Any] = json.loads(asked.results.read_text()) if asked.results.exists() else {}
     wanted = [one for one in classes() if one.type in asked.names or (not asked.names and _is_open(results, one, asked.again))]
-    with _Pair() as pair:
+    with Pair(_rank) as pair:
         for one in wanted:
             began = time.time()
             results[one.key] = pair.judge(one)
             asked.results.parent.mkdir(exist_ok=True)
             asked.results.write_text(json.dumps(results, indent=1))
-            print(f"{one.key}: {_summary(results[one.key])} ({time.time() - began:.1f} s)", flush=True)
+            print(f"{one.key}: {summary(results[one.key])} ({time.time() - began:.1f} s)", flush=True)
     if not asked.names:
         asked.page.write_text(page(results))
 
@@ -76,19 +77,23 @@ def _is_open(results: dict[str, Any], one: Class, again: list[str]) -> bool:
     return one.key not in results or verdict_of(results[one.key]) in again
 
 
-def _summary(result: dict[str, Any]) -> str:
+def summary(result: dict[str, Any]) -> str:
     cells = Counter(cell["verdict"] for cell in result["cells"].values())
     why = result.get("reason") or next((cell["reason"] for cell in result["cells"].values() if cell.get("reason")), "")
     return f"{dict(cells) or 'not built'} {why[:300]}"
 
 
-class _Pair:
-    """Two ranks that judge one class after another; ended and forked anew after a crash, or when a class takes too long."""
+class Pair:
+    """Two ranks that judge one class after another; ended and forked again after a crash, or when a class takes too long.
 
-    def __init__(self) -> None:
+    ``target``: what a rank runs, called with its number, a folder for the rendezvous, and a pipe for classes and results.
+    """
+
+    def __init__(self, target: Callable[[int, str, Any], None]) -> None:
+        self.target = target
         self.processes: list[Any] = []
 
-    def __enter__(self) -> "_Pair":
+    def __enter__(self) -> "Pair":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,7 +131,7 @@ class _Pair:
         folder, context = tempfile.mkdtemp(), mp.get_context("fork")
         pairs = [context.Pipe() for _ in range(2)]
         self.pipes = [mine for mine, _ in pairs]
-        self.processes = [context.Process(target=_rank, args=(rank, folder, pairs[rank][1])) for rank in range(2)]
+        self.processes = [context.Process(target=self.target, args=(rank, folder, pairs[rank][1])) for rank in range(2)]
         for process in self.processes:
             process.start()
         for _, theirs in pairs:
@@ -153,17 +158,17 @@ def _rank(rank: int, folder: str, pipe: Any) -> None:
 
 def _judge(one: Class, meshes: dict[str, ParallelMesh]) -> dict[str, Any]:
     try:
-        reference, expected = _reference(one)
+        reference, expected = reference_of(one)
     except Exception as error:
-        return {"cells": {}, "reason": _sentence(error)}
+        return {"cells": {}, "reason": sentence(error)}
     if one.kind == "seq2seq" and not is_encoder_decoder(reference):
         one = one._replace(kind="causal")  # speech models whose text model is a decoder
     found: dict[str, Any] = {"cells": {}, "dtype": str(reference.dtype).removeprefix("torch.")}
     for name in BATCHES[1:]:
         try:
-            expected[name] = _on_one_device(one, reference, name)
+            expected[name] = on_one_device(one, reference, name)
         except Exception as error:
-            expected[name] = {"verdict": "undefined", "reason": _sentence(error)}
+            expected[name] = {"verdict": "undefined", "reason": sentence(error)}
     for layout, mesh in meshes.items():
         cells = _on_layout(one, deepcopy(reference), mesh, expected)
         found["cells"] |= {f"{layout} {name}": cell for name, cell in cells.items()}
@@ -172,16 +177,16 @@ def _judge(one: Class, meshes: dict[str, ParallelMesh]) -> dict[str, Any]:
     return found
 
 
-def _reference(one: Class) -> tuple[Any, dict[str, Any]]:
+def reference_of(one: Class) -> tuple[Any, dict[str, Any]]:
     """The model, in fp64 where it accepts that, and its loss and gradients of the plain batch."""
     model = build(one)
     if one.kind == "seq2seq" and not is_encoder_decoder(model):
         one = one._replace(kind="causal")
     try:
         double = deepcopy(model).double()
-        return double, {"plain": _on_one_device(one, double, "plain")}
+        return double, {"plain": on_one_device(one, double, "plain")}
     except Exception:
-        return model, {"plain": _on_one_device(one, model, "plain")}
+        return model, {"plain": on_one_device(one, model, "plain")}
 
 
 def _on_layout(one: Class, model: Any, mesh: ParallelMesh, expected: dict[str, Any]) -> dict[str, Any]:
@@ -189,18 +194,18 @@ def _on_layout(one: Class, model: Any, mesh: ParallelMesh, expected: dict[str, A
     try:
         parallelize(model, mesh)
     except LongspanError as error:
-        return {name: cell if "verdict" in cell else _refused(error) for name, cell in expected.items()}
+        return {name: cell if "verdict" in cell else refused(error) for name, cell in expected.items()}
     except Exception as error:
-        return {name: _failed(error) for name in expected}
+        return {name: failed(error) for name in expected}
     cells = {}
     for name, cell in expected.items():
         if "verdict" not in cell:
             try:
                 cell = _over_ranks(one, model, name, mesh, cell)
             except LongspanError as error:
-                cell = _refused(error)
+                cell = refused(error)
             except Exception as error:
-                cell = _failed(error)
+                cell = failed(error)
         cells[name] = cell
         if cell.get("fails"):
             return cells
@@ -208,15 +213,15 @@ def _on_layout(one: Class, model: Any, mesh: ParallelMesh, expected: dict[str, A
     return cells
 
 
-def _refused(error: LongspanError) -> dict[str, Any]:
-    return {"verdict": "refused", "reason": f"{type(error).__name__}: {_sentence(error, False)}"}
+def refused(error: LongspanError) -> dict[str, Any]:
+    return {"verdict": "refused", "reason": f"{type(error).__name__}: {sentence(error, False)}"}
 
 
-def _failed(error: Exception) -> dict[str, Any]:
-    return {"verdict": "wrong", "fails": True, "reason": f"fails: {_sentence(error)}"}
+def failed(error: Exception) -> dict[str, Any]:
+    return {"verdict": "wrong", "fails": True, "reason": f"fails: {sentence(error)}"}
 
 
-def _sentence(error: Exception, kind: bool = True) -> str:
+def sentence(error: Exception, kind: bool = True) -> str:
     text = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {text}" if kind else text
 
@@ -260,7 +265,7 @@ def _pair_of(ids: Any, mask: Any, name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _on_one_device(one: Class, reference: Any, name: str) -> dict[str, Any]:
+def on_one_device(one: Class, reference: Any, name: str) -> dict[str, Any]:
     """The loss and gradients of the untouched model; without padding on the left where it gives NaN for that."""
     for left in (LEFT, 0):
         model = deepcopy(reference)

@@ -9,7 +9,7 @@ from transformers.integrations import tensor_parallel as transformers_styles
 
 from longspan import LayoutError, LongspanError, MemoryOptions, ModelError, ParallelMesh, parallel_state, parallelize
 from longspan.hf.tensor_weights import HONOURED, REFUSED
-from tests.helpers.hf_models import KINDS, assert_gradients, batches, build, forward_alone, forward_cut
+from tests.helpers.hf_models import BASE, KINDS, assert_gradients, batches, build, forward_alone, forward_cut, small
 from tests.helpers.ranks import Ranks
 
 EXACT = ["llama", "qwen3", "gemma2", "mixtral", "qwen3_moe"]
@@ -115,3 +115,30 @@ def lora_refused() -> None:
     model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(LongspanError, match="is wrapped by peft"):
         parallelize(model, ParallelMesh(tensor=2))
+
+
+def test_a_shared_expert_that_the_plan_does_not_cut_is_refused(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(shared_expert_refused)
+
+
+def shared_expert_refused() -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    model = small("Qwen2MoeConfig", "Qwen2MoeForCausalLM", **BASE, **experts)()
+    with pytest.raises(ModelError, match=r"'model.layers.\d.mlp' adds something that the model's plan does not cut"):
+        parallelize(model, ParallelMesh(tensor=2))
+
+
+def test_weights_that_are_read_outside_of_their_module_are_refused(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(reads_outside)
+
+
+def reads_outside() -> None:
+    model = build("llama")
+    for layer in model.model.layers:
+        before, after = layer.input_layernorm, layer.post_attention_layernorm
+        before.register_forward_hook(lambda module, args, output, other=after: output * other.weight)
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ModelError, match="reads weights outside of the modules that own them"):
+        parallelize(model, ParallelMesh(tensor=2))
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(parameter.numel() for parameter in model.parameters())

@@ -279,23 +279,29 @@ class _FinishGradient(torch.autograd.Function):
         return total.div_(ctx.group.size()).to(grad.dtype), None, None
 
 
-def _uses(model: nn.Module, plan: TensorPlan, mesh: ParallelMesh) -> dict[nn.Module, tuple[_Use, ...]]:
-    """For each module that is called, the parameters that its forward reads.
+def shown_by(model: nn.Module, plan: TensorPlan) -> dict[nn.Module, dict[str, nn.Module]]:
+    """For each module that is called, the modules whose parameters are plain tensors while its forward runs, by name.
 
-    Those of a module whose input is gathered are all parameters below it, those of any other module its own.
+    Those of a region are all modules below it; any other module shows its own parameters alone.
     """
-    late, uses = set(plan.late_biases.values()), dict[nn.Module, tuple[_Use, ...]]()
-    inside: set[nn.Module] = set()
+    shown, inside = dict[nn.Module, dict[str, nn.Module]](), set[nn.Module]()
     for name, module in model.named_modules():
-        if module in inside:
-            continue
-        parts = list(module.named_modules()) if name in plan.regions else [("", module)]
-        inside |= {part for _, part in parts}
+        if module not in inside:
+            parts = dict(module.named_modules()) if name in plan.regions else {"": module}
+            inside |= set(parts.values())
+            shown[module] = {".".join(filter(None, (name, below))): part for below, part in parts.items()}
+    return shown
+
+
+def _uses(model: nn.Module, plan: TensorPlan, mesh: ParallelMesh) -> dict[nn.Module, tuple[_Use, ...]]:
+    """For each module that is called, the parameters that its forward reads (``shown_by``)."""
+    late, uses = set(plan.late_biases.values()), dict[nn.Module, tuple[_Use, ...]]()
+    for module, parts in shown_by(model, plan).items():
         own = tuple(
             _Use(part, leaf, plan.cuts.get(full), mesh, full in late)
-            for below, part in parts
+            for name, part in parts.items()
             for leaf, _ in part.named_parameters(recurse=False)
-            for full in [".".join(filter(None, (name, below, leaf)))]
+            for full in [f"{name}.{leaf}" if name else leaf]
         )
         if own:
             uses[module] = own

@@ -9,19 +9,21 @@ not name is replicated. Styles that are not in ``HONOURED`` are refused by name.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import ParallelMesh
-from longspan.distributed.tensor_parallel import Cut, TensorPlan, refuse_plan
+from longspan.distributed.tensor_parallel import Cut, TensorPlan, refuse_plan, shown_by
 from longspan.errors import ModelError
 from longspan.hf.attention_layers import AttentionLayers
 from longspan.hf.candidate import Candidate, Undo
 from longspan.hf.names import is_encoder_decoder
+from longspan.hf.probe import TOKENS, forward, proving
 
 HONOURED = frozenset({
     "colwise", "rowwise", "packed_colwise", "packed_rowwise", "replicated_with_grad_allreduce", "moe_tp_experts",
@@ -51,7 +53,8 @@ def probe(candidate: Candidate) -> TensorWeights | None:
 
     Raises:
         ModelError: the config has no plan of tensor parallelism, or one that longspan does not compute; LoRA; an
-            encoder-decoder; a balance loss of experts.
+            encoder-decoder; a balance loss of experts; a mixture of experts that adds what the plan does not cut; weights that
+            are read outside of the modules that own them.
         LayoutError: heads or hidden units that the tensor ranks do not divide.
     """
     ranks = candidate.mesh.coordinate.tensor
@@ -62,6 +65,10 @@ def probe(candidate: Candidate) -> TensorWeights | None:
     styles = _styles(candidate)
     plan = _Reader(candidate.model, layers, styles).plan()
     refuse_plan(plan, ranks)
+    with proving(candidate.called):
+        for region in set(plan.regions) & set(plan.exits):
+            _prove_partial_sums(candidate.model, region, plan, ranks)
+        _prove_reads(candidate.model, plan)
     for query, kv in {layer.heads for _, layer in layers.layers}:
         Heads(query // ranks, max(1, kv // ranks), candidate.mesh.coordinate.ulysses, candidate.memory.head_chunks)
     return TensorWeights(plan)
@@ -224,3 +231,81 @@ class _Reader:
             for leaf, _ in self._model.get_submodule(name).named_parameters():
                 if f"{name}.{leaf}" not in cuts and any(name.startswith(f"{region}.") for region in regions):
                     raise ModelError(f"the model's plan does not cut {name}.{leaf}, which tensor > 1 would add on each rank")
+
+
+def _prove_partial_sums(model: Any, region: str, plan: TensorPlan, ranks: int) -> None:
+    """Raise ModelError if the outputs of ``region`` with each rank's weights do not add up to its output with whole weights.
+
+    Tested on one rank, with random hidden states. A shared expert that is not cut would be added by every rank.
+    """
+    module = model.get_submodule(region)
+    own = {name: parameter for name, parameter in module.named_parameters() if f"{region}.{name}" in plan.cuts}
+    first = next(module.parameters())
+    x = torch.randn(1, TOKENS, model.config.get_text_config().hidden_size, generator=torch.Generator().manual_seed(0))
+    x = x.to(first.device, first.dtype)
+    total = torch.zeros_like(x)
+    try:
+        for rank in range(ranks):
+            pieces = {name: _piece(parameter, plan.cuts[f"{region}.{name}"], ranks, rank) for name, parameter in own.items()}
+            total += _first(torch.func.functional_call(module, pieces, (x,)))
+        whole = _first(module(x))
+    except Exception as error:
+        raise ModelError(
+            f"'{region}' cannot be proven to work on a part of its weights ({type(error).__name__}: {error}), which tensor > 1 "
+            f"needs; use tensor=1"
+        ) from error
+    if not torch.allclose(total, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
+        raise ModelError(
+            f"'{region}' adds something that the model's plan does not cut (a shared expert), so that every tensor rank would "
+            f"add it; use tensor=1 with ulysses or ring"
+        )
+
+
+def _piece(parameter: Tensor, cut: Cut, ranks: int, rank: int) -> Tensor:
+    """What ``rank`` computes with of a whole parameter."""
+    runs = cut.pieces(parameter.shape[cut.dim], ranks, rank)
+    return torch.cat([parameter.detach().narrow(cut.dim, run.start, len(run)) for run in runs], cut.dim)
+
+
+def _first(output: Any) -> Tensor:
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
+
+
+def _prove_reads(model: Any, plan: TensorPlan) -> None:
+    """Raise ModelError if a test forward reads a weight outside of its module and region, where it would get a DTensor."""
+    held = {module: dict(module.named_parameters(recurse=False)) for module in model.modules()}
+    shown = shown_by(model, plan)
+    handles = []
+    for module, parts in shown.items():
+        owners = tuple(parts.values())
+        handles.append(module.register_forward_pre_hook(lambda _, args, owners=owners: _set(held, owners)))
+        handles.append(module.register_forward_hook(lambda *_, owners=owners: _unset(held, owners), always_call=True))
+    try:
+        for module, own in held.items():
+            for name, parameter in own.items():
+                setattr(module, name, nn.Parameter(parameter.detach().new_empty(0), requires_grad=False))
+        forward(model)
+    except ModelError as error:
+        raise ModelError(
+            f"{type(model).__name__} reads weights outside of the modules that own them, where tensor > 1 has only a part of "
+            f"each; use tensor=1 with ulysses or ring ({error})"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, own in held.items():
+            _unset(held, [module])
+            for name, parameter in own.items():
+                setattr(module, name, parameter)
+
+
+def _set(held: Mapping[nn.Module, Mapping[str, nn.Parameter]], owners: Iterable[nn.Module]) -> None:
+    for owner in owners:
+        vars(owner).update(held[owner])
+
+
+def _unset(held: Mapping[nn.Module, Mapping[str, nn.Parameter]], owners: Iterable[nn.Module]) -> None:
+    for owner in owners:
+        for name in held[owner]:
+            vars(owner).pop(name, None)
