@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from longspan.cli.config import PRESETS, Check, Evaluate, Ranks, Train, as_json, known, read_file, settings_of_run
+from longspan.cli.config import (
+    PRESETS,
+    Check,
+    Evaluate,
+    Ranks,
+    Train,
+    as_json,
+    compute_dtype,
+    known,
+    read_file,
+    settings_of_run,
+)
 from longspan.errors import RunError
 from longspan.models import decoder_config
 
@@ -51,6 +62,7 @@ def test_settings_are_checked_at_birth(kind: type[Ranks], settings: dict[str, ob
     ("config", "name", "value", "text"),
     [
         (Train(), "zero", 4, "zero=4 is unknown; legal are 0, 2, 3"),
+        (Train(), "dtype", "fp16", "dtype='fp16' is unknown; legal are auto, fp32, bf16"),
         (Train(), "model", "huge", f"model='huge' is unknown; {MODELS}"),
         (Check(), "model", "hf", f"model='hf' is unknown; {MODELS}"),
         (Check(), "dtype", "fp8", "dtype='fp8' is unknown; legal are fp64, fp32, bf16"),
@@ -113,6 +125,11 @@ def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, name: str, con
 def test_a_run_may_not_be_called_latest() -> None:
     with pytest.raises(RunError, match="run='latest' is not a plain name"):
         Train(run="latest")
+
+
+def test_the_automatic_dtype_is_bf16_on_a_gpu() -> None:
+    assert [compute_dtype("auto", kind) for kind in ("cpu", "cuda", "xpu")] == ["fp32", "bf16", "bf16"]
+    assert (compute_dtype("fp32", "cuda"), compute_dtype("bf16", "cpu")) == ("fp32", "bf16")
 
 
 def test_unknown_names_are_refused_by_name() -> None:

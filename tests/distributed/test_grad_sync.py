@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan.distributed import grad_sync as gradients
 from longspan.distributed.collectives import all_reduce_sum
-from longspan.distributed.grad_sync import MeanGradients, average_gradients, clip_grad_norm_
+from longspan.distributed.grad_sync import MeanGradients, _square, _square_on_gpu, average_gradients, clip_grad_norm_
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from tests.helpers.ranks import on_ranks
@@ -296,3 +296,15 @@ def test_clipping_takes_a_module_or_its_parameters_and_is_exact_in_fp32():
     for one, two in zip(module.parameters(), other.parameters()):
         assert torch.equal(one.grad, two.grad)
     torch.testing.assert_close(clip_grad_norm_(module, 9.0), torch.ones((), dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_the_norm_on_a_gpu_is_that_on_a_cpu() -> None:
+    """The function that GPUs use, on CPU tensors: fp32 and halves, and one gradient without elements."""
+    random = torch.Generator().manual_seed(0)
+    held = [
+        torch.randn(size, generator=random).to(dtype)
+        for size, dtype in ((7, torch.float32), (300, torch.bfloat16), (0, torch.float32))
+    ]
+    assert _square_on_gpu(held).item() == pytest.approx(sum(x.double().square().sum().item() for x in held), rel=1e-6)
+    doubles = [x.double() for x in held]
+    assert _square_on_gpu(doubles).item() == pytest.approx(_square(doubles).item(), rel=1e-14)

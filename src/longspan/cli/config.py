@@ -129,8 +129,8 @@ class Train(Layout):
 
     model: str = "tiny"
     """tiny, small, llama-1b, llama-8b or llama-70b: a decoder of that shape. hf:FOLDER: the Hugging Face model in FOLDER."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Compute dtype of forward and backward. Parameters, gradients and optimizer states are fp32 with both."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute dtype of forward and backward: auto is bf16 on a GPU, else fp32. Parameters and optimizer states are fp32."""
     data: Annotated[tuple[str, ...], _default("Python's own standard library")] = ()
     """Files, folders or globs of .txt, .md, .rst, .py, .jsonl(.gz, .zst) and .parquet."""
     text_field: str = "text"
@@ -218,8 +218,8 @@ class Evaluate(Ranks):
     """How many documents, the longest first. Each is one forward pass over all ranks."""
     tensor: int = 1
     """Degree of tensor parallel; the ulysses degree is the number of ranks divided by it."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Compute dtype of the forward."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute dtype of the forward: auto is bf16 on a GPU, else fp32."""
     runs_folder: str = "runs"
     """Folder that holds the folders of all runs."""
 
@@ -265,6 +265,13 @@ class Check(Layout):
         _at_least(self, 0, "seed")
         if self.json is not None and not Path(self.json).parent.is_dir():
             raise RunError(f"json={self.json!r} is in a folder that does not exist; make it first, or name another file")
+
+
+def compute_dtype(dtype: Literal["auto", "fp32", "bf16"], device_type: str) -> Literal["fp32", "bf16"]:
+    """``dtype``, or what "auto" means on a device: fp32 on the "cpu", bf16 on any accelerator."""
+    if dtype == "auto":
+        return "fp32" if device_type == "cpu" else "bf16"
+    return dtype
 
 
 def read_file(path: str) -> dict[str, Any]:

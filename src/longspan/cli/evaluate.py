@@ -7,7 +7,7 @@ document   |<---- tokens, up to --max-tokens ---->|
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longspan.batch.agreement import sync_batches
 from longspan.cli import checkpoint, model_source
-from longspan.cli.config import MAX_TOKENS, Evaluate, read_file
+from longspan.cli.config import MAX_TOKENS, Evaluate, compute_dtype, read_file
 from longspan.cli.metrics import output
 from longspan.cli.model_source import ModelSource
 from longspan.cli.summary import count
@@ -74,6 +74,7 @@ def work(config: Evaluate) -> int:
     """
     ulysses = max(1, dist.get_world_size() // config.tensor)
     mesh = ParallelMesh(ulysses, tensor=config.tensor, timeout=config.timeout)
+    config = replace(config, dtype=compute_dtype(config.dtype, mesh.device.type))
     with raise_together(mesh.world_group):
         found = _find(config)
         tokenizer = load_tokenizer(found.tokenizer)

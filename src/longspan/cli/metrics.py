@@ -207,13 +207,18 @@ def measured_peak_flops(mesh: ParallelMesh, dtype: torch.dtype, seconds: float =
         The sum over all ranks of each rank's fastest matmul, equal on every rank.
     """
     size = 1024 if mesh.device.type == "cpu" else 8192
-    x = torch.ones(size, size, dtype=dtype, device=mesh.device)
+    generator = torch.Generator(mesh.device).manual_seed(0)
+    x = torch.randn(size, size, device=mesh.device, generator=generator).to(dtype)  # a GPU is faster on constant numbers
     dist.barrier(group=mesh.world_group)
     best, stop = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < stop:
         start = time.perf_counter()
-        x[0, 0] = (x @ x)[0, 0].item()  # reading a number waits for the device
+        (x @ x)[0, 0].item()  # reading a number waits for the device
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    del x
+    if mesh.device.type != "cpu":  # peak_bytes is to be that of the training
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats(mesh.device)
     total = torch.tensor(best, dtype=torch.float64, device="cpu")
     dist.all_reduce(total, group=mesh.world_group)
     return float(total)
@@ -227,9 +232,10 @@ def fullest_rank_bytes(mesh: ParallelMesh) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory of this rank in bytes since its start: allocated by torch on a CUDA device, else resident in the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Peak memory of this rank in bytes: allocated by torch on an accelerator since the speed was measured, else resident in
+    the process since its start."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

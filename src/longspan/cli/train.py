@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from longspan.batch.agreement import sync_batches
 from longspan.batch.context import Part
+from longspan.batch.shard import on_device
 from longspan.cli import checkpoint, model_source
-from longspan.cli.config import LATEST, Train, as_json
+from longspan.cli.config import LATEST, Train, as_json, compute_dtype
 from longspan.cli.metrics import Display, Journal, Record, fullest_rank_bytes, measured_peak_flops, memory_table, peak_bytes
 from longspan.cli.model_source import ModelSource
 from longspan.cli.summary import closing, memory_heading, opening
@@ -58,6 +59,7 @@ def work(config: Train) -> int:
     """
     transport = CountingTransport(TorchTransport())
     mesh = ParallelMesh(config.ulysses, config.ring, tensor=config.tensor, transport=transport, timeout=config.timeout)
+    config = replace(config, dtype=compute_dtype(config.dtype, mesh.device.type))
     lead = dist.get_rank() == 0
     with raise_together(mesh.world_group):
         source = model_source.from_name(config.model)
@@ -83,14 +85,14 @@ def work(config: Train) -> int:
         display.say(opening(source, corpus, loader, config, mesh, done))
         for step in range(done + 1, config.steps + 1):
             started, sent_before = time.perf_counter(), transport.traffic.bytes
-            loss, rate = 0.0, learning_rate(step, config)
+            step_losses, rate = [], learning_rate(step, config)
             with watched if step == reported else nullcontext():
                 for part in _parts(loader, step, journal, mesh):
                     with _computing_in(config, mesh):
                         part_loss = model(**part).loss
                     part_loss.backward()
-                    loss += part_loss.item()
-                grad_norm = clip_grad_norm_(model.parameters(), config.clip_norm).item()
+                    step_losses.append(part_loss.detach())
+                loss, grad_norm = _read(step_losses, clip_grad_norm_(model.parameters(), config.clip_norm))
                 _refuse_divergence(step, loss, grad_norm)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -130,6 +132,13 @@ def work(config: Train) -> int:
     return 0
 
 
+def _read(losses: list[Tensor], norm: Tensor) -> tuple[float, float]:
+    """The sum of the micro-batches' losses and the gradient norm, in one copy to the host."""
+    total = torch.stack(losses).double().sum()
+    loss, grad_norm = torch.stack([total, norm.to(total.device, torch.float64)]).tolist()
+    return loss, grad_norm
+
+
 def learning_rate(step: int, config: Train) -> float:
     """The learning rate of ``step`` (from 1): linear warm-up to the peak, cosine decay to a tenth of it at ``decay_steps``."""
     if step <= config.warmup_steps:
@@ -147,7 +156,7 @@ def evaluate(model: nn.Module, held_out: Loader, config: Train, mesh: ParallelMe
     loss = 0.0
     for part in parts:
         with _computing_in(config, mesh):
-            loss += model(**_on_device(part, mesh)).loss.item()
+            loss += model(**on_device(part, mesh.device)).loss.item()
     return loss
 
 
@@ -206,11 +215,7 @@ def _parts(loader: Loader, step: int, journal: Journal, mesh: ParallelMesh) -> l
         parts = [] if error else loader.step(step - 1)
     except LongspanError as found:
         error = found
-    return [_on_device(part, mesh) for part in sync_batches(parts, mesh, error=error)]
-
-
-def _on_device(part: Part, mesh: ParallelMesh) -> Part:
-    return {name: value.to(mesh.device) if isinstance(value, torch.Tensor) else value for name, value in part.items()}
+    return [on_device(part, mesh.device) for part in sync_batches(parts, mesh, error=error)]
 
 
 def _on(mesh: ParallelMesh, model: nn.Module) -> nn.Module:
@@ -229,7 +234,8 @@ def _optimizer(model: nn.Module, config: Train) -> torch.optim.Optimizer:
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+    fused = True if matrices[0].device.type == "cuda" else None  # one launch for many parameters; None is PyTorch's default
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused)
 
 
 def _refuse_divergence(step: int, loss: float, grad_norm: float) -> None:

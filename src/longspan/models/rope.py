@@ -14,8 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ROTATED_TOKENS = 2_048
-"""How many tokens of a row are rotated at a time, so that the fp32 temporaries are small compared with the row."""
+ROTATED_TOKENS, ROTATED_TOKENS_ON_GPU = 2_048, 65_536
+"""How many tokens of a row are rotated at a time, so that the fp32 temporaries are small compared with the row.
+
+On a GPU a tile is several launches of kernels, which must be long compared with a launch.
+"""
 
 
 def rope(
@@ -75,7 +78,8 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotated = torch.empty(x_BSHD.shape, dtype=x_BSHD.dtype, device=x_BSHD.device)
-    tiles = (x.split(ROTATED_TOKENS, 1) for x in (x_BSHD, rotated, cos, sin))
+    size = ROTATED_TOKENS if x_BSHD.device.type == "cpu" else ROTATED_TOKENS_ON_GPU
+    tiles = (x.split(size, 1) for x in (x_BSHD, rotated, cos, sin))
     for x, out, tile_cos, tile_sin in zip(*tiles):
         (first, second), half = x.to(cos.dtype).chunk(2, dim=-1), x.shape[-1] // 2
         out[..., :half] = first * tile_cos - second * tile_sin
