@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from longspan.distributed.consensus import first_difference, gather_or_raise
-from longspan.distributed.fsdp import FSDPOptions, is_sharded, refuse_options, shard_parameters
+from longspan.distributed.fsdp import FSDPOptions, is_sharded, refuse_optimizers_at_first_step, refuse_options, shard_parameters
 from longspan.distributed.grad_sync import MeanGradients
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.pipeline_parallel import PipelineOptions, PipelineParallel
@@ -106,6 +106,7 @@ def parallelize(
         TensorParallel(
             model, adapter.blocks(), adapter.tensor_plan().within(model), mesh, partial(_tokens_of_tensor_ranks, mesh)
         )
+        refuse_optimizers_at_first_step(model)
     state = ParallelState(mesh, 2 if fsdp.zero == 1 else fsdp.zero, options, adapter, _apply_options(adapter, options), stages)
     if fsdp.zero == 0:
         state.gradients = MeanGradients(model, mesh)

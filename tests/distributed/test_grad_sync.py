@@ -234,20 +234,20 @@ def _sharded_norms():
     return [float(one) for one in norms], grads
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_a_module_outside_the_parallel_model_gets_the_gradients_of_one_device(ranks, tmp_path):
+@pytest.mark.parametrize(("ranks", "tensor"), [(3, 1), (2, 2), (4, 2)])
+def test_a_module_outside_the_parallel_model_gets_the_gradients_of_one_device(ranks, tensor, tmp_path):
     """Three micro-batches, averaged after each or once at the end; ``odd`` has a gradient on odd ranks alone."""
     expected = _grads(_one_device(ranks, 3))
-    for after_each, once in on_ranks(ranks, _averaged_outside, tmp_path=tmp_path):
+    for after_each, once in on_ranks(ranks, _averaged_outside, tensor, tmp_path=tmp_path):
         torch.testing.assert_close(after_each, expected, rtol=1e-13, atol=1e-14)
         torch.testing.assert_close(once, expected, rtol=1e-13, atol=1e-14)
 
 
-def _averaged_outside():
-    mesh = ParallelMesh()
+def _averaged_outside(tensor):
+    mesh = ParallelMesh(tensor=tensor)
     found = []
     for after_each in (True, False):
-        toy, rank = Toy(), mesh.coordinate.data_rank
+        toy, rank = Toy(), mesh.loss_group.rank()
         for step in range(3):
             (all_reduce_sum(toy.score(_ids(rank, step), rank), mesh.loss_group) + toy.penalty()).backward()
             if after_each:

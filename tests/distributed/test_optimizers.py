@@ -29,31 +29,37 @@ def optimizers() -> dict[str, Any]:
     return found | {"transformers.Adafactor": transformers.Adafactor}
 
 
-def test_every_optimizer_trains_shards_as_whole_parameters_or_is_refused(pool: Callable[[int], Ranks]) -> None:
-    for found in pool(2).run(train_with_each):
+@pytest.mark.parametrize(
+    ("ranks", "degrees", "zero"),
+    [(2, {"ulysses": 2}, 3), (2, {"tensor": 2}, 0), pytest.param(4, {"ulysses": 2, "tensor": 2}, 3, marks=pytest.mark.long)],
+)
+def test_every_optimizer_trains_shards_as_whole_parameters_or_is_refused(
+    ranks: int, degrees: dict[str, int], zero: int, pool: Callable[[int], Ranks]
+) -> None:
+    for found in pool(ranks).run(train_with_each, degrees, zero):
         refused = {name.removeprefix("transformers.") for name, error in found.items() if error is None}
         assert refused == REFUSED
         assert found.pop("Muon") < 5e-3  # it works on whole matrices in bfloat16
         assert all(error < 1e-6 for error in found.values() if error is not None), found
 
 
-def train_with_each() -> dict[str, float | None]:
+def train_with_each(degrees: dict[str, int], zero: int) -> dict[str, float | None]:
     """The relative difference of the weights after two steps, by optimizer; None where it was refused before the first."""
     found: dict[str, float | None] = {}
     for name, kind in optimizers().items():
-        whole = train(name, kind, 0)
+        whole = train(name, kind, {"ulysses": 2}, 0)
         if kind.__name__ in REFUSED:
             with pytest.raises(ModelError, match=f"{kind.__name__} cannot update sharded parameters .* use AdamW, SGD"):
-                train(name, kind, 3)
+                train(name, kind, degrees, zero)
             found[name] = None
         else:
-            found[name] = ((train(name, kind, 3) - whole).norm() / whole.norm()).item()
+            found[name] = ((train(name, kind, degrees, zero) - whole).norm() / whole.norm()).item()
     return found
 
 
-def train(name: str, kind: Any, zero: int) -> torch.Tensor:
+def train(name: str, kind: Any, degrees: dict[str, int], zero: int) -> torch.Tensor:
     """All weights after two steps."""
-    mesh, ids = mesh_of(2, 1), batches("odd length", False)["input_ids"]
+    mesh, ids = mesh_of(**degrees), batches("odd length", False)["input_ids"]
     model = parallelize(Decoder(SHAPE, seed=0).double(), mesh, zero=zero)
     trained = [parameter for parameter in model.parameters() if name != "Muon" or parameter.ndim == 2]
     optimizer = kind(trained, lr=1e-2, **SETTINGS.get(name, {}))

@@ -273,6 +273,10 @@ def refused_later() -> None:
         model(**whole)
     with pytest.raises(ModelError, match="cut over tensor ranks cannot be made whole in place"):
         unparallelize(model)
+    unshared = model_of()
+    optimizer = torch.optim.SGD(unshared.parameters(), lr=0.1)
+    with pytest.raises(ModelError, match=f"{type(optimizer).__name__} was built before the parameters are sharded"):
+        parallelize(unshared, mesh)
     with pytest.raises(LayoutError, match=r"tokens=1 is fewer than the 2 ranks of a sequence .*tensor=2"):
         mesh.coordinate.layout(1)
 

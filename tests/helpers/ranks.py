@@ -39,9 +39,9 @@ def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, tmp_path: Path, s
 
 
 @cache
-def mesh_of(ulysses: int = 1, ring: int = 1) -> ParallelMesh:
+def mesh_of(ulysses: int = 1, ring: int = 1, tensor: int = 1) -> ParallelMesh:
     """A mesh of this layout, made once per rank: making one takes milliseconds, and its process groups are never freed."""
-    return ParallelMesh(ulysses, ring)
+    return ParallelMesh(ulysses, ring, tensor=tensor)
 
 
 class Ranks:

@@ -69,3 +69,21 @@ def test_what_does_not_go_with_a_mesh_is_refused_by_name(pool: Pool, tmp_path: P
     (found,) = pool(1).run(refusals, tmp_path)
     for name, text in found.items():
         assert name in text
+
+
+def refusals_of_tensor(folder: Path) -> list[str]:
+    mesh, found = mesh_of(tensor=2), []
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for settings, given in (({"gradient_checkpointing": True}, {}), ({}, {"optimizers": (optimizer, None)})):
+        try:
+            LongTrainer(model=model, args=arguments(folder, **settings), mesh=mesh, **given)
+        except LongspanError as error:
+            found.append(str(error))
+    return found
+
+
+def test_what_does_not_go_with_tensor_ranks_is_refused_by_name(pool: Pool, tmp_path: Path) -> None:
+    for checkpointing, optimizers in pool(2).run(refusals_of_tensor, tmp_path):
+        assert "checkpointing=True) would compute layers again without their tensor ranks; pass memory=Memory" in checkpointing
+        assert "optimizers= were built before zero=0 and tensor=2 shard the parameters" in optimizers

@@ -32,17 +32,23 @@ def resume(
     return logged(trainer)[:-1], weights(trainer)  # the last line is the mean loss of this call alone
 
 
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.long), 3])
-def test_a_checkpoint_is_that_of_one_device(zero: int, pool: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("zero", "mesh"),
+    [
+        pytest.param(0, HYBRID, marks=pytest.mark.long), (3, HYBRID), (0, {"tensor": 2}),
+        pytest.param(3, {"tensor": 2}, marks=pytest.mark.long),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_is_that_of_one_device(zero: int, mesh: dict[str, int], pool: Pool, tmp_path: Path) -> None:
     """Four ranks go on from it, and so does one device; each as if nothing had happened."""
     (alone,) = pool(1).run(train, tmp_path / "one", 4, None, SAVING)
-    for theirs in pool(4).run(train, tmp_path / "four", 2, HYBRID, SAVING, None, zero):
+    for theirs in pool(4).run(train, tmp_path / "four", 2, mesh, SAVING, None, zero):
         assert_equal(alone, theirs)
     alone = (alone[0][:-1], alone[1])
     files = sorted(path.name for path in (tmp_path / "one" / "checkpoint-3").iterdir())
     assert sorted(path.name for path in (tmp_path / "four" / "checkpoint-3").iterdir()) == files
     assert_equal(alone, pool(1).run(resume, tmp_path / "four", 4, None, SAVING)[0])
-    for theirs in pool(4).run(resume, tmp_path / "four", 2, HYBRID, SAVING, zero):
+    for theirs in pool(4).run(resume, tmp_path / "four", 2, mesh, SAVING, zero):
         assert_equal(alone, theirs)
     saved = LlamaForCausalLM.from_pretrained(tmp_path / "four" / "checkpoint-6")
     assert saved.config._attn_implementation == "sdpa"
@@ -93,9 +99,9 @@ def test_what_fails_on_one_rank_stops_all_with_one_sentence(what: str, pool: Poo
     assert re.search(STOPS[what], first)
 
 
-def save_alone(folder: Path, zero: int) -> str:
+def save_alone(folder: Path, zero: int, mesh: dict[str, int]) -> str:
     """Rank 0 saves, the other one does not; then both train on."""
-    trainer = build(folder, 2, {"ulysses": 2}, {"max_steps": 1}, {}, zero)
+    trainer = build(folder, 2, mesh, {"max_steps": 1}, {}, zero)
     found = "nothing"
     if trainer.is_world_process_zero():
         try:
@@ -106,9 +112,13 @@ def save_alone(folder: Path, zero: int) -> str:
     return found
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_one_rank_saves_alone_or_is_refused_without_a_collective(zero: int, pool: Pool, tmp_path: Path) -> None:
-    first, second = pool(2).run(save_alone, tmp_path, zero)
+@pytest.mark.parametrize(("zero", "mesh"), [(0, {"ulysses": 2}), (3, {"ulysses": 2}), (0, {"tensor": 2})])
+def test_one_rank_saves_alone_or_is_refused_without_a_collective(
+    zero: int, mesh: dict[str, int], pool: Pool, tmp_path: Path
+) -> None:
+    first, second = pool(2).run(save_alone, tmp_path, zero, mesh)
+    is_whole = zero == 0 and "tensor" not in mesh
     assert second == "nothing"
-    assert (tmp_path / "saved" / "model.safetensors").exists() is (zero == 0)
-    assert zero == 0 or re.search("save_model was not called on rank 1 within 10 s, and with zero=3", first)
+    assert (tmp_path / "saved" / "model.safetensors").exists() is is_whole
+    text = f"save_model was not called on rank 1 within 10 s, and with zero={zero} and tensor={mesh.get('tensor', 1)} each"
+    assert is_whole or text in first

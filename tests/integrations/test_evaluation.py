@@ -257,3 +257,6 @@ def test_evaluation_between_steps_of_training_is_that_of_one_device(pool: Pool, 
         assert_equal(alone, theirs)
     for theirs in pool(4).run(train, tmp_path / "ring", 1, {"ring": 1}, WITH_EVALUATION, given, 3, True):  # four replicas
         assert_equal(alone, theirs)
+    settings = {name: x for name, x in WITH_EVALUATION.items() if "checkpointing" not in name}
+    for theirs in pool(4).run(train, tmp_path / "tensor", 2, {"tensor": 2}, settings, given):
+        assert_equal(alone, theirs)

@@ -26,20 +26,22 @@ from tests.helpers.ranks import mesh_of
 from tests.helpers.trainers import HYBRID, Logged, Pool, arguments, assert_equal, dataset, llama, logged, pad, train
 
 CASES = {
-    "sgd": ({"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}, 0),
-    "adamw, accumulated, clipped": ({"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}, 0),
-    "adamw, sharded, over an epoch's end": ({"max_steps": 12}, 3),
+    "sgd": ({"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}, 0, HYBRID),
+    "adamw, accumulated, clipped": ({"gradient_accumulation_steps": 2, "max_grad_norm": 0.5}, 0, HYBRID),
+    "adamw, sharded, over an epoch's end": ({"max_steps": 12}, 3, HYBRID),
+    "tensor": ({"max_steps": 12, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}, 0, {"tensor": 2}),
+    "tensor, sharded": ({"max_steps": 6}, 2, {"tensor": 2}),
 }
-"""Settings, 20 steps where they do not say so, and zero."""
+"""Settings, 20 steps where they do not say so, zero, and the mesh of 4 ranks with data 2."""
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_twenty_steps_are_those_of_one_device(case: str, pool: Pool, tmp_path: Path) -> None:
-    settings, zero = CASES[case]
+    settings, zero, mesh = CASES[case]
     (alone,) = pool(1).run(train, tmp_path / "one", 4, None, settings)
     assert len([line for line in alone[0] if "loss" in line]) == settings.get("max_steps", 20)
-    tools = {"memory": MemoryOptions(recompute="selective", tile_tokens=7, head_chunks=2)} if zero else None
-    for theirs in pool(4).run(train, tmp_path / "four", 2, HYBRID, settings, tools, zero, True):
+    tools = {"memory": MemoryOptions(recompute="selective", tile_tokens=7, head_chunks=2)} if zero == 3 else None
+    for theirs in pool(4).run(train, tmp_path / "four", 2, mesh, settings, tools, zero, True):
         assert_equal(alone, theirs)
 
 

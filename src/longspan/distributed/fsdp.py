@@ -64,6 +64,8 @@ def refuse_options(options: FSDPOptions, model: nn.Module, mesh: ParallelMesh) -
             if value is not None:
                 instead = "torch.autocast, or " if name == "dtype" else ""
                 raise ModelError(f"{name}={value} is for sharded parameters; use {instead}zero=2 or zero=3")
+        if mesh.coordinate.tensor > 1:
+            _refuse_earlier_optimizers(model)
         return
     for name, parameter in model.named_parameters():
         if not (parameter.is_floating_point() or parameter.is_complex()):
@@ -102,7 +104,7 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
         fully_shard(module, mesh=device_mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
     _compat.fsdp_fill_unused_gradients(model)
     model.register_forward_pre_hook(_refuse_after_a_failed_backward)
-    _refuse_optimizers_at_first_step(model)
+    refuse_optimizers_at_first_step(model)
     model.register_forward_hook(_reshard_without_a_backward)
 
 
@@ -157,7 +159,7 @@ def _refuse_earlier_optimizers(model: nn.Module) -> None:
         )
 
 
-def _refuse_optimizers_at_first_step(model: nn.Module) -> None:
+def refuse_optimizers_at_first_step(model: nn.Module) -> None:
     """Register a hook on ``model``: at the first forward with gradients, refuse optimizers that cannot update sharded
     parameters.
 

@@ -144,7 +144,7 @@ class MeanGradients:
                 self._delayed[index] = self._delayed[index] + wide if index in self._delayed else wide
             return
         for bucket in self._buckets:
-            for index, mean in _mean_of_bucket(self._parameters, bucket, arrived, self._mesh).items():
+            for index, mean in _mean_of_bucket(self._parameters, bucket, arrived, self._mesh.fsdp_group).items():
                 _add(self._parameters[index], mean)
 
 
@@ -259,7 +259,7 @@ def average_gradients(module: nn.Module, mesh: ParallelMesh) -> None:
     Args:
         module: equal parameters on every rank, outside of what ``parallelize``, DDP or FSDP was given. (A second mean over
             gradients that are means already changes nothing.)
-        mesh: the mean is over ``mesh.fsdp_group``, the ranks that hold the same parameters.
+        mesh: the mean is over ``mesh.loss_group``: also over the tensor ranks, which hold other tokens and the same module.
 
     Raises:
         ModelError: on every rank alike, for sharded parameters, or where names, shapes or dtypes differ between ranks.
@@ -275,7 +275,7 @@ def average_gradients(module: nn.Module, mesh: ParallelMesh) -> None:
     parameters = list(trained.values())
     for bucket in _buckets(parameters):
         found = {index: grad for index in bucket if (grad := parameters[index].grad) is not None}
-        for index, mean in _mean_of_bucket(parameters, bucket, found, mesh).items():
+        for index, mean in _mean_of_bucket(parameters, bucket, found, mesh.loss_group).items():
             parameters[index].grad = mean.to(parameters[index].dtype, copy=True)
 
 
@@ -290,14 +290,14 @@ def _whole_parameters(trained: dict[str, nn.Parameter]) -> dict[str, str]:
 
 
 def _mean_of_bucket(
-    parameters: list[nn.Parameter], bucket: list[int], found: dict[int, Tensor], mesh: ParallelMesh
+    parameters: list[nn.Parameter], bucket: list[int], found: dict[int, Tensor], group: dist.ProcessGroup
 ) -> dict[int, Tensor]:
-    """The mean over ``mesh.fsdp_group`` of the gradients of one bucket, by one all-reduce.
+    """The mean over the ranks of ``group`` of the gradients of one bucket, by one all-reduce.
 
     Args:
-        parameters: all parameters.
-        bucket: the indices of those of this bucket.
+        parameters, bucket: all parameters, and the indices of those of this bucket.
         found: this rank's gradients by index; the entries of the bucket are removed.
+        group: the ranks that hold the parameters.
 
     Returns:
         The mean by index, in fp32 or fp64. A rank without a gradient counts as zero; a parameter for which no rank has one is
@@ -313,10 +313,10 @@ def _mean_of_bucket(
     for piece, index in zip(pieces, bucket):
         if index in found:
             piece.copy_(found.pop(index).flatten())
-    if mesh.fsdp_group.size() > 1:
-        dist.all_reduce(flat, group=mesh.fsdp_group)
+    if group.size() > 1:
+        dist.all_reduce(flat, group=group)
     return {
-        index: piece.div_(mesh.fsdp_group.size()).view(_local(parameters[index]).shape)
+        index: piece.div_(group.size()).view(_local(parameters[index]).shape)
         for index, piece, ranks in zip(bucket, pieces, present.tolist())
         if ranks
     }

@@ -66,6 +66,12 @@ def refuse_arguments(args: TrainingArguments, mesh: ParallelMesh) -> None:
             )
     if "inputs" in args.include_for_metrics:
         raise RunError("TrainingArguments(include_for_metrics=['inputs']) is not supported: inputs are not gathered")
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if mesh.coordinate.tensor > 1 and getattr(args, name, False):
+            raise RunError(
+                f"TrainingArguments({name}=True) would compute layers again without their tensor ranks; pass "
+                f"memory=MemoryOptions(recompute='full') to the trainer instead"
+            )
     if args.n_gpu > 1:
         raise RunError(
             f"this process sees {args.n_gpu} GPUs and would split its batch among them; start one process per GPU: "
@@ -78,20 +84,20 @@ def refuse_arguments(args: TrainingArguments, mesh: ParallelMesh) -> None:
         )
 
 
-def refuse_keywords(keywords: Mapping[str, Any], zero: int) -> None:
+def refuse_keywords(keywords: Mapping[str, Any], zero: int, tensor: int = 1) -> None:
     """Raise RunError for a keyword of Trainer that would be wrong on a mesh.
 
-    Refused: ``compute_loss_func``, which would get one rank's logits; with ``zero`` above 0 also ``optimizers``, which would
-    hold the parameters from before sharding.
+    Refused: ``compute_loss_func``, which would get one rank's logits; with ``zero`` above 0 or ``tensor`` above 1 also
+    ``optimizers``, which would hold the parameters from before sharding.
     """
     if keywords.get("compute_loss_func") is not None:
         raise RunError(
             "compute_loss_func would be given this rank's logits; write compute_loss in a class in front of LongTrainer, with "
             "longspan.cross_entropy or unshard"
         )
-    if zero and any(given is not None for given in keywords.get("optimizers", ())):
+    if (zero or tensor > 1) and any(given is not None for given in keywords.get("optimizers", ())):
         raise RunError(
-            f"optimizers= were built before zero={zero} shards the parameters and would train nothing; pass "
+            f"optimizers= were built before zero={zero} and tensor={tensor} shard the parameters and would train nothing; pass "
             f"optimizer_cls_and_kwargs"
         )
 

@@ -53,7 +53,7 @@ Base: Any = Trainer
 
 
 class LongTrainer(Base):  # type: ignore[misc]
-    """``transformers.Trainer`` that splits every sequence over ``ring x ulysses`` ranks of ``mesh``.
+    """``transformers.Trainer`` that splits every sequence over ``ring x ulysses x tensor`` ranks of ``mesh``.
 
     To use it with another trainer class, inherit from both: ``class LongSFT(LongTrainer, SFTTrainer): ...``. Every rank
     runs the same script. Results equal those of ``Trainer`` on one device with ``per_device_train_batch_size`` times
@@ -72,11 +72,11 @@ class LongTrainer(Base):  # type: ignore[misc]
 
     Put a ``compute_loss`` of your own into a class that inherits from this one; its ``inputs`` are this rank's tokens, and its
     loss must be equal on every rank. At ``zero=0`` each rank that calls ``save_model`` runs it alone, and rank 0 writes; with
-    sharded parameters every rank must call it.
+    sharded parameters (``zero`` 2 or 3, or tensor > 1) every rank must call it.
 
     Args:
         mesh: the ranks; every rank passes an equal one.
-        zero: ``zero`` of ``parallelize``: 0, 2 or 3.
+        zero: ``zero`` of ``parallelize``: 0, 2 or 3. With tensor > 1, ``optimizers=`` is refused as with 2 and 3.
         memory: ``memory`` of ``parallelize``, a MemoryOptions.
         parallelize_kwargs: the other keywords of ``parallelize``.
         dims: for tensors in the batch that ``shard_batch`` does not know: name to the number of their dim of tokens.
@@ -117,11 +117,16 @@ class LongTrainer(Base):  # type: ignore[misc]
             refuse_versions((*REPLACED, *WRAPPED))
             refuse_arguments(args, mesh)
             refuse_other_losses(type(self), LongTrainer, args, REPLACED)
-            refuse_keywords(keywords, zero)
+            refuse_keywords(keywords, zero, mesh.coordinate.tensor)
         super().__init__(*positional, args=single_process_arguments(args, mesh), **keywords)
         self._refuse_other_sharding()
         if self.model_init is None:
             self._parallelize(self.model)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether a rank holds only a part of some parameters: with zero=2 or 3, or cut over tensor ranks."""
+        return self.zero > 0 or self.mesh.coordinate.tensor > 1
 
     def _refuse_other_sharding(self) -> None:
         """Raise RunError if accelerate's configuration also shards the model, or if a base class has replaced ``self.args``."""
@@ -137,7 +142,7 @@ class LongTrainer(Base):  # type: ignore[misc]
 
     def _parallelize(self, model: nn.Module) -> nn.Module:
         model = parallelize(model.to(self.args.device), self.mesh, zero=self.zero, **self.parallelize_kwargs)
-        if self.zero:
+        if self._is_sharded:
             load_whole_tensors(model)
         return model
 
@@ -333,15 +338,16 @@ class LongTrainer(Base):  # type: ignore[misc]
         Raises:
             RunError: where parameters are sharded and another rank does not call it within 10 seconds.
         """
-        if self.zero and not _internal_call and (absent := absent_ranks("save_model", self.mesh, SAVE_WAIT_S)):
+        if self._is_sharded and not _internal_call and (absent := absent_ranks("save_model", self.mesh, SAVE_WAIT_S)):
             raise RunError(
-                f"save_model was not called on rank {absent} within {SAVE_WAIT_S:g} s, and with zero={self.zero} each rank "
-                f"holds a shard of the parameters; call it on every rank (only one writes), not under is_world_process_zero()"
+                f"save_model was not called on rank {absent} within {SAVE_WAIT_S:g} s, and with zero={self.zero} and "
+                f"tensor={self.mesh.coordinate.tensor} each rank holds a shard of the parameters; call it on every rank (only "
+                f"one writes), not under is_world_process_zero()"
             )
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.zero:  # every rank holds all parameters, so that one that saves needs no other
+        if not self._is_sharded:  # every rank holds all parameters, so that one that saves needs no other
             super()._save(output_dir, state_dict)
             return
         if state_dict is None:
