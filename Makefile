@@ -2,6 +2,7 @@
 # make quick      lint, types and the quickest tests, two minutes    make test-long   the full product of shapes and layouts, 45 minutes
 # make clean      remove .venv and caches, not runs/
 # make model-matrix   which language models of Transformers are exact on two ranks; writes docs/models.md and plans.md, about an hour
+# make test-gpu PYTHON=python3   kernels, two ranks and waits on a GPU; make bench-gpu PYTHON=python3   GEMM, copy, attention
 # make bench-million   real steps on one sequence of 1,048,576 tokens, two ranks, about ten minutes a step on a CPU with AVX-512
 # make test-versions V=2.11.0   make test with another PyTorch, in an environment that is removed afterwards; prints a row of
 #                               docs/versions.md. TRANSFORMERS=5.24.0 TESTS=tests/hf for another Transformers, and for a part
@@ -13,6 +14,7 @@
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
 ARGS ?=
+DEVICE ?= cuda
 
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
@@ -20,7 +22,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constra
 
 CSV ?=
 
-.PHONY: train lint quick test test-long test-versions model-matrix bench-million validate-planner clean
+.PHONY: train lint quick test test-long test-versions model-matrix test-gpu bench-gpu bench-million validate-planner clean
 
 train: .venv/installed
 	$(BIN)/longspan train $(ARGS)
@@ -52,6 +54,14 @@ test-versions:
 model-matrix: .venv/installed-dev
 	$(BIN)/python benchmarks/model_matrix.py $(ARGS)
 	$(BIN)/python benchmarks/plan_matrix.py $(ARGS)
+
+# The image's Python, from a plain checkout: it needs torch, jaxtyping, numpy and pytest, and installs nothing. Never run on a GPU yet.
+test-gpu:
+	LONGSPAN_TEST_DEVICE=$(DEVICE) PYTHONPATH=src:. $(PYTHON) -m pytest -q -c /dev/null --rootdir . --confcutdir tests/gpu \
+		-p no:cacheprovider -W ignore::pytest.PytestUnknownMarkWarning tests/gpu $(ARGS)
+
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --device $(DEVICE) $(ARGS)
 
 bench-million: .venv/installed
 	$(BIN)/python benchmarks/million.py $(ARGS)

@@ -92,8 +92,8 @@ def _step_of(path: Path) -> int:
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Load the weights of the checkpoint in the folder ``path`` into ``model``, in place.
 
-    With an ``optimizer`` also its states and torch's CPU random state, so that a resumed run continues bit for bit. Every rank
-    must call it; a process without a process group can too.
+    With an ``optimizer`` also its states and torch's CPU random state, so that on a CPU a resumed run continues bit for bit.
+    Every rank must call it; a process without a process group can too.
 
     Raises:
         RunError: the checkpoint is damaged.

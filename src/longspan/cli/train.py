@@ -5,7 +5,8 @@
                                       runs/NAME/  config.json  metrics.jsonl  events.*  checkpoints/  <----+
                                                   export/, where the model came from a Hugging Face folder
 
-Data order, learning rate and evaluation are functions of the step, so a resumed run equals an uninterrupted one bit for bit.
+Data order, learning rate and evaluation are functions of the step, so on a CPU a resumed run equals an uninterrupted one bit by
+bit.
 """
 
 import math

@@ -1,0 +1,12 @@
+"""The device that tests of `make test-gpu` follow: LONGSPAN_TEST_DEVICE, "cpu" where it is not set. Imports torch alone."""
+
+import os
+
+import torch
+
+DEVICE = torch.device(os.environ.get("LONGSPAN_TEST_DEVICE", "cpu"))
+
+
+def launches(profile: torch.profiler.profile) -> int:
+    """How many kernels a profile saw start on the GPU."""
+    return sum(event.count for event in profile.key_averages() if event.key.startswith("cudaLaunchKernel"))
