@@ -271,7 +271,7 @@ def refused_later() -> None:
     model = parallelize(model_of(), mesh)
     with pytest.raises(ModelError, match="the batch was not cut"):
         model(**whole)
-    with pytest.raises(ModelError, match="cut over tensor ranks cannot be made whole in place"):
+    with pytest.raises(ModelError, match="cut over tensor ranks or pipeline stages cannot be made whole in place"):
         unparallelize(model)
     unshared = model_of()
     optimizer = torch.optim.SGD(unshared.parameters(), lr=0.1)
