@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -35,7 +36,10 @@ from longspan.cli.config import LATEST, settings_of_run
 from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import RunError
+from longspan.models.adapter import parallel_state
 
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
+"""Optimizer states and options by the names of parameters: a pipeline stage has other groups than the whole model."""
 FACTS = "run.json"
 
 
@@ -66,7 +70,7 @@ def save(
     written, final = folder / f".step-{step:06d}", folder / f"step-{step:06d}"
     tensors = {
         "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "optimizer": _states(model, optimizer),
         "random": torch.get_rng_state(),
     }
     with _all_or_none(written, mesh):
@@ -100,15 +104,40 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
     """
     tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
-        tensors |= {"optimizer": get_optimizer_state_dict(model, optimizer), "random": torch.get_rng_state()}
+        tensors |= {"optimizer": _states(model, optimizer), "random": torch.get_rng_state()}
     try:
         load_tensors(tensors, checkpoint_id=path)
     except (CheckpointException, RuntimeError) as error:
         raise RunError(f"the checkpoint {path} cannot be read: {_cause(error)}; use another one, or start a new run") from error
     set_model_state_dict(model, tensors["model"])
     if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+        states = _renamed(tensors["optimizer"], {first: second for second, first in _copies(model).items()})
+        set_optimizer_state_dict(model, optimizer, states, options=BY_NAME)
         torch.set_rng_state(tensors["random"])
+
+
+def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's states and options by the names that parameters have in the whole model."""
+    return _renamed(get_optimizer_state_dict(model, optimizer, options=BY_NAME), _copies(model))
+
+
+def _copies(model: nn.Module) -> dict[str, str]:
+    """{name of a copied weight on this pipeline stage: its name on the first stage, and in the whole model}."""
+    state = parallel_state(model)
+    return {} if state is None or state.pipeline is None else state.pipeline.copy_names
+
+
+def _renamed(states: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """``states`` with other names of parameters in its keys "state.NAME.FIELD" and "param_groups.NAME.FIELD".
+
+    ``names``: {name: other name}; names that are not in it stay.
+    """
+    renamed = {}
+    for key, value in states.items():
+        kind, _, rest = key.partition(".")
+        name, _, field = rest.rpartition(".")
+        renamed[f"{kind}.{names.get(name, name)}.{field}"] = value
+    return renamed
 
 
 def facts(path: Path) -> dict[str, Any]:

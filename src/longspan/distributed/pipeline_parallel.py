@@ -229,6 +229,12 @@ class PipelineParallel:
         dist.all_reduce(total, group=self._mesh.pipeline_group)  # only the last stage has losses
         return total.to(torch.float64 if self._dtype == torch.float64 else torch.float32)
 
+    @property
+    def copy_names(self) -> dict[str, str]:
+        """{name of a weight here: its name on the first stage}, for the copy of a tied weight on the last stage."""
+        second = None if self._copies is None else self._copies.second
+        return {} if second is None or self._plan.tied is None else {second: self._plan.tied[0]}
+
     def sum_copies(self) -> None:
         """Sum the gradients of a weight that the first and the last stage both have; once, after the step's averages."""
         if self._copies is not None:
