@@ -72,6 +72,7 @@ def test_every_number_says_why_and_the_sentences_have_the_numbers() -> None:
         assert best.why(name).startswith(f"{name} = ")
         assert any(character.isdigit() for character in best.why(name))
     assert f"{8 * 1024 * 4096 * 4 * 2 * 32 / 2**20 / 8:,.1f} MiB" in " ".join(best.explain()), "4 N h / P elements of bf16"
+    assert all(name in best.why("bytes") for name, _ in kinds(best.memory)), "every kind of memory is a term of the total"
     with pytest.raises(KeyError, match="there are seconds"):
         best.why("colour")
     assert sum(value for _, value in parts(best.time)) == pytest.approx(best.seconds)

@@ -43,3 +43,12 @@ def test_metrics_of_one_run_are_one_row_and_every_row_left_out_is_counted(tmp_pa
     assert "1 rows: hardware without figures: abacus" in text
     assert "1 of 4 rows of completeness A" in text
     assert "step time: median over sources" in text.splitlines()[-1]
+
+
+def test_the_time_of_a_layer_is_compared_with_one_layer(tmp_path: Path) -> None:
+    """A layer of 32 and a step are far apart: the prediction for the layer is that of a layer."""
+    text = _printed(tmp_path, [{"metric": "layer_time_combined", "value": "100"}, {"metric": "iter_time", "value": "1",
+                                                                                  "source": "another"}])  # fmt: skip
+    found = [line.split("|")[5] for line in text.splitlines() if line.startswith(("| a report", "| another"))]
+    layer, step = (float(cell) for cell in found)
+    assert 25 < step / (layer * 0.1) < 40

@@ -1,0 +1,41 @@
+"""A measured machine as a cluster: what was measured is what the formulas use."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longspan.errors import LayoutError
+from longspan.planner.cost import Constants, Setting, attention_time
+from longspan.planner.model import dense
+from longspan.planner.probed import read_cluster
+from longspan.planner.strategy import Recipe, Strategy, Workload
+
+MEASURED = {
+    "name": "a machine", "ranks": 4, "memory": 8e9, "host_memory": 32e9, "bandwidth": 1e10, "to_host": 5e9,
+    "matmul": {"fp32": {"256": 1e11, "512": 2e11}, "bf16": {"256": 4e11}}, "attention": {"forward": 5e10, "backward": 4e10},
+    "links": {"all-to-all": {"bandwidth": 3e9, "latency": 1e-4}, "all-gather": {"bandwidth": 2e9, "latency": 3e-4}},
+}  # fmt: skip
+
+
+def test_the_measured_rates_are_what_the_formulas_use(tmp_path: Path) -> None:
+    path = tmp_path / "hardware.json"
+    path.write_text(json.dumps(MEASURED))
+    found = read_cluster(path, gpus=16, price=1.0)
+    assert (found.gpus, found.gpus_per_node, found.price) == (16, 4, 1.0)
+    assert found.accelerator.matmul == {"fp32": 2e11, "bf16": 4e11}
+    assert (found.inside.bandwidth, found.between.latency) == (2e9, 3e-4)
+    shape = dense("x", layers=1, hidden=64, heads=4, ffn=64, vocab=10)
+    x = Setting(shape, found, Recipe(dtype="fp32"), Workload(tokens=4096), Constants(attention_keys=1e-9))
+    forward, backward = attention_time(x, Strategy())
+    assert float(forward) == pytest.approx(shape.attention_flops(4096) / 5e10)
+    assert float(backward) == pytest.approx(2.5 * shape.attention_flops(4096) / 4e10)
+
+
+def test_a_file_that_is_not_a_measurement_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(LayoutError, match="cannot be read"):
+        read_cluster(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"name": "x", "ranks": 1}')
+    with pytest.raises(LayoutError, match="lacks memory"):
+        read_cluster(tmp_path / "a.json")
