@@ -171,6 +171,23 @@ def assert_gradients_and_norm(model: Decoder, reference: Decoder) -> None:
     assert abs(norm - total) <= 1e-10 * total, f"the norm is off by {norm - total:.1e}"
 
 
+def test_a_frozen_tied_weight_is_not_summed(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(frozen_tied)
+
+
+def frozen_tied() -> None:
+    mesh, reference = ParallelMesh(pipeline=2), model_of(True)
+    reference.embed.requires_grad_(False)
+    model = parallelize(deepcopy(reference), mesh)
+    whole, mine = batches_of(mesh)
+    reference(**whole).loss.backward()
+    forward_backward(model, shard_batch(mine, mesh))
+    named = dict(reference.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, named[name].grad, rtol=1e-10, atol=1e-12)
+        assert (parameter.grad is None) == (name in ("embed.weight", "head.weight")), name
+
+
 def test_each_rank_holds_its_layers_under_their_own_names(pool: Callable[[int], Ranks]) -> None:
     first, last = pool(2).run(held)
     assert {name.split(".")[1] for name in first if "blocks" in name} == {"0", "1", "2"}

@@ -343,7 +343,7 @@ class _Copies:
 
     def sum_gradients(self) -> None:
         """Replace the gradient of either copy by the sum of both, in fp32 (fp64 for fp64)."""
-        if self._name is not None:
+        if self._name is not None and self._model.get_parameter(self._name).requires_grad:
             sum_over(self._model.get_parameter(self._name), self._group)
 
 
