@@ -112,7 +112,8 @@ def parallelize(
         state.gradients = MeanGradients(model, mesh)
     elif not is_sharded(model):
         shard_parameters(model, adapter.blocks(), mesh, fsdp)
-    state.snapshot_hook = model.register_forward_pre_hook(Snapshot(model).refuse_changes, prepend=True)
+    state.snapshot = Snapshot(model)
+    state.snapshot_hook = model.register_forward_pre_hook(state.snapshot.refuse_changes, prepend=True)
     vars(model)[STATE] = state
     return model
 
@@ -178,6 +179,7 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
             "forward_backward takes the micro-batches of a step as a list of at least one; pass shard_batch([batch, ...], mesh)"
         )
     if state.pipeline is not None:
+        state.refuse_step(model, parts)
         trains = torch.is_grad_enabled()
         with state.gradients.once() if state.gradients is not None and trains else nullcontext():
             total = state.pipeline.step(parts)

@@ -218,10 +218,17 @@ def refused() -> None:
         BatchError, match=r"micro-batch 0 has 2 rows of 23 tokens and micro-batch 1 has 2 rows of 22; on pipeline=2"
     ):
         shard_batch([mine[0], shorter], mesh)
+    unknown = {"input_ids": mine[0]["input_ids"] + SHAPE.vocab, "labels": mine[0]["labels"]}
+    with pytest.raises(BatchError, match=r"the step holds token or label \d+, and Decoder knows 0 to 96"):
+        forward_backward(model, shard_batch([unknown], mesh))
     unlabelled = {"input_ids": mine[0]["input_ids"]}
     with pytest.raises(ModelError, match="a pipeline computes a loss only; put labels into the batch"):
         forward_backward(model, shard_batch([unlabelled], mesh))
     assert forward_backward(model, shard_batch(mine[:1], mesh)) > 0  # fewer micro-batches than stages
+    model.to(torch.float32)
+    with pytest.raises(ModelError, match=r"was torch.float64 when the model was split into stages and is torch.float32 now"):
+        forward_backward(model, shard_batch(mine[:1], mesh))
+    model.to(torch.float64)
     other = mine[mesh.coordinate.pipeline_rank]
     with pytest.raises(BatchError, match="ranks 0 and 1 share a sequence but were given different batches"):
         shard_batch([other], mesh)

@@ -14,6 +14,7 @@ from longspan import (
     ModelError,
     ParallelMesh,
     PipelineOptions,
+    RunError,
     forward_backward,
     parallelize,
     shard_batch,
@@ -107,6 +108,24 @@ def test_what_is_not_exact_is_refused(name: str, config: dict[str, Any], text: s
 def refused(name: str, config: dict[str, Any], text: str) -> None:
     with pytest.raises(LongspanError, match=text):
         parallelize(build(name, **config), ParallelMesh(pipeline=2))
+
+
+def test_what_one_stage_refuses_is_raised_on_every_stage(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(refused_alike)
+
+
+def refused_alike() -> None:
+    mesh = ParallelMesh(pipeline=2)
+    model: Any = parallelize(build("llama", num_hidden_layers=2), mesh)
+    (part,) = shard_batch([batches("odd length", False)], mesh)
+    with pytest.raises(ModelError, match="output_attentions= means the whole sequence"):
+        forward_backward(model, [part | {"output_attentions": True}])
+    with pytest.raises(RunError, match=r"the layers of one pipeline stage; call longspan\.hf\.save"):
+        model.save_pretrained("nowhere")
+    if mesh.coordinate.pipeline_rank == 0:
+        model.model.layers[0].mlp = nn.Identity()
+    with pytest.raises(ModelError, match=r"module 'model.layers.0.mlp' was added or replaced after parallelize"):
+        forward_backward(model, [part])
 
 
 def test_layers_that_read_more_than_hidden_states_are_refused(pool: Callable[[int], Ranks]) -> None:

@@ -194,6 +194,7 @@ class PipelineParallel:
         self._hidden: Tensor | None = None
         self._schedules: dict[tuple[object, ...], tuple[Any, list[PipelineStage]]] = {}
         self._copies = None if plan.tied is None else _Copies(model, plan.tied, mesh)
+        self._dtypes = [parameter.dtype for parameter in model.parameters()]
         vars(model)[STAGES] = StageNorm(mesh.pipeline_group, None if self._copies is None else self._copies.second)
         self._skipped = ExitStack()
         model.register_forward_pre_hook(self._refuse_direct_calls, prepend=True)
@@ -234,6 +235,15 @@ class PipelineParallel:
         """{name of a weight here: its name on the first stage}, for the copy of a tied weight on the last stage."""
         second = None if self._copies is None else self._copies.second
         return {} if second is None or self._plan.tied is None else {second: self._plan.tied[0]}
+
+    def refuse_other_dtypes(self) -> None:
+        """Raise ModelError if a parameter has another dtype than at ``parallelize``, which made the buffers between stages."""
+        for (name, parameter), dtype in zip(self._model.named_parameters(), self._dtypes):
+            if parameter.dtype != dtype:
+                raise ModelError(
+                    f"parameter {name!r} was {dtype} when the model was split into stages and is {parameter.dtype} now; build "
+                    f"the model in {parameter.dtype}, then parallelize it"
+                )
 
     def sum_copies(self) -> None:
         """Sum the gradients of a weight that the first and the last stage both have; once, after the step's averages."""

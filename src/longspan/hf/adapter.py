@@ -16,6 +16,7 @@ In this folder "prove", "proof" and "proven" mean: tested on one rank, with smal
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ from longspan.hf import (
 )
 from longspan.hf.attention_layers import AttentionLayers, attention_named
 from longspan.hf.blocks import blocks
+from longspan.hf.call_checks import CallChecks
 from longspan.hf.candidate import Candidate, Deviation, F, Found, Undo
 from longspan.hf.loss import Loss
 from longspan.hf.names import is_encoder_decoder, is_norm
@@ -151,6 +153,10 @@ class PretrainedAdapter:
         """Make the model compute over ``mesh``, in place: apply what every test of ``prove`` found, in the order of
         DEVIATIONS."""
         self._undo = [found.install(self.model, mesh) for found in self._findings.values()]
+
+    def refuse_call(self, keywords: Mapping[str, Any]) -> None:
+        """Raise a LongspanError for a keyword that needs the whole sequence, or tokens or rows that the model does not know."""
+        self._found(CallChecks).refuse(self.model, keywords)
 
     def undo(self) -> None:
         """Remove everything that ``install`` changed, in reverse order."""

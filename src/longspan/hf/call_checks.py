@@ -1,6 +1,7 @@
 """Checks of each call of a parallel Hugging Face model: refuses arguments that need the whole sequence on one rank."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,6 +45,10 @@ class CallChecks:
         """Register a hook that checks the keywords of each call of ``model`` before its forward; returns a function to remove
         it."""
         return remove_all([model.register_forward_pre_hook(partial(_check, self.types_unmask), with_kwargs=True)])
+
+    def refuse(self, model: Any, keywords: Mapping[str, Any]) -> None:
+        """Raise the error of a call of ``model`` with these keywords; return None if it is accepted."""
+        _check(self.types_unmask, model, (), dict(keywords))
 
 
 def probe(candidate: Candidate) -> CallChecks:

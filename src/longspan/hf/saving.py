@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
+from longspan.distributed.grad_sync import STAGES
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import RunError
 from longspan.hf.candidate import Candidate, Undo
@@ -46,12 +47,17 @@ def _save(owner: Any, save: Callable[..., Any], *args: Any, **keywords: Any) -> 
     """Call ``save``, the ``save_pretrained`` of ``owner``, with the other arguments.
 
     Raises:
-        RunError: ``owner`` has sharded parameters, and no ``state_dict`` of whole tensors is given.
+        RunError: ``owner`` has sharded parameters or one pipeline stage, and no ``state_dict`` of whole tensors is given.
     """
     state_dict = keywords.get("state_dict", args[2] if len(args) > 2 else None)
+    if state_dict is None and STAGES in vars(owner):
+        raise RunError(
+            "save_pretrained would write the layers of one pipeline stage; call longspan.hf.save(model, folder, mesh) on every "
+            "rank, which writes the files of the whole model"
+        )
     if state_dict is None and any(isinstance(parameter, DTensor) for parameter in owner.parameters()):
         raise RunError(
-            "save_pretrained would write the shards of one rank, because zero=2 or 3 shards the parameters; call "
-            "longspan.hf.save(model, folder, mesh) on every rank, which writes the same files, or pass the whole state_dict="
+            "save_pretrained would write the shards of one rank, because zero=2 or 3, or tensor > 1, shards the parameters; "
+            "call longspan.hf.save(model, folder, mesh) on every rank, which writes the same files, or pass the whole state_dict="
         )
     return save(*args, **keywords)

@@ -7,7 +7,7 @@
 A new kind of model is one class with these methods. Independent of the kind of model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from longspan.distributed.consensus import raise_together
 from longspan.distributed.grad_sync import MeanGradients
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.pipeline_parallel import PipelineParallel, PipelinePlan
 from longspan.distributed.tensor_parallel import TensorPlan
 from longspan.memory.options import MemoryOptions
+from longspan.models.unchanged import Snapshot
 
 STATE = "_longspan"
 """The attribute of a parallel model that holds its ``ParallelState``."""
@@ -67,6 +69,10 @@ class ModelAdapter(Protocol):
         """Replace the model's attention and loss by those over ``mesh``, in place."""
         ...
 
+    def refuse_call(self, keywords: Mapping[str, Any]) -> None:
+        """Raise a LongspanError if the installed model refuses a call with these keywords."""
+        ...
+
     def undo(self) -> None:
         """Restore the attention and the loss that the model had before ``install``."""
         ...
@@ -107,8 +113,20 @@ class ParallelState:
     """The pipeline stages of this rank; None for a whole model."""
     gradients: MeanGradients | None = None
     """What averages the gradients after each backward at zero=0; None where FSDP2 does."""
+    snapshot: Snapshot | None = None
+    """The record of the model by which a change since is refused."""
     snapshot_hook: RemovableHandle | None = None
     """The hook that refuses a model that was changed since."""
+
+    def refuse_step(self, model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Raise, on every rank alike, what the calls of a pipeline's step would raise on one stage while others wait for it."""
+        with raise_together(self.mesh.world_group):
+            if self.snapshot is not None:
+                self.snapshot.refuse_changes(model)
+            if self.pipeline is not None:
+                self.pipeline.refuse_other_dtypes()
+            for part in parts:
+                self.adapter.refuse_call(part)
 
 
 def parallel_state(model: nn.Module) -> ParallelState | None:

@@ -7,7 +7,7 @@
 Any model with these attributes can be made parallel.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -139,6 +139,10 @@ class DecoderAdapter:
         if mesh.coordinate.sequence_ranks > 1:
             guard = self.model.register_forward_pre_hook(_refuse_whole_rows, prepend=True, with_kwargs=True)
             self.guards.append(guard)
+
+    def refuse_call(self, keywords: Mapping[str, Any]) -> None:
+        """Raise BatchError for a token or label beyond the model's vocabulary."""
+        _refuse_unknown_tokens(self.model, (), dict(keywords))
 
     def undo(self) -> None:
         """Restore the model's attention, loss and head chunks as they were before ``install``, and remove its checks."""
