@@ -58,6 +58,6 @@ def _save(owner: Any, save: Callable[..., Any], *args: Any, **keywords: Any) -> 
     if state_dict is None and any(isinstance(parameter, DTensor) for parameter in owner.parameters()):
         raise RunError(
             "save_pretrained would write the shards of one rank, because zero=2 or 3, or tensor > 1, shards the parameters; "
-            "call longspan.hf.save(model, folder, mesh) on every rank, which writes the same files, or pass the whole state_dict="
+            "call longspan.hf.save(model, folder, mesh) on every rank, which writes the same files, or pass a whole state_dict="
         )
     return save(*args, **keywords)
