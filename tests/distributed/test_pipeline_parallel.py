@@ -1,5 +1,6 @@
 """Pipeline parallel: the decoder on every schedule and beside the other axes is one device's; splits are integers."""
 
+import gc
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from itertools import pairwise
@@ -169,6 +170,22 @@ def assert_gradients_and_norm(model: Decoder, reference: Decoder) -> None:
         assert error <= 1e-10 * max(wanted.norm(), 1e-3 * total), f"{name} is off by {error:.1e}"
     norm = clip_grad_norm_(model, 1e9)
     assert abs(norm - total) <= 1e-10 * total, f"the norm is off by {norm - total:.1e}"
+
+
+def test_buffers_of_earlier_shapes_are_freed(pool: Callable[[int], Ranks]) -> None:
+    least, most = pool(2).run(buffers)[1]
+    assert most == least
+
+
+def buffers() -> tuple[int, int]:
+    mesh, counts = ParallelMesh(pipeline=2), list[int]()
+    model = parallelize(model_of(), mesh)
+    for tokens in (24, 25, 26, 27, 24):
+        ids = torch.ones(1, tokens, dtype=torch.long)
+        forward_backward(model, shard_batch([{"input_ids": ids, "labels": ids}] * 2, mesh))
+        gc.collect()
+        counts.append(sum(isinstance(held, Tensor) for held in gc.get_objects()))
+    return counts[1], counts[-1]
 
 
 def test_a_frozen_tied_weight_is_not_summed(pool: Callable[[int], Ranks]) -> None:

@@ -266,6 +266,8 @@ class PipelineParallel:
         key = (len(parts), ids.shape[:2], ids.dtype, trains)
         if key not in self._schedules:
             self._refuse_broken_rounds(len(parts))
+            # a schedule keeps its buffers, so only the last one of training and of evaluation is kept
+            self._schedules = {other: made for other, made in self._schedules.items() if other[-1] != trains}
             few = self._options.schedule == "1f1b" and len(parts) < self._count  # 1F1B is then GPipe, and PyTorch refuses it
             stages = [self._stage(index, ids, trains) for index in self._mine]
             kind = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe, "interleaved": ScheduleInterleaved1F1B}[
