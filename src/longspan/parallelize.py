@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from longspan.distributed.consensus import first_difference, gather_or_raise
 from longspan.distributed.fsdp import FSDPOptions, is_sharded, refuse_optimizers_at_first_step, refuse_options, shard_parameters
-from longspan.distributed.grad_sync import MeanGradients
+from longspan.distributed.grad_sync import MeanGradients, mark_stage
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.pipeline_parallel import PipelineOptions, PipelineParallel
 from longspan.distributed.tensor_parallel import TensorParallel
@@ -113,6 +113,8 @@ def parallelize(
     elif not is_sharded(model):
         shard_parameters(model, adapter.blocks(), mesh, fsdp)
     state.snapshot = Snapshot(model)
+    if stages is not None:
+        mark_stage(model)
     state.snapshot_hook = model.register_forward_pre_hook(state.snapshot.refuse_changes, prepend=True)
     vars(model)[STATE] = state
     return model
@@ -188,9 +190,12 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
         return total
     losses = []
     for part in parts:
-        loss = model(**part).loss
+        loss = getattr(model(**part), "loss", None)
         if loss is None:
-            raise ModelError(f"{type(model).__name__} returned no loss; put labels into the batch before shard_batch")
+            raise ModelError(
+                f"{type(model).__name__} returned no loss; put labels into the batch before shard_batch, and leave out "
+                f"return_dict=False"
+            )
         loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum()

@@ -241,6 +241,13 @@ def refused() -> None:
     unlabelled = {"input_ids": mine[0]["input_ids"]}
     with pytest.raises(ModelError, match="a pipeline computes a loss only; put labels into the batch"):
         forward_backward(model, shard_batch([unlabelled], mesh))
+    made = {"inputs_embeds": torch.zeros(ROWS, TOKENS, SHAPE.hidden, dtype=torch.float64), "labels": mine[0]["labels"]}
+    parts = shard_batch([made], mesh)
+    parts[0]["inputs_embeds"].requires_grad_()
+    with pytest.raises(ModelError, match="inputs_embeds come from a module outside the pipeline"):
+        forward_backward(model, parts)
+    with pytest.raises(ModelError, match=r"was given the parameters of one pipeline stage.*pass the model"):
+        clip_grad_norm_(model.parameters(), 1.0)
     assert forward_backward(model, shard_batch(mine[:1], mesh)) > 0  # fewer micro-batches than stages
     model.to(torch.float32)
     with pytest.raises(ModelError, match=r"was torch.float64 when the model was split into stages and is torch.float32 now"):

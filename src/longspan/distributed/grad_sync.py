@@ -202,6 +202,12 @@ class StageNorm:
         return square.sqrt()
 
 
+def mark_stage(model: nn.Module) -> None:
+    """Mark the parameters of a pipeline stage, so that ``clip_grad_norm_`` knows them without the model."""
+    for parameter in model.parameters():
+        setattr(parameter, STAGES, True)
+
+
 @torch.no_grad()
 def sum_over(parameter: Tensor, group: dist.ProcessGroup | None) -> None:
     """Replace ``parameter.grad`` by the sum of the gradients over ``group``, formed in fp32 (fp64 for fp64)."""
@@ -224,8 +230,16 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Flo
     Returns:
         The norm before scaling, fp64, equal on every rank. It is exact against fp64 arithmetic, also where one device's
         ``torch.nn.utils.clip_grad_norm_`` is not: torch's fp32 norm on a CPU can be 1e-4 too low for large gradients.
+
+    Raises:
+        ModelError: the parameters of a pipeline stage in place of the model.
     """
     members = list(model.parameters() if isinstance(model, nn.Module) else model)
+    if not isinstance(model, nn.Module) and any(hasattr(parameter, STAGES) for parameter in members):
+        raise ModelError(
+            "clip_grad_norm_ was given the parameters of one pipeline stage, whose norm is not that of the model; pass the "
+            "model: clip_grad_norm_(model, max_norm)"
+        )
     stages: StageNorm | None = vars(model).get(STAGES) if isinstance(model, nn.Module) else None
     before = grad_norm(members) if stages is None or not isinstance(model, nn.Module) else stages.norm(model)
     grads = [_local(parameter.grad) for parameter in members if parameter.grad is not None]

@@ -255,6 +255,11 @@ class PipelineParallel:
         name = "input_ids" if "input_ids" in part else "inputs_embeds"
         if not any(part.get(label) is not None for label in LABELS):
             raise ModelError("a pipeline computes a loss only; put labels into the batch before shard_batch")
+        if part[name].requires_grad:
+            raise ModelError(
+                "inputs_embeds come from a module outside the pipeline, whose gradient only the first stage would have; use "
+                "input_ids, or pipeline=1"
+            )
         is_last = self._count - 1 in self._mine
         dropped = {name} | (set() if is_last else LABELS)
         return part[name], {key: value for key, value in part.items() if key not in dropped}
