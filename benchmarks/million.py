@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 
 from longspan import Causal, MemoryOptions, ParallelMesh, Window, parallelize, shard_batch
 from longspan.distributed.collectives import CountingTransport, TorchTransport
-from longspan.distributed.grad_sync import clip_grad_norm_
+from longspan.distributed.grad_norm import clip_grad_norm_
 from longspan.models.decoder import Decoder
 from longspan.models.decoder_config import DecoderConfig
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan.batch.labels import IGNORE
 from longspan.batch.shard import shard_batch, unshard
-from longspan.distributed import grad_sync as gradients
+from longspan.distributed import grad_norm as gradients
 from longspan.distributed.collectives import all_reduce_sum
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.models.decoder import Decoder

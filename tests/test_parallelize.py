@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from longspan.batch.shard import shard_batch
-from longspan.distributed import grad_sync as gradients
+from longspan.distributed import grad_norm as gradients
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LayoutError, ModelError
 from longspan.memory.options import MemoryOptions

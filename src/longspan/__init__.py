@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from longspan.batch.shard import shard_local as shard_local
     from longspan.batch.shard import unshard as unshard
     from longspan.distributed.collectives import Transport as Transport
+    from longspan.distributed.grad_norm import clip_grad_norm_ as clip_grad_norm_
     from longspan.distributed.grad_sync import average_gradients as average_gradients
-    from longspan.distributed.grad_sync import clip_grad_norm_ as clip_grad_norm_
     from longspan.distributed.mesh import ParallelMesh as ParallelMesh
     from longspan.distributed.pipeline_parallel import PipelineOptions as PipelineOptions
     from longspan.errors import BatchError as BatchError
@@ -71,7 +71,8 @@ _MODULE_OF = {
         "batch.encoder_decoder": "shift_right",
         "batch.shard": "shard_batch shard_local unshard",
         "distributed.collectives": "Transport",
-        "distributed.grad_sync": "average_gradients clip_grad_norm_",
+        "distributed.grad_norm": "clip_grad_norm_",
+        "distributed.grad_sync": "average_gradients",
         "distributed.mesh": "ParallelMesh",
         "distributed.pipeline_parallel": "PipelineOptions",
         "errors": "BatchError DataError KernelError LayoutError LongspanError MaskError ModelError RunError",

@@ -320,7 +320,11 @@ def meet_in_store(host: str, port: int, ranks: int, *, is_host: bool, seconds: f
 
 
 def torchrun_store() -> tuple[Any, int, int]:
-    """The store that torchrun made for its ranks, this rank's number, and the number of ranks."""
+    """(store, rank, number of ranks) in a process that torchrun started: the torch.distributed.Store on which its ranks meet.
+
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and waits for the store; call it only if
+    ``torch.distributed.is_torchelastic_launched()``.
+    """
     rendezvous = _symbol(torch.distributed.distributed_c10d, "rendezvous", "joining torchrun's ranks")
     store, rank, ranks = next(rendezvous("env://"))
     return store, rank, ranks

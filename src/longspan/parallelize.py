@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 
 from longspan.distributed.consensus import first_difference, gather_or_raise
 from longspan.distributed.fsdp import FSDPOptions, is_sharded, refuse_optimizers_at_first_step, refuse_options, shard_parameters
-from longspan.distributed.grad_sync import MeanGradients, mark_stage
+from longspan.distributed.grad_norm import mark_stage
+from longspan.distributed.grad_sync import MeanGradients
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.pipeline_parallel import PipelineOptions, PipelineParallel
 from longspan.distributed.tensor_parallel import TensorParallel
@@ -222,7 +223,7 @@ def _tokens_of_tensor_ranks(mesh: ParallelMesh, kwargs: Mapping[str, Any]) -> tu
 
 @dataclass(frozen=True)
 class _Job:
-    """A model and the options of one ``parallelize`` call."""
+    """The arguments of one ``parallelize`` call, with an AutoMemory resolved; data only, passed between its steps."""
 
     model: nn.Module
     mesh: ParallelMesh

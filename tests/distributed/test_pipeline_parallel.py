@@ -24,7 +24,7 @@ from longspan import (
     shard_batch,
     unparallelize,
 )
-from longspan.distributed import grad_sync, pipeline_parallel
+from longspan.distributed import grad_norm, pipeline_parallel
 from longspan.distributed.pipeline_parallel import PipelinePlan, Skipped, SkippedHead, skipping, split_layers
 from longspan.models.decoder import Decoder
 from longspan.models.decoder_config import DecoderConfig
@@ -272,7 +272,7 @@ def test_a_planted_fault_is_seen(fault: str, pool: Callable[[int], Ranks]) -> No
 
 
 def planted(fault: str) -> None:
-    right_sum, right_norm = pipeline_parallel.sum_over, grad_sync.StageNorm.norm
+    right_sum, right_norm = pipeline_parallel.sum_over, grad_norm.StageNorm.norm
 
     def averaged(parameter: Tensor, group: Any) -> None:
         right_sum(parameter, group)
@@ -282,11 +282,11 @@ def planted(fault: str) -> None:
     if fault == FAULTS[0]:
         pipeline_parallel.sum_over = averaged
     elif fault == FAULTS[1]:
-        grad_sync.StageNorm.norm = lambda self, model: grad_sync.grad_norm(model.parameters())  # type: ignore[method-assign]
+        grad_norm.StageNorm.norm = lambda self, model: grad_norm.grad_norm(model.parameters())  # type: ignore[method-assign]
     else:
         pipeline_parallel.sum_over = lambda parameter, group: None
     try:
         equals_one_device({"pipeline": 2}, PipelineOptions(), 0, True, PLAIN)
     finally:
         pipeline_parallel.sum_over = right_sum
-        grad_sync.StageNorm.norm = right_norm  # type: ignore[method-assign]
+        grad_norm.StageNorm.norm = right_norm  # type: ignore[method-assign]

@@ -21,7 +21,7 @@ from longspan import (
     unparallelize,
 )
 from longspan import loss as losses
-from longspan.distributed.grad_sync import grad_norm
+from longspan.distributed.grad_norm import grad_norm
 from longspan.hf import chunked_loss
 from longspan.memory import offload
 from longspan.models.adapter import STATE

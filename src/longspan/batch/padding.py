@@ -131,8 +131,12 @@ def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Docu
 def _starts(name: str, value: Any) -> list[int]:
     """The index at which each document that is not empty begins, then the number of tokens; [-1] if ``value`` is invalid.
 
+    Invalid is a value that is no tensor, is empty, or, for cu_seq_lens, decreases. The caller checks that it runs from 0 to the
+    tokens of the row.
+
     Args:
-        name: ``cu_seq_lens_q``, ``cu_seq_lens_k`` or ``seq_idx``.
+        name: ``seq_idx``: ``value`` has the document's number for each token; ``cu_seq_lens_q`` or ``cu_seq_lens_k``: the
+            cumulative lengths [0, first length, ..., tokens], in which an empty document is a repeated number.
         value: the tensor that the batch has under this name.
     """
     if not isinstance(value, Tensor) or not value.numel():

@@ -34,7 +34,7 @@ from longspan.cli.model_source import DecoderSource, ModelSource
 from longspan.cli.summary import count, degrees
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.consensus import gather, raise_together
-from longspan.distributed.grad_sync import grad_norm
+from longspan.distributed.grad_norm import grad_norm
 from longspan.distributed.layout import consecutive, split
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.traffic import Traffic

@@ -35,8 +35,8 @@ from longspan.parallelize import parallelize
 class DocumentLoss(NamedTuple):
     """The loss of one document.
 
-    ``number``: its place in the text, from 0; ``begins``: its first 32 characters; ``tokens``: how many of its tokens were
-    read; ``loss``: their mean loss in nats.
+    ``number``: its place in the text, from 0; ``begins``: up to 32 characters of its beginning, each run of whitespace as one
+    space; ``tokens``: how many of its tokens were read; ``loss``: their mean loss in nats.
     """
 
     number: int

@@ -265,7 +265,7 @@ def binary(size: int | float) -> str:
 
 
 def clock(seconds: int | float) -> str:
-    """Seconds as M:SS, or H:MM:SS from one hour: 75 as 1:15, 3675 as 1:01:15."""
+    """Seconds, rounded to whole ones, as M:SS, or H:MM:SS from one hour on: 75 as 1:15, 3675 as 1:01:15, 59.6 as 1:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -35,7 +35,7 @@ from longspan.data.packing import Corpus, tokenize
 from longspan.data.tokenizers import load as load_tokenizer
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.consensus import raise_first_error, raise_together, refuse_difference
-from longspan.distributed.grad_sync import clip_grad_norm_
+from longspan.distributed.grad_norm import clip_grad_norm_
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LongspanError, RunError
 from longspan.memory.profiler import Recorded

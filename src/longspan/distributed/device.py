@@ -167,10 +167,10 @@ def _meet(rank: int, ranks: int) -> Any:
     Raises:
         RunError: they do not all connect within ``JOIN_SECONDS``, or the address is not usable.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
-        return _compat.meet_in_store(host, port, ranks, is_host=rank == 0, seconds=JOIN_SECONDS)
-    except RuntimeError as error:  # a time-out, a port in use, or a name that is no host
+        return _compat.meet_in_store(host, int(port), ranks, is_host=rank == 0, seconds=JOIN_SECONDS)
+    except (RuntimeError, ValueError) as error:  # a time-out, a port in use or no number, or a name that is no host
         raise RunError(
             f"{started_by(os.environ)} started this process as rank {rank} of {ranks}, but the ranks did not meet at "
             f"{host}:{port} within {JOIN_SECONDS:g} s ({str(error).splitlines()[0]}); start all of them at once (srun, mpirun "

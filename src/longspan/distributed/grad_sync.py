@@ -1,4 +1,4 @@
-"""Gradient averaging over the ranks after every backward (zero=0); the gradient norm over sharded parameters, and clipping.
+"""Gradient averaging over the ranks after every backward (zero=0), of modules outside the model, and sums over copies.
 
     backward on each rank     hook of each parameter: store the gradient of THIS backward, leave .grad unchanged
     end of the backward       [ p0 | p1 | p2 ... | has a gradient? ] --all-reduce in fp32--> mean over ranks --> .grad +=
@@ -9,24 +9,21 @@ parameter, .grad of earlier micro-batches is never reduced again, and a paramete
 there without blocking the others. Independent of what the model computes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from longspan import _compat
 from longspan.distributed.consensus import first_difference, gather_or_raise
+from longspan.distributed.grad_norm import local_part
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 
@@ -80,7 +77,7 @@ class MeanGradients:
             return None
         parameter = self._parameters[index]
         if isinstance(grad, DTensor) and isinstance(parameter, DTensor):  # a weight of tensor parallelism
-            arrived[index] = _local(grad.redistribute(placements=parameter.placements))
+            arrived[index] = local_part(grad.redistribute(placements=parameter.placements))
             return _placed_as(parameter, torch.zeros_like(arrived[index]))
         arrived[index] = grad
         return grad.new_zeros(()).expand_as(grad)
@@ -149,110 +146,17 @@ class MeanGradients:
 
 
 @torch.no_grad()
-def grad_norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
-    """The 2-norm of all gradients together, over all shards of sharded parameters.
-
-    Args:
-        parameters: parameters with whole gradients, or with gradients (DTensor) sharded over axes of a mesh.
-
-    Returns:
-        An fp64 scalar, equal on every rank. It equals ``torch.nn.utils.get_total_norm`` of one device's gradients in fp64;
-        torch's fp32 norm on a CPU can be 1e-4 too low.
-
-    Raises:
-        ModelError: a gradient is a partial sum.
-    """
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not grads:
-        return torch.zeros((), dtype=torch.float64, device="cpu")
-    held_by_axes: dict[tuple[tuple[DeviceMesh, int], ...], list[Tensor]] = {}
-    for grad in grads:
-        held_by_axes.setdefault(_sharded_axes(grad), []).append(_local(grad))
-    total = torch.zeros((), dtype=torch.float64, device=grads[0].device)
-    for axes, held in held_by_axes.items():
-        part = _square(held)
-        for mesh, axis in axes:
-            dist.all_reduce(part, group=mesh.get_group(axis))
-        total = total + part
-    return total.sqrt()
-
-
-STAGES = "_longspan_stages"
-"""The attribute of a model that is split into pipeline stages; it holds its ``StageNorm``."""
-
-
-@dataclass(frozen=True)
-class StageNorm:
-    """The gradient norm of a model whose layers stand on several pipeline stages.
-
-    Attributes:
-        group: this rank's counterparts on all stages.
-        copy: the name of a parameter that another stage counts, or None.
-    """
-
-    group: dist.ProcessGroup
-    copy: str | None
-
-    def norm(self, model: nn.Module) -> Float[Tensor, ""]:
-        """The 2-norm of the gradients of all stages; the others call it too."""
-        square = grad_norm(p for name, p in model.named_parameters() if name != self.copy).square()
-        device = next(model.parameters()).device
-        square = square.to(device)
-        dist.all_reduce(square, group=self.group)
-        return square.sqrt()
-
-
-def mark_stage(model: nn.Module) -> None:
-    """Mark the parameters of a pipeline stage, so that ``clip_grad_norm_`` knows them without the model."""
-    for parameter in model.parameters():
-        setattr(parameter, STAGES, True)
-
-
-@torch.no_grad()
 def sum_over(parameter: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Replace ``parameter.grad`` by the sum of the gradients over ``group``, formed in fp32 (fp64 for fp64)."""
+    """Replace ``parameter.grad`` in place by its sum over the ranks of ``group``, formed in fp32 (fp64 for fp64).
+
+    Every rank of the group (None: all ranks) calls this with a gradient that is not None. The dtype of the gradient stays; of a
+    sharded gradient the local shards are summed.
+    """
     assert parameter.grad is not None
-    mine = _local(parameter.grad)
+    mine = local_part(parameter.grad)
     total = mine.to(_reduction_dtype(mine.dtype), copy=True)
     dist.all_reduce(total, group=group)
     mine.copy_(total)
-
-
-@torch.no_grad()
-def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
-    """Scale all gradients in place so that their norm over all ranks is at most ``max_norm``.
-
-    Args:
-        model: a module, or its parameters (an iterable of tensors); their gradients may be sharded. On a pipeline pass the
-            module: the norm is over the parameters of all stages.
-        max_norm: the largest 2-norm of all gradients together.
-
-    Returns:
-        The norm before scaling, fp64, equal on every rank. It is exact against fp64 arithmetic, also where one device's
-        ``torch.nn.utils.clip_grad_norm_`` is not: torch's fp32 norm on a CPU can be 1e-4 too low for large gradients.
-
-    Raises:
-        ModelError: the parameters of a pipeline stage in place of the model.
-    """
-    members = list(model.parameters() if isinstance(model, nn.Module) else model)
-    if not isinstance(model, nn.Module) and any(hasattr(parameter, STAGES) for parameter in members):
-        raise ModelError(
-            "clip_grad_norm_ was given the parameters of one pipeline stage, whose norm is not that of the model; pass the "
-            "model: clip_grad_norm_(model, max_norm)"
-        )
-    stages: StageNorm | None = vars(model).get(STAGES) if isinstance(model, nn.Module) else None
-    before = grad_norm(members) if stages is None or not isinstance(model, nn.Module) else stages.norm(model)
-    grads = [_local(parameter.grad) for parameter in members if parameter.grad is not None]
-    if before.device.type != "cpu":  # without a wait for the device
-        scale = (max_norm / (before + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(scale)
-        return before
-    factor = min(1.0, max_norm / (before.item() + 1e-6))
-    if factor != 1.0:
-        for grad in grads:
-            grad.mul_(factor)
-    return before
 
 
 @torch.no_grad()
@@ -317,7 +221,7 @@ def _mean_of_bucket(
         The mean by index, in fp32 or fp64. A rank without a gradient counts as zero; a parameter for which no rank has one is
         left out.
     """
-    sizes = [_local(parameters[index]).numel() for index in bucket]
+    sizes = [local_part(parameters[index]).numel() for index in bucket]
     first = parameters[bucket[0]]
     flat = torch.zeros(sum(sizes) + len(bucket), dtype=_reduction_dtype(first.dtype), device=first.device)
     *pieces, present = torch.split(flat, [*sizes, len(bucket)])
@@ -330,7 +234,7 @@ def _mean_of_bucket(
     if group.size() > 1:
         dist.all_reduce(flat, group=group)
     return {
-        index: piece.div_(group.size()).view(_local(parameters[index]).shape)
+        index: piece.div_(group.size()).view(local_part(parameters[index]).shape)
         for index, piece, ranks in zip(bucket, pieces, present.tolist())
         if ranks
     }
@@ -352,7 +256,7 @@ def _buckets(parameters: list[nn.Parameter]) -> list[list[int]]:
     kind, free = None, 0
     for index, parameter in enumerate(parameters):
         dtype = _reduction_dtype(parameter.dtype)
-        size = _local(parameter).numel() * dtype.itemsize
+        size = local_part(parameter).numel() * dtype.itemsize
         if (dtype, parameter.device) != kind or size > free:
             buckets.append([])
             kind, free = (dtype, parameter.device), BUCKET_BYTES
@@ -365,15 +269,7 @@ def _add(parameter: nn.Parameter, mean: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = _placed_as(parameter, mean.to(parameter.dtype, copy=True))
     else:
-        _local(parameter.grad).add_(mean)
-
-
-def _local(x: Tensor) -> Tensor:
-    """What this rank holds of a tensor that may be sharded. Without a gradient of its own."""
-    if not isinstance(x, DTensor):
-        return x
-    with torch.no_grad():
-        return x.to_local()
+        local_part(parameter.grad).add_(mean)
 
 
 def _placed_as(like: Tensor, local: Tensor) -> Tensor:
@@ -381,34 +277,3 @@ def _placed_as(like: Tensor, local: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return local
     return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
-
-
-def _square(held: list[Tensor]) -> Tensor:
-    """The sum of the squares of all elements of the tensors, in fp64."""
-    return torch.stack(list(map(_square_on_cpu, held))).sum() if held[0].device.type == "cpu" else _square_on_gpu(held)
-
-
-def _square_on_cpu(local: Tensor) -> Tensor:
-    # in fp64, in pieces: an fp32 sum of 50 million squares is 0.4% off, and one fp64 copy has twice the size of the gradient
-    pieces = torch.split(local.flatten(), 2**20)
-    return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).square().sum()
-
-
-def _square_on_gpu(held: list[Tensor]) -> Tensor:
-    # one launch for many tensors, in fp32: a GPU sums in trees, which keeps that exact to its rounding
-    norms = [get_total_norm(wide)] if (wide := [x for x in held if x.dtype.itemsize > 2]) else []
-    norms += [torch.linalg.vector_norm(x, dtype=torch.float32) for x in held if x.dtype.itemsize == 2]
-    return torch.stack([norm.double().square() for norm in norms]).sum()
-
-
-def _sharded_axes(grad: Tensor) -> tuple[tuple[DeviceMesh, int], ...]:
-    """(mesh, axis of it) for each axis over which a gradient is sharded; none if this rank has the whole gradient.
-
-    Raises:
-        ModelError: it is a partial sum.
-    """
-    if not isinstance(grad, DTensor):
-        return ()
-    if any(placement.is_partial() for placement in grad.placements):
-        raise ModelError(f"the norm of a gradient placed as {grad.placements}, a partial sum, is not defined; redistribute it")
-    return tuple((grad.device_mesh, axis) for axis, placement in enumerate(grad.placements) if not placement.is_replicate())

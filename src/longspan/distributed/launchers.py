@@ -74,13 +74,16 @@ def started_by(environment: Mapping[str, str]) -> str:
 
 
 def launched_rank(environment: Mapping[str, str]) -> LaunchedRank | None:
-    """The rank that Open MPI, PMI (Intel MPI, MPICH) or Slurm gave this process; None if none of them started several ranks.
+    """The rank that Open MPI, PMI (Intel MPI, MPICH) or Slurm gave this process, read from its variables in ``environment``.
 
-    They are tried in this order, because mpirun inside a Slurm job passes on the job's variables, which describe the job and
-    not the rank.
+    The first of them, in this order, whose variables are there decides, because mpirun inside a Slurm job passes on the job's
+    variables, which describe the job and not the rank.
+
+    Returns:
+        None if the variables of none are there, or if the launcher that decides started one rank only.
 
     Raises:
-        RunError: as ``join_launcher``.
+        RunError: its variables contradict each other, or the machine of rank 0 cannot be known.
     """
     for read in (_of_open_mpi, _of_pmi, _of_slurm):
         found = read(environment)

@@ -267,12 +267,17 @@ class ParallelMesh:
 
 
 def rank_sets(device_mesh: DeviceMesh, names: Mapping[str, str], axes: Sequence[Axis] = AXES) -> dict[str, DeviceMesh]:
-    """The rank sets "sequence", "loss" and "fsdp" by name, each as a DeviceMesh of one dim.
+    """The rank sets by name, each as a DeviceMesh of one dim: all ranks along the axes that belong to the set.
+
+    Call it on every rank, because it makes process groups.
 
     Args:
         device_mesh: has a dim for every axis in ``names``.
-        names: the dim of each axis; an axis without one has size 1.
+        names: the dim of each axis; an axis without one has size 1. Each set needs at least one axis that has a dim.
         axes: the table that says to which sets an axis belongs.
+
+    Returns:
+        {"sequence": ..., "loss": ..., "fsdp": ...}; sets of the same dims have one name and one group.
     """
     sets = {}
     for name in ("sequence", "loss", "fsdp"):

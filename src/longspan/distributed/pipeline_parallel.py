@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from longspan import _compat
-from longspan.distributed.grad_sync import STAGES, StageNorm, sum_over
+from longspan.distributed.grad_norm import STAGES, StageNorm
+from longspan.distributed.grad_sync import sum_over
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LayoutError, LongspanError, ModelError
 

@@ -124,7 +124,10 @@ def _prove_stages(model: Any, plan: PipelinePlan) -> None:
 
 
 def _hidden(model: Any, plan: PipelinePlan, **given: Any) -> Tensor:
-    """The hidden states behind the layers in a test forward."""
+    """What ``plan.body`` gives out as hidden states in one test forward (behind the final norm if ``plan.body`` applies it).
+
+    ``given``: keywords of the model that replace those of the test batch; one that is None is left out.
+    """
     found: list[Tensor] = []
     body = model.get_submodule(plan.body)
     handle = body.register_forward_hook(lambda module, args, output: found.append(_first(output)))

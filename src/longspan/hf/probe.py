@@ -61,11 +61,14 @@ class Call(NamedTuple):
 
 @dataclass
 class Probe:
-    """Replaces attention in test forwards: every call is recorded, and each token gets its own value as the output.
+    """Replaces attention in test forwards: every call is recorded, and no token sees another.
+
+    A token's output is its own value, repeated for the query heads, plus the mean of its query. In cross-attention (more or
+    fewer keys than queries) it is the mean of the query alone.
 
     Attributes:
         calls: the recorded calls, in order.
-        keys: keys and values of cross-attention by name, in the order of the calls.
+        keys: of cross-attention, "keys of layer N" and "values of layer N", with N the number of the call, from 1.
     """
 
     calls: list[Call] = field(default_factory=list)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
-from longspan.distributed.grad_sync import STAGES
+from longspan.distributed.grad_norm import STAGES
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import RunError
 from longspan.hf.candidate import Candidate, Undo

@@ -44,10 +44,12 @@ class Call:
 
 
 class Scope:
-    """The calls that one model is computing at the moment, so that its layers can read what the model does not pass on to them.
+    """The stack of calls that one model is computing, for layers to which the model does not pass on the call's keywords.
+
+    The wrapper of the forward enters a call by ``during`` (or ``push``); a layer reads ``scope_of(layer).call``, the innermost.
 
     Attributes:
-        configs: the configs of the model.
+        configs: the configs of the model and its parts, with which the mask of a layer is read.
     """
 
     def __init__(self, configs: Sequence[Any] = ()) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
-from longspan.distributed.grad_sync import clip_grad_norm_
+from longspan.distributed.grad_norm import clip_grad_norm_
 from longspan.distributed.layout import consecutive, split
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import BatchError, RunError

@@ -106,9 +106,13 @@ class Ranking:
 def degree_rows(x: Setting, fixed: dict[str, int]) -> NDArray[np.int64]:
     """All legal degrees and micro-batches that fill the cluster: [layouts, 6] in the order of AXES, then the micro-batch.
 
+    Legal: the degrees multiply to the number of GPUs; data divides the rows of a step, and the micro-batch the rows of a
+    replica; pipeline is at most the layers, ulysses x tensor at most the heads, ring x ulysses x tensor at most the tokens of
+    a row; the model can be cut by tensor (``legal_tensor``).
+
     Args:
         x: model, cluster and step.
-        fixed: degrees, or the micro-batch, that must have this value.
+        fixed: values that must hold, by name: a name of AXES, or "micro_batch". Other names do not limit the rows.
 
     Raises:
         LayoutError: none is legal; the message names what is.
