@@ -100,7 +100,7 @@ def parallelize(
     if unread is not None:
         _agree(mesh, lambda: _refuse_options(job) | unread.facts(model))
         _read(job, unread)
-    _agree(mesh, lambda: _prove(job, read_alike=unread is not None) | {"kernel": _name(kernel)})
+    _agree(mesh, lambda: _prove(job, read_alike=unread is not None) | {"kernel": _name(kernel), "pipeline": pipeline.on(mesh)})
     stages = _split(job, pipeline)
     adapter.install(mesh, options)
     if mesh.coordinate.tensor > 1:

@@ -226,6 +226,10 @@ def refused() -> None:
     mesh = ParallelMesh(pipeline=2)
     model = parallelize(model_of(), mesh)
     _, mine = batches_of(mesh)
+    with pytest.raises(ModelError, match=r"needs a mesh with pipeline > 1"):
+        parallelize(model_of(), ParallelMesh(), pipeline=PipelineOptions("gpipe"))
+    with pytest.raises(ModelError, match=r"the model differs between ranks: pipeline is "):
+        parallelize(model_of(), mesh, pipeline=PipelineOptions("gpipe" if mesh.coordinate.pipeline_rank else "1f1b"))
     with pytest.raises(ModelError, match=r"has some of its layers on each rank and cannot be called; use forward_backward"):
         model(**shard_batch(mine[0], mesh))
     with pytest.raises(ModelError, match="cut over tensor ranks or pipeline stages cannot be made whole"):

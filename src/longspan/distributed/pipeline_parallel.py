@@ -57,6 +57,12 @@ class PipelineOptions:
                 f"or more, the others with 1"
             )
 
+    def on(self, mesh: ParallelMesh) -> str:
+        """The options as text, which ranks compare. Raises ModelError for options on a mesh without a pipeline."""
+        if mesh.coordinate.pipeline == 1 and self != PipelineOptions():
+            raise ModelError(f"pipeline={self} needs a mesh with pipeline > 1; use ParallelMesh(pipeline=...), or leave it out")
+        return str(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PipelinePlan:
@@ -246,6 +252,18 @@ class PipelineParallel:
                     f"the model in {parameter.dtype}, then parallelize it"
                 )
 
+    def refuse_parts(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ModelError for a part without labels or with embeddings that train, or for broken rounds of micro-batches."""
+        for part in parts:
+            if not any(part.get(label) is not None for label in LABELS):
+                raise ModelError("a pipeline computes a loss only; put labels into the batch before shard_batch")
+            if any(isinstance(x, Tensor) and x.requires_grad for x in part.values()):
+                raise ModelError(
+                    "inputs_embeds come from a module outside the pipeline, whose gradient only the first stage would have; "
+                    "use input_ids, or pipeline=1"
+                )
+        self._refuse_broken_rounds(len(parts))
+
     def sum_copies(self) -> None:
         """Sum the gradients of a weight that the first and the last stage both have; once, after the step's averages."""
         if self._copies is not None:
@@ -254,13 +272,6 @@ class PipelineParallel:
     def _inputs(self, part: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The ids (or embeddings) of a part, and the keywords of the model's call on this rank's stages."""
         name = "input_ids" if "input_ids" in part else "inputs_embeds"
-        if not any(part.get(label) is not None for label in LABELS):
-            raise ModelError("a pipeline computes a loss only; put labels into the batch before shard_batch")
-        if part[name].requires_grad:
-            raise ModelError(
-                "inputs_embeds come from a module outside the pipeline, whose gradient only the first stage would have; use "
-                "input_ids, or pipeline=1"
-            )
         is_last = self._count - 1 in self._mine
         dropped = {name} | (set() if is_last else LABELS)
         return part[name], {key: value for key, value in part.items() if key not in dropped}
@@ -271,7 +282,6 @@ class PipelineParallel:
         assert isinstance(ids, Tensor)
         key = (len(parts), ids.shape[:2], ids.dtype, trains)
         if key not in self._schedules:
-            self._refuse_broken_rounds(len(parts))
             # a schedule keeps its buffers, so only the last one of training and of evaluation is kept
             self._schedules = {other: made for other, made in self._schedules.items() if other[-1] != trains}
             few = self._options.schedule == "1f1b" and len(parts) < self._count  # 1F1B is then GPipe, and PyTorch refuses it

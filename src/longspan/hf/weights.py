@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from longspan.distributed.consensus import raise_together
+from longspan.distributed.grad_norm import STAGES
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf import _compat
@@ -251,17 +252,17 @@ def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None
     """Write a parallel model, sharded or not, as a Hugging Face folder: config.json and *.safetensors. Every rank calls it.
 
     ``from_pretrained(folder)`` gives its parameters, equal in every bit. Each rank writes what it holds, and the first one puts
-    the pieces together on the disk, one tensor at a time; all ranks must see the same disk, and a rank needs memory for two
-    more copies of its shard. An older folder is replaced when the new one is whole.
+    the pieces together; all ranks must see the same disk. An older folder is replaced when the new one is whole.
 
     Args:
-        model: what ``parallelize`` returned.
+        model, mesh: what ``parallelize`` returned, not on a pipeline, and the ranks.
         folder: where it is written.
-        mesh: the ranks that write.
 
     Raises:
-        ModelError: on every rank alike, where one of them cannot write.
+        ModelError: on every rank alike, where one of them cannot write, and for a pipeline.
     """
+    if STAGES in vars(model):
+        raise ModelError("one pipeline stage has not all layers; load a distributed checkpoint with pipeline=1, and save there")
     final = Path(folder)
     draft = final.with_name(f".{final.name}")
     lead = dist.get_rank() == 0

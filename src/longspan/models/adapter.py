@@ -125,6 +125,7 @@ class ParallelState:
                 self.snapshot.refuse_changes(model)
             if self.pipeline is not None:
                 self.pipeline.refuse_other_dtypes()
+                self.pipeline.refuse_parts(parts)
             for part in parts:
                 self.adapter.refuse_call(part)
 
