@@ -26,16 +26,20 @@ from longspan.tuning import SCRATCH_BYTES
 
 @runtime_checkable
 class Arrival(Protocol):
-    """The handle of an all-to-all that has been started and may still be running."""
+    """The handle of an all-to-all that has been started and may still be running: what ``Transport.all_to_all`` returns."""
 
     def wait(self) -> Shaped[Tensor, " received"]:
-        """Wait until the all-to-all has ended, and return the received elements, flat and in rank order. To be called once."""
+        """Wait until the all-to-all has ended; return the received elements, flat and in rank order. The caller calls it
+        once."""
         ...
 
 
 @runtime_checkable
 class Transport(Protocol):
-    """An implementation of the all-to-all. Pass your own to ``ParallelMesh(transport=)``, for example for symmetric memory."""
+    """The protocol of an all-to-all, which Ulysses, the ring, ``all_gather`` and ``reduce_scatter`` call.
+
+    The default is ``TorchTransport``. Pass another one to ``ParallelMesh(transport=)``, for example over symmetric memory.
+    """
 
     def all_to_all(
         self,
@@ -70,13 +74,14 @@ class TorchTransport:
         recv_splits: Sequence[int],
         group: dist.ProcessGroup,
     ) -> Arrival:
+        """Start ``all_to_all_single`` asynchronously on ``group``; arguments and result as in ``Transport``."""
         received = send.new_empty(sum(recv_splits))
         work = dist.all_to_all_single(received, send, list(recv_splits), list(send_splits), group=group, async_op=True)
         return _Receiving(send, received, work)
 
 
 class Scratch:
-    """Memory for send buffers that is kept and used again by the next exchange, one buffer per device.
+    """Send buffers of one mesh that are kept for the next all-to-all instead of being allocated again, one buffer per device.
 
     On a CPU, allocating new pages takes longer than the copy into them (four times as long at 256 MiB). Buffers of more than
     ``SCRATCH_BYTES`` are freed after use: kept, they would add to the peak memory of the kernels.
@@ -102,6 +107,9 @@ class Scratch:
 
 
 class _Receiving:
+    """The ``Arrival`` of ``TorchTransport``: the tensor that is being received, and PyTorch's handle of the running
+    collective."""
+
     def __init__(self, send: Tensor, received: Tensor, work: dist.Work) -> None:
         self.send, self.received, self.work = send, received, work  # send must live until the work is done
 
@@ -111,8 +119,12 @@ class _Receiving:
 
 
 class CountingTransport:
-    """A transport that passes every call to ``inner`` and counts it in ``traffic``: collectives, and bytes sent to *other*
-    ranks. ``sent_over(group)`` is the part that one group of ranks carried."""
+    """A transport for tests and measurements: it passes every call on to ``inner`` and counts what this rank sends.
+
+    Attributes:
+        inner: the transport that does the exchange.
+        traffic: the number of all-to-alls so far, and the bytes that this rank sent to *other* ranks.
+    """
 
     def __init__(self, inner: Transport) -> None:
         self.inner = inner
@@ -120,7 +132,8 @@ class CountingTransport:
         self._by_group: dict[str, Traffic] = {}
 
     def sent_over(self, group: dist.ProcessGroup) -> Traffic:
-        """What this rank has sent over ``group`` so far."""
+        """The part of ``traffic`` that went over ``group``: collectives and bytes that this rank has sent so far; zero if
+        none."""
         return self._by_group.get(group.group_name, Traffic())
 
     def all_to_all(
@@ -137,8 +150,10 @@ class CountingTransport:
 
 
 def all_reduce_sum(x: Num[Tensor, "*shape"], group: dist.ProcessGroup) -> Num[Tensor, "*shape"]:
-    """The sum of ``x`` over the ranks of ``group``, on every rank. Differentiable: the backward sums the gradients over ranks
-    too."""
+    """The sum of ``x`` over the ranks of ``group``, as a new tensor on every rank. Every rank must call it.
+
+    Differentiable: the gradient of a rank's ``x`` is the sum over the ranks of the gradients of the result.
+    """
     if group.size() == 1:
         return x
     total: Num[Tensor, "*shape"] = _compat.functional_all_reduce(x, group)
@@ -153,11 +168,14 @@ def all_gather(
     Differentiable: the gradient of a rank's ``x`` is the sum over ranks of the gradients of its piece.
 
     Args:
-        x: this rank's tensor.
-        group: the ranks.
+        x: this rank's tensor; the ranks' shapes may differ in ``dim`` only.
+        group: the ranks, each of which must call this.
         transport: the all-to-all that is used.
         dim: the dim to concatenate along.
         sizes: for each rank, the size of its ``x`` in ``dim``.
+
+    Returns:
+        The concatenation, of size ``sum(sizes)`` in ``dim``; ``x`` itself for a group of one rank.
     """
     if group.size() == 1:
         return x
@@ -176,13 +194,14 @@ def reduce_scatter(
 
     Args:
         x: a tensor of the same shape on every rank.
-        group: the ranks.
+        group: the ranks, each of which must call this.
         transport: the all-to-all that is used.
         dim: the dim to cut along.
         sizes: for each rank, the size of its piece in ``dim``; their sum is that of ``x``.
 
     Returns:
-        A tensor like ``x`` with this rank's size in ``dim``. bf16 and fp16 are summed in fp32 and rounded once.
+        A tensor like ``x`` with this rank's size in ``dim``. bf16 and fp16 are summed in fp32 and rounded once. ``x`` itself
+        for a group of one rank.
     """
     if group.size() == 1:
         return x
@@ -219,6 +238,8 @@ class _ReduceScatter(torch.autograd.Function):
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup, transport: Transport, dim: int, sizes: Sequence[int]) -> Tensor:
+    """The concatenation along ``dim`` of the ranks' tensors: the forward of ``all_gather``, the backward of
+    ``reduce_scatter``."""
     first = x.movedim(dim, 0)
     row = first.shape[1:].numel()
     send = first.expand(group.size(), *first.shape).reshape(-1).contiguous()
@@ -227,6 +248,8 @@ def _gather(x: Tensor, group: dist.ProcessGroup, transport: Transport, dim: int,
 
 
 def _sum_pieces(x: Tensor, group: dist.ProcessGroup, transport: Transport, dim: int, sizes: Sequence[int]) -> Tensor:
+    """This rank's piece along ``dim`` of the sum of the ranks' tensors: forward of ``reduce_scatter``, backward of
+    ``all_gather``."""
     first, mine = x.movedim(dim, 0), sizes[group.rank()]
     row = first.shape[1:].numel()
     send, splits = first.reshape(-1).contiguous(), [size * row for size in sizes]

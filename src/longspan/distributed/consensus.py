@@ -66,7 +66,14 @@ def gather_or_raise(find: Callable[[], Fact], group: dist.ProcessGroup) -> list[
 
 
 class Difference(NamedTuple):
-    """A fact that differs between ranks: its name, its value on rank 0, another rank, and the value there."""
+    """A fact that differs between ranks, as ``first_difference`` finds it.
+
+    Attributes:
+        name: the name of the fact.
+        first: its value on rank 0.
+        rank: a rank where its value is another one.
+        other: the value on that rank.
+    """
 
     name: str
     first: str
@@ -75,10 +82,14 @@ class Difference(NamedTuple):
 
 
 def first_difference(facts: Sequence[Mapping[str, str]]) -> Difference | None:
-    """The first named fact, by rank and then by name, whose value on some rank differs from that on rank 0; None if all are
-    equal.
+    """The first named fact whose value on some rank differs from that on rank 0.
 
-    A fact that a rank lacks has the value "nothing" there; such a fact comes before others of that rank.
+    Args:
+        facts: for each rank, {name of a fact: its value as text}. A fact that a rank lacks has the value "nothing" there.
+
+    Returns:
+        The difference of the lowest rank that has one, there of a fact that one of the two ranks lacks before others, and then
+        by name. None if all ranks have the same facts.
     """
     for rank, held in enumerate(facts):
         names = {**facts[0], **held}
@@ -91,7 +102,14 @@ def first_difference(facts: Sequence[Mapping[str, str]]) -> Difference | None:
 
 
 def refuse_difference(what: str, mine: str, group: dist.ProcessGroup, remedy: str) -> None:
-    """Raise BatchError on every rank where ``mine`` is not the same text on all of them. Every rank must call it."""
+    """Raise BatchError on every rank if the text ``mine`` is not the same on all ranks of ``group``. Every rank must call it.
+
+    Args:
+        what: the name of the compared fact, for the error.
+        mine: this rank's value of it.
+        group: the ranks, on gloo.
+        remedy: the end of the error: what the user can do.
+    """
     difference = first_difference([{what: text} for text in gather(mine, group)])
     if difference is not None:
         _, first, rank, other = difference
@@ -99,7 +117,10 @@ def refuse_difference(what: str, mine: str, group: dist.ProcessGroup, remedy: st
 
 
 def own_error(found: BaseException) -> LongspanError | None:
-    """``found`` itself if it is a LongspanError, else None: other errors are defects and are not raised on other ranks."""
+    """``found`` itself if it is a LongspanError, else None: the default ``convert`` of ``raise_together``.
+
+    Other exceptions are defects of a program, and are not raised on other ranks.
+    """
     return found if isinstance(found, LongspanError) else None
 
 
@@ -113,8 +134,9 @@ def raise_together(
 
     Args:
         group: every rank of it must enter the block. The block may hold collectives only if they cannot fail on one rank.
-        convert: from an exception of the block to the LongspanError to raise; None raises the exception on its own rank only.
-        undo: called on every rank before the error is raised, to remove what the block has written.
+        convert: called with an exception of the block, returns the LongspanError to raise on every rank; or None, with which
+            the exception is raised on its own rank only, and the other ranks wait for it until the timeout of the group.
+        undo: called on every rank before the error is raised, to remove what the block has written; None: nothing to remove.
 
     Raises:
         LongspanError: on every rank, the converted error of the first rank that has one.
@@ -135,7 +157,10 @@ def raise_together(
 
 
 def raise_first_error(error: LongspanError | None, group: dist.ProcessGroup) -> None:
-    """Raise on every rank the error of the first rank that has one. Every rank must call it, with None where it has none."""
+    """Raise on every rank the error of the lowest rank that has one; return if none has. It makes one all-reduce.
+
+    Every rank of ``group`` must call it, with its own ``error``, or None where it has none.
+    """
     raise_failed(exchange_integers((int(error is not None),), group), error, group)
 
 
@@ -161,10 +186,11 @@ def exchange_integers(mine: Sequence[int], group: dist.ProcessGroup, hint: str =
 
 
 def _wait(work: dist.Work, rank: int, hint: str) -> None:
-    """Wait until the collective ``work`` has ended; log ``hint`` once if that takes long.
+    """Wait until the collective ``work`` of this ``rank`` has ended; after ``SILENT_SECONDS`` log ``hint`` once and go on
+    waiting.
 
     Raises:
-        LostRankError: it failed, because another rank has ended or does not take part.
+        LostRankError: the collective failed, because another rank has ended, or does not take part within the group's timeout.
     """
     try:
         try:
@@ -182,9 +208,14 @@ def _wait(work: dist.Work, rank: int, hint: str) -> None:
 
 
 def raise_failed(table: Sequence[Sequence[int]], error: LongspanError | None, group: dist.ProcessGroup) -> None:
-    """Raise on every rank the error of the first rank whose row of ``table`` begins with 1; return None if there is none.
+    """Raise on every rank the error of the lowest rank that has failed; return if none has. Called behind
+    ``exchange_integers``.
 
-    ``error`` is this rank's error, or None; the first failed rank's is sent to all others.
+    Args:
+        table: the result of ``exchange_integers``: for each rank its row, whose first integer is 1 if the rank has failed, else
+            0.
+        error: this rank's error; None where its row begins with 0. The first failed rank sends its own to all others.
+        group: the ranks, each of which must call this.
     """
     failed = [rank for rank, row in enumerate(table) if row[0]]
     if not failed:

@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def accelerator() -> torch.device | None:
-    """The kind of accelerator that this process sees, without an index; None where there is none.
+    """The kind of accelerator that this process sees, such as ``cuda``, without an index; None where there is none.
 
-    One without a collective backend of its own (Apple's mps) does not count.
+    One for which PyTorch has no collective backend besides gloo (Apple's mps) counts as none.
     """
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return None if found is None or dist.get_default_backend_for_device(found.type) == "gloo" else found
@@ -45,10 +45,16 @@ def visible_devices() -> int:
 
 
 def choose_device(device: torch.device | str | None = None) -> torch.device:
-    """The device of this rank: ``device``; without an index, or by default, the accelerator with this rank's number.
+    """The device on which this rank keeps its model and tensors.
 
-    A program that has chosen its device by ``torch.cuda.set_device`` keeps it. Where a process sees fewer devices than its
-    machine has ranks (one for each task under Slurm and Ray), the numbers begin again at 0.
+    Args:
+        device: with an index (``cuda:1``) or the CPU, it is returned as it is; without an index (``cuda``), the kind of
+            accelerator; None: the accelerator that this process sees, or the CPU where there is none.
+
+    Returns:
+        The accelerator that the program has made current by ``torch.cuda.set_device`` if that is not the first one, else the
+        one with this rank's number on its machine (LOCAL_RANK). Where a process sees fewer accelerators than its machine has
+        ranks (one for each task under Slurm and Ray), the numbers begin again at 0.
     """
     chosen = torch.device(device) if device is not None else accelerator() or torch.device("cpu")
     if chosen.type == "cpu" or chosen.index is not None:
@@ -60,7 +66,7 @@ def choose_device(device: torch.device | str | None = None) -> torch.device:
 
 
 def device_of(device_mesh: DeviceMesh) -> torch.device:
-    """The device of this rank on a DeviceMesh that exists: the current accelerator, which init_device_mesh has set, or the
+    """The device of this rank on an existing DeviceMesh: the current accelerator, which init_device_mesh has set, or the
     CPU."""
     if device_mesh.device_type == "cpu":
         return torch.device("cpu")
@@ -68,14 +74,17 @@ def device_of(device_mesh: DeviceMesh) -> torch.device:
 
 
 def join_world(device: torch.device, timeout: timedelta | None = None) -> None:
-    """Make ``device`` the current one and join the process group of the launcher, unless there is one already.
+    """Make ``device`` the current one and join the process group that the launcher's environment describes.
+
+    If this process is in a process group already, it stays in that one. Without a launcher the world is this rank alone.
 
     Args:
-        device: of this rank. It is set before anything initialises the accelerator.
-        timeout: of the collectives; None for PyTorch's.
+        device: this rank's. It is made current before anything initialises the accelerator, and decides the backend: gloo for
+            the CPU; gloo and the accelerator's own (NCCL) for an accelerator, or gloo for both where two ranks share one.
+        timeout: how long a collective waits for other ranks before it fails; None: PyTorch's default.
 
     Raises:
-        RunError: where the other ranks of an environment with RANK and WORLD_SIZE do not come within five minutes.
+        RunError: the other ranks of an environment with RANK and WORLD_SIZE do not come within five minutes.
     """
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
@@ -103,12 +112,15 @@ def join_world(device: torch.device, timeout: timedelta | None = None) -> None:
 
 
 def shared_devices(mine: str, store: Any, rank: int, ranks: int) -> tuple[int, int, str] | None:
-    """The first two ranks that have the same device, and the device; None if each rank has one of its own.
+    """Find two ranks that have the same device, on which NCCL cannot connect them. Every rank must call it.
 
     Args:
         mine: text that identifies this rank's device among those of all machines.
-        store: the store through which the ranks tell one another.
-        rank, ranks: of this process; every rank must call this.
+        store: the key-value store (``torch.distributed.Store``) through which the ranks exchange these texts.
+        rank, ranks: this rank's number, and the number of ranks.
+
+    Returns:
+        (a rank, a later rank on the same device, the text of that device); None if each rank has a device of its own.
     """
     store.set(f"longspan/device/{rank}", mine)
     devices = [store.get(f"longspan/device/{other}").decode() for other in range(ranks)]
@@ -128,6 +140,7 @@ def refuse_shared_devices(device: torch.device, world_group: dist.ProcessGroup) 
 
 
 def _refuse_equal(mine: str, world_group: dist.ProcessGroup) -> None:
+    """Raise RunError on every rank if ``mine``, the text that identifies this rank's device, is another rank's too."""
     devices = gather(mine, world_group)
     for rank, other in enumerate(devices):
         first = devices.index(other)
@@ -139,7 +152,10 @@ def _refuse_equal(mine: str, world_group: dist.ProcessGroup) -> None:
 
 
 def set_timeout(groups: Iterable[dist.ProcessGroup], timeout: timedelta | None) -> None:
-    """Give ``groups`` this timeout; None leaves them PyTorch's. (The groups of a DeviceMesh do not inherit the world's.)"""
+    """Set how long collectives of ``groups`` wait for other ranks before they fail; with None nothing changes.
+
+    It is needed because the groups of a DeviceMesh do not inherit the timeout of the world's group.
+    """
     if timeout is not None:
         for group in groups:
             _compat.set_group_timeout(group, timeout)
@@ -152,7 +168,10 @@ def _hardware(device: torch.device) -> str:
 
 
 def _meeting_point() -> tuple[Any, int, int]:
-    """The store in which the ranks meet, this rank's number, and the number of ranks."""
+    """(the key-value store in which the ranks meet, this rank's number, the number of ranks), from the launcher's environment.
+
+    Without a launcher: a store in this process, 0, 1.
+    """
     if dist.is_torchelastic_launched():
         return _compat.torchrun_store()
     if joins_world(os.environ):
@@ -162,7 +181,9 @@ def _meeting_point() -> tuple[Any, int, int]:
 
 
 def _meet(rank: int, ranks: int) -> Any:
-    """The TCPStore of all ranks at MASTER_ADDR and MASTER_PORT, once every rank has connected to it.
+    """The TCPStore of all ``ranks`` ranks at MASTER_ADDR and MASTER_PORT, once every rank has connected to it.
+
+    Rank 0 opens the port, the others connect to it.
 
     Raises:
         RunError: they do not all connect within ``JOIN_SECONDS``, or the address is not usable.

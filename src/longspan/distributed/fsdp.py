@@ -33,7 +33,14 @@ UNSHARDABLE = {
 
 @dataclass(frozen=True)
 class FSDPOptions:
-    """The arguments ``zero``, ``dtype``, ``offload_parameters`` and ``fsdp_ranks`` of ``parallelize``, in one object."""
+    """The options of ``parallelize`` that concern sharding, in one object.
+
+    Attributes:
+        zero: the ZeRO stage, 0 to 3; 0 shards nothing.
+        dtype: the dtype in which gathered parameters compute, as FSDP2's mixed precision; None: the parameters' own.
+        offload_parameters: keep the shards in host memory, and the optimizer step on the CPU.
+        fsdp_ranks: shard over this many neighbouring ranks and replicate beyond them (HSDP); None: over all of them.
+    """
 
     zero: int
     dtype: torch.dtype | None = None
@@ -42,7 +49,7 @@ class FSDPOptions:
 
 
 def refuse_options(options: FSDPOptions, model: nn.Module, mesh: ParallelMesh) -> None:
-    """Raise ModelError if the sharding options are not legal for this model and mesh; otherwise return None.
+    """Raise ModelError if the sharding options are not legal for this model and mesh; otherwise return. Nothing is changed.
 
     Raises:
         ModelError: ``zero`` is not 0 to 3; another option is set although zero=0; ``fsdp_ranks`` does not divide the number of
@@ -109,7 +116,7 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ``shard_parameters`` has sharded the model."""
+    """Whether FSDP2 shards the parameters of ``model`` (by ``shard_parameters``, or by another caller of ``fully_shard``)."""
     return isinstance(model, FSDPModule)
 
 
@@ -150,8 +157,10 @@ def _sharding_mesh(mesh: ParallelMesh, ranks: int | None) -> DeviceMesh:
 
 
 def _refuse_earlier_optimizers(model: nn.Module) -> None:
-    """Raise ModelError if an optimizer of this process holds parameters of ``model``, which sharding would replace by new
-    ones."""
+    """Raise ModelError if an optimizer in this process holds parameters of ``model``.
+
+    Sharding would replace the parameters by new ones, and the optimizer would update the old ones.
+    """
     for optimizer in _optimizers_of(model):
         raise ModelError(
             f"{type(optimizer).__name__} was built before the parameters are sharded, and would train nothing; call "
@@ -160,11 +169,11 @@ def _refuse_earlier_optimizers(model: nn.Module) -> None:
 
 
 def refuse_optimizers_at_first_step(model: nn.Module) -> None:
-    """Register a hook on ``model``: at the first forward with gradients, refuse optimizers that cannot update sharded
+    """Make the first forward of ``model`` with gradients raise ModelError for an optimizer that cannot update sharded
     parameters.
 
-    The hook raises ModelError if such an optimizer (a class of ``UNSHARDABLE``) holds parameters of the model, else removes
-    itself.
+    Such an optimizer is one of a class in ``UNSHARDABLE`` that holds parameters of the model. A forward pre-hook looks for it
+    once, then removes itself: by that time the optimizer has been built.
     """
 
     def refuse(module: nn.Module, *_: object) -> None:

@@ -25,10 +25,11 @@ STAGES = "_longspan_stages"
 
 @torch.no_grad()
 def grad_norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
-    """The 2-norm of all gradients together, over all shards of sharded parameters.
+    """The 2-norm of all gradients together, over all shards of sharded parameters. Every rank must call it.
 
     Args:
-        parameters: parameters with whole gradients, or with gradients (DTensor) sharded over axes of a mesh.
+        parameters: parameters with whole gradients, or with gradients (DTensor) sharded over axes of a mesh. Those without a
+            gradient are skipped; if none has one, the norm is 0.
 
     Returns:
         An fp64 scalar, equal on every rank. It equals ``torch.nn.utils.get_total_norm`` of one device's gradients in fp64;
@@ -54,18 +55,21 @@ def grad_norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
 
 @dataclass(frozen=True)
 class StageNorm:
-    """The gradient norm of a model whose layers stand on several pipeline stages.
+    """The gradient norm of a model whose layers are on several pipeline stages; ``clip_grad_norm_`` finds it on the model.
 
     Attributes:
-        group: this rank's counterparts on all stages.
-        copy: the name of a parameter that another stage counts, or None.
+        group: the ranks of all stages that differ from this rank in the pipeline axis only.
+        copy: the name of a parameter of this stage (the copy of a tied weight) that another stage counts; None: there is none.
     """
 
     group: dist.ProcessGroup
     copy: str | None
 
     def norm(self, model: nn.Module) -> Float[Tensor, ""]:
-        """The 2-norm of the gradients of all stages; the others call it too."""
+        """The 2-norm of the gradients of all stages together, an fp64 scalar. ``model`` is this rank's stages.
+
+        It is collective: every rank of ``group`` must call it.
+        """
         square = grad_norm(p for name, p in model.named_parameters() if name != self.copy).square()
         device = next(model.parameters()).device
         square = square.to(device)
@@ -74,18 +78,21 @@ class StageNorm:
 
 
 def mark_stage(model: nn.Module) -> None:
-    """Mark the parameters of a pipeline stage, so that ``clip_grad_norm_`` knows them without the model."""
+    """Set the attribute ``STAGES`` on each parameter of ``model``, a pipeline stage.
+
+    ``clip_grad_norm_`` given these parameters in place of the model then refuses, because it would miss the other stages.
+    """
     for parameter in model.parameters():
         setattr(parameter, STAGES, True)
 
 
 @torch.no_grad()
 def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
-    """Scale all gradients in place so that their norm over all ranks is at most ``max_norm``.
+    """Scale all gradients in place so that their norm over all ranks is at most ``max_norm``. Every rank must call it.
 
     Args:
-        model: a module, or its parameters (an iterable of tensors); their gradients may be sharded. On a pipeline pass the
-            module: the norm is over the parameters of all stages.
+        model: a module, or its parameters (an iterable of tensors); their gradients may be sharded. Parameters without a
+            gradient are skipped. On a pipeline pass the module: the norm is over the parameters of all stages.
         max_norm: the largest 2-norm of all gradients together.
 
     Returns:
@@ -93,7 +100,7 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Flo
         ``torch.nn.utils.clip_grad_norm_`` is not: torch's fp32 norm on a CPU can be 1e-4 too low for large gradients.
 
     Raises:
-        ModelError: the parameters of a pipeline stage in place of the model.
+        ModelError: the parameters of a pipeline stage in place of the model, or a gradient that is a partial sum.
     """
     members = list(model.parameters() if isinstance(model, nn.Module) else model)
     if not isinstance(model, nn.Module) and any(hasattr(parameter, STAGES) for parameter in members):
@@ -117,7 +124,8 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Flo
 
 
 def local_part(x: Tensor) -> Tensor:
-    """What this rank holds of a tensor that may be sharded. Without a gradient of its own."""
+    """The shard of ``x`` that this rank holds, detached, if ``x`` is a DTensor; ``x`` itself otherwise. It shares memory
+    with ``x``."""
     if not isinstance(x, DTensor):
         return x
     with torch.no_grad():
@@ -125,17 +133,19 @@ def local_part(x: Tensor) -> Tensor:
 
 
 def _square(held: list[Tensor]) -> Tensor:
-    """The sum of the squares of all elements of the tensors, in fp64."""
+    """The sum of the squares of all elements of the tensors in ``held``, which are on one device; an fp64 scalar on it."""
     return torch.stack(list(map(_square_on_cpu, held))).sum() if held[0].device.type == "cpu" else _square_on_gpu(held)
 
 
 def _square_on_cpu(local: Tensor) -> Tensor:
+    """The sum of the squares of the elements of one CPU tensor, an fp64 scalar."""
     # in fp64, in pieces: an fp32 sum of 50 million squares is 0.4% off, and one fp64 copy has twice the size of the gradient
     pieces = torch.split(local.flatten(), 2**20)
     return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).square().sum()
 
 
 def _square_on_gpu(held: list[Tensor]) -> Tensor:
+    """The sum of the squares of all elements of tensors on an accelerator, an fp64 scalar."""
     # one launch for many tensors, in fp32: a GPU sums in trees, which keeps that exact to its rounding
     norms = [get_total_norm(wide)] if (wide := [x for x in held if x.dtype.itemsize > 2]) else []
     norms += [torch.linalg.vector_norm(x, dtype=torch.float32) for x in held if x.dtype.itemsize == 2]
@@ -143,10 +153,11 @@ def _square_on_gpu(held: list[Tensor]) -> Tensor:
 
 
 def _sharded_axes(grad: Tensor) -> tuple[tuple[DeviceMesh, int], ...]:
-    """(mesh, axis of it) for each axis over which a gradient is sharded; none if this rank has the whole gradient.
+    """(DeviceMesh, index of a dim of it) for each mesh dim over which ``grad`` is sharded; () if this rank has the whole
+    gradient.
 
     Raises:
-        ModelError: it is a partial sum.
+        ModelError: the gradient is a partial sum.
     """
     if not isinstance(grad, DTensor):
         return ()

@@ -32,7 +32,8 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class MeanGradients:
-    """Hooks on a model that make ``backward()`` add the mean of the ranks' gradients to ``.grad``.
+    """Hooks on a model that make ``backward()`` add the mean of the ranks' gradients to ``.grad``; ``parallelize`` uses it at
+    zero=0.
 
     If every rank's loss is the global loss, ``.grad`` is the gradient of one device over the global batch. The mean is formed
     in fp32 (fp64 for fp64 parameters). A parameter that no rank used keeps its ``.grad``; ranks that did not use it count as
@@ -72,6 +73,11 @@ class MeanGradients:
             handle.remove()
 
     def _keep(self, index: int, grad: Tensor | None) -> Tensor | None:
+        """Hook on the gradient of parameter ``index``: store ``grad``, and return zeros, so that this backward leaves ``.grad``
+        as it is.
+
+        ``_reduce`` adds the mean to ``.grad`` at the end of the backward. Without a gradient (None) it returns None.
+        """
         arrived = self._arrived_in_this_backward(index)
         if grad is None:
             return None
@@ -101,6 +107,12 @@ class MeanGradients:
         return arrived
 
     def _refuse_what_cannot_be_averaged(self, index: int) -> None:
+        """Raise ModelError in a backward that does not accumulate into ``.grad`` (autograd.grad) or that builds a graph of
+        itself.
+
+        Args:
+            index: a parameter whose gradient this backward has just computed.
+        """
         if torch.is_grad_enabled() or not _compat.accumulates_gradient(self._parameters[index]):
             raise ModelError(
                 "torch.autograd.grad and create_graph=True would give this rank's part of a parameter's gradient; "
@@ -123,7 +135,11 @@ class MeanGradients:
 
     @contextmanager
     def once(self) -> Iterator[None]:
-        """Context manager: the gradients of all backwards inside are summed on this rank, and averaged once on exit."""
+        """Context manager: the gradients of all backwards inside are summed on this rank, and averaged over the ranks once, on
+        exit.
+
+        So several micro-batches cost one all-reduce. If the block raises, nothing is added to ``.grad``.
+        """
         self._delayed = _Arrived()
         try:
             yield
@@ -135,6 +151,8 @@ class MeanGradients:
     @torch.no_grad()
     @record_function("longspan::mean_gradients")
     def _reduce(self, arrived: "_Arrived") -> None:
+        """Add the mean over ranks of the gradients ``arrived`` to ``.grad``; inside ``once`` only add them to those of the
+        block."""
         if self._delayed is not None:
             for index, grad in arrived.items():
                 wide = grad.to(_reduction_dtype(grad.dtype))
@@ -149,8 +167,9 @@ class MeanGradients:
 def sum_over(parameter: Tensor, group: dist.ProcessGroup | None) -> None:
     """Replace ``parameter.grad`` in place by its sum over the ranks of ``group``, formed in fp32 (fp64 for fp64).
 
-    Every rank of the group (None: all ranks) calls this with a gradient that is not None. The dtype of the gradient stays; of a
-    sharded gradient the local shards are summed.
+    Args:
+        parameter: has a gradient on every rank, whose dtype stays. Of a sharded gradient (DTensor) the local shards are summed.
+        group: the ranks that hold a copy, each of which must call this; None: all ranks.
     """
     assert parameter.grad is not None
     mine = local_part(parameter.grad)
@@ -198,6 +217,11 @@ def average_gradients(module: nn.Module, mesh: ParallelMesh) -> None:
 
 
 def _whole_parameters(trained: dict[str, nn.Parameter]) -> dict[str, str]:
+    """{name: its shape and dtype as text} of the parameters, for the comparison between ranks.
+
+    Raises:
+        ModelError: a parameter is sharded, so FSDP2 averages its gradient.
+    """
     for name, parameter in trained.items():
         if isinstance(parameter, DTensor):
             raise ModelError(
@@ -241,8 +265,10 @@ def _mean_of_bucket(
 
 
 class _Arrived(dict[int, Tensor]):
-    """This rank's gradients of one backward, by index of the parameter. (A class of its own: a plain dict has no weak
-    references.)"""
+    """{index of a parameter: this rank's gradient of it} of one backward.
+
+    It is a class because a plain dict cannot be referenced weakly.
+    """
 
 
 def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -251,7 +277,11 @@ def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _buckets(parameters: list[nn.Parameter]) -> list[list[int]]:
-    """The indices of the parameters, in order, in buckets of one dtype and device and of about BUCKET_BYTES each."""
+    """The indices of ``parameters``, in order, cut into buckets of one dtype and device and of about ``BUCKET_BYTES`` bytes
+    each.
+
+    A bucket is reduced by one all-reduce.
+    """
     buckets: list[list[int]] = []
     kind, free = None, 0
     for index, parameter in enumerate(parameters):
@@ -266,6 +296,7 @@ def _buckets(parameters: list[nn.Parameter]) -> list[list[int]]:
 
 
 def _add(parameter: nn.Parameter, mean: Tensor) -> None:
+    """Add ``mean`` to ``parameter.grad`` in place; where it is None, set it, in the parameter's dtype."""
     if parameter.grad is None:
         parameter.grad = _placed_as(parameter, mean.to(parameter.dtype, copy=True))
     else:
@@ -273,7 +304,8 @@ def _add(parameter: nn.Parameter, mean: Tensor) -> None:
 
 
 def _placed_as(like: Tensor, local: Tensor) -> Tensor:
-    """``local`` as what this rank holds of a tensor placed as ``like``; itself where ``like`` is a plain tensor."""
+    """``local``, this rank's shard, as a DTensor with the mesh, placements and shape of ``like``; ``local`` if that is no
+    DTensor."""
     if not isinstance(like, DTensor):
         return local
     return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())

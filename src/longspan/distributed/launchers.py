@@ -28,7 +28,14 @@ JOBS = ("SLURM_JOB_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PBS_JOBID"
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchedRank:
-    """One of several ranks that a launcher other than torchrun started, and the address and port at which the ranks meet."""
+    """One of several ranks that a launcher other than torchrun started, and the address and port at which the ranks meet.
+
+    Attributes:
+        launcher: its name, for messages: "Slurm (srun)".
+        rank: this process among all ``ranks`` ranks, from 0.
+        local_rank: its number on its machine, from 0.
+        address, port: host name or IP, and TCP port, of rank 0's machine.
+    """
 
     launcher: str
     rank: int
@@ -41,15 +48,19 @@ class LaunchedRank:
 
 
 def joins_world(environment: Mapping[str, str]) -> bool:
-    """Whether the environment has all variables of ``TORCHRUN``, with which a process can join a world as one of its ranks."""
+    """Whether ``environment`` has all variables of ``TORCHRUN``, with which a process can join a world as one of its ranks."""
     return environment.keys() >= set(TORCHRUN)
 
 
 def join_launcher(environment: MutableMapping[str, str]) -> LaunchedRank | None:
     """Add torchrun's variables to an ``environment`` in which Open MPI, Intel MPI, MPICH or Slurm started one of several ranks.
 
+    Args:
+        environment: ``os.environ``, which is changed in place.
+
     Returns:
-        The rank that was found; None where torchrun's variables are there already, or this process is the only one.
+        The rank that was found; None, with nothing changed, where torchrun's variables are there already, or where no launcher
+        or one that starts a single process is found.
 
     Raises:
         RunError: for variables that contradict each other, or where the machine of rank 0 cannot be known.
@@ -68,7 +79,10 @@ def join_launcher(environment: MutableMapping[str, str]) -> LaunchedRank | None:
 
 
 def started_by(environment: Mapping[str, str]) -> str:
-    """The name of the launcher that started this process, for a message: "Slurm (srun)", or a phrase if it is not known."""
+    """The name of the launcher that started this process, for an error message: "Slurm (srun)".
+
+    If only torchrun's variables are there: "a launcher (RANK and WORLD_SIZE are set)".
+    """
     found = launched_rank(environment)
     return "a launcher (RANK and WORLD_SIZE are set)" if found is None else found.launcher
 
@@ -108,6 +122,7 @@ def ranks_per_node(counts: str) -> list[int]:
 
 
 def _of_open_mpi(environment: Mapping[str, str]) -> LaunchedRank | None:
+    """The rank that Open MPI's variables describe; None if they are not there."""
     name = "OMPI_COMM_WORLD_"
     if not environment.keys() >= {f"{name}RANK", f"{name}SIZE"}:
         return None
@@ -122,6 +137,7 @@ def _of_open_mpi(environment: Mapping[str, str]) -> LaunchedRank | None:
 
 
 def _of_pmi(environment: Mapping[str, str]) -> LaunchedRank | None:
+    """The rank that the PMI variables of Intel MPI or MPICH describe; None if they are not there."""
     if not environment.keys() >= {"PMI_RANK", "PMI_SIZE"}:
         return None
     # srun --mpi=pmi2 sets these beside its own, which tell the local rank.
@@ -140,6 +156,7 @@ def _of_pmi(environment: Mapping[str, str]) -> LaunchedRank | None:
 
 
 def _of_slurm(environment: Mapping[str, str]) -> LaunchedRank | None:
+    """The rank that Slurm's variables of a task (srun) describe; None if they are not there."""
     ranks = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS") if name in environment), "")
     if "SLURM_PROCID" not in environment or not ranks:
         return None
@@ -171,7 +188,7 @@ def _launched(
     """The rank that a launcher describes in the variables of the given names.
 
     Args:
-        environment: the variables.
+        environment: the variables; ``rank`` and ``ranks`` are among them.
         launcher: its name, for messages.
         rank, ranks, local_rank: the names of the variables with this rank, the number of ranks, and the rank on this machine.
         local_ranks: returns the number of ranks on this machine; None if it is not known.
@@ -199,6 +216,7 @@ def _launched(
 
 
 def _several_nodes(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm's variables say that the job has more than one node; False if they are not there."""
     nodes = next((name for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES") if name in environment), "")
     return (_integer(environment, nodes) or 1) > 1 or len(
         re.sub(r"\[[^\]]*[,-][^\]]*\]", ",", _nodes(environment)).split(",")
@@ -206,11 +224,17 @@ def _several_nodes(environment: Mapping[str, str]) -> bool:
 
 
 def _nodes(environment: Mapping[str, str]) -> str:
+    """Slurm's node list of the step or job, such as "gpu[03-05]"; "" if there is none."""
     names = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
     return next((environment[name] for name in names if environment.get(name)), "")
 
 
 def _first_node(environment: Mapping[str, str], launcher: str) -> str:
+    """The host name of the first node of Slurm's node list, where rank 0 is.
+
+    Raises:
+        RunError: there is no node list.
+    """
     if not _nodes(environment):
         raise RunError(
             f"{launcher} started this process on one of several machines, and no node list says on which one rank 0 is; set "
@@ -220,6 +244,11 @@ def _first_node(environment: Mapping[str, str], launcher: str) -> str:
 
 
 def _given_port(environment: Mapping[str, str]) -> int | None:
+    """The port in MASTER_PORT; None if it is not set.
+
+    Raises:
+        RunError: it is no port from 1 to 65535.
+    """
     port = _integer(environment, "MASTER_PORT")
     if environment.get("MASTER_PORT") and not 0 < (port or 0) < 65_536:
         raise RunError(f"MASTER_PORT={environment['MASTER_PORT']} is no port; set it to a number from 1 to 65535, or unset it")
@@ -235,5 +264,6 @@ def _port(environment: Mapping[str, str]) -> int:
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int | None:
+    """The value of the variable ``name`` as an integer; None if it is not set or not decimal digits."""
     value = environment.get(name, "")
     return int(value) if value.isdecimal() else None

@@ -31,13 +31,14 @@ def split(count: int, parts: int) -> tuple[int, ...]:
 
 
 def consecutive(sizes: Sequence[int]) -> Runs:
-    """The adjacent ranges with these sizes, from 0 on: consecutive((3, 2)) == (range(0, 3), range(3, 5))."""
+    """Adjacent ranges with the given sizes, the first of which starts at 0: consecutive((3, 2)) == (range(0, 3), range(3,
+    5))."""
     stops = tuple(accumulate(sizes))
     return tuple(range(stop - size, stop) for size, stop in zip(sizes, stops))
 
 
 def select(runs: Runs, window: range) -> Runs:
-    """Elements window.start to window.stop - 1 of the concatenation of ``runs``, as ranges without empty ones.
+    """The elements window.start to window.stop - 1 of the ranges ``runs`` put one after another, as ranges without empty ones.
 
     select((range(0, 3), range(8, 12)), range(2, 5)) == (range(2, 3), range(8, 10))
     """
@@ -49,6 +50,9 @@ def select(runs: Runs, window: range) -> Runs:
 @dataclass(frozen=True)
 class Layout:
     """The partition of a row of ``tokens`` tokens over ``ring`` x ``ulysses`` x ``tensor`` ranks; each token is on one rank.
+
+    Its methods give the positions (token indices in the row) or numbers of tokens that ranks hold. Ranks are indices on an
+    axis, from 0.
 
     Attributes:
         tokens: tokens of the row.
@@ -76,15 +80,20 @@ class Layout:
             )
 
     def runs(self, ring_rank: int) -> Runs:
-        """The positions in the row that all ulysses ranks of ring rank ``ring_rank`` hold together, in their order: one range,
-        or two."""
+        """The positions in the row that all ulysses and tensor ranks of ring rank ``ring_rank`` hold together, in their order.
+
+        One range; with zigzag, two, or one if the row is too short for a late piece.
+        """
         if not self.zigzag:
             return (consecutive(split(self.tokens, self.ring))[ring_rank],)
         pieces = consecutive(split(self.tokens, 2 * self.ring))
         return tuple(piece for piece in (pieces[ring_rank], pieces[2 * self.ring - 1 - ring_rank]) if piece)
 
     def batch_runs(self, ring_rank: int, rows: int) -> Runs:
-        """``runs`` of every row of a batch laid out as one long row, in which row b begins at position b * tokens."""
+        """The positions that ring rank ``ring_rank`` holds in a batch of ``rows`` rows laid one after another.
+
+        They are those of ``runs`` for each row b in turn, shifted by b * tokens.
+        """
         runs = self.runs(ring_rank)
         return tuple(range(run.start + b * self.tokens, run.stop + b * self.tokens) for b in range(rows) for run in runs)
 
@@ -94,16 +103,20 @@ class Layout:
         return sizes[ulysses_rank * self.tensor : (ulysses_rank + 1) * self.tensor]
 
     def sizes(self, ring_rank: int) -> tuple[int, ...]:
-        """For each ulysses rank of ring rank ``ring_rank``, the number of tokens of its attention: those of its tensor ranks
-        together."""
+        """For each ulysses rank of ring rank ``ring_rank``, the number of tokens that its tensor ranks hold together.
+
+        Attention gathers these over the tensor ranks: they are a ulysses rank's tokens in the all-to-all.
+        """
         return tuple(sum(self.shares(ring_rank, ulysses_rank)) for ulysses_rank in range(self.ulysses))
 
     def gathered(self, ring_rank: int, ulysses_rank: int) -> Runs:
-        """The positions in the row that all tensor ranks of (``ring_rank``, ``ulysses_rank``) hold together."""
+        """The positions in the row that all tensor ranks of (``ring_rank``, ``ulysses_rank``) hold together, as one or two
+        ranges."""
         return select(self.runs(ring_rank), consecutive(self.sizes(ring_rank))[ulysses_rank])
 
     def mine(self, ring_rank: int, ulysses_rank: int, tensor_rank: int = 0) -> Runs:
-        """The positions in the row that one rank holds, in its order; these are the ``position_ids`` of its tokens."""
+        """The positions in the row that one rank holds, as one or two ranges in its order: the ``position_ids`` of its
+        tokens."""
         shares = self.shares(ring_rank, ulysses_rank)
         return select(self.gathered(ring_rank, ulysses_rank), consecutive(shares)[tensor_rank])
 
@@ -148,12 +161,15 @@ class Heads:
             )
 
     def _instead(self) -> str:
+        """The start of a remedy, for an error: "use ulysses=U ring=R" with U a legal degree and U x R the ranks that were
+        asked for."""
         divisors = [d for d in range(1, self.query + 1) if self.ulysses % d == 0]
         best = max(divisors, key=lambda d: (self.query % d == 0, d))
         return f"use ulysses={best} ring={self.ulysses // best}"
 
     def query_of(self, ulysses_rank: int, chunk: int | None = None) -> range:
-        """The range of query heads that ulysses rank ``ulysses_rank`` computes in chunk ``chunk``; None means in all chunks."""
+        """The query heads that ulysses rank ``ulysses_rank`` computes in head chunk ``chunk``; with None, in all chunks
+        together."""
         mine = consecutive(split(self.query, self.ulysses))[ulysses_rank]
         if chunk is None:
             return mine
@@ -161,7 +177,8 @@ class Heads:
         return mine[part.start : part.stop]
 
     def kv_of(self, ulysses_rank: int, chunk: int | None = None) -> range:
-        """The range of key/value heads that a ulysses rank's query heads read, in chunk ``chunk``; None means in all chunks."""
+        """The key/value heads that the query heads of ulysses rank ``ulysses_rank`` read, in head chunk ``chunk``; None: in
+        all chunks."""
         mine, group = self.query_of(ulysses_rank, chunk), self.query // self.kv
         return range(mine.start // group, (mine.stop - 1) // group + 1)
 
@@ -175,6 +192,10 @@ class Heads:
 
         Kernels support regular groups only. 28 query heads over 4 key/value heads on 8 ranks give rank 1 the query heads 4-7:
         three of them read key/value head 0 and one reads head 1, so it has two groups.
+
+        Args:
+            ulysses_rank: the rank.
+            chunk: only the heads of this head chunk; None: all heads of the rank.
 
         Returns:
             (query heads, key/value heads) of each group, as slices of the heads that this rank computes (in this chunk).
@@ -192,7 +213,8 @@ class Heads:
 
 @dataclass(frozen=True)
 class Degrees:
-    """The degrees of the ulysses and ring axes, and in ``why`` one sentence with the reason for them."""
+    """The degrees of the ulysses and ring axes, and in ``why`` one sentence with the reason for them, which is shown to the
+    user."""
 
     ulysses: int
     ring: int

@@ -36,7 +36,12 @@ from longspan.errors import LayoutError
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the mesh: its name, and the names of the rank sets (sequence, loss, fsdp, world) that extend over it."""
+    """One axis of the mesh, a row of the table ``AXES``.
+
+    Attributes:
+        name: the axis: "ulysses".
+        sets: the names of the rank sets (sequence, loss, fsdp, world) that contain all ranks along it.
+    """
 
     name: str
     sets: frozenset[str]
@@ -60,9 +65,12 @@ BASIC = ("data", "ring", "ulysses")
 
 @dataclass(frozen=True, kw_only=True)
 class MeshCoordinate:
-    """The degrees of a mesh and the position of one rank on it, as plain integers, so a DataLoader worker can be given it.
+    """The degrees of a mesh and the position of one rank on it, as plain integers, so that a DataLoader worker can be given it.
 
-    ``zigzag`` says whether ring ranks hold an early and a late piece of a row each.
+    Attributes:
+        pipeline, data, ring, ulysses, tensor: the degree of each axis.
+        pipeline_rank, data_rank, ring_rank, ulysses_rank, tensor_rank: this rank's index on each axis, from 0.
+        zigzag: whether ring ranks hold an early and a late piece of a row each.
     """
 
     pipeline: int = 1
@@ -90,8 +98,8 @@ class MeshCoordinate:
 
     @property
     def attention_ranks(self) -> int:
-        """The number of ranks over which attention itself is parallel: ring x ulysses. Each tensor rank has heads of its
-        own."""
+        """The number of ranks over which one head's attention may be spread: ring x ulysses. (Tensor ranks have other
+        heads.)"""
         return self.ring * self.ulysses
 
     def layout(self, tokens: int) -> Layout:
@@ -99,11 +107,12 @@ class MeshCoordinate:
         return Layout(tokens, self.ring, self.ulysses, self.zigzag, self.tensor)
 
     def my_positions(self, tokens: int) -> Runs:
-        """The positions that this rank holds of a row of ``tokens`` tokens, in its order."""
+        """The positions (token indices) that this rank holds of a row of ``tokens`` tokens, as ranges in its order."""
         return self.layout(tokens).mine(self.ring_rank, self.ulysses_rank, self.tensor_rank)
 
     def tensor_sizes(self, tokens: int) -> tuple[int, ...]:
-        """For each tensor rank of this rank's (ring, ulysses), the number of tokens that it holds of a row."""
+        """For each tensor rank that has this rank's ring and ulysses rank, the number of tokens it holds of a row of
+        ``tokens``."""
         return self.layout(tokens).shares(self.ring_rank, self.ulysses_rank)
 
 
@@ -219,13 +228,13 @@ class ParallelMesh:
     def _build(
         self, device_mesh: DeviceMesh, names: Mapping[str, str], world_group: dist.ProcessGroup, layout: str | None
     ) -> None:
-        """Set the coordinate, the groups and the rank sets.
+        """Set ``coordinate``, the process groups and the rank sets; both ways to make a mesh call it. Every rank must.
 
         Args:
             device_mesh: the DeviceMesh.
             names: for each axis of ``AXES``, the dim of ``device_mesh``; an axis without one has size 1.
             world_group: all ranks, on gloo.
-            layout: "contiguous", "zigzag" or None, as in ``ParallelMesh``.
+            layout: "contiguous", "zigzag", or None for zigzag where ring > 1.
         """
         degrees = {axis: device_mesh[name].size() for axis, name in names.items()}
         ranks = {f"{axis}_rank": device_mesh.get_local_rank(name) for axis, name in names.items()}
@@ -254,6 +263,7 @@ class ParallelMesh:
         self.fsdp_group = self.fsdp_mesh.get_group()
 
     def _groups(self) -> tuple[dist.ProcessGroup, ...]:
+        """All process groups of the mesh, some of them twice."""
         axes = (self.pipeline_group, self.data_group, self.ring_group, self.ulysses_group, self.tensor_group)
         return (*axes, self.sequence_group, self.loss_group, self.fsdp_group, self.world_group)
 
@@ -288,6 +298,7 @@ def rank_sets(device_mesh: DeviceMesh, names: Mapping[str, str], axes: Sequence[
 
 
 def _refuse_different_meshes(mine: str, world_group: dist.ProcessGroup) -> None:
+    """Raise LayoutError on every rank if the text ``mine``, the mesh that this rank asks for, differs between ranks."""
     asked = gather(mine, world_group)
     for rank, other in enumerate(asked):
         if other != asked[0]:
@@ -300,6 +311,14 @@ def _refuse_unknown_layout(layout: str | None) -> None:
 
 
 def _refuse_unfit_dims(device_mesh: DeviceMesh, names: Mapping[str, str], known: str, world: int) -> None:
+    """Raise LayoutError if the dims that ``from_device_mesh`` was given do not make up its DeviceMesh.
+
+    Args:
+        device_mesh: the DeviceMesh.
+        names: {axis: name of the dim}, in the order of ``AXES``.
+        known: its dims and sizes, as text for the error.
+        world: the number of ranks of the process group.
+    """
     dims = device_mesh.mesh_dim_names or ()
     wanted = ", ".join(f"{axis}={name!r}" for axis, name in names.items())
     for axis, name in names.items():
@@ -327,6 +346,11 @@ def _refuse_unfit_dims(device_mesh: DeviceMesh, names: Mapping[str, str], known:
 def _degrees(
     ulysses: int | str, ring: int, tensor: int, pipeline: int, heads: tuple[int, int] | None, world_group: dist.ProcessGroup
 ) -> Degrees:
+    """The ulysses and ring degrees that the arguments of ``ParallelMesh`` ask for; with ulysses="auto" they are chosen.
+
+    Raises:
+        LayoutError: a degree is below 1, the product does not divide the world, or "auto" lacks what it needs.
+    """
     world = world_group.size()
     given = f"ulysses={ulysses!r} ring={ring} tensor={tensor} pipeline={pipeline}"
     if min(ring, tensor, pipeline, 1 if isinstance(ulysses, str) else ulysses) < 1:

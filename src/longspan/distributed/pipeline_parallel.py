@@ -58,7 +58,7 @@ class PipelineOptions:
             )
 
     def on(self, mesh: ParallelMesh) -> str:
-        """The options as text, which ranks compare. Raises ModelError for options on a mesh without a pipeline."""
+        """The options as text, which ranks compare. Raises ModelError if they are set and the mesh has no pipeline."""
         if mesh.coordinate.pipeline == 1 and self != PipelineOptions():
             raise ModelError(f"pipeline={self} needs a mesh with pipeline > 1; use ParallelMesh(pipeline=...), or leave it out")
         return str(self)
@@ -66,7 +66,7 @@ class PipelineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelinePlan:
-    """Which modules of a model stand on which stage, by names.
+    """Which modules of a model are on which stage, by their names; the model's adapter makes it.
 
     Attributes:
         blocks: the layers, in the order in which they are computed.
@@ -74,8 +74,8 @@ class PipelinePlan:
         heads: modules of the last stage that work on the hidden states behind the layers; no other stage needs their output.
         hidden: the size of a hidden state.
         body: the module whose output holds the hidden states behind the layers; "" is the model.
-        hidden_of: reads them from its output.
-        tied: (parameter of the first stage, parameter of the last) where they are one weight.
+        hidden_of: called with its output, returns these hidden states.
+        tied: (parameter of the first stage, parameter of the last) where they are one weight; None: there is none.
     """
 
     blocks: tuple[str, ...]
@@ -125,7 +125,8 @@ def split_layers(costs: Sequence[float], stages: int, *, last_cost: float = 0.0)
 
 
 class Skipped(nn.Module):
-    """In place of a module of another stage: returns its first argument, the hidden states. Keeps the module's attributes."""
+    """In place of a module of another stage: returns its first argument, the hidden states. Keeps its attributes of type
+    ``PLAIN``."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -144,7 +145,7 @@ class SkippedHead(Skipped):
 
 
 def stage_modules(model: nn.Module, plan: PipelinePlan, stages: int) -> dict[str, int]:
-    """{name of a module of ``plan``: the stage that has it}, with layers split by their numbers of parameters."""
+    """{name of a module in ``plan``: the index of the stage that has it}, with layers split by their numbers of parameters."""
     sizes = [float(sum(p.numel() for p in model.get_submodule(name).parameters())) for name in plan.blocks]
     last_cost = float(sum(p.numel() for name in (*plan.last, *plan.heads) for p in model.get_submodule(name).parameters()))
     runs = split_layers(sizes, stages, last_cost=last_cost)
@@ -154,7 +155,7 @@ def stage_modules(model: nn.Module, plan: PipelinePlan, stages: int) -> dict[str
 
 @contextmanager
 def skipping(model: nn.Module, plan: PipelinePlan, names: Iterable[str]) -> Iterator[None]:
-    """Context manager: the modules of ``plan`` called ``names`` are skipped inside; they are put back on exit."""
+    """Context manager: inside, the modules called ``names`` in ``model`` only return their input (``Skipped``)."""
     held = {name: (*_parent(model, name), model.get_submodule(name)) for name in names}
     for name, (parent, leaf, module) in held.items():
         setattr(parent, leaf, _skipped(plan, name, module))
@@ -166,14 +167,14 @@ def skipping(model: nn.Module, plan: PipelinePlan, names: Iterable[str]) -> Iter
 
 
 class PipelineParallel:
-    """The stages of one model on this rank, and the step over them.
+    """The stages of one model on this rank, and the step over them; ``parallelize`` makes it for pipeline > 1.
 
     Args:
         model: the whole model; its modules of other ranks' stages are replaced, and lose their memory.
-        plan: what stands where.
+        plan: which modules are on which stage.
         mesh: the ranks; stages are over its pipeline axis.
         options: the schedule.
-        dtype: of the hidden states that are sent.
+        dtype: the dtype of the hidden states that are sent.
 
     Raises:
         LayoutError: fewer layers than stages.
@@ -239,7 +240,7 @@ class PipelineParallel:
 
     @property
     def copy_names(self) -> dict[str, str]:
-        """{name of a weight here: its name on the first stage}, for the copy of a tied weight on the last stage."""
+        """{name of the copy of a tied weight on this rank: its name on the first stage}; empty except on the last stage."""
         second = None if self._copies is None else self._copies.second
         return {} if second is None or self._plan.tied is None else {second: self._plan.tied[0]}
 
@@ -253,7 +254,9 @@ class PipelineParallel:
                 )
 
     def refuse_parts(self, parts: Sequence[Mapping[str, Any]]) -> None:
-        """Raise ModelError for a part without labels or with embeddings that train, or for broken rounds of micro-batches."""
+        """Raise ModelError if ``parts``, a step's micro-batches on this rank, cannot be run: one has no labels, or
+        embeddings that require a gradient, or interleaved stages are given fewer than one for each rank or a number that
+        fills no whole rounds."""
         for part in parts:
             if not any(part.get(label) is not None for label in LABELS):
                 raise ModelError("a pipeline computes a loss only; put labels into the batch before shard_batch")
@@ -265,7 +268,7 @@ class PipelineParallel:
         self._refuse_broken_rounds(len(parts))
 
     def sum_copies(self) -> None:
-        """Sum the gradients of a weight that the first and the last stage both have; once, after the step's averages."""
+        """Sum the gradients of a weight that the first and the last stage both have; called once a step, after the averages."""
         if self._copies is not None:
             self._copies.sum_gradients()
 
@@ -277,7 +280,8 @@ class PipelineParallel:
         return part[name], {key: value for key, value in part.items() if key not in dropped}
 
     def _schedule(self, parts: Sequence[Mapping[str, Any]], trains: bool) -> tuple[Any, list[PipelineStage]]:
-        """The schedule for micro-batches of this number and shape, and its stages on this rank; made once for each."""
+        """PyTorch's schedule for micro-batches of this number and shape, with a backward if ``trains``, and its stages on
+        this rank. Made once for each."""
         ids = parts[0].get("input_ids", parts[0].get("inputs_embeds"))
         assert isinstance(ids, Tensor)
         key = (len(parts), ids.shape[:2], ids.dtype, trains)
@@ -304,6 +308,7 @@ class PipelineParallel:
             )
 
     def _stage(self, index: int, ids: Tensor, trains: bool) -> PipelineStage:
+        """PyTorch's PipelineStage number ``index``, for ids of the shape of ``ids``."""
         state = torch.empty(*ids.shape[:2], self._plan.hidden, dtype=self._dtype, device="meta", requires_grad=trains)
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=trains)
         return PipelineStage(
@@ -312,7 +317,8 @@ class PipelineParallel:
         )  # fmt: skip
 
     def run(self, stage: int, x: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """The forward of one stage of this rank: ids (stage 0) or hidden states in, hidden states or the loss out."""
+        """The forward of one stage of this rank, called by ``_StageModule``: ``x`` is ids (stage 0) or hidden states,
+        ``given`` the other keywords of the model's call; returns hidden states, or on the last stage the loss."""
         is_last, name = stage == self._count - 1, "inputs_embeds" if x.is_floating_point() else "input_ids"
         more = given if is_last else {key: value for key, value in given.items() if key not in LABELS}
         self._running = stage
@@ -342,7 +348,8 @@ class PipelineParallel:
 
 
 class _StageModule(nn.Module):
-    """One stage as PyTorch's schedules call it. The model is no submodule of it: FSDP2 and others have wrapped that already."""
+    """One stage as the module that PyTorch's schedules call. The model is no submodule of it: FSDP2 and others have wrapped
+    that."""
 
     def __init__(self, pipeline: PipelineParallel, stage: int) -> None:
         super().__init__()
@@ -356,7 +363,7 @@ class _Copies:
     """A weight that the first and the last stage both have: its gradients are summed once a step, and counted once in the norm.
 
     Args:
-        model: the model, whose modules of other stages are gone.
+        model: the model on this rank, without the modules of other stages.
         names: the parameter's name on the first and on the last stage.
         mesh: the ranks.
     """
@@ -370,7 +377,7 @@ class _Copies:
         self._group = dist.new_group(ranks, use_local_synchronization=True) if self._name is not None else None
 
     def sum_gradients(self) -> None:
-        """Replace the gradient of either copy by the sum of both, in fp32 (fp64 for fp64)."""
+        """Replace the gradient of either copy by the sum of both, in fp32 (fp64 for fp64). Ranks without a copy do nothing."""
         if self._name is not None and self._model.get_parameter(self._name).requires_grad:
             sum_over(self._model.get_parameter(self._name), self._group)
 

@@ -43,7 +43,7 @@ SIZES = "longspan_tensor_sizes"
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How a parameter is divided over the tensor ranks along ``dim``.
+    """How a parameter is divided over the tensor ranks along ``dim``: an entry of ``TensorPlan.cuts``.
 
     Attributes:
         dim: the dim that is cut.
@@ -58,13 +58,19 @@ class Cut:
     replicable: bool = False
 
     def is_even(self, ranks: int) -> bool:
-        """Whether each of ``ranks`` ranks has one contiguous piece, so that it needs to store no more than that."""
+        """Whether each of ``ranks`` ranks computes with one contiguous piece of its own, so that it stores only that
+        (``Shard``)."""
         return self.packed == 1 and self.units % ranks == 0
 
     def pieces(self, size: int, ranks: int, rank: int) -> tuple[range, ...]:
-        """The indices in ``dim``, of ``size`` in all, that ``rank`` of ``ranks`` computes with: one range per packed matrix.
+        """The indices in ``dim`` with which rank ``rank`` of ``ranks`` computes: one range for each packed matrix.
 
         With fewer units than ranks, ranks / units neighbouring ranks compute with the same unit.
+
+        Args:
+            size: the size of the whole parameter in ``dim``.
+            ranks: the tensor degree.
+            rank: the tensor rank.
         """
         unit, whole = size // self.packed // self.units, size // self.packed
         if self.units % ranks == 0:
@@ -77,13 +83,13 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlan:
-    """Which modules and parameters of a model are tensor parallel, by their names in it.
+    """Which modules and parameters of a model are tensor parallel, by their names in it; the model's adapter makes it.
 
     Attributes:
         regions: modules whose first input is gathered over the tensor ranks.
         exits: modules whose output is a partial sum that is reduce-scattered: a region, or a row-parallel module in it.
         cuts: parameters that are cut; every other parameter is replicated.
-        late_biases: the bias of an exit, which is added once, after the reduce-scatter.
+        late_biases: {exit: the name of its bias}, which is added once, after the reduce-scatter.
         inputs: keywords of the model's call, [batch, my tokens], that attention reads: they are gathered at the call.
     """
 
@@ -94,7 +100,7 @@ class TensorPlan:
     inputs: tuple[str, ...] = ("position_ids",)
 
     def within(self, model: nn.Module) -> "TensorPlan":
-        """The part of the plan whose modules and parameters ``model`` has, on a pipeline stage."""
+        """The part of the plan that concerns ``model``, a pipeline stage that lacks some of the modules and parameters."""
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         return replace(
             self,
@@ -106,7 +112,7 @@ class TensorPlan:
 
 
 def refuse_plan(plan: TensorPlan, ranks: int) -> None:
-    """Raise LayoutError, with the legal degrees, if a parameter of the plan cannot be divided over ``ranks`` ranks."""
+    """Raise LayoutError, with the legal degrees, if a parameter of the plan cannot be divided over ``ranks`` tensor ranks."""
     if ranks == 1:
         return
     for name, cut in plan.cuts.items():
@@ -123,18 +129,21 @@ def refuse_plan(plan: TensorPlan, ranks: int) -> None:
 
 
 def _divides(cut: Cut, ranks: int) -> bool:
+    """Whether ``ranks`` ranks get equally many units of ``cut``, or each unit is held by equally many ranks where that is
+    allowed."""
     return cut.units % ranks == 0 or (cut.replicable and ranks % cut.units == 0)
 
 
 class TensorParallel:
-    """The tensor parallelism of one model: its cut parameters, and the hooks on its modules.
+    """The tensor parallelism of one model: its cut parameters, and the hooks on its modules. ``parallelize`` makes it for
+    tensor > 1.
 
     Args:
         model: the whole model, equal on every rank, or on the meta device. Its parameters become DTensors.
         blocks: its layers, which activation checkpointing may compute again.
         plan: what is cut.
         mesh: the ranks.
-        sizes_of: (keywords of the model's call) -> for each tensor rank, the tokens that it holds of a row.
+        sizes_of: called with the keywords of the model's call, returns for each tensor rank the tokens that it holds of a row.
 
     Raises:
         ModelError: in a forward, where a region is not given hidden states [batch, my tokens, hidden].
@@ -167,6 +176,7 @@ class TensorParallel:
             model.get_submodule(name).register_forward_hook(partial(self._scatter, added))
 
     def _enter_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the model: note the tensor ranks' token counts, and gather the keywords of ``plan.inputs``."""
         sizes = tuple(self._sizes_of(kwargs))
         self._sizes.append(sizes)
         whole = {name: self._gathered(x, sizes) for name in self._inputs if isinstance(x := kwargs.get(name), Tensor)}
@@ -178,6 +188,7 @@ class TensorParallel:
         self._sizes.clear()
 
     def _name_sizes(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of a layer: pass the token counts as the keyword ``SIZES``, so that a recomputation has them too."""
         if not self._sizes:
             raise ModelError(
                 "a layer is computed again outside of a call of its model, where the tokens of the tensor ranks are not known; "
@@ -186,6 +197,7 @@ class TensorParallel:
         return args, kwargs | {SIZES: self._sizes[-1]}
 
     def _hold(self, forward: Callable[..., Any], *args: Any, longspan_tensor_sizes: tuple[int, ...], **kwargs: Any) -> Any:
+        """The forward of a layer, with the token counts that its keyword ``SIZES`` holds in effect while it runs."""
         self._sizes.append(longspan_tensor_sizes)
         try:
             return forward(*args, **kwargs)
@@ -193,6 +205,11 @@ class TensorParallel:
             self._sizes.pop()
 
     def _gather(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the region ``name``: gather its hidden states over the tensor ranks.
+
+        Raises:
+            ModelError: its first argument (or ``hidden_states``) is not [batch, my tokens, hidden].
+        """
         x = args[0] if args else kwargs.get("hidden_states")
         sizes, rank = self._sizes[-1], self._mesh.tensor_group.rank()
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[1] != sizes[rank]:
@@ -208,6 +225,8 @@ class TensorParallel:
         return all_gather(x, self._mesh.tensor_group, self._mesh.transport, 1, sizes).contiguous()  # models call view
 
     def _scatter(self, bias: "_Use | None", module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of an exit: reduce-scatter its output (or the first of a tuple) over the tensor ranks, then add
+        ``bias``."""
         partial_sum: Tensor = output[0] if isinstance(output, tuple) else output
         mine = reduce_scatter(partial_sum, self._mesh.tensor_group, self._mesh.transport, 1, self._sizes[-1]).contiguous()
         if bias is not None:
@@ -216,9 +235,10 @@ class TensorParallel:
 
 
 def _distribute(model: nn.Module, plan: TensorPlan, mesh: ParallelMesh) -> None:
-    """Replace every parameter of the model by a DTensor on the tensor mesh, in place: sharded if the plan cuts it evenly.
+    """Replace every parameter of the model by a DTensor on the tensor mesh, in place.
 
-    Any other is replicated. A parameter that several modules share stays one parameter.
+    It is sharded if the plan cuts it into one even piece per rank, else replicated. A parameter that several modules share
+    stays one parameter.
     """
     assert mesh.tensor_mesh is not None
     ranks, made = mesh.tensor_group.size(), dict[int, nn.Parameter]()
@@ -235,9 +255,13 @@ def _distribute(model: nn.Module, plan: TensorPlan, mesh: ParallelMesh) -> None:
 
 @dataclass(frozen=True)
 class _Use:
-    """A parameter of a module that is a DTensor; ``local`` returns the plain tensor with which this rank computes.
+    """A parameter (a DTensor) as one module uses it.
 
-    The gradient of that tensor is made the one of all tensor ranks in the backward.
+    Attributes:
+        module, name: the module, and the parameter's name in it.
+        cut: how the parameter is divided; None: it is replicated.
+        mesh: the ranks.
+        is_late: it is a bias that is added after the reduce-scatter, so the module itself must not add it.
     """
 
     module: nn.Module
@@ -247,6 +271,10 @@ class _Use:
     is_late: bool = False
 
     def local(self) -> Tensor:
+        """The plain tensor with which this rank computes: its pieces of a cut parameter, the whole of a replicated one.
+
+        In the backward ``_FinishGradient`` makes its gradient that of all tensor ranks.
+        """
         parameter, group = _compat.own_parameters(self.module)[self.name], self.mesh.tensor_group
         assert isinstance(parameter, DTensor)
         (placement,) = parameter.placements
@@ -259,10 +287,10 @@ class _Use:
 
 
 class _FinishGradient(torch.autograd.Function):
-    """Autograd function that returns its input; its backward makes a gradient the one of all tensor ranks.
+    """Autograd function: the forward returns its input; the backward makes this rank's gradient that of all tensor ranks.
 
-    That of a cut parameter is divided by ``degree``, the number of tensor ranks. With ``degree`` None (a replicated parameter)
-    it is the mean over ``group``, formed in fp32 (fp64 for fp64).
+    The gradient of a cut parameter is divided by ``degree``, the number of tensor ranks. With ``degree`` None (a replicated
+    parameter) it is the mean over ``group``, formed in fp32 (fp64 for fp64).
     """
 
     @staticmethod
@@ -280,9 +308,9 @@ class _FinishGradient(torch.autograd.Function):
 
 
 def shown_by(model: nn.Module, plan: TensorPlan) -> dict[nn.Module, dict[str, nn.Module]]:
-    """For each module that is called, the modules whose parameters are plain tensors while its forward runs, by name.
+    """For each module with hooks, the modules whose parameters are plain tensors while its forward runs: {name: module}.
 
-    Those of a region are all modules below it; any other module shows its own parameters alone.
+    For a region they are all modules in it; for any other module it is that module alone, with its own parameters.
     """
     shown, inside = dict[nn.Module, dict[str, nn.Module]](), set[nn.Module]()
     for name, module in model.named_modules():
@@ -294,7 +322,8 @@ def shown_by(model: nn.Module, plan: TensorPlan) -> dict[nn.Module, dict[str, nn
 
 
 def _uses(model: nn.Module, plan: TensorPlan, mesh: ParallelMesh) -> dict[nn.Module, tuple[_Use, ...]]:
-    """For each module that is called, the parameters that its forward reads (``shown_by``)."""
+    """For each module that gets hooks, the parameters that are to be plain tensors during its forward; modules without any
+    left out."""
     late, uses = set(plan.late_biases.values()), dict[nn.Module, tuple[_Use, ...]]()
     for module, parts in shown_by(model, plan).items():
         own = tuple(
@@ -309,16 +338,16 @@ def _uses(model: nn.Module, plan: TensorPlan, mesh: ParallelMesh) -> dict[nn.Mod
 
 
 def _show(uses: Sequence[_Use], *_: Any) -> None:
-    """Forward pre-hook: replace the modules' DTensors by the plain tensors that this rank computes with, until the forward
-    ends.
+    """Forward pre-hook: set each parameter in ``uses`` on its module as the plain tensor with which this rank computes.
 
-    A bias that is added after the reduce-scatter is replaced by None.
+    ``_hide`` undoes it after the forward. A bias that is added after the reduce-scatter is None meanwhile.
     """
     for use in uses:
         vars(use.module)[use.name] = None if use.is_late else use.local()
 
 
 def _hide(uses: Sequence[_Use], *_: Any) -> None:
+    """Forward hook: remove what ``_show`` has set, so that the modules have their DTensors again."""
     for use in uses:
         vars(use.module).pop(use.name, None)
 

@@ -16,8 +16,8 @@ from longspan.distributed.layout import Heads, Layout, split
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank sends: the number of collectives it takes part in, and the bytes it sends to *other* ranks. Two can be
-    added."""
+    """What one rank sends: the number of collectives it takes part in, and the bytes it sends to *other* ranks. ``+`` adds
+    two."""
 
     collectives: int = 0
     bytes: int = 0
@@ -27,8 +27,7 @@ class Traffic:
 
 
 def tokens_to_heads_elements(sizes: Sequence[int], widths: Sequence[int], rank: int) -> int:
-    """Elements that ``rank`` sends to other ranks in the all-to-all from tokens to heads: its tokens of every other rank's
-    heads.
+    """Elements that ``rank`` sends to other ranks in the all-to-all from tokens to heads: its own tokens in their heads.
 
     Args:
         sizes: for each rank, the number of tokens that it holds.
@@ -39,8 +38,7 @@ def tokens_to_heads_elements(sizes: Sequence[int], widths: Sequence[int], rank: 
 
 
 def heads_to_tokens_elements(sizes: Sequence[int], widths: Sequence[int], rank: int) -> int:
-    """Elements that ``rank`` sends to other ranks in the all-to-all from heads to tokens: every other rank's tokens of its
-    heads.
+    """Elements that ``rank`` sends to other ranks in the all-to-all from heads to tokens: their tokens in its own heads.
 
     Args:
         sizes: for each rank, the number of tokens that it holds.
@@ -100,13 +98,17 @@ def recomputable_attention_traffic(
     """What one rank sends on the ulysses axis for one layer of ``attend(recomputable=True)``.
 
     Forward, for each head chunk: one all-to-all for q, k, v and one for the output. Backward: one for q, k, v, the output and
-    its gradient, and one for the gradients of q, k, v. Selective recomputation itself sends nothing. With N tokens, h = heads
-    x head_dim, P ulysses ranks, equal heads and no key/value head in several chunks, the forward equals that of
+    its gradient, and one for the gradients of q, k, v. Selective recomputation itself sends nothing. With N tokens, h = heads x
+    head_dim, P ulysses ranks, equal heads and no key/value head in several chunks, the forward equals that of
     ``attention_traffic``, and the backward sends 8·N·h/P · (P-1)/P elements instead of 4·N·h/P · (P-1)/P.
 
     Args:
         heads: the partition of heads over the ulysses ranks and the head chunks.
-        sizes, key_sizes, ulysses_rank, rows, qk_dim, v_dim, itemsize: as in ``attention_traffic``.
+        sizes, key_sizes: for each ulysses rank of this ring rank, its query tokens and its key tokens.
+        ulysses_rank: the sending rank.
+        rows: rows of the batch.
+        qk_dim, v_dim: head dims of queries and keys, and of values.
+        itemsize: bytes of an element.
 
     Returns:
         (traffic of the forward, traffic of the backward); zero for one ulysses rank.
@@ -152,7 +154,12 @@ def tensor_region_traffic(
 
 
 class _Sent(NamedTuple):
-    """Elements that a rank sends to others for one row: q, k, v or the output, from tokens to heads or from heads to tokens."""
+    """Elements that a rank sends to other ranks for one row.
+
+    Attributes:
+        qkv_to_heads, out_to_heads: of q, k, v and of the output, from tokens to heads.
+        qkv_to_tokens, out_to_tokens: of q, k, v and of the output, from heads to tokens.
+    """
 
     qkv_to_heads: int
     out_to_heads: int
@@ -163,7 +170,12 @@ class _Sent(NamedTuple):
 def _sent_elements(
     heads: Heads, chunk: int | None, sizes: Sequence[int], key_sizes: Sequence[int], rank: int, qk_dim: int, v_dim: int
 ) -> _Sent:
-    """The elements that ``rank`` sends for one row and one head chunk; ``chunk`` None means all its heads at once."""
+    """The elements that ulysses rank ``rank`` sends for one row and head chunk ``chunk``; with None, for all its heads at once.
+
+    Args:
+        sizes, key_sizes: for each ulysses rank, its query tokens and its key tokens.
+        qk_dim, v_dim: head dims of queries and keys, and of values.
+    """
     ranks = range(heads.ulysses)
     q_widths = [len(heads.query_of(p, chunk)) * qk_dim for p in ranks]
     kv_widths = [len(heads.kv_of(p, chunk)) * (qk_dim + v_dim) for p in ranks]
