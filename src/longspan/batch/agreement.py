@@ -24,7 +24,20 @@ LOADERS_HINT = (
 
 
 class StepFacts(NamedTuple):
-    """What one rank reports about its micro-batches of a step: integers, which one all-reduce gives to every rank."""
+    """What one rank reports about its micro-batches of a step: integers, which one all-reduce gives to every rank.
+
+    Attributes:
+        failed: 1 if this rank has an error to raise, else 0.
+        micro_batches: the number of micro-batches.
+        rows, tokens: rows of the first micro-batch, and tokens of a whole row of it; 0 without a micro-batch.
+        num_labels: tokens of all its micro-batches that are learned from.
+        digest: a hash of the content and shapes of all its micro-batches.
+        largest_token_or_label, largest_label, last_counted_position, last_given_position: the largest values of these fields of
+            BatchInfo; -1 without any.
+        targets: the number of micro-batches that have a decoder's row; those named ``target_...`` are of these rows.
+        counted_rows_without_ids, rows_without_masks: micro-batches for which ``counted_rows_have_ids`` or ``rows_have_masks``
+            of BatchInfo is False.
+    """
 
     failed: int
     micro_batches: int
@@ -45,7 +58,8 @@ class StepFacts(NamedTuple):
 
     @property
     def content(self) -> tuple[int, ...]:
-        """The facts that must be equal on all ranks of a sequence, because these ranks must be given the same whole batch."""
+        """The facts that must be equal on all ranks of a sequence, which must be given the same whole batch: a hash and the
+        numbers."""
         return self.micro_batches, self.rows, self.tokens, self.num_labels, self.digest
 
 
@@ -78,6 +92,8 @@ def sync_batches(parts: Sequence[Part], mesh: ParallelMesh, *, error: LongspanEr
 
 
 def _facts(infos: Sequence[BatchInfo]) -> StepFacts:
+    """The facts of this rank's micro-batches, from their BatchInfo; an empty list gives 0, or -1 where a largest value is
+    asked."""
     targets = [info.target for info in infos if info.target is not None]
     return StepFacts(
         failed=0,
@@ -100,7 +116,13 @@ def _facts(infos: Sequence[BatchInfo]) -> StepFacts:
 
 
 def _agreed(info: BatchInfo, most: StepFacts, num_labels: int) -> BatchInfo:
-    """A copy of ``info`` with ``num_labels`` and, for every field that ``sync_batches`` completes, the value of ``most``."""
+    """A copy of ``info`` with the values of all ranks in the fields that are "by agreement".
+
+    Args:
+        info: of one micro-batch of this rank.
+        most: for each fact the largest value of any rank.
+        num_labels: the labels of the whole step.
+    """
     target = info.target and replace(
         info.target,
         largest_token_or_label=most.target_largest_token_or_label,
@@ -121,6 +143,14 @@ def _agreed(info: BatchInfo, most: StepFacts, num_labels: int) -> BatchInfo:
 
 
 def _refuse_disagreement(table: Sequence[StepFacts], coordinate: MeshCoordinate) -> None:
+    """Raise BatchError on every rank if the ranks' batches do not fit each other.
+
+    That is: different numbers of micro-batches, decoder rows on some ranks only, or different batches within one sequence.
+
+    Args:
+        table: the facts of each rank, in rank order.
+        coordinate: the degrees of the mesh, which say which ranks hold one sequence.
+    """
     if len(counts := {facts.micro_batches for facts in table}) > 1:
         raise BatchError(
             f"ranks were given different numbers of micro-batches ({', '.join(map(str, sorted(counts)))}); every rank must "
@@ -142,4 +172,5 @@ def _refuse_disagreement(table: Sequence[StepFacts], coordinate: MeshCoordinate)
 
 
 def _describe(facts: StepFacts) -> str:
+    """What a rank was given, as text for an error: rows, tokens, labels and the hash of the content."""
     return f"{facts.rows} rows of {facts.tokens} tokens, {facts.num_labels} labelled, content {facts.digest:014x}"

@@ -76,8 +76,8 @@ class BatchInfo:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the batch has no ``mask=``, padding or documents, also in ``target``, so that each layer's own mask holds as
-        it is."""
+        """Whether the batch (and its ``target``) has no ``mask=``, padding or documents, so that each layer uses its own
+        mask unchanged."""
         plain = (self.mask, self.padding, self.documents, self.restarts) == (None,) * 4
         return plain and (self.target is None or self.target.is_plain)
 
@@ -85,7 +85,8 @@ class BatchInfo:
         """The mask of cross-attention: each token of ``target`` (query) sees every token of the same row here that is not
         padding.
 
-        One mask for all rows, or a tuple with one per row if there is padding.
+        Returns:
+            One mask for all rows; where there is padding, a tuple with one for each row.
         """
         if self.target is None or self.padding is None:
             return Full()
@@ -94,7 +95,8 @@ class BatchInfo:
         return tuple(Bands([band] if band else []) for band in seen)
 
     def mask_for(self, own: Mask, restarts: bool = False) -> Mask | tuple[Mask, ...]:
-        """The mask of a layer in this step: its own ``&`` the step's ``mask=``, padding and documents.
+        """The mask that one attention layer uses in this step: the layer's own mask ``&`` the step's ``mask=``, padding and
+        documents.
 
         Args:
             own: the layer's mask: causal, full, a window, chunked.
@@ -138,10 +140,12 @@ def within(mask: Mask, own: Mask) -> Mask:
 
 
 def refuse_unknown_tokens(step: BatchInfo, vocab: int | None, name: str) -> None:
-    """Raise BatchError, on every rank alike, if a token or label of any rank is ``vocab`` or more; ``vocab`` None checks
-    nothing.
+    """Raise BatchError, on every rank alike, if a token id or label of any rank is not below ``vocab``; otherwise return.
 
-    ``name`` is the model's name in the message.
+    Args:
+        step: the BatchInfo after ``sync_batches``, which has the largest id of all ranks.
+        vocab: the size of the model's vocabulary; None: nothing is checked.
+        name: the model's name, for the error.
     """
     if vocab is not None and step.largest_token_or_label >= vocab:
         largest = step.largest_token_or_label

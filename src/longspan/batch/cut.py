@@ -45,7 +45,21 @@ def cut_row(
 ) -> Part:
     """The tensors of a batch with one row of tokens (no encoder-decoder), cut to the tokens of the rank at ``coordinate``.
 
-    Arguments, result and errors are those of ``longspan.shard_local``.
+    ``shard_local`` calls it for such a batch, with its own arguments.
+
+    Args:
+        batch: tensors [batch, tokens, ...] of whole rows by name.
+        coordinate: the place of the rank in the mesh.
+        shift: whether each token predicts the next one, so that labels are shifted before the cut.
+        mask: who sees whom, for all rows or one for each row; None: each layer's own mask.
+        dims: {name of a tensor: its dim of tokens}, for tensors that are not known by name.
+
+    Returns:
+        The cut tensors and, under ``longspan``, the BatchInfo of the whole rows.
+
+    Raises:
+        BatchError: the batch cannot be cut.
+        MaskError: a mask has another length.
     """
     shaped, rows, tokens = _row_shape(batch, dims)
     if "labels" not in dims:
@@ -127,7 +141,10 @@ def content_hash(data: bytes) -> int:
 
 
 def _counted_positions(mask: Mask | tuple[Mask, ...] | None, rows: int, tokens: int) -> Tensor:
-    """Positions 0, 1, 2, ... of each token, [rows, tokens]; they restart at 0 in each document that ``mask`` separates."""
+    """The ``position_ids`` [rows, tokens] of a batch that came without any: 0, 1, 2, ... along each row.
+
+    They restart at 0 in each document where ``mask`` (one for all rows, or one per row) is made of documents.
+    """
     counted = torch.arange(tokens, device="cpu").expand(rows, tokens)
     each = mask if isinstance(mask, tuple) else (mask,) * rows
     packed = [masks.documents_of(one) for one in each]
@@ -143,6 +160,19 @@ def _counted_positions(mask: Mask | tuple[Mask, ...] | None, rows: int, tokens: 
 
 
 def _cut_one(name: str, value: Any, declared: Mapping[str, int], tokens: int, short: int, positions: Runs) -> Any:
+    """One tensor of the batch, cut to this rank's tokens; what is no tensor, or labels that are not per token, is returned as
+    it is.
+
+    Args:
+        name, value: of the batch's entry.
+        declared: {name: dim of tokens} of all known tensors.
+        tokens: tokens of the row as given.
+        short: tokens of padding to append, because the row has fewer tokens than ranks.
+        positions: this rank's positions in the row.
+
+    Raises:
+        BatchError: the tensor is not in ``declared``, or does not have ``tokens`` elements in that dim.
+    """
     if not isinstance(value, Tensor) or (name == "labels" and value.shape[1:2] != (tokens,)):
         return value
     if name not in declared:
@@ -162,6 +192,8 @@ def _cut_one(name: str, value: Any, declared: Mapping[str, int], tokens: int, sh
 
 
 def _digest(batch: Mapping[str, Any], mask: Mask | tuple[Mask, ...] | None, shift: bool, dims: Mapping[str, int]) -> int:
+    """A 56-bit hash of the batch: names, shapes, dtypes and values of its tensors, and the other arguments of
+    ``shard_batch``."""
     described = (sorted(batch), masks.full_repr(mask), shift, sorted(dims.items()))
     content = hashlib.blake2b(repr(described).encode(), digest_size=7)
     for name in sorted(batch):

@@ -30,7 +30,7 @@ def shift_right(labels: Int[Tensor, "batch tokens"], start: int | None, padding:
     cut: ``shard_batch({"input_ids": ..., "decoder_input_ids": ..., "labels": labels}, mesh, shift=False)``.
 
     Args:
-        labels: the labels of whole rows.
+        labels: the labels of whole rows, [batch, tokens]; -100 where nothing is learned.
         start: the model's ``config.decoder_start_token_id``.
         padding: the model's ``config.pad_token_id``.
 
@@ -62,10 +62,22 @@ def cut_pair(
     mask: Mask | Sequence[Mask] | None,
     dims: Mapping[str, int],
 ) -> Part:
-    """The tensors of an encoder-decoder's batch, cut to the tokens of the rank at ``coordinate``.
+    """The tensors of an encoder-decoder's batch, cut to the tokens of the rank at ``coordinate``; ``shard_local`` calls it.
 
     Labels and tensors named ``decoder_...`` are cut by the length of the decoder's rows, all others by that of the encoder's.
-    Arguments, result and errors are those of ``longspan.shard_local``; a mask, documents and ``shift=True`` are refused.
+
+    Args:
+        batch: tensors [batch, tokens, ...] of whole rows by name.
+        coordinate: the place of the rank in the mesh.
+        shift: must be False.
+        mask: must be None: each layer's own mask is used.
+        dims: {name of a tensor: its dim of tokens}, for tensors that are not known by name.
+
+    Returns:
+        The cut tensors and, under ``longspan``, the encoder's BatchInfo, whose ``target`` is the decoder's.
+
+    Raises:
+        BatchError: the batch cannot be cut; it has a mask, documents or ``shift=True``; encoder and decoder do not fit.
     """
     if shift and "labels" in batch:
         raise BatchError(
@@ -102,6 +114,7 @@ def cut_pair(
 
 
 def _refuse_unfit(source: BatchInfo, target: BatchInfo, labels: Any) -> None:
+    """Raise BatchError if encoder and decoder have different numbers of rows, or a row has labels but only padding to read."""
     if source.rows != target.rows:
         raise BatchError(f"the encoder was given {source.rows} rows and the decoder {target.rows}; pass as many of each")
     if not isinstance(labels, Tensor) or labels.shape[1:] != (target.given_tokens,):

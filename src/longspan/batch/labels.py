@@ -24,9 +24,10 @@ IGNORE = -100
 
 
 def refuse_unfit_labels(labels: Any, rows: int, tokens: int) -> None:
-    """Raise BatchError if ``labels`` have neither an integer for each token nor a value (or a vector) for each row.
+    """Raise BatchError if ``labels`` fit none of the forms that a model takes; otherwise, and where they are None, return.
 
-    Otherwise, and where ``labels`` is None, return None.
+    The forms are: an integer for each token [rows, tokens], and, for a pooled head, a value or a vector for each row [rows,
+    ...].
     """
     if labels is None:
         return
@@ -57,8 +58,13 @@ def refuse_unfit_labels(labels: Any, rows: int, tokens: int) -> None:
 def learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) -> Tensor | None:
     """The labels [rows, tokens] that the loss compares with each token's logits, of the whole rows.
 
-    With ``shift``, they are the labels of the following tokens, and are added to ``whole`` in place as ``shift_labels``. None
-    if ``whole`` has no label for each token.
+    Args:
+        whole: the whole batch by name; with ``shift``, the result is added to it in place as ``shift_labels``.
+        rows, tokens: the shape of the batch.
+        shift: each token learns the label of the following token, and the last one -100.
+
+    Returns:
+        The labels; None if ``whole`` has no label for each token.
     """
     labels = whole.get("labels")
     if not isinstance(labels, Tensor) or labels.shape != (rows, tokens):

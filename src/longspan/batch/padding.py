@@ -26,7 +26,12 @@ VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq
 def padding_of(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[Span, ...] | None:
     """For each row the one run of tokens that are not padding, from ``attention_mask``; padding may be left, right or both.
 
-    None if ``attention_mask`` is None or has no 0.
+    Args:
+        attention_mask: [rows, tokens], 1 for a token and 0 for padding; None: no padding.
+        rows, tokens: the shape of the batch.
+
+    Returns:
+        A ``Span`` for each row; None if there is no padding.
 
     Raises:
         BatchError: its shape is not [rows, tokens], a value is neither 0 nor 1, or the tokens of a row are not one run.
@@ -52,10 +57,14 @@ def padding_of(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[S
 
 
 def documents_by_position(position_ids: Tensor | None, rows: int, tokens: int) -> tuple[Documents, ...] | None:
-    """The packed documents of each row, found from ``position_ids``: a new one begins where a position is not the previous
-    plus 1.
+    """The packed documents of each row: one begins where a position of ``position_ids`` is not the previous position plus 1.
 
-    None if every row is one document, or if ``position_ids`` is None or neither [rows, tokens] nor [1, tokens].
+    Args:
+        position_ids: [rows, tokens], or [1, tokens] for all rows; None or another shape: no documents.
+        rows, tokens: the shape of the batch.
+
+    Returns:
+        The documents of each row; None if every row is one document.
 
     Raises:
         BatchError: ``position_ids`` is [4, rows, tokens] and its first row restarts, which only some models read as documents.
@@ -108,7 +117,12 @@ def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Docu
     """The packed documents of a batch of one row, from ``cu_seq_lens_q``, ``cu_seq_lens_k`` [documents + 1] or ``seq_idx`` [1,
     tokens].
 
-    None if the batch has none of these, or no row.
+    Args:
+        batch: the whole batch by name.
+        rows, tokens: its shape.
+
+    Returns:
+        The documents, in a tuple of one; None if the batch has none of these entries, or no row.
 
     Raises:
         BatchError: they contradict one another or ``position_ids``, do not cover the tokens, or the batch has several rows.
@@ -129,10 +143,11 @@ def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Docu
 
 
 def _starts(name: str, value: Any) -> list[int]:
-    """The index at which each document that is not empty begins, then the number of tokens; [-1] if ``value`` is invalid.
+    """The index at which each document that is not empty begins, then the number of tokens; [-1] if ``value`` is no valid
+    entry.
 
-    Invalid is a value that is no tensor, is empty, or, for cu_seq_lens, decreases. The caller checks that it runs from 0 to the
-    tokens of the row.
+    ``value`` is not valid if it is no tensor or empty, or if it is cumulative lengths that decrease. The caller checks that the
+    result runs from 0 to the tokens of the row.
 
     Args:
         name: ``seq_idx``: ``value`` has the document's number for each token; ``cu_seq_lens_q`` or ``cu_seq_lens_k``: the
@@ -154,6 +169,7 @@ def _documents(starts: Tensor) -> tuple[Documents, ...]:
 
 
 def _refuse_four_rows(position_ids: Tensor) -> None:
+    """Raise BatchError for ``position_ids`` of shape [4, rows, tokens], whose first row the caller has found to restart."""
     if position_ids.ndim == 3 and len(position_ids) == 4:
         raise BatchError(
             f"position_ids of shape {list(position_ids.shape)} restart in their first row: some models read restarting "

@@ -69,8 +69,8 @@ def shard_batch(
         batch: tensors [batch, tokens, ...] by name, or a list of such micro-batches.
         mesh: the ranks.
         shift: whether each token predicts the next one, so that ``labels`` are shifted on the whole row.
-        mask: who sees whom, for all rows or one for each row; default: each layer's own mask.
-        dims: the dim of tokens of tensors that are not known by name.
+        mask: who sees whom, for all rows or one for each row; None: each layer's own mask.
+        dims: {name of a tensor: its dim of tokens}, for tensors that are not known by name; None: there are none.
 
     Returns:
         ``Part`` for a mapping, a list of them for a list: this rank's tensors on ``mesh.device``, and under ``longspan`` the
@@ -95,11 +95,15 @@ def shard_batch(
 
 
 def on_device(part: Part, device: torch.device) -> Part:
-    """``part`` with its tensors on ``device``. Tensors of host memory are pinned and copied without waiting for the device."""
+    """A copy of ``part`` with its tensors on ``device``; a tensor that is there already is the same object.
+
+    Tensors of host memory are pinned and copied without waiting for the device.
+    """
     return {name: _moved(value, device) if isinstance(value, Tensor) else value for name, value in part.items()}
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """One tensor on ``device``; host memory without a gradient is pinned first, so that the copy does not block."""
     if device.type == "cpu" or tensor.device == device:
         return tensor.to(device)
     return (tensor.pin_memory() if tensor.device.type == "cpu" and not tensor.requires_grad else tensor).to(
@@ -108,7 +112,7 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _on_host(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``batch`` with its tensors of integers in host memory, where they are hashed and counted."""
+    """A copy of ``batch`` with its integer and boolean tensors in host memory, where they are hashed and counted."""
     return {
         name: value.cpu() if isinstance(value, Tensor) and not value.is_floating_point() else value
         for name, value in batch.items()
@@ -116,7 +120,10 @@ def _on_host(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _refuse_unequal_shapes(parts: Sequence[Part], coordinate: MeshCoordinate) -> None:
-    """Raise BatchError if micro-batches of a pipeline have different shapes: PyTorch's stages receive into equal buffers."""
+    """Raise BatchError if the micro-batches of a step on a pipeline have different numbers of rows or tokens.
+
+    PyTorch's pipeline stages receive hidden states into buffers of one shape.
+    """
     shapes = [(part["longspan"].rows, part["longspan"].tokens) for part in parts]
     for number, (rows, tokens) in enumerate(shapes):
         if coordinate.pipeline > 1 and (rows, tokens) != shapes[0]:
@@ -128,6 +135,7 @@ def _refuse_unequal_shapes(parts: Sequence[Part], coordinate: MeshCoordinate) ->
 
 
 def _refuse_no_batch(micro_batches: Any) -> None:
+    """Raise BatchError if ``micro_batches`` is neither a mapping of tensors by name nor a list of such mappings."""
     whole = (
         [micro_batches] if isinstance(micro_batches, Tensor | str) or not isinstance(micro_batches, Sequence) else micro_batches
     )
@@ -158,7 +166,9 @@ def shard_local(
     Args:
         batch: tensors of whole rows by name.
         coordinate: the place of a rank in the mesh (``mesh.coordinate``).
-        shift, mask, dims: as in ``shard_batch``.
+        shift: whether each token predicts the next one, so that ``labels`` are shifted on the whole row.
+        mask: who sees whom, for all rows or one for each row; None: each layer's own mask.
+        dims: {name of a tensor: its dim of tokens}, for tensors that are not known by name; None: there are none.
 
     Returns:
         The cut tensors and, under ``longspan``, the BatchInfo. ``position_ids`` in the whole row are added where there are
@@ -179,7 +189,7 @@ def unshard(tensor: Num[Tensor, "*part"], mesh: ParallelMesh, dim: int = 1, toke
     ranks of the sequence, of the gradients of the tokens that are in it.
 
     Args:
-        tensor: this rank's tokens.
+        tensor: this rank's tokens, as part of a model's output: [batch, my tokens, ...] for ``dim=1``.
         mesh: the ranks; all ranks of a sequence call it.
         dim: the dim of tokens.
         tokens: tokens of the whole row (``BatchInfo.tokens``). None: every rank has equally many.
