@@ -48,9 +48,17 @@ __all__ = ["AttentionSpec", "Bias", "attend", "plan_attention", "refuse_kernel"]
 class AttentionSpec:
     """The description of one attention call on one rank, without tensor values: local shapes, mask, mesh and options.
 
-    Hashable; two calls with equal specs use the same plan. The fields are the arguments of ``attend``, except for the shapes,
-    ``dtype``, ``device_type`` ("cpu", "cuda") and ``has_sink_logits`` (whether there are sink logits). If ``tokens`` is None,
-    every rank holds as many tokens as this one; likewise ``key_tokens``.
+    ``attend`` makes it, and ``plan_attention`` turns it into a plan; kernels are chosen by it. Hashable: two calls with equal
+    specs use the same plan.
+
+    Attributes:
+        q_shape, k_shape, v_shape: this rank's shapes, [batch, my tokens, heads, dim].
+        dtype: of q, k and v.
+        device_type: "cpu", "cuda".
+        tokens: tokens of a whole row of q; None: every rank holds as many as this one.
+        key_tokens: tokens of a whole row of k and v; None: as many as of q, or, without ``tokens``, computed from k's shape.
+        has_sink_logits: whether the call has sink logits.
+        mask, mesh, scale, softcap, bias, kernel, head_chunks: the arguments of ``attend``. ``kernel`` None: bound later.
     """
 
     q_shape: torch.Size
@@ -81,8 +89,10 @@ class AttentionSpec:
 
     @property
     def whole_key_tokens(self) -> int:
-        """The number of keys of a whole row, over all ranks that hold it: ``key_tokens``, else ``tokens``, else computed from
-        k's shape."""
+        """The number of keys of a whole row, over all ranks that hold it.
+
+        It is ``key_tokens``, or if that is None ``tokens``, or if both are None computed from k's shape.
+        """
         if self.key_tokens is not None:
             return self.key_tokens
         return self.k_shape[1] * self.coordinate.attention_ranks if self.tokens is None else self.tokens
@@ -162,9 +172,10 @@ def attend(
 
 @_compat.constant_when_compiled
 def _plan(**fields: Any) -> Constant[AttentionPlan]:
-    """``plan_attention(AttentionSpec(**fields))``, as a constant for torch.compile, wrapped in ``Constant``.
+    """The plan of the attention whose AttentionSpec has ``fields``, in the wrapper ``Constant``; for torch.compile it is a
+    constant.
 
-    The spec is made here because a dataclass made inside a compiled graph is not a constant.
+    The spec is made in here because a dataclass made inside a compiled graph is not a constant.
     """
     return Constant(plan_attention(AttentionSpec(**fields)))
 
@@ -180,7 +191,9 @@ def plan_attention(spec: AttentionSpec) -> AttentionPlan:
         The plan, an opaque argument of the attention operators.
 
     Raises:
-        LayoutError, MaskError, KernelError: as ``attend``.
+        LayoutError: heads or tokens do not fit the mesh.
+        MaskError: the mask is of another length, or there is not one mask per row.
+        KernelError: the kernel is unknown, or lacks an option that the spec has.
     """
     if spec.bias is None and isinstance(spec.kernel, str):
         return cached(spec.mesh, spec, lambda: _make_plan(spec, _choose_kernel(spec)))
@@ -190,6 +203,11 @@ def plan_attention(spec: AttentionSpec) -> AttentionPlan:
 
 
 def _choose_kernel(spec: AttentionSpec) -> Kernel:
+    """The kernel that the spec asks for: the user's own, the one of that name, or with "auto" the fastest that can do it.
+
+    Raises:
+        KernelError: the name is unknown, or the kernel cannot do what the spec asks.
+    """
     assert spec.kernel is not None
     if callable(spec.kernel):
         extras = {"softcap": spec.softcap, "sink_logits": spec.has_sink_logits or None, "bias": spec.bias}
@@ -202,6 +220,7 @@ def _choose_kernel(spec: AttentionSpec) -> Kernel:
 
 
 def _make_plan(spec: AttentionSpec, kernel: Kernel | None) -> AttentionPlan:
+    """The plan of ``spec``, without a look into the cache. ``kernel`` None makes a plan to which a kernel is bound later."""
     coordinate, mesh, tokens, key_tokens = spec.coordinate, spec.mesh, spec.whole_tokens, spec.whole_key_tokens
     heads = Heads(spec.q_shape[2], spec.k_shape[2], coordinate.ulysses, spec.head_chunks)
     return AttentionPlan(
@@ -220,6 +239,7 @@ def _make_plan(spec: AttentionSpec, kernel: Kernel | None) -> AttentionPlan:
 
 
 def _plan_hops(spec: AttentionSpec) -> tuple[Hop, ...]:
+    """The steps of the ring for this rank, over all rows of the batch laid one after another."""
     coordinate, batch, tokens, key_tokens = spec.coordinate, spec.q_shape[0], spec.whole_tokens, spec.whole_key_tokens
     bands = masks.rows(spec.mask, batch, tokens, key_tokens)
     query_runs, key_runs = (
@@ -230,6 +250,7 @@ def _plan_hops(spec: AttentionSpec) -> tuple[Hop, ...]:
 
 
 def _plan_chunks(spec: AttentionSpec, heads: Heads) -> tuple[HeadChunk, ...]:
+    """This rank's heads in head chunks, each with the all-to-alls of its tensors (None on one ulysses rank)."""
     rank, tokens, key_tokens = spec.coordinate.ulysses_rank, spec.whole_tokens, spec.whole_key_tokens
     q, k, v, out = spec.q_shape, spec.k_shape, spec.v_shape, torch.Size((*spec.q_shape[:3], spec.v_shape[3]))
 
@@ -249,8 +270,10 @@ def _plan_chunks(spec: AttentionSpec, heads: Heads) -> tuple[HeadChunk, ...]:
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors cast to the autocast dtype if autocast is enabled on their device, else unchanged; fp64 tensors are never
-    cast."""
+    """The tensors cast to the autocast dtype if autocast is enabled on the device of the first, else unchanged.
+
+    An fp64 tensor is never cast.
+    """
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
@@ -259,6 +282,7 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _refuse_tensors(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> None:
+    """Raise KernelError for mixed dtypes or devices, and LayoutError for shapes of q, k, v or sink logits that do not fit."""
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         kinds = ", ".join(f"{name} is {x.dtype} on {x.device}" for name, x in {"q": q, "k": k, "v": v}.items())
         raise KernelError(f"{kinds}: kernels need one dtype and one device; cast them, or use autocast")
@@ -274,9 +298,12 @@ def _refuse_tensors(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None)
 
 
 def refuse_kernel(kernel: str | Kernel | KernelFunction, coordinate: MeshCoordinate) -> None:
-    """Raise KernelError for a kernel that no attention on this mesh can use; otherwise return None.
+    """Raise KernelError for a kernel that no attention on this mesh can use; otherwise return. ``parallelize`` calls it.
 
-    That is an unknown name, or a function (which returns no log-sum-exp) with ring > 1.
+    Args:
+        kernel: a name, which must be known; a ``Kernel``; or a function, which returns no log-sum-exp and so cannot be used
+            with ring > 1.
+        coordinate: the degrees of the mesh.
     """
     if callable(kernel):
         _refuse_beside_a_function(kernel, coordinate, {})
@@ -285,6 +312,13 @@ def refuse_kernel(kernel: str | Kernel | KernelFunction, coordinate: MeshCoordin
 
 
 def _refuse_beside_a_function(function: KernelFunction, coordinate: MeshCoordinate, extras: dict[str, Any]) -> None:
+    """Raise KernelError if a kernel function, which returns no log-sum-exp, is asked for together with what needs one.
+
+    Args:
+        function: the user's function.
+        coordinate: the degrees of the mesh; a ring needs the log-sum-exp.
+        extras: {option of ``attend``: its value}; one that is not None needs more than a function's arguments.
+    """
     name = FunctionKernel(function).name
     asked = [extra for extra, value in extras.items() if value is not None] + ["ring"] * (coordinate.ring > 1)
     if asked:
@@ -295,9 +329,11 @@ def _refuse_beside_a_function(function: KernelFunction, coordinate: MeshCoordina
 
 
 def _to_rows(q: Tensor, k: Tensor, v: Tensor, exchange: ExchangePlan | None) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of every token for my heads, each [batch * tokens, my heads, dim] with one sequence after another.
+    """q, k and v [batch, my tokens, heads, dim] exchanged from tokens to heads, in one all-to-all.
 
-    By one all-to-all; ``exchange`` None (one ulysses rank) only reshapes.
+    Returns:
+        q, k, v as [batch * every token, my heads, dim], one row of the batch after another. ``exchange`` None (one ulysses
+        rank) only reshapes.
     """
     if exchange is None:
         return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
@@ -306,6 +342,10 @@ def _to_rows(q: Tensor, k: Tensor, v: Tensor, exchange: ExchangePlan | None) -> 
 
 
 def _to_tokens(out_RGD: Tensor, exchange: ExchangePlan | None, batch_and_tokens: torch.Size) -> Tensor:
+    """The output [batch * every token, my heads, dim] exchanged from heads to tokens, as [batch, my tokens, every head, dim].
+
+    ``exchange`` None (one ulysses rank) only reshapes.
+    """
     if exchange is None:
         return torch.unflatten(out_RGD, 0, batch_and_tokens)
     out_BSHD: Tensor = exchange_to_tokens([out_RGD.flatten(1)], exchange, batch_and_tokens[0])[0]

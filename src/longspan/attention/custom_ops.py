@@ -71,8 +71,10 @@ def attention_backward(
 ) -> list[Tensor]:  # fmt: skip
     """The backward of ``attention``: gradients for this rank's heads over all exchanged rows, without an all-to-all.
 
-    ``dout_RGD`` is the gradient of ``out_RGD``; ``out_RGD`` and ``lse`` are the results of ``attention``, all others its
-    arguments.
+    Args:
+        dout_RGD: the gradient of ``out_RGD``.
+        q_RGD, k_RGD, v_RGD, sinks, parameters, plan: the arguments of ``attention``.
+        out_RGD, lse: the results of ``attention``.
 
     Returns:
         A list in the order: gradients of q, k and v [rows, my heads, dim], of the sink logits [my heads] (no entry without
@@ -93,7 +95,9 @@ def attention_recomputable(
 
     Args:
         q_BSHD, k_BSKD, v_BSKD: [batch, my tokens, every head, dim].
-        sinks, parameters, plan: as in ``attention``, but the sink logits of every head.
+        sinks: the sink logits of every head, or None.
+        parameters: the parameters of the bias, empty without one.
+        plan: the decisions that need no tensor values: kernel, mask bands, ring hops, all-to-alls.
 
     Returns:
         (out [batch, my tokens, every head, v_dim] in the dtype of q, log-sum-exp of the scores [my heads, rows]); a row is one
@@ -121,13 +125,17 @@ def attention_recomputable_backward(
 ) -> list[Tensor]:  # fmt: skip
     """The backward of ``attention_recomputable``, including its all-to-alls: gradients for this rank's tokens and every head.
 
-    ``dout_BSHD`` is the gradient of ``out_BSHD``; ``out_BSHD`` and ``lse`` are the results of ``attention_recomputable``, all
-    others its arguments. q, k, v, out and dout are exchanged again.
+    q, k, v, out and dout are exchanged again.
+
+    Args:
+        dout_BSHD: the gradient of ``out_BSHD``.
+        q_BSHD, k_BSKD, v_BSKD, sinks, parameters, plan: the arguments of ``attention_recomputable``.
+        out_BSHD, lse: the results of ``attention_recomputable``.
 
     Returns:
         A list in the order: gradients of q, k and v [batch, my tokens, every head, dim], of the sink logits [every head] (no
-        entry without them; 0 for heads of other ranks), of each bias parameter (this rank's part of the sum); each in the
-        dtype of its input.
+        entry without them; 0 for heads of other ranks), of each bias parameter (this rank's part of the sum); each in the dtype
+        of its input.
     """
     dq = new_output(q_BSHD.shape, False, q_BSHD)
     dk, dv = (new_output(x.shape, plan.replicated, x) for x in (k_BSKD, v_BSKD))
@@ -208,12 +216,12 @@ def _fetch(
 def _return(
     xs_RGD: list[Tensor], outputs: Sequence[tuple[Tensor, range, bool]], exchange: ExchangePlan | None
 ) -> Callable[[], None]:
-    """Start the all-to-all to tokens for one chunk; the result, when called, writes into ``outputs``.
+    """Start the all-to-all from heads to tokens for one chunk; the returned function waits for it and writes into ``outputs``.
 
     Args:
         xs_RGD: tensors [rows, my heads, dim]; sent in the dtype of the first output, and removed from the list.
         outputs: for each of them (tensor of all heads, the heads to write, whether to add instead of write).
-        exchange: the all-to-all to heads whose adjoint this is; None on one ulysses rank.
+        exchange: the all-to-all to heads whose adjoint this is; None on one ulysses rank, where nothing is sent.
     """
     if exchange is not None:
         dtype = outputs[0][0].dtype
@@ -239,6 +247,7 @@ def columns(rows_RW: Sequence[Tensor], exchange: ExchangePlan) -> list[Tensor]:
 
 
 def _side_by_side(xs_RW: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The tensors [rows, width] concatenated along the width, in ``dtype``; a single one is only cast."""
     if len(xs_RW) == 1:
         return xs_RW[0].to(dtype)
     with record_function("longspan::exchange"):
@@ -247,12 +256,17 @@ def _side_by_side(xs_RW: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _of(sinks: Tensor | None, chunk: HeadChunk) -> Tensor | None:
+    """The sink logits of the heads of ``chunk``; None without sink logits."""
     return None if sinks is None else sinks[chunk.heads.start : chunk.heads.stop]
 
 
 def _forward(
     rows: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan, chunk: HeadChunk
 ) -> tuple[Tensor, Tensor]:
+    """Attention of one head chunk with its ring hops and sink logits: (out [rows, heads, v_dim], log-sum-exp [heads, rows]).
+
+    ``rows`` are q, k and v as [rows, my heads, dim].
+    """
     q_RGD, k_RGD, v_RGD = rows
     with _without_autocast(q_RGD):
         out, lse = ring.forward(q_RGD, k_RGD, v_RGD, plan=plan, chunk=chunk, parameters=tuple(parameters))
@@ -279,8 +293,12 @@ def _backward(
     Args:
         rows: q, out, dout, k and v [rows, my heads, dim], in this order (that of ``HeadChunk.backward``).
         lse: log-sum-exp of the forward, [my heads, rows].
-        sinks, parameters, plan: as in ``attention``.
-        chunk: the heads.
+        sinks: the sink logits of the chunk's heads, or None.
+        parameters: the parameters of the bias, empty without one.
+        plan, chunk: the attention, and the heads.
+
+    Returns:
+        (dq, dk, dv, gradient of the sink logits or None, list of the gradients of the bias parameters).
     """
     q_RGD, out_RGD, dout_RGD, k_RGD, v_RGD = rows
     leaves = tuple(parameter.detach().requires_grad_() for parameter in parameters)
@@ -295,14 +313,19 @@ def _backward(
 
 
 def _as_inputs(grads: Gradients, qkv: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients as the attention operators return them: those that are not None, contiguous, in the dtype of their
-    inputs."""
+    """The gradients as the attention operators return them: a list without None, contiguous, each in the dtype of its input.
+
+    Args:
+        grads: those of q, k, v, the sink logits (or None) and the bias parameters.
+        qkv, sinks, parameters: the inputs.
+    """
     dq, dk, dv, dsinks, dparameters = grads
     present = [dq, dk, dv, *([] if dsinks is None else [dsinks]), *dparameters]
     return [grad.to(x.dtype).contiguous() for grad, x in zip(present, _inputs(qkv, sinks, parameters))]
 
 
 def _inputs(qkv: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs that have a gradient, in the order of the gradients; without ``sinks`` where they are None."""
     return [*qkv, *([] if sinks is None else [sinks]), *parameters]
 
 
@@ -338,11 +361,14 @@ attention_recomputable_backward.register_fake(_fake_gradients)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save in the forward what the backward of an attention operator needs: its inputs, its results and the plan."""
     q, k, v, sinks, parameters, ctx.plan = inputs
     ctx.save_for_backward(q, k, v, *output, sinks, *parameters)
 
 
 def _backward_of(operator: Callable[..., list[Tensor]], ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
+    """The backward of an attention operator for autograd: calls ``operator``, its backward operator, with what ``_save``
+    saved."""
     q, k, v, out, lse, sinks, *parameters = ctx.saved_tensors  # read once: a checkpoint gives them out once
     dq, dk, dv, *rest = operator(dout, q, k, v, out, lse, sinks, parameters, ctx.plan)
     dsinks = None if sinks is None else rest.pop(0)

@@ -30,10 +30,11 @@ from longspan.masks.bands import Band
 
 @runtime_checkable
 class Bias(Protocol):
-    """A term added to the attention scores, computed tile by tile (ALiBi, T5); differentiable in its ``parameters``.
+    """A term added to the attention scores, computed tile by tile (ALiBi, T5); pass one as ``attend(bias=)``.
 
-    ``bias(heads, q_positions, k_positions, parameters)`` returns the term [heads, queries, keys] of one tile for a range of
-    query heads. ``parameters`` must be used in place of ``bias.parameters``: they are copies when gradients are computed.
+    It is called as ``bias(heads, q_positions, k_positions, parameters)`` for one tile: a range of query heads, and the
+    positions in the row of its queries and keys, and returns the term [heads, queries, keys]. It is differentiable in its
+    ``parameters``: use the argument in place of ``bias.parameters``, because it is a copy when gradients are computed.
     """
 
     parameters: tuple[Tensor, ...]
@@ -67,7 +68,16 @@ class TensorGroup:
 
 
 class ExchangePlan(OpaqueBase):
-    """One all-to-all: its tensors, the process group, the transport, and the scratch memory for its send buffer."""
+    """One all-to-all between tokens and heads: its tensors, process group, transport and the memory of its send buffer.
+
+    It is an opaque argument of the operators ``exchange_to_heads`` and ``exchange_to_tokens``.
+
+    Args:
+        groups: the tensors, in groups of one partition of tokens.
+        process_group: the ulysses ranks.
+        transport: the all-to-all.
+        scratch: where send buffers come from.
+    """
 
     def __init__(
         self, groups: Sequence[TensorGroup], process_group: dist.ProcessGroup, transport: Transport, scratch: Scratch
@@ -83,17 +93,20 @@ class ExchangePlan(OpaqueBase):
         self._sent, self._received = [sum(parts) for parts in self.sends], [sum(parts) for parts in self.receives]
 
     def _both(self) -> list[tuple[TensorGroup, tuple[tuple[int, ...], ...]]]:
+        """(group, widths of its tensors for each rank) for each group."""
         return list(zip(self.groups, self.widths))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExchangePlan":
         return self  # torch.compile copies its graphs; process groups cannot be copied
 
     def sent(self, batch: int) -> list[int]:
-        """For each rank, the elements sent to it from tokens to heads: my tokens of its heads, for ``batch`` rows."""
+        """For each rank, the elements sent to it from tokens to heads for ``batch`` rows: this rank's tokens in that rank's
+        heads."""
         return [batch * elements for elements in self._sent]
 
     def received(self, batch: int) -> list[int]:
-        """For each rank, the elements received from it from tokens to heads: its tokens of my heads, for ``batch`` rows."""
+        """For each rank, the elements received from it from tokens to heads for ``batch`` rows: that rank's tokens in my
+        heads."""
         return [batch * elements for elements in self._received]
 
 
@@ -102,8 +115,14 @@ register_opaque(ExchangePlan, members=("groups", "rank", "my_widths", "dims"))
 
 @dataclass(frozen=True)
 class Hop:
-    """One step of the ring: receive keys and values from the ring rank ``offset`` before this one, send to the one ``offset``
-    after it."""
+    """One step of the ring: receive keys and values from one ring rank, send some of this rank's own to another.
+
+    Attributes:
+        offset: they come from the ring rank ``offset`` before this one, and go to the one ``offset`` after it; 0: own keys.
+        bands: the mask between this rank's queries and the received keys, as indices of both.
+        arriving: the positions in the whole row of the keys that are received.
+        leaving: the keys that are sent, as indices among this rank's own.
+    """
 
     offset: int
     bands: tuple[Band, ...]  # between this rank's rows of queries and the received rows of keys
@@ -113,7 +132,14 @@ class Hop:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadChunk:
-    """Some of this rank's heads and the all-to-alls of their tensors, which are None on one ulysses rank."""
+    """Some of this rank's heads, which are exchanged and computed together, and the all-to-alls of their tensors.
+
+    Attributes:
+        heads, kv_heads: the query heads, and the key/value heads that they read.
+        groups: slices of both in which each key/value head is read by equally many query heads, as kernels require.
+        qkv, out, backward: the all-to-all of q, k, v, that of the output, and that of the recomputable operator's backward (q,
+            out, dout, k, v); None on one ulysses rank.
+    """
 
     heads: range
     kv_heads: range
@@ -124,10 +150,19 @@ class HeadChunk:
 
 
 class AttentionPlan(OpaqueBase):
-    """All decisions for one attention on one rank that need no tensor values: kernel, scale, head chunks, ring hops,
-    exchanges.
+    """All decisions for one attention on one rank that need no tensor values; ``plan_attention`` makes it.
 
-    An opaque argument of the operators in custom_ops.py, so torch.compile does not look inside.
+    It is an opaque argument of the operators in custom_ops.py, so torch.compile does not look inside.
+
+    Args:
+        kernel: the kernel; None: ``bind`` sets it.
+        scale, softcap: factor of the scores; c of c·tanh(s/c), or None.
+        chunks: this rank's heads, in the parts in which they are exchanged.
+        replicated: whether some key/value head is in several ranks or chunks, so that its gradients are summed.
+        hops: the steps of the ring.
+        ring_group, transport: the ring ranks, and how they exchange; None without a mesh.
+        tokens, key_tokens: tokens of a whole row of queries, and of keys.
+        query_runs: the positions of this rank's queries, over all rows of the batch.
     """
 
     def __init__(
@@ -161,13 +196,15 @@ class AttentionPlan(OpaqueBase):
         return GroupedKernel(self.kernel, chunk.groups, self.scale, self.softcap)
 
     def bias_of(self, chunk: HeadChunk, key_runs: Runs, parameters: tuple[Tensor, ...]) -> Callable[[slice], BoundBias] | None:
-        """The bias of a chunk in one ring hop: a function from a slice of the chunk's heads to a ``BoundBias``; None without a
-        bias.
+        """The bias of a chunk in one ring hop: a function from a slice of the chunk's heads to a ``BoundBias``.
 
         Args:
             chunk: the head chunk.
             key_runs: the positions of the keys of the hop.
             parameters: the tensors to use as the parameters of the bias.
+
+        Returns:
+            The function; None if the attention has no bias.
         """
         if self.bias is None:
             return None
@@ -179,7 +216,16 @@ register_opaque(AttentionPlan, members=("chunks", "heads", "rows"))
 
 
 class TileBias:
-    """A ``BoundBias`` for some heads in one hop: maps indices of local rows to positions and calls the user's ``Bias``."""
+    """A ``BoundBias``: the user's ``Bias`` for some heads in one ring hop, as a kernel calls it.
+
+    Calling it with the indices of a tile's local queries and keys gives the term [heads, queries, keys] for their positions.
+
+    Args:
+        bias: the user's bias.
+        chunk_heads, heads: the heads of the chunk, and the slice of them.
+        q_positions, k_positions: the position in its row of each local query and key.
+        parameters: the tensors to use as the parameters of the bias.
+    """
 
     def __init__(
         self, bias: Bias, chunk_heads: range, q_positions: Tensor, k_positions: Tensor, parameters: tuple[Tensor, ...],
@@ -194,6 +240,8 @@ class TileBias:
 
 
 def _positions(runs: Runs, tokens: int) -> Tensor:
+    """The position in its own row of each token in ``runs``, ranges over the rows of a batch laid one after another; on the
+    CPU."""
     return (
         torch.cat([torch.arange(run.start, run.stop, device="cpu") for run in runs] or [torch.arange(0, device="cpu")]) % tokens
     )

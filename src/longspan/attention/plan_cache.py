@@ -17,8 +17,9 @@ T = TypeVar("T")
 def cached(mesh: ParallelMesh | None, key: Hashable, make: Callable[[], T]) -> T:
     """The plan that is cached under ``key``; if there is none, ``make()`` is called, and its result cached and returned.
 
-    The cache belongs to the mesh, because plans refer to its process groups and buffers; it is freed with the mesh. The plan
-    used least recently is removed when there are ``PLANS``. An error that ``make`` raises is passed on and not cached.
+    The cache belongs to the mesh, because plans refer to its process groups and buffers; it is freed with the mesh. It holds at
+    most ``PLANS`` plans: of more, the one used least recently is removed. An error that ``make`` raises is passed on and not
+    cached.
 
     Args:
         mesh: the mesh; None is a single device.
@@ -37,7 +38,9 @@ def cached(mesh: ParallelMesh | None, key: Hashable, make: Callable[[], T]) -> T
 
 @dataclass(slots=True)
 class Constant(Generic[T]):
-    """A plan in a wrapper, because a function under ``torch.compiler.assume_constant_result`` cannot return an opaque object
-    itself."""
+    """A wrapper of a plan, so that a function under ``torch.compiler.assume_constant_result`` can return it.
+
+    Such a function cannot return an opaque object itself.
+    """
 
     plan: T

@@ -140,6 +140,7 @@ def _pieces(k: Tensor, v: Tensor, plan: AttentionPlan) -> Iterator[tuple[Hop, Te
 
 
 def _send(k: Tensor, v: Tensor, hop: Hop, plan: AttentionPlan) -> Arrival:
+    """Start to send the keys and values that ``hop`` wants from this rank; the handle gives those that it receives, flat."""
     columns = (k.flatten(1), v.flatten(1))
     send = k.new_empty(_rows(hop.leaving), columns[0].shape[1] + columns[1].shape[1])
     for place, run in zip(consecutive([len(run) for run in hop.leaving]), hop.leaving):
@@ -148,13 +149,16 @@ def _send(k: Tensor, v: Tensor, hop: Hop, plan: AttentionPlan) -> Arrival:
 
 
 def _return(dk: Tensor, dv: Tensor, hop: Hop, plan: AttentionPlan) -> Arrival:
+    """Start to send the gradients of the keys of ``hop`` back to their owner; the handle gives those of this rank's keys,
+    flat."""
     return _rotate(torch.cat([dk.flatten(1), dv.flatten(1)], 1), -hop.offset, _rows(hop.leaving), plan)
 
 
 def _rotate(rows: Tensor, offset: int, expected_rows: int, plan: AttentionPlan) -> Arrival:
     """Start to send ``rows`` to the ring rank ``offset`` after this one and to receive from the one ``offset`` before it.
 
-    Returns a handle whose ``wait`` gives the received elements, flat: ``expected_rows`` rows as wide as ``rows``.
+    Returns:
+        A handle whose ``wait`` gives the received elements, flat: ``expected_rows`` rows as wide as ``rows``.
     """
     assert plan.ring_group is not None
     assert plan.transport is not None
@@ -166,6 +170,8 @@ def _rotate(rows: Tensor, offset: int, expected_rows: int, plan: AttentionPlan) 
 
 
 def _add_returned(returning: tuple[Hop, Arrival] | None, dk: Tensor, dv: Tensor) -> None:
+    """Wait for the gradients that ``returning`` brings, and add them in place to this rank's ``dk`` and ``dv``; None:
+    nothing."""
     if returning is None:
         return
     hop, arrival = returning
@@ -176,20 +182,27 @@ def _add_returned(returning: tuple[Hop, Arrival] | None, dk: Tensor, dv: Tensor)
 
 
 def _as_pair(flat: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """A flat buffer of rows [keys | values] as two views with the head dims of k and v."""
+    """A received flat buffer of rows [key | value] as two views, [rows, heads, dim] with the heads and dims of ``k`` and
+    ``v``."""
     widths = [x.shape[1] * x.shape[2] for x in (k, v)]
     k_columns, v_columns = flat.view(-1, sum(widths)).split(widths, 1)
     return k_columns.unflatten(1, k.shape[1:]), v_columns.unflatten(1, v.shape[1:])
 
 
 def _rows(runs: Runs) -> int:
+    """The number of positions in ``runs``."""
     return sum(map(len, runs))
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Partial:
-    """(out, log-sum-exp) merged from two partial results of the same queries over different keys; new tensors.
+    """The result over all keys from two partial results of the same queries over different keys, as new tensors.
 
-    A query that sees no key in either has out 0 and log-sum-exp -inf.
+    Args:
+        out_a, out_b: [queries, heads, v_dim].
+        lse_a, lse_b: their log-sum-exp, [heads, queries].
+
+    Returns:
+        (out, log-sum-exp). A query that sees no key in either has out 0 and log-sum-exp -inf.
     """
     lse, weight_a, weight_b = merge_weights(lse_a, lse_b)
     return out_a * weight_a.T.unsqueeze(2) + out_b * weight_b.T.unsqueeze(2), lse

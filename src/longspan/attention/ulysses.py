@@ -97,6 +97,7 @@ def heads_to_tokens(
 
 @_compat.constant_when_compiled
 def _plan(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> Constant[ExchangePlan | None]:
+    """The exchange of one tensor of ``shape``, in the wrapper ``Constant``; for torch.compile it is a constant."""
     return Constant(plan_exchange([shape], mesh, tokens))
 
 
@@ -134,10 +135,11 @@ def plan_exchanges(
     """One all-to-all for each head chunk, each carrying all given tensors.
 
     Args:
-        queries: local shapes of tensors with the query heads.
+        queries: local shapes [batch, my tokens, heads, dim] of tensors with the query heads.
         keys: local shapes of tensors with the key/value heads.
         heads: the partition of the heads, with the number of chunks.
-        mesh, tokens, key_tokens: as in ``plan_exchange``.
+        mesh: the mesh whose ulysses axis exchanges.
+        tokens, key_tokens: the length of a whole row of ``queries`` and of ``keys``, as in ``plan_exchange``.
 
     Returns:
         The plans by chunk; None for each on one ulysses rank. Tensors of one token partition are one group.
@@ -162,12 +164,19 @@ def plan_exchanges(
 
 
 def _group(tensors: Sequence[tuple[tuple[int, ...], torch.Size, tuple[range, ...], bool]]) -> TensorGroup:
+    """One TensorGroup of tensors, each given as (tokens of each rank, local shape, heads of each rank, whether results are
+    summed)."""
     sizes, shapes, heads, summed = zip(*tensors)
     dims, counts = tuple(shape[3] for shape in shapes), tuple(shape[2] for shape in shapes)
     return TensorGroup(sizes=sizes[0], heads=heads, dims=dims, counts=counts, summed=summed)
 
 
 def _sizes(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> tuple[int, ...]:
+    """For each ulysses rank of this ring rank, its tokens of a row of ``tokens`` (None: all ranks have as many as ``shape``).
+
+    Raises:
+        LayoutError: ``shape`` [batch, my tokens, ...] does not have this rank's number of tokens.
+    """
     coordinate = mesh.coordinate
     whole = tokens if tokens is not None else shape[1] * coordinate.attention_ranks
     sizes = coordinate.layout(whole).sizes(coordinate.ring_rank)
@@ -215,8 +224,7 @@ def exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, batch: int
 
 
 def start_exchange_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan) -> Callable[[], list[Tensor]]:
-    """Start ``exchange_to_heads`` without waiting for it. Returns a function, to be called once, that waits and returns its
-    rows."""
+    """Start ``exchange_to_heads`` without waiting; returns a function, to be called once, that waits and returns its rows."""
     batch = xs_BSHD[0].shape[0]
     sent = plan.sent(batch)
     with record_function("longspan::exchange"), ExitStack() as stack:
@@ -234,8 +242,7 @@ def start_exchange_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan) -> Ca
 
 
 def start_exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, outputs: Sequence[Tensor]) -> Callable[[], None]:
-    """Start ``exchange_to_tokens`` without waiting for it. Returns a function, to be called once, that waits and writes
-    ``outputs``.
+    """Start ``exchange_to_tokens`` without waiting; returns a function, to be called once, that waits and writes ``outputs``.
 
     ``outputs`` are [batch, my tokens, heads, dim], one for each tensor of the plan. Only the heads of this exchange are
     written; a tensor whose heads come from several ranks (``TensorGroup.summed``) is added to.
@@ -289,6 +296,7 @@ def _blocks(flat: Tensor, plan: ExchangePlan, batch: int) -> list[list[list[Tens
 
 
 def _pack(xs_BSHD: Sequence[Tensor], send: Tensor, plan: ExchangePlan) -> None:
+    """Copy the heads of each rank from the tensors into ``send``, the flat send buffer of ``exchange_to_heads``."""
     batch = xs_BSHD[0].shape[0]
     for p, block in zip(plan.ranks, _blocks(send, plan, batch)):
         tensors = iter(xs_BSHD)
@@ -298,6 +306,7 @@ def _pack(xs_BSHD: Sequence[Tensor], send: Tensor, plan: ExchangePlan) -> None:
 
 
 def _unpack(received: Tensor, plan: ExchangePlan, outputs: Sequence[Tensor]) -> None:
+    """Copy what ``exchange_to_tokens`` received into the heads of ``outputs``; add where several ranks return a head."""
     for p, block in zip(plan.ranks, _blocks(received, plan, outputs[0].shape[0])):
         remaining = iter(outputs)
         for part, group in zip(block, plan.groups):
@@ -310,7 +319,7 @@ def _unpack(received: Tensor, plan: ExchangePlan, outputs: Sequence[Tensor]) -> 
 
 
 def _row_parts(flat: Tensor, plan: ExchangePlan, batch: int) -> list[list[Tensor]]:
-    """The buffer that ``exchange_to_heads`` received as views: result[group][p] is [batch, tokens of rank p, widths of my
+    """A buffer that ``exchange_to_heads`` receives, as views: result[group][p] is [batch, tokens of rank p, widths of my
     heads]."""
     parts: list[list[Tensor]] = [[] for _ in plan.groups]
     for p, block in zip(plan.ranks, flat.split(plan.received(batch))):
@@ -321,6 +330,10 @@ def _row_parts(flat: Tensor, plan: ExchangePlan, batch: int) -> list[list[Tensor
 
 
 def _as_rows(received: Tensor, plan: ExchangePlan, batch: int) -> list[Tensor]:
+    """What ``exchange_to_heads`` received, as one tensor [batch * every token, widths of my heads] for each group.
+
+    With one row and one group it is a view, else a copy.
+    """
     if batch == 1 and len(plan.groups) == 1:
         return [received.view(sum(plan.groups[0].sizes), -1)]
     with record_function("longspan::exchange"):
