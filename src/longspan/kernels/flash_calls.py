@@ -26,7 +26,9 @@ PLANS = 64
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How many keys a query sees beside its own, aligned at the bottom right.
+    """One of the two windows of a call: how many keys a query sees on one side, beside the key that is aligned with it.
+
+    Queries and keys are aligned at the bottom right: the last query with the last key.
 
     Attributes:
         limit: the number of keys; None if the edge of the band cuts nothing off.
@@ -37,7 +39,8 @@ class Window:
     least: int
 
     def joined(self, other: "Window") -> "Window | None":
-        """The window that shows to both what their own shows; None if there is none."""
+        """One window that shows two bands, of which this is the window and ``other`` the other's, what each alone shows; None
+        if no window does."""
         limits = {window.limit for window in (self, other) if window.limit is not None}
         least = max(window.least for window in (self, other))
         if len(limits) > 1 or any(limit < least for limit in limits):
@@ -76,7 +79,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """The calls that cover some bands, in order. Compared by identity, so that what belongs to a plan can be kept by it.
+    """The calls that cover some bands, in order; ``plan`` makes it. Compared by identity, so that a cache can have it as a key.
 
     Attributes:
         calls: the calls.
@@ -114,7 +117,15 @@ def plan(bands: tuple[Band, ...]) -> Plan:
 
 @dataclass(slots=True)
 class _Chain:
-    """Bands that may become one call, while they are collected; ``most_rows`` and ``most_keys`` are those of one document."""
+    """Bands that may become one call, while they are collected: each begins at the query and key after the last of the one
+    before.
+
+    Attributes:
+        q_start, k_start: the first query and the first key.
+        lengths: (queries, keys) of each band.
+        left, right: the windows that show every band.
+        most_rows, most_keys: the most queries and the most keys of one band.
+    """
 
     q_start: int
     k_start: int
@@ -126,7 +137,7 @@ class _Chain:
 
     @classmethod
     def of(cls, band: Band) -> "_Chain":
-        """The band alone, with windows aligned at its last query and last key."""
+        """A chain of one band, with windows aligned at the band's last query and last key."""
         rows, keys = band.q_stop - band.q_start, band.k_stop - band.k_start
         shift = band.k_stop - band.q_stop  # of the last key from the last query
         left, right = (
@@ -136,7 +147,8 @@ class _Chain:
         return cls(band.q_start, band.k_start, [(rows, keys)], left, right, rows, keys)
 
     def takes(self, one: "_Chain") -> bool:
-        """Append ``one``, which begins where this chain ends; False, and nothing changed, if no call shows both."""
+        """Append ``one``, which begins where this chain ends, and return True; if no call can show both, change nothing and
+        return False."""
         left, right = self.left.joined(one.left), self.right.joined(one.right)
         most_rows, most_keys = max(self.most_rows, one.most_rows), max(self.most_keys, one.most_keys)
         if left is None or right is None or len(self.lengths) == MOST_DOCUMENTS:
@@ -148,15 +160,19 @@ class _Chain:
         return True
 
     def call(self, fresh: bool) -> Call:
-        """The chain as a call."""
+        """The collected bands as one call; ``fresh`` says that none of its queries is in an earlier call."""
         return Call(self.q_start, self.k_start, tuple(self.lengths), self.left, self.right, fresh)
 
 
 def _is_expressible(left: Window, right: Window, most_rows: int, most_keys: int) -> bool:
-    """Whether the operator shows what the windows say.
+    """Whether a call with these windows shows a document what they say.
 
     Where one window is limited, the operator limits the other to the keys of the longest document, which would hide keys of a
     document with more queries than that.
+
+    Args:
+        left, right: the windows.
+        most_rows, most_keys: the most queries and the most keys of a document of the call.
     """
     if left.limit is None and right.limit is None:
         return True
@@ -164,7 +180,10 @@ def _is_expressible(left: Window, right: Window, most_rows: int, most_keys: int)
 
 
 def _expressible(band: Band) -> Iterator[Band]:
-    """Yield the band, or the pieces of its rows that a call can express: cut where an edge begins or ceases to cut keys off."""
+    """Yield bands that a call can show and that together are ``band``: itself, or pieces of its rows.
+
+    It is cut at the rows where its left or right edge begins or ceases to hide keys.
+    """
     one = _Chain.of(band)
     if _is_expressible(one.left, one.right, one.most_rows, one.most_keys):
         yield band
@@ -178,6 +197,7 @@ def _expressible(band: Band) -> Iterator[Band]:
 
 
 def _are_disjoint(runs: Sequence[tuple[int, int]]) -> bool:
+    """Whether no two of the ranges (start, size) overlap."""
     reach = 0
     for start, size in sorted(runs):
         if start < reach:
@@ -187,14 +207,17 @@ def _are_disjoint(runs: Sequence[tuple[int, int]]) -> bool:
 
 
 def head_groups(heads: int, kv_heads: int, rows: int, keys: int, dim: int, most: int) -> tuple[tuple[slice, slice], ...]:
-    """(query heads, key/value heads) of each call, so that no tensor of a call has ``most`` elements or more.
+    """The heads of one attention in groups, each a call of its own, so that no tensor of a call has ``most`` elements or more.
 
     The operator's backward indexes with 32 bits. A key/value head whose query heads alone are too many is in several calls.
 
     Args:
         heads, kv_heads: all heads; ``heads`` is a multiple of ``kv_heads``.
-        rows, keys, dim: of the call.
+        rows, keys, dim: queries, keys and head dim of the call.
         most: the bound, 2**31.
+
+    Returns:
+        (query heads, key/value heads) of each call.
     """
     group = heads // kv_heads
     together = (most - 1) // (max(rows * group, keys) * dim)

@@ -36,10 +36,16 @@ def forward(
     v: Float[Tensor, "tiles kv_heads keys dim"],
     scale: float,
 ) -> FlashPartial:
-    """Attention of each tile of a stack: (out [tiles, heads, rows, dim], log-sum-exp of the scores [tiles, heads, rows]).
+    """Attention of each tile of a stack, by one operator call.
 
-    PyTorch's operator returns lse 0.0 instead of -inf for a query that sees no key; every query of a tile sees a key, so this
-    does not occur.
+    Args:
+        stack: the tiles; its shape says which keys the queries of a tile see.
+        q, k, v: the queries, keys and values of each tile.
+        scale: the factor of the scores.
+
+    Returns:
+        (out [tiles, heads, rows, dim], log-sum-exp of the scores [tiles, heads, rows]). The operator would give a query without
+        keys 0.0 instead of -inf; every query of a tile sees a key.
     """
     if stack.shape is Shape.UPPER:
         q, k, v = (x.flip(2) for x in (q, k, v))
@@ -57,9 +63,14 @@ def backward(
     lse: Float[Tensor, "tiles heads rows"],
     scale: float,
 ) -> FlashGradients:
-    """The gradients (dq, dk, dv) of each tile of a stack, from those of its output.
+    """The gradients (dq, dk, dv) of each tile of a stack, by one operator call.
 
-    ``out`` and ``lse`` are the output and log-sum-exp of these queries over all their keys, which may be more than the tile's.
+    Args:
+        stack: the tiles; its shape says which keys the queries of a tile see.
+        dout: the gradient of the output.
+        q, k, v: the queries, keys and values of each tile.
+        out, lse: output and log-sum-exp of these queries over all their keys, which may be more than the tile's.
+        scale: the factor of the scores.
 
     Returns:
         dq [tiles, heads, rows, dim], dk and dv [tiles, kv_heads, keys, dim] in the dtype of the inputs, or in fp32 on a CPU
@@ -74,14 +85,13 @@ def backward(
 
 
 def _is_causal(stack: Stack) -> bool:
-    """Whether the operator is called with ``is_causal``: for LOWER tiles, and for UPPER, whose tokens are reversed before the
+    """Whether the operator is called with ``is_causal``: for LOWER tiles, and for UPPER, whose tokens are reversed for the
     call."""
     return stack.shape in (Shape.LOWER, Shape.UPPER)
 
 
 def _mask(stack: Stack, dtype: torch.dtype) -> Tensor | None:
-    """The additive mask [rows, keys] of BAND tiles in ``dtype``: 0 where query i sees keys i to i + keys - rows, -inf
-    elsewhere.
+    """The additive mask [rows, keys] of BAND tiles in ``dtype``: 0 where query i sees keys i to i + keys - rows, else -inf.
 
     None for tiles of every other shape.
     """

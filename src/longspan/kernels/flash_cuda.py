@@ -52,9 +52,16 @@ def _capability() -> tuple[int, int] | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[Band], scale: float) -> Partial:
-    """Attention of ``q`` over the keys that ``bands`` show: (out [queries, heads, dim], log-sum-exp [heads, queries]).
+    """Attention over the keys that ``bands`` show, by one operator call for each chain of bands.
 
-    ``out`` has the dtype of ``q`` if each query is in one call, else fp32; the log-sum-exp is fp32.
+    Args:
+        q, k, v: [queries, heads, dim] and [keys, kv_heads, dim].
+        bands: disjoint canonical bands (masks/bands.py) in indices of the rows of q and k.
+        scale: the factor of the scores.
+
+    Returns:
+        (out [queries, heads, dim], log-sum-exp [heads, queries] in fp32). ``out`` has the dtype of ``q`` if each query is in
+        one call, else fp32.
     """
     planned = plan(tuple(bands))
     if len(planned.calls) == 1 and planned.calls[0].rows == len(q):
@@ -76,9 +83,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[Band], scale: float
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bands: Sequence[Band], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients (dq, dk, dv) for the keys in ``k``, from output and log-sum-exp over all keys of each query.
+    """The gradients (dq, dk, dv) of attention for the keys in ``k``, which may be some of those that ``out`` and ``lse`` cover.
 
     dq has the dtype of ``q`` if each query is in one call, dk and dv that of ``k`` if each key is; else they are fp32.
+
+    Args:
+        dout: the gradient of ``out``, [queries, heads, dim].
+        q, k, v: [queries, heads, dim] and [keys, kv_heads, dim].
+        out, lse: output and log-sum-exp [heads, queries] over all keys of each query.
+        bands: disjoint canonical bands in indices of the rows of q and k.
+        scale: the factor of the scores.
     """
     planned = plan(tuple(bands))
     dout, out = dout.to(q.dtype), out.to(q.dtype)
@@ -98,6 +112,7 @@ def backward(
 
 
 def _call_forward(call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
+    """The results (out, log-sum-exp) of one call for its own queries and keys, cut from whole ``q``, ``k`` and ``v``."""
     q, k, v = q[call.q_start :][: call.rows], k[call.k_start :][: call.keys], v[call.k_start :][: call.keys]
     parts = []
     for heads, kv in head_groups(q.shape[1], k.shape[1], call.rows, call.keys, q.shape[2], MOST_ELEMENTS):
@@ -114,6 +129,7 @@ def _call_forward(call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
 def _call_backward(
     call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients (dq, dk, dv) of one call for its own queries and keys, cut from the whole tensors."""
     rows, keys = slice(call.q_start, call.q_start + call.rows), slice(call.k_start, call.k_start + call.keys)
     groups = head_groups(q.shape[1], k.shape[1], call.rows, call.keys, q.shape[2], MOST_ELEMENTS)
     parts = []
@@ -137,23 +153,28 @@ def _call_backward(
 
 
 def _operand(call: Call, x_SHD: Tensor) -> Tensor:
-    """``x_SHD`` as the operator takes it: with a batch dim where the call is dense."""
+    """``x_SHD`` [tokens, heads, dim] as the operator takes it: a dense call (one document) has a batch dim of 1 in front."""
     return x_SHD if len(call.lengths) > 1 else x_SHD[None]
 
 
 def _is_causal(call: Call) -> bool:
+    """Whether the windows of the call are a causal mask: unlimited on the left, nothing on the right."""
     return call.left.limit is None and call.right.limit == 0
 
 
 def _window(call: Call) -> dict[str, int | None]:
-    """The windows as keywords of the operator; causal has its own argument, and None is unlimited."""
+    """The windows as keywords of the operator, in keys; None is unlimited. Both are None for a causal call, which has a
+    flag."""
     if _is_causal(call):
         return {"window_size_left": None, "window_size_right": None}
     return {"window_size_left": call.left.limit, "window_size_right": call.right.limit}
 
 
 def _lengths(call: Call, device: torch.device) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """cum_seq_q, cum_seq_k, max_q and max_k of the operator."""
+    """The operator's arguments (cum_seq_q, cum_seq_k, max_q, max_k) for the documents of a call.
+
+    A dense call has None for the cumulative lengths.
+    """
     rows, keys = zip(*call.lengths)
     if len(rows) == 1:
         return None, None, rows[0], keys[0]
@@ -162,9 +183,10 @@ def _lengths(call: Call, device: torch.device) -> tuple[Tensor | None, Tensor | 
 
 @lru_cache(maxsize=64)
 def _cumulative(lengths: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cumulative numbers of queries and of keys, int32 [documents + 1] on ``device``.
+    """The cumulative numbers of queries and of keys, each int32 [documents + 1] on ``device``, from (queries, keys) of each
+    document.
 
-    One copy from pinned memory, for which the host does not wait.
+    They are copied once from pinned memory, without a wait of the host.
     """
     sums = torch.tensor([[0, *accumulate(sizes)] for sizes in zip(*lengths)], dtype=torch.int32, device="cpu")
     q_sums, k_sums = (sums.pin_memory() if device.type != "cpu" else sums).to(device, non_blocking=True)

@@ -96,6 +96,7 @@ class Flex:
         return dq, dk, dv, []
 
     def _refuse(self, q: Tensor, v: Tensor, softcap: float | None, bias: BoundBias | None) -> None:
+        """Raise KernelError if this kernel lacks something that the arguments of a call need."""
         need = Need(q.device.type, q.dtype, q.shape[2], v.shape[2], softcap=softcap is not None, bias=bias is not None)
         if (reason := self.lacks(need)) is not None:
             raise KernelError(f"kernel='flex' cannot do this: {reason}; use kernel='auto'")
@@ -158,13 +159,19 @@ def intervals(bands: Sequence[Band], queries: int, device: torch.device) -> Inte
 def mask_mod(bands: Sequence[Band], queries: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The bands as a ``mask_mod`` function of flex_attention: (batch, head, query, key) -> whether the query sees the key.
 
-    Batch and head are ignored. ``queries`` is the number of queries; ``device`` is that of the index tensors.
+    It ignores batch and head.
+
+    Args:
+        bands: disjoint bands.
+        queries: the number of queries.
+        device: where its index tensors are.
     """
     first, stop = intervals(bands, queries, device)
     return lambda batch, head, q_index, k_index: _within(first, stop, q_index, k_index)
 
 
 def _within(first: Tensor, stop: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+    """Whether query ``q_index`` sees key ``k_index``: the key is in one of the query's intervals [first, stop)."""
     seen = (k_index >= first[0, q_index]) & (k_index < stop[0, q_index])
     for i in range(1, first.shape[0]):
         seen = seen | ((k_index >= first[i, q_index]) & (k_index < stop[i, q_index]))
@@ -181,6 +188,11 @@ def blocks(bands: Sequence[Band], queries: int, keys: int, size: int) -> tuple[T
     """The blocks of ``size`` queries x ``size`` keys that the bands reach: (those that need a mask, those seen whole).
 
     Computed on integers: no mask of queries x keys is formed.
+
+    Args:
+        bands: disjoint bands.
+        queries, keys: the numbers of both.
+        size: queries, and keys, of a block.
 
     Returns:
         Two bool tensors [blocks of queries, blocks of keys] on the CPU; no block is in both.
@@ -200,7 +212,10 @@ def blocks(bands: Sequence[Band], queries: int, keys: int, size: int) -> tuple[T
 
 @lru_cache(maxsize=8)
 def _block_mask(bands: tuple[Band, ...], queries: int, keys: int, device: torch.device) -> "BlockMask":
-    """The BlockMask of the bands. Masks of equal size differ in tensors only, so that nothing is compiled anew."""
+    """The BlockMask of the bands for ``queries`` x ``keys``, cached.
+
+    Masks of equal size differ in tensors only, so that flex_attention is not compiled again for another mask.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     size = BLOCK
@@ -212,14 +227,18 @@ def _block_mask(bands: tuple[Band, ...], queries: int, keys: int, device: torch.
 
 
 def _ordered(dense: Tensor) -> tuple[Tensor, Tensor]:
-    """A bool tensor [blocks of queries, blocks of keys] as BlockMask takes it: the number of True in each row [1, 1, blocks],
-    and the columns of each row, those of True first, [1, 1, blocks, blocks]."""
+    """A bool tensor [blocks of queries, blocks of keys] in the two tensors by which a BlockMask is made.
+
+    Returns:
+        The number of True in each row [1, 1, blocks], and the columns of each row, those of True first, [1, 1, blocks, blocks].
+    """
     columns = dense.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
     return dense.sum(1, dtype=torch.int32)[None, None], columns.int()[None, None]
 
 
 @lru_cache(maxsize=1)
 def _compiled() -> "Callable[..., tuple[Tensor, AuxOutput]]":
+    """``flex_attention`` under torch.compile, made at the first call."""
     # imported late: it takes seconds, and only this kernel needs it
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -229,6 +248,7 @@ def _compiled() -> "Callable[..., tuple[Tensor, AuxOutput]]":
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bands: Sequence[Band], scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
+    """Compiled flex_attention of q, k, v [tokens, heads, dim]: (out [queries, heads, v_dim], log-sum-exp [heads, queries])."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out, aux = _compiled()(
         q, k, v,

@@ -25,10 +25,16 @@ BiasOfHeads = Callable[[slice], BoundBias]
 
 
 class GroupedKernel(NamedTuple):
-    """A kernel that is called once for each regular group of heads, with one scale and softcap for all of them.
+    """A kernel that is called once for each regular group of heads: what ring.py calls for a head chunk.
 
     A kernel takes q with heads that are a multiple of those of k and v; a rank's heads need not be. A group is a part of them
     that is regular: each of its key/value heads is read by equally many of its query heads.
+
+    Attributes:
+        kernel: the kernel.
+        groups: (query heads, key/value heads) of each group, as slices.
+        scale: the factor of the scores.
+        softcap: c replaces a score s by c·tanh(s/c); None: no softcap.
     """
 
     kernel: Kernel
@@ -38,6 +44,11 @@ class GroupedKernel(NamedTuple):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, bands: Sequence[Band], bias: BiasOfHeads | None = None) -> Partial:
         """Attention by one ``Kernel.forward`` call per group, with the results of all groups concatenated along the heads.
+
+        Args:
+            q, k, v: [queries, heads, dim] and [keys, kv_heads, dim].
+            bands: which of these keys each query sees.
+            bias: a function from a slice of the query heads to their bias; None without a bias.
 
         Returns:
             (out [queries, heads, v_dim], log-sum-exp of the scores [heads, queries]).
@@ -59,6 +70,7 @@ class GroupedKernel(NamedTuple):
 
         Args:
             dout: the gradient of ``out``.
+            q, k, v: [queries, heads, dim] and [keys, kv_heads, dim].
             out, lse: output and log-sum-exp over all keys of each query; ``k`` and ``v`` may be a subset of those keys.
             bands: which of these keys each query sees.
             bias: a function from a slice of the query heads to their bias; None without a bias.
@@ -86,4 +98,5 @@ class GroupedKernel(NamedTuple):
 
 
 def _join(parts: list[Tensor], dim: int) -> Tensor:
+    """The tensors concatenated along ``dim``; a single one is returned without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -25,6 +25,7 @@ rounded."""
 
 
 def _slow_on_cpu() -> frozenset[torch.dtype]:
+    """The half-precision dtypes (bf16, fp16) for which this machine's CPU has no native GEMM."""
     return frozenset(dtype for dtype in (torch.bfloat16, torch.float16) if not _compat.has_cpu_gemm(dtype))
 
 
@@ -66,8 +67,7 @@ def linear(x: Float[Tensor, "*rows in_"], weight: Float[Tensor, "out in_"]) -> F
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without a bias whose forward calls ``linear`` of this file: fp32 products on CPUs without native bf16
-    GEMM."""
+    """``nn.Linear`` without a bias, for the Decoder: on CPUs without native bf16 GEMM its products are formed in fp32."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -93,8 +93,7 @@ class _Widened(torch.autograd.Function):
 
 
 def _multiply(x: Tensor, weight_IO: Tensor) -> Tensor:
-    """``x @ weight_IO`` ([..., in] times [in, out]), computed in fp32 one block of rows at a time; the result has the dtype of
-    x."""
+    """``x @ weight_IO`` ([..., in] times [in, out]), computed in fp32 one block of rows at a time, in the dtype of ``x``."""
     y, wide_IO = x.new_empty(*x.shape[:-1], weight_IO.shape[1]), weight_IO.float()
     for x_RI, y_RO in zip(_blocks(x), _blocks(y)):
         y_RO.copy_(x_RI.float() @ wide_IO)
@@ -102,8 +101,11 @@ def _multiply(x: Tensor, weight_IO: Tensor) -> Tensor:
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """``dy.T @ x`` with all leading dims as rows: [out, in], summed over blocks of rows in fp32, then cast to the dtype of
-    ``x``."""
+    """The gradient [out, in] of a weight, ``dy.T @ x`` with all leading dims as rows, from ``dy`` [..., out] and ``x`` [...,
+    in].
+
+    It is summed over blocks of rows in fp32, then cast to the dtype of ``x``.
+    """
     total_OI = x.new_zeros(dy.shape[-1], x.shape[-1], dtype=torch.float32)
     for dy_RO, x_RI in zip(_blocks(dy), _blocks(x)):
         total_OI.addmm_(dy_RO.float().T, x_RI.float())
@@ -111,5 +113,6 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """``x`` [..., dim] as [rows, dim], in blocks of ``BLOCK_ROWS`` rows."""
     blocks: tuple[Tensor, ...] = x.reshape(-1, x.shape[-1]).split(BLOCK_ROWS)
     return blocks

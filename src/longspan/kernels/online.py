@@ -31,10 +31,11 @@ TILE_SCORES = 2**22
 
 
 class Tile(NamedTuple):
-    """A rectangle of queries and keys whose scores are computed together.
+    """A rectangle of queries and keys whose scores are computed together; ``tiles`` yields it.
 
-    ``queries`` and ``keys`` are slices of the rows of q and of k. ``bands`` are the parts of the mask's bands inside the
-    rectangle, in indices relative to its first query and first key.
+    Attributes:
+        queries, keys: slices of the rows of q and of k.
+        bands: the parts of the mask's bands inside the rectangle, in indices relative to its first query and first key.
     """
 
     queries: slice
@@ -48,7 +49,7 @@ class Online:
     name = "online"
 
     def lacks(self, need: Need) -> str | None:
-        """None for every ``need``: this kernel supports every attention. (Other kernels return the reason why they do not.)"""
+        """Always None, because this kernel supports every attention. (Other kernels return the reason why they do not.)"""
         return None
 
     def forward(
@@ -162,8 +163,10 @@ class _Scores:
 
 
 def _hidden(tile: Tile, device: torch.device) -> Tensor | None:
-    """The boolean mask [queries, keys] of a tile, True where the query does not see the key; None if every query sees every
-    key."""
+    """The boolean mask [queries, keys] of a tile on ``device``, True where the query does not see the key.
+
+    None if every query sees every key.
+    """
     queries, keys = tile.queries.stop - tile.queries.start, tile.keys.stop - tile.keys.start
     if tile.bands == (rectangle(0, queries, 0, keys),):
         return None
@@ -176,6 +179,7 @@ def _hidden(tile: Tile, device: torch.device) -> Tensor | None:
 
 
 def _heads_first(x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x_SHD`` [tokens, heads, dim] as a contiguous [heads, tokens, dim] in ``dtype``."""
     return x_SHD.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
 
 
@@ -197,11 +201,13 @@ def _merge(out_HSD: Tensor, lse_HS: Tensor, part_HSD: Tensor, part_lse_HS: Tenso
 
 
 def _indices(tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The indices of the tile's queries and of its keys, among the rows of q and of k, as two tensors on ``device``."""
     q_index, k_index = (torch.arange(x.start, x.stop, device=device) for x in (tile.queries, tile.keys))
     return q_index, k_index
 
 
 def _bias_values(bias: BoundBias, tile: Tile, device: torch.device) -> Tensor:
+    """The bias of a tile, [heads, queries, keys], without a graph."""
     with torch.no_grad():
         return bias(*_indices(tile, device))
 

@@ -32,10 +32,13 @@ Gradients = tuple[
 
 @dataclass(frozen=True)
 class Need:
-    """What one attention requires of a kernel: device type ("cpu", "cuda"), dtype of q, k and v, head dims, softcap, bias.
+    """What one attention requires of a kernel; ``choose`` asks each kernel whether it lacks one of these.
 
-    ``qk_dim`` and ``v_dim`` are the head dims of queries and keys, and of values; ``softcap`` and ``bias`` say whether the
-    attention has one.
+    Attributes:
+        device_type: "cpu", "cuda".
+        dtype: the dtype of q, k and v.
+        qk_dim, v_dim: the head dims of queries and keys, and of values.
+        softcap, bias: whether the attention has one.
     """
 
     device_type: str
@@ -48,11 +51,11 @@ class Need:
 
 @runtime_checkable
 class BoundBias(Protocol):
-    """A term added to the attention scores, computed for one tile of queries and keys at a time, differentiable in
-    ``parameters``.
+    """A term added to the attention scores, computed for one tile of queries and keys at a time: what a kernel gets as
+    ``bias``.
 
-    It belongs to certain heads and rows of one rank, and is called with indices of these rows. (The ``Bias`` that a user
-    passes is called with positions in the whole sequence.)
+    It belongs to certain heads and rows of one rank, and is called with indices of these rows. (The ``Bias`` that a user passes
+    is called with positions in the whole sequence.) It is differentiable in ``parameters``.
     """
 
     @property
@@ -75,7 +78,7 @@ class BoundBias(Protocol):
 
 @runtime_checkable
 class Kernel(Protocol):
-    """Attention on one rank, as a forward and a backward without autograd.
+    """Attention on one rank, as a forward and a backward without autograd; pass your own as ``attend(kernel=)``.
 
     q, k and v may be strided views whose last dim is contiguous; ``heads`` is a multiple of ``kv_heads``. Results are fp64 for
     fp64 inputs, and otherwise fp32, or the dtype of q where one fused operator formed them whole; the log-sum-exp is never less
@@ -104,8 +107,8 @@ class Kernel(Protocol):
             q, k, v: queries, keys and values of this rank; the rows of a batch stand one after another.
             bands: disjoint canonical bands (masks/bands.py) in indices of the rows of q and k.
             scale: the factor of the scores.
-            softcap: c replaces a score s by c·tanh(s/c).
-            bias: added to the scores after the softcap.
+            softcap: c replaces a score s by c·tanh(s/c); None: no softcap.
+            bias: added to the scores after the softcap; None: no bias.
 
         Returns:
             out [queries, heads, v_dim] and the log-sum-exp of the scores, lse [heads, queries].
@@ -130,8 +133,8 @@ class Kernel(Protocol):
 
         Args:
             dout: the gradient of ``out``.
+            q, k, v, bands, scale, softcap, bias: the arguments of ``forward``.
             out, lse: output and log-sum-exp over all keys of each query.
-            q, k, v, bands, scale, softcap, bias: as in ``forward``.
 
         Returns:
             dq, dk, dv and the gradients of ``bias.parameters`` (an empty list without a bias).

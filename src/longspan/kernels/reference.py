@@ -32,7 +32,7 @@ class Reference:
     name = "reference"
 
     def lacks(self, need: Need) -> str | None:
-        """None for every ``need``: this kernel supports every attention. (Other kernels return the reason why they do not.)"""
+        """Always None, because this kernel supports every attention. (Other kernels return the reason why they do not.)"""
         return None
 
     def forward(
@@ -82,8 +82,7 @@ class Reference:
 
 
 def _heads(x_KHD: Tensor, q: Tensor) -> Tensor:
-    """Keys or values [keys, kv_heads, dim] as fp64 [keys, heads, dim]: each kv head repeated for each query head that reads
-    it.
+    """Keys or values [keys, kv_heads, dim] as fp64 [keys, heads, dim]: each kv head repeated for each query head that reads it.
 
     The number of query heads is taken from ``q`` [queries, heads, dim].
     """
@@ -94,6 +93,13 @@ def _scores(
     q: Tensor, k: Tensor, bands: Sequence[Band], scale: float, softcap: float | None, bias: BoundBias | None
 ) -> tuple[Tensor, Tensor | float]:
     """The attention scores, and the derivative of the softcap at each of them.
+
+    Args:
+        q, k: [queries, heads, dim] and [keys, kv_heads, dim].
+        bands: which of these keys each query sees.
+        scale: the factor of the scores.
+        softcap: c of c·tanh(s/c); None: no softcap.
+        bias: added after the softcap; None: no bias.
 
     Returns:
         (scores, slope): fp64 scores [heads, queries, keys] after softcap and bias, -inf at keys that the bands hide; the
@@ -116,10 +122,13 @@ def _weights(scores_HQK: Tensor, lse_HQ: Tensor) -> Tensor:
 
 
 def _indices(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The indices 0, 1, 2, ... of all queries and of all keys, as two tensors on ``device``."""
     return torch.arange(queries, device=device), torch.arange(keys, device=device)
 
 
 def _bias_gradients(bias: BoundBias | None, dscores_HQK: Tensor, queries: int, keys: int) -> list[Tensor]:
+    """The gradient of each bias parameter, from the gradient of the scores; zeros for one that needs none, [] without a
+    bias."""
     if bias is None:
         return []
     with torch.enable_grad():

@@ -114,11 +114,12 @@ class SDPA:
 
 @lru_cache(maxsize=64)
 def _stacks(bands: tuple[Band, ...]) -> tuple[Stack, ...]:
-    """The tiles of a mask on a CPU, made once for all layers and passes."""
+    """The tiles of a mask on a CPU, as stacks of equal tiles; cached, so made once for all layers and passes."""
     return columns(plan(bands))
 
 
 def _refuse(softcap: float | None, bias: BoundBias | None) -> None:
+    """Raise KernelError if the attention has a softcap or a bias."""
     if softcap is not None or bias is not None:
         raise KernelError("kernel='sdpa' has neither softcap nor bias; use kernel='online' or 'auto'")
 
@@ -132,10 +133,12 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _is_one_call(stacks: Sequence[Stack], q: Tensor) -> bool:
+    """Whether one tile has all the queries of ``q``, so that the operator's result is the result."""
     return len(stacks) == 1 and stacks[0].count == 1 and stacks[0].rows == q.shape[0]
 
 
 def _chunked(stacks: Sequence[Stack], q: Tensor, k: Tensor) -> list[Stack]:
+    """The same stacks, those with many tiles cut into several of at most about ``CHUNK`` elements of q, k and v."""
     (_, heads, dim), kv_heads = q.shape, k.shape[1]
     chunks: list[Stack] = []
     for stack in stacks:
@@ -155,14 +158,17 @@ def _tiles(x_NHD: Tensor, start: int, size: int, count: int, step: int) -> Tenso
 
 
 def _queries(stack: Stack, x_NHD: Tensor) -> Tensor:
+    """The queries of each tile of ``stack`` as a view [tiles, heads, rows, dim] of ``x_NHD`` [tokens, heads, dim]."""
     return _tiles(x_NHD, stack.q_start, stack.rows, stack.count, stack.q_step)
 
 
 def _keys(stack: Stack, x_NHD: Tensor) -> Tensor:
+    """The keys of each tile of ``stack`` as a view [tiles, kv_heads, keys, dim] of ``x_NHD`` [tokens, kv_heads, dim]."""
     return _tiles(x_NHD, stack.k_start, stack.keys, stack.count, stack.k_step)
 
 
 def _tiles_of(stack: Stack, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The queries, keys and values of each tile of ``stack``, as views [tiles, heads, tokens of a tile, dim]."""
     return _queries(stack, q), _keys(stack, k), _keys(stack, v)
 
 

@@ -24,7 +24,13 @@ KERNELS = {kernel.name: kernel for kernel in (SDPA(), Online(), Flex(), Referenc
 
 
 class Preference(NamedTuple):
-    """A row of ``PREFERENCES``: the kernels of a device type in the order of their speed, and what the order rests on."""
+    """A row of ``PREFERENCES``, the order in which ``kernel="auto"`` tries the kernels on a type of device.
+
+    Attributes:
+        device_type: "cpu", "cuda".
+        kernels: names of kernels, the fastest first.
+        basis: what the order rests on: a measurement, or an assumption.
+    """
 
     device_type: str
     kernels: tuple[str, ...]

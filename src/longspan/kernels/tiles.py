@@ -89,8 +89,7 @@ class Stack:
 
 
 def plan(bands: Sequence[Band]) -> tuple[Stack, ...]:
-    """The bands as stacks of tiles that cover every (query, key) pair of them exactly once, sorted by first query, then first
-    key.
+    """The bands as stacks of tiles that cover every (query, key) pair of them exactly once, sorted by first query, then by key.
 
     Args:
         bands: disjoint canonical bands (masks/bands.py).
@@ -113,6 +112,7 @@ def columns(stacks: Sequence[Stack], keys: int = COLUMN) -> tuple[Stack, ...]:
 
 
 def _columns(stack: Stack, keys: int) -> Iterator[Stack]:
+    """Yield ``stack`` cut into columns of at most ``keys`` keys; itself if it has several tiles, few keys or another shape."""
     if stack.count > 1 or stack.keys <= keys or stack.shape not in (Shape.LOWER, Shape.RECTANGLE):
         yield stack
         return
@@ -128,8 +128,7 @@ def _columns(stack: Stack, keys: int) -> Iterator[Stack]:
 
 
 def _cut(band: Band) -> Iterator[Stack]:
-    """Yield the tiles, each a stack of its own or several equal ones in a stack, that cover the pairs of one band exactly
-    once.
+    """Yield stacks of tiles that cover the (query, key) pairs of one band exactly once.
 
     The band is cut into ranges of rows on which its left and right edges are each either straight or slanted, and those into
     tiles.

@@ -25,9 +25,12 @@ which keys each query sees, ``scale`` is the factor of the scores.
 
 
 class FunctionKernel:
-    """A ``Kernel`` whose forward calls ``function`` and whose backward differentiates it with ``torch.func.vjp``.
+    """A ``Kernel`` made of the user's attention function; its backward differentiates the function with ``torch.func.vjp``.
 
     The log-sum-exp that its forward returns is zeros and must not be used. It is called without softcap and bias.
+
+    Args:
+        function: called as ``function(q, k, v, bands=..., scale=...)``, returns the output [queries, heads, v_dim].
     """
 
     def __init__(self, function: KernelFunction) -> None:
