@@ -52,8 +52,10 @@ def trim(q_start: int, q_stop: int, k_start: int, k_stop: int, lo: int, hi: int)
 
 
 def rectangle(q_start: int, q_stop: int, k_start: int, k_stop: int) -> Band | None:
-    """The canonical band in which every query of [q_start, q_stop) sees every key of [k_start, k_stop); None if
-    one of the two is empty."""
+    """The canonical band in which every query of [q_start, q_stop) sees every key of [k_start, k_stop).
+
+    None if one of the two ranges is empty.
+    """
     if q_start >= q_stop or k_start >= k_stop:
         return None
     return Band(q_start, q_stop, k_start, k_stop, k_start - q_stop + 1, k_stop - 1 - q_start)
@@ -89,7 +91,7 @@ def subtract(bands: Iterable[Band], holes: Iterable[Band]) -> tuple[Band, ...]:
 
 
 def _without(band: Band, holes: Sequence[Band]) -> Iterator[Band]:
-    """Yield bands that together hold the pairs of ``band`` that are in none of ``holes``.
+    """Yield disjoint bands that together hold the (query, key) pairs of ``band`` that are in none of ``holes``.
 
     Args:
         band: the band to cut.
@@ -200,7 +202,7 @@ def localize(bands: Iterable[Band], q_runs: tuple[range, ...], k_runs: tuple[ran
 
 
 def _places(runs: tuple[range, ...]) -> list[tuple[range, int]]:
-    """The non-empty ``runs`` sorted by position, each as (run, offset): local index on the rank = position in the whole row +
+    """The non-empty ``runs`` sorted by position, each as (run, offset); local index on the rank = position in the whole row +
     offset.
 
     Args:
@@ -211,7 +213,7 @@ def _places(runs: tuple[range, ...]) -> list[tuple[range, int]]:
 
 
 def _over(places: list[tuple[range, int]], start: int, stop: int) -> list[tuple[range, int]]:
-    """The (range, offset) pairs of ``places``, which is sorted by disjoint ranges, whose range overlaps [start, stop)."""
+    """Those (range, offset) pairs of ``places``, sorted and disjoint, whose range overlaps the positions [start, stop)."""
     first = bisect_right(places, start, key=lambda place: place[0].stop)
     return places[first : bisect_left(places, stop, key=lambda place: place[0].start)]
 

@@ -57,6 +57,7 @@ class Mask:
 
 @lru_cache(maxsize=64)
 def _sorted_bands(mask: Mask, tokens: int, key_tokens: int) -> tuple[Band, ...]:
+    """The bands of ``mask`` for ``tokens`` queries and ``key_tokens`` keys, sorted; cached."""
     return tuple(sorted(band for band in mask._bands(tokens, key_tokens) if band))
 
 
@@ -87,9 +88,9 @@ def rows(mask: Mask | Sequence[Mask], rows: int, tokens: int, key_tokens: int) -
 
 
 def full_repr(mask: object) -> str:
-    """The repr of a mask, or of a tuple of masks, in full: ``repr`` abbreviates long lists of document lengths, this does not.
+    """The repr of a mask, or of a tuple of masks, in full: ``repr`` shortens long lists of document lengths, this does not.
 
-    Any other object is returned as its ``repr``. Equal texts mean equal masks, so it can be hashed and compared between ranks.
+    Any other object gives its ``repr``. Equal texts mean equal masks, so they can be hashed and compared between ranks.
     """
     if isinstance(mask, Mask):
         values = ", ".join(full_repr(getattr(mask, field.name)) for field in fields(mask))  # type: ignore[arg-type]
@@ -109,8 +110,7 @@ class Full(Mask):
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """Query q sees keys 0 to q. If there are not as many keys as queries, both are still counted from 0: query 0 sees key 0
-    only."""
+    """Query q sees keys 0 to q, both counted from 0: also with more keys than queries, query 0 sees key 0 only."""
 
     def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         yield trim(0, tokens, 0, key_tokens, -tokens, 0)
@@ -373,8 +373,7 @@ def hides_later_tokens(mask: Mask) -> bool:
 
 
 def shows_later_tokens(mask: Mask) -> bool:
-    """Whether the mask contains a constructor whose purpose is to show later tokens: Full, PrefixLM, or Window with right !=
-    0.
+    """Whether ``mask`` has a constructor that is there to show later tokens: Full, PrefixLM, or Window with right != 0.
 
     False if the whole mask is causal all the same, as in Full() & Causal() (see ``hides_later_tokens``). False for Documents,
     Chunked, Span and other masks that are commonly combined with Causal.
@@ -385,7 +384,7 @@ def shows_later_tokens(mask: Mask) -> bool:
 
 
 def documents_of(mask: Mask | None) -> Documents | None:
-    """The ``Documents`` mask that ``mask`` is, or that it contains as an operand of ``&``; the first one if there are several.
+    """The ``Documents`` mask that ``mask`` is, or that it contains as an operand of ``&``; the first if there are several.
 
     None if there is none, if ``mask`` is None, or if those ``Documents`` have ``key_lengths``.
     """
@@ -395,5 +394,6 @@ def documents_of(mask: Mask | None) -> Documents | None:
 
 
 def _at_least(least: int, mask: Mask, name: str, given: int, otherwise: str = "") -> None:
+    """Raise MaskError if ``given``, the argument ``name`` of ``mask``, is below ``least``; ``otherwise`` ends the message."""
     if given < least:
         raise MaskError(f"{mask}: {name} is {given}, but it counts tokens; it must be {least} or more{otherwise}")
