@@ -27,7 +27,13 @@ THEIR_NAMES = {
 
 
 class Choice(NamedTuple):
-    """A ZeRO stage, memory options, and the estimated memory of a step with both."""
+    """A ZeRO stage and memory options with which a step may run, and what it then needs; ``str`` gives the options as text.
+
+    Attributes:
+        zero: the ZeRO stage, 0 to 3.
+        memory: the options.
+        needs: the estimated memory of a step on one rank, in bytes.
+    """
 
     zero: int
     memory: MemoryOptions
@@ -51,7 +57,7 @@ def choose(
         ranks: ranks that hold one row.
         itemsize: bytes of an element of the activations.
         sharded: consider only zero=2 and 3, because another argument of ``parallelize`` needs sharded parameters.
-        fsdp_ranks: ranks that shard the parameters, as in ``footprint``.
+        fsdp_ranks: ranks that shard the parameters at zero > 0; None: all of ``ranks``.
 
     Returns:
         The choice, and one sentence with the reason.
@@ -109,7 +115,9 @@ def fastest_that_fits(
         ranks: ulysses and ring ranks that hold a row.
         budget: bytes of one rank.
         whole_logits: whether the model's own loss forms all logits at once (Transformers) unless ``chunked_loss`` is set.
-        itemsize, sharded, fsdp_ranks: as in ``choose``.
+        itemsize: bytes of an element of the activations.
+        sharded: consider only zero=2 and 3.
+        fsdp_ranks: ranks that shard the parameters at zero > 0; None: all of ``ranks``.
 
     Returns:
         The setting and its estimated memory; if none fits, the one with the smallest estimated peak.

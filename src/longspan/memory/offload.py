@@ -34,6 +34,10 @@ def offload_activations(block: nn.Module) -> None:
 
 
 def _forward_offloaded(block: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """Call ``forward`` with hooks that move the tensors it saves for the backward to host memory; return its result.
+
+    Parameters of ``block``, and tensors below ``OFFLOAD_BYTES``, stay on the device.
+    """
     parameters = {_storage(parameter) for parameter in block.parameters()}
     copies: dict[object, tuple[Tensor, _HostCopy]] = {}  # holding the tensor keeps its address from being reused
 
@@ -59,7 +63,8 @@ def _forward_offloaded(block: nn.Module, forward: Callable[..., Any], *args: Any
 
 
 class _HostCopy:
-    """A copy of a tensor in host memory, made at once; ``restore`` copies it back to the device of the original."""
+    """A copy of the tensor ``x`` in host memory, which is begun when it is made; ``restore`` copies it back for the
+    backward."""
 
     def __init__(self, x: Tensor) -> None:
         self.device = x.device
@@ -74,7 +79,8 @@ class _HostCopy:
         x.record_stream(copying)  # its memory may be reused only after the copy has read it
 
     def restore(self) -> Tensor:
-        """A new copy of the tensor on the device of the original. On CUDA, operators called after it wait for its content."""
+        """A new copy of the tensor on the device of the original. On CUDA it may still be arriving; operators called later
+        wait for it."""
         if self.device.type != "cuda":
             return self.host.to(self.device)
         now, copying = torch.cuda.current_stream(self.device), _copy_stream(self.device)
@@ -87,12 +93,13 @@ class _HostCopy:
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The CUDA stream on which copies between ``device`` and host memory run beside the kernels; the same one at every call."""
+    """The CUDA stream for copies between ``device`` and host memory, which run beside the kernels; the same one at every
+    call."""
     return torch.cuda.Stream(device)
 
 
 @torch.no_grad()
 def _storage(parameter: Tensor) -> int:
-    """The address of a parameter's memory; of this rank's part of a weight that is cut over tensor ranks."""
+    """The address of a parameter's memory, to recognise it; of a weight that is cut over tensor ranks, of this rank's part."""
     held: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return held.untyped_storage().data_ptr()

@@ -18,10 +18,11 @@ Recompute = Literal["none", "full", "selective"]
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """Settings that reduce the activation memory of a training step; none changes a result.
+    """Settings that reduce the activation memory of a training step; none changes a result. Pass it as
+    ``parallelize(memory=)``.
 
     Raises:
-        ModelError: a value that is invalid for every model.
+        ModelError: an unknown ``recompute``, or ``tile_tokens`` or ``head_chunks`` below 1.
     """
 
     recompute: Recompute = "none"

@@ -66,14 +66,25 @@ NOISE = (b"SyncActivityProfilerHandler.cpp", b"Memory block of unknown size was 
 
 
 class Mark(NamedTuple):
-    """The time at which a phase of the step begins: ``when`` in nanoseconds of the profiler's clock, ``phase`` its name."""
+    """The beginning of a phase of the step in a ``Timeline``.
+
+    Attributes:
+        when: the time, in nanoseconds of the profiler's clock.
+        phase: "forward", "loss", "backward" or "update".
+    """
 
     when: int
     phase: str
 
 
 class Change(NamedTuple):
-    """One allocation or free: ``when`` in nanoseconds of the profiler's clock, ``size`` in bytes, negative for a free."""
+    """One allocation or free in a ``Timeline``.
+
+    Attributes:
+        when: the time, in nanoseconds of the profiler's clock.
+        category: what the memory is for, one of ``CATEGORIES``.
+        size: bytes; negative for a free.
+    """
 
     when: int
     category: str
@@ -82,7 +93,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The memory of a training step over time.
+    """The memory of a training step over time, as ``Recorded`` makes it.
 
     Args:
         before: bytes of each category before the step.
@@ -95,11 +106,11 @@ class Timeline:
     marks: Sequence[Mark] = ()
 
     def peak(self) -> int:
-        """The largest number of bytes that were allocated at one time."""
+        """The largest number of bytes that were allocated at one time, those from before the step included."""
         return sum(self.at_peak().values())
 
     def at_peak(self) -> dict[str, int]:
-        """The bytes of each category at the time of the largest sum."""
+        """{category: its bytes} at the time when most bytes were allocated."""
         now = dict(self.before)
         most, total = dict(now), sum(now.values())
         largest = total
@@ -114,9 +125,9 @@ class Timeline:
         """Write the timeline as one self-contained HTML page with a stacked plot (MiB over milliseconds).
 
         Args:
-            path: the file.
+            path: the file to write.
             title: the first line of the page.
-            about: the lines below it, such as the options of the run.
+            about: the lines below it, such as the options of the run; "" for none.
         """
         import plotly.graph_objects as graph
 
@@ -197,9 +208,11 @@ class Recorded:
             self.timeline = Timeline(self._before, self._changes(tree), _marks(tree))
 
     def _note_gradients(self, *_: Any) -> None:
+        """Hook of the optimizer's step: store the addresses of the gradients, by which ``_changes`` recognises their memory."""
         self._gradients = {_storage(p.grad) for p in self._model.parameters() if p.grad is not None}
 
     def _changes(self, tree: Sequence[Any]) -> list[Change]:
+        """Every allocation and free in a tree of profiler events, by time, with its category."""
         found = sorted(_allocations(tree, ()))
         stepped = next((when for when, _, _, names in found if any(name.startswith("Optimizer.step") for name in names)), None)
         live: dict[int, tuple[int, int]] = {}
@@ -238,12 +251,14 @@ def _allocations(events: Sequence[Any], names: tuple[str, ...]) -> Iterator[tupl
 
 
 def _mark_forward(*_: Any) -> None:
+    """Forward pre-hook of the model: write the beginning of the forward into the profile."""
     if not torch.compiler.is_compiling():
         with torch.profiler.record_function(FORWARD):
             pass
 
 
 def _marks(tree: Sequence[Any]) -> list[Mark]:
+    """The beginnings of the phases in a tree of profiler events, by time; a phase counts only behind one that it may follow."""
     marks: list[Mark] = []
     for when, phase in sorted(_phases(tree)):
         if (marks[-1].phase if marks else "") in FOLLOWS[phase]:
@@ -267,7 +282,7 @@ def _phases(events: Sequence[Any]) -> Iterator[tuple[int, str]]:
 
 @contextmanager
 def _without_noise() -> Iterator[None]:
-    """While the block runs, keep stderr back, also of C++ code; when it ends, write what came, without the lines of
+    """Context manager: while the block runs, hold back stderr, also of C++ code; then write it without lines that have
     ``NOISE``."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as held:
@@ -286,6 +301,8 @@ def _without_noise() -> Iterator[None]:
 
 
 def _category(names: Sequence[str]) -> str:
+    """The category of memory that was allocated inside the operators called ``names``; "activations" if none of them is
+    known."""
     return next((category for part, category in NAMES if any(part in name for name in names)), "activations")
 
 
@@ -299,9 +316,11 @@ def _bytes(tensors: Any) -> int:
 
 
 def _storage(x: Tensor) -> int:
+    """The address of the memory of ``x``; of a DTensor, of this rank's shard."""
     return _local(x).untyped_storage().data_ptr()
 
 
 def _local(x: Tensor) -> Tensor:
+    """This rank's shard if ``x`` is a DTensor; else ``x``."""
     local: Tensor = x.to_local() if isinstance(x, DTensor) else x
     return local

@@ -51,7 +51,10 @@ def tiled(module: Module, tile_tokens: int) -> Module:
 
 
 def refuse_to_tile(module: nn.Module, tile_tokens: int) -> None:
-    """Raise the ModelError that ``tiled(module, tile_tokens)`` would raise; otherwise return None. Nothing is changed."""
+    """Raise ModelError if ``module`` cannot be tiled into ``tile_tokens`` tokens; otherwise return. Nothing is changed.
+
+    That is: fewer than 1 token, a mixture of experts in the module, or a forward that was replaced.
+    """
     if tile_tokens < 1:
         raise ModelError(f"tiles of {tile_tokens} tokens are not possible; use at least 1")
     if "forward" in vars(module):
@@ -87,6 +90,8 @@ def untiled(module: Module) -> Module:
 def tile_by_tile(run: Run, x: Tensor, tokens: int, parameters: Sequence[Tensor]) -> Tensor:
     """The results of ``run`` for each tile of the rows of ``x``, concatenated; no intermediate result of it is saved.
 
+    The chunked loss computes the logits of a tile so. Differentiable: the backward runs each tile again.
+
     Args:
         run: called as ``run(tile, rows, parameters)`` with ``rows`` the slice of x that the tile is; for each tile once in the
             forward without a graph, and once more with a graph in the backward.
@@ -103,13 +108,21 @@ def tile_by_tile(run: Run, x: Tensor, tokens: int, parameters: Sequence[Tensor])
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _in_tiles(run: Run, x: Tensor, tokens: int, lead: torch.Size | None, parameters: Sequence[Tensor]) -> Tensor:
-    """As ``tile_by_tile``, but dim 0 of the result is reshaped to ``lead``; None leaves one dim of all rows."""
+    """The results of ``run`` for each tile of ``tokens`` rows of ``x``, concatenated, with dim 0 reshaped to ``lead``.
+
+    ``run``, ``x`` and ``parameters`` are those of ``tile_by_tile``. ``lead`` None leaves one dim of all rows.
+    """
     saved, mark = _SaveInputs.apply(x, *parameters)  # type: ignore[no-untyped-call]
     out: Tensor = _Tiles.apply(run, tokens, lead, (mark,), saved, *parameters)  # type: ignore[no-untyped-call]
     return out
 
 
 def _forward(module: nn.Module, tokens: int, x: Tensor, *more: Any, **named: Any) -> Tensor:
+    """The forward of a tiled module: one tile of ``tokens`` tokens at a time.
+
+    Raises:
+        ModelError: it was called with anything but one tensor [..., tokens, dim], or returns something else.
+    """
     if more or named or not isinstance(x, Tensor) or x.ndim < 2:
         raise ModelError(f"{type(module).__name__} is tiled: it takes one tensor [..., tokens, dim]; use untiled(module)")
     held = {f"module.{name}": parameter for name, parameter in module.named_parameters()}
@@ -128,7 +141,7 @@ def _forward(module: nn.Module, tokens: int, x: Tensor, *more: Any, **named: Any
 
 
 class _Own(nn.Module):
-    """A module that runs ``module`` by the forward of its class, not by the tiled forward that its instance has."""
+    """Runs ``module`` by the forward of its class, because the forward of the instance is the tiled one."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -203,6 +216,7 @@ class _Tiles(torch.autograd.Function):
 
 
 def _sum(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """``total`` plus ``grad`` in fp32 (fp64 for fp64), in place; None stands for zero in either."""
     if grad is None:
         return total
     if total is None:
@@ -211,6 +225,7 @@ def _sum(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
 
 
 def _autocast_of(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:
+    """A function that makes the context of the autocast state that now holds on the device of ``x``, for the backward."""
     kind = x.device.type
     # without the cache, which would reuse a weight that was cast without a graph where one with a graph is needed
     return partial(
@@ -219,8 +234,7 @@ def _autocast_of(x: Tensor) -> Callable[[], AbstractContextManager[Any]]:
 
 
 class _Random:
-    """The state of the random number generators when it is made; in a block ``with again():`` the same numbers are drawn
-    again."""
+    """The state of the random number generators of the CPU and ``device`` when it is made, for a recomputation with dropout."""
 
     def __init__(self, device: torch.device) -> None:
         self.devices = [device] if device.type == "cuda" else []
@@ -229,6 +243,8 @@ class _Random:
 
     @contextmanager
     def again(self) -> Iterator[None]:
+        """Context manager: inside, the random numbers from that state on are drawn again; on exit the generators are as
+        before."""
         with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.cpu)
             for device, state in zip(self.devices, self.cuda):
