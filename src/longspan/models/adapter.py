@@ -31,8 +31,11 @@ UNREAD = "_longspan_unread"
 
 @runtime_checkable
 class ModelAdapter(Protocol):
-    """The interface by which ``parallelize`` reads and changes one kind of model, such as the Decoder or Hugging Face
-    models."""
+    """The interface by which ``parallelize`` reads and changes one kind of model, such as the Decoder or Hugging Face models.
+
+    ``parallelize`` calls ``prove`` and then ``install``; ``unparallelize`` calls ``undo``. The other methods describe the
+    model.
+    """
 
     def computes_loss(self) -> bool:
         """Whether the model's forward returns the loss over the global batch when it is given labels.
@@ -46,31 +49,43 @@ class ModelAdapter(Protocol):
         ...
 
     def token_wise(self) -> Sequence[nn.Module]:
-        """The modules that compute each token independently of the others and can therefore be tiled: feed-forwards and
+        """The modules that compute each token independently of the others, so that they can be tiled: feed-forwards and
         norms."""
         ...
 
     def tensor_plan(self) -> TensorPlan:
-        """Which weights are cut over the tensor axis, by name. Raises ModelError for a model without such a plan."""
+        """Which weights are cut over the tensor axis, by name.
+
+        Raises:
+            ModelError: the model has no such plan.
+        """
         ...
 
     def pipeline_plan(self) -> PipelinePlan:
-        """Which modules stand on which pipeline stage, by name. Raises ModelError for a model that cannot be split."""
+        """Which modules are on which pipeline stage, by name.
+
+        Raises:
+            ModelError: the model cannot be split.
+        """
         ...
 
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Raise a LongspanError if the model cannot run on ``mesh`` with ``memory``; return None otherwise.
+        """Raise a LongspanError if the model cannot run on ``mesh`` with ``memory``; otherwise return.
 
-        The model is not changed, and nothing is communicated.
+        The model is not changed, and nothing is communicated. What was found out is kept for ``install``.
         """
         ...
 
     def install(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Replace the model's attention and loss by those over ``mesh``, in place."""
+        """Replace the model's attention and loss by those over ``mesh``, with the options ``memory``, in place; after
+        ``prove``."""
         ...
 
     def refuse_call(self, keywords: Mapping[str, Any]) -> None:
-        """Raise a LongspanError if the installed model refuses a call with these keywords."""
+        """Raise the LongspanError with which the installed model refuses a call with these keywords; return if it accepts them.
+
+        ``forward_backward`` calls it on every rank before a pipeline's schedule, in which one stage alone would raise.
+        """
         ...
 
     def undo(self) -> None:
@@ -80,10 +95,11 @@ class ModelAdapter(Protocol):
 
 @runtime_checkable
 class UnreadWeights(Protocol):
-    """The source of the weights of a model on the meta device, from which they are read after sharding: files, or a seed."""
+    """The source of the weights of a model on the meta device, from which ``parallelize`` reads them after sharding: files,
+    or a seed."""
 
     def facts(self, model: Any) -> dict[str, str]:
-        """What must be equal on all ranks for them to read the same weights, as text by name.
+        """What must be equal on all ranks for them to read the same weights: {name: text}, which ``parallelize`` compares.
 
         Raises:
             ModelError: the weights do not fit the model.
@@ -119,7 +135,15 @@ class ParallelState:
     """The hook that refuses a model that was changed since."""
 
     def refuse_step(self, model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> None:
-        """Raise, on every rank alike, what the calls of a pipeline's step would raise on one stage while others wait for it."""
+        """Raise, on every rank alike, what a pipeline's step over ``parts`` would raise on one stage while others wait for it.
+
+        Args:
+            model: the parallel model.
+            parts: this rank's micro-batches of the step.
+
+        Raises:
+            LongspanError: of the first rank that has one.
+        """
         with raise_together(self.mesh.world_group):
             if self.snapshot is not None:
                 self.snapshot.refuse_changes(model)

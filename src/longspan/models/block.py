@@ -24,11 +24,13 @@ Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Block(nn.Module):
-    """One layer: attention, then a gated feed-forward, each added to the residual stream.
+    """One layer of the Decoder: attention, then a gated feed-forward, each added to the residual stream.
+
+    ``forward(x, mix)`` takes and returns hidden states [rows, my tokens, hidden]; ``mix`` computes attention from q, k and v.
 
     Args:
         config: the sizes.
-        head_chunks: as in ``Attention``.
+        head_chunks: parts of the heads that are computed one after another, which saves memory.
     """
 
     def __init__(self, config: DecoderConfig, head_chunks: int = 1) -> None:
@@ -46,11 +48,15 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections around attention; the number of heads is that of the weights' rows.
+    """The projections to q, k, v and from the output, around ``mix``, which computes attention itself.
 
-    With ``head_chunks`` > 1, the projections, attention and output projection run for one chunk of the heads at a time, and are
-    computed again in the backward (attention too, unless ``mix`` calls ``attend(recomputable=True)``). Memory is that of one
-    chunk.
+    The number of heads is read off the weights' rows, which tensor parallelism cuts. With ``head_chunks`` > 1, the projections,
+    attention and output projection run for one chunk of the heads at a time, and are computed again in the backward (attention
+    too, unless ``mix`` calls ``attend(recomputable=True)``). Memory is that of one chunk.
+
+    Args:
+        config: the sizes.
+        head_chunks: the number of chunks.
 
     Raises:
         ModelError: the chunks would not have equally many query heads per key/value head.
@@ -74,6 +80,8 @@ class Attention(nn.Module):
         return out
 
     def _in_chunks(self, n_BSM: Tensor, mix: Mix) -> Tensor:
+        """The sum of the outputs of all head chunks, each computed again in the backward; ``n_BSM`` are the normed hidden
+        states."""
         n_RM = n_BSM.flatten(0, 1)  # autograd sums the chunks' gradients of n in place only where they are no views
         sum_RM = torch.zeros_like(n_RM)
         for rows, kv_rows in self.chunks:
@@ -86,6 +94,7 @@ class Attention(nn.Module):
     def _chunk(
         self, n_RM: Tensor, mix: Mix, shape: torch.Size, query: Tensor, key: Tensor, value: Tensor, out: Tensor
     ) -> Tensor:
+        """The output of one head chunk, from the rows of the projection weights that belong to its heads."""
         projected = linear(n_RM, torch.cat([query, key, value]))  # one GEMM: its backward forms one gradient of n, not three
         widths = [len(query), len(key), len(value)]
         q, k, v = (x.view(*shape, x.shape[1] // self.head_dim, self.head_dim) for x in projected.split(widths, 1))
@@ -111,7 +120,7 @@ class FeedForward(nn.Module):
 def chunk_rows(config: DecoderConfig, head_chunks: int) -> tuple[tuple[slice, slice], ...]:
     """For each of ``head_chunks`` chunks of the heads, the rows of the projection weights that compute it.
 
-    Heads are split over chunks as ``distributed.layout.Heads`` splits them over ulysses ranks.
+    The heads are cut into chunks as evenly as possible, the larger ones first.
 
     Returns:
         For each chunk two slices: the rows of the query weight, and the rows of the key and the value weight.

@@ -56,12 +56,12 @@ class Decoder(nn.Module):
     Args:
         config: its sizes and options.
         seed: seed of the initial parameters.
-        attention: called as ``attend``; ``parallelize`` replaces it by attention over the mesh.
-        cross_entropy: called as ``linear_cross_entropy``; ``parallelize`` replaces it too.
+        attention: called with the arguments of ``attend``; ``parallelize`` replaces it by attention over the mesh.
+        cross_entropy: called with the arguments of ``linear_cross_entropy``; ``parallelize`` replaces it too.
         head_chunks: chunks of the heads that each ``Block`` computes one after another.
 
     Raises:
-        ModelError: ``head_chunks`` does not divide the heads into regular groups.
+        ModelError: in some chunk, one key/value head would have more query heads than another.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class Decoder(nn.Module):
         self.initialize(seed)
 
     def chunk_heads(self, head_chunks: int, tensor: int = 1) -> None:
-        """Make every block compute its heads in ``head_chunks`` chunks, one after another, which saves memory (see ``Block``).
+        """Make every block compute its heads in ``head_chunks`` chunks, one after another, which saves memory.
 
         Args:
-            head_chunks: the number of chunks.
+            head_chunks: the number of chunks; 1 computes all heads at once.
             tensor: tensor ranks that split the heads; the chunks are those of one rank's heads.
 
         Raises:
@@ -162,6 +162,13 @@ class Decoder(nn.Module):
         return Output(self.cross_entropy(hidden, self.head.weight, targets, num_labels=num_labels), hidden, self.head)
 
     def _mix(self, position_ids: Tensor, dtype: torch.dtype, step: BatchInfo | None) -> Mix:
+        """The function that ``Block`` calls with q, k and v: rotates q and k by RoPE, then attends with the mask of ``step``.
+
+        Args:
+            position_ids: positions in the whole row, [rows, tokens of attention].
+            dtype: the dtype of the hidden states.
+            step: the batch's BatchInfo; None on one device.
+        """
         cos, sin = rope(position_ids, self.config.head_dim, self.config.rope_theta, dtype)
         mask = Causal() if step is None else step.mask_for(Causal())
         tokens = None if step is None else step.tokens
@@ -173,11 +180,17 @@ class Decoder(nn.Module):
 
 
 def _shard(whole: Tensor, like: DTensor) -> DTensor:
-    """This rank's shard of ``whole``, a tensor that every rank has, with the device mesh and placements of ``like``."""
+    """This rank's shard of ``whole``, a tensor that every rank has, as a DTensor with the device mesh and placements of
+    ``like``."""
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _targets(labels: Tensor | None, shift_labels: Tensor | None, step: BatchInfo | None) -> Tensor | None:
+    """The label of each of this rank's tokens: ``shift_labels``, or ``labels`` shifted here; None without any.
+
+    Raises:
+        ModelError: unshifted ``labels`` with a batch that was sharded.
+    """
     if shift_labels is not None or labels is None:
         return shift_labels
     if step is not None:

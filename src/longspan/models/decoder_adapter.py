@@ -38,7 +38,7 @@ class DecoderAdapter:
 
     Args:
         model: the model, such as the Decoder.
-        kernel: the attention kernel, as ``attend(kernel=)`` takes it.
+        kernel: the attention kernel: a name, "auto", a ``Kernel`` or a function.
     """
 
     def __init__(self, model: Any, kernel: str | Kernel | KernelFunction) -> None:
@@ -86,7 +86,7 @@ class DecoderAdapter:
         )  # fmt: skip
 
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Raise the error of what makes this model impossible to run on ``mesh`` with ``memory``; return None otherwise.
+        """Raise the error of what makes this model impossible to run on ``mesh`` with ``memory``; otherwise return.
 
         Raises:
             ModelError: the model lacks one of the four attributes, or cannot compute its heads in ``memory.head_chunks``
@@ -109,6 +109,8 @@ class DecoderAdapter:
             self._refuse_chunks(memory.head_chunks, config, coordinate.ulysses)
 
     def _refuse_chunks(self, head_chunks: int, config: Any, ulysses: int) -> None:
+        """Raise ModelError if the model cannot compute the heads of ``config`` on ``ulysses`` ranks in ``head_chunks``
+        chunks."""
         if not hasattr(self.model, "chunk_heads"):
             raise ModelError(f"{type(self.model).__name__} has no chunk_heads(count); leave out head_chunks")
         chunk_rows(config, head_chunks)
@@ -141,7 +143,10 @@ class DecoderAdapter:
             self.guards.append(guard)
 
     def refuse_call(self, keywords: Mapping[str, Any]) -> None:
-        """Raise BatchError for a token or label beyond the model's vocabulary."""
+        """Raise BatchError for a token or label of any rank that is beyond the model's vocabulary.
+
+        ``keywords`` are those of the call; nothing is checked without its BatchInfo.
+        """
         _refuse_unknown_tokens(self.model, (), dict(keywords))
 
     def undo(self) -> None:
@@ -154,8 +159,7 @@ class DecoderAdapter:
 
 
 class SeededWeights:
-    """The ``UnreadWeights`` of a model on the meta device whose weights are drawn: it calls
-    ``model.initialize(model.seed)``."""
+    """The ``UnreadWeights`` of a Decoder on the meta device: its weights are drawn, by ``model.initialize(model.seed)``."""
 
     def facts(self, model: Any) -> dict[str, str]:
         return {"the seed": str(model.seed)}
@@ -166,6 +170,8 @@ class SeededWeights:
 
 
 def _refuse_whole_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: raise ModelError for a batch that ``shard_batch`` did not cut, because ranks hold parts of a
+    sequence."""
     if kwargs.get("longspan") is None:
         raise ModelError(
             "each sequence of this model lies on several ranks, but the batch was not cut: its positions and labels would be "
@@ -174,6 +180,7 @@ def _refuse_whole_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _refuse_unknown_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: raise BatchError for a token or label of any rank that is beyond the model's vocabulary."""
     step = kwargs.get("longspan")
     if step is not None:
         refuse_unknown_tokens(step, getattr(model.config, "vocab", None), type(model).__name__)

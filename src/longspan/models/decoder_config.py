@@ -39,7 +39,7 @@ class DecoderConfig(Sizes):
         return self._matmul_parameters + embedding + norms
 
     def of_tensor_rank(self, tensor: int) -> "DecoderConfig":
-        """The configuration of what one of ``tensor`` tensor ranks computes of each layer: its heads and hidden units."""
+        """A copy with the heads and the feed-forward width that each of ``tensor`` tensor ranks computes of a layer."""
         kv_heads = max(1, self.kv_heads // tensor)
         return replace(self, heads=self.heads // tensor, kv_heads=kv_heads, ffn=max(1, self.ffn // tensor))
 
@@ -54,6 +54,7 @@ class DecoderConfig(Sizes):
 
     @property
     def _matmul_parameters(self) -> int:
+        """The number of parameters in weight matrices that multiply every token, the head included."""
         attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.ffn) + self.vocab * self.hidden
 

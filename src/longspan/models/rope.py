@@ -77,6 +77,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x_BSHD`` rotated by the tables, in their dtype, as a new tensor in the dtype of ``x_BSHD``."""
     rotated = torch.empty(x_BSHD.shape, dtype=x_BSHD.dtype, device=x_BSHD.device)
     size = ROTATED_TOKENS if x_BSHD.device.type == "cpu" else ROTATED_TOKENS_ON_GPU
     tiles = (x.split(size, 1) for x in (x_BSHD, rotated, cos, sin))

@@ -30,6 +30,9 @@ HARMLESS_ATTRIBUTES = frozenset({"training", "gradient_checkpointing"})
 
 
 class _Module(NamedTuple):
+    """What a ``Snapshot`` records of one module: its name, the ids of its children and parameters, and the parameters'
+    shapes."""
+
     name: str
     module: nn.Module
     children: tuple[int, ...]
@@ -89,6 +92,7 @@ class Snapshot:
                 )
 
     def _refuse_modules(self, name: str, module: nn.Module, before: tuple[int, ...]) -> None:
+        """Raise ModelError if the children of ``module``, called ``name``, are not those with the ids ``before``."""
         for child, value in _compat.own_modules(module).items():
             if id(value) not in before:
                 raise ModelError(f"module '{_join(name, child)}' was added or replaced after parallelize; {WAY_OUT}")
@@ -97,6 +101,11 @@ class Snapshot:
     def _refuse_parameters(
         self, name: str, module: nn.Module, before: tuple[int, ...], shapes: tuple[torch.Size | None, ...]
     ) -> None:
+        """Raise ModelError if the parameters of ``module``, called ``name``, have other ids than ``before`` or other
+        ``shapes``.
+
+        Parameters that FSDP2 holds gathered for the moment are no change.
+        """
         gathered = _gathered(module, self._modules[0].module) if self._sharded else set()
         for own, value in _compat.own_parameters(module).items():
             if id(value) not in before and id(value) not in gathered:
@@ -111,6 +120,7 @@ class Snapshot:
                 )
 
     def _refuse_config(self) -> None:
+        """Raise ModelError if a module has another config than before, or a field of a config another value."""
         for module, config in self._configs:
             if vars(module).get("config") is not config:
                 raise ModelError(f"the config of {type(module).__name__} was replaced after parallelize; {WAY_OUT}")
@@ -127,6 +137,7 @@ class Snapshot:
 
 
 def _look(name: str, module: nn.Module) -> _Module:
+    """What a ``Snapshot`` records of ``module``, called ``name``."""
     parameters = _compat.own_parameters(module).values()
     return _Module(
         name,
@@ -138,7 +149,8 @@ def _look(name: str, module: nn.Module) -> _Module:
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    """Copies of the fields of a config that can change a forward, by name; a nested config is not among them."""
+    """{name: copy} of the fields of a config that can change a forward; nested configs, which are recorded by themselves,
+    left out."""
     fields = {name: value for name, value in vars(config).items() if name not in HARMLESS_FIELDS}
     return {name: deepcopy(value) for name, value in fields.items() if not hasattr(value, "get_text_config")}
 
@@ -153,6 +165,7 @@ def _gathered(module: nn.Module, root: nn.Module) -> set[int]:
 
 
 def _within(name: str, outer: str) -> bool:
+    """Whether the module called ``name`` is the one called ``outer``, or inside it."""
     return name == outer or name.startswith(f"{outer}.")
 
 
