@@ -19,6 +19,7 @@ __all__ = ["load", "save"]
 
 
 def __getattr__(name: str) -> Any:
+    """The public functions ``load`` and ``save``, imported from weights.py at their first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from longspan.hf import weights
@@ -27,9 +28,14 @@ def __getattr__(name: str) -> Any:
 
 
 def adapter_for(model: "nn.Module", kernel: Any = "auto") -> "PretrainedAdapter | None":
-    """The object by which ``parallelize`` reads and changes a Transformers model, or peft's wrapper of one (a ModelAdapter).
+    """The ``ModelAdapter`` of a Transformers model, or of peft's wrapper of one, by which ``parallelize`` reads and changes it.
 
-    None for any other model. ``kernel`` is that of ``parallelize``.
+    Args:
+        model: any module.
+        kernel: the attention kernel: a name, "auto", "hf:" and a name of Transformers' registry, a ``Kernel`` or a function.
+
+    Returns:
+        The adapter; None for a module of another kind.
     """
     if "transformers" not in sys.modules:  # such a model exists only where the library was imported
         return None

@@ -72,9 +72,10 @@ def loss_function_set_to(model: Any, loss: Callable[..., Tensor]) -> Iterator[No
 
 
 def loss_kind(model: Any) -> str | None:
-    """The name in Transformers' table of the loss function that the model calls; None for one that is not in the table.
+    """The name in Transformers' table of the loss function that ``model`` calls, such as "ForCausalLM".
 
-    A class whose name contains no entry of the table (GPT2LMHeadModel) calls the default, ForCausalLM, and logs that.
+    A class whose name contains no entry of the table (GPT2LMHeadModel) calls the default, ForCausalLM, and logs that. None for
+    a loss function that is not in the table.
     """
     kind = getattr(model, "loss_type", None)
     kind = kind if kind in LOSS_MAPPING else "ForCausalLM"
@@ -93,9 +94,10 @@ def loss_keywords(kind: str | None) -> set[str]:
 
 @contextmanager
 def checkpoint_within(block: Any, context: Callable[[], Any]) -> Iterator[None]:
-    """Context manager: Transformers' gradient checkpointing of ``block`` runs inside ``context()``, also when it recomputes.
+    """Context manager: each run of ``block`` by Transformers' gradient checkpointing is inside a context that ``context()``
+    makes.
 
-    Each run, in the forward and in the recomputation, enters a context of its own. Does nothing for a block without gradient
+    That holds for the forward and for the recomputation in the backward. Nothing happens for a block without gradient
     checkpointing.
     """
     own = vars(block).get("_gradient_checkpointing_func")
@@ -133,13 +135,13 @@ def build(kind: Any, config: PreTrainedConfig, dtype: torch.dtype | str) -> PreT
 
 
 def draw_weights(owner: Any, module: nn.Module) -> None:
-    """Fill ``module``, a part of the Transformers model ``owner``, with random weights by the rule of the class of
+    """Fill ``module``, a part of the Transformers model ``owner``, with random weights, by the rule of the class of
     ``owner``."""
     owner._init_weights(module)
 
 
 def mark_initialized(tensor: Tensor, done: bool) -> None:
-    """Set whether ``initialize_weights`` of Transformers leaves ``tensor`` as it is (``done``) or draws its values."""
+    """Set the flag by which Transformers' ``initialize_weights`` leaves ``tensor`` as it is (``done``) or draws its values."""
     tensor._is_hf_initialized = done  # type: ignore[attr-defined]
 
 

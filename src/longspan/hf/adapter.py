@@ -82,7 +82,7 @@ DEVIATIONS: tuple[Deviation, ...] = (
 
 
 class PretrainedAdapter:
-    """A Transformers model for ``parallelize``.
+    """The ``ModelAdapter`` of a Transformers model, by which ``parallelize`` reads and changes it.
 
     Args:
         called: what the user calls: the model, or peft's wrapper of it.
@@ -119,7 +119,10 @@ class PretrainedAdapter:
         return [module for module in (*norms, *feeds) if _takes_one_argument(module)]
 
     def tensor_plan(self) -> TensorPlan:
-        """The weights that the model's own ``base_model_tp_plan`` cuts over the tensor axis; ModelError without one."""
+        """The weights that the model's own ``base_model_tp_plan`` cuts over the tensor axis, as found by ``prove``.
+
+        To be called on a mesh with tensor > 1, for which ``prove`` has refused a model without such a plan.
+        """
         return self._found(TensorWeights).plan
 
     def pipeline_plan(self) -> PipelinePlan:
@@ -127,10 +130,14 @@ class PretrainedAdapter:
         return self._found(PipelineStages).plan
 
     def prove(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Run on this rank the test of every way in which Transformers models differ from one another, and keep what is found.
+        """Test on this rank every way in which Transformers models differ from one another, and keep what is found for
+        ``install``.
 
-        The tests are the functions ``probe`` of the files in DEVIATIONS; ``install`` uses what they found. The model is not
-        changed.
+        The tests are the functions ``probe`` of the files in DEVIATIONS; each runs small forwards. The model is not changed.
+
+        Args:
+            mesh: the ranks it will run on.
+            memory: the memory options that it must be able to use.
 
         Raises:
             ModelError: the model cannot be parallel; the message names the module or config field.
@@ -150,12 +157,14 @@ class PretrainedAdapter:
         self._findings = candidate.findings
 
     def install(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Make the model compute over ``mesh``, in place: apply what every test of ``prove`` found, in the order of
-        DEVIATIONS."""
+        """Make the model compute over ``mesh``, in place: apply everything that ``prove`` found, in the order of DEVIATIONS."""
         self._undo = [found.install(self.model, mesh) for found in self._findings.values()]
 
     def refuse_call(self, keywords: Mapping[str, Any]) -> None:
-        """Raise a LongspanError for a keyword that needs the whole sequence, or tokens or rows that the model does not know."""
+        """Raise the LongspanError with which the parallel model refuses a call with these keywords; return if it accepts them.
+
+        Refused are keywords that need the whole sequence on one rank, and tokens or decoder rows that the model does not know.
+        """
         self._found(CallChecks).refuse(self.model, keywords)
 
     def undo(self) -> None:
@@ -165,8 +174,7 @@ class PretrainedAdapter:
 
     @property
     def layers(self) -> tuple[tuple[Any, attention_layers.Layer], ...]:
-        """Every attention module that ``prove`` found, in the order of their calls, each with the description of it (a
-        ``Layer``).
+        """(attention module, its ``Layer``) for every attention module that ``prove`` found, in the order of their calls.
 
         A Layer has the module's mask, its name for messages and which row of tokens it reads.
         """
@@ -208,15 +216,19 @@ class PretrainedAdapter:
         return batch
 
     def _found(self, kind: type[F]) -> F:
+        """What the probe of the deviation whose finding is of class ``kind`` has found; it must have found something."""
         found = self._findings[kind]
         assert isinstance(found, kind)
         return found
 
 
 def _is_feed_forward(module: nn.Module) -> bool:
+    """Whether ``module`` has two or more weight matrices and routes to no experts: then it is a feed-forward if a layer
+    holds it."""
     return sum(parameter.ndim > 1 for parameter in module.parameters()) > 1 and not routes_to_experts(module)
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` needs exactly one argument, as one that can be tiled does."""
     parameters = inspect.signature(module.forward).parameters.values()
     return sum(each.default is each.empty for each in parameters) == 1

@@ -38,7 +38,15 @@ def _attention(
     dropout: float = 0.0, scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
     position_bias: Tensor | None = None, longspan: "BatchInfo | Probe | None" = None, **more: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The attention that Transformers calls by the name "longspan".
+    """The attention that Transformers calls by the name "longspan", once for each attention layer of a parallel model.
+
+    Args:
+        module: the attention module, which has its Layer as ``_longspan``.
+        query_BHSD, key_BKSD, value_BKSD: of this rank's tokens.
+        attention_mask: not read, because the layer's mask is known, except in test forwards, which record it.
+        dropout, scaling, softcap, s_aux (sinks), position_bias: what the model asks for.
+        longspan: the BatchInfo of the call, or the ``Probe`` of a test forward.
+        more: other keywords of the model; a floating-point tensor among them is refused.
 
     Returns:
         (output [batch, my tokens, heads, dim], None in place of attention weights).
@@ -96,6 +104,8 @@ def attend_layer(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layer: "Layer", step: BatchInfo, more: dict[str, Any]) -> Tensor:
+    """Attention of q, k, v [batch, my tokens, heads, dim] over the mesh of ``layer``, with the mask that it has in this
+    step."""
     if layer.crosses and step.target is not None:
         return layer.attend(q, k, v, mask=step.mask_across(), tokens=step.target.tokens, key_tokens=step.tokens, **more)
     row = layer.row(step)
@@ -107,7 +117,7 @@ _attend_uncompiled = torch.compiler.disable(_attend, reason="the mask differs fr
 
 
 def _refuse_additions(module: nn.Module, more: dict[str, Any]) -> None:
-    """Raise ModelError if a model passes a floating-point tensor to its attention as a keyword that longspan does not know.
+    """Raise ModelError if ``more``, the keywords of an attention call that longspan does not know, has a floating-point tensor.
 
     Such a tensor is usually added to the attention scores, and leaving it out would change the result.
     """
@@ -120,6 +130,7 @@ def _refuse_additions(module: nn.Module, more: dict[str, Any]) -> None:
 
 
 def _refuse_dropout(module: nn.Module, layer: "Layer") -> None:
+    """Raise ModelError, naming the config fields of ``module`` that set attention dropout."""
     config: Any = getattr(module, "config", None)
     fields = [name for name, value in vars(config).items() if is_dropout_field(name) and value] if config is not None else []
     raise ModelError(

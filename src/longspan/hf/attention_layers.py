@@ -36,7 +36,7 @@ SOURCE, TARGET, ACROSS = "source", "target", "across"
 
 
 class Layer(NamedTuple):
-    """What longspan knows of an attention module, attached to it as ``_longspan``.
+    """What longspan knows of an attention module, attached to it as ``_longspan`` and read by attention.py at every call.
 
     Attributes:
         own: the layer's mask.
@@ -66,13 +66,15 @@ class Layer(NamedTuple):
         return self.over == ACROSS
 
     def is_like(self, other: "Layer") -> bool:
-        """Whether two descriptions of the same module are equal in all fields; tensors in them are compared by value."""
+        """Whether two descriptions of one module are equal in all fields, tensors in them by value: a later look compares
+        them so."""
         mine, theirs = self.recipe, other.recipe
         alike = mine is theirs if mine is None or theirs is None else mine.is_like(theirs)
         return alike and self._replace(recipe=None) == other._replace(recipe=None)
 
     def refuse_mask(self, row: BatchInfo) -> None:
-        """Raise MaskError or ModelError if the mask, padding or documents of ``row`` cannot be combined with this layer's."""
+        """Raise MaskError or ModelError if the mask, padding or documents of ``row``, a BatchInfo, cannot be combined with
+        this layer's."""
         begins = row.padding is not None and any(real.start > 0 for real in row.padding)
         if self.per_document and (begins or row.mask is not None or row.documents is not None or row.restarts is not None):
             raise ModelError(
@@ -103,7 +105,8 @@ class AttentionLayers:
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
         """Make every attention module that was found call longspan's attention, and attach its ``Layer`` to it.
 
-        Returns a function that undoes it.
+        Returns:
+            A function that undoes it.
         """
         restore = name_attention(self.configs)
         over_mesh = partial(attend, mesh=mesh, **self.fixed)
@@ -131,7 +134,7 @@ class AttentionLayers:
 
 
 def probe(candidate: Candidate) -> AttentionLayers:
-    """Find the attention layers by test forwards, and test that every other module is token-wise.
+    """Find the attention layers of the model by test forwards on one rank, and test that every other module is token-wise.
 
     Raises:
         ModelError: a layer that does not reach longspan, that attends in two ways, or whose mask no bands express; a module
@@ -153,6 +156,9 @@ def name_attention(configs: Sequence[tuple[Any, Any]]) -> Undo:
     """Give each module a copy of its config in which longspan's attention is the attention implementation.
 
     Modules that shared a config share its copy. The original configs are not changed, because other models may share them.
+
+    Args:
+        configs: (module, its config).
 
     Returns:
         A function that gives every module its original config again.
@@ -192,6 +198,11 @@ def _layers_of(model: Any, mesh: ParallelMesh, head_chunks: int) -> list[tuple[A
     """Every attention module of a model with its Layer, found by two test forwards.
 
     In the first forward positions count through the row, in the second they restart.
+
+    Args:
+        model: the model, its configs naming longspan's attention.
+        mesh: the ranks over which heads are split.
+        head_chunks: the chunks into which a rank's heads are cut.
 
     Raises:
         ModelError: a layer that does not reach longspan, that attends in two ways, or whose mask no bands express.
@@ -272,8 +283,10 @@ def _layer(call: Call, restarted: Call, name: str) -> Layer:
 
 
 def _is_chunked(mask: Mask) -> bool:
+    """Whether ``mask`` is ``Chunked``, or a combination of masks that contains it."""
     return isinstance(mask, Chunked) or (isinstance(mask, And | Or) and any(map(_is_chunked, (mask.left, mask.right))))
 
 
 def _is_within(name: str, other: str) -> bool:
+    """Whether the module called ``name`` is the one called ``other``, or inside it; "" is the model."""
     return name == other or name.startswith(f"{other}.") or not other

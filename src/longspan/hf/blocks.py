@@ -7,10 +7,11 @@ from longspan.hf._compat import block_class_names
 
 
 def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """{name: module} of the layers, in the order of the model: instances of the classes that its class says not to split.
+    """The layers of the model as {name: module}, in its order: the outermost instances of the classes that it says not to
+    split.
 
-    Of nested ones only the outer. Modules that share a parameter with the rest of the model (BERT's embeddings with its head)
-    are left out, because FSDP2 must gather shared parameters together.
+    Those classes are the model's ``_no_split_modules``. Modules that share a parameter with the rest of the model (BERT's
+    embeddings with its head) are left out, because FSDP2 must gather shared parameters together.
     """
     kinds = block_class_names(model)
     names: dict[nn.Parameter, list[str]] = {}

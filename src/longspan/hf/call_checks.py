@@ -42,17 +42,23 @@ class CallChecks:
     types_unmask: bool
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Register a hook that checks the keywords of each call of ``model`` before its forward; returns a function to remove
-        it."""
+        """Register a hook that checks the keywords of each call of ``model`` before its forward.
+
+        Returns:
+            A function that removes the hook.
+        """
         return remove_all([model.register_forward_pre_hook(partial(_check, self.types_unmask), with_kwargs=True)])
 
     def refuse(self, model: Any, keywords: Mapping[str, Any]) -> None:
-        """Raise the error of a call of ``model`` with these keywords; return None if it is accepted."""
+        """Raise the LongspanError with which ``model`` refuses a call with these keywords; return if it accepts them."""
         _check(self.types_unmask, model, (), dict(keywords))
 
 
 def probe(candidate: Candidate) -> CallChecks:
-    """The checks of calls, which every model gets; only ``types_unmask`` depends on the model."""
+    """The checks of calls, which every model gets.
+
+    Test forwards find only whether the model lets tokens see others by their ``token_type_ids``.
+    """
     if TYPES not in inspect.signature(candidate.model.forward).parameters:
         return CallChecks(False)
     typed, plain = Probe(), Probe()
@@ -69,6 +75,11 @@ def probe(candidate: Candidate) -> CallChecks:
 
 
 def _check(types_unmask: bool, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: raise ModelError for keywords that need the whole sequence on one rank, or for a batch that was not
+    cut.
+
+    ``types_unmask`` is that of ``CallChecks``; rows and tokens that the model does not know are refused too.
+    """
     step = kwargs.get("longspan")
     if step is None:
         raise ModelError(
@@ -95,6 +106,7 @@ def _check(types_unmask: bool, model: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _refuse_other_rows(model: Any, name: str, step: BatchInfo) -> None:
+    """Raise ModelError if an encoder-decoder gets no decoder rows, or another model gets some; ``name`` is its class."""
     if is_encoder_decoder(model) and step.target is None:
         raise ModelError(
             f"{name} is an encoder-decoder, and the batch had no decoder_input_ids; make them before the cut, by "
@@ -107,6 +119,7 @@ def _refuse_other_rows(model: Any, name: str, step: BatchInfo) -> None:
 
 
 def _refuse_other_tokens(model: Any, name: str, step: BatchInfo) -> None:
+    """Raise BatchError if a token of any rank is beyond the vocabulary of the model's encoder or decoder."""
     stacks = [(model, step)] if step.target is None else [(model, step), (model.get_decoder(), step.target)]
     for stack, row in stacks:
         refuse_unknown_tokens(row, getattr(stack.get_input_embeddings(), "num_embeddings", None), name)

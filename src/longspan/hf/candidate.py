@@ -23,12 +23,17 @@ F = TypeVar("F")
 
 @runtime_checkable
 class Found(Protocol):
-    """What a ``probe`` found out about a model, with a method ``install`` that changes the model accordingly."""
+    """What a ``probe`` found out about a model; ``install`` later changes the model accordingly."""
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Change ``model`` in place so that it computes over ``mesh``; returns a function that undoes the change.
+        """Change ``model`` in place so that it computes over ``mesh``.
 
-        ``model``: the Transformers model itself, also if peft wraps it.
+        Args:
+            model: the Transformers model itself, also if peft wraps it.
+            mesh: the ranks.
+
+        Returns:
+            A function that undoes the change.
         """
         ...
 
@@ -37,7 +42,7 @@ class Found(Protocol):
 class Deviation(Protocol):
     """The interface of the files of this folder that each handle one way in which some Transformers models differ.
 
-    DEVIATIONS in adapter.py lists these files.
+    DEVIATIONS in adapter.py lists these files, in the order in which they are probed and installed.
     """
 
     def probe(self, candidate: "Candidate", /) -> Found | None:
@@ -54,7 +59,7 @@ class Deviation(Protocol):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A Transformers model before it is made parallel, with the options of ``parallelize``.
+    """A Transformers model before it is made parallel, with the options of ``parallelize``: what every ``probe`` is given.
 
     Attributes:
         called: what the user calls: the model, or peft's wrapper of it.
@@ -63,7 +68,7 @@ class Candidate:
         memory: the options that save memory.
         kernel: what attention computes with: a name, "hf:" and a name of Transformers' registry, a Kernel or a function.
         configs: every module that has a config, with the config that the user gave.
-        findings: what earlier probes returned, by its class.
+        findings: {class: what the probe that returned an object of that class found}, of the probes so far.
     """
 
     called: Any
@@ -75,8 +80,10 @@ class Candidate:
     findings: dict[type[Any], Any] = field(default_factory=dict)
 
     def finding(self, kind: type[F]) -> F | None:
-        """What an earlier ``probe`` found, if that is of class ``kind``; None if that probe found nothing or has not run
-        yet."""
+        """What an earlier ``probe`` found, as the object of class ``kind`` that it returned.
+
+        None if that probe found nothing or has not run yet.
+        """
         return self.findings.get(kind)
 
 

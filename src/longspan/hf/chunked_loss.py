@@ -47,7 +47,8 @@ class ChunkedLoss:
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
         """Replace the model's forward by one that computes the loss over ``mesh`` without forming all logits.
 
-        Returns a function that undoes it.
+        Returns:
+            A function that undoes it.
         """
         set_forward(model, partial(forward_without_logits, model, mesh, self.in_place))
         return partial(_compat.remove_forward, model)
@@ -69,9 +70,15 @@ def probe(candidate: Candidate) -> ChunkedLoss | None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args: Any, **given: Any) -> Any:
-    """Replaces ``model.forward``: a call with labels returns the loss over all ranks, and no logits.
+    """The forward of a model with a chunked loss: a call with labels returns the loss over all ranks, and no logits.
 
     A call without labels, or with labels of the other kind, is passed to the model's own forward (which refuses the latter).
+
+    Args:
+        model: the Transformers model.
+        mesh: the ranks.
+        in_place: whether the logits at position t predict ``labels[t]``; else ``shift_labels`` is read.
+        args, given: the arguments of the call.
     """
     targets = given.get("labels" if in_place else "shift_labels")
     cut_for_another_kind = in_place is (given.get("shift_labels") is not None)
@@ -94,6 +101,11 @@ def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
 
     That is one for which, on a small input, the sum over tiles of tokens differs from the cross-entropy of all its logits; one
     that computes its loss by itself, has no separate base model, or has a replaced forward.
+
+    Args:
+        model: the Transformers model.
+        called: what the user calls: the model, or peft's wrapper of it.
+        loss_kind: the name of its loss in Transformers' table; None if it computes it by itself.
     """
     reason = None
     if loss_kind in (None, OWN):
@@ -167,6 +179,7 @@ class _Head(nn.Module):
 
 @contextmanager
 def _forward_giving(base: Any, output: Any) -> Iterator[None]:
+    """Context manager: inside, calling ``base`` returns ``output`` instead of computing."""
     had = vars(base).get("forward")
     base.forward = lambda *_, **__: output
     try:
@@ -179,6 +192,7 @@ def _forward_giving(base: Any, output: Any) -> Iterator[None]:
 
 @contextmanager
 def _catching(module: nn.Module) -> Iterator[list[Any]]:
+    """Context manager: yields a list to which the output of each call of ``module`` is added."""
     caught: list[Any] = []
     handle = module.register_forward_hook(lambda *call: caught.append(call[2]))
     try:

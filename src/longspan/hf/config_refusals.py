@@ -6,10 +6,10 @@ from longspan.hf.names import CAPACITY, SELECTING_FIELDS, is_layerdrop_field
 
 
 def probe(candidate: Candidate) -> None:
-    """Raise ModelError, naming the config field, for an option that longspan does not support; otherwise return None.
+    """Raise ModelError, naming the config field, if the candidate's config sets an option that longspan does not support.
 
     Refused: attention that selects keys by their content, a capacity limit of experts, layer dropout, and a model on the meta
-    device.
+    device. Otherwise it returns None: there is nothing to install.
     """
     model = candidate.model
     config = model.config.get_text_config()

@@ -22,7 +22,8 @@ class DummyRow:
     def install(self, model: nn.Module, mesh: ParallelMesh) -> Undo:
         """Register hooks: a call of ``model`` without rows gets one row of zeros, which is removed from the outputs again.
 
-        Returns a function that removes the hooks.
+        Returns:
+            A function that removes the hooks.
         """
         return remove_all([
             model.register_forward_pre_hook(_add, with_kwargs=True), model.register_forward_hook(_remove, with_kwargs=True)
@@ -35,6 +36,8 @@ def probe(candidate: Candidate) -> DummyRow:
 
 
 def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook: in a call without rows, replace its empty tensors by one row of zeros (labels: -100), and its
+    BatchInfo."""
     step = kwargs.get("longspan")
     if step is None or step.rows:
         return args, kwargs
@@ -49,6 +52,7 @@ def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _remove(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook: remove the row that ``_add`` added from every tensor of the output."""
     if kwargs["longspan"].is_dummy:
         for name, value in output.items():
             if isinstance(value, Tensor) and value.ndim:

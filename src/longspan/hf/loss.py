@@ -40,7 +40,7 @@ OWN = "its own, in place"
 
 @dataclass(frozen=True)
 class Loss:
-    """How a model computes its loss, as ``probe`` found it.
+    """How a model computes its loss, as ``probe`` found it; ``install`` replaces it by the loss over all ranks.
 
     Attributes:
         kind: a name of Transformers' table of losses, ``OWN``, or None if the loss cannot be computed over ranks.
@@ -53,7 +53,11 @@ class Loss:
     handed: bool
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Replace the model's loss by the mean over all ranks, and check labels and loss keywords before each forward."""
+        """Replace the model's loss by the mean over all ranks, and check labels and loss keywords before each forward.
+
+        Returns:
+            A function that undoes it.
+        """
         undo = ExitStack()
         check = partial(self._check, type(model).__name__)
         undo.callback(model.register_forward_pre_hook(check, with_kwargs=True).remove)
@@ -66,6 +70,7 @@ class Loss:
         return undo.close
 
     def _check(self, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a model called ``name``: raise an error for labels or loss keywords that it cannot use."""
         if kwargs.get("labels") is None:
             return
         _refuse_keywords(self.kind, kwargs)
@@ -86,12 +91,16 @@ def probe(candidate: Candidate) -> Loss:
 
 
 def is_in_place(kind: str | None) -> bool:
-    """True if the logits at position t predict ``labels[t]``; otherwise they predict the next token (``shift_labels``)."""
+    """Whether the logits at position t predict ``labels[t]`` with the loss ``kind``; else they predict the next token."""
     return kind in (*IN_PLACE, OWN)
 
 
 def _kind(model: Any, base: Any) -> tuple[str | None, bool]:
     """How a model computes its loss, found by a test forward that records the call of its loss function.
+
+    Args:
+        model: what the user calls.
+        base: the Transformers model in it.
 
     Returns:
         (the name of the loss as in ``Loss.kind``, whether the loss function gets the keyword ``longspan``).
@@ -122,15 +131,17 @@ def _kind(model: Any, base: Any) -> tuple[str | None, bool]:
 
 
 def _classes(model: Any) -> int | None:
+    """The last dim of the model's logits [rows, tokens, classes], from a test forward; None if it has no such logits."""
     with proving(model):
         logits = forward(model).get("logits")
     return None if logits is None or logits.ndim != 3 else logits.shape[2]
 
 
 def _is_plain(model: Any, base: Any) -> bool:
-    """Whether the loss of ``model``, which computes it in its own code, is the cross-entropy of its logits.
+    """Whether the loss that ``model`` computes in its own code is the cross-entropy of its logits.
 
-    Labels of -100 must be ignored in it, and no others, also not those that equal the padding id.
+    Tested on one rank: labels of -100 must be ignored in it, and no others, also not those that equal the padding id. ``base``
+    is the Transformers model itself.
     """
     logits = forward(model).get("logits")
     if logits is None or logits.ndim != 3 or "forward" in vars(base):
@@ -204,6 +215,12 @@ def forward_with_loss(
     """The forward of a model that computes its loss in its own code, with that loss replaced by the mean over all ranks.
 
     The model's own forward is called without labels; the loss is computed from its logits and added to its output.
+
+    Args:
+        model: the Transformers model.
+        mesh: the ranks.
+        labels, shift_labels: this rank's labels; without ``labels`` the output has no loss.
+        args, given: the other arguments of the call.
     """
     return_dict = given.get("return_dict")
     output = own_forward(model)(*args, **given | {"return_dict": True})
@@ -223,6 +240,8 @@ def as_asked(model: Any, output: Any, return_dict: bool | None) -> Any:
 
 
 def _refuse_labels_of_another_kind(in_place: bool, shift_labels: Tensor | None) -> None:
+    """Raise ModelError if ``shift_labels`` were cut for a model whose labels are in place, or are missing for the other
+    kind."""
     if in_place is (shift_labels is not None):
         argument = "shift=False" if in_place else "shift=True"
         raise ModelError(f"the labels were cut for another kind of model; use shard_batch(batch, mesh, {argument})")

@@ -18,7 +18,8 @@ from longspan.masks.constructors import Causal, Chunked, Full, Mask, Window
 class MaskFunction:
     """The ``attention_mask`` that layers of a parallel model get: Transformers' mask function, evaluated only when needed.
 
-    It replaces the tensor of eager attention (0 where a query sees a key, a large negative number elsewhere).
+    It replaces the tensor of eager attention (0 where a query sees a key, a large negative number elsewhere), which would have
+    queries x keys elements. Test forwards read the layer's mask from it.
 
     Args:
         function: Transformers' closure.
@@ -35,7 +36,7 @@ class MaskFunction:
         self.function, self.device, self.shape, self._padding, self._tokens = function, device, shape, padding, tokens
 
     def size(self, dim: int | None = None) -> Any:
-        """``shape``, or its element ``dim``, as ``Tensor.size`` returns them."""
+        """The whole ``shape``, or its element ``dim``, as ``Tensor.size`` returns them: models ask for it as for a tensor."""
         return torch.Size(self.shape) if dim is None else self.shape[dim]
 
     def to(self, *_: Any, **__: Any) -> "MaskFunction":
@@ -89,7 +90,8 @@ class DenseMask(MaskFunction):
 
     @property
     def hides_padding(self) -> bool:
-        """Whether these values also hide single tokens: True if they are no mask of a kind that Transformers builds."""
+        """Whether these values also hide single tokens as padding: True if they are no mask of a kind that Transformers
+        builds."""
         return self.mask is None
 
 
@@ -168,8 +170,12 @@ def as_mask(function: Callable[..., Tensor], device: torch.device, tokens: int =
 def _reach(sees: Callable[[Tensor], Tensor], device: torch.device, tokens: int, stride: int = 1024) -> int:
     """The number of queries that see the first key, if these are the first queries of the row; 0 if they are not.
 
-    ``sees`` tells for each of some queries whether it sees that key. It is called for every ``stride``-th query, then for each
-    query of the stretch in which the last one that sees the key must be.
+    Args:
+        sees: called with query indices, tells for each of them whether it sees that key.
+        device: where the indices are.
+        tokens: the length of the row.
+        stride: it is called for every ``stride``-th query, then for each query of the stretch in which the last one that sees
+            the key must be.
     """
     start = 0
     for queries in (torch.arange(0, tokens, stride, device=device), torch.arange(stride, device=device)):

@@ -44,8 +44,10 @@ class BalanceLoss:
     def install(self, model: nn.Module, mesh: ParallelMesh) -> Undo:
         """Register hooks with which the balance loss is computed from the router logits of all ranks.
 
-        A call with ``output_router_logits=`` raises ModelError if the config asked for no balance loss. Returns a function that
-        removes the hooks.
+        A call with ``output_router_logits=`` raises ModelError if the config asked for no balance loss.
+
+        Returns:
+            A function that removes the hooks.
         """
         handles: list[Any] = [model.register_forward_pre_hook(self._check, with_kwargs=True)]
         if self.routers is not None:
@@ -53,6 +55,7 @@ class BalanceLoss:
         return remove_all(handles)
 
     def _check(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: raise ModelError for a call that asks for a balance loss which the config did not ask for."""
         if kwargs.get("output_router_logits") and self.routers is None:
             raise ModelError(
                 "output_router_logits= was not proven for this model, and its balance loss would be that of this rank's "
@@ -104,6 +107,7 @@ def gather_routers(module: nn.Module, base: nn.Module, mesh: ParallelMesh) -> li
 
 
 def _of_all_ranks(mine: tuple[Tensor, ...], step: BatchInfo, mesh: ParallelMesh) -> _Whole:
+    """The router logits of each layer for the tokens of all ranks that are not padding, [tokens, experts]; differentiable."""
     real = _real(step).to(mine[0].device)
     sizes = [count for (count,) in exchange_integers((len(real),), mesh.world_group)]
     rows = (logits.flatten(0, -2).index_select(0, real) for logits in mine)
@@ -123,7 +127,12 @@ def _real(step: BatchInfo) -> Tensor:
 
 
 def _prove_balance(model: Any, base: PreTrainedModel, loss_kind: str | None) -> nn.Module:
-    """Find the module from whose ``router_logits`` the balance loss is computed, by a test that replaces them.
+    """Find the module from whose ``router_logits`` the balance loss is computed, by a test forward that replaces them.
+
+    Args:
+        model: what the user calls.
+        base: the Transformers model in it.
+        loss_kind: the name of its loss in Transformers' table.
 
     Raises:
         ModelError: the balance loss depends on anything else of the tokens.
@@ -163,5 +172,6 @@ def _prove_balance(model: Any, base: PreTrainedModel, loss_kind: str | None) -> 
 
 
 def _replace(logits: tuple[Tensor, ...], module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook: put ``logits`` in place of the ``router_logits`` of the output."""
     output["router_logits"] = logits
     return output

@@ -48,13 +48,15 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_position_table(module: nn.Module) -> bool:
-    """Whether the module is a table of positions: one that is given them, as BART's is, or that counts them from ids."""
+    """Whether the module is a table of position embeddings: one that is called with positions (BART), or counts them from
+    ids."""
     given = "position_ids" in inspect.signature(module.forward).parameters
     return _is_named(module, POSITION_TABLE) and (given or counts_from_ids(module))
 
 
 def counts_from_ids(module: nn.Module) -> bool:
-    """Whether the module is a table of sinusoidal positions that counts them from ids, and lengthens itself, as M2M100's is."""
+    """Whether the module is a sinusoidal position table that counts positions from token ids and can lengthen itself
+    (M2M100)."""
     return (
         _is_named(module, POSITION_TABLE)
         and isinstance(getattr(module, "weights", None), Tensor)
@@ -78,7 +80,8 @@ def reach_fields(configs: Sequence[Any]) -> list[str]:
 
 
 def block_fields(configs: Sequence[Any]) -> list[str]:
-    """The names, sorted, of the fields set in any config for attention that runs other code on rows longer than a block.
+    """The names, sorted, of the fields set in any of the configs for attention that runs other code on rows longer than a
+    block.
 
     A config whose ``attention_type`` says that it runs the same code for every length is left out.
     """
@@ -86,14 +89,16 @@ def block_fields(configs: Sequence[Any]) -> list[str]:
 
 
 def number_of_experts(text_config: Any) -> int:
-    """The number of experts of a config; 0 for a dense model."""
+    """The number of experts in the config of a language model; 0 for a dense model."""
     return next((count for name in EXPERT_COUNT_FIELDS if (count := getattr(text_config, name, None))), 0)
 
 
 def _set_fields(configs: Sequence[Any], parts: tuple[str, ...]) -> list[str]:
+    """The names, sorted, of the config fields that contain one of ``parts`` and have a value in any of the configs."""
     fields = [(name, value) for config in configs for name, value in vars(config).items()]
     return sorted({name for name, value in fields if value and any(part in name for part in parts)})
 
 
 def _is_named(module: nn.Module, parts: tuple[str, ...]) -> bool:
+    """Whether the name of the module's class contains one of ``parts``."""
     return any(part in type(module).__name__ for part in parts)

@@ -33,14 +33,19 @@ ROLES = {"cap": ("cap",), "scale": ("scale", "gate"), "add": ("mask", "bias"), "
 
 @dataclass(frozen=True)
 class OwnAttention:
-    """What ``probe`` found: the modules that compute attention in their own code, in a model that must hold its BatchInfo."""
+    """What ``probe`` found: the model must hold the BatchInfo of its call for its layers (step_scope.py).
+
+    Attributes:
+        modules: those that compute attention in their own code; it may be empty.
+    """
 
     modules: Sequence[nn.Module]
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Make the model hold the BatchInfo of its call while it computes, and these modules compute attention over the mesh.
+        """Make the model hold the BatchInfo of its call while it computes, and ``modules`` compute attention over the mesh.
 
-        Returns a function that undoes it.
+        Returns:
+            A function that undoes it.
         """
         recorded = [Recorded(module, attend_in_step) for module in self.modules]
         return remove_all([ScopedModel(model), Stripped(model), *recorded])
@@ -62,7 +67,7 @@ def probe(candidate: Candidate) -> OwnAttention | None:
 
 
 class Slopes:
-    """ALiBi in the form that ``attend`` takes: ``slopes`` [heads] times the position of a key behind the query.
+    """ALiBi as a ``Bias`` for ``attend(bias=)``: ``slopes`` [heads] times the position of the key relative to the query.
 
     Source: arXiv:2108.12409.
     """
@@ -80,6 +85,12 @@ class Slopes:
 @partial(torch.compiler.disable, reason="records the scores of a module's own code")
 def attend_in_step(module: Any, attention: Attention) -> Tensor:
     """The output of one recorded attention of ``module``, computed over the mesh with the layer's mask, slopes and kernel.
+
+    It replaces the module's own product of probabilities and values, in every forward of a parallel model.
+
+    Args:
+        module: the attention module.
+        attention: its q, k and v, and the recorded operations on its scores.
 
     Returns:
         The output, in the shape that the module's code expects.

@@ -34,7 +34,7 @@ COARSE = 2e-2
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a module computes attention in its own code.
+    """How a module computes attention in its own code, as a test forward showed it; ``attend_in_step`` computes by it.
 
     Attributes:
         heads: the number of query heads.
@@ -49,7 +49,7 @@ class Recipe:
     slopes: Tensor | None
 
     def is_like(self, other: "Recipe") -> bool:
-        """Whether this and ``other`` describe the same computation: all fields are equal, slopes by their values."""
+        """Whether ``other`` describes the same computation: all fields are equal, slopes by their values."""
         mine, theirs = self.slopes, other.slopes
         alike = mine is theirs if mine is None or theirs is None else torch.equal(mine, theirs)
         return alike and replace(self, slopes=None) == replace(other, slopes=None)
@@ -111,12 +111,13 @@ def mask_of(module: nn.Module, q_BSHD: Tensor, k_BSKD: Tensor, value: Any, confi
 
 
 def shape_like(out_BSHV: Tensor, attention: Attention) -> Tensor:
-    """``out_BSHV`` with the shape [..., S, V] and the dtype that the model's own code expects of its attention."""
+    """``out_BSHV``, [batch, tokens, heads, dim], with the shape [..., S, V] and dtype that the model's code expects of
+    ``attention``."""
     return out_BSHV.transpose(1, 2).reshape(*attention.shape[:-1], out_BSHV.shape[-1]).to(attention.v.dtype)
 
 
 def read_recipe(module: nn.Module, attention: Attention, configs: Sequence[Any]) -> tuple[Recipe, MaskFunction]:
-    """Read the meaning of every term of one attention, recorded in a proof with one row.
+    """Read the meaning of every term of one attention, recorded in a test forward with one row.
 
     Args:
         module: the attention module.
@@ -157,6 +158,7 @@ class _Reader:
         self._gates: list[Tensor] = []
 
     def refuse(self, what: str) -> None:
+        """Raise ModelError: the module attends in its own code and does ``what``, which is not supported."""
         raise ModelError(
             f"{type(self.module).__name__} attends in its own code and {what}, which over a part of the tokens is not what it "
             f"is over all of them; such a layer is not supported"
@@ -178,7 +180,14 @@ class _Reader:
             self._note("mask", self._dense(value.bool() if shows else ~value.bool(), base_of_view(value) if shows else None))
 
     def mask_and_slopes(self) -> tuple[MaskFunction, Tensor | None]:
-        """(the mask of all terms together, the slopes [heads] of ALiBi or None). Raises ModelError if they do not fit."""
+        """What the terms that were read add up to.
+
+        Returns:
+            (the mask of all terms together, the slopes [heads] of ALiBi or None without it).
+
+        Raises:
+            ModelError: scores of a visible key are multiplied by 0, or the bias is not linear in the key.
+        """
         whole = AllOf(self._masks, self.attention.q.device)
         shown = whole.shown(*self.attention.shape[-2:])
         if any(bool((shown & (gate == 0)).any()) for gate in self._gates):
@@ -186,11 +195,13 @@ class _Reader:
         return whole, None if self._bias is None else self._fitted(*self._bias, shown)
 
     def _note(self, role: str, mask: MaskFunction | None = None) -> None:
+        """Append ``role`` to ``roles``, and ``mask``, if there is one, to the masks of the terms."""
         self.roles.append(role)
         if mask is not None:
             self._masks.append(mask)
 
     def _read_cap(self) -> None:
+        """Note a softcap. Raises ModelError if the scores have a mask or a bias already."""
         if set(self.roles) - {"scale"} or any(
             isinstance(term.value, Tensor) for term in self.attention.terms[: len(self.roles)]
         ):
@@ -198,6 +209,7 @@ class _Reader:
         self._note("cap")
 
     def _read_scale(self, value: Any) -> None:
+        """Note a multiplication of the scores by ``value``: a scale, or a gate of 0 and 1. Raises ModelError for any other."""
         if not isinstance(value, Tensor):
             self._bias = None if self._bias is None else (self._bias[0], self._bias[1] * value)
             return self._note("scale")
@@ -212,6 +224,7 @@ class _Reader:
         return self._note("scale")
 
     def _read_addition(self, value: Any) -> None:
+        """Note an addition of ``value`` to the scores: a mask of 0 and -inf, or a bias. Raises ModelError for any other."""
         if not isinstance(value, Tensor):
             return self.refuse(f"adds {value!r} to its scores")
         sees = value > HIDDEN
@@ -265,13 +278,17 @@ class _Reader:
 
 
 def _has_keys(factor: Tensor) -> bool:
+    """Whether a factor of the scores [..., queries, keys] has a dim of keys, rather than one value for each query."""
     return factor.ndim > 0 and factor.shape[-1] > 1
 
 
 def _times(q: Tensor, factor: Tensor, shape: torch.Size) -> Tensor:
-    """The queries multiplied by a factor of their scores, so that the scores get the same factor.
+    """The queries ``q`` [..., S, D] multiplied by a factor of their scores, so that the scores get the same factor.
 
-    ``factor`` has the shape of the scores with one key, [..., S or 1, 1].
+    Args:
+        q: the queries.
+        factor: [..., S or 1, 1]: one value for all keys.
+        shape: the shape [..., S, T] of the scores.
     """
     if factor.numel() == 1:
         return q * factor.reshape(()).to(q.dtype)

@@ -52,11 +52,13 @@ class Term:
 
 @dataclass(frozen=True)
 class Attention:
-    """One recorded softmax attention.
+    """One softmax attention that a module's own code computes, as ``RecordScores`` recorded it.
 
-    ``q`` [..., S, D], ``k`` [..., T, D] and ``v`` [..., T, V] are the model's own tensors; ``terms`` are the operations on the
-    scores, in order; ``shape`` [..., S, T] is that of the probabilities when they were multiplied by ``v``; ``dropout`` is its
-    rate.
+    Attributes:
+        q, k, v: the model's own tensors [..., S, D], [..., T, D] and [..., T, V].
+        terms: the operations on the scores, in order.
+        shape: [..., S, T] of the probabilities when they were multiplied by ``v``.
+        dropout: the rate of dropout on the probabilities.
     """
 
     q: Tensor
@@ -68,7 +70,12 @@ class Attention:
 
 
 class Symbol:
-    """A placeholder for a tensor [..., S, T] that is never computed: it has shape, dtype and device, and records operations."""
+    """A placeholder for a tensor [..., S, T] that is never computed: it has shape, dtype and device, and records operations.
+
+    Args:
+        q, k: the queries and keys of which it is the product.
+        record: the mode that made it, which ends the recording.
+    """
 
     __hash__ = object.__hash__
 
@@ -99,14 +106,16 @@ class Symbol:
 
 
 class Scores(Symbol):
-    """A placeholder for the product of queries and keys; it records the operations on it."""
+    """A placeholder for the product of queries and keys: an operation on it gives Scores with one more term, or
+    Probabilities."""
 
 
 class Probabilities(Symbol):
-    """A placeholder for the softmax of attention scores over the keys; it records the operations on it."""
+    """A placeholder for the softmax of attention scores over the keys; its product with the values ends the recording."""
 
 
 def _operator(name: str) -> Callable[..., Any]:
+    """A special method (``__add__``, ...) of Symbol that records the operation ``name``."""
     return lambda self, *args: apply(name, (self, *args), {})
 
 
@@ -128,8 +137,7 @@ class RecordScores(TorchFunctionMode):
         self.owner, self._finish, self._finishing = owner, finish, False
 
     def finish(self, attention: Attention) -> Tensor:
-        """Call the argument ``finish`` of this mode with ``attention`` and return its result, while the mode records
-        nothing."""
+        """The result of the argument ``finish`` of this mode for ``attention``; meanwhile the mode records nothing."""
         self._finishing = True
         try:
             return self._finish(attention)
@@ -151,6 +159,10 @@ class RecordScores(TorchFunctionMode):
 
 def apply(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Record the torch function ``name``, of whose arguments at least one is a Symbol.
+
+    Args:
+        name: the name of a torch function or Tensor method.
+        args, kwargs: its arguments.
 
     Returns:
         A Symbol, or the output of ``RecordScores.finish`` for the last product.
@@ -178,11 +190,14 @@ def apply(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _base_name(name: str) -> str:
+    """The name of an operation without underscores and the prefixes of reflected and in-place operators: "__radd__" is
+    "add"."""
     name = name.strip("_")
     return name[1:] if name in ("radd", "rmul", "iadd", "isub", "imul", "itruediv") else name
 
 
 def _refuse(symbol: Symbol, what: str) -> Any:
+    """Raise ModelError: the module's own code does ``what`` with its scores or probabilities."""
     kind = "scores" if isinstance(symbol, Scores) else "probabilities"
     raise ModelError(
         f"{symbol.record.owner} attends in its own code and does {what} with its {kind}, which is no scaled dot-product "
@@ -191,12 +206,14 @@ def _refuse(symbol: Symbol, what: str) -> Any:
 
 
 def _is_batched(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a product is one of two tensors with at least three dims: that may be queries and keys."""
     named = [kwargs[key] for key in ("batch1", "batch2", "mat2", "other") if key in kwargs]
     a, b = [*args, *named][-2:] if name == "baddbmm" else [*args, *named][:2]
     return isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim >= 3 and b.ndim >= 3
 
 
 def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], record: RecordScores) -> Any:
+    """The Scores of a product (matmul, bmm, baddbmm) of queries and keys."""
     if name != "baddbmm":
         q, k = (*args, *kwargs.values())
         return Scores(q, k.transpose(-1, -2), record)
@@ -210,6 +227,7 @@ def _fused(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Attention:  # fmt: skip
+    """A call of ``F.scaled_dot_product_attention`` as the Attention that it computes; its arguments are that function's."""
     shape = torch.Size((*query.shape[:-1], key.shape[-2]))
     terms = [Term("scale", query.shape[-1] ** -0.5 if scale is None else scale, shape)]
     if is_causal:
@@ -221,6 +239,7 @@ def _fused(
 
 
 def _described(symbol: Symbol, name: str, *args: Any, **kwargs: Any) -> Any:
+    """The result of ``size``, ``dim``, ``numel`` or ``is_floating_point`` of a symbol."""
     if name == "size":
         dim = args[0] if args else kwargs.get("dim")
         return symbol.shape if dim is None else symbol.shape[dim]
@@ -314,6 +333,7 @@ def _attend(probabilities: Any, v: Any) -> Any:
 
 
 def _with(scores: Any, kind: str, value: Any = None) -> Any:
+    """A copy of ``scores`` with one more term of this kind and value."""
     return scores.copy(terms=(*scores.terms, Term(kind, value, scores.shape)))
 
 
@@ -356,7 +376,7 @@ class Recorded:
         vars(module)["forward"] = forward
 
     def remove(self) -> None:
-        """Restore the module's forward."""
+        """Undo the replacement: the module runs the forward that it had before."""
         vars(self._module).pop("forward", None)
         if self._had is not None:
             vars(self._module)["forward"] = self._had

@@ -16,14 +16,14 @@ from longspan.hf.candidate import Candidate
 
 
 def base_of(model: nn.Module) -> PreTrainedModel | None:
-    """``model`` if it is a Transformers model, the Transformers model inside a PeftModel, or None for any other module."""
+    """The Transformers model of ``model``: itself, or the one inside a PeftModel; None for any other module."""
     library = sys.modules.get("peft")  # a PeftModel exists only where peft was imported
     found: Any = model.get_base_model() if library is not None and isinstance(model, library.PeftModel) else model
     return found if isinstance(found, PreTrainedModel) else None
 
 
 def probe(candidate: Candidate) -> None:
-    """Raise ModelError for a peft adapter that mixes tokens or adds some; otherwise return None.
+    """Raise ModelError for a peft adapter that mixes tokens or adds some; otherwise return None: there is nothing to install.
 
     Refused: prompt learning, adaption prompts, activated LoRA.
     """

@@ -25,12 +25,12 @@ from longspan.hf.probe import forward, proving
 
 @dataclass(frozen=True)
 class PipelineStages:
-    """The finding of ``probe``: what stands on which stage."""
+    """What ``probe`` found: which modules of the model are on which pipeline stage (``plan``)."""
 
     plan: PipelinePlan
 
     def install(self, model: nn.Module, mesh: ParallelMesh) -> Undo:
-        """Nothing to change: ``parallelize`` has split the model before."""
+        """Return an undo that does nothing: ``parallelize`` splits the model before anything is installed."""
         return lambda: None
 
 
@@ -66,7 +66,15 @@ def probe(candidate: Candidate) -> PipelineStages | None:
 
 
 def _plan(model: Any, named: Mapping[str, Any]) -> PipelinePlan:
-    """The PipelinePlan of a model. Raises ModelError for a module with parameters that the model's plan does not name."""
+    """The PipelinePlan of a model, read from the plan in its config.
+
+    Args:
+        model: the Transformers model.
+        named: that plan, ``base_model_pp_plan``: {name of a module: its inputs and outputs}.
+
+    Raises:
+        ModelError: a module has parameters and the plan does not name it.
+    """
     base = model.base_model
     body = next(name for name, module in model.named_modules() if module is base)
     children = dict(base.named_children())
@@ -98,6 +106,7 @@ def _plan(model: Any, named: Mapping[str, Any]) -> PipelinePlan:
 
 
 def _first(output: Any) -> Tensor:
+    """The first element of a module's output: its hidden states."""
     hidden: Tensor = output[0]
     return hidden
 
@@ -126,7 +135,10 @@ def _prove_stages(model: Any, plan: PipelinePlan) -> None:
 def _hidden(model: Any, plan: PipelinePlan, **given: Any) -> Tensor:
     """What ``plan.body`` gives out as hidden states in one test forward (behind the final norm if ``plan.body`` applies it).
 
-    ``given``: keywords of the model that replace those of the test batch; one that is None is left out.
+    Args:
+        model: the Transformers model.
+        plan: names the module whose output is read.
+        given: keywords of the model that replace those of the test batch; one that is None is left out.
     """
     found: list[Tensor] = []
     body = model.get_submodule(plan.body)

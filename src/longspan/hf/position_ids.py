@@ -31,11 +31,18 @@ from longspan.masks.constructors import documents_of
 
 @dataclass(frozen=True)
 class PositionTables:
-    """Makes position tables look up the positions of this rank's tokens, and lengthens those that depend on the whole row."""
+    """Makes position tables look up the positions of this rank's tokens, and lengthens those that depend on the whole row.
+
+    It has no fields; ``install`` finds the tables.
+    """
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Register the hooks of ``lengthen_tables`` and of ``pass_positions_to_tables``; returns a function that removes
-        them."""
+        """Register hooks on the position tables: each gets the call's positions, and rotary tables the batch's largest
+        position.
+
+        Returns:
+            A function that removes the hooks.
+        """
         return remove_all([*lengthen_tables(model), *pass_positions_to_tables(model)])
 
 
@@ -89,7 +96,13 @@ def model_positions(
 def _of_whole_rows(ids: Tensor, padding_id: int, step: BatchInfo) -> Tensor:
     """Positions of whole rows as RoBERTa counts them, restarting in each document that the step's mask separates.
 
-    See ``positions_of_ids``; ``ids`` and the result are [rows, tokens].
+    Args:
+        ids: token ids of whole rows, [rows, tokens].
+        padding_id: the id of padding, which has the position ``padding_id``; other tokens count on from it.
+        step: the BatchInfo, whose mask has the documents.
+
+    Returns:
+        Positions [rows, tokens].
     """
     each = step.mask if isinstance(step.mask, tuple) else (step.mask,) * len(ids)
     counted = []
@@ -121,7 +134,8 @@ def pass_positions_to_tables(model: Any) -> list[Any]:
 def rows_counted_by_stacks(model: Any) -> set[str]:
     """Which rows of tokens have an encoder or decoder that counts positions by itself, as prefixes of the keywords.
 
-    A prefix is "" or "decoder_"; counting by itself means that its forward accepts no ``position_ids``.
+    "" is the row of ``input_ids``, "decoder_" that of ``decoder_input_ids``. Such an encoder or decoder accepts no
+    ``position_ids``.
     """
     return {"" if stack is not model.get_decoder() or not is_encoder_decoder(model) else TARGET for stack in _counting(model)}
 
@@ -133,11 +147,13 @@ def _counting(model: Any) -> list[nn.Module]:
 
 
 def _hold(held: list[Tensor | None], name: str, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of an encoder or decoder: keep the call's positions ``name`` in ``held``, and drop them as keywords."""
     held.append(kwargs.get(name, scope_of(stack).call.positions.get(name)))
     return args, {key: value for key, value in kwargs.items() if not key.endswith("position_ids")}
 
 
 def _look_up(held: list[Tensor | None], table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a position table: give it the positions in ``held``, those of all rows one after another."""
     if counts_from_ids(table):
         return args, kwargs
     return args, kwargs if not held or held[-1] is None else kwargs | {"position_ids": held[-1].flatten()}
@@ -147,7 +163,7 @@ def _into_rows(held: list[Tensor | None], table: nn.Module, args: Any, output: T
     """Forward hook of a position table that was given the positions of all rows: its output as [rows, tokens, dim].
 
     A table that was called with a shape instead of positions returns [tokens, dim], as its caller expects; all rows must then
-    have equal positions.
+    have equal positions. ``held`` ends with the positions [rows, tokens] of the call, or is empty outside of one.
     """
     positions = held[-1] if held else None
     if positions is None:
@@ -160,7 +176,7 @@ def _into_rows(held: list[Tensor | None], table: nn.Module, args: Any, output: T
 
 
 def _of_sinusoids(table: Any, positions: Tensor) -> Tensor:
-    """The rows ``positions`` of a sinusoidal table, which is first lengthened to the largest position of the batch."""
+    """The rows of a sinusoidal table for ``positions``; the table is first lengthened to the largest position of the batch."""
     needed = getattr(positions, "_longspan_last", int(positions.max())) + table.padding_idx + 2
     if needed > len(table.weights):
         table.make_weights(needed + table.offset, table.embedding_dim, table.padding_idx)
@@ -169,6 +185,7 @@ def _of_sinusoids(table: Any, positions: Tensor) -> Tensor:
 
 
 def _forget(held: list[Tensor | None], *_: Any) -> None:
+    """Forward hook of an encoder or decoder: drop the positions that ``_hold`` kept."""
     held.clear()
 
 
@@ -178,7 +195,7 @@ def has_counting_stacks(model: Any) -> bool:
 
 
 def lengthen_tables(model: nn.Module) -> list[Any]:
-    """Register hooks with which rotary tables that depend on the longest position use that of the whole batch.
+    """Register hooks with which rotary tables that depend on the longest position of the row use that of the whole batch.
 
     Returns:
         The handles of the hooks.
@@ -192,15 +209,17 @@ def lengthen_tables(model: nn.Module) -> list[Any]:
 
 
 def _chooses_by_length(module: nn.Module) -> bool:
-    """Whether the rotary table of ``module`` depends on the longest position of the row, as with RoPE types dynamic and
-    longrope."""
+    """Whether the rotary table of ``module`` depends on the longest position: with the RoPE types dynamic and longrope."""
     kinds = getattr(module, "rope_type", None)
     named = kinds.values() if isinstance(kinds, dict) else [kinds or ""]
     return any("dynamic" in kind or kind == "longrope" for kind in named)
 
 
 def _lengthen(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A pre-hook of a rotary module: append the batch's largest position to its ``position_ids``; ``_shorten`` removes it."""
+    """Forward pre-hook of the rotary module ``name``: append the batch's largest position to its ``position_ids``.
+
+    ``_shorten`` removes what that adds to the output.
+    """
     bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     positions = bound["position_ids"]
     last_position = getattr(positions, "_longspan_last", None)
@@ -211,4 +230,5 @@ def _lengthen(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[
 
 
 def _shorten(module: nn.Module, args: Any, output: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Forward hook of a rotary module: remove the entry of the position that ``_lengthen`` appended from its tables."""
     return tuple(table[..., :-1, :] for table in output)

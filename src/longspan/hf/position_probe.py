@@ -30,7 +30,9 @@ LEFT = 3
 
 @dataclass(frozen=True)
 class Counting:
-    """How a model counts positions and hides padding. "Row" here is "" for the tokens, "decoder_" for the decoder's tokens.
+    """How a model counts positions and hides padding, as ``probe`` found it; ``install`` makes each rank do it for whole rows.
+
+    "Row" is "" for the tokens of ``input_ids``, "decoder_" for those of the decoder.
 
     Attributes:
         hides_padding: whether attention hides tokens with the padding id if no attention_mask is given.
@@ -49,14 +51,18 @@ class Counting:
     padding_id: int | None
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Register a hook that, before each forward, refuses what cannot be counted and sets ``position_ids`` for this rank's
-        tokens.
+        """Register a hook that, before each forward, sets the ``position_ids`` of this rank's tokens as the model would count
+        them.
 
-        Positions are those that the model would count over whole rows. Returns a function that removes the hook.
+        It refuses a call whose positions cannot be counted.
+
+        Returns:
+            A function that removes the hook.
         """
         return remove_all([model.register_forward_pre_hook(partial(self._before, mesh), with_kwargs=True)])
 
     def _before(self, mesh: ParallelMesh, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook: refuse what cannot be counted, and set the position ids of this rank's tokens."""
         step = kwargs["longspan"]
         self.refuse(model, step)
         behind, padding_id = self.behind_padding, self.padding_id
@@ -66,6 +72,10 @@ class Counting:
 
     def refuse(self, model: Any, step: BatchInfo) -> None:
         """Raise on every rank if the model would count positions or hide padding otherwise than on one device.
+
+        Args:
+            model: the model.
+            step: the BatchInfo of the call.
 
         Raises:
             ModelError: a mask or position_ids are missing, or position_ids are given that the model ignores.
@@ -87,6 +97,10 @@ class Counting:
                 self._refuse_positions(row, prefix, name)
 
     def _refuse_positions(self, row: BatchInfo, prefix: str, name: str) -> None:
+        """Raise an error for position ids of ``row`` that the model ignores, or that its table does not have.
+
+        ``prefix`` is that of the row's keywords, and ``name`` the model's class.
+        """
         if prefix in self.ignoring and row.last_given_position >= 0:
             raise ModelError(f"{name} counts its positions itself and ignores {prefix}position_ids; give shard_batch none")
         before = 0 if self.padding_id is None else self.padding_id + 1
@@ -144,8 +158,10 @@ def _beside(count: int, given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _positions_known(model: Any) -> dict[str, int]:
-    """For each row of tokens ("" or "decoder_") the number of positions of its shortest position table; no entry without
-    one."""
+    """For each row of tokens ("" or "decoder_") the number of positions of its shortest position table.
+
+    A row without such a table has no entry.
+    """
     lengths: dict[str, int] = {}
     row_of = {count: name for name, count in row_lengths(model).items()}
 
@@ -209,4 +225,5 @@ def _counts_ids(model: Any, padding_id: int) -> bool:
 
 
 def _behind_padding(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs of a test forward without the tokens that were padding on the left."""
     return {name: x[:, LEFT:] for name, x in given.items()}

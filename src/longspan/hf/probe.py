@@ -44,9 +44,12 @@ COARSE = 5e-2
 
 
 class Call(NamedTuple):
-    """One recorded call of attention in a test forward: the module, numbers of tokens and heads of q and k, and its mask.
+    """One recorded call of attention in a test forward.
 
     Attributes:
+        module: the attention module.
+        tokens, heads: the numbers of tokens, and of heads, of q and of k.
+        mask: its mask, a MaskFunction or what else the model passed.
         recipe: how the module attends in its own code; None if it calls Transformers' registry.
         handed: whether the registered function was given the keyword ``longspan``.
     """
@@ -63,8 +66,8 @@ class Call(NamedTuple):
 class Probe:
     """Replaces attention in test forwards: every call is recorded, and no token sees another.
 
-    A token's output is its own value, repeated for the query heads, plus the mean of its query. In cross-attention (more or
-    fewer keys than queries) it is the mean of the query alone.
+    It is passed as the keyword ``longspan`` of the model's call. A token's output is its own value, repeated for the query
+    heads, plus the mean of its query. In cross-attention (more or fewer keys than queries) it is the mean of the query alone.
 
     Attributes:
         calls: the recorded calls, in order.
@@ -78,10 +81,20 @@ class Probe:
         self, module: nn.Module, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Any,
         *, recipe: Recipe | None = None, handed: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Record a call of attention and return, for each token, its own value plus a trace of its query.
+        """Record a call of attention and return, for each token, its own value plus the mean of its query.
 
         The query has been rotated by the token's position, so the outputs show which position it had. In cross-attention the
         queries' tokens have no values; there, keys and values are recorded to be compared.
+
+        Args:
+            module: the attention module.
+            q_BSHD, k_BSKD, v_BSKD: its queries, keys and values.
+            mask: the mask that the model passed.
+            recipe: how the module attends in its own code; None if it calls Transformers' registry.
+            handed: whether the registered function was given the keyword ``longspan``.
+
+        Returns:
+            [batch, tokens, heads, dim of v].
         """
         tokens, heads = ((q_BSHD.shape[dim], k_BSKD.shape[dim]) for dim in (1, 2))
         self.calls.append(Call(module, tokens, heads, mask, recipe, handed))
@@ -106,6 +119,7 @@ def proving(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _positions_and_biases(model: Any) -> Iterator[None]:
+    """Context manager: position tables, T5 biases and attention in a model's own code work as in a parallel model."""
     handles = [*pass_positions_to_tables(model), *compute_biases_by_distance(model)]
     base = base_of(model) or model
     handles += [ScopedModel(base), strip_additions(base), *record_attention(base, attend_in_proof)]
@@ -118,6 +132,7 @@ def _positions_and_biases(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Context manager: every module of ``model`` is in evaluation mode; on exit each is in the mode that it had."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -144,7 +159,14 @@ def _without_zero_parameters(model: nn.Module) -> Iterator[None]:
 def attend_in_proof(module: nn.Module, attention: Attention) -> Tensor:
     """The output of attention in a test forward, for a module that computes attention in its own code.
 
-    Each token gets its own value (see ``Probe.attend``), in the shape that the module's code expects.
+    The call is recorded by the ``Probe`` of the forward, and each token gets its own value and the mean of its query.
+
+    Args:
+        module: the attention module.
+        attention: its q, k and v, and the recorded operations on its scores.
+
+    Returns:
+        The output, in the shape that the module's code expects.
     """
     scope = scope_of(module)
     recipe, mask = read_recipe(module, attention, scope.configs)
@@ -153,7 +175,7 @@ def attend_in_proof(module: nn.Module, attention: Attention) -> Tensor:
 
 
 def row_lengths(model: Any) -> dict[str, int]:
-    """The lengths of the rows of a test batch: {"": tokens} and, for an encoder-decoder, also {"decoder_": tokens}.
+    """The number of tokens in each row of a test batch: {"": tokens} and, for an encoder-decoder, also {"decoder_": tokens}.
 
     A key is the prefix of the names of the row's tensors.
     """
@@ -168,6 +190,7 @@ def special_ids(model: Any, *kinds: str) -> set[int]:
 
 
 def _as_list(value: Any) -> list[Any]:
+    """``value`` as a list: itself, [] for None, and any other value as one element."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -199,12 +222,12 @@ def batch_of(model: Any) -> dict[str, Tensor]:
 
 
 def forward(model: Any, half: int | None = None, probe: Probe | None = None, **more: Any) -> dict[str, Tensor]:
-    """The outputs of a test forward of ``model``, by name.
+    """The outputs of a test forward of ``model``: {name: tensor}.
 
     Args:
         model: the model, its configs naming longspan's attention.
         half: 0 or 1 for the first or second half of the test row; None for all of it.
-        probe: what records the calls of attention.
+        probe: what records the calls of attention; None: one whose record is not kept.
         more: further keywords of the call, which replace those of the test batch; one that is None is left out.
 
     Raises:
@@ -271,7 +294,12 @@ def prove_token_wise(model: nn.Module) -> None:
 def _is_token_wise(name: str, whole: dict[str, Tensor], left: dict[str, Tensor], right: dict[str, Tensor]) -> bool | None:
     """Whether the outputs of a module for the two halves of a row, put together, equal its output for the whole row.
 
-    None if its output has no dim of tokens, as inside experts, which sort their tokens.
+    Args:
+        name: the module's name in the model.
+        whole, left, right: {name: output} of the forwards of the row and of its halves.
+
+    Returns:
+        None if its output has no dim of tokens, as inside experts, which sort their tokens.
     """
     if name not in left or name not in right:
         return None
@@ -282,6 +310,7 @@ def _is_token_wise(name: str, whole: dict[str, Tensor], left: dict[str, Tensor],
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have equal shapes, and values that are equal up to the tolerance of their dtype."""
     if a.shape != b.shape or not a.is_floating_point():
         return a.shape == b.shape and bool((a == b).all())
     scale = max(float(a.abs().max()), 1e-30)

@@ -48,16 +48,20 @@ TAKES = {sdpa_mask: "booleans", eager_mask: "numbers", flash_attention_mask: "no
 
 @dataclass(frozen=True)
 class RegistryKernels:
-    """The kernels of an attention of Transformers' registry (``kernel="hf:..."``), one for each attention module.
+    """The kernels of an attention of Transformers' registry, which the user asked for by ``kernel="hf:..."``.
 
     Attributes:
-        kernels: (attention module, its kernel).
+        kernels: (attention module, its kernel), one for each attention module.
     """
 
     kernels: tuple[tuple[Any, "Registered"], ...]
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Make each attention module use its kernel. The function that is returned does nothing: another undo removes them."""
+        """Make each attention module use its kernel.
+
+        Returns:
+            A function that does nothing: the undo of ``AttentionLayers``, on whose Layers the kernels are, removes them.
+        """
         for module, kernel in self.kernels:
             layer = module._longspan
             module._longspan = layer._replace(attend=partial(kernel.attend, by=layer.attend))
@@ -79,7 +83,8 @@ def probe(candidate: Candidate) -> RegistryKernels | None:
 
 
 def refuse_name(kernel: str, model: PreTrainedModel, coordinate: MeshCoordinate) -> None:
-    """Raise KernelError if ``kernel`` cannot be used; otherwise return None.
+    """Raise KernelError if the attention ``kernel`` ("hf:" and a name) of Transformers' registry cannot be used; otherwise
+    return.
 
     Refused: a name that is not in Transformers' registry, one that the model cannot use, and any name on a mesh whose ring has
     several ranks, because these functions return no log-sum-exp.
@@ -103,6 +108,7 @@ def refuse_name(kernel: str, model: PreTrainedModel, coordinate: MeshCoordinate)
 
 
 def _names() -> list[str]:
+    """The names of all attention functions in Transformers' registry that can be asked for."""
     known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     return [name for name in known if mask_functions().get(name) in TAKES and not name.startswith("paged|")]
 
@@ -144,12 +150,15 @@ class Registered:
         ``sink_logits`` reach the kernel as a bias, which computes their gradients; it adds nothing to the scores.
 
         Args:
-            q, k, v: this rank's tokens.
+            q, k, v: this rank's tokens, [batch, my tokens, heads, dim].
             by: the attention to call.
-            softcap: as in ``attend``.
-            sink_logits: as in ``attend``.
+            softcap: c turns a score s into c·tanh(s/c); None: no softcap.
+            sink_logits: one logit per query head, [heads], or None.
             bias: must be None.
             more: further keywords of ``attend``.
+
+        Returns:
+            [batch, my tokens, heads, v_dim].
 
         Raises:
             KernelError: the layer has a bias, or a softcap or sinks that this function cannot compute.
@@ -200,7 +209,14 @@ class Registered:
         self, q_RGD: Tensor, k_RGD: Tensor, v_RGD: Tensor, block: "_Block", scale: float, softcap: float | None,
         bias: BoundBias | None,
     ) -> Tensor:  # fmt: skip
-        """The output [rows, my heads, v_dim] of Transformers' attention function, called on the tokens of ``block``."""
+        """The output [rows, my heads, v_dim] of Transformers' attention function for the tokens of one block.
+
+        Args:
+            q_RGD, k_RGD, v_RGD: of the block's rows and this rank's heads.
+            block: the block, which has its mask.
+            scale, softcap: of the scores; None: no softcap.
+            bias: gives the layer's sinks; None: it has none.
+        """
         zero = torch.zeros(1, dtype=torch.long, device=q_RGD.device)
         sinks = None if bias is None else bias(zero, zero).flatten()
         keywords, mask, blind = block.keywords(), None, None
@@ -216,6 +232,12 @@ class Registered:
         return out if blind is None else out.masked_fill(blind[:, None, None], 0.0)
 
     def _needs_no_mask(self, keywords: dict[str, Any] | None) -> bool:
+        """Whether the function shows the mask of a block by ``keywords`` alone (None: no keywords express it), so needs no
+        tensor.
+
+        Raises:
+            KernelError: it needs one, and the function takes no mask.
+        """
         if self.takes == "nothing":
             if keywords is None:
                 raise KernelError(_not_expressible(self.name, f"the mask of this step in {self.layer}"))
@@ -238,9 +260,14 @@ class _Sinks:
 
 
 class _LayerView:
-    """Replaces the attention module as the argument of the registry's function: its sinks are those of this rank's heads.
+    """Replaces the attention module as the first argument of the registry's function: its sinks are those of this rank's heads.
 
     Any other tensor of the module, which has every head, raises KernelError when it is read.
+
+    Args:
+        kernel: the kernel of the module.
+        groups: query heads for each key/value head.
+        sinks: the sinks of this rank's heads, or None.
     """
 
     def __init__(self, kernel: Registered, groups: int, sinks: Tensor | None) -> None:
@@ -266,7 +293,10 @@ class _Block(NamedTuple):
     bands: tuple[Band, ...]
 
     def keywords(self) -> dict[str, Any] | None:
-        """``is_causal`` and ``sliding_window`` keywords that express the bands without a mask; None if they cannot."""
+        """The keywords ``is_causal`` and ``sliding_window`` by which a registry function shows these bands without a mask.
+
+        None if they cannot express the bands.
+        """
         if len(self.bands) > 1:
             return None
         whole, band = rectangle(self.start, self.stop, self.start, self.stop), self.bands[0]
@@ -278,9 +308,11 @@ class _Block(NamedTuple):
         return {"is_causal": band.hi == 0} | window
 
     def mask(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(mask [1, 1, rows, rows], True where a row sees a key; [rows], True for a row that sees no key).
+        """The block's mask as boolean tensors, for a function that takes a mask.
 
-        In the mask a row that sees no key sees itself.
+        Returns:
+            (mask [1, 1, rows, rows], True where a row sees a key; blind [rows], True for a row that sees no key). In the mask
+            such a row sees itself.
         """
         rows = self.stop - self.start
         sees = torch.zeros(rows, rows, dtype=torch.bool, device=device)
@@ -309,7 +341,11 @@ def _blocks(bands: Sequence[Band]) -> Iterator[_Block]:
 
 
 def _function(module: nn.Module, name: str) -> Callable[..., Any] | None:
-    """The function ``name`` of the registry that the module's modeling file uses, or its own eager one; None if missing."""
+    """The attention function ``name`` of the registry that the module's modeling file uses; for "eager" the file's own
+    function.
+
+    None if there is none.
+    """
     files = [vars(sys.modules[kind.__module__]) for kind in type(module).__mro__ if kind.__module__ in sys.modules]
     own = next((file for file in files if "ALL_ATTENTION_FUNCTIONS" in file), {})
     registry = own.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
@@ -318,4 +354,5 @@ def _function(module: nn.Module, name: str) -> Callable[..., Any] | None:
 
 
 def _not_expressible(kernel: str, what: str) -> str:
+    """The text of the error of a kernel that takes no mask and cannot express ``what``."""
     return f"kernel={kernel!r} takes no mask and cannot express {what}; use 'hf:sdpa', 'hf:eager' or 'auto'"

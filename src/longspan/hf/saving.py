@@ -15,7 +15,7 @@ from longspan.hf.candidate import Candidate, Undo
 
 @dataclass(frozen=True)
 class Saving:
-    """Replaces ``save_pretrained`` of a model by one that refuses sharded parameters.
+    """Replaces ``save_pretrained`` of a parallel model by one that refuses sharded parameters.
 
     Attributes:
         owners: the objects on which a user may call it: the model, and peft's wrapper of it.
@@ -26,7 +26,8 @@ class Saving:
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
         """Replace ``save_pretrained`` of each owner by one that raises RunError where parameters are sharded.
 
-        Returns a function that undoes it.
+        Returns:
+            A function that undoes it.
         """
         for owner in self.owners:
             vars(owner)["save_pretrained"] = partial(_save, owner, owner.save_pretrained)

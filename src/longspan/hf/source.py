@@ -35,7 +35,11 @@ OF_THE_FOLDER = ("_name_or_path", "transformers_version", "dtype")
 
 
 def read(folder: str, layers: int | None = None) -> "FolderSource":
-    """The FolderSource of a Hugging Face folder, with only the first ``layers`` layers if given.
+    """The model source of a Hugging Face folder, for ``--model hf:FOLDER``.
+
+    Args:
+        folder: its path.
+        layers: keep only the first ``layers`` layers; None: all.
 
     Raises:
         ModelError: the folder holds no causal or masked language model, or it has fewer layers.
@@ -54,7 +58,11 @@ def read(folder: str, layers: int | None = None) -> "FolderSource":
 
 
 def config_of(described: dict[str, Any]) -> PreTrainedConfig:
-    """The config from the result of ``FolderSource.described``. Raises ModelError if Transformers lacks its model type."""
+    """The Transformers config from ``described``, what ``FolderSource.described`` wrote into a checkpoint.
+
+    Raises:
+        ModelError: Transformers lacks its model type.
+    """
     try:
         config: PreTrainedConfig = AutoConfig.for_model(**described)
     except ValueError as error:
@@ -67,9 +75,10 @@ def config_of(described: dict[str, Any]) -> PreTrainedConfig:
 
 @dataclass(frozen=True)
 class FolderSource:
-    """The ModelSource of a language model in a Hugging Face folder.
+    """The ModelSource of a language model in a Hugging Face folder: what the command line asks about a model and builds it by.
 
     Attributes:
+        config: the model's config.
         folder: where its weights and tokenizer are; None if ``build`` is to draw random weights, which those of a checkpoint
             will replace.
     """
@@ -84,6 +93,7 @@ class FolderSource:
 
     @property
     def summary(self) -> str:
+        """The class, layers, heads and parameters as one line for the user."""
         parameters = sum(parameter.numel() for parameter in self.outline.parameters())
         layers = self._text.num_hidden_layers
         return f"{type(self.outline).__name__}, {layers} layers, {self.heads} query heads, {parameters:,} parameters"
@@ -100,28 +110,31 @@ class FolderSource:
 
     @property
     def special(self) -> frozenset[int]:
+        """The ids of the padding, begin and end tokens in the config."""
         ids = [getattr(self._text, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
         return frozenset(i for kind in ids for i in (kind if isinstance(kind, list) else [kind]) if i is not None)
 
     @property
     def tokenizer(self) -> str:
+        """The folder, if it has a tokenizer; else "bytes"."""
         has = self.folder is not None and any(Path(self.folder, name).is_file() for name in TOKENIZER_FILES)
         return self.folder if has and self.folder is not None else "bytes"
 
     @property
     def in_place(self) -> bool:
+        """Whether it is a masked language model, which predicts each token in its own place."""
         return class_of(self.config) in _classes(transformers.MODEL_FOR_MASKED_LM_MAPPING, self.config)
 
     @property
     def trained(self) -> bool:
+        """Whether the folder has weights."""
         return self.folder is not None and has_weights(self.folder)
 
     @property
     def reach(self) -> int | None:
-        """The largest number of tokens of a row: ``max_position_embeddings`` or, of a scaled RoPE, the length that it is scaled
-        to.
+        """The largest number of tokens of a row: ``max_position_embeddings``, or with a scaled RoPE the length it is scaled to.
 
-        None if the config has neither.
+        None if the config has neither, or if its RoPE scales with the row.
         """
         rope, known = (getattr(self._text, name, None) for name in ("rope_parameters", "max_position_embeddings"))
         if not rope or known is None:
@@ -134,6 +147,11 @@ class FolderSource:
         return reach
 
     def for_text(self, tokenizer: str, vocab: int) -> "FolderSource":
+        """This source, for text of a ``tokenizer`` with ``vocab`` ids.
+
+        Raises:
+            ModelError: it is a masked language model, or its vocabulary is smaller.
+        """
         kind = class_of(self.config).__name__
         if self.in_place:
             raise ModelError(f"{kind} predicts masked tokens, and this needs the next one; name a causal language model")
@@ -145,6 +163,15 @@ class FolderSource:
         return self
 
     def for_training(self, tokens: int, rope_scaling: str) -> "FolderSource":
+        """The source for training on rows of ``tokens`` tokens: this one, or a copy whose RoPE is scaled.
+
+        Args:
+            tokens: tokens of a row.
+            rope_scaling: "none", or the RoPE type by which longer rows are reached.
+
+        Raises:
+            ModelError: the config has dropout, or its positions end before ``tokens``.
+        """
         kind = class_of(self.config).__name__
         if drops := [name for name, value in vars(self._text).items() if is_dropout_field(name) and value]:
             raise ModelError(
@@ -172,6 +199,13 @@ class FolderSource:
         return FolderSource(config, self.folder)
 
     def build(self, seed: int, zero: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The model, in training mode, in ``dtype``.
+
+        Args:
+            seed: of random weights, where the folder has none.
+            zero: 0: with its weights, on the CPU; more: on the meta device, for ``parallelize`` to read them in shards.
+            dtype: of the parameters.
+        """
         config = deepcopy(self.config)
         with _quietly():
             if zero and self.folder is not None:
@@ -204,14 +238,23 @@ class FolderSource:
         return 6 * matrices + attention
 
     def described(self) -> dict[str, Any]:
+        """The config as JSON values, to be kept in a checkpoint; ``config_of`` reads it."""
         fields: dict[str, Any] = json.loads(json.dumps(self.config.to_dict(), default=str))
         return {name: value for name, value in fields.items() if name not in OF_THE_FOLDER}
 
     def export(self, model: nn.Module, folder: Path, tokenizer: str, mesh: ParallelMesh) -> bool:
-        """Write the trained model, the tokenizer that it was trained with, and the source's generation settings into
-        ``folder``.
+        """Write the trained model as a Hugging Face folder, with its tokenizer and the source's generation settings.
 
-        Every rank must call it. Returns True, because the folder was written.
+        Every rank must call it.
+
+        Args:
+            model: the parallel model.
+            folder: where it is written.
+            tokenizer: the folder or file of the tokenizer that it was trained with.
+            mesh: the ranks.
+
+        Returns:
+            True, because the folder was written (a ModelSource that cannot export returns False).
         """
         assert isinstance(model, transformers.PreTrainedModel)
         with _quietly():
@@ -233,6 +276,11 @@ def _classes(mapping: Any, config: PreTrainedConfig) -> tuple[Any, ...]:
 
 
 def _cut(config: PreTrainedConfig, folder: str, layers: int) -> None:
+    """Change ``config`` in place to its first ``layers`` layers; ``folder`` is for the error.
+
+    Raises:
+        ModelError: it has fewer layers.
+    """
     text: Any = config.get_text_config()
     if layers > text.num_hidden_layers:
         raise ModelError(f"layers={layers} is more than the {text.num_hidden_layers} of '{folder}'; use fewer")
@@ -243,6 +291,11 @@ def _cut(config: PreTrainedConfig, folder: str, layers: int) -> None:
 
 
 def _copy_beside(folder: Path, tokenizer: str, source: str | None) -> None:
+    """Copy the tokenizer, and the generation settings of ``source`` if it has some, into ``folder``.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
     try:
         if Path(tokenizer).is_dir():
             transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).save_pretrained(folder)

@@ -30,7 +30,9 @@ OUTER = "longspan_call"
 
 @dataclass(frozen=True)
 class Call:
-    """What ``shard_batch`` added to one call of a model, in one object, in which FSDP2 does not look for tensors.
+    """What ``shard_batch`` added to one call of a model, in one object, which layers read from the model's ``Scope``.
+
+    (One object, because FSDP2 looks for tensors in keywords and would not find them in this one.)
 
     Attributes:
         step: the BatchInfo, or the Probe of a test forward; None outside of a call.
@@ -48,8 +50,8 @@ class Scope:
 
     The wrapper of the forward enters a call by ``during`` (or ``push``); a layer reads ``scope_of(layer).call``, the innermost.
 
-    Attributes:
-        configs: the configs of the model and its parts, with which the mask of a layer is read.
+    Args:
+        configs: the configs of the model and its parts, with which the mask of a layer is read; an attribute of the scope.
     """
 
     def __init__(self, configs: Sequence[Any] = ()) -> None:
@@ -70,11 +72,11 @@ class Scope:
             self._calls.pop()
 
     def push(self, call: Call) -> None:
-        """Make ``call`` the innermost call until ``clear`` is called."""
+        """Make ``call`` the innermost call until ``clear`` is called: for hooks, which cannot be a context."""
         self._calls.append(call)
 
     def clear(self) -> None:
-        """Forget every call."""
+        """Remove every call from the stack."""
         self._calls.clear()
 
 
@@ -109,7 +111,7 @@ def needs_scope(model: Any) -> bool:
 
 
 class ScopedModel:
-    """Gives a model a Scope that holds each call while the model, or one of its blocks, computes; until ``remove``.
+    """Gives a model a Scope that holds each call while the model, or one of its blocks, computes; ``remove`` undoes it.
 
     A block that is computed again in the backward holds the same call again.
 
@@ -143,12 +145,13 @@ class ScopedModel:
                 vars(module)["forward"] = had
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Set ``forward`` as the forward of the instance ``module``, until ``remove``."""
         self._replaced.append((module, vars(module).get("forward")))
         vars(module)["forward"] = forward
 
 
 class Stripped:
-    """Replaces the model's forward by one that drops keywords that it does not accept, until ``remove`` is called.
+    """Replaces the model's forward by one that drops keywords of ``shard_batch`` that it does not accept; ``remove`` undoes it.
 
     A model whose forward is replaced already is left as it is.
     """
@@ -164,7 +167,11 @@ class Stripped:
 
 
 def strip_additions(model: Any) -> Any:
-    """Register a pre-hook that drops the keywords of ``shard_batch`` that the forward does not accept; returns its handle."""
+    """Register a forward pre-hook on ``model`` that drops the keywords of ``shard_batch`` that its forward does not accept.
+
+    Returns:
+        The handle of the hook.
+    """
     named = _named(type(model).forward)
 
     def strip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,24 +202,28 @@ def _taken(kwargs: dict[str, Any], named: set[str] | None) -> dict[str, Any]:
 
 
 def _without_additions(forward: Callable[..., Any], named: set[str] | None, *args: Any, **kwargs: Any) -> Any:
+    """Call ``forward`` without the keywords of ``shard_batch`` that are not among ``named``; None: it accepts any."""
     return forward(*args, **_taken(kwargs, named))
 
 
 def _push(scope: Scope, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the model: make its call, read off the keywords, the innermost of ``scope``."""
     positions = {name: value for name, value in kwargs.items() if name.endswith("position_ids") and value is not None}
     scope.push(Call(kwargs.get(STEP), kwargs.get("shift_labels"), positions))
 
 
 def _clear(scope: Scope, *_: Any) -> None:
+    """Forward hook of the model: remove every call from ``scope``."""
     scope.clear()
 
 
 def _name_call(scope: Scope, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A pre-hook of a block: adds the model's call as a keyword, which activation checkpointing passes again."""
+    """Forward pre-hook of a block: add the model's call as a keyword, which activation checkpointing passes to it again."""
     return args, kwargs | {OUTER: scope.call}
 
 
 def _hold(scope: Scope, block: nn.Module, forward: Callable[..., Any], *args: Any, longspan_call: Call, **kwargs: Any) -> Any:
-    """The block's forward, run while ``scope`` holds ``longspan_call``; also what Transformers' checkpointing recomputes."""
+    """The forward of a block, run while ``scope`` holds ``longspan_call``; a recomputation by Transformers' checkpointing
+    too."""
     with scope.during(longspan_call), checkpoint_within(block, partial(scope.during, longspan_call)):
         return forward(*args, **kwargs)

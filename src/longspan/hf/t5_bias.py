@@ -28,12 +28,13 @@ PROVEN_TOKENS = 9
 
 @dataclass(frozen=True)
 class RelativeBias:
-    """What ``probe`` found: the model has layers that add a bias by relative position (T5)."""
+    """What ``probe`` found: the model has layers that add a bias by relative position (T5). It has no fields."""
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
         """Make the layers that add a bias by relative position compute it for all distances of the whole row.
 
-        Returns a function that undoes it.
+        Returns:
+            A function that undoes it.
         """
         return remove_all(compute_biases_by_distance(model))
 
@@ -49,9 +50,10 @@ def probe(candidate: Candidate) -> RelativeBias | None:
 
 
 class Distances:
-    """A bias for ``attend(bias=)``: distances[head, k - q + n - 1] for query position q and key position k.
+    """A ``Bias`` for ``attend(bias=)``: distances[head, k - q + n - 1] for query position q and key position k.
 
-    ``distances`` is [heads, 2 n - 1], for keys from n - 1 before the query to n - 1 behind it; n: tokens of a row.
+    Args:
+        distances: [heads, 2 n - 1], for keys from n - 1 before the query to n - 1 behind it, with n the tokens of a row.
     """
 
     def __init__(self, distances: Float[Tensor, "heads distances"]) -> None:
@@ -66,7 +68,11 @@ class Distances:
 
 
 def distances_of(module: nn.Module, position_bias: Tensor, tokens: int) -> Distances:
-    """The Distances of ``position_bias`` [1, heads, 1, 2 * tokens - 1]. Raises ModelError for any other shape."""
+    """The ``Bias`` of a layer whose code passes ``position_bias`` [1, heads, 1, 2 * tokens - 1], the bias of all distances.
+
+    Raises:
+        ModelError: ``position_bias`` has another shape.
+    """
     if position_bias.shape[2:] != (1, 2 * tokens - 1):
         _refuse(module, position_bias)
     return Distances(position_bias[0, :, 0])
@@ -82,6 +88,7 @@ def refuse_bias_across(module: nn.Module, position_bias: Tensor) -> None:
 
 
 def _refuse(module: nn.Module, position_bias: Tensor) -> None:
+    """Raise ModelError: ``module`` adds a bias to its scores that is not one by relative position alone."""
     raise ModelError(
         f"{type(module).__name__} adds a bias of shape {list(position_bias.shape)} to its scores, which is not one by relative "
         f"position alone and counted over this rank's tokens; such a layer is not supported"
@@ -112,7 +119,7 @@ def prove_distances(model: nn.Module) -> None:
 
 
 class ByDistance:
-    """Replaces one layer's ``compute_bias`` by the bias of all distances, [1, heads, 1, 2 n - 1], until ``remove``.
+    """Replaces one layer's ``compute_bias`` by the bias of all distances, [1, heads, 1, 2 n - 1]; ``remove`` undoes it.
 
     n is the number of tokens of the whole row of the current call.
     """
@@ -125,12 +132,14 @@ class ByDistance:
         module.compute_bias = self._compute
 
     def remove(self) -> None:
+        """Undo the replacement."""
         self._handle.remove()
         del self._module.compute_bias
         if self._had is not None:
             self._module.compute_bias = self._had
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the layer: note the tokens of its row; give a layer that adds no bias of its own an empty one."""
         step, hidden = kwargs.get("longspan"), args[0] if args else kwargs["hidden_states"]
         row = step.target if isinstance(step, BatchInfo) and module.is_decoder and step.target is not None else step
         self._tokens = row.tokens if isinstance(row, BatchInfo) else hidden.shape[1]
@@ -142,11 +151,13 @@ class ByDistance:
         return args, kwargs
 
     def _compute(self, query_length: int, key_length: int, device: Any = None, past_seen_tokens: int = 0) -> Tensor:
+        """In place of ``compute_bias``: the bias of all distances; the lengths that the layer asks for are not used."""
         bias: Tensor = self._own(1, 2 * self._tokens - 1, device=device, past_seen_tokens=self._tokens - 1)
         return bias.clone()
 
 
 def _computes(module: nn.Module) -> bool:
+    """Whether ``module`` computes a bias by relative position, by a ``compute_bias`` like that of T5."""
     compute: Any = getattr(module, "compute_bias", None)
     if compute is None or not hasattr(module, "has_relative_attention_bias"):
         return False

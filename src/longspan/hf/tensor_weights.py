@@ -39,7 +39,7 @@ REFUSED = frozenset({
 
 @dataclass(frozen=True)
 class TensorWeights:
-    """What ``probe`` found: which weights of the model are cut over the tensor ranks, and how."""
+    """What ``probe`` found: which weights of the model are cut over the tensor ranks, and how (``plan``)."""
 
     plan: TensorPlan
 
@@ -75,10 +75,11 @@ def probe(candidate: Candidate) -> TensorWeights | None:
 
 
 def _styles(candidate: Candidate) -> dict[str, str]:
-    """How each module or parameter of the model is cut, by name: the styles of the config's plan, such as "colwise".
+    """How each module or parameter of the model is cut: {name: style of Transformers' plan, such as "colwise"}.
 
     Raises:
-        ModelError: as ``probe``.
+        ModelError: the config has no plan of tensor parallelism or has an unsupported style, or the model is one that the plan
+            does not cover: LoRA, an encoder-decoder, a balance loss of experts.
     """
     model, kind = candidate.model, type(candidate.model).__name__
     base = model.base_model
@@ -156,7 +157,7 @@ class _Reader:
         return ((n, s) for n, s in self._styles.items() if s not in ("replicated_with_grad_allreduce", "moe_tp_experts"))
 
     def _regions(self) -> dict[str, bool]:
-        """The modules whose input is gathered, by name, each with whether it routes tokens to experts.
+        """The modules whose input is gathered: {name: whether the module routes tokens to experts}.
 
         Of modules inside one another only the outer one is in the result.
         """
@@ -181,6 +182,12 @@ class _Reader:
         return module, module is not None
 
     def _cuts(self, region: str, name: str, style: str) -> dict[str, Cut]:
+        """{name of a parameter: how it is cut}, for the module or parameter ``name`` of the plan, in ``region``, with this
+        ``style``.
+
+        Raises:
+            ModelError: a Linear module has a style that is for experts only, or its rows are no heads.
+        """
         module, is_linear = self._linear(name)
         if not is_linear:
             return {name: self._cut_of_parameter(name, style)}
@@ -195,6 +202,11 @@ class _Reader:
 
     def _cut_of_heads(self, region: str, name: str, rows: int) -> Cut:
         """How a projection of an attention module is cut over the tensor ranks: by its query heads, or by its key/value heads.
+
+        Args:
+            region: the attention module.
+            name: the projection.
+            rows: rows of its weight.
 
         Raises:
             ModelError: its rows are those of neither.
@@ -236,7 +248,8 @@ class _Reader:
 def _prove_partial_sums(model: Any, region: str, plan: TensorPlan, ranks: int) -> None:
     """Raise ModelError if the outputs of ``region`` with each rank's weights do not add up to its output with whole weights.
 
-    Tested on one rank, with random hidden states. A shared expert that is not cut would be added by every rank.
+    Tested on one rank, with random hidden states, for ``ranks`` tensor ranks. A shared expert that is not cut would be added by
+    every rank.
     """
     module = model.get_submodule(region)
     own = {name: parameter for name, parameter in module.named_parameters() if f"{region}.{name}" in plan.cuts}
@@ -262,18 +275,22 @@ def _prove_partial_sums(model: Any, region: str, plan: TensorPlan, ranks: int) -
 
 
 def _piece(parameter: Tensor, cut: Cut, ranks: int, rank: int) -> Tensor:
-    """What ``rank`` computes with of a whole parameter."""
+    """The part of a whole ``parameter`` with which tensor rank ``rank`` of ``ranks`` computes, as a new tensor."""
     runs = cut.pieces(parameter.shape[cut.dim], ranks, rank)
     return torch.cat([parameter.detach().narrow(cut.dim, run.start, len(run)) for run in runs], cut.dim)
 
 
 def _first(output: Any) -> Tensor:
+    """The output of a module, or the first element of it if it is a tuple."""
     first: Tensor = output[0] if isinstance(output, tuple) else output
     return first
 
 
 def _prove_reads(model: Any, plan: TensorPlan) -> None:
-    """Raise ModelError if a test forward reads a weight outside of its module and region, where it would get a DTensor."""
+    """Raise ModelError if a forward of ``model`` reads a weight while no module of its region (or the one that owns it) runs.
+
+    There the weight would be a DTensor. A test forward, in which all other weights are empty, shows it.
+    """
     held = {module: dict(module.named_parameters(recurse=False)) for module in model.modules()}
     shown = shown_by(model, plan)
     handles = []
@@ -301,11 +318,13 @@ def _prove_reads(model: Any, plan: TensorPlan) -> None:
 
 
 def _set(held: Mapping[nn.Module, Mapping[str, nn.Parameter]], owners: Iterable[nn.Module]) -> None:
+    """Set the parameters that ``held`` has of each of the ``owners`` as plain attributes of it."""
     for owner in owners:
         vars(owner).update(held[owner])
 
 
 def _unset(held: Mapping[nn.Module, Mapping[str, nn.Parameter]], owners: Iterable[nn.Module]) -> None:
+    """Remove the attributes that ``_set`` has set on the ``owners``."""
     for owner in owners:
         for name in held[owner]:
             vars(owner).pop(name, None)

@@ -74,9 +74,9 @@ def load(
 
 
 def load_whole(folder: str | Path | None, config: PreTrainedConfig, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """The model of ``load`` with all its weights on the CPU of this rank, in training mode.
+    """The model with all its weights, on this rank's CPU, in training mode: those of ``from_pretrained(folder)``.
 
-    The weights are those of ``from_pretrained``; without a folder, or without weights in it, the random ones of ``load``.
+    Without a folder, or without weights in it, they are random and drawn from ``seed``.
     """
     kind: Any = class_of(config)
     if folder is not None and has_weights(folder):
@@ -89,12 +89,12 @@ def load_whole(folder: str | Path | None, config: PreTrainedConfig, dtype: torch
 
 
 def has_weights(folder: str | Path) -> bool:
-    """Whether a folder holds a .safetensors or .bin file."""
+    """Whether the folder holds a .safetensors or .bin file."""
     return any(path.suffix in WEIGHTS for path in Path(folder).iterdir())
 
 
 def read_config(folder: str | Path) -> PreTrainedConfig:
-    """Read config.json of a folder. Raises ModelError if there is none, or if Transformers does not have its model class."""
+    """The config of a folder. Raises ModelError without a config.json, or if Transformers does not have its model class."""
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         there = "has no config.json" if path.is_dir() else "does not exist"
@@ -324,7 +324,7 @@ def _config_of(model: Any) -> PreTrainedConfig:
 
 
 def _names(model: nn.Module) -> list[list[str]]:
-    """For each tensor of the state dict the list of its names; a tied tensor has several."""
+    """For each tensor of the state dict, the list of its names: a tied tensor has several."""
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
@@ -393,7 +393,7 @@ def _owner(model: PreTrainedModel, name: str) -> Any:
 
 
 def _keep(mine: Tensor, whole: Tensor) -> None:
-    """Copy ``whole`` into ``mine``; if ``mine`` is a DTensor, only this rank's shard."""
+    """Copy ``whole``, which every rank has, into ``mine``; if ``mine`` is a DTensor, only this rank's shard."""
     if isinstance(mine, DTensor):
         whole = distribute_tensor(whole.to(mine.device), mine.device_mesh, mine.placements, src_data_rank=None).to_local()
         mine = mine.to_local()
