@@ -30,7 +30,7 @@ from longspan.errors import BatchError, RunError
 
 
 def single_process_arguments(args: TrainingArguments, mesh: ParallelMesh) -> TrainingArguments:
-    """A copy of ``args`` that describes one process whose batch is that of all data replicas.
+    """A copy of ``args`` that describes one process whose batch is that of all data replicas, for Trainer's loop on each rank.
 
     ``args`` is not changed. In the copy the batch sizes are multiplied by the number of data replicas, the world size is 1,
     batches are not dispatched, and the process index is still this rank's, so that only rank 0 writes files.
@@ -49,7 +49,8 @@ def _local_rank() -> int:
 
 
 class _MainProcess:
-    """Mixin: the main process has ``process_index`` 0, the local main process ``local_process_index`` 0."""
+    """Mixin for classes with ``process_index`` and ``local_process_index``: rank 0 is the main process, local rank 0 the
+    local one."""
 
     @property
     def is_main_process(self: Any) -> bool:
@@ -62,10 +63,14 @@ class _MainProcess:
 
 @dataclass(frozen=True)
 class SingleProcessState(_MainProcess):
-    """Replaces accelerate's state in a copy of TrainingArguments: ``num_processes`` is 1, ``process_index`` this rank.
+    """Replaces accelerate's state in a copy of TrainingArguments, so that Trainer runs as a single process.
 
-    ``process_index`` and ``local_process_index`` (the rank on this node) decide which process writes files. accelerate's own
-    state is a singleton of the process and stays as it is. Pickled, it becomes None.
+    accelerate's own state is a singleton of the process and stays as it is. Pickled, this one becomes None.
+
+    Attributes:
+        process_index, local_process_index: this rank, and its number on its node; they decide which process writes files.
+        device: the rank's device.
+        num_processes, distributed_type: those of a run of one process.
     """
 
     process_index: int
@@ -130,10 +135,18 @@ class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
         return tensor
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
-        """Scale the gradients so that their norm over all ranks is at most ``max_norm``; return the norm before.
+        """Scale the gradients so that their norm over all ranks is at most ``max_norm``.
+
+        Args:
+            parameters: the parameters of the model.
+            max_norm: the largest norm.
+            norm_type: must be 2.
+
+        Returns:
+            The norm before scaling, equal on every rank.
 
         Raises:
-            RunError: if ``norm_type`` is not 2.
+            RunError: ``norm_type`` is not 2.
         """
         if norm_type != 2:
             raise RunError(f"norm_type={norm_type} is not supported over a mesh; the norm of sharded gradients is the 2-norm")
@@ -173,21 +186,35 @@ class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
             loader.remainder = int(count_rows())
 
     def save_state(self, *args: Any, **keywords: Any) -> Any:
-        """accelerate's ``save_state``, without a collective. Raises RunError if a prepared model has sharded parameters."""
+        """Write the state as accelerate's ``save_state`` does, on this rank alone; arguments and result are its.
+
+        Raises:
+            RunError: a prepared model has sharded parameters.
+        """
         self._refuse_sharded("save_state")
         return super().save_state(*args, **keywords)
 
     def load_state(self, *args: Any, **keywords: Any) -> Any:
-        """accelerate's ``load_state``. Raises RunError if a prepared model has sharded parameters."""
+        """Read what ``save_state`` wrote, as accelerate's ``load_state`` does; arguments are its.
+
+        Raises:
+            RunError: a prepared model has sharded parameters.
+        """
         self._refuse_sharded("load_state")
         return super().load_state(*args, **keywords)
 
     def get_state_dict(self, model: Any, *args: Any, **keywords: Any) -> Any:
-        """accelerate's ``get_state_dict``. Raises RunError if ``model`` has sharded parameters."""
+        """The state dict of ``model`` as accelerate's ``get_state_dict`` gives it; other arguments are its.
+
+        Raises:
+            RunError: ``model`` has sharded parameters.
+        """
         self._refuse_sharded("get_state_dict", [model])
         return super().get_state_dict(model, *args, **keywords)
 
     def _refuse_sharded(self, method: str, models: Iterable[Any] | None = None) -> None:
+        """Raise RunError if one of ``models`` (None: of the prepared ones) has sharded parameters, which ``method`` cannot
+        handle."""
         for model in self._models if models is None else models:
             if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
                 raise RunError(
@@ -201,9 +228,14 @@ class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
 class ReplicaCollator:
     """A collator that receives the rows of all data replicas and returns the batch of one of them.
 
-    The rows are divided into ``replicas`` consecutive runs whose sizes differ by at most one, the larger ones first; run
-    number ``replica`` is passed to ``collate``. If it is empty, the result is the batch of the first row, with every tensor
-    shortened to no rows. With one replica the result is ``collate(examples)``.
+    The rows are divided into ``replicas`` consecutive runs whose sizes differ by at most one, the larger ones first; run number
+    ``replica`` is passed to ``collate``. If it is empty, the result is the batch of the first row, with every tensor shortened
+    to no rows. With one replica the result is ``collate(examples)``.
+
+    Attributes:
+        collate: the collator of the DataLoader: rows to a batch.
+        replicas: the number of data replicas.
+        replica: this rank's, from 0.
     """
 
     collate: Callable[[Any], Any]
@@ -221,7 +253,10 @@ class ReplicaCollator:
 
 
 def refuse_repeated_rows(loader: Any, coordinate: MeshCoordinate) -> None:
-    """Raise BatchError if there are several data replicas and ``loader`` has no ReplicaCollator: each would get every row."""
+    """Raise BatchError if every data replica would train on all rows of ``loader``, a DataLoader.
+
+    That is so if there are several data replicas and its collator is no ReplicaCollator, which gives each its own rows.
+    """
     if coordinate.data > 1 and not isinstance(getattr(loader, "collate_fn", None), ReplicaCollator):
         raise BatchError(
             "the DataLoader gives every data replica the same rows; return self.accelerator.prepare(DataLoader(...)) from "

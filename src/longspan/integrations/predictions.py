@@ -25,10 +25,8 @@ PROBE_ROWS, PROBE_TOKENS = 2, 7
 
 
 def single(values: tuple[Any, ...] | None) -> Any:
-    """``values[0]`` if ``values`` is a tuple of one element, else ``values`` unchanged, also None.
-
-    Trainer passes outputs and labels in this form.
-    """
+    """Undo Trainer's tuple around one output or label: ``values[0]`` of a tuple of one element, else ``values`` unchanged,
+    also None."""
     return values[0] if values is not None and len(values) == 1 else values
 
 
@@ -75,7 +73,7 @@ def gather_replicas(rows: Tensor, mesh: ParallelMesh) -> Tensor:
 
 
 def sum_over_replicas(count: int | float, mesh: ParallelMesh) -> float:
-    """The sum over data replicas of ``count``, which must be equal on all ranks of a replica; a collective of all ranks."""
+    """The sum over data replicas of ``count``, which must be equal on all ranks of a replica. Every rank must call it."""
     total = torch.tensor(count, dtype=torch.float64, device="cpu")
     dist.all_reduce(total, group=mesh.world_group)
     return total.item() / mesh.coordinate.sequence_ranks
@@ -115,9 +113,15 @@ def is_token_wise(function: Callable[[Any, Any], Any], logits: Any, labels: Any)
 
 
 def apply_token_wise(function: Callable[[Any, Any], Any], logits: Any, labels: Any) -> Any:
-    """``function(logits, labels)`` of this rank's tokens. A replica without rows gets the result's shape with no rows.
+    """``function(logits, labels)`` of this rank's tokens, for a token-wise function. A replica without rows gets no rows.
 
-    For such a replica the function is called with one row of zeros, and that row of the result is removed.
+    Args:
+        function: ``preprocess_logits_for_metrics`` of a Trainer, for which ``is_token_wise`` is True.
+        logits, labels: of this rank's tokens, [rows, my tokens, ...]. Without rows, the function is called with one row of
+            zeros, and that row of the result is removed.
+
+    Returns:
+        The function's result, [rows, my tokens, ...].
     """
     if all(leaf.shape[0] for leaf in _leaves(logits)):
         return function(logits, labels)
@@ -126,9 +130,15 @@ def apply_token_wise(function: Callable[[Any, Any], Any], logits: Any, labels: A
 
 
 def my_labels(part: Mapping[str, Any], names: list[str], tokens: int) -> Any:
-    """The entries ``names`` of ``part`` as Trainer passes labels: one tensor, or a tuple of several.
+    """The labels in this rank's part of a batch, as Trainer passes labels: one tensor, or a tuple of several.
 
-    None if one of them is missing or is not [rows, ``tokens``, ...]; ``tokens`` is the number of this rank's tokens.
+    Args:
+        part: this rank's part.
+        names: the names of its entries that are labels.
+        tokens: the number of this rank's tokens.
+
+    Returns:
+        None if an entry is missing or is not [rows, ``tokens``, ...].
     """
     labels = tuple(part.get(name) for name in names)
     cut = all(isinstance(label, Tensor) and label.ndim > 1 and label.shape[1] == tokens for label in labels)
@@ -136,12 +146,14 @@ def my_labels(part: Mapping[str, Any], names: list[str], tokens: int) -> Any:
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``function`` applied to each tensor of it: one tensor, or a nested tuple or list of them."""
     if isinstance(value, tuple | list):
         return type(value)(_map(each, function) for each in value)
     return None if value is None else function(value)
 
 
 def _leaves(value: Any) -> list[Tensor]:
+    """All tensors of ``value``, which is one tensor, a nested tuple or list of them, or something else."""
     if isinstance(value, tuple | list):
         return [leaf for each in value for leaf in _leaves(each)]
     if not isinstance(value, Tensor):
@@ -150,11 +162,13 @@ def _leaves(value: Any) -> list[Tensor]:
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A random tensor [2, 7, ...] with the dtype and the trailing dims of ``tensor``, for the test of a function."""
     shape = (PROBE_ROWS, PROBE_TOKENS, *tensor.shape[2:])
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(tensor.device, tensor.dtype)
 
 
 def _random_labels(tensor: Tensor, vocab: int, generator: torch.Generator) -> Tensor:
+    """Random labels [2, 7, ...] below ``vocab`` with the dtype and the trailing dims of ``tensor``."""
     shape = (PROBE_ROWS, PROBE_TOKENS, *tensor.shape[2:])
     labels = torch.randint(0, vocab, shape, generator=generator, device="cpu")
     labels[:, ::3] = IGNORE

@@ -15,7 +15,10 @@ from longspan.distributed.mesh import ParallelMesh
 
 
 def synchronize(mesh: ParallelMesh) -> None:
-    """Broadcast the state of torch's CPU generator from rank 0 to all ranks of ``mesh``. Every rank must call it."""
+    """Set the state of torch's CPU generator on every rank of ``mesh`` to that of rank 0. Every rank must call it.
+
+    Samplers and collators then draw the same rows and masks on all ranks of a sequence.
+    """
     if mesh.world_group.size() > 1:
         state = torch.get_rng_state()
         dist.broadcast(state, group=mesh.world_group, group_src=0)
@@ -24,9 +27,10 @@ def synchronize(mesh: ParallelMesh) -> None:
 
 @contextmanager
 def stream_of_this_rank(mesh: ParallelMesh, *key: int) -> Iterator[None]:
-    """Context manager: seed torch's generators with a hash of (``key``, this rank), and restore their state on exit.
+    """Context manager: inside, this rank draws random numbers of its own, so that dropout is independent between ranks.
 
-    On a mesh of one rank it does nothing. The generators are the CPU's and, on a GPU mesh, the device's.
+    torch's generators (the CPU's and, on a GPU mesh, the device's) are seeded with a hash of (``key``, this rank), and their
+    state is restored on exit. On a mesh of one rank it does nothing.
 
     Args:
         mesh: the ranks, each of which gets another seed.

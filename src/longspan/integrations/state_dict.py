@@ -50,20 +50,30 @@ def shard_like(value: Any, like: Any) -> Any:
 
 
 def load_whole_tensors(model: nn.Module) -> None:
-    """Register a hook with which ``model.load_state_dict`` accepts whole tensors: it shards them as the parameters are."""
+    """Register a hook on ``model`` with which ``load_state_dict`` accepts whole tensors for its sharded parameters.
+
+    Each tensor, which every rank holds, is sharded as the parameter is.
+    """
     model.register_load_state_dict_pre_hook(_shard_weights)
 
 
 def _shard_weights(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Pre-hook of a module's ``load_state_dict``: shard its whole tensors in ``state``, in place, as its parameters are."""
     for name, own in module.state_dict().items():
         if prefix + name in state:
             state[prefix + name] = shard_like(state[prefix + name], own)
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A pre-hook of ``optimizer.load_state_dict``: a copy of ``state`` whose moments are sharded as their parameters are.
+    """A pre-hook of ``optimizer.load_state_dict``, for a state of whole tensors.
 
-    A moment of another shape than its parameter (such as ``step``) is unchanged. Parameters are matched by their order.
+    Args:
+        optimizer: holds parameters that may be sharded.
+        state: the state dict of an optimizer over the whole parameters, matched to them by their order.
+
+    Returns:
+        A copy of ``state`` whose moments are sharded as their parameters are. A moment of another shape than its parameter
+        (such as ``step``) is unchanged.
     """
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

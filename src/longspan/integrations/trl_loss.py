@@ -30,7 +30,12 @@ def average_balance_loss(trainer: Any, loss: Tensor, outputs: Any) -> Tensor:
     """``loss`` with the weight of the experts' balance loss in it changed from Transformers' to TRL's.
 
     Transformers' is ``model.router_aux_loss_coef``, TRL's ``trainer.router_aux_loss_coef``, in training divided by the number
-    of micro-batches of the step. ``loss`` itself if the model's ``outputs`` have no balance loss.
+    of micro-batches of the step.
+
+    Args:
+        trainer: an SFTTrainer behind LongTrainer.
+        loss: the loss that Transformers' Trainer has computed, a scalar.
+        outputs: of the model; without a balance loss in them, ``loss`` itself is returned.
     """
     aux_loss = outputs.get("aux_loss") if getattr(trainer, "aux_loss_enabled", False) else None
     if aux_loss is None:
