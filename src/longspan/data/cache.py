@@ -74,6 +74,8 @@ def sync(file: IO[bytes]) -> None:
 
 
 def _make(draft: Path, path: Path, make: Callable[[Path], None]) -> None:
+    """Make the folder ``path``: call ``make`` with the empty folder ``draft``, then rename that; the draft is removed in any
+    case."""
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
@@ -97,7 +99,8 @@ def _sweep(folder: Path) -> None:
 def _locked(path: Path, how: int = 0) -> Iterator[IO[str]]:
     """Context manager: open (or create) the file ``path``, lock it exclusively (flock) and yield it at position 0.
 
-    Waits for another process that holds the lock; ``how=fcntl.LOCK_NB`` raises BlockingIOError instead. Exit releases it.
+    It waits for another process that holds the lock; with ``how=fcntl.LOCK_NB`` it raises BlockingIOError instead. On exit the
+    lock is released.
     """
     with path.open("a+", encoding="ascii") as file:
         fcntl.flock(file, fcntl.LOCK_EX | how)
@@ -107,6 +110,7 @@ def _locked(path: Path, how: int = 0) -> Iterator[IO[str]]:
 
 @contextmanager
 def _writable(folder: Path) -> Iterator[None]:
+    """Context manager: an OSError in the block is raised as a DataError that names the cache ``folder``."""
     try:
         yield
     except OSError as error:

@@ -34,10 +34,12 @@ NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-pa
 
 @dataclass(frozen=True)
 class Document:
-    """One text.
+    """One text, as ``documents`` yields it.
 
-    ``name``: file, and line or row, for messages; ``text``: its bytes; ``read``: bytes on disk of all sources up to the end of
-    this document, for a progress bar.
+    Attributes:
+        name: the file, and the line or row in it, for messages.
+        text: its bytes.
+        read: bytes on disk of all sources up to the end of this document, for a progress bar.
     """
 
     name: str
@@ -47,7 +49,13 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """One ``--data`` argument: as given, its files in the order in which they are read, and the files of unknown kinds."""
+    """One ``--data`` argument and its files, as ``find`` returns it.
+
+    Attributes:
+        given: the argument: a file, folder or glob.
+        files: its files in the order in which they are read.
+        skipped: files of unknown kinds in the same folders, which are not read.
+    """
 
     given: str
     files: tuple[Path, ...]
@@ -74,7 +82,18 @@ def documents(sources: Sequence[str], text_field: str = "text") -> Iterator[Docu
 
 
 def documents_of(found: Sequence[Source], text_field: str) -> Iterator[Document]:
-    """As ``documents``, for the result of ``find``."""
+    """Read every document of the sources that ``find`` returned, in their order; empty texts are left out.
+
+    Args:
+        found: the sources.
+        text_field: the JSON field and Parquet column of the text.
+
+    Yields:
+        A Document for each file, line (JSON lines) or row (Parquet).
+
+    Raises:
+        DataError: a file cannot be read, or a source holds no text, or a line or row has no ``text_field``.
+    """
     behind = 0
     for source in found:
         empty = True
@@ -98,7 +117,13 @@ def size(path: Path) -> int:
 
 
 def find(sources: Sequence[str]) -> list[Source]:
-    """A Source with its files for each of ``sources``; for none, the Python standard library. Opens no file.
+    """The sources that the user has named, with their files; no file is opened.
+
+    Args:
+        sources: files, folders and globs; empty: the Python standard library.
+
+    Returns:
+        A Source for each of them.
 
     Raises:
         DataError: a source does not exist, holds no file of a known kind, or names a file of an unknown kind.
@@ -109,6 +134,7 @@ def find(sources: Sequence[str]) -> list[Source]:
 
 
 def _standard_library() -> Source:
+    """The Python files of the standard library, as a Source; tests and other folders in ``NOT_LIBRARY`` are left out."""
     root = Path(sysconfig.get_path("stdlib"))
     files = tuple(path for path in _below(root, NOT_LIBRARY) if path.suffix == ".py")
     if not files:
@@ -117,6 +143,11 @@ def _standard_library() -> Source:
 
 
 def _find_one(given: str) -> Source:
+    """The Source of one file, folder or glob.
+
+    Raises:
+        DataError: it does not exist, or holds no file of a known kind.
+    """
     path = Path(given).expanduser()
     if path.is_dir():
         return Source(given, *_texts_below(path))
@@ -136,7 +167,11 @@ def _find_one(given: str) -> Source:
 
 
 def _texts_below(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """(files of known kinds, other files) below a folder, each sorted by path. Raises DataError without any of a known kind."""
+    """The files below a folder: (those of known kinds, the others), each sorted by path.
+
+    Raises:
+        DataError: there is none of a known kind.
+    """
     below = _below(folder, frozenset())
     files = tuple(path for path in below if kind(path))
     if not files:
@@ -168,18 +203,19 @@ def _raise(error: OSError) -> None:
 
 
 def _known(path: Path) -> Path:
+    """``path`` itself. Raises DataError if it is of an unknown kind."""
     if not kind(path):
         raise DataError(f"the file '{path}' is of an unknown kind; legal are {_KINDS}")
     return path
 
 
 def kind(path: Path) -> str:
-    """The ending by which a file of a known kind is read (such as ".jsonl.gz"), in any case of letters; "" for any other
-    file."""
+    """The ending by which a file of a known kind is read, in lower case, such as ".jsonl.gz"; "" for any other file."""
     return next((ending for ending in _READERS if path.name.lower().endswith(ending)), "")
 
 
 def _read(path: Path, text_field: str) -> Iterator[Document]:
+    """Yield the documents of one file, by the reader of its kind."""
     with readable(path):
         yield from _READERS[kind(path)](path, text_field)
 
@@ -194,6 +230,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
+    """The first line of the text of an error; of an OSError the system's text, and for an empty text the error's class."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return (text.splitlines() or [type(error).__name__])[0]
 
@@ -220,9 +257,13 @@ def _read_jsonl_zst(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _lines(path: Path, file: IO[bytes], lines: Any, text_field: str) -> Iterator[Document]:
-    """A Document for each JSON line of ``lines``, except blank ones.
+    """Yield a Document for each JSON line of ``lines``, except blank ones.
 
-    ``lines`` reads from ``file``, directly or through a decompressor; ``file`` gives the position on the disk.
+    Args:
+        path: the file, for messages.
+        file: the open file, which gives the position on the disk.
+        lines: reads lines from ``file``, directly or through a decompressor.
+        text_field: the JSON field of the text.
     """
     for number, line in enumerate(lines, 1):
         if line.isspace():
@@ -232,6 +273,7 @@ def _lines(path: Path, file: IO[bytes], lines: Any, text_field: str) -> Iterator
 
 
 def _text_of_line(line: bytes, text_field: str, where: str) -> bytes:
+    """The text in a JSON line; ``where`` names the line in the DataError of one that is no object with ``text_field``."""
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -262,6 +304,8 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _as_bytes(text: Any, where: str, text_field: str) -> bytes:
+    """The text of a JSON field or Parquet cell in UTF-8; b"" for None. ``where`` names it in the DataError for anything
+    else."""
     if text is None:
         return b""
     if not isinstance(text, str):
@@ -272,11 +316,13 @@ def _as_bytes(text: Any, where: str, text_field: str) -> bytes:
 
 
 def _no_field(where: str, what: str, given: str, there: Sequence[str] | dict[str, Any]) -> DataError:
+    """The error of a record without the field (or column) ``given``, which lists those that are ``there``."""
     listed = f"there are {', '.join(there)}" if there else "there is none"
     return DataError(f"{where} has no {what} {given!r}; {listed}: choose with --text-field")
 
 
 def _pyarrow(path: Path) -> Any:
+    """The module pyarrow, imported now. Raises DataError, naming ``path`` as what needs it, if it is not installed."""
     try:
         import pyarrow
     except ImportError as error:

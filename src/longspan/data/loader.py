@@ -28,10 +28,12 @@ from longspan.errors import DataError
 
 @runtime_checkable
 class Stream(Protocol):
-    """A token stream with random access. ``packing.Split`` implements it.
+    """A token stream with random access, from which ``Loader`` reads. ``packing.Split`` implements it.
 
-    ``name`` is for messages; streams with equal ``fingerprint`` hold equal tokens; ``tokens`` is the number of tokens;
-    ``read(start, stop)`` returns the ids of tokens ``start`` to ``stop - 1``.
+    Attributes:
+        name: for messages.
+        fingerprint: streams with equal ones hold equal tokens.
+        tokens: the number of tokens.
     """
 
     @property
@@ -41,7 +43,9 @@ class Stream(Protocol):
     @property
     def tokens(self) -> int: ...
 
-    def read(self, start: int, stop: int) -> Int64[Tensor, "tokens"]: ...
+    def read(self, start: int, stop: int) -> Int64[Tensor, "tokens"]:
+        """The ids of the tokens ``start`` to ``stop - 1``."""
+        ...
 
 
 class Loader:
@@ -105,6 +109,7 @@ class Loader:
         return int(_permutation(self._seed, epoch, self.sequences)[offset])
 
     def _part(self, sequences: Sequence[int]) -> Part:
+        """This rank's part of the sequences with these numbers: its data replica's rows, and of each row its tokens."""
         my_rows = consecutive(split(len(sequences), self._coordinate.data))[self._coordinate.data_rank]
         starts = [sequences[i] * self._tokens for i in my_rows]
         return part(self._stream, starts, self._tokens, self._mine)
@@ -174,15 +179,18 @@ def _with_successors(stream: Stream, start: int, tokens: int, run: range) -> tup
 
 @lru_cache(maxsize=4)  # the current epoch, the next one where a step takes rows of both, and those of an evaluation
 def _permutation(seed: int, epoch: int, count: int) -> Int64[Tensor, "count"]:
-    """A random permutation of 0 to ``count - 1``, a function of ``seed`` and ``epoch`` alone; 8 bytes an element."""
+    """A random permutation of 0 to ``count - 1``, a function of its arguments alone; the last four are cached, 8 bytes an
+    element."""
     return torch.randperm(count, generator=torch.Generator("cpu").manual_seed(_digest(f"{seed} {epoch}")), device="cpu")
 
 
 def _digest(text: str) -> int:
+    """A hash of ``text`` as an integer of 56 bits."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
 
 
 def _too_short(stream: Stream, tokens: int) -> str:
+    """The text of the error of a stream with fewer tokens than one sequence."""
     name = stream.name.replace("_", "-")
     fits = f"use --tokens {stream.tokens} or fewer, or give more text" if stream.tokens > 1 else "give more text"
     return f"the {name} text has {stream.tokens:,} tokens, fewer than one sequence of tokens={tokens:,}; {fits}"

@@ -54,16 +54,17 @@ Bounds = Int64[np.ndarray, "_ 2"]
 
 
 class Split:
-    """Some documents of a stream, concatenated: token 0 is the first token of the first document.
+    """Some documents of a token stream, concatenated: token 0 is the first token of the first document. A ``Stream`` for
+    ``Loader``.
 
-    ``documents``: their bounds in this split, each with its end-of-document token; splits with equal ``fingerprint`` have equal
-    tokens; ``name``: whole, train or held_out.
+    Attributes:
+        documents: the bounds of its documents in the split, each with its end-of-document token.
 
     Args:
-        name: for messages.
+        name: whole, train or held_out, for messages.
         stream: all tokens.
         bounds: the documents of this split, as bounds in ``stream``.
-        fingerprint: of the tokens.
+        fingerprint: of the tokens; splits with equal ones have equal tokens.
     """
 
     def __init__(self, name: str, stream: Integer[np.ndarray, "stream"], bounds: Bounds, fingerprint: str) -> None:
@@ -93,12 +94,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized text.
+    """A tokenized text, as ``tokenize`` returns it.
 
-    ``tokenizer``: its name; ``eos``: its end-of-document token; ``text_bytes``: the size of the text; ``byte_entropy``: the
-    loss of a model that predicts every byte by its frequency alone, in nats per byte. ``whole`` is every document; ``train``
-    and ``held_out`` are disjoint parts of it. Corpora with equal ``fingerprint`` have equal tokens. ``files`` and
-    ``skipped``: {ending: number} of the files that were read, and of those of other kinds in the same folders.
+    Attributes:
+        fingerprint: corpora with equal ones have equal tokens.
+        tokenizer: the name of its tokenizer.
+        vocab_size, eos: every token id is below the first; the id of the end-of-document token.
+        text_bytes: the size of the text.
+        byte_entropy: the loss of a model that predicts every byte by its frequency alone, in nats per byte.
+        whole: every document; ``train`` and ``held_out`` are disjoint parts of it.
+        files, skipped: {ending: number} of the files that were read, and of those of other kinds in the same folders.
     """
 
     fingerprint: str
@@ -132,19 +137,23 @@ def tokenize(
     folder: Path | None = None,
     console: Console | None = None,
 ) -> Corpus:
-    """Tokenize the documents of ``sources`` (see ``corpora.documents``), or read their tokens from the cache.
+    """Tokenize the documents of ``sources``, or read their tokens from the cache.
 
     All ranks may call it at once: on each machine one process tokenizes, the others wait for it.
 
     Args:
-        sources: files, folders and globs.
+        sources: files, folders and globs; empty: the Python standard library.
         tokenizer: text to tokens.
         text_field: the JSON field and Parquet column of the text.
-        folder: the cache; default: ``cache.default_folder()``.
-        console: where the progress is shown; default: stderr.
+        folder: the cache; None: ``cache.default_folder()``.
+        console: where the progress is shown; None: stderr.
+
+    Returns:
+        The Corpus, its tokens memory-mapped from the cache.
 
     Raises:
-        DataError: as ``documents`` does; the data changes while it is read; or the disk is full. Nothing incomplete is left.
+        DataError: a source cannot be read or holds no text; the data changes while it is read; or the disk is full. Nothing
+            incomplete is left.
     """
     found = corpora.find(sources)
     state, newest = _state(found)
@@ -180,10 +189,16 @@ def hold_out(bounds: Bounds, hashes: Integer[np.ndarray, "documents"]) -> tuple[
 
 
 def _some(bounds: Bounds) -> Bounds:
+    """The bounds of ``bounds`` that are not empty."""
     return bounds[bounds[:, 0] < bounds[:, 1]]
 
 
 def _open(path: Path, found: Sequence[Source]) -> Corpus:
+    """The Corpus in the cached folder ``path``, for the sources ``found``.
+
+    Raises:
+        DataError: the folder is damaged.
+    """
     try:
         facts = json.loads((path / FACTS).read_bytes())
         stream = np.memmap(path / TOKENS, facts["dtype"], "r", shape=(facts["tokens"],))
@@ -198,6 +213,8 @@ def _open(path: Path, found: Sequence[Source]) -> Corpus:
 
 
 def _write(draft: Path, found: Sequence[Source], text_field: str, tokenizer: Tokenizer, console: Console) -> None:
+    """Tokenize the documents of ``found`` and write tokens, bounds and facts into the folder ``draft``, which ``_open``
+    reads."""
     lengths, hashes = array("q"), array("Q")
     frequencies = np.zeros(256, np.int64)
     dtype = _narrowest(tokenizer.vocab_size)
@@ -235,7 +252,8 @@ def _write(draft: Path, found: Sequence[Source], text_field: str, tokenizer: Tok
 
 
 def entropy(frequencies: Int64[np.ndarray, "kinds"]) -> float:
-    """The entropy of a distribution with these frequencies, in nats: -sum p log p."""
+    """The entropy in nats, -sum p log p, of a distribution given by how often each kind occurs; kinds that never do are left
+    out."""
     some = frequencies[frequencies > 0] / frequencies.sum()
     return float(-(some * np.log(some)).sum())
 
@@ -246,6 +264,7 @@ def bits(nats: float) -> float:
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Yield the documents in lists of about ``BATCH_BYTES`` bytes of text, which are tokenized together."""
     batch: list[Document] = []
     held = 0
     for document in documents:
@@ -259,11 +278,16 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def _narrowest(vocab_size: int) -> np.dtype[np.generic]:
+    """The narrowest of uint8, uint16 and int32 that holds every id below ``vocab_size``."""
     return np.dtype(next((kind for kind in (np.uint8, np.uint16) if vocab_size <= np.iinfo(kind).max + 1), np.int32))
 
 
 def _state(found: Sequence[Source]) -> tuple[str, float]:
-    """(text with path, size and times of every file, the latest of these times in seconds). A changed file changes the text."""
+    """What tells whether files have changed, without reading them.
+
+    Returns:
+        (text with path, size and times of every file: a changed file changes it; the latest of these times in seconds).
+    """
     try:
         stats = [(str(path.resolve()), path.stat()) for source in found for path in source.files]
     except OSError as error:

@@ -25,10 +25,13 @@ ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Converts text to token ids and back.
+    """Converts text to token ids and back; ``load`` makes one.
 
-    ``name``: what ``load`` was given. ``vocab_size``: every id is below it. ``eos``: the id of the end-of-document token.
-    ``fingerprint``: two tokenizers with equal ones give equal ids for every text.
+    Attributes:
+        name: what ``load`` was given.
+        vocab_size: every id is below it.
+        eos: the id of the end-of-document token.
+        fingerprint: two tokenizers with equal ones give equal ids for every text.
     """
 
     @property
@@ -128,8 +131,11 @@ class Fast:
 class Slow:
     """A Hugging Face tokenizer that does not use the ``tokenizers`` library.
 
-    As in ``Fast``, no special tokens are added, no text is truncated or padded, and bytes that are not UTF-8 are read as
-    U+FFFD. ``backend`` is a slow PreTrainedTokenizer; if it has no ``eos_token_id``, ``eos`` is a new id behind its vocabulary.
+    No special tokens are added, no text is truncated or padded, and bytes that are not UTF-8 are read as U+FFFD.
+
+    Args:
+        name: for messages and ``Tokenizer.name``.
+        backend: a slow PreTrainedTokenizer; if it has no ``eos_token_id``, ``eos`` is a new id behind its vocabulary.
     """
 
     def __init__(self, name: str, backend: Any) -> None:
@@ -151,6 +157,7 @@ class Slow:
 
 
 def _from_file(path: Path) -> Tokenizer:
+    """The tokenizer of a ``tokenizers`` JSON file. Raises DataError if it holds something else."""
     try:
         import tokenizers
     except ImportError as error:
@@ -169,6 +176,7 @@ def _from_file(path: Path) -> Tokenizer:
 
 
 def _from_folder(path: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, read from the disk only. Raises DataError if there is none."""
     try:
         import transformers
     except ImportError as error:
@@ -188,9 +196,14 @@ def _from_folder(path: Path) -> Tokenizer:
 
 
 def _end(eos: int | None, vocabulary: int) -> tuple[int, int]:
-    """(id of the end-of-document token, size of the vocabulary with it), of a tokenizer that has ids below ``vocabulary``.
+    """The end-of-document token of a tokenizer that has ids below ``vocabulary``.
 
-    ``eos`` None: the end-of-document token is the new id ``vocabulary``.
+    Args:
+        eos: its id; None: it is the new id ``vocabulary``.
+        vocabulary: the number of ids of the tokenizer itself.
+
+    Returns:
+        (the id, the size of the vocabulary with it).
     """
     return (vocabulary, vocabulary + 1) if eos is None else (eos, max(vocabulary, eos + 1))
 
