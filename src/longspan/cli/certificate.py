@@ -25,9 +25,15 @@ from longspan.errors import RunError
 
 
 class Line(NamedTuple):
-    """One line of the table: what is compared, its value over the mesh and on one device, the error and the largest legal one.
+    """One line of the check's table: what is compared, found and expected values, the error and the largest legal one.
 
-    The traffic lines compare with the closed form instead of one device. ``kind``: loss, gradients, norm or traffic.
+    Attributes:
+        kind: "loss", "gradients", "norm" or "traffic".
+        what: the name of the line.
+        found: the value over the mesh.
+        expected: the value on one device; of traffic, that of the closed form.
+        error: how far they differ: relative, of traffic absolute.
+        bound: the largest legal error.
     """
 
     kind: str
@@ -64,6 +70,7 @@ def write(path: str, config: Check, source: ModelSource, mesh: ParallelMesh, lin
 
 
 def _content(config: Check, source: ModelSource, mesh: ParallelMesh, lines: list[Line]) -> dict[str, Any]:
+    """The certificate as JSON values: verdict, model, batch, layout, device, versions and every line."""
     at = mesh.coordinate
     traffic = [_numbers(line) for line in lines if line.kind == "traffic"]
     return {
@@ -81,11 +88,12 @@ def _content(config: Check, source: ModelSource, mesh: ParallelMesh, lines: list
 
 
 def _numbers(line: Line) -> dict[str, Any]:
-    """A line by field and with its verdict; a number that is not finite, which JSON has no word for, as text."""
+    """{field: value} of one line, with its verdict ``holds``; a number that JSON cannot write (NaN, infinite) as text."""
     values = {name: str(x) if isinstance(x, float) and not math.isfinite(x) else x for name, x in line._asdict().items()}
     return values | {"holds": line.holds}
 
 
 def _versions() -> dict[str, str]:
+    """{name: version} of longspan, Python, torch and, if it is installed, transformers."""
     others = {name: version(name) for name in ("torch", "transformers") if find_spec(name)}
     return {"longspan": longspan.__version__, "python": platform.python_version(), **others}

@@ -53,7 +53,13 @@ Counted = dict[str, Traffic]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one forward and backward: the loss, every parameter's whole gradient in fp64 by name, their global norm."""
+    """The result of one forward and backward, of one device or of a mesh.
+
+    Attributes:
+        loss: the loss.
+        grads: {name of a parameter: its whole gradient in fp64}; zeros for one that is not used.
+        norm: the 2-norm of all gradients together.
+    """
 
     loss: float
     grads: dict[str, Tensor]
@@ -137,6 +143,7 @@ def _pooled(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line
 
 
 def _one_device(config: Check, source: ModelSource, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> Outcome:
+    """Forward and backward of the whole batch of ``seed`` on this rank alone, with the model in ``dtype``."""
     model = _model(source, seed, dtype, mesh)
     batch = _batch(config, source, seed, mesh.device)
     labels = batch["labels"] if source.in_place else F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
@@ -149,6 +156,11 @@ def _one_device(config: Check, source: ModelSource, seed: int, dtype: torch.dtyp
 def _parallel(
     config: Check, source: ModelSource, seed: int, dtype: torch.dtype, mesh: ParallelMesh
 ) -> tuple[Outcome, tuple[Counted, Counted]]:
+    """Forward and backward of the batch of ``seed`` over the mesh, with the model in ``dtype``.
+
+    Returns:
+        (the outcome, what this rank sent in the forward and in the backward, by axis).
+    """
     model = parallelize(_model(source, seed, dtype, mesh), mesh, zero=config.zero, memory=config.memory)
     mine = consecutive(split(config.rows, mesh.coordinate.data))[mesh.coordinate.data_rank]
     whole = _batch(config, source, seed, mesh.device)
@@ -184,6 +196,7 @@ def _model(source: ModelSource, seed: int, dtype: torch.dtype, mesh: ParallelMes
 
 
 def _compute_in(dtype: torch.dtype, mesh: ParallelMesh) -> AbstractContextManager[object]:
+    """Context manager: autocast to bf16 for bf16, nothing for other dtypes."""
     return torch.autocast(mesh.device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
 
@@ -204,6 +217,7 @@ def _batch(config: Check, source: ModelSource, seed: int, device: torch.device) 
 
 
 def _outcome(model: nn.Module, loss: Tensor) -> Outcome:
+    """Loss, whole gradients and their norm of a model after its backward."""
     grads = {}
     for name, parameter in model.named_parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # BERT's pooler is not used
@@ -212,15 +226,19 @@ def _outcome(model: nn.Module, loss: Tensor) -> Outcome:
 
 
 def _relative(found: Tensor, expected: Tensor, norm: float) -> float:
+    """The error of one gradient: the norm of the difference over that of ``expected``, or over ``FLOOR`` x ``norm`` if it is
+    tiny."""
     return float((found - expected).norm() / max(float(expected.norm()), FLOOR * norm))
 
 
 def _squared_error(found: Outcome, truth: Outcome) -> float:
+    """The sum over all parameters of the squared differences between two outcomes' gradients."""
     return sum(float((found.grads[name] - truth.grads[name]).square().sum()) for name in truth.grads)
 
 
 def _counted(mesh: ParallelMesh) -> Counted:
-    """What this rank has sent so far on each axis of degree above 1, and over groups that are none of these axes."""
+    """{axis: what this rank has sent on it so far}, for each axis of degree above 1, and "none of these" for any other
+    group."""
     assert isinstance(mesh.transport, CountingTransport)
     groups = {"ulysses": mesh.ulysses_group, "ring": mesh.ring_group, "tensor": mesh.tensor_group}
     sent = {axis: mesh.transport.sent_over(group) for axis, group in groups.items() if group.size() > 1}
@@ -229,10 +247,12 @@ def _counted(mesh: ParallelMesh) -> Counted:
 
 
 def _minus(after: Traffic, before: Traffic) -> Traffic:
+    """The difference of two counts, as Traffic."""
     return Traffic(after.collectives - before.collectives, after.bytes - before.bytes)
 
 
 def _between(after: Counted, before: Counted) -> Counted:
+    """{axis: what was sent between two counts}."""
     return {axis: _minus(after[axis], before[axis]) for axis in after}
 
 
@@ -241,7 +261,13 @@ def _traffic_lines(
 ) -> list[Line]:
     """The lines of the check's table that compare this rank's counted traffic with the closed form: by axis, in each pass.
 
-    Empty for a Hugging Face model, because the closed form is for layers that are all causal and of one shape.
+    Args:
+        config: the settings of the check.
+        source: the model; the result is empty for a Hugging Face model, because the closed form is for layers that are all
+            causal and of one shape.
+        mesh: the ranks.
+        found: what was counted in the forward and in the backward.
+        itemsize: bytes of an element of the compute dtype.
     """
     if not isinstance(source, DecoderSource):
         return []
@@ -257,16 +283,18 @@ def _traffic_lines(
 
 
 def _traffic_line(what: str, found: int, expected: int) -> Line:
+    """A line of the table whose values must be equal."""
     return Line("traffic", what, found, expected, abs(found - expected), 0)
 
 
 def _worst_of_all_ranks(lines: list[Line], mesh: ParallelMesh) -> list[Line]:
-    """For each line of the table, the version of the rank with the largest error; NaN counts as infinite. A collective."""
+    """For each line of the table, that of the rank with the largest error; NaN counts as infinite. Every rank must call it."""
     everyone = gather(lines, mesh.world_group)
     return [max(same, key=lambda line: math.inf if math.isnan(line.error) else line.error) for same in zip(*everyone)]
 
 
 def _print(config: Check, source: ModelSource, mesh: ParallelMesh, lines: list[Line], holds: bool) -> None:
+    """Print the table with a verdict for each line, and whether guarantee 1 holds."""
     table = Table("", "found", "expected", "error", "bound", "verdict", box=None, pad_edge=False)
     for line in lines:
         verdict = "[green]holds[/]" if line.holds else "[red]FAILS[/]"

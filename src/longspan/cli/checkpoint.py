@@ -90,6 +90,7 @@ def save(
 
 
 def _step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's folder, step-NNNNNN."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -117,7 +118,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
 
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's states and options by the names that parameters have in the whole model."""
+    """The optimizer's states and options, keyed by the names that parameters have in the whole model, not on this stage."""
     return _renamed(get_optimizer_state_dict(model, optimizer, options=BY_NAME), _copies(model))
 
 
@@ -141,7 +142,11 @@ def _renamed(states: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """The contents of ``run.json`` of the checkpoint in the folder ``path``. Raises RunError if it cannot be read."""
+    """The contents of ``run.json`` of the checkpoint in the folder ``path``: what ``save`` was given as ``facts``.
+
+    Raises:
+        RunError: it cannot be read.
+    """
     try:
         held: dict[str, Any] = json.loads((path / FACTS).read_text())
     except (OSError, ValueError) as error:
@@ -196,9 +201,9 @@ def refuse_differences(path: Path, what: str, theirs: dict[str, Any], mine: dict
 
 @contextmanager
 def _all_or_none(written: Path, mesh: ParallelMesh) -> Iterator[None]:
-    """Context manager: a write error of one rank is raised on every rank as the same RunError, and the draft is removed.
+    """Context manager: a write error of one rank in the block is raised on every rank as the same RunError.
 
-    Every rank must enter it; exit waits for all of them. ``written``: the draft folder.
+    Every rank must enter it; exit waits for all of them. After an error the draft folder ``written`` is removed.
     """
 
     def convert(found: BaseException) -> RunError | None:
@@ -232,7 +237,8 @@ def _cause(error: BaseException) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a small file so that ``path`` holds the old text or the new one at any moment; on return it is on the disk."""
+    """Write ``text`` to the file ``path``, which holds the old text or the new one at any moment; on return it is on the
+    disk."""
     draft = path.with_name(f".{path.name}")
     with open(draft, "w") as file:
         file.write(text)

@@ -49,13 +49,13 @@ def _default(hint: str) -> object:
 
 
 def _number(hint: str) -> object:
-    """As ``_default``, for an ``int | None``: ``--help`` also shows INT as the type."""
+    """A tyro annotation for an ``int | None``: ``--help`` shows the type INT and ``(default: {hint})``."""
     return arg(help_behavior_hint=f"(default: {hint})", metavar="INT")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Settings of every verb: processes and debugging."""
+    """Settings of every verb that starts ranks: processes and debugging."""
 
     ranks: Annotated[int | None, _number("one for each GPU, up to 4; without a GPU 2")] = None
     """Ranks to start on this machine. Under torchrun or another launcher its ranks are used instead."""
@@ -86,7 +86,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Layout(Ranks):
-    """Parallel layout, ZeRO stage and memory options."""
+    """Parallel layout, ZeRO stage and memory options: the settings that ``train`` and ``check`` have in common."""
 
     ranks: Annotated[int | None, _number("ulysses x ring x tensor")] = None
     """Ranks to start on this machine. Under torchrun or another launcher its ranks are used instead."""
@@ -119,7 +119,7 @@ class Layout(Ranks):
 
     @property
     def memory(self) -> MemoryOptions:
-        """The fields of MemoryOptions among these settings, for ``parallelize(memory=)``."""
+        """The settings among these that are fields of MemoryOptions, as ``parallelize(memory=)`` takes them."""
         return MemoryOptions(**{option.name: getattr(self, option.name) for option in fields(MemoryOptions)})
 
 
@@ -204,7 +204,7 @@ class Train(Layout):
 
 @dataclass(frozen=True)
 class Evaluate(Ranks):
-    """Settings of an evaluation on whole documents."""
+    """Settings of ``longspan evaluate``: an evaluation on whole documents."""
 
     checkpoint: Positional[str] = LATEST
     """A run's name or folder, a checkpoint's folder, ``latest``, or a Hugging Face folder (an export, or hf:FOLDER)."""
@@ -236,7 +236,7 @@ class Evaluate(Ranks):
 
 @dataclass(frozen=True)
 class Check(Layout):
-    """Settings of a check of guarantee 1 on this machine."""
+    """Settings of ``longspan check``: a check of guarantee 1 on this machine."""
 
     dtype: Literal["fp64", "fp32", "bf16"] = "fp64"
     """fp64, fp32: every gradient against that of one device. bf16: the error pooled over 8 seeds against that of one device."""
@@ -331,7 +331,7 @@ def settings_of_run(runs_folder: str, name: str) -> tuple[str, dict[str, Any]]:
 
 
 def known(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return ``values`` unchanged if all its names are fields of ``kind``.
+    """``values`` unchanged, if all its names are fields of the settings class ``kind``.
 
     Raises:
         RunError: some names are no fields; the message lists them, begins with ``where`` and suggests the nearest field.

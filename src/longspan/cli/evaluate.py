@@ -33,10 +33,13 @@ from longspan.parallelize import parallelize
 
 
 class DocumentLoss(NamedTuple):
-    """The loss of one document.
+    """The loss of one document, a row of the table.
 
-    ``number``: its place in the text, from 0; ``begins``: up to 32 characters of its beginning, each run of whitespace as one
-    space; ``tokens``: how many of its tokens were read; ``loss``: their mean loss in nats.
+    Attributes:
+        number: its place in the text, from 0.
+        begins: up to 32 characters of its beginning, each run of whitespace as one space.
+        tokens: how many of its tokens were read.
+        loss: their mean loss in nats.
     """
 
     number: int
@@ -47,11 +50,15 @@ class DocumentLoss(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """The model to evaluate, and what belongs to it.
+    """The model to evaluate, and what belongs to it, as ``_find`` returns it.
 
-    ``name``: for the title; ``source``: how to build it; ``checkpoint``: the folder of the weights, None if ``source`` reads
-    them; ``tokenizer``: as ``tokenizers.load`` takes it; ``data``: the default text, () for the standard library; ``vocab``:
-    the vocabulary size in training, None if unknown.
+    Attributes:
+        name: for the title.
+        source: how to build it.
+        checkpoint: the folder of the weights; None if ``source`` reads them.
+        tokenizer: as ``tokenizers.load`` takes it.
+        data: the default text; () for the standard library.
+        vocab: the vocabulary size in training; None if unknown.
     """
 
     name: str
@@ -121,7 +128,7 @@ def _find(config: Evaluate) -> Found:
 
 
 def _text_of_run(run: Path) -> tuple[str, ...]:
-    """The setting ``data`` of the run in the folder ``run``; () if that is not the folder of a run.
+    """The setting ``data`` (files, folders or globs) of the run in the folder ``run``; () if that is not the folder of a run.
 
     With it an export, which is inside the folder of its run, is evaluated on the same text as the run's checkpoints.
     """
@@ -132,10 +139,10 @@ def _text_of_run(run: Path) -> tuple[str, ...]:
 
 
 def _max_tokens(config: Evaluate, source: ModelSource) -> int:
-    """The limit of tokens per document: ``--max-tokens``, or by default min(MAX_TOKENS, the model's ``reach``).
+    """The limit of tokens per document: ``--max-tokens``, or by default the smaller of MAX_TOKENS and the model's longest row.
 
     Raises:
-        ModelError: ``--max-tokens`` is more than the model's ``reach``.
+        ModelError: ``--max-tokens`` is more than the model's longest row (``ModelSource.reach``).
     """
     most = MAX_TOKENS if source.reach is None else source.reach
     if config.max_tokens is None:
@@ -149,10 +156,19 @@ def _max_tokens(config: Evaluate, source: ModelSource) -> int:
 
 
 def _longest(text: Split, max_tokens: int, documents: int, mesh: ParallelMesh) -> list[tuple[int, int, int]]:
-    """(number, first token in the text, number of tokens read) of the longest documents, the longest first.
+    """The longest documents of ``text``, the longest first.
+
+    Args:
+        text: the documents.
+        max_tokens: how many tokens of a document are read at most.
+        documents: how many documents.
+        mesh: the ranks, each of which needs a token.
+
+    Returns:
+        (its number, its first token in the text, the number of tokens read) of each.
 
     Raises:
-        DataError: one of them, or the limit of tokens, is below the number of ranks or below 2.
+        DataError: a document, or ``max_tokens``, is below the number of ranks or below 2.
     """
     bounds = [(number, int(start), int(stop - start)) for number, (start, stop) in enumerate(text.documents)]
     chosen = sorted(bounds, key=lambda bound: -bound[2])[:documents]
@@ -171,6 +187,7 @@ def _longest(text: Split, max_tokens: int, documents: int, mesh: ParallelMesh) -
 
 
 def _refuse_another_vocabulary(corpus: Corpus, found: Found) -> None:
+    """Raise RunError if the tokenizer has another number of tokens than the model was trained with."""
     if found.vocab is not None and corpus.vocab_size != found.vocab:
         raise RunError(
             f"the tokenizer {corpus.tokenizer} has {corpus.vocab_size} tokens now, and the checkpoint was trained with "
@@ -179,6 +196,7 @@ def _refuse_another_vocabulary(corpus: Corpus, found: Found) -> None:
 
 
 def _refuse_more_ranks_than_heads(source: ModelSource, mesh: ParallelMesh) -> None:
+    """Raise LayoutError if there are more ranks than query heads, over which they split each document."""
     if mesh.world_group.size() > source.heads:
         raise LayoutError(
             f"{mesh.world_group.size()} ranks cannot share the model's {source.heads} query heads, "
@@ -188,10 +206,12 @@ def _refuse_more_ranks_than_heads(source: ModelSource, mesh: ParallelMesh) -> No
 
 
 def _my_tokens(tokens: int, mesh: ParallelMesh) -> tuple[range, ...]:
+    """The positions that this rank holds of a document of ``tokens`` tokens."""
     return mesh.coordinate.my_positions(tokens)
 
 
 def _print(title: str, losses: list[DocumentLoss], corpus: Corpus) -> None:
+    """Print the table of losses with a line for all documents together, and the loss in bits a byte."""
     predicted = sum(document.tokens - 1 for document in losses)
     loss = sum(document.loss * (document.tokens - 1) for document in losses) / predicted
     table = Table("document", "begins", box=None, pad_edge=False)

@@ -36,6 +36,9 @@ def by_axis(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: i
         shape: the decoder, of all ranks together.
         at: the degrees and this rank's position.
         itemsize: bytes of an element of the compute dtype. Parameters, and hidden states between regions, have at least 4.
+
+    Returns:
+        {axis: (traffic of the forward, traffic of the backward)}.
     """
     passes = _attention(config, shape.of_tensor_rank(at.tensor), at, itemsize) | {
         "tensor": _tensor(config, shape, at, itemsize)
@@ -44,7 +47,7 @@ def by_axis(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: i
 
 
 def _attention(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: int) -> dict[str, Passes]:
-    """The axes ulysses and ring; ``shape`` has the heads of one tensor rank."""
+    """What attention sends in all layers on the axes ulysses and ring; ``shape`` has the heads of one tensor rank."""
     layout, dim = at.layout(config.tokens), shape.head_dim
     sizes, rows = layout.sizes(at.ring_rank), _rows(config, at)
     chunked = Heads(shape.heads, shape.kv_heads, config.head_chunks)
@@ -66,7 +69,10 @@ def _attention(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize
 
 
 def _tensor(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: int) -> Passes:
-    """Two regions a layer, and the gather of the position ids. A recomputed layer stops before its last reduce-scatter."""
+    """What all layers send on the tensor axis: two regions a layer, and the gather of the position ids.
+
+    A recomputed layer stops before its last reduce-scatter.
+    """
     rows, shares, hidden = _rows(config, at), at.tensor_sizes(config.tokens), max(itemsize, 4)
     sums = {"attention": hidden if config.head_chunks > 1 else itemsize, "feed-forward": itemsize}  # chunks are summed up
 
@@ -84,16 +90,20 @@ def _tensor(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: i
 
 
 def _rows(config: Check, at: MeshCoordinate) -> int:
+    """The rows of this rank's data replica."""
     return split(config.rows, at.data)[at.data_rank]
 
 
 def _is_recomputable(config: Check) -> bool:
+    """Whether attention runs as ``attend(recomputable=True)`` with these options."""
     return config.recompute == "selective" or config.head_chunks > 1
 
 
 def _times(count: int, each: Traffic) -> Traffic:
+    """``count`` times the traffic of one."""
     return Traffic(count * each.collectives, count * each.bytes)
 
 
 def _sum(each: list[Traffic]) -> Traffic:
+    """The sum of several traffics."""
     return sum(each, Traffic())

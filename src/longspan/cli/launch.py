@@ -39,10 +39,12 @@ CLOSED_PIPE = 128 + signal.SIGPIPE
 
 
 class RankDied(RuntimeError):
-    """A rank was killed, exited without a message, or raised something other than a LongspanError.
+    """A rank was killed, exited without a message, or raised something other than a LongspanError; or a signal stopped the
+    command.
 
-    Or the command itself was stopped by a signal. ``trace``: the rank's traceback, or ``""``; ``code``: the exit code for the
-    command, 1 or 128 + the signal.
+    Attributes:
+        trace: the rank's traceback, or ``""``.
+        code: the exit code for the command: 1, or 128 + the signal.
     """
 
     def __init__(self, text: str, trace: str = "", code: int = 1) -> None:
@@ -78,9 +80,10 @@ def joins() -> bool:
 
 
 def is_first_to_report(error: Exception) -> bool:
-    """Whether this rank is the first of all ranks that calls this with an error of this text; then it prints the error.
+    """Whether this rank is the one that prints ``error``, which several ranks raise alike under a launcher.
 
-    True also without a launcher, and if the launcher's store cannot be reached.
+    It is the first of all ranks that calls this with an error of this text. True also without a launcher, and if the launcher's
+    store cannot be reached.
     """
     if not joins():
         return True
@@ -93,6 +96,8 @@ def is_first_to_report(error: Exception) -> bool:
 
 
 def _start(work: str, config: Any, ranks: int) -> int:
+    """Run ``work`` on ``ranks`` new processes by torch's elastic agent; return the largest exit code. Errors are those of
+    ``run``."""
     _start_server(work, ranks)
 
     from longspan import _compat
@@ -127,7 +132,12 @@ def _start(work: str, config: Any, ranks: int) -> int:
 
 
 def _start_server(work: str, ranks: int) -> None:
-    """Start the fork server, unless it runs already; it imports torch while this process does."""
+    """Start the fork server from which ranks are forked, unless it runs already; it imports torch while this process does.
+
+    Args:
+        work: ``module:function``, whose module the server imports.
+        ranks: how many ranks will share this machine's cores; it sets their number of threads.
+    """
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores() // ranks))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     multiprocessing.set_forkserver_preload([work.partition(":")[0]])
@@ -135,7 +145,9 @@ def _start_server(work: str, ranks: int) -> None:
 
 
 def visible_devices(work: str, ranks: int) -> int:
-    """The number of accelerators that this process sees; it imports torch beside the fork server, as ``run`` does.
+    """The number of accelerators that this process sees.
+
+    It imports torch, and meanwhile starts the fork server, which imports it too.
 
     Args:
         work, ranks: what ``run`` will be called with if there is no accelerator.
@@ -148,6 +160,8 @@ def visible_devices(work: str, ranks: int) -> int:
 
 
 def _work_as_a_rank(work: str, config: Any) -> int:
+    """What a forked rank does: join the world, then call ``work`` (``module:function``) with ``config``; returns its exit
+    code."""
     import torch
     import torch.distributed as dist
 
@@ -175,6 +189,7 @@ def _work_as_a_rank(work: str, config: Any) -> int:
 
 
 def _what_happened(rank: int, failure: "ProcessFailure") -> Exception:
+    """The exception for the caller: the LongspanError that rank ``rank`` raised, or a RankDied that says how it ended."""
     if failure.exitcode == CLOSED_PIPE:
         return BrokenPipeError()
     if failure.exitcode == -signal.SIGINT:  # Ctrl-C reaches the ranks at the same time as the agent
@@ -196,6 +211,7 @@ def _what_happened(rank: int, failure: "ProcessFailure") -> Exception:
 
 
 def _stopped(by: signal.Signals) -> RankDied:
+    """The RankDied of a command that was stopped by a signal."""
     return RankDied(f"stopped by {by.name}; the ranks were ended", code=128 + by)
 
 

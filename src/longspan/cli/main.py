@@ -40,7 +40,13 @@ MOST_DEFAULT_RANKS = 4
 
 
 class Verb(NamedTuple):
-    """A verb of the command line: the class of its settings, a one-line description, and an example call with its output."""
+    """A verb of the command line, a value of ``VERBS``.
+
+    Attributes:
+        settings: the class of its settings, whose fields are the flags.
+        does: a one-line description.
+        example: a call with its output, which ``--help`` shows.
+    """
 
     settings: type[Any]
     does: str
@@ -117,10 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Errors are printed on stderr as one sentence, not raised.
 
     Args:
-        arguments: the words after ``longspan``; default: those of this process.
+        arguments: the words after ``longspan``; None: those of this process.
 
     Returns:
-        The exit code (see the table above).
+        The exit code: 0 for success, 1 if a check failed or a rank died, 2 for a refusal; others as in the table of this file.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -139,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _answer(given: Sequence[str]) -> int:
+    """Print the help or version that the words ask for, or run the verb; return the exit code."""
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -183,6 +190,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
 
 
 def _run(verb: str, flags: Sequence[str]) -> int:
+    """Run a verb with its flags; return the exit code. A rank that died is printed, other errors are raised."""
     work = f"longspan.cli.{verb}:work"
     config = parse(verb, flags)
     if not isinstance(config, Ranks):  # it starts no ranks
@@ -198,9 +206,15 @@ def _run(verb: str, flags: Sequence[str]) -> int:
 
 
 def _on_the_devices(config: Any, flags: Sequence[str], work: str) -> Any:
-    """``config`` with as many ranks as there are accelerators, or as a launcher started, where no flag names a layout.
+    """``config`` with a default layout for this machine: as many ranks as accelerators, or as the launcher has started.
 
-    At most ``MOST_DEFAULT_RANKS``. Without accelerators, unchanged: two ranks.
+    Args:
+        config: the settings; unchanged if there is no accelerator, or if a flag names a layout.
+        flags: the words of the command line.
+        work: ``module:function`` of the verb.
+
+    Returns:
+        Settings with at most ``MOST_DEFAULT_RANKS`` ranks.
     """
     given = {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
     if given & {"ranks", "ulysses", "ring", "resume", "config"}:
@@ -214,7 +228,7 @@ def _on_the_devices(config: Any, flags: Sequence[str], work: str) -> Any:
 
 
 def _say(error: LongspanError | OSError, debug: bool) -> None:
-    """Print an error on stderr as one line, after its traceback if ``debug``; under a launcher one rank does so for all."""
+    """Print ``error`` on stderr as one line, after its traceback if ``debug``; under a launcher one rank prints it for all."""
     if not launch.is_first_to_report(error):
         return
     if debug:
@@ -225,13 +239,14 @@ def _say(error: LongspanError | OSError, debug: bool) -> None:
 def _print_error(sentence: str, apart: bool = False) -> None:
     """Print ``longspan: {sentence}`` on stderr.
 
-    ``apart``: begin a new line on a terminal, which may have printed ^C or a progress line on the current one.
+    With ``apart`` it begins a new line on a terminal, which may have printed ^C or a progress line on the current one.
     """
     begins = "\n" if apart and sys.stderr.isatty() else ""
     print(f"{begins}longspan: {sentence}", file=sys.stderr)
 
 
 def _refuse_two_lengths(flags: Sequence[str], values: dict[str, Any]) -> None:
+    """Raise RunError if flags and config file together give both ``steps`` and ``epochs``."""
     given = {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
     given |= {name for name, value in values.items() if value is not None}
     if {"steps", "epochs"} <= given:
@@ -287,7 +302,7 @@ def _first_sentence(box: str) -> str:
 
 
 def _name_the_latest(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with ``latest`` inserted after a ``--resume`` that no name follows."""
+    """The arguments, with the word ``latest`` inserted after a ``--resume`` that no name follows."""
     named = []
     for argument, following in zip(arguments, [*arguments[1:], "--"]):
         named += [argument, LATEST] if argument == "--resume" and following.startswith("-") else [argument]
@@ -295,6 +310,7 @@ def _name_the_latest(arguments: Sequence[str]) -> list[str]:
 
 
 def _take_config_out(flags: list[str]) -> tuple[list[str], str | None]:
+    """(the flags without ``--config FILE``, that file or None). Raises RunError if no file follows."""
     flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
     if "--config" not in flags:
         return flags, None
@@ -322,7 +338,7 @@ def _as_flags(settings: dict[str, Any]) -> list[str]:
 
 
 def _help(verb: str) -> None:
-    """Print the verb's flags, then its example; the example is last so that it stays on the screen and can be copied."""
+    """Print the flags of ``verb``, then its example, which is last so that it stays on the screen and can be copied."""
     with contextlib.suppress(SystemExit):
         _read(verb, ["--help"], None)
     print(f"Example\n\n{textwrap.indent(VERBS[verb].example, '  ')}")
@@ -335,6 +351,7 @@ def _version() -> str:
 
 
 def _overview() -> str:
+    """The text of ``longspan --help``: every verb with its description."""
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  longspan {name:<{width}}  {verb.does}" for name, verb in VERBS.items())
     return f"""Train a transformer on sequences that one device cannot hold, and get the results of one device.

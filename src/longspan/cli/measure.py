@@ -32,7 +32,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Figure(NamedTuple):
-    """A measured number and its spread: the distance of the quartiles over the median."""
+    """A measured number.
+
+    Attributes:
+        value: the median of the repeats.
+        spread: the distance of their quartiles, over the median.
+    """
 
     value: float
     spread: float
@@ -118,7 +123,11 @@ def measure(mesh: ParallelMesh, largest: int, repeats: int) -> tuple[dict[str, A
 
 
 def timed(run: Callable[[], Any], device: torch.device, group: dist.ProcessGroup, repeats: int) -> Figure:
-    """The median seconds of ``run`` on this rank and their spread; all ranks begin each repeat together."""
+    """The median seconds of ``run`` on this rank, with their spread; all ranks of ``group`` begin each of ``repeats`` repeats
+    together.
+
+    The clock stops when ``device`` has ended its work.
+    """
     run()
     taken = []
     for _ in range(max(2, repeats)):
@@ -133,12 +142,16 @@ def timed(run: Callable[[], Any], device: torch.device, group: dist.ProcessGroup
 
 
 def _wait(device: torch.device) -> None:
+    """Wait until a CUDA device has ended its work; do nothing for others."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _attention(device: torch.device, seconds: Callable[[str, Callable[[], Any]], float]) -> dict[str, float]:
-    """Rates of causal attention in fp32, forward and backward, on the area of its mask."""
+    """Operations a second of causal attention in fp32, counted on the area of its mask: {"forward": ..., "backward": ...}.
+
+    ``seconds(name, run)`` measures a function under a name.
+    """
     heads, tokens, dim = (8, 1024, 64) if device.type == "cpu" else (32, 8192, 128)
     q = torch.ones(1, heads, tokens, dim, device=device, requires_grad=True)
 
@@ -160,7 +173,11 @@ def _attention(device: torch.device, seconds: Callable[[str, Callable[[], Any]],
 def _links(
     device: torch.device, group: dist.ProcessGroup, largest: int, seconds: Callable[[str, Callable[[], Any]], float]
 ) -> dict[str, dict[str, float]]:
-    """Bandwidth and latency of each collective over all ranks: bytes that a rank sends to others, over their seconds."""
+    """{collective: {"bandwidth": bytes a second, "latency": seconds}} over all ranks of ``group``.
+
+    The bytes are those that a rank sends to others, for one small message and one of ``largest`` bytes; ``seconds(name, run)``
+    measures a function under a name.
+    """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
 
     def run(name: str, size: int) -> Callable[[], Any]:
@@ -191,7 +208,7 @@ def _links(
 
 
 def _lines(found: dict[str, Any], spreads: dict[str, float]) -> list[str]:
-    """The figures as text, each with its spread."""
+    """The measured figures as lines of text, each with its spread, for the terminal."""
     lines = [f"{found['name']}, {found['ranks']} ranks at the same time; spread: quartiles over the median", ""]
 
     def line(name: str, value: str) -> None:

@@ -119,6 +119,7 @@ class Journal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _keep(self, error: OSError) -> None:
+        """Store ``error`` as the RunError ``fault``."""
         self.fault = RunError(
             f"the metrics of {self._folder} cannot be written: {error.strerror}; make room and go on with --resume, "
             f"or choose another disk with --runs-folder"
@@ -128,7 +129,9 @@ class Journal:
 class _Events:
     """Writes a TensorBoard event file of scalars. TensorBoard's own writer does not raise on a full disk; this one does.
 
-    TensorBoard ignores step ``first_step`` and later ones of earlier event files in ``folder``.
+    Args:
+        folder: where the file is made.
+        first_step: of earlier event files in ``folder``, TensorBoard ignores this step and later ones.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -176,7 +179,9 @@ class Display:
     def show(self, record: Record, peak_flops: float) -> None:
         """Show the record of a step: redraw the progress, or print a line every ``steps / PLAIN_LINES`` steps.
 
-        ``peak_flops``: the FLOP/s of which ``record["peak_share"]`` is a fraction.
+        Args:
+            record: the step's metrics by name.
+            peak_flops: the FLOP/s of which ``record["peak_share"]`` is a fraction.
         """
         step, state = int(record["step"]), _state(record, peak_flops)
         self._bar.update(self._task, completed=step)
@@ -225,15 +230,18 @@ def measured_peak_flops(mesh: ParallelMesh, dtype: torch.dtype, seconds: float =
 
 
 def fullest_rank_bytes(mesh: ParallelMesh) -> int:
-    """The largest ``peak_bytes`` of all ranks, on every rank: a collective."""
+    """The largest peak memory of any rank in bytes, on every rank. Every rank must call it."""
     mine = torch.tensor(peak_bytes(mesh.device), device="cpu")
     dist.all_reduce(mine, dist.ReduceOp.MAX, group=mesh.world_group)
     return int(mine)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory of this rank in bytes: allocated by torch on an accelerator since the speed was measured, else resident in
-    the process since its start."""
+    """The peak memory of this rank in bytes.
+
+    On an accelerator: what torch has allocated since the speed was measured. On the CPU: what was resident in the process since
+    its start.
+    """
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -241,6 +249,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def _state(record: Record, peak_flops: float) -> str:
+    """The line of a step: loss, tokens a second, share of the peak, memory and bytes exchanged."""
     return "  ".join(
         (
             f"loss {record['loss']:.4f}",
@@ -289,8 +298,11 @@ def _lines(path: Path) -> list[str]:
 def memory_table(timeline: Timeline, step: int, process_bytes: int | None = None) -> str:
     """Text for the terminal: the total at the peak of a step, and one line per category with MiB and percent.
 
-    ``process_bytes``: the peak memory of the whole process if the progress line shows that (on the CPU), else None; it adds a
-    sentence about the difference.
+    Args:
+        timeline: the memory of the step.
+        step: its number.
+        process_bytes: the peak memory of the whole process, if the progress line shows that (on the CPU); a sentence about the
+            difference is added. None: nothing is added.
     """
     peak, total = timeline.at_peak(), timeline.peak()
     lines = [f"  {name:<14}{size / 2**20:10,.1f} MiB {size / total:7.1%}" for name, size in peak.items()]

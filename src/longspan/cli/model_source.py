@@ -25,7 +25,10 @@ FOLDER = "hf:"
 
 @runtime_checkable
 class ModelSource(Protocol):
-    """A model that can be built, and what the commands train, evaluate and check must know of it before."""
+    """A model that can be built, and what the commands train, evaluate and check must know of it before.
+
+    ``from_name`` makes one from ``--model``: a ``DecoderSource``, or a ``FolderSource`` of hf/source.py.
+    """
 
     @property
     def summary(self) -> str:
@@ -144,7 +147,8 @@ def from_name(name: str, layers: int | None = None, heads: int | None = None, kv
 
 
 def from_description(described: dict[str, Any]) -> ModelSource:
-    """The source whose ``described()`` is given, as a checkpoint holds it. A Hugging Face model is built without weights."""
+    """The source of the model in a checkpoint, from what its ``described()`` wrote there. A Hugging Face model has no
+    weights yet."""
     if "model_type" not in described:
         return DecoderSource(DecoderConfig(**described))
     from longspan.hf.source import FolderSource, config_of
@@ -153,6 +157,11 @@ def from_description(described: dict[str, Any]) -> ModelSource:
 
 
 def _of_folder(folder: str, layers: int | None, heads: int | None, kv_heads: int | None) -> ModelSource:
+    """The source of ``--model hf:FOLDER``; ``layers`` keeps the first ones.
+
+    Raises:
+        ModelError: ``heads`` or ``kv_heads`` is given, transformers is not installed, or the folder holds no language model.
+    """
     if heads or kv_heads:
         raise ModelError(f"the heads of {FOLDER}{folder} are those of its config.json; leave out --heads and --kv-heads")
     try:
@@ -168,7 +177,11 @@ def _of_folder(folder: str, layers: int | None, heads: int | None, kv_heads: int
 
 @dataclass(frozen=True)
 class DecoderSource:
-    """longspan's own decoder (models/decoder.py)."""
+    """The ModelSource of longspan's own decoder (models/decoder.py), with random weights.
+
+    Attributes:
+        config: its sizes and options.
+    """
 
     config: DecoderConfig
     tokenizer = "bytes"

@@ -19,13 +19,13 @@ GIB = 2**30
 
 
 def _optional(hint: str, metavar: str = "INT") -> object:
-    """A tyro annotation of a setting whose default is None: ``--help`` shows its type and ``(default: {hint})``."""
+    """A tyro annotation of a setting whose default is None: ``--help`` shows its type ``metavar`` and ``(default: {hint})``."""
     return arg(help_behavior_hint=f"(default: {hint})", metavar=metavar)
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """Settings of a plan."""
+    """Settings of ``longspan plan``."""
 
     model: str = "llama-8b"
     """tiny, small, llama-1b, llama-8b or llama-70b: a decoder of that shape. hf:FOLDER: a Hugging Face config.json."""
@@ -81,14 +81,18 @@ class PlanSettings:
 
     @property
     def fixed(self) -> dict[str, int | str]:
-        """The degrees and options that were given."""
+        """{name: value} of the degrees and options that the user gave; the plan chooses the others."""
         named = {name: getattr(self, name) for name in ("pipeline", "ring", "ulysses", "tensor", "zero")}
         given: dict[str, int | str] = {name: value for name, value in named.items() if value is not None}
         return given | ({} if self.recompute == "chosen" else {"recompute": self.recompute})
 
 
 def work(settings: PlanSettings) -> int:
-    """Print the plan. Returns the exit code, 0; LongspanError is raised for what has no plan."""
+    """Print the plan as a table, sentences or JSON, and write the page if asked; return the exit code 0.
+
+    Raises:
+        LongspanError: the model or the hardware cannot be read, or no layout is legal or fits.
+    """
     tokens = settings.tokens or (None if settings.goal == "length" else 131_072)
     found = plan(
         settings.model,
@@ -165,7 +169,7 @@ def _table(found: Plan) -> str:
 
 
 def _lines(best: Choice, other: Choice | None) -> list[tuple[str, list[str]]]:
-    """The rows of the table: a name, and a cell for each choice."""
+    """The rows of the table: (name, a cell for each choice); ``other`` None: there is one choice only."""
     choices = [choice for choice in (best, other) if choice is not None]
     lines = [
         ("step", [f"{c.seconds:,.2f} s +-{c.error:.0%}" for c in choices]),

@@ -11,7 +11,7 @@ from longspan.errors import RunError
 
 @dataclass(frozen=True)
 class ProbeSettings(Ranks):
-    """Settings of a probe."""
+    """Settings of ``longspan probe``."""
 
     out: str = "hardware.json"
     """The file to write."""

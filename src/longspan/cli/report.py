@@ -2,7 +2,8 @@
 
     runs/NAME/config.json, metrics.jsonl  ->  loss, tokens a second, memory, bytes exchanged, of all named runs side by side
 
-The page holds plotly itself and requests nothing. ``--watch`` writes it again while runs go on, and the page loads itself anew.
+The page contains plotly itself and requests nothing. With ``--watch`` it is written again at an interval, and the browser
+reloads it.
 """
 
 import json
@@ -33,7 +34,7 @@ SETTINGS = ("model", "tokens", "rows_per_step", "ulysses", "ring", "tensor", "ze
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """Settings of a report."""
+    """Settings of ``longspan report``."""
 
     runs: Positional[tuple[str, ...]] = (LATEST,)
     """Names of runs, or ``latest``."""
@@ -42,7 +43,7 @@ class ReportSettings:
     html: str = "report.html"
     """The page to write."""
     watch: Annotated[float | None, arg(help_behavior_hint="(default: write once)", metavar="SECONDS")] = None
-    """Write the page again after this many seconds, until Ctrl-C, and let it load itself anew."""
+    """Write the page again after this many seconds, until Ctrl-C; an open browser reloads it."""
     debug: bool = False
     """Show the traceback of an error beside its message."""
 
@@ -55,7 +56,13 @@ class ReportSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it: its settings, and its records by metric as (steps, values)."""
+    """A run as its folder describes it.
+
+    Attributes:
+        name: the run's name.
+        settings: the settings with which it was started.
+        metrics: {metric: (steps, values)} of its records.
+    """
 
     name: str
     settings: dict[str, Any]
@@ -63,7 +70,11 @@ class Run:
 
 
 def work(settings: ReportSettings) -> int:
-    """Write the page, once or until Ctrl-C. Returns the exit code, 0; RunError is raised for a run that is not there."""
+    """Write the page, once or until Ctrl-C, and print each run's last step; return the exit code 0.
+
+    Raises:
+        RunError: a run is not there.
+    """
     while True:
         runs = [read_run(settings.runs_folder, name) for name in settings.runs]
         Path(settings.html).write_text(page(runs, settings.watch), encoding="utf-8")
@@ -81,7 +92,8 @@ def read_run(runs_folder: str, name: str) -> Run:
     """Read a run's settings and records.
 
     Args:
-        runs_folder, name: as for ``settings_of_run``.
+        runs_folder: the folder of all runs.
+        name: the name of the run, or ``latest`` for the one started last.
 
     Returns:
         The Run. A last line that is being written is left out.
@@ -105,7 +117,7 @@ def read_run(runs_folder: str, name: str) -> Run:
 
 
 def page(runs: list[Run], watch: float | None) -> str:
-    """The page of several runs as HTML; with ``watch`` it loads itself anew after that many seconds."""
+    """The HTML of a page that shows ``runs`` side by side. The browser reloads it every ``watch`` seconds; None: never."""
     from plotly import graph_objects as graph
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped,unused-ignore]
 
@@ -133,7 +145,7 @@ def page(runs: list[Run], watch: float | None) -> str:
 
 
 def _table(runs: list[Run]) -> str:
-    """The settings of the runs that have any of ``SETTINGS``, and their last loss, as an HTML table."""
+    """An HTML table with a row for each run: the settings that ``SETTINGS`` names, and the last loss."""
     head = "".join(f"<th>{escape(name)}</th>" for name in ("run", *SETTINGS, "last loss"))
     rows = []
     for run in runs:

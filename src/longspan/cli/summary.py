@@ -17,9 +17,15 @@ from longspan.distributed.mesh import AXES, BASIC, MeshCoordinate, ParallelMesh
 
 
 def opening(source: ModelSource, corpus: Corpus, loader: Loader, config: Train, mesh: ParallelMesh, done: int) -> str:
-    """Four lines: layout; model; files, documents and tokens of the text; tokens, epochs and steps that are left to run.
+    """Four lines that ``train`` prints first: layout; model; files, documents and tokens of the text; and what is left to run.
 
-    ``done``: the steps that were done before a resume, 0 in a new run.
+    Args:
+        source: the model.
+        corpus: the text.
+        loader: gives the number of sequences, for the epochs.
+        config: the settings of the run.
+        mesh: the ranks.
+        done: the steps that were done before a resume; 0 in a new run.
     """
     c, steps = mesh.coordinate, config.steps - done
     found = f"{_files(corpus.files)}, {count(len(corpus.whole.documents), 'document')}"

@@ -152,7 +152,8 @@ def learning_rate(step: int, config: Train) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: Loader, config: Train, mesh: ParallelMesh) -> float:
-    """Mean loss, in nats per token, of the first ``eval_rows`` sequences of ``held_out``, equal on every rank: a collective."""
+    """Mean loss, in nats per token, of the first ``eval_rows`` sequences of ``held_out``, equal on every rank. Every rank
+    must call it."""
     parts = sync_batches(list(held_out.epoch(config.eval_rows)), mesh)
     loss = 0.0
     for part in parts:
@@ -162,6 +163,7 @@ def evaluate(model: nn.Module, held_out: Loader, config: Train, mesh: ParallelMe
 
 
 def _loader(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
+    """The Loader of the training text."""
     return Loader(
         corpus.train,
         tokens=config.tokens,
@@ -206,7 +208,7 @@ def _held_out(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
 
 
 def _parts(loader: Loader, step: int, journal: Journal, mesh: ParallelMesh) -> list[Part]:
-    """This rank's micro-batches of ``step`` (from 1) on its device, after ``sync_batches``: a collective.
+    """This rank's micro-batches of ``step`` (from 1) on its device, after ``sync_batches``. Every rank must call it.
 
     An error of one rank (its text, its disk, ``journal.fault``) is raised on all ranks.
     """
@@ -230,6 +232,7 @@ def _computing_in(config: Train, mesh: ParallelMesh) -> torch.autocast:
 
 
 def _optimizer(model: nn.Module, config: Train) -> torch.optim.Optimizer:
+    """The optimizer that the settings ask for; matrices are decayed, vectors (norms, biases) are not."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     norms = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
@@ -240,6 +243,7 @@ def _optimizer(model: nn.Module, config: Train) -> torch.optim.Optimizer:
 
 
 def _refuse_divergence(step: int, loss: float, grad_norm: float) -> None:
+    """Raise RunError if the loss or the gradient norm of ``step`` is not finite."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise RunError(
             f"the run diverged at step {step}: loss {loss}, gradient norm {grad_norm}; start another run with a lower "
@@ -248,11 +252,12 @@ def _refuse_divergence(step: int, loss: float, grad_norm: float) -> None:
 
 
 def _is_due(step: int, every: int, config: Train) -> bool:
+    """Whether ``step`` is a multiple of ``every`` (0: never), or the last step of the run."""
     return step == config.steps or (every > 0 and step % every == 0)
 
 
 def _open_run(config: Train, mesh: ParallelMesh) -> Path:
-    """The folder of the run, equal on every rank: a collective. Rank 0 creates it for a new run.
+    """The folder of the run, equal on every rank; rank 0 makes it for a new run. Every rank must call it.
 
     Raises:
         RunError: the name exists already, or the folder cannot be made; raised on every rank.
@@ -266,6 +271,11 @@ def _open_run(config: Train, mesh: ParallelMesh) -> Path:
 
 
 def _new_run(config: Train) -> str:
+    """Make the folder of a new run with its config.json, on rank 0; returns the run's name.
+
+    Raises:
+        RunError: the name exists already, or the folder cannot be made.
+    """
     runs = Path(config.runs_folder)
     try:
         runs.mkdir(parents=True, exist_ok=True)
@@ -290,6 +300,7 @@ def _new_run(config: Train) -> str:
 
 
 def _next_free(runs: Path) -> str:
+    """The first of train-001, train-002, ... that is not a folder in ``runs``."""
     taken = {path.name for path in runs.iterdir()}
     return next(name for number in range(1, len(taken) + 2) if (name := f"train-{number:03}") not in taken)
 
