@@ -12,23 +12,33 @@ Number = Any
 
 
 def ulysses_elements(tokens: int, hidden: int, ranks: int) -> Fraction:
-    """Elements on each link for one layer and pass: 4·N·h/P (DeepSpeed-Ulysses, arXiv:2309.14509, for large P)."""
+    """Elements of Ulysses on each link for one layer and pass, over P ``ranks``: 4·N·h/P (arXiv:2309.14509, for large P)."""
     return Fraction(4 * tokens * hidden, ranks)
 
 
 def all_to_all_sent(elements: Number, ranks: Number) -> Number:
-    """What one rank sends of its ``elements`` to the others: elements · (P-1)/P. With elements = M/P that is M·(P-1)/P²."""
+    """What one of P ``ranks`` sends of its ``elements`` to the others in an all-to-all: elements · (P-1)/P.
+
+    With elements = M/P, of a tensor of M elements over all ranks, that is M·(P-1)/P².
+    """
     return elements * (ranks - 1) / ranks
 
 
 def megatron_elements(tokens: int, hidden: int) -> int:
-    """Elements of Megatron sequence parallelism for one layer and pass, whatever P is: 2 all-gathers and 2 reduce-scatters of
-    N·h."""
+    """Elements of Megatron sequence parallelism for one layer and pass: 2 all-gathers and 2 reduce-scatters of N·h, whatever
+    P."""
     return 4 * tokens * hidden
 
 
 def loongtrain_kv_elements(tokens: int, hidden: int, heads: int, kv_heads: int, ulysses: int, ranks: int) -> Fraction:
-    """Elements of keys and values with replication: max(Hkv, d_hp)/H · 4·S·D/d_sp (LoongTrain, arXiv:2406.18485)."""
+    """Elements of keys and values for one layer, replicated where ranks exceed heads: max(Hkv, d_hp)/H · 4·S·D/d_sp.
+
+    Args:
+        tokens, hidden: S and D.
+        heads, kv_heads: H and Hkv.
+        ulysses: d_hp, the degree of head parallelism.
+        ranks: d_sp, the ranks of a sequence. Source: LoongTrain, arXiv:2406.18485.
+    """
     return Fraction(max(kv_heads, ulysses) * 4 * tokens * hidden, heads * ranks)
 
 
@@ -46,7 +56,16 @@ parameters in d², of activations in bs·L·d, and of activations in bs·L·d/N.
 
 
 def usp_elements(strategy: str, *, hidden: int, tokens: int, rows: int, ranks: int) -> tuple[int, Fraction]:
-    """(elements of parameters, elements of activations) of one block in forward and backward, from ``USP_TABLE``."""
+    """What one block exchanges in forward and backward with a strategy of ``USP_TABLE``.
+
+    Args:
+        strategy: a row of the table, such as "tensor".
+        hidden, tokens, rows: d, L and bs.
+        ranks: N.
+
+    Returns:
+        (elements of parameters, elements of activations).
+    """
     parameters, constant, divided = USP_TABLE[strategy]
     return parameters * hidden * hidden, (constant + Fraction(divided, ranks)) * rows * tokens * hidden
 

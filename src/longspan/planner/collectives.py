@@ -19,11 +19,11 @@ from longspan.planner.hardware import Cluster
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks along one axis.
+    """The ranks along one axis, between which a collective runs.
 
     Attributes:
-        ranks: its degree.
-        stride: distance of two neighbours: the product of the degrees further inside.
+        ranks: the degree of the axis.
+        stride: distance of two neighbours: the product of the degrees of the axes that vary faster.
         cluster: the cluster.
     """
 
@@ -43,7 +43,7 @@ class Group:
 
     @property
     def bandwidth(self) -> Number:
-        """Bytes a second of one rank in a ring over the group.
+        """Bytes a second that one rank sends in a ring over the group.
 
         A node's links to the network are shared by the groups that cross it, one for each rank between two neighbours.
         """
@@ -53,7 +53,7 @@ class Group:
 
     @property
     def latency(self) -> Number:
-        """Seconds of one hop."""
+        """Seconds of one hop from a rank to its neighbour, beside the bytes."""
         return np.where(self.crosses, self.cluster.between.latency, self.cluster.inside.latency)
 
     @property

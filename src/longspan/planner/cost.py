@@ -47,7 +47,15 @@ class Constants:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all formulas read: the model, the cluster, what the software does, the step and the constants."""
+    """What all formulas read beside a strategy.
+
+    Attributes:
+        shape: the model.
+        cluster: the accelerators and links.
+        recipe: what the software does.
+        workload: tokens and rows of a step.
+        constants: the fitted numbers.
+    """
 
     shape: ModelShape
     cluster: Cluster
@@ -57,13 +65,13 @@ class Setting:
 
     @property
     def matmul_rate(self) -> float:
-        """Operations a second of a large matrix product within a training step."""
+        """Operations a second that a large matrix product reaches within a training step, in the recipe's dtype."""
         rates = self.cluster.accelerator.matmul
         return rates.get(self.recipe.dtype, rates["bf16"]) * self.constants.matmul
 
 
 def groups(cluster: Cluster, s: Any) -> dict[str, Group]:
-    """The groups of each axis, and of "fsdp": data x ring x ulysses, whose neighbours are ``tensor`` apart."""
+    """The ranks along each axis of the strategy ``s``, and along "fsdp": data x ring x ulysses, ``tensor`` ranks apart."""
     stride: Number = 1
     found = {}
     for axis in ("tensor", "ulysses", "ring", "data", "pipeline"):
@@ -89,7 +97,7 @@ def product_time(x: Setting, rows: Number, inner: Number, columns: Number) -> Nu
 
 
 def matmul_time(x: Setting, s: Any) -> tuple[Number, Number]:
-    """Seconds of the matrix products of one layer's forward: (attention's projections, the feed-forward)."""
+    """Seconds of the matrix products of one layer's forward on one rank: (attention's projections, the feed-forward)."""
     shape, m, t = x.shape, rank_tokens(x.workload, s), s.tensor
     scale = shape.attention_weights / (shape.hidden * (shape.query_width + shape.kv_width + shape.out_width))
     copies = np.maximum(1, t / shape.kv_heads)  # key/value heads that several tensor ranks compute
@@ -101,7 +109,7 @@ def matmul_time(x: Setting, s: Any) -> tuple[Number, Number]:
 
 
 def attention_time(x: Setting, s: Any) -> tuple[Number, Number]:
-    """Seconds of attention of one layer on one rank: (forward, backward), from the area of the layers' bands."""
+    """Seconds of attention of one layer on one rank: (forward, backward), from the area of the layers' masks."""
     shape, tokens, device = x.shape, x.workload.tokens, x.cluster.accelerator
     heads = np.ceil(shape.heads / (s.ulysses * s.tensor))
     if x.recipe.attention == "unfused":
@@ -119,7 +127,7 @@ def attention_time(x: Setting, s: Any) -> tuple[Number, Number]:
 
 
 def elementwise_time(x: Setting, s: Any) -> Number:
-    """Seconds of the element-wise operators of one layer's forward, by the bytes that they read and write."""
+    """Seconds of the element-wise operators (norms, residuals, activations) of one layer's forward, by the bytes they move."""
     shape, size, t = x.shape, x.recipe.itemsize, s.tensor
     m = rank_tokens(x.workload, s)
     outside = (2 * shape.norms + 6) * shape.hidden * size  # norms read and write once, two residuals three times
@@ -132,7 +140,7 @@ def elementwise_time(x: Setting, s: Any) -> Number:
 
 
 def operators(x: Setting, s: Any) -> Number:
-    """Operators that the host starts in one layer's forward."""
+    """The number of operators that the host starts in one layer's forward."""
     fixed = (14 if x.recipe.compiled else 30) + (8 if x.recipe.attention == "unfused" else 0)
     return fixed + 4 * (s.tensor > 1) + 4 * (s.ulysses > 1) + 6 * (s.ring - 1)
 
@@ -147,10 +155,13 @@ def loss_time(x: Setting, s: Any) -> Number:
 
 @dataclass(frozen=True)
 class Layer:
-    """Seconds of one layer on one rank and micro-batch.
+    """Seconds of one layer on one rank and micro-batch, as ``layer_time`` returns them.
 
-    ``forward`` and ``backward`` are device time or dispatch, whichever is longer; ``recompute`` is what the backward computes
-    again. The others are exposed communication, by axis, for forward, recomputation and backward together.
+    Attributes:
+        forward, backward: device time or dispatch, whichever is longer.
+        recompute: what the backward computes again.
+        matmul, attention, elementwise, dispatch: what forward and backward consist of.
+        tensor, ulysses, ring, zero: exposed communication by axis, of forward, recomputation and backward together.
     """
 
     forward: Number
@@ -167,12 +178,13 @@ class Layer:
 
     @property
     def communication(self) -> Number:
-        """All exposed communication."""
+        """Seconds of exposed communication over all axes."""
         return self.tensor + self.ulysses + self.ring + self.zero
 
 
 def layer_time(x: Setting, s: Any) -> Layer:
-    """The time of one layer of a strategy ``s``, averaged over the layers of the model."""
+    """The time of one layer of a strategy ``s``, whose fields are numbers or arrays of them, averaged over the model's
+    layers."""
     projections, feed = matmul_time(x, s)
     attend, attend_back = attention_time(x, s)
     element = elementwise_time(x, s)
@@ -217,7 +229,13 @@ def ulysses_exposed(x: Setting, s: Any) -> Number:
 def _layer_communication(
     x: Setting, s: Any, attend: Number, attend_back: Number, forward: Number, backward: Number
 ) -> dict[str, Number]:
-    """Exposed seconds of one layer's collectives by axis."""
+    """Exposed seconds of one layer's collectives: {axis: seconds}, of forward, recomputation and backward together.
+
+    Args:
+        x, s: what is priced.
+        attend, attend_back: seconds of attention, behind which ring hops are hidden.
+        forward, backward: seconds of the layer, behind which ZeRO-3's gathers are hidden.
+    """
     shape, size, axes = x.shape, x.recipe.itemsize, groups(x.cluster, s)
     m = rank_tokens(x.workload, s)
     again = s.full + (s.selective if x.recipe.selective == "block" else 0)
@@ -243,7 +261,17 @@ def _layer_communication(
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step of a rank, by what they are spent on; ``total`` is their sum."""
+    """Seconds of one step of a rank, by what they are spent on; ``total`` is their sum, ``why`` explains each.
+
+    Attributes:
+        matmul, attention, elementwise, dispatch, loss: forward and backward, without recomputation.
+        recompute: what the backward computes again.
+        tensor, ulysses, ring, zero: exposed communication of the layers by axis.
+        gradients: exposed reduction of gradients, and gathering of parameters after the update.
+        pipeline, bubble: sends between stages, and idle time.
+        offload: copies to and from host memory that nothing hides.
+        optimizer: the update.
+    """
 
     matmul: Number
     attention: Number
@@ -268,7 +296,7 @@ class StepTime:
 
 
 def stage_layers(shape: ModelShape, s: Any) -> Number:
-    """Layers of the stage with the most layers."""
+    """The number of layers of the pipeline stage with the most layers."""
     stages = s.pipeline * s.stages_per_rank
     return np.ceil(shape.layers / stages) * s.stages_per_rank
 

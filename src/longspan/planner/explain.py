@@ -34,7 +34,11 @@ MEMORY_ERROR = (0.11, "torchtitan, mean of 7 runs")
 
 
 def time_error(strategy: Strategy) -> tuple[float, str]:
-    """The uncertainty of a predicted step time: (relative error, the published runs of the nearest kind)."""
+    """The uncertainty of a predicted step time.
+
+    Returns:
+        (relative error, the published runs of the nearest kind, from which it is taken, as text).
+    """
     kind = "data"
     if strategy.ring * strategy.ulysses > 1:
         kind = "sequence"
@@ -46,14 +50,15 @@ def time_error(strategy: Strategy) -> tuple[float, str]:
 
 
 def why(x: Setting, s: Strategy, name: str) -> str:
-    """The formula of one number of a plan, with its terms.
+    """The formula of one number of a plan, with its terms, as text.
 
     Args:
-        x, s: what was priced.
+        x: model, cluster, software and step.
+        s: the strategy that was priced.
         name: a field of ``StepTime`` or ``RankMemory``, or "seconds" or "bytes" for their totals.
 
     Returns:
-        "name = formula = terms".
+        "name = formula = value".
 
     Raises:
         KeyError: there is no such number; the message lists them.
@@ -75,7 +80,7 @@ def why(x: Setting, s: Strategy, name: str) -> str:
 
 
 def _formulas(x: Setting, s: Strategy) -> dict[str, str]:
-    """The formula of each number with its terms."""
+    """{name of a number: its formula with the terms of this strategy, as text}."""
     shape, recipe, device, c = x.shape, x.recipe, x.cluster.accelerator, x.constants
     count, layers, layer = micro_batches(x.workload, s), int(stage_layers(shape, s)), layer_time(x, s)
     m = float(rank_tokens(x.workload, s))
@@ -134,7 +139,7 @@ def kinds(memory: RankMemory) -> list[tuple[str, float]]:
 
 
 def sentences(x: Setting, s: Strategy) -> list[str]:
-    """What binds a strategy and what changes it, each with its numbers."""
+    """Sentences, each with its numbers: which part of the step takes longest, and what would change the strategy ``s``."""
     time, memory = step_time(x, s), rank_memory(x, s)
     total, device = float(time.total), x.cluster.accelerator
     spent, held = parts(time), kinds(memory)
@@ -155,7 +160,10 @@ def sentences(x: Setting, s: Strategy) -> list[str]:
 
 
 def _exchange(x: Setting, s: Strategy, total: float) -> list[str]:
-    """The two all-to-alls of one layer, and what Megatron sequence parallelism would send instead."""
+    """Sentences about the two all-to-alls of one layer, and what Megatron sequence parallelism would send instead.
+
+    ``total`` is the seconds of the step.
+    """
     n, h, size = x.workload.tokens, x.shape.query_width, x.recipe.itemsize
     sent, seconds = float(ulysses_bytes(x, s)), float(ulysses_exposed(x, s))
     ours = float(ulysses_elements(n, h, s.ulysses * s.ring)) * size * s.micro_batch
@@ -171,7 +179,8 @@ def _exchange(x: Setting, s: Strategy, total: float) -> list[str]:
 
 
 def _doubled(x: Setting, s: Strategy, total: float) -> str:
-    """What happens when the tokens and the ranks of a sequence double together."""
+    """A sentence: how the time changes when the tokens and the ranks of a sequence double together. ``total``: seconds of
+    the step."""
     bigger = replace(x, workload=replace(x.workload, tokens=2 * x.workload.tokens),
                      cluster=replace(x.cluster, gpus=2 * x.cluster.gpus))  # fmt: skip
     by_heads = 2 * s.ulysses * s.tensor <= x.shape.heads
@@ -190,7 +199,7 @@ def _doubled(x: Setting, s: Strategy, total: float) -> str:
 
 
 def _overtaken(x: Setting, s: Strategy) -> str:
-    """The length from which a ring of as many ranks as Ulysses has exposes less communication."""
+    """A sentence: from which number of tokens on a ring of as many ranks as Ulysses has would expose less communication."""
     degree = max(2, s.ulysses * s.ring)
     if degree * s.tensor > x.shape.heads:
         return (
@@ -210,12 +219,13 @@ def _overtaken(x: Setting, s: Strategy) -> str:
 
 
 def _checkpoint(x: Setting) -> str:
+    """A sentence: how large a checkpoint is."""
     size = x.shape.parameters * (x.recipe.parameter_bytes + x.recipe.optimizer_bytes)
     return f"A checkpoint holds {_gib(size)}: parameters and optimizer states of {x.shape.parameters:,} parameters."
 
 
 def lost(x: Setting, best: Strategy, other: Strategy) -> str:
-    """Why ``other`` is slower than ``best``: the part of the step that differs most."""
+    """A sentence: why ``other`` is slower than ``best``, by the part of the step that differs most."""
     one, two = step_time(x, best), step_time(x, other)
     gap = {name: float(getattr(two, name)) - float(getattr(one, name)) for name in one.__dataclass_fields__}
     name = max(gap, key=lambda part: gap[part])
@@ -226,6 +236,7 @@ def lost(x: Setting, best: Strategy, other: Strategy) -> str:
 
 
 def _shares(spent: list[tuple[str, float]], total: float) -> str:
+    """Parts and their shares of ``total`` as text, "matmul 60%, attention 30%"; those below half a percent are left out."""
     return ", ".join(f"{name} {value / total:.0%}" for name, value in spent if value > 0.005 * total)
 
 

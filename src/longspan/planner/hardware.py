@@ -41,7 +41,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Attention:
-    """Measured rates of a fused attention kernel at many keys a query, in operations a second on the true mask area."""
+    """Measured rates of a fused attention kernel at many keys a query.
+
+    Attributes:
+        forward, backward: operations a second, counted on the area of the mask.
+        source: where the figures are from.
+    """
 
     forward: float
     backward: float
@@ -108,7 +113,7 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Number of nodes, the last of which may be partly used."""
+        """The number of nodes, the last of which may be partly used."""
         return -(-self.gpus // self.gpus_per_node)
 
 
@@ -128,7 +133,16 @@ def _accelerator(
     reached_source: str = MAMF,
     attention_source: str = FLASH2,
 ) -> Accelerator:
-    """An accelerator from rates in tera-operations a second, GiB of memory and TB/s."""
+    """An Accelerator, a row of this file's tables, from rates in tera-operations a second, GiB of memory and TB/s.
+
+    Args:
+        name: what a user calls it.
+        bf16, fp8, fp32: peak rates from the data sheet; None: it lacks the dtype.
+        reached, reached_fp8: rates that large matrix products were measured to reach.
+        flash, fused: measured (forward, backward) rates of attention kernels.
+        gib, bandwidth, multiprocessors: memory, its bandwidth, and the units that compute.
+        reached_source, attention_source: where these figures are from.
+    """
     peak = {"fp32": fp32 * TERA, "bf16": bf16 * TERA} | ({"fp8": fp8 * TERA} if fp8 else {})
     matmul = {"fp32": 0.85 * fp32 * TERA, "bf16": reached * TERA} | ({"fp8": reached_fp8 * TERA} if reached_fp8 else {})
     attention = {"flash": Attention(flash[0] * TERA, flash[1] * TERA, attention_source)}
@@ -207,6 +221,7 @@ ROCE800 = Link("400 Gbit/s a GPU", 48.5 * GIGA, 12 * MICRO, "as NDR400")
 
 
 def _node(accelerator: Accelerator, inside: Link, between: Link, to_host: Link, gpus: int = 8) -> Cluster:
+    """A cluster that is one node of ``gpus`` accelerators; host memory is the usual one."""
     return Cluster(
         accelerator=accelerator,
         gpus=gpus,

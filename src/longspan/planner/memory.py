@@ -18,7 +18,12 @@ WIDE = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a decoder: numbers of vocabulary entries, layers, heads and key/value heads, and widths in elements."""
+    """The sizes of a decoder, from which ``footprint`` estimates memory.
+
+    Attributes:
+        vocab, layers, heads, kv_heads: numbers of vocabulary entries, layers, query heads and key/value heads.
+        hidden, head_dim, ffn: widths in elements, of a hidden state, of a head and of the feed-forward.
+    """
 
     vocab: int
     layers: int
@@ -76,8 +81,10 @@ def footprint(
         tokens: tokens of the row.
         ranks: ulysses ranks that hold the row.
         zero: the ZeRO stage.
-        fsdp_ranks: ranks that shard the parameters with ``zero`` > 0 (default: ``ranks``).
-        recompute, tile_tokens, head_chunks: as in ``MemoryOptions``.
+        fsdp_ranks: ranks that shard the parameters with ``zero`` > 0; None: ``ranks``.
+        recompute: activation checkpointing of every block: "none", "full" or "selective".
+        tile_tokens: tokens that a feed-forward or a norm processes at a time; None: all.
+        head_chunks: chunks of a rank's heads that are exchanged and computed one after another.
         logits: how the loss forms logits: "blocks" (the Decoder), "whole" (Transformers' own loss) or "tiles" (Transformers
             with ``chunked_loss``).
         itemsize: bytes of an element of the activations.
@@ -139,7 +146,7 @@ def _attention(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, it
         sizes: sizes of the decoder.
         n: tokens of this rank.
         ranks: ulysses ranks.
-        recompute: as in ``MemoryOptions``.
+        recompute: activation checkpointing: "none", "full" or "selective".
         chunks: chunks of the heads, of which one is computed at a time.
         itemsize: bytes of an element of the activations.
     """

@@ -89,6 +89,7 @@ def read_config(source: str | Path | Mapping[str, Any], name: str = "") -> Model
 
 
 def _shape(config: Mapping[str, Any], name: str) -> ModelShape:
+    """The ModelShape of a config's contents; ``name`` is for messages. Raises ModelError for a model that is no decoder."""
     if isinstance(config.get("text_config"), Mapping):  # a vision-language model: its decoder
         config = config["text_config"]
     kind = str(config.get("model_type", ""))
@@ -144,6 +145,11 @@ _TIED_BY_DEFAULT = dict.fromkeys(("gpt2", "opt", "bloom", "falcon", "mpt", "gemm
 
 
 def _size(config: Mapping[str, Any], what: str, name: str, default: int | None = None) -> int:
+    """The size ``what`` (a key of ``NAMES``) of a config, under any of its names; ``default`` if it has none.
+
+    Raises:
+        ModelError: it is missing without a default, or below 1; the message begins with ``name``.
+    """
     for key in NAMES[what]:
         value = config.get(key)
         if value is None:
@@ -157,7 +163,14 @@ def _size(config: Mapping[str, Any], what: str, name: str, default: int | None =
 
 
 def _kinds(config: Mapping[str, Any], kind: str, layers: int, hidden: int, name: str) -> tuple[LayerKind, ...]:
-    """The layers of a config, grouped: those that are alike are one LayerKind."""
+    """The layers of a config as LayerKinds: layers with the same mask and feed-forward are one.
+
+    Args:
+        config: the contents of the config.
+        kind: its ``model_type``.
+        layers, hidden: the number of layers, and the hidden size.
+        name: of the model, for messages.
+    """
     masks = _masks(config, layers, name)
     feeds = [_feed_forward(config, kind, layer, hidden, name) for layer in range(layers)]
     counted = Counter(zip(masks, feeds))
@@ -168,6 +181,11 @@ def _kinds(config: Mapping[str, Any], kind: str, layers: int, hidden: int, name:
 
 
 def _masks(config: Mapping[str, Any], layers: int, name: str) -> list[Mask]:
+    """For each layer the mask that the config gives it: causal, a sliding window, or chunks.
+
+    Raises:
+        ModelError: a layer is of another type; the message begins with ``name``.
+    """
     window, chunk = config.get("sliding_window"), config.get("attention_chunk_size")
     types = config.get("layer_types")
     if types is None:
@@ -190,7 +208,11 @@ def _masks(config: Mapping[str, Any], layers: int, name: str) -> list[Mask]:
 
 
 def _feed_forward(config: Mapping[str, Any], kind: str, layer: int, hidden: int, name: str) -> tuple[int, int, int, int]:
-    """(dense or shared width, experts, active experts, width of an expert) of one layer."""
+    """The feed-forward of layer number ``layer``: (width that every token goes through, experts, active experts, width of an
+    expert).
+
+    A dense layer has 0 experts; of an MoE layer the first width is that of its shared experts.
+    """
     wide = _size(config, "ffn", name, default=int(config.get("expansion_ratio", 4)) * hidden)
     experts = _size(config, "experts", name, default=0)
     if not experts or not _is_moe(config, kind, layer):
@@ -203,6 +225,7 @@ def _feed_forward(config: Mapping[str, Any], kind: str, layer: int, hidden: int,
 
 
 def _is_moe(config: Mapping[str, Any], kind: str, layer: int) -> bool:
+    """Whether layer number ``layer`` of a model of the type ``kind`` has experts, by the entries of its config."""
     if "moe_layers" in config and config["moe_layers"] is not None:
         return layer in config["moe_layers"]
     if layer < int(config.get("first_k_dense_replace") or 0) or layer in (config.get("mlp_only_layers") or ()):

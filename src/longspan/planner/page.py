@@ -57,7 +57,7 @@ def write_page(found: Plan, path: str | Path) -> None:
 
 
 def page_data(found: Plan) -> dict[str, Any]:
-    """What the page draws, as plain values.
+    """What the page draws, as plain values that JSON can write.
 
     Returns:
         gpus and lengths (the choices of the controls); for each family a list over GPUs of lists over lengths of points
@@ -94,11 +94,15 @@ def _node(x: Setting, gpus: int) -> int:
 
 
 def _at(x: Setting, tokens: int) -> Setting:
+    """A copy of ``x`` for rows of ``tokens`` tokens."""
     return replace(x, workload=replace(x.workload, tokens=tokens))
 
 
 def _point(x: Setting, fixed: dict[str, int]) -> dict[str, Any] | None:
-    """The fastest layout that fits, or the one that needs least memory where none fits; None where none is legal."""
+    """One point of a plot, {seconds, gib, strategy, fits}: the fastest layout that fits, or the smallest if none does.
+
+    None where no layout with the values ``fixed`` is legal.
+    """
     try:
         ranking = search(x, {"head_chunks": 1} | fixed)
     except LayoutError:

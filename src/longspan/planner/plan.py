@@ -25,7 +25,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Choice:
-    """A strategy with what it costs. Times are in seconds, memory in bytes of the fullest rank.
+    """A strategy with what it costs, as a ``Plan`` has it.
 
     Attributes:
         strategy: degrees and options.
@@ -34,7 +34,8 @@ class Choice:
         share_of_peak: operations without recomputation over the peak of all devices.
         bytes, host_bytes: memory of the fullest rank, and of a node's host.
         price_per_million_tokens: None without a price of a GPU hour.
-        time, memory: by what they are spent on.
+        time, memory: seconds and bytes, by what they are spent on.
+        setting: the model, cluster, software and step that were priced.
     """
 
     strategy: Strategy
@@ -50,11 +51,12 @@ class Choice:
     setting: Setting
 
     def why(self, name: str) -> str:
-        """The formula of one number with its terms: "seconds", "bytes", or a part of ``time`` or ``memory``."""
+        """The formula of one number with its terms, as text. ``name``: "seconds", "bytes", or a field of ``time`` or
+        ``memory``."""
         return why(self.setting, self.strategy, name)
 
     def explain(self) -> tuple[str, ...]:
-        """What binds, what a layer sends, what doubling does: sentences with numbers."""
+        """Sentences with numbers: what takes longest, what a layer sends, what doubling the tokens does."""
         return tuple(sentences(self.setting, self.strategy))
 
 
@@ -146,7 +148,13 @@ def plan(
 
 
 def _planned(x: Setting, must: dict[str, int], find_length: bool) -> Plan:
-    """The plan for one number of GPUs; ``find_length``: at the longest row that fits instead of the given one."""
+    """The plan for one number of GPUs.
+
+    Args:
+        x: model, cluster, software and step.
+        must: degrees and options that must have these values.
+        find_length: plan for the longest row that fits, instead of the one of ``x``.
+    """
     shape, where, tokens = x.shape, x.cluster, x.workload.tokens
     limit = longest(x, must)
     if find_length:
@@ -175,7 +183,7 @@ def _planned(x: Setting, must: dict[str, int], find_length: bool) -> Plan:
 
 
 def choice(x: Setting, strategy: Strategy) -> Choice:
-    """A strategy with its time, memory and price."""
+    """The strategy with its time, memory and price, computed for ``x``: model, cluster, software and step."""
     time, memory = step_time(x, strategy), rank_memory(x, strategy)
     seconds, tokens = float(time.total), x.workload.tokens * x.workload.rows
     peak = x.cluster.accelerator.peak[x.recipe.dtype]
@@ -204,6 +212,11 @@ def _cluster(hardware: str | Cluster, gpus: int, price: float | None) -> Cluster
 
 
 def _shape(model: str | Path | Mapping[str, Any] | ModelShape) -> ModelShape:
+    """The ModelShape that ``model`` names: a preset, a config.json or its folder, its contents, or a ModelShape.
+
+    Raises:
+        ModelError: it is unknown, or cannot be read.
+    """
     if isinstance(model, ModelShape):
         return model
     if isinstance(model, str) and model in PRESETS:
@@ -219,7 +232,12 @@ def _shape(model: str | Path | Mapping[str, Any] | ModelShape) -> ModelShape:
 
 
 def _fixed(given: Mapping[str, int | str]) -> dict[str, int]:
-    """``fixed`` as the search reads it: ``recompute`` as two numbers."""
+    """The values of ``plan(fixed=)`` as ``search`` takes them: integers, with ``recompute`` as the two flags full and
+    selective.
+
+    Raises:
+        LayoutError: a name is no degree or option.
+    """
     must: dict[str, int] = {}
     for name, value in given.items():
         if name == "recompute" and value in ("none", "selective", "full"):

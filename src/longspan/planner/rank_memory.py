@@ -25,7 +25,16 @@ LAYERS_GATHERED = 2
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of the fullest rank by kind. ``host`` is of one node, all its ranks together; ``total`` is of the device."""
+    """Bytes of the fullest rank at the peak of a step, by kind.
+
+    Attributes:
+        parameters, gradients, optimizer: what ZeRO shards.
+        gathered: whole parameters of two layers, with ZeRO-3.
+        saved: activations of all layers and micro-batches in flight.
+        working, logits: one layer's backward, and the loss; they do not exist at one time.
+        reserve: context, buffers of collectives, fragmentation.
+        host: bytes in the host memory of one node, of all its ranks together.
+    """
 
     parameters: Number
     gradients: Number
@@ -39,7 +48,8 @@ class RankMemory:
 
     @property
     def total(self) -> Number:
-        """Bytes on the device at the peak of the step: logits and a layer's backward do not exist at one time."""
+        """Bytes on the device at the peak of the step: all kinds, but only the larger of ``working`` and ``logits``, without
+        ``host``."""
         held = self.parameters + self.gradients + self.optimizer + self.gathered + self.saved + self.reserve
         return held + np.maximum(self.working, self.logits)
 
@@ -50,7 +60,7 @@ class RankMemory:
 
 
 def layer_widths(x: Setting, s: Any) -> tuple[Number, Number]:
-    """Bytes of one token that a layer saves without recomputation: (outside, inside) the tensor region."""
+    """Bytes of one token that a layer saves without recomputation: (outside of tensor-parallel regions, inside them)."""
     shape, size = x.shape, x.recipe.itemsize
     outside = (2 + shape.norms) * shape.hidden * size
     exchanged = (s.ulysses > 1) * shape.out_width  # attention's output for my tokens beside that for my heads
@@ -80,7 +90,8 @@ def saved_bytes(x: Setting, s: Any) -> Number:
 
 
 def working_bytes(x: Setting, s: Any) -> Number:
-    """Bytes of the backward of one layer: what it computes again, and the gradients of the wider of its two halves."""
+    """Bytes of the backward of one layer: what it computes again, and the gradients of attention or feed-forward, the
+    larger."""
     shape, size, m, t = x.shape, x.recipe.itemsize, rank_tokens(x.workload, s), s.tensor
     outside, inside = layer_widths(x, s)
     again = (s.full + s.selective * (x.recipe.selective == "block")) * m * (outside + inside) / t

@@ -33,9 +33,10 @@ SHARDED = ((0, 0), (2, 0), (3, 0), (3, 1))
 
 
 class Columns:
-    """Many strategies as one: each field of ``Strategy`` is an array with an element for each of them.
+    """Many strategies as one object: each field of ``Strategy`` is an array with an element for each of them.
 
-    ``recompute`` is the two arrays ``full`` and ``selective``.
+    The formulas of cost.py and rank_memory.py take it in place of one. ``recompute`` is the two arrays ``full`` and
+    ``selective``.
     """
 
     def __init__(self, degrees: NDArray[np.int64], options: NDArray[np.int64]) -> None:
@@ -56,11 +57,11 @@ class Columns:
 
     @property
     def ranks(self) -> Any:
-        """Ranks of each mesh."""
+        """For each strategy, the number of ranks of its mesh."""
         return np.prod([getattr(self, axis) for axis in AXES], axis=0)
 
     def strategy(self, index: int) -> Strategy:
-        """The strategy at ``index``."""
+        """The strategy number ``index``, as a Strategy."""
         values: dict[str, Any] = {name: int(getattr(self, name)[index]) for name in (*AXES, "micro_batch", *OPTION_NAMES)}
         full, selective = values.pop("full"), values.pop("selective")
         flags = {name: bool(values.pop(name)) for name in ("offload_activations", "offload_parameters")}
@@ -77,7 +78,13 @@ OPTION_NAMES = ("zero", "offload_parameters", "full", "selective", "offload_acti
 
 @dataclass(frozen=True)
 class Found:
-    """A priced layout: its strategy, seconds of a step, bytes of the fullest rank and of a node's host."""
+    """A layout that ``search`` has priced.
+
+    Attributes:
+        strategy: its degrees and options.
+        seconds: of one step.
+        bytes, host_bytes: memory of the fullest rank, and of a node's host.
+    """
 
     strategy: Strategy
     seconds: float
@@ -148,16 +155,21 @@ def degree_rows(x: Setting, fixed: dict[str, int]) -> NDArray[np.int64]:
 
 
 def _allowed(values: list[int], fixed: dict[str, int], name: str) -> list[int]:
+    """Those of ``values`` that ``fixed`` allows for ``name``: all if it is not fixed, else its value, if that is among them."""
     return [fixed[name]] if name in fixed and fixed[name] in values else values if name not in fixed else []
 
 
 def _divisors(number: int) -> list[int]:
+    """All divisors of ``number``, sorted."""
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
 def option_rows(fixed: dict[str, int]) -> NDArray[np.int64]:
-    """All memory options, [options, 7] in the order of OPTION_NAMES; ``fixed`` as in ``degree_rows``."""
+    """All combinations of memory options, [options, 7] in the order of OPTION_NAMES.
+
+    ``fixed`` has values that must hold, by name; names that are no option do not limit the rows.
+    """
     rows = []
     for (zero, moved), (recompute, offload), tile, chunks in product(SHARDED, RECOMPUTED, (0, TILE_TOKENS), (1, HEAD_CHUNKS)):
         row = (zero, moved, int(recompute == "full"), int(recompute == "selective"), offload, tile, chunks)
@@ -211,13 +223,17 @@ def search(x: Setting, fixed: dict[str, int] | None = None) -> Ranking:
 
 
 def _blocks(x: Setting, degrees: NDArray[np.int64], options: NDArray[np.int64]) -> Iterator[Columns]:
+    """Yield all combinations of degrees and options in blocks of about ``ROWS_AT_ONCE`` strategies, which fit into memory."""
     size = max(1, ROWS_AT_ONCE // len(options))
     for start in range(0, len(degrees), size):
         yield Columns(degrees[start : start + size], options)
 
 
 def _best_of_each(columns: Columns, seconds: NDArray[np.float64]) -> list[int]:
-    """The fastest index, and the fastest one with other degrees or another ZeRO stage; infinite seconds are no candidates."""
+    """The indices of the fastest strategy, and of the fastest one that has other degrees or another ZeRO stage.
+
+    Infinite ``seconds`` are no candidates, so the list may have one index or none.
+    """
     first = int(np.argmin(seconds))
     if not np.isfinite(seconds[first]):
         return []
@@ -230,6 +246,7 @@ def _best_of_each(columns: Columns, seconds: NDArray[np.float64]) -> list[int]:
 
 
 def _kind(strategy: Strategy) -> tuple[int, ...]:
+    """The degrees and the ZeRO stage of a strategy: a runner-up has another one."""
     return (*(getattr(strategy, axis) for axis in AXES), strategy.zero)
 
 
@@ -237,7 +254,8 @@ def longest(x: Setting, fixed: dict[str, int] | None = None) -> int:
     """The most tokens of a row with which some legal layout fits, to within a thousandth; 0 if none fits.
 
     Args:
-        x, fixed: as in ``search``; the rows of a step stay as they are. The model's positions limit it too.
+        x: model, cluster, software and step; the rows of a step stay as they are, and the model's positions limit the tokens.
+        fixed: degrees and options that must have these values; None: all are free.
     """
     fixed = fixed or {}
     fits, above = 0, 1 << 34 if x.shape.positions is None else x.shape.positions + 1
@@ -248,6 +266,7 @@ def longest(x: Setting, fixed: dict[str, int] | None = None) -> int:
 
 
 def _any_fits(x: Setting, fixed: dict[str, int]) -> bool:
+    """Whether some legal layout with the values ``fixed`` fits into the memory of devices and hosts."""
     try:
         degrees = degree_rows(x, {"micro_batch": 1} | fixed)
     except LayoutError:
@@ -260,4 +279,5 @@ def _any_fits(x: Setting, fixed: dict[str, int]) -> bool:
 
 
 def _with_tokens(x: Setting, tokens: int) -> Setting:
+    """A copy of ``x`` for rows of ``tokens`` tokens."""
     return replace(x, workload=replace(x.workload, tokens=tokens))

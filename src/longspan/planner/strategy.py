@@ -134,12 +134,12 @@ def micro_batches(workload: Workload, strategy: Strategy) -> int:
 
 
 def check(shape: ModelShape, workload: Workload, strategy: Strategy, gpus: int | None = None) -> None:
-    """Refuse a strategy that is not legal for a model and a step.
+    """Raise LayoutError if a strategy is not legal for a model and a step; otherwise return.
 
     Args:
         shape: the model.
         workload: the step.
-        strategy: what was asked.
+        strategy: the strategy.
         gpus: ranks that the degrees must fill; None: any number.
 
     Raises:
@@ -177,6 +177,7 @@ def check(shape: ModelShape, workload: Workload, strategy: Strategy, gpus: int |
 
 
 def _heads(shape: ModelShape, strategy: Strategy) -> None:
+    """Raise LayoutError, with the legal values, if tensor, ulysses or head_chunks do not fit the model's heads."""
     legal = [d for d in range(1, shape.heads + 1) if legal_tensor(shape, d)]
     if strategy.tensor not in legal:
         raise LayoutError(
@@ -199,14 +200,18 @@ def _heads(shape: ModelShape, strategy: Strategy) -> None:
 
 
 def legal_tensor(shape: ModelShape, degree: int) -> bool:
-    """Whether a tensor degree divides query heads and feed-forwards, and divides, or is divided by, the key/value heads."""
+    """Whether ``degree`` tensor ranks can split the model: it divides query heads and feed-forwards, and fits the key/value
+    heads.
+
+    It fits them if it divides their number, or is a multiple of it.
+    """
     widths = [width for kind in shape.kinds for width in (kind.ffn, kind.expert_ffn) if width]
     kv = shape.kv_heads % degree == 0 or degree % shape.kv_heads == 0
     return shape.heads % degree == 0 and kv and all(width % degree == 0 for width in widths)
 
 
 def legal_data(workload: Workload, strategy: Strategy) -> str:
-    """The legal data degrees for the rows of a step, as text."""
+    """A text for an error: which data degrees divide the rows of a step with the strategy's micro-batch."""
     degrees = [d for d in range(1, workload.rows + 1) if workload.rows % (d * strategy.micro_batch) == 0]
     shown = ", ".join(map(str, degrees[:12])) + (", ..." if len(degrees) > 12 else "")
     return f"legal data degrees are {shown}" if degrees else f"micro_batch={strategy.micro_batch} does not divide the rows"
