@@ -81,7 +81,7 @@ def _imported(module: str, path: str, purpose: str) -> Any:
 if TYPE_CHECKING:
 
     class OpaqueBase:
-        """Base of the classes whose instances an operator takes as an opaque argument."""
+        """Base of the classes whose instances an operator takes as an opaque argument, such as ``AttentionPlan``."""
 
 else:
     try:
@@ -165,13 +165,15 @@ def functional_all_reduce(x: Tensor, group: torch.distributed.ProcessGroup) -> T
 
 
 def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """A mesh of one dim, called ``name``, over all ranks of a submesh."""
+    """A DeviceMesh of one dim, called ``name``, over all ranks of ``mesh``; every rank must call it, because it makes a
+    group."""
     one: DeviceMesh = _symbol(mesh, "_flatten", "the rank sets of a mesh")(name)
     return one
 
 
 def changes_in_place(x: Tensor) -> int:
-    """How many in-place operations have changed ``x``, as PyTorch counts them."""
+    """How many in-place operations have changed the memory of ``x``, as PyTorch counts them: equal counts mean equal
+    content."""
     return x._version
 
 
@@ -225,6 +227,7 @@ def fsdp_fill_unused_gradients(model: Any) -> None:
 
 
 def _fill_then_reduce(group: Any, reduce: Callable[..., None], *unused: Any) -> None:
+    """Set the gradients of parameters that this rank did not use to zeros, then call FSDP2's own ``reduce`` of the group."""
     if group.reduce_grads:
         for parameter in group.fsdp_params:
             whole = getattr(parameter, "_unsharded_param", None)
@@ -249,7 +252,7 @@ def _fsdp_groups(module: Any) -> list[Any]:
 
 
 def fsdp_gathered_parameters(module: Any) -> list[Tensor]:
-    """The whole parameters that FSDP2 holds in ``module``, an FSDPModule, in the place of its shards; empty if none is
+    """The whole parameters that ``module``, an FSDPModule, holds in place of its shards at this moment; [] if none is
     gathered."""
     found = [getattr(each, "_unsharded_param", None) for group in _fsdp_groups(module) for each in group.fsdp_params]
     return [parameter for parameter in found if parameter is not None]
@@ -262,7 +265,7 @@ own_modules: Callable[[nn.Module], Mapping[str, nn.Module | None]] = attrgetter(
 
 
 class ElasticLauncher(NamedTuple):
-    """The classes and functions of PyTorch's elastic launcher."""
+    """The classes and functions of PyTorch's elastic launcher that cli/launch.py uses, under PyTorch's own names."""
 
     ChildFailedError: Any
     DefaultLogsSpecs: Any
@@ -272,7 +275,7 @@ class ElasticLauncher(NamedTuple):
 
 
 def elastic_launcher() -> ElasticLauncher:
-    """PyTorch's elastic launcher; imported late, because it takes a second."""
+    """PyTorch's elastic launcher, imported at this call, because the import takes a second."""
     elastic, purpose = "torch.distributed.elastic.multiprocessing", "launching ranks"
     return ElasticLauncher(
         ChildFailedError=_imported(f"{elastic}.errors", "ChildFailedError", purpose),
@@ -284,20 +287,24 @@ def elastic_launcher() -> ElasticLauncher:
 
 
 def _launch_config(kind: Any, *, shutdown_timeout: int, **options: Any) -> Any:
-    """A LaunchConfig; before PyTorch 2.13 it has no ``shutdown_timeout``, and its agent waits 30 seconds for ranks to end."""
+    """A LaunchConfig of the class ``kind`` with these options.
+
+    Before PyTorch 2.13 it has no ``shutdown_timeout``, and its agent waits 30 seconds for ranks to end.
+    """
     known = "shutdown_timeout" in {field.name for field in fields(kind)}
     return kind(**options, **({"shutdown_timeout": shutdown_timeout} if known else {}))
 
 
 def hash_store() -> Any:
-    """A store within this process, for a process group of one rank."""
+    """A key-value store (torch.distributed.Store) within this process, for a process group of one rank."""
     return _symbol(torch.distributed, "HashStore", "a world of one rank")()
 
 
 def tcp_store(host: str, port: int) -> Any:
-    """A client of the TCPStore at ``host`` and ``port``, which the ranks of a launcher share.
+    """A client of the TCPStore at ``host`` and ``port``, through which the ranks of a launcher share keys.
 
-    RuntimeError if nothing answers within 2 seconds, because the host may have ended.
+    Raises:
+        RuntimeError: nothing answers within 2 seconds, because the host may have ended.
     """
     store = _symbol(torch.distributed, "TCPStore", "launching ranks")
     return store(host, port, is_master=False, timeout=timedelta(seconds=2))
@@ -320,10 +327,12 @@ def meet_in_store(host: str, port: int, ranks: int, *, is_host: bool, seconds: f
 
 
 def torchrun_store() -> tuple[Any, int, int]:
-    """(store, rank, number of ranks) in a process that torchrun started: the torch.distributed.Store on which its ranks meet.
+    """The store on which the ranks that torchrun started meet, from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
-    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and waits for the store; call it only if
-    ``torch.distributed.is_torchelastic_launched()``.
+    It waits for the store. Call it only if ``torch.distributed.is_torchelastic_launched()``.
+
+    Returns:
+        (the torch.distributed.Store, this rank's number, the number of ranks).
     """
     rendezvous = _symbol(torch.distributed.distributed_c10d, "rendezvous", "joining torchrun's ranks")
     store, rank, ranks = next(rendezvous("env://"))
@@ -331,7 +340,7 @@ def torchrun_store() -> tuple[Any, int, int]:
 
 
 def set_group_timeout(group: torch.distributed.ProcessGroup, timeout: timedelta) -> None:
-    """Let collectives of ``group``, on gloo and NCCL, fail after ``timeout``."""
+    """Make collectives of ``group``, on gloo and NCCL, fail after ``timeout``."""
     new: Any = getattr(torch.distributed, "set_timeout", None)
     if new is not None:
         new(timeout, group)
@@ -340,7 +349,7 @@ def set_group_timeout(group: torch.distributed.ProcessGroup, timeout: timedelta)
 
 
 def event_tree(profiler: Any) -> Sequence[Any]:
-    """The nested events that a ``torch.profiler.profile().profiler`` recorded, with their allocations."""
+    """The nested events, with their allocations, that the profiler ``torch.profiler.profile().profiler`` recorded."""
     events: Sequence[Any] = _symbol(profiler, "kineto_results.experimental_event_tree", "the memory report")()
     return events
 

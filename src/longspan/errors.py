@@ -5,8 +5,7 @@ Any file of the package may raise them; the command line prints one as a single 
 
 
 class LongspanError(Exception):
-    """Base class of every error that longspan raises on purpose; ``str(error)`` is one sentence that names a legal
-    alternative."""
+    """Base class of every error that longspan raises on purpose; its text is one sentence that names a legal alternative."""
 
 
 class LayoutError(LongspanError, ValueError):
@@ -14,7 +13,7 @@ class LayoutError(LongspanError, ValueError):
 
 
 class MaskError(LongspanError, ValueError):
-    """A mask is invalid, or its length differs from that of the sequence."""
+    """A mask cannot be made of its arguments, does not fit the length of the sequence, or cannot be combined with a layer's."""
 
 
 class KernelError(LongspanError, ValueError):

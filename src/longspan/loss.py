@@ -65,7 +65,14 @@ def cross_entropy(
 def mean_cross_entropy(
     logits: Float[Tensor, "*tokens vocab"], labels: Int[Tensor, "*tokens"], mesh: ParallelMesh | None, num_labels: int | None
 ) -> Float[Tensor, ""]:
-    """``cross_entropy`` without its check that labels are in the vocabulary, for labels that ``shard_batch`` has checked."""
+    """The result of ``cross_entropy``, without its check that labels are in the vocabulary: ``shard_batch`` has checked them.
+
+    Args:
+        logits: this rank's logits, [..., vocab].
+        labels: this rank's labels, already shifted; -100 is ignored.
+        mesh: the ranks; None is one device.
+        num_labels: the divisor of the sum; None counts the labels of this call over all ranks.
+    """
     rows = logits.reshape(-1, logits.shape[-1])
     exact = rows if rows.dtype == torch.float64 else rows.float()
     total = F.cross_entropy(exact, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
@@ -140,6 +147,7 @@ def mean_over_ranks(total: Tensor, wanted: Tensor, mesh: ParallelMesh | None, nu
 
 
 def _refuse_unknown_words(targets: Tensor, vocab: int, ignore_index: int, mesh: ParallelMesh | None) -> None:
+    """Raise BatchError on every rank if a target of any rank is not below ``vocab``; ``ignore_index`` is no target."""
     error, outside = None, targets[(targets < 0) | (targets >= vocab)]
     if len(outside):
         error = BatchError(
@@ -153,8 +161,14 @@ def _refuse_unknown_words(targets: Tensor, vocab: int, ignore_index: int, mesh: 
 
 
 class _Terms(NamedTuple):
-    """The options of ``linear_cross_entropy`` (scale, softcap, label smoothing, z-loss) and the dtype of its matrix
-    products."""
+    """The options of ``linear_cross_entropy``, for one call.
+
+    Attributes:
+        scale, softcap: of the logits.
+        smoothing: label smoothing, 0 to 1.
+        z_loss: factor of the mean square of the log-sum-exp.
+        dtype: the dtype of the matrix products.
+    """
 
     scale: float
     softcap: float | None
@@ -200,7 +214,13 @@ class _Terms(NamedTuple):
 
 
 class _BlockBuffer:
-    """Memory for the logits of one block, which every block uses again: allocating each would take a fifth of the time."""
+    """Memory for the logits of one block, which every block uses again: allocating each would take a fifth of the time.
+
+    Args:
+        hidden_RM: the hidden states, for device and dtype.
+        tokens, vocab: the most tokens and vocabulary entries of a block.
+        dtype: the dtype of the matrix products.
+    """
 
     def __init__(self, hidden_RM: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> None:
         size = min(tokens, LOSS_TOKENS) * min(vocab, LOSS_WORDS)
@@ -224,7 +244,7 @@ class _BlockBuffer:
 
 
 class _TiledLoss(torch.autograd.Function):
-    """Autograd function: the sum of the losses of those rows of ``hidden`` that have a label.
+    """Autograd function of the chunked loss: the sum of the losses of those rows of ``hidden`` that have a label.
 
     It saves the log-sum-exp of each row for the backward, and no logits, which the backward computes again block by block.
     """
@@ -283,6 +303,7 @@ class _TiledLoss(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add the matrix product of ``a`` and ``b`` to ``total`` in place."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
@@ -290,10 +311,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _tiles(rows: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The indices ``rows`` of tokens that have a label, and their targets, cut into tiles of ``LOSS_TOKENS`` tokens."""
     return list(zip(rows.split(LOSS_TOKENS), targets.split(LOSS_TOKENS))) if len(rows) else []
 
 
 def _blocks(vocab: int) -> list[slice]:
+    """The vocabulary cut into blocks of ``LOSS_WORDS`` entries, as slices."""
     return [slice(start, min(start + LOSS_WORDS, vocab)) for start in range(0, vocab, LOSS_WORDS)]
 
 
@@ -313,7 +336,7 @@ def _log_sum_exp_(logits_NW: Tensor) -> Tensor:
 
 
 def _whole(head: Tensor) -> Tensor:
-    """``head`` itself or, of a DTensor, the whole tensor on every rank, whose gradient is averaged over the ranks."""
+    """``head`` itself; of a DTensor the whole tensor, gathered on every rank, whose gradient is averaged over the ranks."""
     if not isinstance(head, DTensor):
         return head
     whole: Tensor = head.full_tensor(grad_placements=[Partial("avg")] * head.device_mesh.ndim)

@@ -211,7 +211,7 @@ def _split(job: "_Job", options: PipelineOptions) -> PipelineParallel | None:
 
 
 def _tokens_of_tensor_ranks(mesh: ParallelMesh, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """For each tensor rank, the tokens of a row that it holds, by the BatchInfo among the keywords of the model's call."""
+    """For each tensor rank, the tokens of a row that it holds, from the BatchInfo among the keywords of the model's call."""
     step = kwargs.get("longspan")
     if step is None:
         raise ModelError(
@@ -299,7 +299,7 @@ def _name(kernel: str | Kernel | KernelFunction) -> str:
 
 
 def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
-    """Call ``look`` on every rank and compare what it returns; return None if all are equal.
+    """Call ``look`` on every rank and compare the results, {name: text}; return if all are equal.
 
     Raises:
         ModelError: on every rank alike, if a value differs between ranks; the message names it.
@@ -315,7 +315,7 @@ def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
 
 
 def _refuse_options(job: _Job) -> dict[str, str]:
-    """Raise the error of an option that the model or the mesh cannot have; otherwise return all options as text, by name."""
+    """{name: text} of all options, which ranks compare. Raises the error of an option that model or mesh cannot have."""
     if parallel_state(job.model) is not None:
         raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
     refuse_options(job.fsdp, job.model, job.mesh)
@@ -372,7 +372,7 @@ def _unread(model: nn.Module) -> UnreadWeights | None:
 
 
 def _read(job: _Job, unread: UnreadWeights) -> None:
-    """Shard a model on the meta device if ``job`` asks for it, then fill each rank's part with its weights by ``unread``."""
+    """Shard a model on the meta device if ``job`` asks for it, then let ``unread`` fill each rank's part with its weights."""
     vars(job.model).pop(UNREAD, None)
     # With tensor or pipeline > 1 each rank reads the whole model, then cuts it.
     if job.fsdp.zero and job.mesh.coordinate.tensor == job.mesh.coordinate.pipeline == 1:
