@@ -180,6 +180,10 @@ class _Terms(NamedTuple):
         """The logits of a block of tokens and vocabulary entries: hidden times weight plus bias, scaled and capped.
 
         They are in fp32, or fp64 for an fp64 model, and lie in ``buffer``, where they overwrite those of the previous block.
+
+        Args:
+            hidden_NM, weight_WM, bias_W: hidden states of the tokens, and the head's rows for these entries.
+            buffer: their memory.
         """
         product_NW = torch.mm(hidden_NM, weight_WM.T, out=buffer.product(len(hidden_NM), len(weight_WM)))
         logits_NW = buffer.widened(product_NW)
@@ -321,9 +325,15 @@ def _blocks(vocab: int) -> list[slice]:
 
 
 def _column(wanted_N: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """Where each token's label lies in a block of vocabulary entries: (its column, whether it is in the block).
+    """Where each token's label lies in a block of vocabulary entries.
 
-    The column of a label outside of the block is 0 or the last; it must not be used.
+    Args:
+        wanted_N: the labels.
+        words: the block.
+
+    Returns:
+        (its column, whether it is in the block). The column of a label outside of the block is 0 or the last; it must not be
+        used.
     """
     column = wanted_N - words.start
     return column.clamp(0, words.stop - words.start - 1), (column >= 0) & (wanted_N < words.stop)

@@ -71,16 +71,16 @@ def parallelize(
         model: a Hugging Face model, the Decoder, or a model with the attributes that ``models/decoder_adapter.py`` names.
         mesh: the ranks, by axis.
         zero: what each rank keeps. 0: everything. 2: a shard of gradients and optimizer states, and all parameters from their
-            first use in a step to its end (1 is the same: FSDP2 has no smaller step). 3: a shard of the parameters too
-            (ZeRO, arXiv:1910.02054).
+            first use in a step to its end (1 is the same: FSDP2 has no smaller step). 3: a shard of the parameters too (ZeRO,
+            arXiv:1910.02054).
         dtype: for zero=2 and 3, what blocks compute in; parameters and their gradients keep their own dtype.
         offload_parameters: for zero=2 and 3, keep parameter shards and optimizer states in host memory.
         fsdp_ranks: for zero=2 and 3, shard over so many neighbouring ranks (a node's) and replicate beyond them (default: all).
-        memory: how activations are saved, or an ``AutoMemory``, which chooses ``zero`` and these from a budget. None of them
-            changes a result.
-        kernel: what computes attention, as ``attend(kernel=)`` takes it: a name, a Kernel, or a function. A Hugging Face model
-            can use one of Transformers' registry, on the whole sequence for this rank's heads: "hf:sdpa", "hf:eager",
-            "hf:flash_attention_2" (which was never run), a hub kernel or one that you registered.
+        memory: how activations are saved, or an ``AutoMemory``, which chooses ``zero`` and these. None changes a result.
+        kernel: what computes attention: a name, a Kernel, or a function. A Hugging Face model can use one of Transformers'
+            registry, on the whole sequence for this rank's heads: "hf:sdpa", "hf:eager", "hf:flash_attention_2" (never run), a
+            hub kernel or one that you registered.
+        pipeline: the schedule, where the mesh has pipeline > 1; the model is then called by ``forward_backward`` only.
 
     Returns:
         The model, the same object.

@@ -239,7 +239,7 @@ def _make_plan(spec: AttentionSpec, kernel: Kernel | None) -> AttentionPlan:
 
 
 def _plan_hops(spec: AttentionSpec) -> tuple[Hop, ...]:
-    """The steps of the ring for this rank, over all rows of the batch laid one after another."""
+    """The steps of the ring for this rank in the attention ``spec``, over all rows of the batch laid one after another."""
     coordinate, batch, tokens, key_tokens = spec.coordinate, spec.q_shape[0], spec.whole_tokens, spec.whole_key_tokens
     bands = masks.rows(spec.mask, batch, tokens, key_tokens)
     query_runs, key_runs = (
@@ -250,7 +250,10 @@ def _plan_hops(spec: AttentionSpec) -> tuple[Hop, ...]:
 
 
 def _plan_chunks(spec: AttentionSpec, heads: Heads) -> tuple[HeadChunk, ...]:
-    """This rank's heads in head chunks, each with the all-to-alls of its tensors (None on one ulysses rank)."""
+    """This rank's part of ``heads`` in head chunks, each with the all-to-alls of its tensors (None on one ulysses rank).
+
+    ``spec`` gives the shapes of the tensors and the mesh.
+    """
     rank, tokens, key_tokens = spec.coordinate.ulysses_rank, spec.whole_tokens, spec.whole_key_tokens
     q, k, v, out = spec.q_shape, spec.k_shape, spec.v_shape, torch.Size((*spec.q_shape[:3], spec.v_shape[3]))
 
@@ -342,9 +345,15 @@ def _to_rows(q: Tensor, k: Tensor, v: Tensor, exchange: ExchangePlan | None) -> 
 
 
 def _to_tokens(out_RGD: Tensor, exchange: ExchangePlan | None, batch_and_tokens: torch.Size) -> Tensor:
-    """The output [batch * every token, my heads, dim] exchanged from heads to tokens, as [batch, my tokens, every head, dim].
+    """Exchange the output of attention from heads to tokens.
 
-    ``exchange`` None (one ulysses rank) only reshapes.
+    Args:
+        out_RGD: [batch * every token, my heads, dim].
+        exchange: the all-to-all; None (one ulysses rank) only reshapes.
+        batch_and_tokens: (batch, my tokens).
+
+    Returns:
+        [batch, my tokens, every head, dim].
     """
     if exchange is None:
         return torch.unflatten(out_RGD, 0, batch_and_tokens)

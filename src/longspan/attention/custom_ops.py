@@ -247,7 +247,7 @@ def columns(rows_RW: Sequence[Tensor], exchange: ExchangePlan) -> list[Tensor]:
 
 
 def _side_by_side(xs_RW: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The tensors [rows, width] concatenated along the width, in ``dtype``; a single one is only cast."""
+    """The tensors ``xs_RW`` [rows, width] concatenated along the width, in ``dtype``; a single one is only cast."""
     if len(xs_RW) == 1:
         return xs_RW[0].to(dtype)
     with record_function("longspan::exchange"):
@@ -256,7 +256,7 @@ def _side_by_side(xs_RW: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _of(sinks: Tensor | None, chunk: HeadChunk) -> Tensor | None:
-    """The sink logits of the heads of ``chunk``; None without sink logits."""
+    """Those of ``sinks`` [my heads] that belong to the heads of ``chunk``; None without sink logits."""
     return None if sinks is None else sinks[chunk.heads.start : chunk.heads.stop]
 
 
@@ -265,7 +265,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one head chunk with its ring hops and sink logits: (out [rows, heads, v_dim], log-sum-exp [heads, rows]).
 
-    ``rows`` are q, k and v as [rows, my heads, dim].
+    Args:
+        rows: q, k and v as [rows, my heads, dim].
+        sinks: the sink logits of the chunk's heads, or None.
+        parameters: the parameters of the bias, empty without one.
+        plan, chunk: the attention, and the heads.
     """
     q_RGD, k_RGD, v_RGD = rows
     with _without_autocast(q_RGD):
@@ -367,7 +371,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward_of(operator: Callable[..., list[Tensor]], ctx: Any, dout: Tensor, _: Tensor) -> tuple[Any, ...]:
-    """The backward of an attention operator for autograd: calls ``operator``, its backward operator, with what ``_save``
+    """The backward of an attention operator, for autograd: calls its backward ``operator`` with ``dout`` and what ``_save``
     saved."""
     q, k, v, out, lse, sinks, *parameters = ctx.saved_tensors  # read once: a checkpoint gives them out once
     dq, dk, dv, *rest = operator(dout, q, k, v, out, lse, sinks, parameters, ctx.plan)

@@ -240,8 +240,10 @@ class TileBias:
 
 
 def _positions(runs: Runs, tokens: int) -> Tensor:
-    """The position in its own row of each token in ``runs``, ranges over the rows of a batch laid one after another; on the
-    CPU."""
+    """The position in its own row of each token in ``runs``, as a tensor on the CPU.
+
+    ``runs`` are ranges over the rows of a batch laid one after another, each of ``tokens`` tokens.
+    """
     return (
         torch.cat([torch.arange(run.start, run.stop, device="cpu") for run in runs] or [torch.arange(0, device="cpu")]) % tokens
     )

@@ -131,7 +131,11 @@ def backward(
 
 
 def _pieces(k: Tensor, v: Tensor, plan: AttentionPlan) -> Iterator[tuple[Hop, Tensor, Tensor]]:
-    """Yield (hop, keys, values) of every hop in turn; the next piece is exchanged while the caller computes with this one."""
+    """Yield (hop, keys, values) of every hop of ``plan`` in turn; the next piece is exchanged while the caller computes with
+    this one.
+
+    ``k`` and ``v`` are this rank's own, which are the first hop's.
+    """
     exchange: Arrival | None = None
     for hop, following in zip(plan.hops, [*plan.hops[1:], None]):
         arrived = exchange.wait() if exchange is not None else None
@@ -140,7 +144,10 @@ def _pieces(k: Tensor, v: Tensor, plan: AttentionPlan) -> Iterator[tuple[Hop, Te
 
 
 def _send(k: Tensor, v: Tensor, hop: Hop, plan: AttentionPlan) -> Arrival:
-    """Start to send the keys and values that ``hop`` wants from this rank; the handle gives those that it receives, flat."""
+    """Start to send those of this rank's keys and values that the receiver of ``hop`` needs.
+
+    The returned handle gives the keys and values that this rank receives, flat.
+    """
     columns = (k.flatten(1), v.flatten(1))
     send = k.new_empty(_rows(hop.leaving), columns[0].shape[1] + columns[1].shape[1])
     for place, run in zip(consecutive([len(run) for run in hop.leaving]), hop.leaving):
@@ -149,8 +156,10 @@ def _send(k: Tensor, v: Tensor, hop: Hop, plan: AttentionPlan) -> Arrival:
 
 
 def _return(dk: Tensor, dv: Tensor, hop: Hop, plan: AttentionPlan) -> Arrival:
-    """Start to send the gradients of the keys of ``hop`` back to their owner; the handle gives those of this rank's keys,
-    flat."""
+    """Start to send ``dk`` and ``dv``, the gradients of the keys of ``hop``, back to their owner.
+
+    The returned handle gives the gradients of this rank's own keys that another rank has computed, flat.
+    """
     return _rotate(torch.cat([dk.flatten(1), dv.flatten(1)], 1), -hop.offset, _rows(hop.leaving), plan)
 
 

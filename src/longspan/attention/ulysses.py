@@ -97,7 +97,10 @@ def heads_to_tokens(
 
 @_compat.constant_when_compiled
 def _plan(shape: torch.Size, mesh: ParallelMesh, tokens: int | None) -> Constant[ExchangePlan | None]:
-    """The exchange of one tensor of ``shape``, in the wrapper ``Constant``; for torch.compile it is a constant."""
+    """The exchange of one tensor of local shape ``shape`` in rows of ``tokens`` tokens (None: equally many on every rank).
+
+    It is in the wrapper ``Constant``, and a constant for torch.compile.
+    """
     return Constant(plan_exchange([shape], mesh, tokens))
 
 
@@ -224,7 +227,11 @@ def exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, batch: int
 
 
 def start_exchange_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan) -> Callable[[], list[Tensor]]:
-    """Start ``exchange_to_heads`` without waiting; returns a function, to be called once, that waits and returns its rows."""
+    """Start ``exchange_to_heads(xs_BSHD, plan)`` without waiting.
+
+    Returns:
+        A function, to be called once, that waits and returns for each group its rows [batch * every token, widths of my heads].
+    """
     batch = xs_BSHD[0].shape[0]
     sent = plan.sent(batch)
     with record_function("longspan::exchange"), ExitStack() as stack:
@@ -242,10 +249,16 @@ def start_exchange_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan) -> Ca
 
 
 def start_exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, outputs: Sequence[Tensor]) -> Callable[[], None]:
-    """Start ``exchange_to_tokens`` without waiting; returns a function, to be called once, that waits and writes ``outputs``.
+    """Start the all-to-all from heads to tokens without waiting for it.
 
-    ``outputs`` are [batch, my tokens, heads, dim], one for each tensor of the plan. Only the heads of this exchange are
-    written; a tensor whose heads come from several ranks (``TensorGroup.summed``) is added to.
+    Args:
+        rows_RW: for each group its rows [batch * every token, widths of my heads].
+        plan: the all-to-all.
+        outputs: [batch, my tokens, heads, dim], one for each tensor of the plan. Only the heads of this exchange are written; a
+            tensor whose heads come from several ranks (``TensorGroup.summed``) is added to.
+
+    Returns:
+        A function, to be called once, that waits and writes ``outputs``.
     """
     batch = outputs[0].shape[0]
     received = plan.received(batch)
@@ -267,7 +280,8 @@ def start_exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, outp
 
 
 def new_output(shape: Sequence[int], summed: bool, like: Tensor) -> Tensor:
-    """A tensor for ``start_exchange_to_tokens`` to write to: uninitialised in the dtype of ``like``, or if ``summed`` zeros.
+    """A tensor of ``shape`` for ``start_exchange_to_tokens`` to write to: uninitialised in the dtype of ``like``, or if
+    ``summed`` zeros.
 
     The zeros are in fp32 (fp64 for fp64), because the results of several ranks are added to them.
     """

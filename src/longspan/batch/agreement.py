@@ -172,5 +172,5 @@ def _refuse_disagreement(table: Sequence[StepFacts], coordinate: MeshCoordinate)
 
 
 def _describe(facts: StepFacts) -> str:
-    """What a rank was given, as text for an error: rows, tokens, labels and the hash of the content."""
+    """What a rank was given, by its ``facts``, as text for an error: rows, tokens, labels and the hash of the content."""
     return f"{facts.rows} rows of {facts.tokens} tokens, {facts.num_labels} labelled, content {facts.digest:014x}"

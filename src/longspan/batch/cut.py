@@ -106,7 +106,10 @@ def cut_row(
 
 
 def _row_shape(batch: Mapping[str, Any], dims: Mapping[str, int]) -> tuple[Tensor, int, int]:
-    """(A tensor of the batch that has the row's tokens, the number of rows, the number of tokens in a row).
+    """The shape of a batch's rows, read from a tensor that is known by name or in ``dims``.
+
+    Returns:
+        (that tensor, the number of rows, the number of tokens in a row).
 
     Raises:
         BatchError: no tensor is known to have the tokens, or a row has none.

@@ -114,7 +114,12 @@ def cut_pair(
 
 
 def _refuse_unfit(source: BatchInfo, target: BatchInfo, labels: Any) -> None:
-    """Raise BatchError if encoder and decoder have different numbers of rows, or a row has labels but only padding to read."""
+    """Raise BatchError if an encoder-decoder's two rows of tokens do not fit each other.
+
+    Args:
+        source, target: the BatchInfo of the encoder's rows and of the decoder's, which must be equally many.
+        labels: a row that has some must have a token, not padding alone, for the encoder to read.
+    """
     if source.rows != target.rows:
         raise BatchError(f"the encoder was given {source.rows} rows and the decoder {target.rows}; pass as many of each")
     if not isinstance(labels, Tensor) or labels.shape[1:] != (target.given_tokens,):

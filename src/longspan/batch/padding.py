@@ -163,7 +163,8 @@ def _starts(name: str, value: Any) -> list[int]:
 
 
 def _documents(starts: Tensor) -> tuple[Documents, ...]:
-    """The documents of each row, from a boolean [rows, tokens] that is True where one begins; the first token must be True."""
+    """The documents of each row, from ``starts``, a boolean [rows, tokens] that is True where one begins; the first must be
+    True."""
     firsts = [row.nonzero().flatten().tolist() for row in starts]
     return tuple(Documents([b - a for a, b in pairwise([*row, starts.shape[1]])]) for row in firsts)
 

@@ -91,7 +91,11 @@ def work(config: Check) -> int:
 
 
 def _exact(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line]:
-    """The lines of the check's table for fp64 and fp32 on this rank: loss, worst gradient, gradient norm, traffic."""
+    """The lines of the check's table for fp64 and fp32 on this rank: loss, worst gradient, gradient norm, traffic.
+
+    Args:
+        config, source, mesh: the settings, the model, and the ranks that are compared with one device.
+    """
     dtype = torch.float64 if config.dtype == "fp64" else torch.float32
     ours, traffic = _parallel(config, source, config.seed, dtype, mesh)  # first, because it refuses illegal layouts
     one = _one_device(config, source, config.seed, dtype, mesh)
@@ -143,7 +147,7 @@ def _pooled(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line
 
 
 def _one_device(config: Check, source: ModelSource, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> Outcome:
-    """Forward and backward of the whole batch of ``seed`` on this rank alone, with the model in ``dtype``."""
+    """Forward and backward of the whole batch of ``seed`` on this rank alone, with the model of ``source`` in ``dtype``."""
     model = _model(source, seed, dtype, mesh)
     batch = _batch(config, source, seed, mesh.device)
     labels = batch["labels"] if source.in_place else F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
@@ -176,7 +180,7 @@ def _parallel(
 
 
 def _loss(model: Any, part: Part, mesh: ParallelMesh) -> Tensor:
-    """The loss over all ranks: the model's own, or ``cross_entropy`` of its logits if its own loss is not supported."""
+    """The loss over all ranks for ``part``: the model's own, or ``cross_entropy`` of its logits if its own is not supported."""
     state = parallel_state(model)
     if state is not None and state.adapter.computes_loss():
         loss: Tensor = model(**part).loss
@@ -201,10 +205,10 @@ def _compute_in(dtype: torch.dtype, mesh: ParallelMesh) -> AbstractContextManage
 
 
 def _batch(config: Check, source: ModelSource, seed: int, device: torch.device) -> dict[str, Tensor]:
-    """``input_ids`` and ``labels`` [rows, tokens], random but equal for equal seeds.
+    """A random batch of the vocabulary of ``source``, equal for equal seeds: ``input_ids`` and ``labels`` [rows, tokens].
 
-    Row i of R rows keeps about (i + 1) / R of its labels, the others are -100; the last row has none in its second half.
-    Token 1 of row 0 always has a label, so that the loss is defined.
+    Row i of R rows keeps about (i + 1) / R of its labels, the others are -100; the last row has none in its second half. Token
+    1 of row 0 always has a label, so that the loss is defined.
     """
     random = torch.Generator("cpu").manual_seed(seed)
     plain = torch.tensor([token for token in range(source.vocab) if token not in source.special], device="cpu")
@@ -232,7 +236,7 @@ def _relative(found: Tensor, expected: Tensor, norm: float) -> float:
 
 
 def _squared_error(found: Outcome, truth: Outcome) -> float:
-    """The sum over all parameters of the squared differences between two outcomes' gradients."""
+    """The sum over all parameters of the squared differences between the gradients of ``found`` and ``truth``."""
     return sum(float((found.grads[name] - truth.grads[name]).square().sum()) for name in truth.grads)
 
 
@@ -247,12 +251,12 @@ def _counted(mesh: ParallelMesh) -> Counted:
 
 
 def _minus(after: Traffic, before: Traffic) -> Traffic:
-    """The difference of two counts, as Traffic."""
+    """The traffic between two counts: ``after`` less ``before``."""
     return Traffic(after.collectives - before.collectives, after.bytes - before.bytes)
 
 
 def _between(after: Counted, before: Counted) -> Counted:
-    """{axis: what was sent between two counts}."""
+    """{axis: what was sent between the counts ``before`` and ``after``}."""
     return {axis: _minus(after[axis], before[axis]) for axis in after}
 
 
@@ -283,7 +287,7 @@ def _traffic_lines(
 
 
 def _traffic_line(what: str, found: int, expected: int) -> Line:
-    """A line of the table whose values must be equal."""
+    """The line ``what`` of the table, whose values must be equal; its error is their difference."""
     return Line("traffic", what, found, expected, abs(found - expected), 0)
 
 

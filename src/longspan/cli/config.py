@@ -125,7 +125,7 @@ class Layout(Ranks):
 
 @dataclass(frozen=True)
 class Train(Layout):
-    """Settings of a training run."""
+    """Settings of ``longspan train``."""
 
     model: str = "tiny"
     """tiny, small, llama-1b, llama-8b or llama-70b: a decoder of that shape. hf:FOLDER: the Hugging Face model in FOLDER."""
@@ -275,10 +275,10 @@ def compute_dtype(dtype: Literal["auto", "fp32", "bf16"], device_type: str) -> L
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """Read the settings in a JSON file, or in a TOML file (its name ends in .toml).
+    """Read the settings in the JSON file ``path``, or in a TOML file (its name ends in .toml).
 
     Returns:
-        {name: value or list}, with ``-`` in names replaced by ``_``; the names are not checked (see ``known``).
+        {name: value or list}, with ``-`` in names replaced by ``_``; ``known`` checks the names later.
 
     Raises:
         RunError: the file cannot be read, is not valid JSON or TOML, holds no names with values, or has a table.

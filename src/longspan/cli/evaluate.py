@@ -187,7 +187,7 @@ def _longest(text: Split, max_tokens: int, documents: int, mesh: ParallelMesh) -
 
 
 def _refuse_another_vocabulary(corpus: Corpus, found: Found) -> None:
-    """Raise RunError if the tokenizer has another number of tokens than the model was trained with."""
+    """Raise RunError if the tokenizer of the text ``corpus`` has another number of tokens than the model was trained with."""
     if found.vocab is not None and corpus.vocab_size != found.vocab:
         raise RunError(
             f"the tokenizer {corpus.tokenizer} has {corpus.vocab_size} tokens now, and the checkpoint was trained with "

@@ -47,7 +47,14 @@ def by_axis(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: i
 
 
 def _attention(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: int) -> dict[str, Passes]:
-    """What attention sends in all layers on the axes ulysses and ring; ``shape`` has the heads of one tensor rank."""
+    """{axis: (forward, backward)} that attention sends in all layers on the axes ulysses and ring.
+
+    Args:
+        config: the rows, tokens and memory options.
+        shape: the decoder with the heads of one tensor rank.
+        at: the degrees and this rank's position.
+        itemsize: bytes of an element of q, k and v.
+    """
     layout, dim = at.layout(config.tokens), shape.head_dim
     sizes, rows = layout.sizes(at.ring_rank), _rows(config, at)
     chunked = Heads(shape.heads, shape.kv_heads, config.head_chunks)
@@ -69,9 +76,13 @@ def _attention(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize
 
 
 def _tensor(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: int) -> Passes:
-    """What all layers send on the tensor axis: two regions a layer, and the gather of the position ids.
+    """(forward, backward) that all layers send on the tensor axis: two regions a layer, and the gather of the position ids.
 
     A recomputed layer stops before its last reduce-scatter.
+
+    Args:
+        config, shape, at: the options, the decoder of all ranks together, and this rank's position.
+        itemsize: bytes of an element of the compute dtype.
     """
     rows, shares, hidden = _rows(config, at), at.tensor_sizes(config.tokens), max(itemsize, 4)
     sums = {"attention": hidden if config.head_chunks > 1 else itemsize, "feed-forward": itemsize}  # chunks are summed up

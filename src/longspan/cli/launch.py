@@ -42,7 +42,8 @@ class RankDied(RuntimeError):
     """A rank was killed, exited without a message, or raised something other than a LongspanError; or a signal stopped the
     command.
 
-    Attributes:
+    Args:
+        text: what happened, one sentence.
         trace: the rank's traceback, or ``""``.
         code: the exit code for the command: 1, or 128 + the signal.
     """
@@ -189,7 +190,15 @@ def _work_as_a_rank(work: str, config: Any) -> int:
 
 
 def _what_happened(rank: int, failure: "ProcessFailure") -> Exception:
-    """The exception for the caller: the LongspanError that rank ``rank`` raised, or a RankDied that says how it ended."""
+    """The exception for the caller of ``run``, from what torch's agent tells of the rank that failed first.
+
+    Args:
+        rank: its number.
+        failure: its exit code, and the error that it left.
+
+    Returns:
+        The LongspanError that the rank raised; a BrokenPipeError if the reader of the output closed the pipe; else a RankDied.
+    """
     if failure.exitcode == CLOSED_PIPE:
         return BrokenPipeError()
     if failure.exitcode == -signal.SIGINT:  # Ctrl-C reaches the ranks at the same time as the agent

@@ -163,6 +163,10 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
 
     Flags override ``--config FILE``, which overrides the settings of the run that ``--resume`` names.
 
+    Args:
+        verb: a key of ``VERBS``.
+        arguments: the words after it.
+
     Returns:
         An instance of ``VERBS[verb].settings``.
 
@@ -246,7 +250,7 @@ def _print_error(sentence: str, apart: bool = False) -> None:
 
 
 def _refuse_two_lengths(flags: Sequence[str], values: dict[str, Any]) -> None:
-    """Raise RunError if flags and config file together give both ``steps`` and ``epochs``."""
+    """Raise RunError if ``flags`` and ``values``, those of the config file, together give both ``steps`` and ``epochs``."""
     given = {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
     given |= {name for name, value in values.items() if value is not None}
     if {"steps", "epochs"} <= given:
@@ -254,7 +258,7 @@ def _refuse_two_lengths(flags: Sequence[str], values: dict[str, Any]) -> None:
 
 
 def _refuse_unknown(verb: str, flags: Sequence[str]) -> None:
-    """Raise RunError for the first flag that the verb does not have; the message suggests the nearest one."""
+    """Raise RunError for the first of ``flags`` that ``verb`` does not have; the message suggests the nearest one."""
     names = [field.name for field in fields(VERBS[verb].settings)]
     switches = [f"no_{field.name}" for field in fields(VERBS[verb].settings) if field.type is bool]
     for flag in (flag for flag in flags if flag.startswith("--")):

@@ -82,7 +82,11 @@ class Journal:
             self._keep(error)
 
     def write(self, record: Record) -> None:
-        """Append ``record``, which must have a ``step``, as one line of metrics.jsonl and as scalars of TensorBoard."""
+        """Append ``record``, which must have a ``step``, as one line of metrics.jsonl and as scalars of TensorBoard; on rank 0
+        only.
+
+        A write error is not raised, but kept as ``fault``.
+        """
         if not self._lead or self.fault is not None:
             return
         try:
@@ -92,7 +96,10 @@ class Journal:
             self._keep(error)
 
     def write_memory(self, timeline: Timeline, title: str, about: str) -> None:
-        """Write ``timeline`` to memory.html, an HTML page with the heading ``title`` and the lines ``about`` below it."""
+        """Write ``timeline`` to memory.html, with the heading ``title`` and the lines ``about`` below it; on rank 0 only.
+
+        A write error is not raised, but kept as ``fault``.
+        """
         if not self._lead or self.fault is not None:
             return
         try:
@@ -119,7 +126,7 @@ class Journal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _keep(self, error: OSError) -> None:
-        """Store ``error`` as the RunError ``fault``."""
+        """Turn a write error into the RunError ``fault``, which the caller raises on all ranks."""
         self.fault = RunError(
             f"the metrics of {self._folder} cannot be written: {error.strerror}; make room and go on with --resume, "
             f"or choose another disk with --runs-folder"
@@ -289,7 +296,8 @@ def _is_up_to(step: int, line: str) -> bool:
 
 
 def _lines(path: Path) -> list[str]:
-    """The complete lines of a file, each with its newline; a partial last line is left out. [] if there is no file."""
+    """The complete lines of the file ``path``, each with its newline; a partial last line is left out. [] if there is no
+    file."""
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

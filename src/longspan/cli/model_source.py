@@ -107,6 +107,12 @@ class ModelSource(Protocol):
     def export(self, model: nn.Module, folder: Path, tokenizer: str, mesh: ParallelMesh) -> bool:
         """Write the trained model into ``folder`` as a Hugging Face folder. Every rank must call it.
 
+        Args:
+            model: the parallel model.
+            folder: where it is written.
+            tokenizer: the file or folder of the tokenizer that it was trained with, which is written beside it.
+            mesh: the ranks.
+
         Returns:
             True if it was written; False for the decoder, which has no such format.
         """

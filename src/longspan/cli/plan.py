@@ -118,7 +118,7 @@ def work(settings: PlanSettings) -> int:
 
 
 def as_numbers(found: Plan) -> dict[str, Any]:
-    """A plan as names and plain values, for JSON."""
+    """The plan ``found`` as names and plain values, for JSON."""
 
     def of(choice: Choice | None) -> dict[str, Any] | None:
         if choice is None:
@@ -145,7 +145,7 @@ def as_numbers(found: Plan) -> dict[str, Any]:
 
 
 def _table(found: Plan) -> str:
-    """The plan as text: what was asked, and best and runner-up side by side."""
+    """The plan ``found`` as text: what was asked, and best and runner-up side by side."""
     from rich.console import Console
     from rich.table import Table
 

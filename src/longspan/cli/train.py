@@ -163,7 +163,7 @@ def evaluate(model: nn.Module, held_out: Loader, config: Train, mesh: ParallelMe
 
 
 def _loader(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
-    """The Loader of the training text."""
+    """The Loader of the training part of ``corpus``, with rows, micro-batches and seed from the settings."""
     return Loader(
         corpus.train,
         tokens=config.tokens,
@@ -199,9 +199,9 @@ def _refuse_idle_replicas(config: Train, mesh: ParallelMesh) -> None:
 
 
 def _held_out(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
-    """The Loader of the evaluation: one row per data replica at a time.
+    """The Loader of the evaluation, over the held-out part of ``corpus``: one row per data replica at a time.
 
-    If the held-out text is shorter than ``config.tokens``, its one sequence is all of it.
+    If that is shorter than ``config.tokens``, its one sequence is all of it.
     """
     tokens = min(config.tokens, corpus.held_out.tokens)
     return Loader(corpus.held_out, tokens=tokens, rows=mesh.coordinate.data, seed=config.seed, coordinate=mesh.coordinate)
@@ -314,7 +314,13 @@ def _resume(
     config: Train,
     mesh: ParallelMesh,
 ) -> int:
-    """With ``--resume``, load model and optimizer from the run's newest checkpoint: a collective.
+    """With ``--resume``, load model and optimizer from the run's newest checkpoint, in place. Every rank must call it.
+
+    Args:
+        run: the folder of the run.
+        model, optimizer: what is loaded.
+        source, corpus, config: model, text and settings of this run, which must be those of the checkpoint.
+        mesh: the ranks.
 
     Returns:
         The number of steps that are done; 0 without ``--resume`` or without a checkpoint.

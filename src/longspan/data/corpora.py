@@ -143,7 +143,7 @@ def _standard_library() -> Source:
 
 
 def _find_one(given: str) -> Source:
-    """The Source of one file, folder or glob.
+    """The Source of one file, folder or glob, ``given`` by the user.
 
     Raises:
         DataError: it does not exist, or holds no file of a known kind.
@@ -215,7 +215,8 @@ def kind(path: Path) -> str:
 
 
 def _read(path: Path, text_field: str) -> Iterator[Document]:
-    """Yield the documents of one file, by the reader of its kind."""
+    """Yield the documents of the file ``path``, by the reader of its kind; ``text_field`` is the JSON field or column of the
+    text."""
     with readable(path):
         yield from _READERS[kind(path)](path, text_field)
 

@@ -213,8 +213,16 @@ def _open(path: Path, found: Sequence[Source]) -> Corpus:
 
 
 def _write(draft: Path, found: Sequence[Source], text_field: str, tokenizer: Tokenizer, console: Console) -> None:
-    """Tokenize the documents of ``found`` and write tokens, bounds and facts into the folder ``draft``, which ``_open``
-    reads."""
+    """Tokenize the documents of ``found`` and write them into the folder ``draft``: tokens, bounds and facts, which ``_open``
+    reads.
+
+    Args:
+        draft: an empty folder.
+        found: the sources.
+        text_field: the JSON field and Parquet column of the text.
+        tokenizer: text to tokens.
+        console: where the progress is shown.
+    """
     lengths, hashes = array("q"), array("Q")
     frequencies = np.zeros(256, np.int64)
     dtype = _narrowest(tokenizer.vocab_size)
@@ -283,7 +291,7 @@ def _narrowest(vocab_size: int) -> np.dtype[np.generic]:
 
 
 def _state(found: Sequence[Source]) -> tuple[str, float]:
-    """What tells whether files have changed, without reading them.
+    """What tells whether the files of ``found`` have changed, without reading them.
 
     Returns:
         (text with path, size and times of every file: a changed file changes it; the latest of these times in seconds).
@@ -297,8 +305,10 @@ def _state(found: Sequence[Source]) -> tuple[str, float]:
 
 
 def _content(found: Sequence[Source], made_by: str) -> str:
-    """The name under which the tokens of a text are cached: a hash of ``made_by`` and of the kinds and contents of its
-    files."""
+    """The name under which the tokens of the files of ``found`` are cached.
+
+    It is a hash of their kinds and contents, and of ``made_by``: a text that describes tokenizer and format.
+    """
     digests = []
     for path in (path for source in found for path in source.files):
         with corpora.readable(path), path.open("rb") as file:

@@ -74,7 +74,16 @@ class TorchTransport:
         recv_splits: Sequence[int],
         group: dist.ProcessGroup,
     ) -> Arrival:
-        """Start ``all_to_all_single`` asynchronously on ``group``; arguments and result as in ``Transport``."""
+        """Start ``all_to_all_single`` on ``group`` and return at once.
+
+        Args:
+            send: a flat contiguous tensor; rank p gets the next ``send_splits[p]`` elements of it.
+            send_splits, recv_splits: elements for each rank, and from each rank, in rank order.
+            group: the ranks.
+
+        Returns:
+            A handle whose ``wait`` returns the received elements, flat and in rank order.
+        """
         received = send.new_empty(sum(recv_splits))
         work = dist.all_to_all_single(received, send, list(recv_splits), list(send_splits), group=group, async_op=True)
         return _Receiving(send, received, work)
@@ -238,8 +247,10 @@ class _ReduceScatter(torch.autograd.Function):
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup, transport: Transport, dim: int, sizes: Sequence[int]) -> Tensor:
-    """The concatenation along ``dim`` of the ranks' tensors: the forward of ``all_gather``, the backward of
-    ``reduce_scatter``."""
+    """The ranks' tensors concatenated along ``dim``: the forward of ``all_gather``, the backward of ``reduce_scatter``.
+
+    ``sizes`` has each rank's size of ``x`` in ``dim``.
+    """
     first = x.movedim(dim, 0)
     row = first.shape[1:].numel()
     send = first.expand(group.size(), *first.shape).reshape(-1).contiguous()
@@ -248,8 +259,10 @@ def _gather(x: Tensor, group: dist.ProcessGroup, transport: Transport, dim: int,
 
 
 def _sum_pieces(x: Tensor, group: dist.ProcessGroup, transport: Transport, dim: int, sizes: Sequence[int]) -> Tensor:
-    """This rank's piece along ``dim`` of the sum of the ranks' tensors: forward of ``reduce_scatter``, backward of
-    ``all_gather``."""
+    """This rank's piece of the sum of the ranks' ``x``: the forward of ``reduce_scatter``, the backward of ``all_gather``.
+
+    ``sizes`` has the size in ``dim`` of each rank's piece.
+    """
     first, mine = x.movedim(dim, 0), sizes[group.rank()]
     row = first.shape[1:].numel()
     send, splits = first.reshape(-1).contiguous(), [size * row for size in sizes]

@@ -122,7 +122,7 @@ def ranks_per_node(counts: str) -> list[int]:
 
 
 def _of_open_mpi(environment: Mapping[str, str]) -> LaunchedRank | None:
-    """The rank that Open MPI's variables describe; None if they are not there."""
+    """The rank that Open MPI's variables in ``environment`` describe; None if they are not there."""
     name = "OMPI_COMM_WORLD_"
     if not environment.keys() >= {f"{name}RANK", f"{name}SIZE"}:
         return None
@@ -137,7 +137,7 @@ def _of_open_mpi(environment: Mapping[str, str]) -> LaunchedRank | None:
 
 
 def _of_pmi(environment: Mapping[str, str]) -> LaunchedRank | None:
-    """The rank that the PMI variables of Intel MPI or MPICH describe; None if they are not there."""
+    """The rank that the PMI variables of Intel MPI or MPICH in ``environment`` describe; None if they are not there."""
     if not environment.keys() >= {"PMI_RANK", "PMI_SIZE"}:
         return None
     # srun --mpi=pmi2 sets these beside its own, which tell the local rank.
@@ -156,7 +156,7 @@ def _of_pmi(environment: Mapping[str, str]) -> LaunchedRank | None:
 
 
 def _of_slurm(environment: Mapping[str, str]) -> LaunchedRank | None:
-    """The rank that Slurm's variables of a task (srun) describe; None if they are not there."""
+    """The rank that Slurm's variables of a task (srun) in ``environment`` describe; None if they are not there."""
     ranks = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS") if name in environment), "")
     if "SLURM_PROCID" not in environment or not ranks:
         return None

@@ -115,8 +115,11 @@ class Layout:
         return select(self.runs(ring_rank), consecutive(self.sizes(ring_rank))[ulysses_rank])
 
     def mine(self, ring_rank: int, ulysses_rank: int, tensor_rank: int = 0) -> Runs:
-        """The positions in the row that one rank holds, as one or two ranges in its order: the ``position_ids`` of its
-        tokens."""
+        """The positions in the row that the rank (``ring_rank``, ``ulysses_rank``, ``tensor_rank``) holds, as one or two
+        ranges.
+
+        They are in the rank's order, and are the ``position_ids`` of its tokens.
+        """
         shares = self.shares(ring_rank, ulysses_rank)
         return select(self.gathered(ring_rank, ulysses_rank), consecutive(shares)[tensor_rank])
 

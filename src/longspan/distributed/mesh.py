@@ -348,6 +348,10 @@ def _degrees(
 ) -> Degrees:
     """The ulysses and ring degrees that the arguments of ``ParallelMesh`` ask for; with ulysses="auto" they are chosen.
 
+    Args:
+        ulysses, ring, tensor, pipeline, heads: the arguments of ``ParallelMesh``.
+        world_group: all ranks, each of which must call this.
+
     Raises:
         LayoutError: a degree is below 1, the product does not divide the world, or "auto" lacks what it needs.
     """

@@ -255,8 +255,8 @@ class PipelineParallel:
 
     def refuse_parts(self, parts: Sequence[Mapping[str, Any]]) -> None:
         """Raise ModelError if ``parts``, a step's micro-batches on this rank, cannot be run: one has no labels, or
-        embeddings that require a gradient, or interleaved stages are given fewer than one for each rank or a number that
-        fills no whole rounds."""
+        embeddings that require a gradient, or interleaved stages are given a number of them that is no whole rounds of the
+        pipeline's ranks."""
         for part in parts:
             if not any(part.get(label) is not None for label in LABELS):
                 raise ModelError("a pipeline computes a loss only; put labels into the batch before shard_batch")

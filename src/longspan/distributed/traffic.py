@@ -213,8 +213,7 @@ def ring_traffic(
 
 
 def causal_keys_sent(layout: Layout, ring_rank: int) -> int:
-    """The number of keys of one row that a ring rank sends in one pass under a causal mask: each key counts once per receiving
-    rank.
+    """The number of keys of one row that ring rank ``ring_rank`` sends in one pass under a causal mask, once for each receiver.
 
     Contiguous layout: all its keys to every later ring rank. Zigzag: its early piece to every other ring rank, and its late
     piece to the earlier ring ranks, whose own late pieces come after it in the row.

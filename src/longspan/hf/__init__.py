@@ -19,7 +19,11 @@ __all__ = ["load", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public functions ``load`` and ``save``, imported from weights.py at their first use."""
+    """The public function ``name``, ``load`` or ``save``, imported from weights.py at its first use.
+
+    Raises:
+        AttributeError: any other name.
+    """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from longspan.hf import weights

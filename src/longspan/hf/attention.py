@@ -104,8 +104,10 @@ def attend_layer(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layer: "Layer", step: BatchInfo, more: dict[str, Any]) -> Tensor:
-    """Attention of q, k, v [batch, my tokens, heads, dim] over the mesh of ``layer``, with the mask that it has in this
-    step."""
+    """Attention of q, k, v [batch, my tokens, heads, dim] over the mesh of ``layer``, with the mask that it has in this step.
+
+    ``more`` are further keywords of ``attend``.
+    """
     if layer.crosses and step.target is not None:
         return layer.attend(q, k, v, mask=step.mask_across(), tokens=step.target.tokens, key_tokens=step.tokens, **more)
     row = layer.row(step)
@@ -142,10 +144,10 @@ def _refuse_dropout(module: nn.Module, layer: "Layer") -> None:
 def _mask(
     *_: Any, mask_function: Callable[..., Tensor], device: torch.device, attention_mask: Tensor | None = None, **sizes: Any
 ) -> MaskFunction:
-    """The object that layers get as their attention mask: Transformers' mask function, not evaluated yet.
+    """The object that layers get as their attention mask: Transformers' ``mask_function``, not evaluated yet.
 
-    It is registered with Transformers under the name "longspan". Padding and documents are left out of it: the BatchInfo has
-    them.
+    Transformers calls it by the name "longspan", with ``attention_mask``, the padding [batch, tokens] or None. Padding and
+    documents are left out of the mask: the BatchInfo has them.
     """
     shape = (sizes.get("batch_size", 1), 1, sizes.get("q_length", 0), sizes.get("kv_length", 0))
     return MaskFunction(mask_function, device, attention_mask, shape)

@@ -106,7 +106,10 @@ def _check(types_unmask: bool, model: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _refuse_other_rows(model: Any, name: str, step: BatchInfo) -> None:
-    """Raise ModelError if an encoder-decoder gets no decoder rows, or another model gets some; ``name`` is its class."""
+    """Raise ModelError if an encoder-decoder gets no decoder rows, or another model gets some.
+
+    ``name`` is the model's class, and ``step`` the BatchInfo of the call.
+    """
     if is_encoder_decoder(model) and step.target is None:
         raise ModelError(
             f"{name} is an encoder-decoder, and the batch had no decoder_input_ids; make them before the cut, by "

@@ -96,7 +96,12 @@ class DenseMask(MaskFunction):
 
 
 class AllOf(MaskFunction):
-    """The intersection of several masks: a query sees a key if it does in all of them. No masks: it sees every key."""
+    """The intersection of several masks: a query sees a key if it does in all of them. No masks: it sees every key.
+
+    Args:
+        masks: the masks.
+        device: where the mask is evaluated.
+    """
 
     def __init__(self, masks: Sequence[MaskFunction], device: torch.device) -> None:
         super().__init__(lambda *at: torch.stack([each.function(*at) for each in masks]).all(0), device)

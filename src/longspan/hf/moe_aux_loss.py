@@ -107,7 +107,13 @@ def gather_routers(module: nn.Module, base: nn.Module, mesh: ParallelMesh) -> li
 
 
 def _of_all_ranks(mine: tuple[Tensor, ...], step: BatchInfo, mesh: ParallelMesh) -> _Whole:
-    """The router logits of each layer for the tokens of all ranks that are not padding, [tokens, experts]; differentiable."""
+    """The router logits of each layer for the tokens of all ranks that are not padding, [tokens, experts]; differentiable.
+
+    Args:
+        mine: those of this rank's tokens, one tensor a layer.
+        step: the BatchInfo, which says which tokens are padding.
+        mesh: the ranks.
+    """
     real = _real(step).to(mine[0].device)
     sizes = [count for (count,) in exchange_integers((len(real),), mesh.world_group)]
     rows = (logits.flatten(0, -2).index_select(0, real) for logits in mine)

@@ -147,6 +147,11 @@ class _Reader:
     """Finds the meaning of the operations of one recorded attention: call ``read`` for each of them, in order.
 
     Afterwards ``roles`` has the meaning of each, and ``mask_and_slopes()`` returns what they add up to.
+
+    Args:
+        module: the attention module, for messages.
+        attention: the recorded attention.
+        configs: the configs of its model, which may limit how far a query sees.
     """
 
     def __init__(self, module: nn.Module, attention: Attention, configs: Sequence[Any]) -> None:
@@ -258,7 +263,12 @@ class _Reader:
         return DenseMask(every[0])
 
     def _fitted(self, value_HST: Tensor, factor: float, shown_ST: Tensor) -> Tensor:
-        """The slopes [heads] of a bias that is linear in the key, as in ALiBi, multiplied by ``factor``.
+        """The slopes [heads] of a bias that is linear in the key, as in ALiBi.
+
+        Args:
+            value_HST: the bias [heads, queries, keys].
+            factor: a number by which the scores were multiplied later; the slopes are too.
+            shown_ST: True where a query sees a key.
 
         Raises:
             ModelError: among the keys that a query sees, the bias is not linear.

@@ -185,6 +185,10 @@ def _positions_known(model: Any) -> dict[str, int]:
 def _prove_positions(model: Any, base: Any) -> tuple[bool, int | None]:
     """How a model counts positions that it is not given, found by test forwards.
 
+    Args:
+        model: what the user calls.
+        base: the Transformers model in it.
+
     Returns:
         (whether it begins behind padding on the left, the padding id if it counts from the ids as RoBERTa does, else None).
 

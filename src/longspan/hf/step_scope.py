@@ -218,7 +218,8 @@ def _clear(scope: Scope, *_: Any) -> None:
 
 
 def _name_call(scope: Scope, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a block: add the model's call as a keyword, which activation checkpointing passes to it again."""
+    """Forward pre-hook of a block: add the current call of ``scope`` as a keyword, which activation checkpointing passes to
+    it again."""
     return args, kwargs | {OUTER: scope.call}
 
 

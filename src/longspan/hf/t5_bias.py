@@ -79,7 +79,7 @@ def distances_of(module: nn.Module, position_bias: Tensor, tokens: int) -> Dista
 
 
 def refuse_bias_across(module: nn.Module, position_bias: Tensor) -> None:
-    """Raise ModelError if the position bias of a cross-attention layer has a non-zero element.
+    """Raise ModelError if ``position_bias``, that of a cross-attention layer, has a non-zero element.
 
     Only self-attention may add one.
     """
@@ -122,6 +122,9 @@ class ByDistance:
     """Replaces one layer's ``compute_bias`` by the bias of all distances, [1, heads, 1, 2 n - 1]; ``remove`` undoes it.
 
     n is the number of tokens of the whole row of the current call.
+
+    Args:
+        module: the layer, a T5 attention module.
     """
 
     def __init__(self, module: Any) -> None:

@@ -224,7 +224,8 @@ class _Reader:
         )
 
     def _cut_of_parameter(self, name: str, style: str) -> Cut:
-        """How the stacked weights of experts, [experts, rows, columns], are cut over the tensor ranks.
+        """How the parameter ``name``, the stacked weights [experts, rows, columns] of experts, is cut in this ``style`` of the
+        plan.
 
         Raises:
             ModelError: the parameter has another shape.
@@ -237,7 +238,8 @@ class _Reader:
         return Cut(dim=len(shape) + dim, units=shape[dim] // packed, packed=packed)
 
     def _refuse_uncut_experts(self, regions: list[str], cuts: Mapping[str, Cut]) -> None:
-        """Raise ModelError if experts have a parameter that is not cut: every tensor rank would add it."""
+        """Raise ModelError if experts in ``regions`` have a parameter that is not among ``cuts``: every tensor rank would
+        add it."""
         experts = [name for name, style in self._styles.items() if style == "moe_tp_experts"]
         for name in experts:
             for leaf, _ in self._model.get_submodule(name).named_parameters():

@@ -162,7 +162,8 @@ def _leaves(value: Any) -> list[Tensor]:
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """A random tensor [2, 7, ...] with the dtype and the trailing dims of ``tensor``, for the test of a function."""
+    """A random tensor [2, 7, ...], drawn by ``generator``, with the dtype and the trailing dims of ``tensor``, to test a
+    function."""
     shape = (PROBE_ROWS, PROBE_TOKENS, *tensor.shape[2:])
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(tensor.device, tensor.dtype)
 

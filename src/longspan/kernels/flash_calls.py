@@ -117,8 +117,9 @@ def plan(bands: tuple[Band, ...]) -> Plan:
 
 @dataclass(slots=True)
 class _Chain:
-    """Bands that may become one call, while they are collected: each begins at the query and key after the last of the one
-    before.
+    """Bands that may become one call of the flash operator, while they are collected.
+
+    Each begins at the query and the key after the last ones of the band before.
 
     Attributes:
         q_start, k_start: the first query and the first key.

@@ -112,7 +112,8 @@ def backward(
 
 
 def _call_forward(call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
-    """The results (out, log-sum-exp) of one call for its own queries and keys, cut from whole ``q``, ``k`` and ``v``."""
+    """The results (out, log-sum-exp) of one call for its own queries and keys; the arguments are the whole tensors of
+    ``forward``."""
     q, k, v = q[call.q_start :][: call.rows], k[call.k_start :][: call.keys], v[call.k_start :][: call.keys]
     parts = []
     for heads, kv in head_groups(q.shape[1], k.shape[1], call.rows, call.keys, q.shape[2], MOST_ELEMENTS):
@@ -129,7 +130,8 @@ def _call_forward(call: Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> 
 def _call_backward(
     call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients (dq, dk, dv) of one call for its own queries and keys, cut from the whole tensors."""
+    """The gradients (dq, dk, dv) of one call for its own queries and keys; the arguments are the whole tensors of
+    ``backward``."""
     rows, keys = slice(call.q_start, call.q_start + call.rows), slice(call.k_start, call.k_start + call.keys)
     groups = head_groups(q.shape[1], k.shape[1], call.rows, call.keys, q.shape[2], MOST_ELEMENTS)
     parts = []

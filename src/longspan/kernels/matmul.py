@@ -67,7 +67,11 @@ def linear(x: Float[Tensor, "*rows in_"], weight: Float[Tensor, "out in_"]) -> F
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` without a bias, for the Decoder: on CPUs without native bf16 GEMM its products are formed in fp32."""
+    """``nn.Linear`` without a bias, for the Decoder: on CPUs without native bf16 GEMM its products are formed in fp32.
+
+    Args:
+        in_features, out_features: its sizes, as of ``nn.Linear``.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)

@@ -140,6 +140,10 @@ def tiles(bands: Sequence[Band], heads: int) -> Iterator[Tile]:
 class _Scores:
     """The attention scores of one tile, computed when it is made.
 
+    Args:
+        q, k: queries and keys, of which ``tile`` says the rows.
+        scale, softcap, bias: factor of the scores; c of c·tanh(s/c), or None; the tile's bias [heads, queries, keys], or None.
+
     Attributes:
         masked: the scores [heads, queries, keys] after softcap and bias, -inf at hidden keys.
         slope: the derivative of the softcap at each score, of the same shape; 1.0 without a softcap.

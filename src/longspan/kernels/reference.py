@@ -127,8 +127,10 @@ def _indices(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Ten
 
 
 def _bias_gradients(bias: BoundBias | None, dscores_HQK: Tensor, queries: int, keys: int) -> list[Tensor]:
-    """The gradient of each bias parameter, from the gradient of the scores; zeros for one that needs none, [] without a
-    bias."""
+    """The gradient of each parameter of ``bias``, from the gradient ``dscores_HQK`` of all scores.
+
+    Zeros for a parameter that needs none; [] without a bias. ``queries`` and ``keys`` are their numbers.
+    """
     if bias is None:
         return []
     with torch.enable_grad():

@@ -80,8 +80,10 @@ class Attention(nn.Module):
         return out
 
     def _in_chunks(self, n_BSM: Tensor, mix: Mix) -> Tensor:
-        """The sum of the outputs of all head chunks, each computed again in the backward; ``n_BSM`` are the normed hidden
-        states."""
+        """The sum of the outputs of all head chunks, each computed again in the backward.
+
+        ``n_BSM`` are the normed hidden states, and ``mix`` computes attention.
+        """
         n_RM = n_BSM.flatten(0, 1)  # autograd sums the chunks' gradients of n in place only where they are no views
         sum_RM = torch.zeros_like(n_RM)
         for rows, kv_rows in self.chunks:
@@ -94,7 +96,15 @@ class Attention(nn.Module):
     def _chunk(
         self, n_RM: Tensor, mix: Mix, shape: torch.Size, query: Tensor, key: Tensor, value: Tensor, out: Tensor
     ) -> Tensor:
-        """The output of one head chunk, from the rows of the projection weights that belong to its heads."""
+        """The output of one head chunk.
+
+        Args:
+            n_RM: normed hidden states [rows, hidden].
+            mix: computes attention.
+            shape: [rows of the batch, my tokens].
+            query, key, value, out: the rows, or of ``out`` the columns, of the projection weights that belong to the chunk's
+                heads.
+        """
         projected = linear(n_RM, torch.cat([query, key, value]))  # one GEMM: its backward forms one gradient of n, not three
         widths = [len(query), len(key), len(value)]
         q, k, v = (x.view(*shape, x.shape[1] // self.head_dim, self.head_dim) for x in projected.split(widths, 1))
@@ -104,7 +114,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The SwiGLU feed-forward: down(silu(gate(n)) * up(n)). Source: arXiv:2002.05202."""
+    """The SwiGLU feed-forward: down(silu(gate(n)) * up(n)), of the sizes in ``config``. Source: arXiv:2002.05202."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()

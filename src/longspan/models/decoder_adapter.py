@@ -122,7 +122,7 @@ class DecoderAdapter:
             )
 
     def install(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Replace the model's attention and loss by those over ``mesh``, and set the number of head chunks.
+        """Replace the model's attention and loss by those over ``mesh``, and set the number of head chunks that ``memory`` has.
 
         From then on, a call of the model raises BatchError for a token beyond its vocabulary and, if a sequence lies on several
         ranks, ModelError for a batch that ``shard_batch`` did not cut.

@@ -71,7 +71,12 @@ def usp_elements(strategy: str, *, hidden: int, tokens: int, rows: int, ranks: i
 
 
 def usp_grouped_ulysses(*, hidden: int, tokens: int, rows: int, ranks: int, groups: int) -> Fraction:
-    """Elements of Ulysses' activations of one block with G query heads a key/value head: (4/N)(1+1/G)·bs·L·d."""
+    """Elements of Ulysses' activations of one block with G query heads a key/value head: (4/N)(1+1/G)·bs·L·d (USP).
+
+    Args:
+        hidden, tokens, rows: d, L and bs.
+        ranks, groups: N and G.
+    """
     return Fraction(4, ranks) * (1 + Fraction(1, groups)) * rows * tokens * hidden
 
 
@@ -96,7 +101,11 @@ def korthikanti_bytes(method: str, *, tokens: int, rows: int, hidden: int, heads
 
 
 def interleaved_factor(pipeline: Number, stages_per_rank: Number) -> Number:
-    """How many times the activations of the first stage grow by interleaving: 1 + (p-1)/(p·m) (arXiv:2205.05198)."""
+    """How many times the first stage's activations grow by interleaving: 1 + (p-1)/(p·m), for p stages and m
+    ``stages_per_rank``.
+
+    Source: arXiv:2205.05198.
+    """
     return 1 + (pipeline - 1) / (pipeline * stages_per_rank)
 
 

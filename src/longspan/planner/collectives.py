@@ -63,13 +63,13 @@ class Group:
 
 
 def gather_time(group: Group, size: Number) -> Number:
-    """Seconds of an all-gather or reduce-scatter whose whole result, or input, is ``size`` bytes."""
+    """Seconds of an all-gather or reduce-scatter over ``group`` whose whole result, or input, is ``size`` bytes."""
     n = group.ranks
     return (n - 1) * (size / n / group.bandwidth + group.latency)
 
 
 def all_reduce_time(group: Group, size: Number) -> Number:
-    """Seconds of an all-reduce of ``size`` bytes: a ring, or a tree over the nodes, whichever is shorter."""
+    """Seconds of an all-reduce of ``size`` bytes over ``group``: a ring, or a tree over the nodes, whichever is shorter."""
     ring = 2 * gather_time(group, size)
     hops = 2 * (np.log2(np.maximum(group.nodes, 1)) * group.latency + (group.per_node - 1) * group.cluster.inside.latency)
     tree = 2 * size * (group.ranks - 1) / group.ranks / group.bandwidth + hops

@@ -47,12 +47,12 @@ class Constants:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all formulas read beside a strategy.
+    """What all formulas read beside a strategy; they call it ``x``, and the strategy ``s``.
 
     Attributes:
         shape: the model.
         cluster: the accelerators and links.
-        recipe: what the software does.
+        recipe: what the training software does: dtype, kernels, what is fused, bytes kept for a parameter.
         workload: tokens and rows of a step.
         constants: the fitted numbers.
     """
@@ -82,7 +82,7 @@ def groups(cluster: Cluster, s: Any) -> dict[str, Group]:
 
 
 def rank_tokens(workload: Workload, s: Any) -> Number:
-    """Tokens of a micro-batch on one rank within a tensor region: micro_batch · N / (ring · ulysses)."""
+    """Tokens of a micro-batch on one rank of the strategy ``s`` within a tensor region: micro_batch · N / (ring · ulysses)."""
     return s.micro_batch * workload.tokens / (s.ring * s.ulysses)
 
 
@@ -97,7 +97,11 @@ def product_time(x: Setting, rows: Number, inner: Number, columns: Number) -> Nu
 
 
 def matmul_time(x: Setting, s: Any) -> tuple[Number, Number]:
-    """Seconds of the matrix products of one layer's forward on one rank: (attention's projections, the feed-forward)."""
+    """Seconds of the matrix products of one layer's forward on one rank of the strategy ``s``.
+
+    Returns:
+        (attention's projections, the feed-forward).
+    """
     shape, m, t = x.shape, rank_tokens(x.workload, s), s.tensor
     scale = shape.attention_weights / (shape.hidden * (shape.query_width + shape.kv_width + shape.out_width))
     copies = np.maximum(1, t / shape.kv_heads)  # key/value heads that several tensor ranks compute
@@ -109,7 +113,11 @@ def matmul_time(x: Setting, s: Any) -> tuple[Number, Number]:
 
 
 def attention_time(x: Setting, s: Any) -> tuple[Number, Number]:
-    """Seconds of attention of one layer on one rank: (forward, backward), from the area of the layers' masks."""
+    """Seconds of attention of one layer on one rank of the strategy ``s``, from the area of the layers' masks.
+
+    Returns:
+        (forward, backward).
+    """
     shape, tokens, device = x.shape, x.workload.tokens, x.cluster.accelerator
     heads = np.ceil(shape.heads / (s.ulysses * s.tensor))
     if x.recipe.attention == "unfused":
@@ -127,7 +135,10 @@ def attention_time(x: Setting, s: Any) -> tuple[Number, Number]:
 
 
 def elementwise_time(x: Setting, s: Any) -> Number:
-    """Seconds of the element-wise operators (norms, residuals, activations) of one layer's forward, by the bytes they move."""
+    """Seconds of the element-wise operators of one layer's forward (norms, residuals, activations), by the bytes they move.
+
+    ``s`` is the strategy: its fields are numbers, or arrays of them.
+    """
     shape, size, t = x.shape, x.recipe.itemsize, s.tensor
     m = rank_tokens(x.workload, s)
     outside = (2 * shape.norms + 6) * shape.hidden * size  # norms read and write once, two residuals three times
@@ -140,13 +151,13 @@ def elementwise_time(x: Setting, s: Any) -> Number:
 
 
 def operators(x: Setting, s: Any) -> Number:
-    """The number of operators that the host starts in one layer's forward."""
+    """The number of operators that the host starts in one layer's forward with the strategy ``s``."""
     fixed = (14 if x.recipe.compiled else 30) + (8 if x.recipe.attention == "unfused" else 0)
     return fixed + 4 * (s.tensor > 1) + 4 * (s.ulysses > 1) + 6 * (s.ring - 1)
 
 
 def loss_time(x: Setting, s: Any) -> Number:
-    """Seconds of head and loss of one micro-batch, forward and backward, on the stage that has them."""
+    """Seconds of head and loss of one micro-batch, forward and backward, on the stage of the strategy ``s`` that has them."""
     shape, m, t = x.shape, rank_tokens(x.workload, s), s.tensor
     logits = m * shape.vocab / t
     moved = 2 * x.recipe.logit_bytes * logits / x.cluster.accelerator.bandwidth
@@ -213,7 +224,7 @@ def layer_time(x: Setting, s: Any) -> Layer:
 
 
 def ulysses_bytes(x: Setting, s: Any) -> Number:
-    """Bytes that one rank sends in the two all-to-alls of one layer's forward: q, k, v and the output."""
+    """Bytes that one rank of the strategy ``s`` sends in the two all-to-alls of one layer's forward: q, k, v and the output."""
     shape, m, t = x.shape, rank_tokens(x.workload, s), s.tensor
     copies = np.maximum(1, s.ulysses * t / shape.kv_heads)  # a key/value head is sent to every rank that reads it
     width = (shape.query_width + shape.kv_width * copies + shape.out_width) / t
@@ -221,7 +232,7 @@ def ulysses_bytes(x: Setting, s: Any) -> Number:
 
 
 def ulysses_exposed(x: Setting, s: Any) -> Number:
-    """Seconds of the two all-to-alls of one layer's forward: nothing hides them."""
+    """Seconds of the two all-to-alls of one layer's forward with the strategy ``s``: nothing hides them."""
     whole = ulysses_bytes(x, s) * s.ulysses / np.maximum(1, s.ulysses - 1)
     return 2 * all_to_all_time(groups(x.cluster, s)["ulysses"], whole / 2)
 
@@ -296,7 +307,7 @@ class StepTime:
 
 
 def stage_layers(shape: ModelShape, s: Any) -> Number:
-    """The number of layers of the pipeline stage with the most layers."""
+    """The number of layers of the stage with the most layers, when the pipeline of the strategy ``s`` splits ``shape``."""
     stages = s.pipeline * s.stages_per_rank
     return np.ceil(shape.layers / stages) * s.stages_per_rank
 
@@ -337,12 +348,16 @@ def step_time(x: Setting, s: Any) -> StepTime:
 
 
 def saved_offload_bytes(x: Setting, s: Any) -> Number:
-    """Bytes of a block's input on one rank: what ``offload_activations`` moves for one layer."""
+    """Bytes of a block's input on one rank of the strategy ``s``: what ``offload_activations`` moves for one layer."""
     return rank_tokens(x.workload, s) / s.tensor * x.shape.hidden * x.recipe.itemsize
 
 
 def stage_parameters(shape: ModelShape, s: Any) -> Number:
-    """Parameters of one rank before ZeRO: the fullest stage's layers and the larger of embedding and head, over tensor."""
+    """Parameters of one rank of the strategy ``s`` before ZeRO: the fullest stage's layers, and the larger of embedding and
+    head.
+
+    Those of a rank are the tensor degree's part of them.
+    """
     ends = np.where(
         s.pipeline > 1,
         max(shape.embedding_parameters, shape.head_parameters + shape.tied * shape.vocab * shape.hidden),
@@ -352,7 +367,13 @@ def stage_parameters(shape: ModelShape, s: Any) -> Number:
 
 
 def _gradients(x: Setting, s: Any, layers: Number, layer: Layer) -> Number:
-    """Exposed seconds of reducing gradients, and of gathering parameters after the update, with ZeRO stages 0 to 2."""
+    """Exposed seconds of reducing gradients, and of gathering parameters after the update, with ZeRO stages 0 to 2.
+
+    Args:
+        x, s: the setting and the strategy.
+        layers: layers of a stage.
+        layer: the time of one, behind whose backward a part of the reduction is hidden.
+    """
     group, held = groups(x.cluster, s)["fsdp"], stage_parameters(x.shape, s)
     reduced = held * x.recipe.reduced_bytes
     whole, part = all_reduce_time(group, reduced), gather_time(group, reduced)
@@ -364,7 +385,10 @@ def _gradients(x: Setting, s: Any, layers: Number, layer: Layer) -> Number:
 
 
 def _update(x: Setting, s: Any) -> Number:
-    """Seconds of the optimizer: every byte of its states read and written once, on the device or on the host."""
+    """Seconds of the optimizer's update on one rank of the strategy ``s``.
+
+    Every byte of its states is read and written once, on the device or, with an offloaded optimizer, on the host.
+    """
     shards = np.where(s.zero > 0, s.data * s.ring * s.ulysses, 1)
     mine = stage_parameters(x.shape, s) / shards
     recipe = x.recipe

@@ -34,7 +34,7 @@ MEMORY_ERROR = (0.11, "torchtitan, mean of 7 runs")
 
 
 def time_error(strategy: Strategy) -> tuple[float, str]:
-    """The uncertainty of a predicted step time.
+    """The uncertainty of the step time that is predicted for ``strategy``.
 
     Returns:
         (relative error, the published runs of the nearest kind, from which it is taken, as text).
@@ -80,7 +80,7 @@ def why(x: Setting, s: Strategy, name: str) -> str:
 
 
 def _formulas(x: Setting, s: Strategy) -> dict[str, str]:
-    """{name of a number: its formula with the terms of this strategy, as text}."""
+    """{name of a number: its formula with the terms of the strategy ``s`` in the setting ``x``, as text}."""
     shape, recipe, device, c = x.shape, x.recipe, x.cluster.accelerator, x.constants
     count, layers, layer = micro_batches(x.workload, s), int(stage_layers(shape, s)), layer_time(x, s)
     m = float(rank_tokens(x.workload, s))

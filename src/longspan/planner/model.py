@@ -149,7 +149,8 @@ class ModelShape:
         return biases + self.qk_norm + (self.q_rank + self.kv_rank if self.kv_rank else 0) + self.extra_layer
 
     def ffn_weights(self, kind: LayerKind, active: bool) -> int:
-        """Elements of the matrices of a layer's feed-forwards and router; with ``active`` only what one token goes through."""
+        """Elements of the matrices of feed-forwards and router in one layer of ``kind``; with ``active`` only what one token
+        goes through."""
         experts = kind.active_experts if active else kind.experts
         return self.matrices * self.hidden * (kind.ffn + experts * kind.expert_ffn) + kind.experts * self.hidden
 
@@ -189,7 +190,8 @@ class ModelShape:
 
     @cached_property
     def ffn_width(self) -> float:
-        """Mean over layers of the feed-forward width that one token goes through."""
+        """The feed-forward width in elements that one token goes through, as a mean over the layers; of experts, the active
+        ones."""
         return sum(k.count * (k.ffn + k.active_experts * k.expert_ffn) for k in self.kinds) / self.layers
 
     def attention_pairs(self, tokens: int) -> int:
@@ -197,7 +199,8 @@ class ModelShape:
         return sum(kind.count * _pairs(kind.mask, tokens) for kind in self.kinds)
 
     def attention_flops(self, tokens: int) -> int:
-        """Operations of attention of all layers in the forward of one row: 2 · (qk_dim + v_dim) for each pair and head."""
+        """Operations of attention of all layers in the forward of one row: 2 · (qk_dim + v_dim) for each pair of ``tokens``
+        and head."""
         return 2 * (self.qk_dim + self.v_dim) * self.heads * self.attention_pairs(tokens)
 
     def matmul_flops(self, tokens: int) -> int:
@@ -205,7 +208,7 @@ class ModelShape:
         return 2 * tokens * (self.active_weights + self.vocab * self.hidden)
 
     def training_flops(self, tokens: int) -> int:
-        """Operations of forward and backward of one row without recomputation: three times those of the forward."""
+        """Operations of forward and backward of a row of ``tokens`` without recomputation: three times those of the forward."""
         return 3 * (self.matmul_flops(tokens) + self.attention_flops(tokens))
 
 

@@ -57,7 +57,7 @@ def write_page(found: Plan, path: str | Path) -> None:
 
 
 def page_data(found: Plan) -> dict[str, Any]:
-    """What the page draws, as plain values that JSON can write.
+    """What the page of the plan ``found`` draws, as plain values that JSON can write.
 
     Returns:
         gpus and lengths (the choices of the controls); for each family a list over GPUs of lists over lengths of points

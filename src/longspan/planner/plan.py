@@ -205,7 +205,11 @@ def choice(x: Setting, strategy: Strategy) -> Choice:
 
 
 def _cluster(hardware: str | Cluster, gpus: int, price: float | None) -> Cluster:
-    """The cluster that ``hardware`` names, or that a file of ``longspan probe`` describes."""
+    """The cluster of ``gpus`` accelerators at ``price`` an hour that ``hardware`` names, or that a file of ``longspan probe``
+    describes.
+
+    A Cluster is returned as it is.
+    """
     if isinstance(hardware, Cluster):
         return hardware
     return read_cluster(hardware, gpus, price) if hardware.endswith(".json") else cluster(hardware, gpus, price)

@@ -60,7 +60,11 @@ class RankMemory:
 
 
 def layer_widths(x: Setting, s: Any) -> tuple[Number, Number]:
-    """Bytes of one token that a layer saves without recomputation: (outside of tensor-parallel regions, inside them)."""
+    """Bytes of one token that a layer saves without recomputation with the strategy ``s``.
+
+    Returns:
+        (outside of tensor-parallel regions, inside them).
+    """
     shape, size = x.shape, x.recipe.itemsize
     outside = (2 + shape.norms) * shape.hidden * size
     exchanged = (s.ulysses > 1) * shape.out_width  # attention's output for my tokens beside that for my heads
@@ -75,7 +79,7 @@ def layer_widths(x: Setting, s: Any) -> tuple[Number, Number]:
 
 
 def saved_bytes(x: Setting, s: Any) -> Number:
-    """Bytes that one layer saves for its backward on one rank, for one micro-batch."""
+    """Bytes that one layer saves for its backward on one rank of the strategy ``s``, for one micro-batch."""
     shape, size, m, t = x.shape, x.recipe.itemsize, rank_tokens(x.workload, s), s.tensor
     outside, inside = layer_widths(x, s)
     none = m * (outside / (t if x.recipe.sharded_norms else 1) + inside / t)
@@ -90,8 +94,10 @@ def saved_bytes(x: Setting, s: Any) -> Number:
 
 
 def working_bytes(x: Setting, s: Any) -> Number:
-    """Bytes of the backward of one layer: what it computes again, and the gradients of attention or feed-forward, the
-    larger."""
+    """Bytes of the backward of one layer with the strategy ``s``: what it computes again, and gradients.
+
+    The gradients are those of attention or of the feed-forward, the larger.
+    """
     shape, size, m, t = x.shape, x.recipe.itemsize, rank_tokens(x.workload, s), s.tensor
     outside, inside = layer_widths(x, s)
     again = (s.full + s.selective * (x.recipe.selective == "block")) * m * (outside + inside) / t
@@ -104,7 +110,8 @@ def working_bytes(x: Setting, s: Any) -> Number:
 
 
 def logits_bytes(x: Setting, s: Any) -> Number:
-    """Bytes of logits at the peak of the loss: a tile and the head's gradient with a chunked loss, else all of them."""
+    """Bytes of logits at the peak of the loss with the strategy ``s``: a tile and the head's gradient if it is chunked, else
+    all."""
     shape, m, t = x.shape, rank_tokens(x.workload, s), s.tensor
     tile = 3 * HEAD_TILE_BYTES + 4.0 * shape.hidden * shape.vocab / t
     return np.where(s.chunked_loss, tile, m * shape.vocab / t * x.recipe.logit_bytes)

@@ -37,13 +37,13 @@ class Columns:
 
     The formulas of cost.py and rank_memory.py take it in place of one. ``recompute`` is the two arrays ``full`` and
     ``selective``.
+
+    Args:
+        degrees: [layouts, 6]: the degrees in the order of AXES, and the micro-batch.
+        options: [options, 7] in the order of OPTION_NAMES; every layout is combined with every option.
     """
 
     def __init__(self, degrees: NDArray[np.int64], options: NDArray[np.int64]) -> None:
-        """Args:
-        degrees: [layouts, 6] the degrees in the order of AXES, and the micro-batch.
-        options: [options, 7] rows of ``OPTIONS``; every layout is combined with every option.
-        """
         self.count = len(degrees) * len(options)
         for index, name in enumerate((*AXES, "micro_batch")):
             setattr(self, name, np.repeat(degrees[:, index], len(options)))

@@ -129,7 +129,7 @@ class Strategy:
 
 
 def micro_batches(workload: Workload, strategy: Strategy) -> int:
-    """Micro-batches of one replica in a step: rows / (data x micro_batch)."""
+    """The number of micro-batches of one data replica in a step: rows / (data x micro_batch)."""
     return workload.rows // (strategy.data * strategy.micro_batch)
 
 
