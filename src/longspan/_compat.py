@@ -227,7 +227,7 @@ def fsdp_fill_unused_gradients(model: Any) -> None:
 
 
 def _fill_then_reduce(group: Any, reduce: Callable[..., None], *unused: Any) -> None:
-    """Set the gradients of parameters that this rank did not use to zeros, then call FSDP2's own ``reduce`` of the group."""
+    """In place of FSDP2's ``reduce`` of a group of parameters: give unused parameters gradients of zeros, then call it."""
     if group.reduce_grads:
         for parameter in group.fsdp_params:
             whole = getattr(parameter, "_unsharded_param", None)

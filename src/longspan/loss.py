@@ -100,15 +100,16 @@ def linear_cross_entropy(
 
     Args:
         hidden: this rank's hidden states, [..., hidden].
-        weight: the head, [vocab, hidden]. It may be tied to the embedding. The gradient of a DTensor is averaged over ranks,
-            as FSDP2 does.
+        weight: the head, [vocab, hidden]. It may be tied to the embedding. The gradient of a DTensor is averaged over ranks, as
+            FSDP2 does.
         labels: this rank's labels, already shifted, of the leading shape of ``hidden``.
-        bias: [vocab], added to the logits.
-        mesh, num_labels: as in ``cross_entropy``.
+        bias: [vocab], added to the logits; None: none.
+        mesh: the loss is summed over ``mesh.loss_group``. None is one device.
+        num_labels: the divisor of the sum: ``BatchInfo.num_labels``. None counts the labels of this call, with one all-reduce.
         ignore_index: the label of tokens that are ignored.
         scale: factor of the logits.
-        softcap: c turns a logit x into c·tanh(x/c).
-        label_smoothing: as in ``F.cross_entropy``.
+        softcap: c turns a logit x into c·tanh(x/c); None: none.
+        label_smoothing: the share of each target that is spread over the whole vocabulary, 0 to 1, as in ``F.cross_entropy``.
         z_loss: factor of the mean square of the log-sum-exp, added to the loss (arXiv:2204.02311).
 
     Returns:
@@ -147,7 +148,10 @@ def mean_over_ranks(total: Tensor, wanted: Tensor, mesh: ParallelMesh | None, nu
 
 
 def _refuse_unknown_words(targets: Tensor, vocab: int, ignore_index: int, mesh: ParallelMesh | None) -> None:
-    """Raise BatchError on every rank if a target of any rank is not below ``vocab``; ``ignore_index`` is no target."""
+    """Raise BatchError on every rank of ``mesh`` (None: one device) if a target of any rank is not below ``vocab``.
+
+    ``ignore_index`` is no target.
+    """
     error, outside = None, targets[(targets < 0) | (targets >= vocab)]
     if len(outside):
         error = BatchError(

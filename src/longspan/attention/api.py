@@ -117,8 +117,8 @@ def attend(
 ) -> Float[Tensor, "batch my_tokens heads v_dim"]:
     """Scaled dot-product attention of this rank's tokens over the whole sequence.
 
-    Equals ``F.scaled_dot_product_attention`` on the whole q, k, v with the mask, cut to this rank's tokens; so do the
-    gradients of q, k and v. The gradients of ``sink_logits`` and of a bias' parameters are this rank's part of the sum.
+    Equals ``F.scaled_dot_product_attention`` on the whole q, k, v with the mask, cut to this rank's tokens; so do the gradients
+    of q, k and v. The gradients of ``sink_logits`` and of a bias' parameters are this rank's part of the sum.
 
     Args:
         q: Queries of this rank's tokens, [batch, my tokens, heads, qk_dim].
@@ -126,19 +126,19 @@ def attend(
         v: Values of this rank's tokens, [batch, my tokens, kv_heads, v_dim].
         mask: Which keys each query sees, for all rows of the batch; or one mask per row.
         mesh: The mesh whose ulysses and ring axes hold the sequence. None is one device.
-        tokens: The length of a whole row. Without it every rank must hold equally many tokens.
+        tokens: The length of a whole row. None: every rank holds equally many tokens.
         key_tokens: The length of a whole row of k and v where it is not that of q; then needed wherever ``tokens`` is.
-        scale: Factor of the scores (default: 1/sqrt(qk_dim)).
-        softcap: c turns a score s into c·tanh(s/c).
-        sink_logits: One logit per query head, [heads], that takes part in the head's softmax and has no value.
-        bias: A term added to the scores, computed tile by tile (see ``Bias``).
-        kernel: The name of a kernel, "auto" for the fastest that can do it, a ``Kernel``, or a function
-            ``(q, k, v, *, bands, scale) -> out``.
+        scale: Factor of the scores (None: 1/sqrt(qk_dim)).
+        softcap: c turns a score s into c·tanh(s/c). None: no softcap.
+        sink_logits: One logit per query head, [heads], that takes part in the head's softmax and has no value. None: none.
+        bias: A ``Bias``: a term added to the scores, computed tile by tile (ALiBi, T5). None: none.
+        kernel: The name of a kernel, "auto" for the fastest that can do it, a ``Kernel``, or a function ``(q, k, v, *, bands,
+            scale) -> out``.
         head_chunks: The number of parts of each rank's heads that are exchanged and computed one after another, while the next
             part is sent; the exchanged copies of two parts exist at a time. Implies ``recomputable``.
         recomputable: Make attention with its exchanges one operator that saves only q, k, v, its output and the log-sum-exp. A
-            selective checkpoint (``selective_context``) can then save its result and repeat neither attention nor exchange.
-            The backward pass sends twice as much, because it exchanges q, k, v and the output again.
+            selective checkpoint (``selective_context``) can then save its result and repeat neither attention nor exchange. The
+            backward pass sends twice as much, because it exchanges q, k, v and the output again.
 
     Returns:
         [batch, my tokens, heads, v_dim] in the dtype of q (under autocast: of autocast).
@@ -285,7 +285,10 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _refuse_tensors(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> None:
-    """Raise KernelError for mixed dtypes or devices, and LayoutError for shapes of q, k, v or sink logits that do not fit."""
+    """Raise KernelError for mixed dtypes or devices, and LayoutError for shapes of q, k, v or sink logits that do not fit.
+
+    ``sink_logits`` None: there are none.
+    """
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         kinds = ", ".join(f"{name} is {x.dtype} on {x.device}" for name, x in {"q": q, "k": k, "v": v}.items())
         raise KernelError(f"{kinds}: kernels need one dtype and one device; cast them, or use autocast")

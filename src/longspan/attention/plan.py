@@ -182,7 +182,7 @@ class AttentionPlan(OpaqueBase):
         return self  # torch.compile copies its graphs; process groups cannot be copied
 
     def bind(self, kernel: Kernel, bias: Bias | None) -> "AttentionPlan":
-        """A copy of the plan with this kernel and bias; the plan itself is not changed."""
+        """A copy of the plan with this kernel and bias (None: no bias); the plan itself is not changed."""
         bound = copy(self)
         bound.kernel, bound.bias = kernel, bias
         return bound

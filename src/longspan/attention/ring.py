@@ -101,8 +101,9 @@ def backward(
 
     Args:
         dout: the gradient of ``out``, [queries, heads, v_dim].
+        q, k, v: this rank's rows [rows, my heads, dim].
         out, lse: the results of ``forward``, over all keys.
-        q, k, v, plan, chunk, parameters: as in ``forward``.
+        plan, chunk, parameters: the attention, the heads, and the parameters of the bias.
 
     Returns:
         (dq, dk, dv of this rank's rows, list of the gradients of the bias parameters).

@@ -142,7 +142,7 @@ def plan_exchanges(
         keys: local shapes of tensors with the key/value heads.
         heads: the partition of the heads, with the number of chunks.
         mesh: the mesh whose ulysses axis exchanges.
-        tokens, key_tokens: the length of a whole row of ``queries`` and of ``keys``, as in ``plan_exchange``.
+        tokens, key_tokens: tokens of a whole row of ``queries`` (None: equally many per rank) and ``keys`` (None: as many).
 
     Returns:
         The plans by chunk; None for each on one ulysses rank. Tensors of one token partition are one group.

@@ -195,8 +195,10 @@ def _cut_one(name: str, value: Any, declared: Mapping[str, int], tokens: int, sh
 
 
 def _digest(batch: Mapping[str, Any], mask: Mask | tuple[Mask, ...] | None, shift: bool, dims: Mapping[str, int]) -> int:
-    """A 56-bit hash of the batch: names, shapes, dtypes and values of its tensors, and the other arguments of
-    ``shard_batch``."""
+    """A 56-bit hash of the batch and of the other arguments of ``shard_batch``, which ranks of a sequence compare.
+
+    Of the batch's tensors it covers names, shapes, dtypes and values. ``mask`` None: each layer's own.
+    """
     described = (sorted(batch), masks.full_repr(mask), shift, sorted(dims.items()))
     content = hashlib.blake2b(repr(described).encode(), digest_size=7)
     for name in sorted(batch):

@@ -75,11 +75,14 @@ def learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) -
 
 
 def largest_ids(batch: Mapping[str, Any], learned: Tensor | None) -> tuple[int, int]:
-    """(The largest id among tokens and labels, the largest label) of whole rows; -1 where there is none.
+    """The largest ids of whole rows, by which tokens beyond a model's vocabulary are refused.
 
     Args:
         batch: the whole batch, whose ``input_ids`` are read.
-        learned: the labels that the loss compares with the logits; -100 is not counted.
+        learned: the labels that the loss compares with the logits, -100 not counted; None: there are none.
+
+    Returns:
+        (the largest id among tokens and labels, the largest label); -1 where there is none.
 
     Raises:
         BatchError: an id or a label other than -100 is negative.

@@ -75,7 +75,7 @@ class Ranks:
 
     @property
     def timeout(self) -> timedelta | None:
-        """``timeout_seconds`` as ``ParallelMesh(timeout=)`` takes it."""
+        """``timeout_seconds`` as a timedelta, for ``ParallelMesh(timeout=)``; None: PyTorch's."""
         return None if self.timeout_seconds is None else timedelta(seconds=self.timeout_seconds)
 
     @property

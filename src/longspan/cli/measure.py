@@ -50,7 +50,7 @@ def measure_and_write(path: str, largest_mib: int, repeats: int, timeout: timede
         path: the JSON file, which is replaced.
         largest_mib: MiB of the large message of the collectives.
         repeats: how often each figure is measured.
-        timeout: of the process group.
+        timeout: how long a collective waits for other ranks; None: PyTorch's default.
 
     Returns:
         The exit code 0.

@@ -163,7 +163,12 @@ def from_description(described: dict[str, Any]) -> ModelSource:
 
 
 def _of_folder(folder: str, layers: int | None, heads: int | None, kv_heads: int | None) -> ModelSource:
-    """The source of ``--model hf:FOLDER``; ``layers`` keeps the first ones.
+    """The source of ``--model hf:FOLDER``.
+
+    Args:
+        folder: its path.
+        layers: keep only the first ``layers`` layers; None: all.
+        heads, kv_heads: must be None.
 
     Raises:
         ModelError: ``heads`` or ``kv_heads`` is given, transformers is not installed, or the folder holds no language model.

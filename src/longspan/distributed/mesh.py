@@ -201,14 +201,15 @@ class ParallelMesh:
             device_mesh: a DeviceMesh with named dims over all ranks of the process group, in the order of the ranks.
             ulysses, ring, data, tensor, pipeline: the name of the dim that becomes this axis; None for an axis of size 1 that
                 the DeviceMesh does not have. They must stand in the order of ``AXES``. Every other dim must have size 1.
-            layout, transport: as in ``ParallelMesh``.
+            layout: "contiguous" or "zigzag"; None: zigzag where ring > 1.
+            transport: carries every exchange of tensors; None: PyTorch's all-to-all.
 
         Returns:
             A ParallelMesh that equals ``ParallelMesh(ulysses=..., ring=...)`` of the same sizes.
 
         Raises:
-            LayoutError: on every rank alike, where a name is missing or used twice, dims stand in another order, a dim of
-                more than one rank is left over, or the DeviceMesh is not all ranks in order.
+            LayoutError: on every rank alike, where a name is missing or used twice, dims stand in another order, a dim of more
+                than one rank is left over, or the DeviceMesh is not all ranks in order.
         """
         mesh = cls.__new__(cls)
         world_group = dist.new_group(backend="gloo")

@@ -226,7 +226,10 @@ class TensorParallel:
 
     def _scatter(self, bias: "_Use | None", module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of an exit: reduce-scatter its output (or the first of a tuple) over the tensor ranks, then add
-        ``bias``."""
+        ``bias``.
+
+        ``bias`` None: the exit has none.
+        """
         partial_sum: Tensor = output[0] if isinstance(output, tuple) else output
         mine = reduce_scatter(partial_sum, self._mesh.tensor_group, self._mesh.transport, 1, self._sizes[-1]).contiguous()
         if bias is not None:

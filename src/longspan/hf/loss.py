@@ -91,7 +91,10 @@ def probe(candidate: Candidate) -> Loss:
 
 
 def is_in_place(kind: str | None) -> bool:
-    """Whether the logits at position t predict ``labels[t]`` with the loss ``kind``; else they predict the next token."""
+    """Whether the logits at position t predict ``labels[t]`` with the loss ``kind``, a name of Transformers' table of losses.
+
+    Otherwise they predict the next token. False for None, a loss that is not in the table.
+    """
     return kind in (*IN_PLACE, OWN)
 
 
@@ -103,7 +106,8 @@ def _kind(model: Any, base: Any) -> tuple[str | None, bool]:
         base: the Transformers model in it.
 
     Returns:
-        (the name of the loss as in ``Loss.kind``, whether the loss function gets the keyword ``longspan``).
+        (the name of the loss in Transformers' table, ``OWN``, or None if it cannot be computed over ranks; whether the loss
+        function gets the keyword ``longspan``).
     """
     if "labels" not in inspect.signature(base.forward).parameters:
         return None, True
@@ -198,7 +202,10 @@ def divisor(step: BatchInfo, num_items_in_batch: Tensor | int | None) -> int:
 
 
 def _refuse_keywords(kind: str | None, kwargs: dict[str, Any]) -> None:
-    """Raise ModelError for a keyword that the loss function of this kind would use and ``loss_over_ranks`` does not."""
+    """Raise ModelError for a keyword in ``kwargs`` that the loss function ``kind`` would use and ``loss_over_ranks`` does not.
+
+    ``kind`` None: it uses none.
+    """
     if kwargs.get("ignore_index", IGNORE) != IGNORE and kind not in (OWN, None):
         raise ModelError(
             f"ignore_index={kwargs['ignore_index']} is another than {IGNORE}, by which shard_batch counted the labels; set the "
@@ -240,8 +247,12 @@ def as_asked(model: Any, output: Any, return_dict: bool | None) -> Any:
 
 
 def _refuse_labels_of_another_kind(in_place: bool, shift_labels: Tensor | None) -> None:
-    """Raise ModelError if ``shift_labels`` were cut for a model whose labels are in place, or are missing for the other
-    kind."""
+    """Raise ModelError if the labels were cut for another kind of model.
+
+    Args:
+        in_place: whether the logits at position t predict ``labels[t]``; then ``shift_labels`` must be None.
+        shift_labels: the shifted labels, needed for the other kind.
+    """
     if in_place is (shift_labels is not None):
         argument = "shift=False" if in_place else "shift=True"
         raise ModelError(f"the labels were cut for another kind of model; use shard_batch(batch, mesh, {argument})")

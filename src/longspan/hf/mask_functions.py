@@ -36,7 +36,8 @@ class MaskFunction:
         self.function, self.device, self.shape, self._padding, self._tokens = function, device, shape, padding, tokens
 
     def size(self, dim: int | None = None) -> Any:
-        """The whole ``shape``, or its element ``dim``, as ``Tensor.size`` returns them: models ask for it as for a tensor."""
+        """The whole ``shape``, or its element number ``dim`` (None: all), as ``Tensor.size`` does, because models ask for
+        it."""
         return torch.Size(self.shape) if dim is None else self.shape[dim]
 
     def to(self, *_: Any, **__: Any) -> "MaskFunction":

@@ -55,7 +55,7 @@ class Attention:
     """One softmax attention that a module's own code computes, as ``RecordScores`` recorded it.
 
     Attributes:
-        q, k, v: the model's own tensors [..., S, D], [..., T, D] and [..., T, V].
+        q, k, v: the model's own tensors [..., S, D], [..., T, D] and [..., T, V], for S queries, T keys and head dims D and V.
         terms: the operations on the scores, in order.
         shape: [..., S, T] of the probabilities when they were multiplied by ``v``.
         dropout: the rate of dropout on the probabilities.
@@ -227,7 +227,10 @@ def _fused(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Attention:  # fmt: skip
-    """A call of ``F.scaled_dot_product_attention`` as the Attention that it computes; its arguments are that function's."""
+    """What a call of ``F.scaled_dot_product_attention`` computes, as an Attention with its scale and mask as terms.
+
+    Its arguments are that function's; ``scale`` None is 1/sqrt(D).
+    """
     shape = torch.Size((*query.shape[:-1], key.shape[-2]))
     terms = [Term("scale", query.shape[-1] ** -0.5 if scale is None else scale, shape)]
     if is_causal:

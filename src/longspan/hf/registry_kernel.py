@@ -114,7 +114,9 @@ def _names() -> list[str]:
 
 
 class Registered:
-    """A Kernel that calls an attention function of Transformers' registry for one layer. The lse that it returns is all zeros.
+    """A Kernel that calls an attention function of Transformers' registry for one layer.
+
+    The function gives no log-sum-exp, so the one that ``forward`` returns is all zeros and must not be used.
 
     Args:
         kernel: "hf:" and the function's name in the registry.
@@ -123,7 +125,7 @@ class Registered:
         own: the layer's mask.
 
     Raises:
-        KernelError: the layer cannot have this kernel.
+        KernelError: the model's own file has no such function, or the function takes no mask and the layer needs one.
     """
 
     def __init__(self, kernel: str, module: nn.Module, layer: str, own: Mask) -> None:

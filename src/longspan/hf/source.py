@@ -291,7 +291,8 @@ def _cut(config: PreTrainedConfig, folder: str, layers: int) -> None:
 
 
 def _copy_beside(folder: Path, tokenizer: str, source: str | None) -> None:
-    """Copy the tokenizer, and the generation settings of ``source`` if it has some, into ``folder``.
+    """Copy the tokenizer into ``folder``, and the generation settings of the folder ``source`` if it has some (None: no
+    source).
 
     Raises:
         ModelError: the folder cannot be written.

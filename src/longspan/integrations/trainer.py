@@ -296,7 +296,7 @@ class LongTrainer(Base):  # type: ignore[misc]
     # ---- Checkpoints
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **keywords: Any) -> Any:
-        """Train as ``Trainer.train`` does.
+        """Train as ``Trainer.train`` does; ``resume_from_checkpoint`` is a folder, True for the newest checkpoint, or None.
 
         Raises:
             BatchError: the ranks would resume from different checkpoints.
@@ -333,7 +333,7 @@ class LongTrainer(Base):  # type: ignore[misc]
             yield
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model as ``Trainer.save_model`` does. With sharded parameters every rank must call it.
+        """Write the model to ``output_dir`` (None: ``args.output_dir``). With sharded parameters every rank must call it.
 
         Raises:
             RunError: where parameters are sharded and another rank does not call it within 10 seconds.

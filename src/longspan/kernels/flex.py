@@ -96,7 +96,8 @@ class Flex:
         return dq, dk, dv, []
 
     def _refuse(self, q: Tensor, v: Tensor, softcap: float | None, bias: BoundBias | None) -> None:
-        """Raise KernelError if this kernel lacks something that the arguments of a call need."""
+        """Raise KernelError if this kernel lacks something that a call with these arguments needs; None: no softcap, no
+        bias."""
         need = Need(q.device.type, q.dtype, q.shape[2], v.shape[2], softcap=softcap is not None, bias=bias is not None)
         if (reason := self.lacks(need)) is not None:
             raise KernelError(f"kernel='flex' cannot do this: {reason}; use kernel='auto'")
@@ -248,7 +249,11 @@ def _compiled() -> "Callable[..., tuple[Tensor, AuxOutput]]":
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bands: Sequence[Band], scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Compiled flex_attention of q, k, v [tokens, heads, dim]: (out [queries, heads, v_dim], log-sum-exp [heads, queries])."""
+    """Compiled flex_attention of q, k, v [tokens, heads, dim] with the mask of ``bands``; ``softcap`` None: none.
+
+    Returns:
+        (out [queries, heads, v_dim], log-sum-exp [heads, queries]).
+    """
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out, aux = _compiled()(
         q, k, v,

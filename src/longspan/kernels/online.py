@@ -118,7 +118,8 @@ def tiles(bands: Sequence[Band], heads: int) -> Iterator[Tile]:
 
     Args:
         bands: disjoint canonical bands (masks/bands.py).
-        heads: the number of query heads; the more heads, the fewer queries a block has (see ``TILE_SCORES``).
+        heads: the number of query heads; the more heads, the fewer queries a block has, so that a tile has at most about
+            ``TILE_SCORES`` scores.
     """
     rows, keys = min(512, max(32, TILE_SCORES // (BLOCK_KEYS * heads))), BLOCK_KEYS
     grid: dict[tuple[int, int], list[Band]] = defaultdict(list)

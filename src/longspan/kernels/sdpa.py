@@ -119,7 +119,7 @@ def _stacks(bands: tuple[Band, ...]) -> tuple[Stack, ...]:
 
 
 def _refuse(softcap: float | None, bias: BoundBias | None) -> None:
-    """Raise KernelError if the attention has a softcap or a bias."""
+    """Raise KernelError if the attention has a softcap or a bias, which are None where it has none."""
     if softcap is not None or bias is not None:
         raise KernelError("kernel='sdpa' has neither softcap nor bias; use kernel='online' or 'auto'")
 

@@ -33,7 +33,7 @@ class Group:
 
     @property
     def per_node(self) -> Number:
-        """Ranks of the group in one node."""
+        """The number of ranks of the group in one node."""
         return np.minimum(self.ranks, np.maximum(1, self.cluster.gpus_per_node // self.stride))
 
     @property
@@ -58,7 +58,7 @@ class Group:
 
     @property
     def nodes(self) -> Number:
-        """Nodes that the group spans."""
+        """The number of nodes that the group spans."""
         return np.ceil(self.ranks / self.per_node)
 
 

@@ -256,7 +256,7 @@ def cluster(name: str, gpus: int, price: float | None = None) -> Cluster:
     Args:
         name: a key of ``CLUSTERS``, in any case; "a100" is the 80 GB one.
         gpus: accelerators of the whole cluster.
-        price: cost of one accelerator for an hour.
+        price: cost of one accelerator for an hour; None: it is not known.
 
     Returns:
         A Cluster; its nodes have at most the usual number of accelerators.

@@ -109,7 +109,7 @@ class ModelShape:
 
     @property
     def layers(self) -> int:
-        """Number of layers."""
+        """The number of layers."""
         return sum(kind.count for kind in self.kinds)
 
     @property
@@ -129,12 +129,12 @@ class ModelShape:
 
     @property
     def matrices(self) -> int:
-        """Matrices of a feed-forward: 3 with a gate, else 2."""
+        """The number of matrices of a feed-forward: 3 with a gate, else 2."""
         return 3 if self.gated else 2
 
     @cached_property
     def attention_weights(self) -> int:
-        """Elements of the projections of one layer's attention, without biases."""
+        """The number of parameters in the projections of one layer's attention, without biases."""
         if not self.kv_rank:
             return self.hidden * (self.query_width + self.kv_width + self.out_width)
         queries = (self.hidden + self.query_width) * self.q_rank if self.q_rank else self.hidden * self.query_width
@@ -144,7 +144,7 @@ class ModelShape:
 
     @property
     def _attention_vectors(self) -> int:
-        """Biases and inner norms of one layer's attention."""
+        """The number of parameters in biases and inner norms of one layer's attention."""
         biases = self.qkv_bias * (self.query_width + self.kv_width) + self.out_bias * self.hidden
         return biases + self.qk_norm + (self.q_rank + self.kv_rank if self.kv_rank else 0) + self.extra_layer
 
@@ -155,32 +155,32 @@ class ModelShape:
         return self.matrices * self.hidden * (kind.ffn + experts * kind.expert_ffn) + kind.experts * self.hidden
 
     def _ffn_vectors(self, kind: LayerKind) -> int:
-        """Biases of a layer's feed-forwards and router."""
+        """The number of parameters in biases of feed-forwards and router in one layer of ``kind``."""
         dense = self.ffn_bias * bool(kind.ffn) * ((self.matrices - 1) * kind.ffn + self.hidden)
         each = self.expert_bias * ((self.matrices - 1) * kind.expert_ffn + self.hidden)
         return dense + kind.experts * (each + self.router_bias)
 
     @cached_property
     def layer_parameters(self) -> int:
-        """Parameters of all layers together."""
+        """The number of parameters of all layers together."""
         norms = self.norms * self.hidden * (1 + self.norm_bias)
         one = self.attention_weights + self._attention_vectors + norms
         return sum(kind.count * (one + self.ffn_weights(kind, active=False) + self._ffn_vectors(kind)) for kind in self.kinds)
 
     @property
     def embedding_parameters(self) -> int:
-        """Parameters of the embedding: of the vocabulary and, where they are learned, of positions."""
+        """The number of parameters of the embedding: of the vocabulary and, where they are learned, of positions."""
         return (self.vocab + self.learned_positions) * self.hidden
 
     @property
     def head_parameters(self) -> int:
-        """Parameters of the head and of the norm before it; a tied head has no matrix of its own."""
+        """The number of parameters of the head and of the norm before it; a tied head has no matrix of its own."""
         norm = self.final_norm * self.hidden * (1 + self.norm_bias)
         return norm + (0 if self.tied else self.vocab * self.hidden) + self.head_bias * self.vocab
 
     @cached_property
     def parameters(self) -> int:
-        """All parameters; a tied matrix is counted once."""
+        """The number of all parameters; a tied matrix is counted once."""
         return self.embedding_parameters + self.layer_parameters + self.head_parameters
 
     @cached_property

@@ -185,14 +185,15 @@ def option_rows(fixed: dict[str, int]) -> NDArray[np.int64]:
 
 
 def search(x: Setting, fixed: dict[str, int] | None = None) -> Ranking:
-    """Price every legal layout.
+    """Price every legal layout, and rank those that fit by the seconds of a step.
 
     Args:
         x: model, cluster, software, step and constants.
-        fixed: degrees and options that must have these values (``recompute`` as ``full`` and ``selective``).
+        fixed: degrees and options that must have these values (``recompute`` as ``full`` and ``selective``); None: all are
+            free.
 
     Returns:
-        A Ranking by seconds of a step.
+        A Ranking.
 
     Raises:
         LayoutError: no layout is legal.

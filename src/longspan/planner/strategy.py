@@ -105,7 +105,7 @@ class Strategy:
 
     @property
     def ranks(self) -> int:
-        """Ranks of the whole mesh."""
+        """The number of ranks of the whole mesh: the product of the degrees."""
         return self.pipeline * self.data * self.ring * self.ulysses * self.tensor
 
     @property
