@@ -115,6 +115,11 @@ OWN_KINDS = {
     "bloom, ALiBi": Kind("BloomConfig", "BloomForCausalLM", {"n_layer": 2, "n_head": 4}, **FP32),
     "mpt, ALiBi": Kind("MptConfig", "MptForCausalLM", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}, **FP32),
     "falcon, one key/value head": Kind("FalconConfig", "FalconForCausalLM", {"multi_query": True}, **FP32),
+    "gpt_neo": Kind(
+        "GPTNeoConfig", "GPTNeoForCausalLM",
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]], "window_size": 64, "intermediate_size": 48,
+         "embed_dropout": 0.0, "resid_dropout": 0.0}, **FP32,
+    ),
     "gpt_neo, windows": Kind(
         "GPTNeoConfig", "GPTNeoForCausalLM",
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 5,

@@ -92,11 +92,12 @@ def test_the_step_is_there_again_when_a_block_is_computed_again(
 # ---- refusals, on one rank
 
 
-def gptj_with(change: Callable[[Any, Tensor, Tensor, Tensor, Any], Tensor]) -> Any:
-    """A GPT-J each of whose attentions is this function."""
-    model = build("gptj")
+def gpt_neo_with(change: Callable[[Any, Tensor, Tensor, Tensor, Any], Tensor]) -> Any:
+    """A GPT-Neo each of whose attentions is this function, and whose config names no windows any more."""
+    model = build("gpt_neo")
+    model.config.attention_types, model.config.window_size = [], 0
     for module in model.modules():
-        if type(module).__name__ == "GPTJAttention":
+        if type(module).__name__ == "GPTNeoSelfAttention":
             module._attn = lambda q, k, v, mask=None, own=module: (change(own, q, k, v, mask), None)
     return model
 
@@ -150,7 +151,7 @@ def a_product_of_values(own: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any) ->
         (two_products, "does a sum with its scores"),
         (
             of_square_distances,
-            r"GPTJAttention .* adds a bias of shape .* to its scores that is no slope times the distance",
+            r"GPTNeoSelfAttention .* adds a bias of shape .* to its scores that is no slope times the distance",
         ),
         (some_heads_see_less, "hides other keys in one head than in another"),
         (every_second_key, "was given a mask that is none of causal, full, sliding or chunked"),
@@ -160,7 +161,7 @@ def a_product_of_values(own: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any) ->
 )
 def test_what_is_no_attention_of_bands_is_refused_by_name(change: Callable[..., Tensor], text: str) -> None:
     with pytest.raises(ModelError, match=text):
-        parallelize(gptj_with(change), ParallelMesh())
+        parallelize(gpt_neo_with(change), ParallelMesh())
 
 
 def test_a_term_that_was_not_proven_is_refused_at_the_call() -> None:
@@ -170,11 +171,11 @@ def test_a_term_that_was_not_proven_is_refused_at_the_call() -> None:
         plain = scores(q, k) + mask
         return torch.matmul(torch.softmax(plain * 2 if late else plain, -1), v)
 
-    model = parallelize(gptj_with(change), mesh := ParallelMesh())
+    model = parallelize(gpt_neo_with(change), mesh := ParallelMesh())
     part = shard_batch({"input_ids": torch.arange(3, 26).unsqueeze(0)}, mesh)
     model(**part)
     late.append(True)
-    with pytest.raises(ModelError, match=r"'transformer.h.0.attn' .* something else with its scores than when it was proven"):
+    with pytest.raises(ModelError, match=r"'transformer.h.0.attn.attention' .* something else with its scores than"):
         model(**part)
 
 
@@ -193,7 +194,7 @@ def test_a_window_that_short_rows_do_not_show_is_refused() -> None:
         if hasattr(module, "bias") and type(module).__name__ == "GPTNeoSelfAttention":
             module.bias = module.bias[:, :, :30, :30].clone()
     parallelize(model, ParallelMesh())  # known up to the length of the buffer
-    other = gptj_with(lambda own, q, k, v, mask: torch.matmul(torch.softmax(scores(q, k) + hidden(q), -1), v))
+    other = gpt_neo_with(lambda own, q, k, v, mask: torch.matmul(torch.softmax(scores(q, k) + hidden(q), -1), v))
     other.config.attention_window = 40
     with pytest.raises(ModelError, match=r"builds its mask itself under config\.attention_window"):
         parallelize(other, ParallelMesh())
@@ -221,4 +222,4 @@ def test_a_module_that_mixes_tokens_beside_its_attention_is_refused() -> None:
         return torch.matmul(torch.softmax(scores(q, k) + mask, -1), v) + v.roll(1, 2)
 
     with pytest.raises(ModelError, match="mixes tokens outside attention"):
-        parallelize(gptj_with(shifted), ParallelMesh())
+        parallelize(gpt_neo_with(shifted), ParallelMesh())
