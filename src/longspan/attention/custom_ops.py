@@ -166,13 +166,13 @@ def _pipeline(
 ) -> None:
     """For each head chunk in turn: fetch its rows, attend, return the results; communication overlaps with the kernel.
 
-    The kernel on one chunk runs while the next chunk is fetched and the one before is returned. Buffers are freed at their
-    last use.
+    The kernel on one chunk runs while the next chunk is fetched and the one before is returned. Buffers are freed at their last
+    use.
 
     Args:
         chunks: at least one.
-        fetch: starts the exchange of a chunk's rows; the function that it returns waits and gives them.
-        attend: computes a chunk from its rows; the function that it returns starts the return of the results.
+        fetch: called with a chunk, starts the exchange of its rows; the function that it returns waits and gives them.
+        attend: called with a chunk and its rows, computes it; the function that it returns starts the return of the results.
     """
     arriving: Callable[[], list[Tensor]] | None = fetch(chunks[0])
     leaving: Callable[[], None] = _nothing

@@ -123,7 +123,11 @@ def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
 
 
 def _copies(model: nn.Module) -> dict[str, str]:
-    """{name of a copied weight on this pipeline stage: its name on the first stage, and in the whole model}."""
+    """The names of the weights on this pipeline stage that are copies of a tied weight of the first stage: {name here: name
+    there}.
+
+    The name on the first stage is that in the whole model. Empty without a pipeline, and on stages without a copy.
+    """
     state = parallel_state(model)
     return {} if state is None or state.pipeline is None else state.pipeline.copy_names
 

@@ -119,7 +119,7 @@ class Layout(Ranks):
 
     @property
     def memory(self) -> MemoryOptions:
-        """The settings among these that are fields of MemoryOptions, as ``parallelize(memory=)`` takes them."""
+        """The memory options among these settings, as the MemoryOptions that ``parallelize`` takes."""
         return MemoryOptions(**{option.name: getattr(self, option.name) for option in fields(MemoryOptions)})
 
 

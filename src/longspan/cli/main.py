@@ -296,7 +296,7 @@ def _read(verb: str, flags: Sequence[str], base: Any) -> Any:
 
 
 def _first_sentence(box: str) -> str:
-    """The first sentence of an error that tyro prints as a box: the lines between the title and the next horizontal rule."""
+    """The sentence of an error that tyro prints as a box: the text between its title and the next horizontal rule."""
 
     def is_rule(line: str) -> bool:
         return set(line) <= set("─-╭╮╰╯")

@@ -49,7 +49,8 @@ def opening(source: ModelSource, corpus: Corpus, loader: Loader, config: Train, 
 
 
 def closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, config: Train, exported: bool) -> str:
-    """The losses in nats a token and bits a byte, the files that the run wrote, and the commands to run next.
+    """The text that ``train`` prints last: losses in nats a token and bits a byte, the files that it wrote, the commands to run
+    next.
 
     Args:
         run: the run's folder.

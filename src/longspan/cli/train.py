@@ -343,7 +343,8 @@ def _resume(
 
 
 def _facts(step: int, source: ModelSource, corpus: Corpus, config: Train) -> dict[str, Any]:
-    """What a checkpoint's ``run.json`` holds: step, model, text, optimizer and all settings.
+    """What a checkpoint's ``run.json`` holds after ``step`` steps: step, model, text, optimizer and all settings, as JSON
+    values.
 
     The position in the text is not stored, because it is a function of the step.
     """

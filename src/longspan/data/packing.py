@@ -189,7 +189,7 @@ def hold_out(bounds: Bounds, hashes: Integer[np.ndarray, "documents"]) -> tuple[
 
 
 def _some(bounds: Bounds) -> Bounds:
-    """The bounds of ``bounds`` that are not empty."""
+    """Those documents of ``bounds`` [documents, (start, stop)] that are not empty."""
     return bounds[bounds[:, 0] < bounds[:, 1]]
 
 

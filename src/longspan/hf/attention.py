@@ -132,7 +132,8 @@ def _refuse_additions(module: nn.Module, more: dict[str, Any]) -> None:
 
 
 def _refuse_dropout(module: nn.Module, layer: "Layer") -> None:
-    """Raise ModelError, naming the config fields of ``module`` that set attention dropout."""
+    """Raise ModelError: ``layer`` asks for attention dropout; the text names the config fields of its ``module`` that set
+    it."""
     config: Any = getattr(module, "config", None)
     fields = [name for name, value in vars(config).items() if is_dropout_field(name) and value] if config is not None else []
     raise ModelError(

@@ -162,7 +162,10 @@ def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any) -> tuple[
 
 
 class _Head(nn.Module):
-    """The part of a model after its base model, as a module: logits from the hidden states that the replaced base returns."""
+    """The part of ``model`` after its base model, as a module: its forward gives the logits.
+
+    The base model must be replaced meanwhile by one that returns the hidden states; ``step`` is the BatchInfo of the call.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -70,7 +70,12 @@ class Loss:
         return undo.close
 
     def _check(self, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of a model called ``name``: raise an error for labels or loss keywords that it cannot use."""
+        """Forward pre-hook of a model of the class ``name``, for calls with labels.
+
+        Raises:
+            BatchError: a label of any rank is beyond the classes of the logits.
+            ModelError: a keyword that this loss cannot use, or a model whose loss cannot be computed over ranks.
+        """
         if kwargs.get("labels") is None:
             return
         _refuse_keywords(self.kind, kwargs)

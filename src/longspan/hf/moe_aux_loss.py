@@ -64,7 +64,9 @@ class BalanceLoss:
 
 
 def probe(candidate: Candidate) -> BalanceLoss:
-    """The BalanceLoss of a model: the module whose output holds the router logits, if the config asks for a balance loss.
+    """The BalanceLoss of a model: which module's output holds the router logits.
+
+    Where the config asks for no balance loss, ``routers`` is None, and ``install`` only refuses calls that ask for one.
 
     Raises:
         ModelError: the balance loss depends on more than these router logits.

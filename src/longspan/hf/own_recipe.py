@@ -306,7 +306,10 @@ def _times(q: Tensor, factor: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _contains(base: Tensor, part: Tensor) -> bool:
-    """Whether ``part`` [S, T] equals the upper left corner of ``base``, a larger square for one row and one head."""
+    """Whether ``part`` [S, T] equals the upper left corner of ``base``, a larger square mask without dims of rows and heads.
+
+    Models keep such a square for their longest row, and slice it. Values are compared as booleans.
+    """
     rows, keys = base.shape[-2:] if base.ndim >= 2 else (0, 0)
     if rows != keys or rows <= part.shape[0] or base.numel() != rows * keys:
         return False

@@ -47,7 +47,8 @@ class PositionTables:
 
 
 def probe(candidate: Candidate) -> PositionTables:
-    """A PositionTables, which every model gets; how a model counts positions is tested elsewhere (position_probe.py)."""
+    """A PositionTables, which every model gets; nothing is tested here. (position_probe.py tests how a model counts
+    positions.)"""
     return PositionTables()
 
 

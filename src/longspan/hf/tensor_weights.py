@@ -224,8 +224,11 @@ class _Reader:
         )
 
     def _cut_of_parameter(self, name: str, style: str) -> Cut:
-        """How the parameter ``name``, the stacked weights [experts, rows, columns] of experts, is cut in this ``style`` of the
-        plan.
+        """How a parameter with the stacked weights [experts, rows, columns] of experts is cut, along rows or columns.
+
+        Args:
+            name: the parameter.
+            style: its style in Transformers' plan, such as "packed_colwise".
 
         Raises:
             ModelError: the parameter has another shape.

@@ -276,7 +276,7 @@ class LongTrainer(Base):  # type: ignore[misc]
         return loss, self._predictions(logits, part, predictions.single(labels)), predictions.single(labels)
 
     def _predictions(self, outputs: Mapping[str, Any], part: Mapping[str, Any], labels: Any) -> Any:
-        """The predictions for all rows and tokens, on every rank: ``preprocess_logits_for_metrics`` of the model's outputs.
+        """The predictions for all rows and tokens, on every rank: ``preprocess_logits_for_metrics`` of the model's ``outputs``.
 
         The function is applied to each rank's tokens before they are gathered if it is token-wise, else to the gathered logits;
         without it the predictions are the logits.

@@ -39,8 +39,10 @@ class Window:
     least: int
 
     def joined(self, other: "Window") -> "Window | None":
-        """One window that shows two bands, of which this is the window and ``other`` the other's, what each alone shows; None
-        if no window does."""
+        """The window with which one call shows two bands: a query of either sees what its own window shows it.
+
+        This is the window of one band, and ``other`` that of the other. None if no window does that for both.
+        """
         limits = {window.limit for window in (self, other) if window.limit is not None}
         least = max(window.least for window in (self, other))
         if len(limits) > 1 or any(limit < least for limit in limits):

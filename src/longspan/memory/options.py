@@ -48,7 +48,8 @@ class MemoryOptions:
 
 @dataclass(frozen=True)
 class AutoMemory:
-    """A memory budget from which ``parallelize`` chooses ``zero`` and ``MemoryOptions``: the fastest that fit.
+    """A memory budget, in place of ``memory=`` of ``parallelize``, which then chooses ``zero`` and ``MemoryOptions``: the
+    fastest that fit.
 
     ``parallelize`` raises ModelError if nothing fits.
 

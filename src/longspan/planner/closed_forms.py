@@ -110,12 +110,15 @@ def interleaved_factor(pipeline: Number, stages_per_rank: Number) -> Number:
 
 
 def alst_checkpoint_bytes(*, layers: int, tokens: int, ranks: int, hidden: int) -> Fraction:
-    """Bytes of the inputs of all blocks on one rank with full recomputation: layers · s/SP · h · 2 (ALST, arXiv:2506.13996)."""
+    """Bytes of the inputs of all blocks on one rank with full recomputation: layers · s/SP · h · 2, with SP ``ranks``.
+
+    Source: ALST, arXiv:2506.13996.
+    """
     return Fraction(2 * layers * tokens * hidden, ranks)
 
 
 def alst_logit_bytes(*, tokens: int, ranks: int, vocab: int) -> Fraction:
-    """Bytes of one fp32 copy of the logits on one rank: 4 · s/SP · V (ALST)."""
+    """Bytes of one fp32 copy of the logits on one rank: 4 · s/SP · V, with SP ``ranks`` (ALST, arXiv:2506.13996)."""
     return Fraction(4 * tokens * vocab, ranks)
 
 

@@ -221,7 +221,13 @@ ROCE800 = Link("400 Gbit/s a GPU", 48.5 * GIGA, 12 * MICRO, "as NDR400")
 
 
 def _node(accelerator: Accelerator, inside: Link, between: Link, to_host: Link, gpus: int = 8) -> Cluster:
-    """A cluster that is one node of ``gpus`` accelerators; host memory is the usual one."""
+    """A cluster that is one node of ``gpus`` accelerators, with 2 TB of host memory at 400 GB/s.
+
+    Args:
+        accelerator: the device.
+        inside, between, to_host: its links to the others of the node, to other nodes, and to the host's memory.
+        gpus: accelerators of the node.
+    """
     return Cluster(
         accelerator=accelerator,
         gpus=gpus,

@@ -214,7 +214,7 @@ class ModelShape:
 
 @lru_cache(maxsize=4096)
 def _pairs(mask: Mask, tokens: int) -> int:
-    """The (query, key) pairs that ``mask`` shows in a row of ``tokens``; cached."""
+    """The number of (query, key) pairs that ``mask`` shows in a row of ``tokens`` tokens; cached."""
     return area(mask.bands(tokens, tokens))
 
 
