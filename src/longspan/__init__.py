@@ -92,7 +92,11 @@ __all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported at its first use from the module that the table names."""
+    """The public name ``name`` of the package, imported at its first use from the module that the table of names gives.
+
+    Raises:
+        AttributeError: it is no public name.
+    """
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'longspan' has no attribute {name!r}")
     return getattr(import_module(f"longspan.{_MODULE_OF[name]}"), name)

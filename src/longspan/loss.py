@@ -237,7 +237,10 @@ class _BlockBuffer:
         self._widened = self._products if dtype == wide else hidden_RM.new_empty(size, dtype=wide)
 
     def product(self, tokens: int, words: int) -> Tensor:
-        """The buffer's memory as a tensor [tokens, words] in the dtype of the matrix products. Its content is undefined."""
+        """The buffer's memory as a tensor [tokens, words] in the dtype of the matrix products, whose content is undefined.
+
+        ``words`` is the number of vocabulary entries.
+        """
         return self._products[: tokens * words].view(tokens, words)
 
     def widened(self, product_NW: Tensor) -> Tensor:

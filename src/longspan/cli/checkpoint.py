@@ -97,8 +97,13 @@ def _step_of(path: Path) -> int:
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Load the weights of the checkpoint in the folder ``path`` into ``model``, in place.
 
-    With an ``optimizer`` also its states and torch's CPU random state, so that on a CPU a resumed run continues bit for bit.
     Every rank must call it; a process without a process group can too.
+
+    Args:
+        path: the checkpoint.
+        model: gets the weights.
+        optimizer: gets its states, and torch's CPU random state is restored too, so that on a CPU a resumed run continues bit
+            for bit; None: the weights alone.
 
     Raises:
         RunError: the checkpoint is damaged.

@@ -65,7 +65,7 @@ class Transport(Protocol):
 
 
 class TorchTransport:
-    """The default transport: PyTorch's ``all_to_all_single`` on the backend of the group (gloo, NCCL, ...)."""
+    """The default ``Transport`` of a mesh: PyTorch's ``all_to_all_single`` on the backend of the group (gloo, NCCL, ...)."""
 
     def all_to_all(
         self,

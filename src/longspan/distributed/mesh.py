@@ -119,8 +119,8 @@ class MeshCoordinate:
 class ParallelMesh:
     """The ranks on one DeviceMesh, by axis; the data degree is the world size divided by the product of the other degrees.
 
-    Joins the process group that exists, or that the environment of the launcher describes: torchrun, srun (Slurm), mpirun
-    (Open MPI), mpiexec (Intel MPI, MPICH). A plain Python process is a world of one.
+    Joins the process group that exists, or that the environment of the launcher describes: torchrun, srun (Slurm), mpirun (Open
+    MPI), mpiexec (Intel MPI, MPICH). A plain Python process is a world of one.
 
     Args:
         ulysses: ranks that exchange tokens for heads by all-to-all (DeepSpeed-Ulysses, arXiv:2309.14509). "auto" gives each
@@ -139,8 +139,9 @@ class ParallelMesh:
 
     Attributes:
         coordinate: the degrees and this rank's position.
-        device_mesh: the DeviceMesh below; ``data_group``, ``ring_group``, ``ulysses_group`` and ``tensor_group`` are the
-            groups of its axes.
+        device, transport: this rank's device, and the implementation of the all-to-all that every exchange uses.
+        device_mesh: the DeviceMesh below; ``pipeline_group``, ``data_group``, ``ring_group``, ``ulysses_group`` and
+            ``tensor_group`` are the groups of its axes, ``tensor_mesh`` its tensor axis (None without one).
         sequence_group, loss_group, fsdp_group, world_group: the rank sets (``world_group`` on gloo); ``fsdp_mesh``: the
             DeviceMesh of the fsdp set; ``loss_control_group``: the loss set on gloo, for errors inside a forward.
         why: the reason for ulysses x ring, one sentence.

@@ -43,7 +43,7 @@ class Layer(NamedTuple):
         name: its class and its name in the model, for messages.
         packs: whether the layer treats positions that restart at 0 as the start of another document, as most decoders do.
         attend: ``attend`` with the mesh, kernel and memory options bound.
-        over: the row or rows of tokens: ``SOURCE``, ``TARGET`` or ``ACROSS``.
+        over: "source" for self-attention of the (encoder's) tokens, "target" for the decoder's, "across" for cross-attention.
         recipe: how it computes attention in its own code; None if it calls Transformers' registry.
         handed: whether the model passes the keyword ``longspan`` (the BatchInfo) on to the registered attention.
         per_document: whether its chunks are counted from the start of each document and from behind padding on the left.

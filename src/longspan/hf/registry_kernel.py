@@ -288,7 +288,12 @@ class _LayerView:
 
 
 class _Block(NamedTuple):
-    """The tokens ``start`` to ``stop - 1``, which see only one another, and the bands of their mask."""
+    """Tokens that see only one another, for which the registry's function is called once.
+
+    Attributes:
+        start, stop: they are the tokens ``start`` to ``stop - 1``.
+        bands: their mask, as bands.
+    """
 
     start: int
     stop: int

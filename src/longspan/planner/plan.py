@@ -67,7 +67,8 @@ class Plan:
     Attributes:
         model, cluster, workload: what was asked.
         best: the fastest layout that fits.
-        runner_up: the fastest with other degrees or another ZeRO stage, and ``lost`` the reason why it is slower.
+        runner_up: the fastest with other degrees or another ZeRO stage; None if there is none.
+        lost: the reason why the runner-up is slower, a sentence; "" without one.
         legal, fitting: how many layouts were legal, and how many of them fit.
         longest: the most tokens of a row that some layout can hold.
     """
@@ -102,9 +103,9 @@ def plan(
         hardware: a name ("h100", "a100-80gb", "mi300x", ...), a file of ``longspan probe`` (its name ends in .json), or a
             Cluster.
         gpus: accelerators of the cluster; a Cluster has its own number.
-        tokens: tokens of a row; with ``goal="length"`` it is found, and must be left out.
-        rows: rows of one optimizer step (default: one for each 8 GPUs).
-        price: cost of one GPU hour, for the price of a million tokens.
+        tokens: tokens of a row; with ``goal="length"``, and only then, None: it is found.
+        rows: rows of one optimizer step; None: one for each 8 GPUs.
+        price: cost of one GPU hour, for the price of a million tokens; None: not known.
         dtype: compute dtype.
         goal: "speed", the fastest on all GPUs; "length", the fastest at the longest sequence that fits; "cost", the cheapest
             tokens on the GPUs, or on a half, a quarter, ... of them.
