@@ -350,6 +350,7 @@ def _(
 
 
 def _fake_lse(like: Tensor, heads: int, rows: int) -> Tensor:
+    """An uninitialised log-sum-exp [heads, rows] in the accumulation dtype of ``like``, for tracing without data."""
     return like.new_empty(heads, rows, dtype=accumulation_dtype(like.dtype))
 
 
@@ -357,6 +358,7 @@ def _fake_gradients(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan,
 ) -> list[Tensor]:  # fmt: skip
+    """The uninitialised gradients of both backward operators, for tracing without data; the arguments are theirs."""
     return [x.new_empty(x.shape) for x in _inputs([q, k, v], sinks, parameters)]
 
 

@@ -198,6 +198,7 @@ class Train(Layout):
 
     @property
     def after_a_death(self) -> str:
+        """The command that resumes the run, as the end of the message that a rank died."""
         elsewhere = f" --runs-folder {self.runs_folder}" if self.runs_folder != "runs" else ""
         return f"; if it had made a checkpoint, go on from it with: longspan train --resume {self.run}".rstrip() + elsewhere
 
@@ -360,6 +361,7 @@ def as_json(config: Ranks) -> str:
 
 
 def _legal_choices(config: Ranks) -> None:
+    """Raise RunError if a setting with listed choices (a Literal) has another value."""
     for field in fields(config):
         value = getattr(config, field.name)
         if get_origin(field.type) is Literal and value not in get_args(field.type):
@@ -367,6 +369,7 @@ def _legal_choices(config: Ranks) -> None:
 
 
 def _legal_model(name: str) -> None:
+    """Raise RunError if ``name`` is neither a preset nor ``hf:FOLDER``."""
     if name not in PRESETS and not name.startswith("hf:"):
         raise RunError(f"model={name!r} is unknown; legal are {', '.join(PRESETS)}, and hf:FOLDER for a Hugging Face model")
 
@@ -378,6 +381,7 @@ def _legal_folder(runs_folder: str) -> None:
 
 
 def _at_least(config: Ranks, least: int, *names: str) -> None:
+    """Raise RunError if one of the settings ``names`` is below ``least``; None is legal."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
@@ -385,6 +389,7 @@ def _at_least(config: Ranks, least: int, *names: str) -> None:
 
 
 def _above(config: Ranks, bound: int, *names: str) -> None:
+    """Raise RunError if one of the settings ``names`` is not above ``bound``; None is legal."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value > bound:

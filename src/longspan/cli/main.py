@@ -269,9 +269,14 @@ def _refuse_unknown(verb: str, flags: Sequence[str]) -> None:
 
 
 def _read(verb: str, flags: Sequence[str], base: Any) -> Any:
-    """Parse ``flags`` with tyro into an unvalidated instance of the verb's settings; ``base`` gives the defaults, if any.
+    """Parse ``flags`` with tyro into an unvalidated instance of the verb's settings.
 
     It is not validated because ``base`` need not be legal before the flags override it.
+
+    Args:
+        verb: a key of ``VERBS``.
+        flags: the words after it.
+        base: settings that give the defaults; None: those of the class.
 
     Raises:
         RunError: tyro's own error, in one sentence.

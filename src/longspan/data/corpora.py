@@ -334,6 +334,7 @@ def _pyarrow(path: Path) -> Any:
 
 
 def _count(number: int, what: str) -> str:
+    """A number with its noun, in the singular or plural: "1 line", "1,000 lines"."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 

@@ -152,6 +152,8 @@ class CountingTransport:
         recv_splits: Sequence[int],
         group: dist.ProcessGroup,
     ) -> Arrival:
+        """Count the call and its bytes, then let ``inner`` do it; arguments and result are those of
+        ``Transport.all_to_all``."""
         others = sum(send_splits) - send_splits[group.rank()]
         sent = Traffic(1, others * send.element_size())
         self.traffic, self._by_group[group.group_name] = self.traffic + sent, self.sent_over(group) + sent
@@ -221,6 +223,8 @@ def reduce_scatter(
 
 
 class _AllGather(torch.autograd.Function):
+    """Autograd function of ``all_gather``: its backward is a reduce-scatter."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, group: dist.ProcessGroup, transport: Transport, dim: int, sizes: tuple[int, ...]
@@ -234,6 +238,8 @@ class _AllGather(torch.autograd.Function):
 
 
 class _ReduceScatter(torch.autograd.Function):
+    """Autograd function of ``reduce_scatter``: its backward is an all-gather."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, group: dist.ProcessGroup, transport: Transport, dim: int, sizes: tuple[int, ...]

@@ -344,6 +344,7 @@ class PipelineParallel:
         self._skipped.enter_context(skipping(model, self._plan, self._others[self._running]))
 
     def _note_hidden(self, body: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the body: keep its hidden states for the end of the stage."""
         self._hidden = self._plan.hidden_of(output)
 
 
@@ -383,9 +384,11 @@ class _Copies:
 
 
 def _skipped(plan: PipelinePlan, name: str, module: nn.Module) -> Skipped:
+    """What takes the place of ``module``, called ``name`` in ``plan``, on other stages."""
     return (SkippedHead if name in plan.heads else Skipped)(module)
 
 
 def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """(the module that holds the module ``name``, its name in it)."""
     parent, _, leaf = name.rpartition(".")
     return model.get_submodule(parent), leaf

@@ -185,6 +185,7 @@ class TensorParallel:
         return args, kwargs | whole
 
     def _leave_model(self, *_: Any) -> None:
+        """Forward hook of the model: forget the token counts of its call."""
         self._sizes.clear()
 
     def _name_sizes(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -222,6 +223,8 @@ class TensorParallel:
         return ((whole, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": whole})
 
     def _gathered(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """``x`` [batch, my tokens, ...] of all tensor ranks, concatenated over tokens; ``sizes`` are the tokens of each
+        rank."""
         return all_gather(x, self._mesh.tensor_group, self._mesh.transport, 1, sizes).contiguous()  # models call view
 
     def _scatter(self, bias: "_Use | None", module: nn.Module, args: Any, output: Any) -> Any:

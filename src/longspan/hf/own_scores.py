@@ -213,7 +213,10 @@ def _is_batched(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 
 def _product(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], record: RecordScores) -> Any:
-    """The Scores of a product (matmul, bmm, baddbmm) of queries and keys."""
+    """The Scores of a product of queries and keys, by the function ``name``: matmul, bmm or baddbmm.
+
+    ``args`` and ``kwargs`` are that function's; ``record`` is the mode that saw the call.
+    """
     if name != "baddbmm":
         q, k = (*args, *kwargs.values())
         return Scores(q, k.transpose(-1, -2), record)
@@ -263,6 +266,7 @@ def _reshaped(symbol: Symbol, name: str, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _add(a: Any, b: Any, alpha: float = 1) -> Any:
+    """Record scores + a tensor, in either order; a sum of two symbols is refused."""
     scores, other = (a, b) if isinstance(a, Scores) else (b, a)
     if isinstance(other, Symbol):
         return _refuse(scores, "a sum")
@@ -278,23 +282,27 @@ def _sub(a: Any, b: Any) -> Any:
 
 
 def _mul(a: Any, b: Any) -> Any:
+    """Record scores times a number or tensor, in either order; a product of two symbols is refused."""
     scores, factor = (a, b) if isinstance(a, Scores) else (b, a)
     return _refuse(scores, "a product") if isinstance(factor, Symbol) else _with(scores, "scale", factor)
 
 
 def _div(a: Any, b: Any, rounding_mode: Any = None) -> Any:
+    """Record scores divided by a number or tensor; anything else is refused."""
     if not isinstance(a, Scores) or isinstance(b, Symbol) or rounding_mode is not None:
         return _refuse(b if isinstance(b, Symbol) else a, "a quotient")
     return _with(a, "scale", 1 / b)
 
 
 def _masked_fill(scores: Any, mask: Any, value: Any) -> Any:
+    """Record that keys where ``mask`` is true are hidden; a ``value`` that does not hide is refused."""
     if not _hides(value):
         return _refuse(scores, f"masked_fill with {value}")
     return _with(scores, "hide", mask)
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:
+    """Record which keys ``condition`` shows or hides; one of ``a`` and ``b`` must be scores, the other a value that hides."""
     if isinstance(a, Scores) and _hides(b) and isinstance(condition, Tensor):
         return _with(a, "show", condition)
     if isinstance(b, Scores) and _hides(a) and isinstance(condition, Tensor):
@@ -303,6 +311,7 @@ def _where(condition: Any, a: Any, b: Any) -> Any:
 
 
 def _maximum(scores: Any, other: Any = None, min: Any = None, max: Any = None) -> Any:
+    """The scores themselves, for a floor so low that it hides; any other maximum or clamp is refused."""
     floor = other if min is None else min
     return scores if max is None and _hides(floor) else _refuse(scores, "max")
 
@@ -319,6 +328,7 @@ def _tanh(scores: Any) -> Any:
 
 
 def _softmax(scores: Any, dim: int = -1, dtype: Any = None, _stacklevel: int = 3) -> Any:
+    """The Probabilities of scores, for a softmax over the keys; one over another dim is refused."""
     if dim not in (-1, scores.ndim - 1):
         return _refuse(scores, f"softmax over dim {dim}")
     return scores.copy(Probabilities)
@@ -329,6 +339,7 @@ def _dropout(probabilities: Any, p: float = 0.5, training: bool = True, inplace:
 
 
 def _attend(probabilities: Any, v: Any) -> Any:
+    """The product of probabilities and values ``v``, which ends the recording: what ``RecordScores.finish`` returns for it."""
     if not isinstance(probabilities, Probabilities) or not isinstance(v, Tensor):
         return _refuse(probabilities if isinstance(probabilities, Symbol) else v, "a product")
     found = Attention(probabilities.q, probabilities.k, v, probabilities.terms, probabilities.shape, probabilities.dropout)

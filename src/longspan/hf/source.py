@@ -266,6 +266,7 @@ class FolderSource:
 
     @property
     def _text(self) -> Any:
+        """The config of the language model: a part of the config, where the model has other parts too."""
         return self.config.get_text_config()
 
 

@@ -45,6 +45,7 @@ def single_process_arguments(args: TrainingArguments, mesh: ParallelMesh) -> Tra
 
 
 def _local_rank() -> int:
+    """This rank's number on its machine, from LOCAL_RANK; without it the rank itself."""
     return int(os.environ.get("LOCAL_RANK", dist.get_rank()))
 
 
@@ -126,9 +127,11 @@ class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
         return _local_rank()
 
     def gather(self, tensor: Any) -> Any:
+        """``tensor`` itself: what a single process gathers is its own."""
         return tensor
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """``tensor`` itself: what a single process reduces is its own."""
         return tensor
 
     def pad_across_processes(self, tensor: Any, *_: Any, **__: Any) -> Any:

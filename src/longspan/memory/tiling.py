@@ -108,9 +108,14 @@ def tile_by_tile(run: Run, x: Tensor, tokens: int, parameters: Sequence[Tensor])
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _in_tiles(run: Run, x: Tensor, tokens: int, lead: torch.Size | None, parameters: Sequence[Tensor]) -> Tensor:
-    """The results of ``run`` for each tile of ``tokens`` rows of ``x``, concatenated, with dim 0 reshaped to ``lead``.
+    """The results of ``run`` for each tile of ``tokens`` rows of ``x``, concatenated; differentiable.
 
-    ``run``, ``x`` and ``parameters`` are those of ``tile_by_tile``. ``lead`` None leaves one dim of all rows.
+    Args:
+        run: called as ``run(tile, rows, parameters)`` with ``rows`` the slice of x that the tile is.
+        x: [..., dim].
+        tokens: rows of a tile.
+        lead: the shape to which dim 0 of the result is unflattened; None leaves one dim of all rows.
+        parameters: tensors that ``run`` gets and in which the result is differentiable too.
     """
     saved, mark = _SaveInputs.apply(x, *parameters)  # type: ignore[no-untyped-call]
     out: Tensor = _Tiles.apply(run, tokens, lead, (mark,), saved, *parameters)  # type: ignore[no-untyped-call]

@@ -134,12 +134,12 @@ class Decoder(nn.Module):
         Call it as ``model(**shard_batch(batch, mesh))`` on a rank, as ``model(input_ids=ids, labels=ids)`` on one device.
 
         Args:
-            input_ids: ids of this rank's tokens.
-            labels: the ids of whole rows, shifted here; -100 is ignored. Only where a rank has whole rows.
-            shift_labels: labels that are shifted already, as ``shard_batch`` returns them.
-            position_ids: positions in the whole row (default: 0, 1, ...). With tensor parallelism ``parallelize`` gathers
-                them: attention has the tokens of all tensor ranks.
-            longspan: the batch's ``BatchInfo``, from ``shard_batch``.
+            input_ids: ids of this rank's tokens; None with ``inputs_embeds``.
+            labels: the ids of whole rows, shifted here; -100 is ignored. Only where a rank has whole rows. None: no loss.
+            shift_labels: labels that are shifted already, as ``shard_batch`` returns them; they take the place of ``labels``.
+            position_ids: positions in the whole row (None: 0, 1, ...). With tensor parallelism ``parallelize`` gathers them:
+                attention has the tokens of all tensor ranks.
+            longspan: the batch's ``BatchInfo``, from ``shard_batch``; None on one device.
             inputs_embeds: hidden states in place of ``input_ids``: those of the stage before, in a pipeline.
 
         Returns:

@@ -162,6 +162,7 @@ class SeededWeights:
     """The ``UnreadWeights`` of a Decoder on the meta device: its weights are drawn, by ``model.initialize(model.seed)``."""
 
     def facts(self, model: Any) -> dict[str, str]:
+        """{"the seed": the model's seed as text}, which must be equal on all ranks for equal weights."""
         return {"the seed": str(model.seed)}
 
     def read_into(self, model: Any, device: torch.device) -> None:

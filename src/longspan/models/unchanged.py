@@ -170,8 +170,10 @@ def _within(name: str, outer: str) -> bool:
 
 
 def _join(name: str, child: str) -> str:
+    """The dotted name of the child ``child`` of the module called ``name``; "" is the model."""
     return f"{name}.{child}" if name else child
 
 
 def _shape(parameter: torch.Tensor | None) -> torch.Size | None:
+    """The shape of a parameter, of a DTensor the whole shape; None for None."""
     return None if parameter is None else parameter.shape

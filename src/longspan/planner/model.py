@@ -237,11 +237,11 @@ def dense(
     Args:
         name: what messages call it.
         layers, hidden, heads, ffn, vocab: its sizes.
-        kv_heads: key/value heads (default: ``heads``).
-        head_dim: elements of a head (default: ``hidden // heads``).
+        kv_heads: key/value heads (None: ``heads``).
+        head_dim: elements of a head (None: ``hidden // heads``).
         gated: whether a feed-forward has a gate.
         tied: whether embedding and head are one matrix.
-        positions: the longest sequence that its positions reach.
+        positions: the longest sequence that its positions reach; None: no limit.
 
     Returns:
         The ModelShape.
