@@ -93,7 +93,7 @@ class ExchangePlan(OpaqueBase):
         self._sent, self._received = [sum(parts) for parts in self.sends], [sum(parts) for parts in self.receives]
 
     def _both(self) -> list[tuple[TensorGroup, tuple[tuple[int, ...], ...]]]:
-        """(group, widths of its tensors for each rank) for each group."""
+        """For each group of tensors (the group, for each rank the elements of one token that each tensor sends to it)."""
         return list(zip(self.groups, self.widths))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExchangePlan":

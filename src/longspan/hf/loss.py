@@ -96,9 +96,10 @@ def probe(candidate: Candidate) -> Loss:
 
 
 def is_in_place(kind: str | None) -> bool:
-    """Whether the logits at position t predict ``labels[t]`` with the loss ``kind``, a name of Transformers' table of losses.
+    """Whether the logits at position t predict ``labels[t]`` with the loss ``kind``; otherwise they predict the next token.
 
-    Otherwise they predict the next token. False for None, a loss that is not in the table.
+    ``kind`` is a name of Transformers' table of losses, or ``OWN`` (the cross-entropy of a model's own code, which is in
+    place); None, a loss that is not in the table, gives False.
     """
     return kind in (*IN_PLACE, OWN)
 

@@ -85,10 +85,13 @@ class SingleProcessState(_MainProcess):
 
 
 class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
-    """An Accelerator that acts as a single process: it neither wraps models nor gathers or reduces tensors over ranks.
+    """An Accelerator for LongTrainer that acts as a single process: it neither wraps models nor gathers or reduces over ranks.
 
     ``clip_grad_norm_`` uses the norm over all ranks. In a DataLoader that it prepares, the batch sampler gives the rows of all
     data replicas, and each replica collates its own. Make one by ``OneDevice.over(Accelerator(), mesh)``.
+
+    Attributes:
+        coordinate: the degrees of the mesh, and this rank's position on it.
     """
 
     coordinate: MeshCoordinate

@@ -248,7 +248,7 @@ class _Random:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Context manager: inside, the random numbers from that state on are drawn again; on exit the generators are as
+        """Context manager: inside, the numbers that followed when this object was made are drawn again; on exit all is as
         before."""
         with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.cpu)

@@ -243,7 +243,7 @@ def _layer_communication(
     """Exposed seconds of one layer's collectives: {axis: seconds}, of forward, recomputation and backward together.
 
     Args:
-        x, s: what is priced.
+        x, s: the setting and the strategy.
         attend, attend_back: seconds of attention, behind which ring hops are hidden.
         forward, backward: seconds of the layer, behind which ZeRO-3's gathers are hidden.
     """
