@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from longspan import ParallelMesh, parallelize
-from longspan.hf.weights import load, save
+from longspan.hf.export import save
+from longspan.hf.weights import load
 from tests.helpers.ranks import on_ranks
 
 RANKS = 4

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from longspan.distributed.grad_norm import clip_grad_norm_ as clip_grad_norm_
     from longspan.distributed.grad_sync import average_gradients as average_gradients
     from longspan.distributed.mesh import ParallelMesh as ParallelMesh
-    from longspan.distributed.pipeline_parallel import PipelineOptions as PipelineOptions
+    from longspan.distributed.pipeline_options import PipelineOptions as PipelineOptions
     from longspan.errors import BatchError as BatchError
     from longspan.errors import DataError as DataError
     from longspan.errors import KernelError as KernelError
@@ -74,7 +74,7 @@ _MODULE_OF = {
         "distributed.grad_norm": "clip_grad_norm_",
         "distributed.grad_sync": "average_gradients",
         "distributed.mesh": "ParallelMesh",
-        "distributed.pipeline_parallel": "PipelineOptions",
+        "distributed.pipeline_options": "PipelineOptions",
         "errors": "BatchError DataError KernelError LayoutError LongspanError MaskError ModelError RunError",
         "kernels.protocol": "Kernel",
         "loss": "cross_entropy linear_cross_entropy",

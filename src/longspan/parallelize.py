@@ -13,9 +13,8 @@ All ranks first compare facts about their model in one small exchange, because a
 wrong results on all of them.
 """
 
-import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,14 +22,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from longspan.distributed.consensus import first_difference, gather_or_raise
 from longspan.distributed.fsdp import FSDPOptions, is_sharded, refuse_optimizers_at_first_step, refuse_options, shard_parameters
 from longspan.distributed.grad_norm import mark_stage
 from longspan.distributed.grad_sync import MeanGradients
 from longspan.distributed.mesh import ParallelMesh
-from longspan.distributed.pipeline_parallel import PipelineOptions, PipelineParallel
+from longspan.distributed.pipeline_options import PipelineOptions
+from longspan.distributed.pipeline_parallel import PipelineParallel
 from longspan.distributed.tensor_parallel import TensorParallel
 from longspan.errors import ModelError
 from longspan.hf import adapter_for
@@ -43,6 +41,7 @@ from longspan.memory.options import AutoMemory, MemoryOptions
 from longspan.memory.tiling import refuse_to_tile, tiled
 from longspan.models.adapter import STATE, UNREAD, ModelAdapter, ParallelState, UnreadWeights, parallel_state
 from longspan.models.decoder_adapter import DecoderAdapter, SeededWeights
+from longspan.models.fingerprint import agree, fingerprints
 from longspan.models.unchanged import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -96,11 +95,11 @@ def parallelize(
     fsdp, options = _options(model, mesh, fsdp, memory)
     adapter = _adapter(model, kernel)
     job = _Job(model, mesh, adapter, fsdp, options)
-    unread = _unread(model)
+    unread, degree = _unread(model), mesh.coordinate.pipeline
     if unread is not None:
-        _agree(mesh, lambda: _refuse_options(job) | unread.facts(model))
+        agree(mesh, lambda: _refuse_options(job) | unread.facts(model))
         _read(job, unread)
-    _agree(mesh, lambda: _prove(job, read_alike=unread is not None) | {"kernel": _name(kernel), "pipeline": pipeline.on(mesh)})
+    agree(mesh, lambda: _prove(job, unread is not None) | {"kernel": _name(kernel), "pipeline": pipeline.on(degree)})
     stages = _split(job, pipeline)
     adapter.install(mesh, options)
     if mesh.coordinate.tensor > 1:
@@ -159,10 +158,10 @@ def unparallelize(model: Model) -> Model:
 
 
 def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Forward and backward of all micro-batches of a step.
+    """Forward and backward of all micro-batches of a step; under ``torch.no_grad()`` the forward alone.
 
     Equals the loop ``for part in parts: model(**part).loss.backward()``: gradients are added to ``.grad``. Every rank calls it
-    with equally many parts.
+    with equally many parts. Under ``torch.autocast`` the forwards compute in its dtype, and the backwards run outside of it.
 
     Args:
         model: a parallel model.
@@ -189,7 +188,7 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
         if trains:
             state.pipeline.sum_copies()
         return total
-    losses = []
+    losses, trains = [], torch.is_grad_enabled()
     for part in parts:
         loss = getattr(model(**part), "loss", None)
         if loss is None:
@@ -197,9 +196,11 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
                 f"{type(model).__name__} returned no loss; put labels into the batch before shard_batch, and leave out "
                 f"return_dict=False"
             )
-        loss.backward()
+        if trains:
+            with torch.autocast(state.mesh.device.type, enabled=False):
+                loss.backward()
         losses.append(loss.detach())
-    return torch.stack(losses).sum()
+    return torch.stack(losses).double().sum().to(losses[0].dtype)
 
 
 def _split(job: "_Job", options: PipelineOptions) -> PipelineParallel | None:
@@ -259,7 +260,7 @@ def _options(
         chosen.append(found)
         return {"memory": found[1]}
 
-    _agree(mesh, look)
+    agree(mesh, look)
     if isinstance(memory, MemoryOptions):
         return fsdp, memory
     ((choice, why),) = chosen
@@ -298,22 +299,6 @@ def _name(kernel: str | Kernel | KernelFunction) -> str:
     return str(getattr(kernel, "name", getattr(kernel, "__name__", type(kernel).__name__)))
 
 
-def _agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
-    """Call ``look`` on every rank and compare the results, {name: text}; return if all are equal.
-
-    Raises:
-        ModelError: on every rank alike, if a value differs between ranks; the message names it.
-        LongspanError: on every rank alike, if ``look`` raised one on some rank.
-    """
-    difference = first_difference(gather_or_raise(look, mesh.world_group))
-    if difference is not None:
-        name, first, rank, other = difference
-        raise ModelError(
-            f"the model differs between ranks: {name} is {first} on rank 0 and {other} on rank {rank}; "
-            f"build it with the same config and seed, or load the same checkpoint, on every rank"
-        )
-
-
 def _refuse_options(job: _Job) -> dict[str, str]:
     """{name: text} of all options, which ranks compare. Raises the error of an option that model or mesh cannot have."""
     if parallel_state(job.model) is not None:
@@ -350,7 +335,7 @@ def _prove(job: _Job, read_alike: bool) -> dict[str, str]:
     job.adapter.prove(job.mesh, job.memory)
     if job.memory.tile_tokens is not None:
         _refuse_to_tile(job.adapter.token_wise(), job.memory.tile_tokens)
-    return facts if read_alike else facts | _fingerprints(job.model)
+    return facts if read_alike else facts | fingerprints(job.model)
 
 
 def _refuse_to_tile(modules: Sequence[nn.Module], tile_tokens: int) -> None:
@@ -378,22 +363,3 @@ def _read(job: _Job, unread: UnreadWeights) -> None:
     if job.fsdp.zero and job.mesh.coordinate.tensor == job.mesh.coordinate.pipeline == 1:
         shard_parameters(job.model, job.adapter.blocks(), job.mesh, job.fsdp)
     unread.read_into(job.model, job.mesh.device)
-
-
-def _fingerprints(model: nn.Module) -> dict[str, str]:
-    """For every parameter and buffer, by name, a text of its shape, dtype, whether it is trained, and a hash of its content.
-
-    Raises:
-        ModelError: a parameter is sharded already, or on the meta device.
-    """
-    held = [*model.named_parameters(), *model.named_buffers()]
-    return {name: f"{list(t.shape)} {t.dtype} trained={t.requires_grad} {_hash(t)}" for name, t in held}
-
-
-def _hash(tensor: Tensor) -> str:
-    if isinstance(tensor, DTensor):
-        raise ModelError("the model is sharded already; give it to parallelize whole, which shards it with zero=3")
-    if tensor.is_meta:
-        raise ModelError("the model is on the meta device; give it weights first: model.to_empty(device=...), then initialize")
-    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from longspan.cli import check, launch
 from longspan.cli import main as cli
 from longspan.cli.config import Check
 from longspan.distributed import collectives
+from longspan.errors import RunError
+from longspan.models.decoder_config import PRESETS
 
 pytestmark = pytest.mark.usefixtures("launcher")
 
@@ -47,6 +50,14 @@ def verdict(config: Check, tmp_path: Path, work: str = "into_a_file") -> tuple[i
         replace(SMALL, tensor=2, heads=8, kv_heads=4, zero=3),
         replace(SMALL, tensor=2, ring=2, ulysses=1),
         replace(SMALL, tensor=2, ulysses=1, kv_heads=1, ranks=4, rows=1),
+        replace(SMALL, pipeline=2, ulysses=1, rows=4, micro_batches=4, dtype="fp32", recompute="full"),
+        replace(
+            SMALL, pipeline=2, schedule="interleaved", stages_per_rank=2, layers=4, rows=4, micro_batches=2, tensor=2, zero=2
+        ),
+        pytest.param(replace(SMALL, pipeline=2, ring=2, rows=4, micro_batches=4, ulysses=1), marks=pytest.mark.long),
+        pytest.param(replace(SMALL, pipeline=2, ranks=4, rows=1, ulysses=1), marks=pytest.mark.long),
+        replace(SMALL, pipeline=2, ulysses=1, dtype="bf16", tokens=64, rows=4, micro_batches=2),
+        replace(SMALL, ulysses=2, rows=3, micro_batches=2),
     ],
     ids=[
         "2x2",
@@ -59,20 +70,25 @@ def verdict(config: Check, tmp_path: Path, work: str = "into_a_file") -> tuple[i
         "tensor-2x2-zero-3",
         "tensor-ring",
         "tensor-a-replica-without-a-row",
+        "pipeline",
+        "pipeline-interleaved-tensor-ulysses",
+        "pipeline-ring",
+        "pipeline-a-replica-without-a-row",
+        "pipeline-bf16",
+        "micro-batches",
     ],
 )
 def test_guarantee_1_holds(config: Check, tmp_path: Path) -> None:
     code, lines = verdict(config, tmp_path)
     assert {words[-1] for words in lines.values()} == {"holds"}
     assert code == 0
-    axes = {what.partition(":")[0] for what in lines if ":" in what} - {"other axes", "worst gradient of 21"}
-    assert {line for line in axes if not line.startswith("worst")} == {
-        axis for axis in ("ulysses", "ring", "tensor") if getattr(config, axis) > 1
-    }
+    axes = {what.partition(":")[0] for what in lines if re.match(r"[a-z]+: ", what)}
+    assert axes == {axis for axis in ("pipeline", "ulysses", "ring", "tensor") if getattr(config, axis) > 1}
+    calls = config.layers * config.micro_batches // config.pipeline
     if config.ulysses > 1:
-        assert {lines[f"ulysses: collectives, {way}"][0] for way in ("forward", "backward")} == {str(2 * SMALL.layers)}
-    if config.tensor > 1:  # two regions a layer, and the position ids
-        assert lines["tensor: collectives, forward"][0] == str(4 * SMALL.layers + 1)
+        assert {lines[f"ulysses: collectives, {way}"][0] for way in ("forward", "backward")} == {str(2 * calls)}
+    if config.tensor > 1:  # two regions a layer, and the position ids of each stage
+        assert lines["tensor: collectives, forward"][0] == str(4 * calls + config.stages_per_rank * config.micro_batches)
         assert lines["tensor: bytes, forward"][0] != "0"
     assert lines["other axes: collectives"][0] == "0"
 
@@ -203,6 +219,7 @@ def test_the_certificate_says_what_was_compared(tmp_path: Path) -> None:
     verdict(replace(SMALL, tensor=2, ulysses=2, json=str(path)), tmp_path)
     held = json.loads(path.read_text())
     assert held["holds"] is True
+    assert len(held["hosts"]) == 4
     assert (held["model"]["name"], held["model"]["heads"], held["batch"]["tokens"]) == ("tiny", 4, 19)
     assert [held["layout"][name] for name in ("pipeline", "data", "ring", "ulysses", "tensor", "zero")] == [1, 1, 1, 2, 2, 0]
     assert held["versions"]["torch"] == torch.__version__
@@ -212,6 +229,18 @@ def test_the_certificate_says_what_was_compared(tmp_path: Path) -> None:
     assert len(counted) == 9
     assert counted["tensor: collectives, forward"] == (9, 9)
     assert all(found == expected for found, expected in counted.values())
+
+
+def test_the_certificate_of_a_pipeline_counts_the_messages_between_stages(tmp_path: Path) -> None:
+    path = tmp_path / "certificate.json"
+    verdict(replace(SMALL, pipeline=2, ulysses=1, rows=4, micro_batches=4, json=str(path)), tmp_path)
+    held = json.loads(path.read_text())
+    assert (held["holds"], held["layout"]["pipeline"], held["layout"]["schedule"]) == (True, 2, "1f1b")
+    counted = {line["what"]: (line["found"], line["expected"]) for line in held["traffic"]}
+    sent = 4 * 19 * PRESETS["tiny"].hidden * 8  # four rows, fp64; the first stage sends all of it, the last one the gradients
+    assert counted["pipeline: bytes, forward"] == (sent, sent)
+    assert counted["pipeline: collectives, backward"] == (4, 4)
+    assert counted["other axes: collectives"] == (0, 0)
 
 
 def test_the_certificate_of_a_fault_is_legal_json_and_does_not_hold(tmp_path: Path) -> None:
@@ -226,6 +255,15 @@ def test_a_certificate_that_cannot_be_written_is_refused_by_every_rank(
 ) -> None:
     assert cli.main(["check", "--tokens", "19", "--json", str(tmp_path)]) == 2
     assert "cannot be written: Is a directory; name another file" in capfd.readouterr().err
+
+
+def with_a_seed_of_its_own(job: tuple[Check, str]) -> int:
+    return check.work(replace(job[0], seed=dist.get_rank()))
+
+
+def test_ranks_with_other_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"^seed is 0 on rank 0 and 1 on rank 1; start every rank with the same settings$"):
+        launch.run(f"{__name__}:with_a_seed_of_its_own", (SMALL, ""), 2)
 
 
 def test_the_smallest_batch_has_a_label(tmp_path: Path) -> None:

@@ -1,24 +1,15 @@
 """Settings: checked at birth, the same from flags, a file and a run's own record."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from longspan.cli.config import (
-    PRESETS,
-    Check,
-    Evaluate,
-    Ranks,
-    Train,
-    as_json,
-    compute_dtype,
-    known,
-    read_file,
-    settings_of_run,
-)
-from longspan.errors import RunError
+from longspan.cli.config import PRESETS, Check, Evaluate, Ranks, Train, compute_dtype
+from longspan.cli.settings_file import as_json, known, read_file, settings_of_run
+from longspan.errors import LongspanError, RunError
 from longspan.models import decoder_config
 
 MODELS = "legal are tiny, small, llama-1b, llama-8b, llama-70b, and hf:FOLDER for a Hugging Face model"
@@ -45,6 +36,13 @@ def test_presets_that_flags_name_are_those_of_the_decoder() -> None:
         (Evaluate, {"documents": 0}, "documents=0 must be at least 1"),
         (Check, {"heads": 0}, "heads=0 must be at least 1"),
         (Check, {"tensor": 0}, "tensor=0 must be at least 1"),
+        (Check, {"pipeline": 0}, "pipeline=0 must be at least 1"),
+        (
+            Train,
+            {"pipeline": 2, "rows_per_step": 3, "micro_batches": 2},
+            "rows_per_step=3 cannot be split into micro_batches=2 of one shape, which the stages of pipeline=2 need; use "
+            "--rows-per-step 4, or another --micro-batches",
+        ),
         (
             Check,
             {"json": "no/such/x"},
@@ -75,13 +73,30 @@ def test_choices_are_checked_at_birth(config: Ranks, name: str, value: object, t
     assert str(error.value) == text
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"schedule": "gpipe"}, "needs a mesh with pipeline > 1; use"),
+        ({"pipeline": 2, "stages_per_rank": 2}, "stages_per_rank=2 does not go with schedule='1f1b'"),
+        (
+            {"pipeline": 2, "schedule": "interleaved", "stages_per_rank": 2, "rows": 5, "micro_batches": 5},
+            "interleaved stages need micro-batches in whole rounds of 2 ranks, and the step has 5; ",
+        ),
+    ],
+)
+def test_a_pipeline_s_schedule_is_checked_at_birth(settings: dict[str, object], text: str) -> None:
+    with pytest.raises(LongspanError, match=re.escape(text)):
+        Check(**settings)  # type: ignore[arg-type]
+
+
 def test_one_sequence_decides_how_many_ranks_start() -> None:
     assert Train().local_ranks == 2
     assert Train(ulysses=4).local_ranks == 4
     assert Train(ulysses=2, ring=3).local_ranks == 6
     assert Train(ulysses=2, ring=3, tensor=2).local_ranks == 12
+    assert Train(ulysses=2, pipeline=3, tensor=2).local_ranks == 12
     assert Train(ulysses=1, ranks=3).local_ranks == 3
-    assert [Evaluate(tensor=tensor).local_ranks for tensor in (1, 4)] == [2, 4]
+    assert [Evaluate(tensor=tensor, pipeline=stages).local_ranks for tensor, stages in ((1, 1), (4, 1), (2, 3))] == [2, 4, 6]
 
 
 def test_a_record_reads_back_as_it_was(tmp_path: Path) -> None:

@@ -20,15 +20,16 @@ from tests.helpers import processes
 
 FLAGS = {
     "train": """
-        ranks timeout_seconds debug ulysses ring tensor zero recompute tile_tokens head_chunks offload_activations chunked_loss
+        ranks timeout_seconds debug ulysses ring tensor pipeline schedule stages_per_rank zero recompute tile_tokens
+        head_chunks offload_activations chunked_loss
         model dtype data text_field tokenizer tokens rope_scaling rows_per_step micro_batches steps epochs optimizer
         learning_rate warmup_steps decay_steps weight_decay clip_norm eval_every_steps eval_rows
         checkpoint_every_steps keep_checkpoints seed run memory_report runs_folder resume
     """,
-    "evaluate": "ranks timeout_seconds debug checkpoint data text_field max_tokens documents tensor dtype runs_folder",
+    "evaluate": "ranks timeout_seconds debug checkpoint data text_field max_tokens documents tensor pipeline dtype runs_folder",
     "check": """
-        ranks timeout_seconds debug ulysses ring tensor zero recompute tile_tokens head_chunks offload_activations chunked_loss
-        dtype model layers heads kv_heads tokens rows seed json
+        ranks timeout_seconds debug ulysses ring tensor pipeline schedule stages_per_rank zero recompute tile_tokens
+        head_chunks offload_activations chunked_loss dtype model layers heads kv_heads tokens rows micro_batches seed json
     """,
     "plan": """
         model hardware gpus tokens rows dtype price goal pipeline ring ulysses tensor zero recompute explain json html debug
@@ -65,6 +66,8 @@ def test_flags_become_settings() -> None:
         ("train", ["--tensor", "2"], 1, None, 2, 1),
         ("train", ["--tensor", "2"], 0, None, 4, 2),
         ("evaluate", ["--tensor", "2"], 4, None, 4, None),
+        ("train", ["--tensor", "2", "--pipeline", "2"], 8, None, 4, 1),
+        ("evaluate", ["--pipeline", "2"], 4, None, 4, None),
         ("train", ["--ranks=2"], 1, None, 2, 2),
         ("train", [], 8, "1", 1, 1),  # torchrun with one rank
         ("train", [], 8, "2", 2, 2),

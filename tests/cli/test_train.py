@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -26,40 +25,15 @@ from longspan.distributed.layout import Heads
 from longspan.distributed.traffic import attention_traffic
 from longspan.errors import RunError
 from longspan.models.decoder_config import PRESETS
+from tests.helpers.runs import column, records, run, small, write_text
 
 pytestmark = pytest.mark.usefixtures("launcher")
-
-WORDS = ["def", "return", "self", "import", "class", "for", "in", "not", "None", "True", "yield", "lambda", "while", "with"]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """40 documents of words that repeat, 24 kB."""
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    choose = random.Random(0)
-    documents = [" ".join(choose.choices(WORDS, k=120)) for _ in range(40)]
-    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    return str(path)
-
-
-def small(text: str, folder: Path, **settings: Any) -> Train:
-    defaults: dict[str, Any] = {"tokens": 64, "steps": 4, "eval_rows": 2, "learning_rate": 1e-3, "warmup_steps": 2}
-    return Train(data=(text,), runs_folder=str(folder), **{**defaults, **settings})
-
-
-def run(config: Train, work: str = "longspan.cli.train:work") -> list[dict[str, float]]:
-    """The training records of a run."""
-    assert launch.run(work, config, config.local_ranks) == 0
-    return records(config)
-
-
-def records(config: Train) -> list[dict[str, float]]:
-    lines = Path(config.runs_folder, config.run or "train-001", "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "loss" in record]
-
-
-def column(records: list[dict[str, float]], name: str) -> list[float]:
-    return [record[name] for record in records]
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 LONG = pytest.mark.long  # a gradient off by a factor shows with sgd in its first steps; 50 also show what adds up slowly

@@ -177,19 +177,29 @@ def test_the_digest_says_which_text_and_which_rows() -> None:
     assert all(0 <= digest < 2**63 for some in different for digest in some)
 
 
-def test_an_evaluation_reads_every_sequence_once_and_ends_on_all_replicas_alike() -> None:
-    def parts(rank: int, sequences: int | None = None) -> list[Part]:
+@pytest.mark.parametrize(("rounds", "parts"), [(1, 3), (2, 4)])
+def test_an_evaluation_counts_every_sequence_once_in_parts_of_one_shape(rounds: int, parts: int) -> None:
+    def of(rank: int, sequences: int | None = None) -> list[Part]:
         coordinate = MeshCoordinate(data=3, data_rank=rank)
-        return list(Loader(Tokens(8 * 10), tokens=8, rows=4, seed=0, coordinate=coordinate).epoch(sequences))
+        return Loader(Tokens(8 * 10), tokens=8, rows=4, seed=0, coordinate=coordinate).epoch(sequences, rounds)
 
-    replicas = [parts(rank) for rank in range(3)]
-    assert [[one["longspan"].rows for one in replica] for replica in replicas] == [[2, 2, 1], [1, 1, 1], [1, 1, 0]]
-    assert replicas[2][2]["input_ids"].shape == (0, 8)
-    order = [start // 8 for of_step in zip(*replicas) for start in starts_of(of_step)]
+    def counted(replicas: list[list[Part]]) -> list[int]:
+        found = []
+        for of_step in zip(*replicas, strict=True):
+            for one, starts in zip(of_step, (starts_of([one]) for one in of_step)):
+                labelled = [(row >= 0).sum().item() for row in one["shift_labels"]]
+                assert set(labelled) <= {0, 7}
+                assert one["longspan"].num_labels == sum(labelled)
+                assert torch.equal(one["labels"] >= 0, (one["shift_labels"][:, :1] >= 0).expand(-1, 8))
+                found += [start // 8 for start, labels in zip(starts, labelled, strict=True) if labels]
+        return found
+
+    replicas = [of(rank) for rank in range(3)]
+    assert [[one["longspan"].rows for one in replica] for replica in replicas] == [[2] * parts, [1] * parts, [1] * parts]
+    order = counted(replicas)
     assert sorted(order) == list(range(10))
-    first = [start // 8 for of_step in zip(*[parts(rank, 5) for rank in range(3)]) for start in starts_of(of_step)]
-    assert first == order[:5]
-    assert len(parts(0, 999)) == 3
+    assert counted([of(rank, 5) for rank in range(3)]) == order[:5]
+    assert len(of(0, 999)) == parts
 
 
 def test_text_shorter_than_a_sequence_is_refused_with_what_would_fit() -> None:

@@ -17,6 +17,7 @@ from longspan.distributed.consensus import (
     raise_first_error,
     raise_together,
     refuse_difference,
+    refuse_other_settings,
 )
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, LongspanError, RunError
@@ -35,6 +36,7 @@ def test_facts_and_errors_of_one_rank_reach_all(tmp_path: Path) -> None:
     assert texts[0] == texts[1] == texts[2]
     assert texts[0] == [
         "the text differs between ranks: a on rank 0 and b on rank 2; load one",
+        "steps is 3 on rank 0 and 4 on rank 1; start every rank with the same settings",
         "BatchError rank 1 has no fact",
         "BatchError rank 1 failed",
         "RunError disk 1 is full",
@@ -56,6 +58,10 @@ def _everything(folder: Path) -> list[str]:
     with pytest.raises(BatchError) as caught:
         refuse_difference("the text", "aab"[rank], group, "load one")
     texts.append(str(caught.value))
+    refuse_other_settings({"steps": "3"}, group)
+    with pytest.raises(RunError) as other:
+        refuse_other_settings({"seed": "0", "steps": str(3 + min(rank, 1))}, group)
+    texts.append(str(other.value))
 
     def find() -> int:
         if rank:

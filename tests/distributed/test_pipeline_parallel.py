@@ -3,7 +3,6 @@
 import gc
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from longspan import (
     BatchError,
-    LayoutError,
     MemoryOptions,
     ModelError,
     ParallelMesh,
@@ -25,7 +23,7 @@ from longspan import (
     unparallelize,
 )
 from longspan.distributed import grad_norm, pipeline_parallel
-from longspan.distributed.pipeline_parallel import PipelinePlan, Skipped, SkippedHead, skipping, split_layers
+from longspan.distributed.pipeline_parallel import PipelinePlan, Skipped, SkippedHead, skipping
 from longspan.models.decoder import Decoder
 from longspan.models.decoder_config import DecoderConfig
 from tests.helpers.ranks import Ranks
@@ -34,38 +32,6 @@ SHAPE = DecoderConfig(vocab=97, layers=5, hidden=32, heads=12, kv_heads=4, head_
 ROWS, TOKENS, MICRO_BATCHES = 2, 23, 4
 INTERLEAVED = PipelineOptions("interleaved", stages_per_rank=2)
 PLAIN = MemoryOptions()
-
-
-def test_layers_are_split_by_their_cost() -> None:
-    assert split_layers([1.0] * 5, 2) == (range(3), range(3, 5))
-    assert split_layers([1.0] * 6, 2, last_cost=2.0) == (range(4), range(4, 6))
-    assert split_layers([1.0, 1.0, 5.0, 1.0], 3) == (range(2), range(2, 3), range(3, 4))
-
-
-@pytest.mark.parametrize(("costs", "stages"), [([3.0, 1.0, 4.0, 1.0, 5.0, 9.0], 3), ([2.0] * 7, 4), ([1.0, 8.0], 2)])
-def test_no_other_split_has_a_cheaper_stage(costs: list[float], stages: int) -> None:
-    def most(cuts: tuple[int, ...]) -> float:
-        edges = (0, *cuts, len(costs))
-        return max(sum(costs[a:b]) + (2.0 if b == len(costs) else 0) for a, b in pairwise(edges))
-
-    def all_cuts(start: int, left: int) -> list[tuple[int, ...]]:
-        if not left:
-            return [()]
-        return [(cut, *more) for cut in range(start, len(costs) - left + 1) for more in all_cuts(cut + 1, left - 1)]
-
-    runs = split_layers(costs, stages, last_cost=2.0)
-    assert most(tuple(run.start for run in runs[1:])) == min(map(most, all_cuts(1, stages - 1)))
-
-
-def test_more_stages_than_layers_are_refused() -> None:
-    with pytest.raises(LayoutError, match="2 layers cannot be split into 3 pipeline stages; use up to 2"):
-        split_layers([1.0, 1.0], 3)
-
-
-@pytest.mark.parametrize(("schedule", "per_rank"), [("zigzag", 1), ("1f1b", 2), ("interleaved", 1)])
-def test_options_that_do_not_go_together_are_refused(schedule: Any, per_rank: int) -> None:
-    with pytest.raises(LayoutError, match=r"is unknown|does not go with"):
-        PipelineOptions(schedule, per_rank)
 
 
 def test_what_is_skipped_passes_its_input_and_is_put_back() -> None:

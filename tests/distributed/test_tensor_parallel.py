@@ -21,6 +21,7 @@ from longspan import (
     unparallelize,
     unshard,
 )
+from longspan.batch import agreement
 from longspan.distributed import tensor_parallel
 from longspan.distributed.collectives import CountingTransport, TorchTransport, all_gather, reduce_scatter
 from longspan.distributed.layout import Heads
@@ -281,25 +282,47 @@ def refused_later() -> None:
         mesh.coordinate.layout(1)
 
 
-FAULTS = ["the gradient of a norm left partial", "a cut gradient not divided", "copies of a key/value head not summed"]
+FAULTS = [
+    "the gradient of a norm left partial",
+    "a cut gradient not divided",
+    "copies of a key/value head not summed",
+    "a weight penalty divided",
+    "a loss counted per tensor rank",
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(fault: str, pool: Callable[[int], Ranks]) -> None:
     changes = {"kv_heads": 1} if "copies" in fault else {}
-    with pytest.raises(AssertionError, match="is off by"):
+    with pytest.raises(AssertionError, match="not close" if "loss" in fault else "is off by"):
         pool(2).run(planted, fault, changes)
 
 
 def planted(fault: str, changes: Mapping[str, Any]) -> None:
-    right = tensor_parallel._FinishGradient.backward
+    right, distribute, agreed = tensor_parallel._FinishGradient.backward, tensor_parallel._distribute, agreement._agreed
 
     def wrong(ctx: Any, grad: Tensor) -> Any:
         is_cut = ctx.degree is not None
-        return (grad, None, None) if is_cut == (fault == FAULTS[1]) else right(ctx, grad)
+        return (grad, None, None) if is_cut == (fault in FAULTS[1::2]) else right(ctx, grad)
 
-    tensor_parallel._FinishGradient.backward = staticmethod(wrong)  # type: ignore[method-assign]
+    def divided_later(model: Any, *args: Any) -> None:
+        """A cut parameter's gradient is divided when it is finished, when the penalty's part is in it."""
+        distribute(model, *args)
+        for parameter in model.parameters():
+            if isinstance(parameter, DTensor) and parameter.placements[0].is_shard():
+                parameter.register_hook(lambda grad: grad / 2)
+
+    def counted_twice(info: Any, most: Any, num_labels: int) -> Any:
+        return agreed(info, most, 2 * num_labels)
+
+    if fault == FAULTS[4]:
+        agreement._agreed = counted_twice
+    else:
+        tensor_parallel._FinishGradient.backward = staticmethod(wrong)  # type: ignore[method-assign]
+    if fault == FAULTS[3]:
+        tensor_parallel._distribute = divided_later
     try:
         equals_one_device({"tensor": 2}, 0, MemoryOptions(), changes)
     finally:
         tensor_parallel._FinishGradient.backward = right  # type: ignore[method-assign]
+        tensor_parallel._distribute, agreement._agreed = distribute, agreed

@@ -12,6 +12,7 @@ from longspan.distributed.traffic import (
     Traffic,
     attention_traffic,
     causal_keys_sent,
+    pipeline_traffic,
     recomputable_attention_traffic,
     ring_traffic,
 )
@@ -75,3 +76,14 @@ def test_a_causal_ring_sends_what_the_closed_form_says(ring: int, zigzag: bool, 
     for rank in range(ring):
         hops = plan_hops(Causal().bands(layout.tokens, layout.tokens), held, held, rank)
         assert sum(len(run) for hop in hops[1:] for run in hop.leaving) == causal_keys_sent(layout, rank)
+
+
+@pytest.mark.parametrize(("pipeline", "per_rank"), [(2, 1), (3, 1), (2, 2), (3, 4)])
+def test_every_edge_between_stages_carries_each_micro_batch_once_each_way(pipeline: int, per_rank: int) -> None:
+    each = [pipeline_traffic(pipeline, rank, per_rank, micro_batches=5, elements=7, itemsize=4) for rank in range(pipeline)]
+    for way in (0, 1):
+        edges = pipeline * per_rank - 1
+        assert sum((both[way] for both in each), Traffic()) == Traffic(5 * edges, 5 * edges * 7 * 4)
+    assert each[0][1] == Traffic(5 * (per_rank - 1), 5 * (per_rank - 1) * 28)  # nothing comes before stage 0
+    assert each[-1][0] == each[0][1]
+    assert pipeline_traffic(1, 0, micro_batches=5, elements=7, itemsize=4) == (Traffic(), Traffic())

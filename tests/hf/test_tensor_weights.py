@@ -1,6 +1,7 @@
 """Tensor parallelism of Hugging Face models by their own plans: exact, or refused by name; every style is known."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from transformers.integrations import tensor_parallel as transformers_styles
 
 from longspan import LayoutError, LongspanError, MemoryOptions, ModelError, ParallelMesh, parallel_state, parallelize
+from longspan.distributed import tensor_parallel
 from longspan.hf.tensor_weights import HONOURED, REFUSED
 from tests.helpers.hf_models import BASE, KINDS, assert_gradients, batches, build, forward_alone, forward_cut, small
 from tests.helpers.ranks import Ranks
@@ -50,6 +52,21 @@ def test_biases_of_rows_and_columns(pool: Callable[[int], Ranks]) -> None:
     pool(2).run(
         equals_one_device, "llama", TENSOR, 2, "odd length", MemoryOptions(), {"attention_bias": True, "mlp_bias": True}
     )
+
+
+def test_a_bias_that_is_added_twice_is_seen(pool: Callable[[int], Ranks]) -> None:
+    with pytest.raises(AssertionError, match="not close"):
+        pool(2).run(bias_added_twice)
+
+
+def bias_added_twice() -> None:
+    """A row-parallel module adds its bias to its partial sum, and once more behind the reduce-scatter."""
+    show = tensor_parallel._show
+    tensor_parallel._show = lambda uses, *more: show([replace(use, is_late=False) for use in uses], *more)
+    try:
+        equals_one_device("llama", TENSOR, 0, "odd length", MemoryOptions(), {"attention_bias": True, "mlp_bias": True})
+    finally:
+        tensor_parallel._show = show
 
 
 def equals_one_device(

@@ -1,4 +1,4 @@
-"""Folders of weights: each rank reads its share, and the model is the one that from_pretrained gives; and back to the disk."""
+"""Folders of weights: each rank reads its share, and the model is the one that from_pretrained gives."""
 
 import json
 import shutil
@@ -16,31 +16,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from longspan import ModelError, ParallelMesh, parallelize, shard_batch
-from longspan.hf import weights as pretrained
-from longspan.hf.weights import load, save
+from longspan.hf.weights import load
+from tests.helpers.folders import SMALL, whole, write
 from tests.helpers.hf_models import KINDS, build
 from tests.helpers.ranks import Ranks
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}  # fmt: skip
-
-
-def write(folder: Path, tied: bool = False, **more: Any) -> str:
-    """A folder with random weights in several files."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "tie_word_embeddings": tied, **more}))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(folder, max_shard_size="20KB")
-    return str(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +33,6 @@ def _leave_no_group_behind() -> Iterator[None]:
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def whole(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def steps(model: Any, mesh: ParallelMesh) -> tuple[list[float], dict[str, Tensor]]:
@@ -205,57 +185,6 @@ USUAL = ("gemma3", "deepseek_v3", "bert")
 def test_every_kind_is_read_as_the_library_reads_it(name: str, tmp_path: Path, pool: Callable[[int], Ranks]) -> None:
     build(name).float().save_pretrained(tmp_path, save_original_format=False)
     pool(2).run(as_the_library_loads_it, name, str(tmp_path))
-
-
-# ---- and back
-
-
-def saved(folder: str, out: str, zero: int, degrees: dict[str, int]) -> None:
-    pretrained.FILE_BYTES = 2**15  # several files
-    mesh = ParallelMesh(**degrees)
-    model = parallelize(load(folder), mesh, zero=zero)
-    steps(model, mesh)
-    ids = torch.arange(3, 27).reshape(1, 24)
-    with torch.no_grad():  # leaves FSDP2's outermost parameters gathered
-        model.eval()(**shard_batch({"input_ids": ids}, mesh))
-    save(model, out, mesh)
-    save(model, out, mesh)
-    trained = {name: whole(parameter) for name, parameter in model.named_parameters()}
-    read = AutoModelForCausalLM.from_pretrained(out)
-    assert type(read) is LlamaForCausalLM
-    for name, parameter in read.named_parameters():
-        assert torch.equal(parameter, trained[name]), name
-    again = parallelize(load(out), mesh, zero=3)
-    assert all(torch.equal(whole(parameter), trained[name]) for name, parameter in again.named_parameters())
-
-
-@pytest.mark.parametrize(("tied", "zero", "tensor"), [(True, 3, 1), (False, 3, 1), (True, 0, 1), (True, 3, 2), (False, 0, 2)])
-def test_what_is_saved_is_what_was_trained(
-    tied: bool, zero: int, tensor: int, tmp_path: Path, pool: Callable[[int], Ranks]
-) -> None:
-    out = tmp_path / "out" / "model"
-    pool(2 * tensor).run(saved, write(tmp_path / "in", tied), str(out), zero, {"ulysses": 2, "tensor": tensor})
-    assert [path.name for path in out.parent.iterdir()] == ["model"]
-    assert len(list(out.glob("model-*.safetensors"))) > 1
-    kept = json.loads((out / "config.json").read_text())
-    assert (kept["architectures"], kept["dtype"], kept["use_cache"]) == (["LlamaForCausalLM"], "float32", True)
-    assert not (out / "sharded").exists()
-
-
-def saved_nowhere(folder: str, out: str) -> str:
-    mesh = ParallelMesh()
-    model = parallelize(load(folder), mesh, zero=3)
-    with pytest.raises(ModelError) as error:
-        save(model, out, mesh)
-    return str(error.value)
-
-
-def test_a_folder_that_cannot_be_made_is_refused_on_every_rank(tmp_path: Path, pool: Callable[[int], Ranks]) -> None:
-    (tmp_path / "a file").touch()
-    one, other = pool(2).run(saved_nowhere, write(tmp_path / "in"), str(tmp_path / "a file" / "out"))
-    assert one == other
-    assert "cannot be saved to" in one
-    assert "; make room, or name another folder" in one
 
 
 # ---- refusals

@@ -10,17 +10,14 @@ Independent of how the numbers were made.
 
 import json
 import math
-import platform
 from dataclasses import asdict
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import longspan
 from longspan.cli.config import Check
 from longspan.cli.model_source import ModelSource
 from longspan.distributed.mesh import AXES, ParallelMesh
+from longspan.distributed.software import software
 from longspan.errors import RunError
 
 
@@ -76,12 +73,14 @@ def _content(config: Check, source: ModelSource, mesh: ParallelMesh, lines: list
     return {
         "holds": all(line.holds for line in lines),
         "model": {"name": config.model, "summary": source.summary, **source.described()},
-        "batch": {"rows": config.rows, "tokens": config.tokens, "seed": config.seed, "dtype": config.dtype},
+        "batch": {"rows": config.rows, "micro_batches": config.micro_batches, "tokens": config.tokens, "seed": config.seed}
+        | {"dtype": config.dtype},
         "layout": {axis.name: getattr(at, axis.name) for axis in AXES}
-        | {"zigzag": at.zigzag, "zero": config.zero}
+        | {"zigzag": at.zigzag, "zero": config.zero, "schedule": config.schedule, "stages_per_rank": config.stages_per_rank}
         | asdict(config.memory),
         "device": str(mesh.device.type),
-        "versions": _versions(),
+        "versions": software(),
+        "hosts": list(mesh.hosts),
         "compared": {line.kind: _numbers(line) for line in lines if line.kind != "traffic"},
         "traffic": traffic or "not compared: the closed forms are those of the decoder",
     }
@@ -91,9 +90,3 @@ def _numbers(line: Line) -> dict[str, Any]:
     """{field: value} of one line, with its verdict ``holds``; a number that JSON cannot write (NaN, infinite) as text."""
     values = {name: str(x) if isinstance(x, float) and not math.isfinite(x) else x for name, x in line._asdict().items()}
     return values | {"holds": line.holds}
-
-
-def _versions() -> dict[str, str]:
-    """{name: version} of longspan, Python, torch and, if it is installed, transformers."""
-    others = {name: version(name) for name in ("torch", "transformers") if find_spec(name)}
-    return {"longspan": longspan.__version__, "python": platform.python_version(), **others}

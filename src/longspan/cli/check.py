@@ -2,7 +2,8 @@
 
     batch of random ids, rows with different numbers of labels
         |-- whole, on every rank, the model of one device --------->  loss, gradients, norm
-        |-- sharded over the ranks, the model parallelized -------->  loss, gradients, norm, traffic (decoder only)
+        |-- in micro-batches, sharded over the ranks, the model
+            parallelized ------------------------------------------>  loss, gradients, norm, traffic (decoder only)
                                                                           each line: found, expected, error, bound, verdict
 
 Dropout is off, because the guarantee is stated at dropout 0. The loss of one device is ``cross_entropy`` of its logits: a
@@ -13,7 +14,6 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,14 +33,14 @@ from longspan.cli.metrics import output
 from longspan.cli.model_source import DecoderSource, ModelSource
 from longspan.cli.summary import count, degrees
 from longspan.distributed.collectives import CountingTransport, TorchTransport
-from longspan.distributed.consensus import gather, raise_together
-from longspan.distributed.grad_norm import grad_norm
+from longspan.distributed.consensus import gather, raise_together, refuse_other_settings
+from longspan.distributed.grad_norm import clip_grad_norm_
 from longspan.distributed.layout import consecutive, split
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.traffic import Traffic
 from longspan.loss import cross_entropy
 from longspan.models.adapter import parallel_state
-from longspan.parallelize import parallelize
+from longspan.parallelize import forward_backward, parallelize
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-5}
 FLOOR = 1e-3
@@ -57,13 +57,28 @@ class Outcome:
 
     Attributes:
         loss: the loss.
-        grads: {name of a parameter: its whole gradient in fp64}; zeros for one that is not used.
+        grads: {name of a parameter: its whole gradient in fp64}; zeros for one that is not used. On a pipeline those of this
+            rank's stages, without the copy of a tied weight.
         norm: the 2-norm of all gradients together.
     """
 
     loss: float
     grads: dict[str, Tensor]
     norm: float
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What this rank has sent in one step.
+
+    Attributes:
+        forward, backward: the traffic in the forwards and in the backwards, by axis.
+        layers: how many layers it computed.
+    """
+
+    forward: Counted
+    backward: Counted
+    layers: int
 
 
 def work(config: Check) -> int:
@@ -76,7 +91,10 @@ def work(config: Check) -> int:
         LongspanError: a layout or model that cannot run; raised on every rank with the same text.
     """
     transport = CountingTransport(TorchTransport())
-    mesh = ParallelMesh(config.ulysses, config.ring, tensor=config.tensor, transport=transport, timeout=config.timeout)
+    mesh = ParallelMesh(
+        config.ulysses, config.ring, tensor=config.tensor, pipeline=config.pipeline, transport=transport, timeout=config.timeout
+    )
+    refuse_other_settings(config.common(), mesh.world_group)
     with raise_together(mesh.world_group):
         source = model_source.from_name(config.model, config.layers, config.heads, config.kv_heads)
     lines = _pooled(config, source, mesh) if config.dtype == "bf16" else _exact(config, source, mesh)
@@ -128,7 +146,7 @@ def _pooled(config: Check, source: ModelSource, mesh: ParallelMesh) -> list[Line
         truth = _one_device(config, source, seed, torch.float64, mesh)
         one = _one_device(config, source, seed, torch.bfloat16, mesh)
         ours, traffic = _parallel(config, source, seed, torch.bfloat16, mesh)
-        ours_squared += _squared_error(ours, truth)
+        ours_squared += _over_stages(_squared_error(ours, truth), mesh)
         one_squared += _squared_error(one, truth)
         loss_error = max(loss_error, abs(ours.loss - one.loss) / abs(one.loss))
     ratio = math.sqrt(ours_squared / one_squared)
@@ -157,37 +175,59 @@ def _one_device(config: Check, source: ModelSource, seed: int, dtype: torch.dtyp
     return _outcome(model, loss)
 
 
-def _parallel(
-    config: Check, source: ModelSource, seed: int, dtype: torch.dtype, mesh: ParallelMesh
-) -> tuple[Outcome, tuple[Counted, Counted]]:
+def _parallel(config: Check, source: ModelSource, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> tuple[Outcome, Sent]:
     """Forward and backward of the batch of ``seed`` over the mesh, with the model in ``dtype``.
 
+    A first forward, without gradients, tells what the forward alone sends.
+
     Returns:
-        (the outcome, what this rank sent in the forward and in the backward, by axis).
+        (the outcome, what this rank sent).
     """
-    model = parallelize(_model(source, seed, dtype, mesh), mesh, zero=config.zero, memory=config.memory)
-    mine = consecutive(split(config.rows, mesh.coordinate.data))[mesh.coordinate.data_rank]
+    model = _model(source, seed, dtype, mesh)
+    model = parallelize(model, mesh, zero=config.zero, memory=config.memory, pipeline=config.stages)
     whole = _batch(config, source, seed, mesh.device)
-    rows = {name: tensor[mine.start : mine.stop] for name, tensor in whole.items()}
-    part: Part = shard_batch(rows, mesh, shift=not source.in_place)
+    micro_batches = []
+    for of_step in consecutive(split(config.rows, config.micro_batches)):
+        mine = consecutive(split(len(of_step), mesh.coordinate.data))[mesh.coordinate.data_rank]
+        rows = slice(of_step.start + mine.start, of_step.start + mine.stop)
+        micro_batches.append({name: tensor[rows] for name, tensor in whole.items()})
+    parts = shard_batch(micro_batches, mesh, shift=not source.in_place)
     before = _counted(mesh)
-    with _compute_in(dtype, mesh):
-        loss = _loss(model, part, mesh)
+    with _compute_in(dtype, mesh), torch.no_grad():
+        _step(model, parts, mesh)
     between = _counted(mesh)
-    loss.backward()
-    after = _counted(mesh)
-    return _outcome(model, loss), (_between(between, before), _between(after, between))
+    with _compute_in(dtype, mesh):
+        loss = _step(model, parts, mesh)
+    forward = _between(between, before)
+    backward = _between(_between(_counted(mesh), between), forward)
+    return _outcome(model, loss), Sent(forward, backward, _layers(model, source))
 
 
-def _loss(model: Any, part: Part, mesh: ParallelMesh) -> Tensor:
-    """The loss over all ranks for ``part``: the model's own, or ``cross_entropy`` of its logits if its own is not supported."""
+def _step(model: nn.Module, parts: list[Part], mesh: ParallelMesh) -> Tensor:
+    """Loss over all ranks, and gradients where they are enabled: ``forward_backward``, or ``cross_entropy`` of the logits.
+
+    The latter is for a model whose own loss is not supported.
+    """
     state = parallel_state(model)
-    if state is not None and state.adapter.computes_loss():
-        loss: Tensor = model(**part).loss
-        return loss
-    labels = part["shift_labels" if "shift_labels" in part else "labels"]
-    inputs = {name: value for name, value in part.items() if "labels" not in name}
-    return cross_entropy(model(**inputs).logits, labels, mesh=mesh, num_labels=part["longspan"].num_labels)
+    if state is not None and (state.pipeline is not None or state.adapter.computes_loss()):
+        return forward_backward(model, parts)
+    total = torch.zeros((), device=mesh.device)
+    for part in parts:
+        labels = part["shift_labels" if "shift_labels" in part else "labels"]
+        inputs = {name: value for name, value in part.items() if "labels" not in name}
+        loss = cross_entropy(model(**inputs).logits, labels, mesh=mesh, num_labels=part["longspan"].num_labels)
+        if torch.is_grad_enabled():
+            loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+def _layers(model: nn.Module, source: ModelSource) -> int:
+    """The layers of this rank's pipeline stages; without a pipeline all."""
+    state = parallel_state(model)
+    if state is not None and state.pipeline is not None:
+        return state.pipeline.layers
+    return source.config.layers if isinstance(source, DecoderSource) else 0
 
 
 def _model(source: ModelSource, seed: int, dtype: torch.dtype, mesh: ParallelMesh) -> nn.Module:
@@ -222,11 +262,14 @@ def _batch(config: Check, source: ModelSource, seed: int, device: torch.device) 
 
 def _outcome(model: nn.Module, loss: Tensor) -> Outcome:
     """Loss, whole gradients and their norm of a model after its backward."""
-    grads = {}
+    state, grads = parallel_state(model), {}
+    copies = {} if state is None or state.pipeline is None else state.pipeline.copy_names
     for name, parameter in model.named_parameters():
+        if name in copies:
+            continue
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # BERT's pooler is not used
         grads[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).double()
-    return Outcome(loss.item(), grads, grad_norm(model.parameters()).item())
+    return Outcome(loss.item(), grads, clip_grad_norm_(model, math.inf).item())
 
 
 def _relative(found: Tensor, expected: Tensor, norm: float) -> float:
@@ -236,15 +279,23 @@ def _relative(found: Tensor, expected: Tensor, norm: float) -> float:
 
 
 def _squared_error(found: Outcome, truth: Outcome) -> float:
-    """The sum over all parameters of the squared differences between the gradients of ``found`` and ``truth``."""
-    return sum(float((found.grads[name] - truth.grads[name]).square().sum()) for name in truth.grads)
+    """The sum over the parameters of ``found`` of the squared differences between its gradients and those of ``truth``."""
+    return sum(float((grad - truth.grads[name]).square().sum()) for name, grad in found.grads.items())
+
+
+def _over_stages(error: float, mesh: ParallelMesh) -> float:
+    """The sum of ``error`` over the pipeline's ranks, which have different parameters. Every rank must call it."""
+    everyone = gather((mesh.coordinate.pipeline_rank, error), mesh.world_group)
+    return sum(dict(everyone).values())
 
 
 def _counted(mesh: ParallelMesh) -> Counted:
     """{axis: what this rank has sent on it so far}, for each axis of degree above 1, and "none of these" for any other
     group."""
     assert isinstance(mesh.transport, CountingTransport)
-    groups = {"ulysses": mesh.ulysses_group, "ring": mesh.ring_group, "tensor": mesh.tensor_group}
+    groups = {
+        "pipeline": mesh.pipeline_group, "ring": mesh.ring_group, "ulysses": mesh.ulysses_group, "tensor": mesh.tensor_group
+    }  # fmt: skip
     sent = {axis: mesh.transport.sent_over(group) for axis, group in groups.items() if group.size() > 1}
     total = mesh.transport.traffic
     return sent | {"none of these": reduce(_minus, sent.values(), total)}
@@ -260,9 +311,7 @@ def _between(after: Counted, before: Counted) -> Counted:
     return {axis: _minus(after[axis], before[axis]) for axis in after}
 
 
-def _traffic_lines(
-    config: Check, source: ModelSource, mesh: ParallelMesh, found: tuple[Counted, Counted], itemsize: int
-) -> list[Line]:
+def _traffic_lines(config: Check, source: ModelSource, mesh: ParallelMesh, found: Sent, itemsize: int) -> list[Line]:
     """The lines of the check's table that compare this rank's counted traffic with the closed form: by axis, in each pass.
 
     Args:
@@ -270,19 +319,20 @@ def _traffic_lines(
         source: the model; the result is empty for a Hugging Face model, because the closed form is for layers that are all
             causal and of one shape.
         mesh: the ranks.
-        found: what was counted in the forward and in the backward.
+        found: what was counted.
         itemsize: bytes of an element of the compute dtype.
     """
     if not isinstance(source, DecoderSource):
         return []
-    formula = by_axis(config, source.config, mesh.coordinate, itemsize)
+    formula = by_axis(config, source.config, mesh.coordinate, itemsize, found.layers)
+    counts = (found.forward, found.backward)
     lines = [
         _traffic_line(f"{axis}: {what}, {way}", getattr(counted[axis], what), getattr(expected, what))
         for axis, passes in formula.items()
-        for way, counted, expected in zip(("forward", "backward"), found, passes)
+        for way, counted, expected in zip(("forward", "backward"), counts, passes)
         for what in ("collectives", "bytes")
     ]
-    others = sum(counted[axis].collectives for counted in found for axis in counted if axis not in formula)
+    others = sum(counted[axis].collectives for counted in counts for axis in counted if axis not in formula)
     return [*lines, _traffic_line("other axes: collectives", others, 0)]
 
 
@@ -292,9 +342,16 @@ def _traffic_line(what: str, found: int, expected: int) -> Line:
 
 
 def _worst_of_all_ranks(lines: list[Line], mesh: ParallelMesh) -> list[Line]:
-    """For each line of the table, that of the rank with the largest error; NaN counts as infinite. Every rank must call it."""
+    """For each line of the table, that of the rank with the largest error, and of these with the largest number.
+
+    NaN counts as infinite. Every rank must call it.
+    """
     everyone = gather(lines, mesh.world_group)
-    return [max(same, key=lambda line: math.inf if math.isnan(line.error) else line.error) for same in zip(*everyone)]
+
+    def error_then_size(line: Line) -> tuple[float, float]:
+        return math.inf if math.isnan(line.error) else line.error, line.found
+
+    return [max(same, key=error_then_size) for same in zip(*everyone)]
 
 
 def _print(config: Check, source: ModelSource, mesh: ParallelMesh, lines: list[Line], holds: bool) -> None:
@@ -307,7 +364,8 @@ def _print(config: Check, source: ModelSource, mesh: ParallelMesh, lines: list[L
     console = output(140)
     console.print(
         f"{count(mesh.world_group.size(), 'rank')} = {degrees(mesh.coordinate)}, zero={config.zero}, {config.dtype}: "
-        f"{count(config.rows, 'row')} of {config.tokens:,} tokens, {source.summary}",
+        f"{count(config.rows, 'row')} of {config.tokens:,} tokens in {count(config.micro_batches, 'micro-batch')}, "
+        f"{source.summary}\n{mesh.rank_map}",
         highlight=False,
     )
     console.print(table, highlight=False)

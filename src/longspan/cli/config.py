@@ -8,36 +8,20 @@ A number counts for the whole run, never for one rank: ``rows_per_step`` is the 
 file is independent of processes and tensors, and it imports no torch.
 """
 
-import json
-import tomllib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 from tyro.conf import Positional, arg
 
+from longspan.cli.settings_file import LATEST, legal_folder
+from longspan.distributed.pipeline_options import PipelineOptions
 from longspan.errors import RunError
 from longspan.memory.options import MemoryOptions
 
 PRESETS = ("tiny", "small", "llama-1b", "llama-8b", "llama-70b")
 """The names of ``models.decoder_config.PRESETS``, repeated here so that ``--help`` does not import torch."""
-
-OTHER_NAMES = {
-    "batch_size": "rows_per_step", "global_batch_size": "rows_per_step", "gradient_accumulation_steps": "micro_batches",
-    "nproc_per_node": "ranks", "gpus": "ranks", "world_size": "ranks", "sequence_parallel": "ulysses",
-    "tp": "tensor", "tp_size": "tensor", "tensor_parallel": "tensor", "tensor_model_parallel_size": "tensor",
-    "context_parallel": "ring", "stage": "zero", "gradient_checkpointing": "recompute", "bf16": "dtype",
-    "lr": "learning_rate", "max_steps": "steps", "num_train_epochs": "epochs", "max_grad_norm": "clip_norm",
-    "seq_len": "tokens", "seq_length": "tokens", "max_length": "tokens", "context_length": "tokens",
-    "output_dir": "runs_folder", "name": "run",
-}  # fmt: skip
-"""Names of settings in other tools, each with the name of the setting here; for "did you mean" in messages."""
-
-LATEST = "latest"
-"""The name that ``--resume`` and ``evaluate`` use if no run is named; also the file that holds the name of the latest run."""
 
 MAX_TOKENS = 16_384
 """The default of ``evaluate --max-tokens``: documents are truncated to this many tokens."""
@@ -73,6 +57,10 @@ class Ranks:
         """The number of ranks to start on this machine if no launcher has started ranks: ``ranks``, or its default."""
         return self.ranks if self.ranks is not None else 2
 
+    def common(self) -> dict[str, str]:
+        """The settings that all ranks must have alike, as text by name: all but those of the launch."""
+        return {field.name: str(getattr(self, field.name)) for field in fields(self) if field.name not in ("ranks", "debug")}
+
     @property
     def timeout(self) -> timedelta | None:
         """``timeout_seconds`` as a timedelta, for ``ParallelMesh(timeout=)``; None: PyTorch's."""
@@ -88,7 +76,7 @@ class Ranks:
 class Layout(Ranks):
     """Parallel layout, ZeRO stage and memory options: the settings that ``train`` and ``check`` have in common."""
 
-    ranks: Annotated[int | None, _number("ulysses x ring x tensor")] = None
+    ranks: Annotated[int | None, _number("pipeline x ring x ulysses x tensor")] = None
     """Ranks to start on this machine. Under torchrun or another launcher its ranks are used instead."""
     ulysses: Annotated[int, arg(help_behavior_hint="(default: one for each GPU, up to 4; without a GPU 2)")] = 2
     """Degree of Ulysses sequence parallelism: an all-to-all turns shards of tokens into shards of heads around attention."""
@@ -96,6 +84,12 @@ class Layout(Ranks):
     """Degree of ring attention (context parallelism): key/value blocks pass from rank to rank. For more ranks than heads."""
     tensor: int = 1
     """Degree of tensor parallel: heads, feed-forwards and their weights are split (Megatron-SP)."""
+    pipeline: int = 1
+    """Degree of pipeline parallel: the layers are split into stages, through which the micro-batches of a step pass."""
+    schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
+    """Order of a pipeline's forwards and backwards. gpipe holds all micro-batches; interleaved has several stages on a rank."""
+    stages_per_rank: int = 1
+    """Pipeline stages of each rank, with --schedule interleaved."""
     zero: Literal[0, 2, 3] = 0
     """ZeRO stage (FSDP2). 0: nothing is sharded. 2: gradients and optimizer states are sharded; 3: parameters too."""
     recompute: Literal["none", "full", "selective"] = "none"
@@ -111,11 +105,17 @@ class Layout(Ranks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "ulysses", "ring", "tensor", "tile_tokens", "head_chunks")
+        _at_least(self, 1, "ulysses", "ring", "tensor", "pipeline", "tile_tokens", "head_chunks")
+        self.stages.on(self.pipeline)
 
     @property
     def local_ranks(self) -> int:
-        return self.ranks if self.ranks is not None else self.ulysses * self.ring * self.tensor
+        return self.ranks if self.ranks is not None else self.pipeline * self.ring * self.ulysses * self.tensor
+
+    @property
+    def stages(self) -> PipelineOptions:
+        """The fields of PipelineOptions among these settings, for ``parallelize(pipeline=)``."""
+        return PipelineOptions(self.schedule, self.stages_per_rank)
 
     @property
     def memory(self) -> MemoryOptions:
@@ -183,7 +183,7 @@ class Train(Layout):
     def __post_init__(self) -> None:
         super().__post_init__()
         _legal_model(self.model)
-        _legal_folder(self.runs_folder)
+        legal_folder(self.runs_folder)
         _at_least(self, 1, "rows_per_step", "micro_batches", "steps", "decay_steps", "eval_rows", "keep_checkpoints")
         _at_least(self, 2, "tokens")
         _at_least(self, 0, "warmup_steps", "eval_every_steps", "checkpoint_every_steps", "weight_decay", "seed")
@@ -193,6 +193,7 @@ class Train(Layout):
                 f"rows_per_step={self.rows_per_step} is fewer than micro_batches={self.micro_batches}; "
                 f"every micro-batch needs a row: use --micro-batches {self.rows_per_step} or fewer"
             )
+        _equal_micro_batches(self, "rows_per_step", self.rows_per_step, self.micro_batches)
         if Path(self.run).name != self.run or self.run == LATEST:
             raise RunError(f"run={self.run!r} is not a plain name; put the folder of the runs into --runs-folder")
 
@@ -219,6 +220,8 @@ class Evaluate(Ranks):
     """How many documents, the longest first. Each is one forward pass over all ranks."""
     tensor: int = 1
     """Degree of tensor parallel; the ulysses degree is the number of ranks divided by it."""
+    pipeline: int = 1
+    """Degree of pipeline parallel; the ulysses degree is the number of ranks divided by it too."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute dtype of the forward: auto is bf16 on a GPU, else fp32."""
     runs_folder: str = "runs"
@@ -226,13 +229,13 @@ class Evaluate(Ranks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _legal_folder(self.runs_folder)
-        _at_least(self, 1, "documents", "tensor")
+        legal_folder(self.runs_folder)
+        _at_least(self, 1, "documents", "tensor", "pipeline")
         _at_least(self, 2, "max_tokens")
 
     @property
     def local_ranks(self) -> int:
-        return self.ranks if self.ranks is not None else max(2, self.tensor)
+        return self.ranks if self.ranks is not None else max(2, self.tensor * self.pipeline)
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,9 @@ class Check(Layout):
     tokens: int = 1_024
     """Tokens of one sequence."""
     rows: int = 2
-    """Sequences of the batch, over all data replicas."""
+    """Sequences of the batch, over all data replicas and micro-batches."""
+    micro_batches: int = 1
+    """Micro-batches whose gradients are accumulated; a pipeline works on several at a time."""
     seed: int = 0
     """Seed of parameters and batch."""
     json: Annotated[str | None, arg(help_behavior_hint="(default: none)", metavar="FILE")] = None
@@ -261,8 +266,9 @@ class Check(Layout):
     def __post_init__(self) -> None:
         super().__post_init__()
         _legal_model(self.model)
-        _at_least(self, 1, "layers", "heads", "kv_heads", "rows")
+        _at_least(self, 1, "layers", "heads", "kv_heads", "rows", "micro_batches")
         _at_least(self, 2, "tokens")
+        _equal_micro_batches(self, "rows", self.rows, self.micro_batches)
         _at_least(self, 0, "seed")
         if self.json is not None and not Path(self.json).parent.is_dir():
             raise RunError(f"json={self.json!r} is in a folder that does not exist; make it first, or name another file")
@@ -273,91 +279,6 @@ def compute_dtype(dtype: Literal["auto", "fp32", "bf16"], device_type: str) -> L
     if dtype == "auto":
         return "fp32" if device_type == "cpu" else "bf16"
     return dtype
-
-
-def read_file(path: str) -> dict[str, Any]:
-    """Read the settings in the JSON file ``path``, or in a TOML file (its name ends in .toml).
-
-    Returns:
-        {name: value or list}, with ``-`` in names replaced by ``_``; ``known`` checks the names later.
-
-    Raises:
-        RunError: the file cannot be read, is not valid JSON or TOML, holds no names with values, or has a table.
-    """
-    if path.lower().endswith((".yaml", ".yml")):
-        raise RunError(
-            f"the config {path} is YAML; write the settings as TOML (name = value) into a file whose name ends in .toml"
-        )
-    is_toml = path.endswith(".toml")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = tomllib.loads(text) if is_toml else json.loads(text)
-    except OSError as error:
-        raise RunError(f"the config {path} cannot be read: {error.strerror}; name a JSON or TOML file that exists") from error
-    except ValueError as error:
-        advice = "" if is_toml or path.endswith(".json") else "; where it is TOML, end its name in .toml"
-        raise RunError(f"the config {path} is not valid {'TOML' if is_toml else 'JSON'}: {error}{advice}") from error
-    if not isinstance(values, dict):
-        raise RunError(f"the config {path} holds a {type(values).__name__}; it must hold names and values")
-    if tables := [name for name, value in values.items() if isinstance(value, dict)]:
-        raise RunError(
-            f"the config {path} has the table {tables[0]}; every setting is one value or a list: write the settings at the top "
-            f"level, without tables"
-        )
-    return {name.replace("-", "_"): value for name, value in values.items()}
-
-
-def settings_of_run(runs_folder: str, name: str) -> tuple[str, dict[str, Any]]:
-    """Read the settings with which a run was started.
-
-    Args:
-        runs_folder: the folder of all runs.
-        name: the name of the run, or ``latest`` for the one started last.
-
-    Returns:
-        (the run's name, its settings by name).
-
-    Raises:
-        RunError: there is no such run; the message lists those that exist.
-    """
-    _legal_folder(runs_folder)
-    folder = Path(runs_folder)
-    try:
-        name = (folder / LATEST).read_text().strip() if name == LATEST else name
-        return name, read_file(str(folder / name / "config.json"))
-    except (OSError, RunError) as error:
-        there = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        which = f"there are {', '.join(there)}" if there else "there is none; start one with: longspan train"
-        raise RunError(f"no run {name!r} in the folder {runs_folder}: {which}") from error
-
-
-def known(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
-    """``values`` unchanged, if all its names are fields of the settings class ``kind``.
-
-    Raises:
-        RunError: some names are no fields; the message lists them, begins with ``where`` and suggests the nearest field.
-    """
-    names = [field.name for field in fields(kind)]
-    if strange := sorted(set(values) - set(names)):
-        near = "".join(f" (did you mean {name}?)" for name in close(strange[0], names))
-        raise RunError(
-            f"{where} sets {', '.join(strange)}, unknown to {kind.__name__.lower()}{near}; legal are {', '.join(names)}"
-        )
-    return values
-
-
-def close(word: str, names: Sequence[str]) -> list[str]:
-    """The name in ``names`` that a wrong ``word`` most likely means, as a list of one; [] if none is near.
-
-    It is the name that OTHER_NAMES gives for ``word``, else the nearest spelling.
-    """
-    other = OTHER_NAMES.get(word, "")
-    return [other] if other in names else get_close_matches(word, names, 1)
-
-
-def as_json(config: Ranks) -> str:
-    """All settings as JSON text, which ``read_file`` can read; config.json in a run's folder holds it."""
-    return json.dumps(asdict(config), indent=2) + "\n"
 
 
 def _legal_choices(config: Ranks) -> None:
@@ -374,10 +295,17 @@ def _legal_model(name: str) -> None:
         raise RunError(f"model={name!r} is unknown; legal are {', '.join(PRESETS)}, and hf:FOLDER for a Hugging Face model")
 
 
-def _legal_folder(runs_folder: str) -> None:
-    path = Path(runs_folder)
-    if path.exists() and not path.is_dir():
-        raise RunError(f"runs_folder='{runs_folder}' is a file; name a folder, which is made where it does not exist")
+def _equal_micro_batches(config: Layout, name: str, rows: int, micro_batches: int) -> None:
+    """Raise LongspanError for micro-batches that the stages of a pipeline cannot take: they need one shape, in whole rounds."""
+    if config.pipeline == 1:
+        return
+    if rows % micro_batches:
+        raise RunError(
+            f"{name}={rows} cannot be split into micro_batches={micro_batches} of one shape, which the stages of "
+            f"pipeline={config.pipeline} need; use --{name.replace('_', '-')} {rows + -rows % micro_batches}, or another "
+            f"--micro-batches"
+        )
+    config.stages.refuse_broken_rounds(config.pipeline, micro_batches)
 
 
 def _at_least(config: Ranks, least: int, *names: str) -> None:

@@ -14,22 +14,23 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from rich.table import Table
-from torch import Tensor
 
 from longspan.batch.agreement import sync_batches
+from longspan.batch.shard import on_device
 from longspan.cli import checkpoint, model_source
-from longspan.cli.config import MAX_TOKENS, Evaluate, compute_dtype, read_file
+from longspan.cli.config import MAX_TOKENS, Evaluate, compute_dtype
 from longspan.cli.metrics import output
 from longspan.cli.model_source import ModelSource
+from longspan.cli.settings_file import read_file
 from longspan.cli.summary import count
 from longspan.data.corpora import STANDARD_LIBRARY
 from longspan.data.loader import part
 from longspan.data.packing import Corpus, Split, bits, tokenize
 from longspan.data.tokenizers import load as load_tokenizer
-from longspan.distributed.consensus import raise_together
+from longspan.distributed.consensus import raise_together, refuse_other_settings
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import DataError, LayoutError, ModelError, RunError
-from longspan.parallelize import parallelize
+from longspan.parallelize import forward_backward, parallelize
 
 
 class DocumentLoss(NamedTuple):
@@ -79,8 +80,9 @@ def work(config: Evaluate) -> int:
     Raises:
         LongspanError: a checkpoint, text or number of ranks that cannot be used; raised on every rank with the same text.
     """
-    ulysses = max(1, dist.get_world_size() // config.tensor)
-    mesh = ParallelMesh(ulysses, tensor=config.tensor, timeout=config.timeout)
+    ulysses = max(1, dist.get_world_size() // (config.tensor * config.pipeline))
+    mesh = ParallelMesh(ulysses, tensor=config.tensor, pipeline=config.pipeline, timeout=config.timeout)
+    refuse_other_settings(config.common(), mesh.world_group)
     config = replace(config, dtype=compute_dtype(config.dtype, mesh.device.type))
     with raise_together(mesh.world_group):
         found = _find(config)
@@ -99,7 +101,7 @@ def work(config: Evaluate) -> int:
     for number, start, tokens in chosen:
         (mine,) = sync_batches([part(text, [start], tokens, _my_tokens(tokens, mesh))], mesh)
         with torch.autocast(mesh.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
-            loss = model(**{k: v.to(mesh.device) if isinstance(v, Tensor) else v for k, v in mine.items()}).loss.item()
+            loss = forward_backward(model, [on_device(mine, mesh.device)]).item()
         begins = tokenizer.decode(text.read(start, start + min(tokens, 48)).numpy())
         losses.append(DocumentLoss(number, " ".join(begins.split())[:32], tokens, loss))
     if dist.get_rank() == 0:
@@ -168,21 +170,20 @@ def _longest(text: Split, max_tokens: int, documents: int, mesh: ParallelMesh) -
         (its number, its first token in the text, the number of tokens read) of each.
 
     Raises:
-        DataError: a document, or ``max_tokens``, is below the number of ranks or below 2.
+        DataError: one of them, or the limit of tokens, is below the number of ranks of a sequence or below 2.
     """
     bounds = [(number, int(start), int(stop - start)) for number, (start, stop) in enumerate(text.documents)]
     chosen = sorted(bounds, key=lambda bound: -bound[2])[:documents]
-    least = max(2, mesh.world_group.size())
+    ranks = mesh.coordinate.sequence_ranks
+    least = max(2, ranks)
     for number, _, tokens in chosen:
         if tokens < least:
             raise DataError(
-                f"document {number} has {tokens} tokens, fewer than the {least} that {mesh.world_group.size()} ranks need; "
+                f"document {number} has {tokens} tokens, fewer than the {least} that {ranks} ranks need; "
                 f"use fewer --documents (the longest come first), fewer --ranks, or longer text"
             )
     if max_tokens < least:
-        raise DataError(
-            f"max_tokens={max_tokens} is too few for {mesh.world_group.size()} ranks; use --max-tokens {least} or more"
-        )
+        raise DataError(f"max_tokens={max_tokens} is too few for {ranks} ranks; use --max-tokens {least} or more")
     return [(number, start, min(tokens, max_tokens)) for number, start, tokens in chosen]
 
 
@@ -196,12 +197,11 @@ def _refuse_another_vocabulary(corpus: Corpus, found: Found) -> None:
 
 
 def _refuse_more_ranks_than_heads(source: ModelSource, mesh: ParallelMesh) -> None:
-    """Raise LayoutError if there are more ranks than query heads, over which they split each document."""
-    if mesh.world_group.size() > source.heads:
+    ranks, stages = mesh.coordinate.sequence_ranks, mesh.coordinate.pipeline
+    if ranks > source.heads:
         raise LayoutError(
-            f"{mesh.world_group.size()} ranks cannot share the model's {source.heads} query heads, "
-            f"and each document lies on all ranks; "
-            f"use --ranks {source.heads} or fewer"
+            f"{ranks} ranks cannot share the model's {source.heads} query heads, and each document lies on all ranks"
+            f"{' of a stage' * (stages > 1)}; use --ranks {source.heads * stages} or fewer"
         )
 
 

@@ -1,20 +1,24 @@
 """The closed forms of a decoder's traffic in one step, by axis of the mesh: what ``longspan check`` compares counts with.
 
-    ulysses    a layer's all-to-alls of attention        }  times the layers, and again where a layer is recomputed
-    ring       a layer's exchanges of keys and values    }
-    tensor     two regions a layer, and once a forward the position ids
+    ulysses    a layer's all-to-alls of attention        }  times the layers of this rank's stages, and again where a layer is
+    ring       a layer's exchanges of keys and values    }  recomputed
+    tensor     two regions a layer, and once a forward of a stage the position ids
+    pipeline   hidden states to the next stage, and their gradients back
 
-Everything is derived from integers: the degrees, the rows and tokens, the model's shape, the memory options. The sums are those
-of distributed/traffic.py; every layer is causal and of one shape.
+All for each micro-batch. Everything is derived from integers: the degrees, the rows and tokens, the model's shape, the memory
+options. The sums are those of distributed/traffic.py; every layer is causal and of one shape.
 """
+
+from dataclasses import replace
 
 from longspan.attention.ring import plan_hops
 from longspan.cli.config import Check
-from longspan.distributed.layout import Heads, split
+from longspan.distributed.layout import Heads, consecutive, split
 from longspan.distributed.mesh import MeshCoordinate
 from longspan.distributed.traffic import (
     Traffic,
     attention_traffic,
+    pipeline_traffic,
     recomputable_attention_traffic,
     ring_traffic,
     tensor_region_traffic,
@@ -28,25 +32,35 @@ Passes = tuple[Traffic, Traffic]
 POSITION_BYTES = 8
 
 
-def by_axis(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: int) -> dict[str, Passes]:
-    """What this rank sends in one forward and backward of the whole decoder, by axis; axes of degree 1 are left out.
+def by_axis(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: int, layers: int) -> dict[str, Passes]:
+    """What this rank sends in one step of the decoder, by axis; axes of degree 1 are left out.
 
     Args:
-        config: the rows, tokens and memory options.
+        config: the rows, tokens, micro-batches, schedule and memory options.
         shape: the decoder, of all ranks together.
         at: the degrees and this rank's position.
         itemsize: bytes of an element of the compute dtype. Parameters, and hidden states between regions, have at least 4.
-
-    Returns:
-        {axis: (traffic of the forward, traffic of the backward)}.
+        layers: the layers of this rank's pipeline stages; without a pipeline all.
     """
-    passes = _attention(config, shape.of_tensor_rank(at.tensor), at, itemsize) | {
-        "tensor": _tensor(config, shape, at, itemsize)
+    held, found = replace(shape, layers=layers), dict[str, list[Passes]]()
+    micro_batches = [split(len(rows), at.data)[at.data_rank] for rows in consecutive(split(config.rows, config.micro_batches))]
+    for rows in micro_batches:
+        passes = _attention(config, held.of_tensor_rank(at.tensor), at, rows, itemsize) | {
+            "tensor": _tensor(config, held, at, rows, itemsize)
+        }
+        for axis, both in passes.items():
+            found.setdefault(axis, []).append(both)
+    elements = micro_batches[0] * sum(map(len, at.my_positions(config.tokens))) * shape.hidden
+    sizes = {"micro_batches": config.micro_batches, "elements": elements, "itemsize": max(itemsize, 4)}
+    found["pipeline"] = [pipeline_traffic(at.pipeline, at.pipeline_rank, config.stages_per_rank, **sizes)]
+    return {
+        axis: (_sum([forward for forward, _ in each]), _sum([backward for _, backward in each]))
+        for axis, each in found.items()
+        if getattr(at, axis) > 1
     }
-    return {axis: both for axis, both in passes.items() if getattr(at, axis) > 1}
 
 
-def _attention(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: int) -> dict[str, Passes]:
+def _attention(config: Check, shape: DecoderConfig, at: MeshCoordinate, rows: int, itemsize: int) -> dict[str, Passes]:
     """{axis: (forward, backward)} that attention sends in all layers on the axes ulysses and ring.
 
     Args:
@@ -56,7 +70,7 @@ def _attention(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize
         itemsize: bytes of an element of q, k and v.
     """
     layout, dim = at.layout(config.tokens), shape.head_dim
-    sizes, rows = layout.sizes(at.ring_rank), _rows(config, at)
+    sizes = layout.sizes(at.ring_rank)
     chunked = Heads(shape.heads, shape.kv_heads, config.head_chunks)
     exchange = recomputable_attention_traffic if _is_recomputable(config) else attention_traffic
     held = [layout.batch_runs(rank, rows) for rank in range(at.ring)]
@@ -75,16 +89,12 @@ def _attention(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize
     return found
 
 
-def _tensor(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: int) -> Passes:
-    """(forward, backward) that all layers send on the tensor axis: two regions a layer, and the gather of the position ids.
+def _tensor(config: Check, shape: DecoderConfig, at: MeshCoordinate, rows: int, itemsize: int) -> Passes:
+    """Two regions a layer, and once a stage the gather of the position ids.
 
     A recomputed layer stops before its last reduce-scatter.
-
-    Args:
-        config, shape, at: the options, the decoder of all ranks together, and this rank's position.
-        itemsize: bytes of an element of the compute dtype.
     """
-    rows, shares, hidden = _rows(config, at), at.tensor_sizes(config.tokens), max(itemsize, 4)
+    shares, hidden = at.tensor_sizes(config.tokens), max(itemsize, 4)
     sums = {"attention": hidden if config.head_chunks > 1 else itemsize, "feed-forward": itemsize}  # chunks are summed up
 
     def region(which: str) -> Passes:
@@ -92,17 +102,13 @@ def _tensor(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: i
         return tensor_region_traffic(*at_rank, rows=rows, hidden=shape.hidden, itemsize=hidden, sum_itemsize=sums[which])
 
     one = [_times(shape.layers, region("attention")[way] + region("feed-forward")[way]) for way in (0, 1)]
-    positions = Traffic(1, rows * shares[at.tensor_rank] * (len(shares) - 1) * POSITION_BYTES)
+    one_stage = Traffic(1, rows * shares[at.tensor_rank] * (len(shares) - 1) * POSITION_BYTES)
+    positions = _times(config.stages_per_rank, one_stage)
     forward, backward = one[0] + positions, one[1]
     if config.recompute != "none":
         last = shape.layers * rows * (sum(shares) - shares[at.tensor_rank]) * shape.hidden * sums["feed-forward"]
         backward = backward + Traffic(one[0].collectives - shape.layers, one[0].bytes - last)
     return forward, backward
-
-
-def _rows(config: Check, at: MeshCoordinate) -> int:
-    """The rows of this rank's data replica."""
-    return split(config.rows, at.data)[at.data_rank]
 
 
 def _is_recomputable(config: Check) -> bool:

@@ -28,10 +28,11 @@ import tyro
 
 import longspan
 from longspan.cli import launch
-from longspan.cli.config import LATEST, Check, Evaluate, Layout, Ranks, Train, close, known, read_file, settings_of_run
+from longspan.cli.config import Check, Evaluate, Layout, Ranks, Train
 from longspan.cli.plan import PlanSettings
 from longspan.cli.probe import ProbeSettings
 from longspan.cli.report import ReportSettings
+from longspan.cli.settings_file import LATEST, close, known, read_file, settings_of_run
 from longspan.distributed.launchers import join_launcher
 from longspan.errors import LongspanError, RunError
 
@@ -227,8 +228,9 @@ def _on_the_devices(config: Any, flags: Sequence[str], work: str) -> Any:
     ranks = int(os.environ["WORLD_SIZE"]) if launch.joins() else launch.visible_devices(work, config.local_ranks)
     if (launch.joins() and ranks > 1) or not ranks:
         return config
-    ulysses = max(1, min(ranks, MOST_DEFAULT_RANKS) // config.tensor)
-    return replace(config, **({"ulysses": ulysses} if isinstance(config, Layout) else {"ranks": ulysses * config.tensor}))
+    others = config.tensor * config.pipeline
+    ulysses = max(1, min(ranks, MOST_DEFAULT_RANKS) // others)
+    return replace(config, **({"ulysses": ulysses} if isinstance(config, Layout) else {"ranks": ulysses * others}))
 
 
 def _say(error: LongspanError | OSError, debug: bool) -> None:

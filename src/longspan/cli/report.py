@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from longspan.cli.config import LATEST, settings_of_run
+from longspan.cli.settings_file import LATEST, settings_of_run
 from longspan.errors import RunError
 
 PANELS = (

@@ -17,7 +17,7 @@ from longspan.distributed.mesh import AXES, BASIC, MeshCoordinate, ParallelMesh
 
 
 def opening(source: ModelSource, corpus: Corpus, loader: Loader, config: Train, mesh: ParallelMesh, done: int) -> str:
-    """Four lines that ``train`` prints first: layout; model; files, documents and tokens of the text; and what is left to run.
+    """Layout; ranks by host and axis; model; files, documents and tokens of the text; tokens, epochs and steps that are left.
 
     Args:
         source: the model.
@@ -41,6 +41,7 @@ def opening(source: ModelSource, corpus: Corpus, loader: Loader, config: Train, 
         [
             f"{count(mesh.world_group.size(), 'rank')} = {degrees(c)}; "
             f"{config.tokens:,} tokens a sequence, {config.tokens // c.sequence_ranks:,} of them a rank",
+            mesh.rank_map,
             f"model  {source.summary}",
             f"text   {found}, {split}{skipped}",
             f"run    {seen * config.tokens:,} tokens, {seen / loader.sequences:.3g} epochs: {length}{kept}",
@@ -69,7 +70,9 @@ def closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, co
     lines = [f"  {what:<24}{loss:7.4f} nats a token {bits(loss * per_byte):8.4f} bits a byte" for what, loss in learned]
     ours = "longspan" if shutil.which("longspan") else sys.argv[0]
     where = "" if config.runs_folder == "runs" else f" --runs-folder {config.runs_folder}"
-    tensor = f" --tensor {config.tensor}" if config.tensor > 1 else ""
+    degrees = {"tensor": config.tensor, "pipeline": config.pipeline}
+    ranks = config.ulysses * config.tensor * config.pipeline
+    flags = "".join(f" --{axis} {degree}" for axis, degree in degrees.items() if degree > 1)
     return "\n".join(
         [
             "",
@@ -80,7 +83,7 @@ def closing(run: Path, losses: list[float], eval_loss: float, corpus: Corpus, co
             + f", {MEMORY}" * (run / MEMORY).exists()
             + ", and export/: the model for from_pretrained" * exported,
             "Next",
-            f"  {ours} evaluate {run.name} --ranks {config.ulysses * config.tensor}{tensor}{where}",
+            f"  {ours} evaluate {run.name} --ranks {ranks}{flags}{where}",
             f"  {Path(ours).with_name('tensorboard')} --logdir {config.runs_folder}",
         ]
     )

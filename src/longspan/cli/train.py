@@ -1,6 +1,6 @@
 """``longspan train``: the training loop, from the text to the last checkpoint and the exported model.
 
-    text -> my tokens of a step -> sync_batches -> forward, backward (for each micro-batch) -> clip -> update -> record
+    text -> my tokens of a step -> sync_batches -> forward_backward (of all micro-batches) -> clip -> update -> record
                                                                                                            |
                                       runs/NAME/  config.json  metrics.jsonl  events.*  checkpoints/  <----+
                                                   export/, where the model came from a Hugging Face folder
@@ -10,8 +10,6 @@ bit.
 """
 
 import math
-import os
-import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -26,20 +24,21 @@ from longspan.batch.agreement import sync_batches
 from longspan.batch.context import Part
 from longspan.batch.shard import on_device
 from longspan.cli import checkpoint, model_source
-from longspan.cli.config import LATEST, Train, as_json, compute_dtype
+from longspan.cli.config import Train, compute_dtype
 from longspan.cli.metrics import Display, Journal, Record, fullest_rank_bytes, measured_peak_flops, memory_table, peak_bytes
 from longspan.cli.model_source import ModelSource
+from longspan.cli.run_folder import open_run
 from longspan.cli.summary import closing, memory_heading, opening
 from longspan.data.loader import Loader
 from longspan.data.packing import Corpus, tokenize
 from longspan.data.tokenizers import load as load_tokenizer
 from longspan.distributed.collectives import CountingTransport, TorchTransport
-from longspan.distributed.consensus import raise_first_error, raise_together, refuse_difference
+from longspan.distributed.consensus import raise_first_error, raise_together, refuse_difference, refuse_other_settings
 from longspan.distributed.grad_norm import clip_grad_norm_
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LongspanError, RunError
 from longspan.memory.profiler import Recorded
-from longspan.parallelize import parallelize
+from longspan.parallelize import forward_backward, parallelize
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FINAL_RATE = 0.1
@@ -59,7 +58,10 @@ def work(config: Train) -> int:
             every rank with the same text.
     """
     transport = CountingTransport(TorchTransport())
-    mesh = ParallelMesh(config.ulysses, config.ring, tensor=config.tensor, transport=transport, timeout=config.timeout)
+    mesh = ParallelMesh(
+        config.ulysses, config.ring, tensor=config.tensor, pipeline=config.pipeline, transport=transport, timeout=config.timeout
+    )
+    refuse_other_settings(config.common(), mesh.world_group)
     config = replace(config, dtype=compute_dtype(config.dtype, mesh.device.type))
     lead = dist.get_rank() == 0
     with raise_together(mesh.world_group):
@@ -72,9 +74,10 @@ def work(config: Train) -> int:
         _refuse_idle_replicas(config, mesh)
         held_out = _held_out(corpus, config, mesh)
     refuse_difference("the text", corpus.fingerprint, mesh.world_group, "give every machine the same files and tokenizer")
-    model = parallelize(_on(mesh, source.build(config.seed, config.zero)), mesh, zero=config.zero, memory=config.memory)
+    model = _on(mesh, source.build(config.seed, config.zero))
+    model = parallelize(model, mesh, zero=config.zero, memory=config.memory, pipeline=config.stages)
     optimizer = _optimizer(model, config)
-    run = _open_run(config, mesh)
+    run = open_run(config, mesh)
     done = _resume(run, model, optimizer, source, corpus, config, mesh)
     flops_per_token = source.flops_per_token(config.tokens)
     peak_flops = measured_peak_flops(mesh, DTYPE[config.dtype])
@@ -86,14 +89,12 @@ def work(config: Train) -> int:
         display.say(opening(source, corpus, loader, config, mesh, done))
         for step in range(done + 1, config.steps + 1):
             started, sent_before = time.perf_counter(), transport.traffic.bytes
-            step_losses, rate = [], learning_rate(step, config)
+            rate = learning_rate(step, config)
             with watched if step == reported else nullcontext():
-                for part in _parts(loader, step, journal, mesh):
-                    with _computing_in(config, mesh):
-                        part_loss = model(**part).loss
-                    part_loss.backward()
-                    step_losses.append(part_loss.detach())
-                loss, grad_norm = _read(step_losses, clip_grad_norm_(model.parameters(), config.clip_norm))
+                parts = _parts(loader, step, journal, mesh)
+                with _computing_in(config, mesh):
+                    step_loss = forward_backward(model, parts)
+                loss, grad_norm = _read(step_loss, clip_grad_norm_(model, config.clip_norm))
                 _refuse_divergence(step, loss, grad_norm)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -133,11 +134,10 @@ def work(config: Train) -> int:
     return 0
 
 
-def _read(losses: list[Tensor], norm: Tensor) -> tuple[float, float]:
-    """The sum of the micro-batches' losses and the gradient norm, in one copy to the host."""
-    total = torch.stack(losses).double().sum()
-    loss, grad_norm = torch.stack([total, norm.to(total.device, torch.float64)]).tolist()
-    return loss, grad_norm
+def _read(loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """The step's loss and its gradient norm, in one copy to the host."""
+    on_host, grad_norm = torch.stack([loss.double(), norm.to(loss.device, torch.float64)]).tolist()
+    return on_host, grad_norm
 
 
 def learning_rate(step: int, config: Train) -> float:
@@ -154,12 +154,9 @@ def learning_rate(step: int, config: Train) -> float:
 def evaluate(model: nn.Module, held_out: Loader, config: Train, mesh: ParallelMesh) -> float:
     """Mean loss, in nats per token, of the first ``eval_rows`` sequences of ``held_out``, equal on every rank. Every rank
     must call it."""
-    parts = sync_batches(list(held_out.epoch(config.eval_rows)), mesh)
-    loss = 0.0
-    for part in parts:
-        with _computing_in(config, mesh):
-            loss += model(**on_device(part, mesh.device)).loss.item()
-    return loss
+    parts = sync_batches(held_out.epoch(config.eval_rows, rounds=mesh.coordinate.pipeline), mesh)
+    with _computing_in(config, mesh):
+        return forward_backward(model, [on_device(part, mesh.device) for part in parts]).item()
 
 
 def _loader(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
@@ -190,11 +187,13 @@ def _refuse_idle_replicas(config: Train, mesh: ParallelMesh) -> None:
     if rows >= c.data:
         return
     ranks = mesh.world_group.size()
+    axes = ["ulysses", "ring", "tensor"] + ["pipeline"] * (c.pipeline > 1)
+    given = [f"{axis}={getattr(c, axis)}" for axis in axes]
     raise RunError(
-        f"{ranks} ranks with ulysses={c.ulysses}, ring={c.ring} and tensor={c.tensor} are {c.data} data replicas, and "
+        f"{ranks} ranks with {', '.join(given[:-1])} and {given[-1]} are {c.data} data replicas, and "
         f"rows_per_step={config.rows_per_step} gives a micro-batch {rows} row{'s' * (rows > 1)}, so that a replica would never "
-        f"have one; use --rows-per-step {c.data * config.micro_batches} or more, or one replica: --ranks {c.sequence_ranks}, "
-        f"or --ulysses, --ring and --tensor whose product is {ranks}"
+        f"have one; use --rows-per-step {c.data * config.micro_batches} or more, or one replica: --ranks {ranks // c.data}, "
+        f"or --{', --'.join(axes[:-1])} and --{axes[-1]} whose product is {ranks}"
     )
 
 
@@ -254,55 +253,6 @@ def _refuse_divergence(step: int, loss: float, grad_norm: float) -> None:
 def _is_due(step: int, every: int, config: Train) -> bool:
     """Whether ``step`` is a multiple of ``every`` (0: never), or the last step of the run."""
     return step == config.steps or (every > 0 and step % every == 0)
-
-
-def _open_run(config: Train, mesh: ParallelMesh) -> Path:
-    """The folder of the run, equal on every rank; rank 0 makes it for a new run. Every rank must call it.
-
-    Raises:
-        RunError: the name exists already, or the folder cannot be made; raised on every rank.
-    """
-    names = [""]
-    with raise_together(mesh.world_group):
-        if dist.get_rank() == 0:
-            names = [config.run if config.resume else _new_run(config)]
-    dist.broadcast_object_list(names, group=mesh.world_group, group_src=0)
-    return Path(config.runs_folder, names[0])
-
-
-def _new_run(config: Train) -> str:
-    """Make the folder of a new run with its config.json, on rank 0; returns the run's name.
-
-    Raises:
-        RunError: the name exists already, or the folder cannot be made.
-    """
-    runs = Path(config.runs_folder)
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        name = config.run or _next_free(runs)
-        if (runs / name).exists():
-            raise RunError(f"the run {runs / name} exists; go on with --resume {name}, or name another one with --run")
-        draft = runs / f".{name}"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        try:
-            (draft / "config.json").write_text(as_json(replace(config, run=name)))
-            os.replace(draft, runs / name)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        (runs / LATEST).write_text(name + "\n")
-    except OSError as error:
-        raise RunError(
-            f"the folder of the run cannot be made in {runs}: {error.strerror}; make room, or choose another disk with "
-            f"--runs-folder"
-        ) from error
-    return name
-
-
-def _next_free(runs: Path) -> str:
-    """The first of train-001, train-002, ... that is not a folder in ``runs``."""
-    taken = {path.name for path in runs.iterdir()}
-    return next(name for number in range(1, len(taken) + 2) if (name := f"train-{number:03}") not in taken)
 
 
 def _resume(

@@ -11,7 +11,9 @@ depend on the number of ranks. Independent of the model.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
@@ -90,15 +92,20 @@ class Loader:
             for rows in consecutive(split(self._rows, self._micro_batches))
         ]
 
-    def epoch(self, sequences: int | None = None) -> Iterator[Part]:
-        """Yield this rank's parts of the first ``sequences`` sequences of epoch 0 (None: all), for evaluation.
+    def epoch(self, sequences: int | None = None, rounds: int = 1) -> list[Part]:
+        """This rank's parts of the first ``sequences`` sequences of epoch 0 (None: all), for evaluation.
 
-        Each part covers ``rows`` sequences over all data replicas, the last one the rest; in it a replica may have no row.
-        Every replica gets the same number of parts.
+        All parts have one shape, as pipeline stages need: each covers ``rows`` sequences over all data replicas. Where no
+        sequence is left, rows have no labels, so that nobody counts them.
+
+        Args:
+            sequences: how many; at most as many as there are.
+            rounds: the number of parts is a multiple of it.
         """
         count = self.sequences if sequences is None else min(sequences, self.sequences)
-        for first in range(0, count, self._rows):
-            yield self._part([self.sequence(i) for i in range(first, min(first + self._rows, count))])
+        parts = math.ceil(count / self._rows / rounds) * rounds
+        firsts = range(0, parts * self._rows, self._rows)
+        return [self._part([self.sequence(first + row) for row in range(self._rows)], count - first) for first in firsts]
 
     def sequence(self, index: int) -> int:
         """The number of the sequence (0 to ``sequences - 1``) at place ``index`` of the order of training.
@@ -108,11 +115,13 @@ class Loader:
         epoch, offset = divmod(index, self.sequences)
         return int(_permutation(self._seed, epoch, self.sequences)[offset])
 
-    def _part(self, sequences: Sequence[int]) -> Part:
-        """This rank's part of the sequences with these numbers: its data replica's rows, and of each row its tokens."""
+    def _part(self, sequences: Sequence[int], counted: int | None = None) -> Part:
+        """This rank's part of some sequences, of which the first ``counted`` (None: all; below 1: none) have labels."""
         my_rows = consecutive(split(len(sequences), self._coordinate.data))[self._coordinate.data_rank]
         starts = [sequences[i] * self._tokens for i in my_rows]
-        return part(self._stream, starts, self._tokens, self._mine)
+        mine = part(self._stream, starts, self._tokens, self._mine)
+        kept = len(my_rows) if counted is None else min(max(counted - my_rows.start, 0), len(my_rows))
+        return mine if kept == len(my_rows) else _with_labels_in(mine, kept)
 
 
 def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) -> Part:
@@ -165,6 +174,15 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             rows_have_masks=False,
         ),
     }
+
+
+def _with_labels_in(part: Part, rows: int) -> Part:
+    """``part`` with labels in its first ``rows`` rows only."""
+    labels = {name: part[name].clone() for name in ("labels", "shift_labels")}
+    for held in labels.values():
+        held[rows:] = IGNORE
+    info: BatchInfo = part["longspan"]
+    return part | labels | {"longspan": replace(info, num_labels=rows * (info.tokens - 1))}
 
 
 def _with_successors(stream: Stream, start: int, tokens: int, run: range) -> tuple[Tensor, Tensor]:

@@ -145,6 +145,10 @@ class CountingTransport:
         none."""
         return self._by_group.get(group.group_name, Traffic())
 
+    def count(self, group: dist.ProcessGroup, sent: Traffic) -> None:
+        """Add ``sent``, which went over ``group`` without a transport: messages between pipeline stages."""
+        self.traffic, self._by_group[group.group_name] = self.traffic + sent, self.sent_over(group) + sent
+
     def all_to_all(
         self,
         send: Shaped[Tensor, " sent"],
@@ -155,8 +159,7 @@ class CountingTransport:
         """Count the call and its bytes, then let ``inner`` do it; arguments and result are those of
         ``Transport.all_to_all``."""
         others = sum(send_splits) - send_splits[group.rank()]
-        sent = Traffic(1, others * send.element_size())
-        self.traffic, self._by_group[group.group_name] = self.traffic + sent, self.sent_over(group) + sent
+        self.count(group, Traffic(1, others * send.element_size()))
         return self.inner.all_to_all(send, send_splits, recv_splits, group)
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from longspan.errors import BatchError, LongspanError, LostRankError
+from longspan.errors import BatchError, LongspanError, LostRankError, RunError
 
 Fact = TypeVar("Fact")
 
@@ -114,6 +114,14 @@ def refuse_difference(what: str, mine: str, group: dist.ProcessGroup, remedy: st
     if difference is not None:
         _, first, rank, other = difference
         raise BatchError(f"{what} differs between ranks: {first} on rank 0 and {other} on rank {rank}; {remedy}")
+
+
+def refuse_other_settings(mine: Mapping[str, str], group: dist.ProcessGroup) -> None:
+    """Raise RunError on every rank where a setting has not the same value on all of them. Every rank must call it."""
+    difference = first_difference(gather(mine, group))
+    if difference is not None:
+        name, first, rank, other = difference
+        raise RunError(f"{name} is {first} on rank 0 and {other} on rank {rank}; start every rank with the same settings")
 
 
 def own_error(found: BaseException) -> LongspanError | None:

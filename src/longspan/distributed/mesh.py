@@ -16,6 +16,7 @@ Code asks for one of four rank sets by name, never for a product of degrees, so 
     world      all ranks: control traffic (agreement, errors), on gloo
 """
 
+import logging
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from longspan.distributed.consensus import gather
 from longspan.distributed.device import choose_device, device_of, join_world, refuse_shared_devices, set_timeout
 from longspan.distributed.launchers import join_launcher
 from longspan.distributed.layout import Degrees, Layout, Runs, choose_degrees
+from longspan.distributed.rank_map import crossing, rank_map
+from longspan.distributed.software import meet
 from longspan.errors import LayoutError
 
 
@@ -145,10 +148,12 @@ class ParallelMesh:
         sequence_group, loss_group, fsdp_group, world_group: the rank sets (``world_group`` on gloo); ``fsdp_mesh``: the
             DeviceMesh of the fsdp set; ``loss_control_group``: the loss set on gloo, for errors inside a forward.
         why: the reason for ulysses x ring, one sentence.
+        hosts: the host of each rank; ``rank_map`` is the text that ``print(mesh)`` shows.
 
     Raises:
         LayoutError: on every rank alike, for degrees that do not divide the world, or that differ between ranks.
-        RunError: for a launcher's environment that contradicts itself, and where the other ranks do not come.
+        RunError: for a launcher's environment that contradicts itself, where the other ranks do not come, and, on every rank
+            alike, where ranks run different versions of libraries or other code of longspan.
     """
 
     def __init__(
@@ -168,7 +173,7 @@ class ParallelMesh:
         own_device = choose_device(device)
         join_world(own_device, timeout)
         world_group = dist.new_group(backend="gloo", timeout=timeout)
-        _refuse_different_meshes(f"ulysses={ulysses} ring={ring} {tensor=} {pipeline=} {layout=}", world_group)
+        hosts = meet(f"ulysses={ulysses} ring={ring} {tensor=} {pipeline=} {layout=}", world_group)
         refuse_shared_devices(own_device, world_group)
         _refuse_unknown_layout(layout)
         degrees = _degrees(ulysses, ring, tensor, pipeline, heads, world_group)
@@ -176,7 +181,7 @@ class ParallelMesh:
         sizes = {"data": data, "ring": degrees.ring, "ulysses": degrees.ulysses}
         sizes = ({"pipeline": pipeline} if pipeline > 1 else {}) | sizes | ({"tensor": tensor} if tensor > 1 else {})
         device_mesh = init_device_mesh(own_device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        self._build(device_mesh, {name: name for name in sizes}, world_group, layout)
+        self._build(device_mesh, {name: name for name in sizes}, world_group, layout, hosts)
         set_timeout(self._groups(), timeout)
         self.device, self.transport, self.why = own_device, transport or TorchTransport(), degrees.why
 
@@ -217,18 +222,21 @@ class ParallelMesh:
         asked = {"pipeline": pipeline, "data": data, "ring": ring, "ulysses": ulysses, "tensor": tensor}
         names = {axis: name for axis, name in asked.items() if name is not None}
         known = f"{device_mesh.mesh_dim_names} of sizes {tuple(device_mesh.shape)}"
-        _refuse_different_meshes(
-            f"{' '.join(f'{axis}={name}' for axis, name in asked.items())} {layout=} of {known}", world_group
-        )
+        hosts = meet(f"{' '.join(f'{axis}={name}' for axis, name in asked.items())} {layout=} of {known}", world_group)
         _refuse_unknown_layout(layout)
         _refuse_unfit_dims(device_mesh, names, known, world_group.size())
-        mesh._build(device_mesh, names, world_group, layout)
+        mesh._build(device_mesh, names, world_group, layout, hosts)
         mesh.device = device_of(device_mesh)
         mesh.transport, mesh.why = transport or TorchTransport(), f"the DeviceMesh {known} was given"
         return mesh
 
     def _build(
-        self, device_mesh: DeviceMesh, names: Mapping[str, str], world_group: dist.ProcessGroup, layout: str | None
+        self,
+        device_mesh: DeviceMesh,
+        names: Mapping[str, str],
+        world_group: dist.ProcessGroup,
+        layout: str | None,
+        hosts: tuple[str, ...],
     ) -> None:
         """Set ``coordinate``, the process groups and the rank sets; both ways to make a mesh call it. Every rank must.
 
@@ -236,13 +244,17 @@ class ParallelMesh:
             device_mesh: the DeviceMesh.
             names: for each axis of ``AXES``, the dim of ``device_mesh``; an axis without one has size 1.
             world_group: all ranks, on gloo.
-            layout: "contiguous", "zigzag", or None for zigzag where ring > 1.
+            layout: "contiguous", "zigzag" or None, as in ``ParallelMesh``.
+            hosts: the host of each rank.
         """
         degrees = {axis: device_mesh[name].size() for axis, name in names.items()}
         ranks = {f"{axis}_rank": device_mesh.get_local_rank(name) for axis, name in names.items()}
         zigzag = layout == "zigzag" or (layout is None and degrees.get("ring", 1) > 1)
         self.coordinate = MeshCoordinate(**degrees, **ranks, zigzag=zigzag)
-        self.device_mesh, self.world_group, self.scratch = device_mesh, world_group, Scratch()
+        self.device_mesh, self.world_group, self.scratch, self.hosts = device_mesh, world_group, Scratch(), hosts
+        advice = crossing(hosts, self.degrees)
+        if advice is not None and world_group.rank() == 0:
+            logging.getLogger(__name__).warning("%s", advice)
         self.plans: dict[Hashable, object] = {}  # kept by attention/plan_cache.py, freed with the mesh
         axes: dict[str, dist.ProcessGroup] = {
             axis.name: device_mesh[names[axis.name]].get_group() for axis in AXES if axis.name in names
@@ -264,6 +276,16 @@ class ParallelMesh:
         self.fsdp_mesh = sets["fsdp"]
         self.fsdp_group = self.fsdp_mesh.get_group()
 
+    @property
+    def degrees(self) -> dict[str, int]:
+        """The degree of each axis, in the order of ``AXES``."""
+        return {axis.name: getattr(self.coordinate, axis.name) for axis in AXES}
+
+    @property
+    def rank_map(self) -> str:
+        """Which ranks are on which host, and which places on the axes they have: a line for each host."""
+        return rank_map(self.hosts, self.degrees)
+
     def _groups(self) -> tuple[dist.ProcessGroup, ...]:
         """All process groups of the mesh, some of them twice."""
         axes = (self.pipeline_group, self.data_group, self.ring_group, self.ulysses_group, self.tensor_group)
@@ -276,6 +298,9 @@ class ParallelMesh:
         at = self.coordinate
         shown = [f"{axis.name}={getattr(at, axis.name)}" for axis in AXES if axis.name in BASIC or getattr(at, axis.name) > 1]
         return f"ParallelMesh({', '.join(shown)}, device={str(self.device)!r})"
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.rank_map}"
 
 
 def rank_sets(device_mesh: DeviceMesh, names: Mapping[str, str], axes: Sequence[Axis] = AXES) -> dict[str, DeviceMesh]:
@@ -297,14 +322,6 @@ def rank_sets(device_mesh: DeviceMesh, names: Mapping[str, str], axes: Sequence[
         # Named by its dims, so that two sets of the same ranks have one group: every gloo group keeps a thread.
         sets[name] = _compat.flattened(device_mesh[dims], "_".join(dims))
     return sets
-
-
-def _refuse_different_meshes(mine: str, world_group: dist.ProcessGroup) -> None:
-    """Raise LayoutError on every rank if the text ``mine``, the mesh that this rank asks for, differs between ranks."""
-    asked = gather(mine, world_group)
-    for rank, other in enumerate(asked):
-        if other != asked[0]:
-            raise LayoutError(f"rank 0 asks for {asked[0]} but rank {rank} for {other}; every rank must ask for the same mesh")
 
 
 def _refuse_unknown_layout(layout: str | None) -> None:

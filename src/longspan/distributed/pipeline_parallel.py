@@ -16,8 +16,7 @@ interleaved stages, arXiv:2104.04473.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,43 +24,16 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from longspan import _compat
+from longspan.distributed.collectives import CountingTransport
 from longspan.distributed.grad_norm import STAGES, StageNorm
 from longspan.distributed.grad_sync import sum_over
 from longspan.distributed.mesh import ParallelMesh
-from longspan.errors import LayoutError, LongspanError, ModelError
+from longspan.distributed.pipeline_options import PipelineOptions, split_layers
+from longspan.distributed.traffic import Traffic
+from longspan.errors import LongspanError, ModelError
 
 PLAIN = (bool, int, float, str)
 LABELS = frozenset({"labels", "shift_labels"})
-
-
-@dataclass(frozen=True)
-class PipelineOptions:
-    """How the stages of a pipeline work: ``pipeline=`` of ``parallelize``. Frozen, checked when made.
-
-    Raises:
-        LayoutError: an unknown schedule, or several stages on a rank with a schedule that has none.
-    """
-
-    schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
-    """The order of forwards and backwards: "1f1b" holds the activations of at most as many micro-batches as stages follow,
-    "gpipe" those of all, "interleaved" has several stages on each rank and a shorter bubble."""
-    stages_per_rank: int = 1
-    """Stages on each rank, in turn: rank 0 has stages 0, p, 2p, ...; more than 1 needs "interleaved"."""
-
-    def __post_init__(self) -> None:
-        if self.schedule not in ("1f1b", "gpipe", "interleaved"):
-            raise LayoutError(f"schedule={self.schedule!r} is unknown; legal are '1f1b', 'gpipe' and 'interleaved'")
-        if (self.stages_per_rank > 1) != (self.schedule == "interleaved") or self.stages_per_rank < 1:
-            raise LayoutError(
-                f"stages_per_rank={self.stages_per_rank} does not go with schedule={self.schedule!r}; use 'interleaved' with 2 "
-                f"or more, the others with 1"
-            )
-
-    def on(self, mesh: ParallelMesh) -> str:
-        """The options as text, which ranks compare. Raises ModelError if they are set and the mesh has no pipeline."""
-        if mesh.coordinate.pipeline == 1 and self != PipelineOptions():
-            raise ModelError(f"pipeline={self} needs a mesh with pipeline > 1; use ParallelMesh(pipeline=...), or leave it out")
-        return str(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,42 +58,6 @@ class PipelinePlan:
     hidden_of: Callable[[Any], Tensor]
     body: str = ""
     tied: tuple[str, str] | None = None
-
-
-def split_layers(costs: Sequence[float], stages: int, *, last_cost: float = 0.0) -> tuple[range, ...]:
-    """Split consecutive layers into ``stages`` ranges so that the most expensive stage costs as little as possible.
-
-    Args:
-        costs: the cost of each layer.
-        stages: the number of stages, each of which gets at least one layer.
-        last_cost: what the last stage computes besides (the head).
-
-    Returns:
-        For each stage the indices of its layers. Of equally good splits, earlier stages have more layers.
-
-    Raises:
-        LayoutError: fewer layers than stages.
-    """
-    if len(costs) < stages:
-        raise LayoutError(
-            f"{len(costs)} layers cannot be split into {stages} pipeline stages; use up to {len(costs)} "
-            f"(pipeline x stages_per_rank)"
-        )
-    before = [0.0, *accumulate(costs)]
-    # best[n]: the smallest maximum over the last s stages of layers n.., with the end of the first of them.
-    best = {n: (before[-1] - before[n] + last_cost, len(costs)) for n in range(len(costs))}
-    plans = [best]
-    for left in range(2, stages + 1):
-        best = {
-            n: min((max(before[end] - before[n], best[end][0]), -end) for end in range(n + 1, len(costs) - left + 2))
-            for n in range(len(costs) - left + 1)
-        }  # fmt: skip
-        best = {n: (cost, -end) for n, (cost, end) in best.items()}
-        plans.append(best)
-    cuts = [0]
-    for plan in reversed(plans):
-        cuts.append(plan[cuts[-1]][1])
-    return tuple(range(start, stop) for start, stop in pairwise(cuts))
 
 
 class Skipped(nn.Module):
@@ -199,6 +135,7 @@ class PipelineParallel:
             stage: [name for name, other in holders.items() if other in self._mine and other != stage] for stage in self._mine
         }  # fmt: skip
         self._running: int | None = None
+        self._autocast: torch.dtype | None = None
         self._hidden: Tensor | None = None
         self._schedules: dict[tuple[object, ...], tuple[Any, list[PipelineStage]]] = {}
         self._copies = None if plan.tied is None else _Copies(model, plan.tied, mesh)
@@ -223,11 +160,13 @@ class PipelineParallel:
             ModelError: a part without labels.
             LongspanError: what the model's forward raises.
         """
-        losses, trains = list[Tensor](), torch.is_grad_enabled()
+        losses, trains, kind = list[Tensor](), torch.is_grad_enabled(), self._mesh.device.type
         inputs = [self._inputs(part) for part in parts]
         schedule, stages = self._schedule(parts, trains)
+        self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         try:
-            _compat.run_pipeline(schedule, stages, [(x,) for x, _ in inputs], [more for _, more in inputs], losses, trains)
+            with torch.autocast(kind, enabled=False):  # of the forwards alone, see run
+                _compat.run_pipeline(schedule, stages, [(x,) for x, _ in inputs], [more for _, more in inputs], losses, trains)
         except RuntimeError as error:
             if isinstance(error.__cause__, LongspanError):
                 raise error.__cause__ from None
@@ -237,6 +176,11 @@ class PipelineParallel:
             total += loss.detach()
         dist.all_reduce(total, group=self._mesh.pipeline_group)  # only the last stage has losses
         return total.to(torch.float64 if self._dtype == torch.float64 else torch.float32)
+
+    @property
+    def layers(self) -> int:
+        """The number of layers that this rank has."""
+        return sum(not isinstance(self._model.get_submodule(name), Skipped) for name in self._plan.blocks)
 
     @property
     def copy_names(self) -> dict[str, str]:
@@ -265,7 +209,7 @@ class PipelineParallel:
                     "inputs_embeds come from a module outside the pipeline, whose gradient only the first stage would have; "
                     "use input_ids, or pipeline=1"
                 )
-        self._refuse_broken_rounds(len(parts))
+        self._options.refuse_broken_rounds(self._mesh.coordinate.pipeline, len(parts))
 
     def sum_copies(self) -> None:
         """Sum the gradients of a weight that the first and the last stage both have; called once a step, after the averages."""
@@ -298,21 +242,12 @@ class PipelineParallel:
             self._schedules[key] = (kind(given, len(parts), loss_fn=loss, scale_grads=False), stages)
         return self._schedules[key]
 
-    def _refuse_broken_rounds(self, micro_batches: int) -> None:
-        ranks = self._mesh.coordinate.pipeline
-        rounds = max(1, micro_batches // ranks)
-        if self._options.schedule == "interleaved" and (micro_batches % rounds or micro_batches < ranks):
-            raise ModelError(
-                f"interleaved stages need micro-batches in whole rounds of {ranks} ranks, and the step has {micro_batches}; "
-                f"pass a multiple of {ranks}, or use schedule='1f1b'"
-            )
-
     def _stage(self, index: int, ids: Tensor, trains: bool) -> PipelineStage:
         """PyTorch's PipelineStage number ``index``, for ids of the shape of ``ids``."""
         state = torch.empty(*ids.shape[:2], self._plan.hidden, dtype=self._dtype, device="meta", requires_grad=trains)
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=trains)
-        return PipelineStage(
-            _StageModule(self, index), index, self._count, self._mesh.device, group=self._mesh.pipeline_group,
+        return _CountedStage(
+            self._mesh, _StageModule(self, index), index, self._count, self._mesh.device, group=self._mesh.pipeline_group,
             input_args=(ids.to("meta") if index == 0 else state,), output_args=(loss if index == self._count - 1 else state,),
         )  # fmt: skip
 
@@ -323,7 +258,8 @@ class PipelineParallel:
         more = given if is_last else {key: value for key, value in given.items() if key not in LABELS}
         self._running = stage
         try:
-            output = self._model(**{name: x}, **more)
+            with torch.autocast(self._mesh.device.type, self._autocast, enabled=self._autocast is not None):
+                output = self._model(**{name: x}, **more)
         finally:
             self._running = None
         result, self._hidden = output.loss if is_last else self._hidden, None
@@ -346,6 +282,26 @@ class PipelineParallel:
     def _note_hidden(self, body: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the body: keep its hidden states for the end of the stage."""
         self._hidden = self._plan.hidden_of(output)
+
+
+class _CountedStage(PipelineStage):
+    """A stage whose messages to other stages a ``CountingTransport`` of the mesh counts: they do not go through a Transport."""
+
+    def __init__(self, mesh: ParallelMesh, *stage: Any, **more: Any) -> None:
+        super().__init__(*stage, **more)
+        self._mesh = mesh
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._count(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._count(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _count(self, sends: list[dist.P2POp]) -> list[dist.P2POp]:
+        if isinstance(self._mesh.transport, CountingTransport):
+            for send in sends:
+                self._mesh.transport.count(self._mesh.pipeline_group, Traffic(1, send.tensor.nbytes))
+        return sends
 
 
 class _StageModule(nn.Module):

@@ -1,7 +1,9 @@
-"""Closed-form communication volume of one attention layer: collectives and bytes that a rank sends. Integers only: no torch.
+"""Closed-form communication volume: collectives and bytes that a rank sends, by axis. Integers only: no torch.
 
     ulysses    one all-to-all for q, k, v and one for the output in each pass     about 4·N·h/P elements a rank and pass
     ring       keys and values to the ranks that need them, in the forward and again in the backward; gradients back in fp32
+    tensor     two regions a layer, each an all-gather and a reduce-scatter, and their adjoints
+    pipeline   hidden states to the next stage, and their gradients to the one before, for every micro-batch
 
 N is the number of tokens of a row, h = heads x head_dim, P the number of ulysses ranks. Tests count collectives and bytes at
 the Transport and compare them with these functions by ``==``. Source: arXiv:2309.14509.
@@ -16,8 +18,8 @@ from longspan.distributed.layout import Heads, Layout, split
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank sends: the number of collectives it takes part in, and the bytes it sends to *other* ranks. ``+`` adds
-    two."""
+    """What one rank sends: the number of collectives it takes part in (on the pipeline axis: messages), and the bytes it sends
+    to *other* ranks. Two can be added."""
 
     collectives: int = 0
     bytes: int = 0
@@ -151,6 +153,34 @@ def tensor_region_traffic(
     ways = (itemsize, sum_itemsize or itemsize)
     forward, backward = (gathered * a + scattered * b for a, b in (ways, ways[::-1]))
     return Traffic(2, forward * rows * hidden), Traffic(2, backward * rows * hidden)
+
+
+def pipeline_traffic(
+    pipeline: int, pipeline_rank: int, stages_per_rank: int = 1, *, micro_batches: int, elements: int, itemsize: int
+) -> tuple[Traffic, Traffic]:
+    """What one rank sends on the pipeline axis in a step: point-to-point messages, each counted as a collective.
+
+    Each micro-batch's hidden states go from every stage but the last to the next one in the forward, and their gradients from
+    every stage but the first to the one before it in the backward. A rank has the stages pipeline_rank, pipeline_rank +
+    pipeline, and so on. The order of the messages, which the schedule decides, changes neither their number nor their size.
+
+    Args:
+        pipeline: ranks on the axis.
+        pipeline_rank: the sending rank.
+        stages_per_rank: stages on each of them.
+        micro_batches: micro-batches of the step, all of one shape.
+        elements: of a micro-batch's hidden states on this rank: its rows x its tokens x hidden.
+        itemsize: bytes of an element of hidden states and of their gradients.
+
+    Returns:
+        (traffic of the forward, traffic of the backward); zero for one pipeline rank.
+    """
+    if pipeline == 1:
+        return Traffic(), Traffic()
+    stages = range(pipeline_rank, pipeline * stages_per_rank, pipeline)
+    onward = micro_batches * sum(stage < pipeline * stages_per_rank - 1 for stage in stages)
+    back = micro_batches * sum(stage > 0 for stage in stages)
+    return Traffic(onward, onward * elements * itemsize), Traffic(back, back * elements * itemsize)
 
 
 class _Sent(NamedTuple):

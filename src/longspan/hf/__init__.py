@@ -13,22 +13,23 @@ if TYPE_CHECKING:
     from torch import nn
 
     from longspan.hf.adapter import PretrainedAdapter
-    from longspan.hf.weights import load, save
+    from longspan.hf.export import save
+    from longspan.hf.weights import load
 
 __all__ = ["load", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public function ``name``, ``load`` or ``save``, imported from weights.py at its first use.
+    """The public function ``name``, ``load`` of weights.py or ``save`` of export.py, imported at its first use.
 
     Raises:
         AttributeError: any other name.
     """
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from longspan.hf import weights
+    from longspan.hf import export, weights
 
-    return getattr(weights, name)
+    return export.save if name == "save" else weights.load
 
 
 def adapter_for(model: "nn.Module", kernel: Any = "auto") -> "PretrainedAdapter | None":

@@ -102,3 +102,11 @@ def _set_fields(configs: Sequence[Any], parts: tuple[str, ...]) -> list[str]:
 def _is_named(module: nn.Module, parts: tuple[str, ...]) -> bool:
     """Whether the name of the module's class contains one of ``parts``."""
     return any(part in type(module).__name__ for part in parts)
+
+
+def tensor_names(model: nn.Module) -> list[list[str]]:
+    """For each tensor of the state dict, the list of its names: a tied tensor has several."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())

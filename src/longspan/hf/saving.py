@@ -53,8 +53,8 @@ def _save(owner: Any, save: Callable[..., Any], *args: Any, **keywords: Any) -> 
     state_dict = keywords.get("state_dict", args[2] if len(args) > 2 else None)
     if state_dict is None and STAGES in vars(owner):
         raise RunError(
-            "save_pretrained would write the layers of one pipeline stage; save a distributed checkpoint, load it on a mesh "
-            "with pipeline=1, and call longspan.hf.save(model, folder, mesh) there"
+            "save_pretrained would write the layers of one pipeline stage; call longspan.hf.save(model, folder, mesh) on every "
+            "rank, which writes the files of the whole model"
         )
     if state_dict is None and any(isinstance(parameter, DTensor) for parameter in owner.parameters()):
         raise RunError(

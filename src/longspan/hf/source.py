@@ -26,8 +26,9 @@ from transformers.utils import logging
 from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
+from longspan.hf.export import save
 from longspan.hf.names import is_dropout_field, number_of_experts
-from longspan.hf.weights import build_empty, class_of, has_weights, load, load_whole, read_config, save
+from longspan.hf.weights import build_empty, class_of, has_weights, load, load_whole, read_config
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 OF_THE_FOLDER = ("_name_or_path", "transformers_version", "dtype")

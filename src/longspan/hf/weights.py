@@ -1,11 +1,10 @@
-"""Sharded reading and writing of Hugging Face folders: each rank reads the slices of the weights that it keeps.
+"""Sharded reading of Hugging Face folders: each rank reads the slices of the weights that it keeps.
 
     config.json      --load-->   the model on the meta device: its shapes, no weights
                                       |   parallelize(model, mesh, zero=3) shards it, still without weights, and then
     *.safetensors    --read-->   each rank reads its slices of every tensor; what no file holds (rotary tables) is computed
       or a seed      --draw-->   each rank draws one layer after the other, as the model's class does, and keeps its slices
                                       |   ... proves it, gathered block by block, and trains it
-    folder/          <--save--   each rank its slices; put together on the disk, one tensor at a time
 
 With zero=3 no rank ever holds more than its shard and the largest block; with tensor > 1 each rank reads all weights before
 they are cut. Independent of how a model is sharded.
@@ -14,37 +13,28 @@ they are cut. Independent of how a model is sharded.
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from longspan.distributed.consensus import raise_together
-from longspan.distributed.grad_norm import STAGES
-from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf import _compat
 from longspan.hf.blocks import blocks
-from longspan.models.adapter import UNREAD, parallel_state
+from longspan.hf.names import tensor_names
+from longspan.models.adapter import UNREAD
 
 WEIGHTS = (".safetensors", ".bin")
 """How files of weights end; only the first kind can be read in parts."""
-FILE_BYTES = 5 * 2**30
-"""The size of one file of saved weights; a larger tensor has a file of its own."""
 
 
 def load(
@@ -143,7 +133,7 @@ class FolderWeights:
 
     def __init__(self, model: PreTrainedModel, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder.expanduser(), seed
-        self.names = _names(model)
+        self.names = tensor_names(model)
 
     def facts(self, model: PreTrainedModel) -> dict[str, str]:
         """What must be equal on all ranks for them to get the same weights, as text by name.
@@ -182,9 +172,7 @@ class FolderWeights:
         try:
             load_tensors(wanted, storage_reader=HuggingFaceStorageReader(str(self.folder)))
         except CheckpointException as error:
-            raise ModelError(
-                f"the weights in '{self.folder}' cannot be read: {_cause(error)}; copy the folder again"
-            ) from error
+            raise ModelError(f"the weights in '{self.folder}' cannot be read: {cause(error)}; copy the folder again") from error
         # What the files held is marked as Transformers' own loading marks it; the rest, its class knows how to compute.
         lacking = {name for name, _ in model.named_buffers()} - state.keys()
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -248,87 +236,8 @@ class Stored(NamedTuple):
     first_row: str
 
 
-def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None:
-    """Write a parallel model, sharded or not, as a Hugging Face folder: config.json and *.safetensors. Every rank calls it.
-
-    ``from_pretrained(folder)`` gives its parameters, equal in every bit. Each rank writes what it holds, and the first one puts
-    the pieces together; all ranks must see the same disk. An older folder is replaced when the new one is whole.
-
-    Args:
-        model, mesh: what ``parallelize`` returned, not on a pipeline, and the ranks.
-        folder: where it is written.
-
-    Raises:
-        ModelError: on every rank alike, where one of them cannot write, and for a pipeline.
-    """
-    if STAGES in vars(model):
-        raise ModelError("one pipeline stage has not all layers; load a distributed checkpoint with pipeline=1, and save there")
-    final = Path(folder)
-    draft = final.with_name(f".{final.name}")
-    lead = dist.get_rank() == 0
-    with _all_or_none(final, draft, mesh):
-        if lead:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-    with _all_or_none(final, draft, mesh):
-        _write(model, draft)
-    with _all_or_none(final, draft, mesh):
-        if lead:
-            shutil.rmtree(draft / "sharded")
-            _config_of(model).save_pretrained(draft)
-            shutil.rmtree(final, ignore_errors=True)
-            draft.rename(final)
-
-
-@contextmanager
-def _all_or_none(final: Path, draft: Path, mesh: ParallelMesh) -> Iterator[None]:
-    """Context manager: a write error of one rank is raised on every rank as one ModelError, and the draft is removed."""
-
-    def convert(found: BaseException) -> ModelError | None:
-        if not isinstance(found, OSError | CheckpointException):
-            return None
-        return ModelError(f"the model cannot be saved to '{final}': {_cause(found)}; make room, or name another folder")
-
-    def undo() -> None:
-        if dist.get_rank() == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-
-    with raise_together(mesh.world_group, convert, undo):
-        yield
-
-
-def _cause(error: BaseException) -> BaseException:
+def cause(error: BaseException) -> BaseException:
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-
-
-def _write(model: PreTrainedModel, folder: Path) -> None:
-    state = model.state_dict()
-    tensors = {names[0]: state[names[0]] for names in _names(model)}
-    file, filled, files = 1, 0, {}
-    for name, tensor in tensors.items():
-        if filled and filled + tensor.nbytes > FILE_BYTES:
-            file, filled = file + 1, 0
-        files[name], filled = file, filled + tensor.nbytes
-    writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True, enable_consolidation=True)
-    save_tensors(tensors, storage_writer=writer)
-
-
-def _config_of(model: Any) -> PreTrainedConfig:
-    """The user's config of the model (not the copy that names longspan's attention), with the model's class and dtype set."""
-    state = parallel_state(model)
-    config: PreTrainedConfig = model.config if state is None else cast(Any, state.adapter).configs[0][1]
-    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-    config.architectures = [kind.__name__]
-    config.dtype = next(model.parameters()).dtype
-    return config
-
-
-def _names(model: nn.Module) -> list[list[str]]:
-    """For each tensor of the state dict, the list of its names: a tied tensor has several."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
-    return list(names.values())
 
 
 def _files(folder: Path) -> list[Path]:

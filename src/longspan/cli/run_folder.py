@@ -1,0 +1,62 @@
+"""The folder of a run: made under a name that is free, or found again where the run is resumed.
+
+    runs/.NAME/config.json   a draft   --renamed-->   runs/NAME/config.json,   and the name in runs/latest
+
+Independent of what the run does.
+"""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from longspan.cli.config import Train
+from longspan.cli.settings_file import LATEST, as_json
+from longspan.distributed.consensus import raise_together
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import RunError
+
+
+def open_run(config: Train, mesh: ParallelMesh) -> Path:
+    """The folder of the run, equal on every rank; rank 0 makes it for a new run. Every rank must call it.
+
+    Raises:
+        RunError: the name exists already, or the folder cannot be made; raised on every rank.
+    """
+    names = [""]
+    with raise_together(mesh.world_group):
+        if dist.get_rank() == 0:
+            names = [config.run if config.resume else _new_run(config)]
+    dist.broadcast_object_list(names, group=mesh.world_group, group_src=0)
+    return Path(config.runs_folder, names[0])
+
+
+def _new_run(config: Train) -> str:
+    runs = Path(config.runs_folder)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        name = config.run or _next_free(runs)
+        if (runs / name).exists():
+            raise RunError(f"the run {runs / name} exists; go on with --resume {name}, or name another one with --run")
+        draft = runs / f".{name}"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        try:
+            (draft / "config.json").write_text(as_json(replace(config, run=name)))
+            os.replace(draft, runs / name)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        (runs / LATEST).write_text(name + "\n")
+    except OSError as error:
+        raise RunError(
+            f"the folder of the run cannot be made in {runs}: {error.strerror}; make room, or choose another disk with "
+            f"--runs-folder"
+        ) from error
+    return name
+
+
+def _next_free(runs: Path) -> str:
+    taken = {path.name for path in runs.iterdir()}
+    return next(name for number in range(1, len(taken) + 2) if (name := f"train-{number:03}") not in taken)

@@ -1,0 +1,110 @@
+"""Writing a parallel model as a Hugging Face folder: each rank writes what it holds, the first one puts the files together.
+
+    rank 0   its shards, of its layers     --write-->   .NAME/sharded/*   --put together-->   .NAME/*.safetensors, config.json
+    rank 1   its shards, of its layers     --write-->                                              | renamed when it is whole
+                                                                                              NAME/
+
+A tensor at a time is whole, on the disk. A weight that two pipeline stages share is written once.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from longspan.distributed.consensus import gather, raise_together
+from longspan.distributed.mesh import ParallelMesh
+from longspan.errors import ModelError
+from longspan.hf.names import tensor_names
+from longspan.hf.weights import cause
+from longspan.models.adapter import parallel_state
+
+FILE_BYTES = 5 * 2**30
+"""The size of one file of saved weights; a larger tensor has a file of its own."""
+
+
+def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None:
+    """Write a parallel model, sharded or not, as a Hugging Face folder: config.json and *.safetensors. Every rank calls it.
+
+    ``from_pretrained(folder)`` gives its parameters, equal in every bit. Each rank writes what it holds, and the first one puts
+    the pieces together; all ranks must see the same disk. An older folder is replaced when the new one is whole.
+
+    Args:
+        model, mesh: what ``parallelize`` returned, and the ranks.
+        folder: where it is written.
+
+    Raises:
+        ModelError: on every rank alike, where one of them cannot write.
+    """
+    final = Path(folder)
+    draft = final.with_name(f".{final.name}")
+    lead = dist.get_rank() == 0
+    with _all_or_none(final, draft, mesh):
+        if lead:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+    with _all_or_none(final, draft, mesh):
+        _write(model, draft, mesh)
+    with _all_or_none(final, draft, mesh):
+        if lead:
+            shutil.rmtree(draft / "sharded")
+            _config_of(model).save_pretrained(draft)
+            shutil.rmtree(final, ignore_errors=True)
+            draft.rename(final)
+
+
+@contextmanager
+def _all_or_none(final: Path, draft: Path, mesh: ParallelMesh) -> Iterator[None]:
+    """Context manager: a write error of one rank is raised on every rank as one ModelError, and the draft is removed."""
+
+    def convert(found: BaseException) -> ModelError | None:
+        if not isinstance(found, OSError | CheckpointException):
+            return None
+        return ModelError(f"the model cannot be saved to '{final}': {cause(found)}; make room, or name another folder")
+
+    def undo() -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    with raise_together(mesh.world_group, convert, undo):
+        yield
+
+
+def _write(model: PreTrainedModel, folder: Path, mesh: ParallelMesh) -> None:
+    """Write the tensors of this rank, those of its pipeline stages without the copy of a tied weight, into files of all."""
+    state, parallel = model.state_dict(), parallel_state(model)
+    copies = {} if parallel is None or parallel.pipeline is None else parallel.pipeline.copy_names
+    tensors = {names[0]: state[names[0]] for names in tensor_names(model) if names[0] not in copies}
+    sizes: dict[str, int] = {}
+    for held in gather({name: tensor.nbytes for name, tensor in tensors.items()}, mesh.world_group):
+        sizes |= held
+    writer = HuggingFaceStorageWriter(str(folder), _files_of(sizes), save_distributed=True, enable_consolidation=True)
+    save_tensors(tensors, storage_writer=writer)
+
+
+def _files_of(sizes: Mapping[str, int]) -> dict[str, int]:
+    """For each tensor, of which ``sizes`` gives the bytes, the number of its file, from 1; a file has up to ``FILE_BYTES``."""
+    file, filled, files = 1, 0, {}
+    for name, size in sizes.items():
+        if filled and filled + size > FILE_BYTES:
+            file, filled = file + 1, 0
+        files[name], filled = file, filled + size
+    return files
+
+
+def _config_of(model: Any) -> PreTrainedConfig:
+    """The user's config of the model (not the copy that names longspan's attention), with the model's class and dtype set."""
+    state = parallel_state(model)
+    config: PreTrainedConfig = model.config if state is None else cast(Any, state.adapter).configs[0][1]
+    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    config.architectures = [kind.__name__]
+    config.dtype = next(model.parameters()).dtype
+    return config

@@ -1,0 +1,83 @@
+"""A folder that a parallel model writes holds what was trained, on every axis, and is read by from_pretrained and by load."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from longspan import ModelError, ParallelMesh, forward_backward, parallelize, shard_batch
+from longspan.distributed.consensus import gather
+from longspan.hf import export
+from longspan.hf.export import save
+from longspan.hf.weights import load
+from tests.helpers.folders import whole, write
+from tests.helpers.ranks import Ranks
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def saved(folder: str, out: str, zero: int, degrees: dict[str, int]) -> None:
+    export.FILE_BYTES = 2**15  # several files
+    mesh = ParallelMesh(**degrees)
+    model = parallelize(load(folder), mesh, zero=zero)
+    ids = torch.arange(3, 27).reshape(1, 24)
+    parts = shard_batch([{"input_ids": ids, "labels": ids}], mesh)
+    forward_backward(model, parts)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with torch.no_grad():  # leaves FSDP2's outermost parameters gathered
+        forward_backward(model.eval(), parts)
+    save(model, out, mesh)
+    save(model, out, mesh)
+    trained: dict[str, Tensor] = {}
+    for held in gather({name: whole(parameter).detach() for name, parameter in model.named_parameters()}, mesh.world_group):
+        trained |= held
+    read = AutoModelForCausalLM.from_pretrained(out)
+    assert type(read) is LlamaForCausalLM
+    for name, parameter in read.named_parameters():
+        assert torch.equal(parameter, trained[name]), name
+    assert sum(map(len, map(load_file, Path(out).glob("*.safetensors")))) == len(list(read.named_parameters()))
+    again = parallelize(load(out), mesh, zero=3)
+    assert all(torch.equal(whole(parameter), trained[name]) for name, parameter in again.named_parameters())
+
+
+ULYSSES, BOTH, STAGES = {"ulysses": 2}, {"ulysses": 2, "tensor": 2}, {"pipeline": 2}
+CASES = [
+    (True, 3, 2, ULYSSES), (False, 3, 2, ULYSSES), (True, 0, 2, ULYSSES), (True, 3, 4, BOTH), (False, 0, 4, BOTH),
+    (True, 0, 2, STAGES), (False, 3, 4, STAGES), (True, 2, 4, STAGES | {"tensor": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tied", "zero", "ranks", "degrees"), CASES, ids=str)
+def test_what_is_saved_is_what_was_trained(
+    tied: bool, zero: int, ranks: int, degrees: dict[str, int], tmp_path: Path, pool: Callable[[int], Ranks]
+) -> None:
+    out = tmp_path / "out" / "model"
+    pool(ranks).run(saved, write(tmp_path / "in", tied), str(out), zero, degrees)
+    assert [path.name for path in out.parent.iterdir()] == ["model"]
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    kept = json.loads((out / "config.json").read_text())
+    assert (kept["architectures"], kept["dtype"], kept["use_cache"]) == (["LlamaForCausalLM"], "float32", True)
+    assert not (out / "sharded").exists()
+
+
+def saved_nowhere(folder: str, out: str) -> str:
+    mesh = ParallelMesh()
+    model = parallelize(load(folder), mesh, zero=3)
+    with pytest.raises(ModelError) as error:
+        save(model, out, mesh)
+    return str(error.value)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_on_every_rank(tmp_path: Path, pool: Callable[[int], Ranks]) -> None:
+    (tmp_path / "a file").touch()
+    one, other = pool(2).run(saved_nowhere, write(tmp_path / "in"), str(tmp_path / "a file" / "out"))
+    assert one == other
+    assert "cannot be saved to" in one
+    assert "; make room, or name another folder" in one
