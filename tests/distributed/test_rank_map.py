@@ -60,6 +60,6 @@ def test_an_all_to_all_across_hosts_is_advised_against_where_a_ring_would_keep_i
 ) -> None:
     on = degrees(**given)
     ranks = on["pipeline"] * on["data"] * on["ring"] * on["ulysses"] * on["tensor"]
-    said = crossing([f"host{rank // per_host}" for rank in range(ranks)], on)
-    assert (said is None) == (advice is None)
-    assert advice is None or (said is not None and f"with {advice} they would stay inside a host" in said)
+    advised = crossing([f"host{rank // per_host}" for rank in range(ranks)], on)
+    assert (advised is None) == (advice is None)
+    assert advice is None or (advised is not None and f"with {advice} they would stay inside a host" in advised)

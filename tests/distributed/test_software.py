@@ -29,7 +29,7 @@ def test_all_that_differs_is_named_with_ranks_and_hosts() -> None:
         refuse_other_software([facts(), facts(transformers="5")])
 
 
-def test_what_runs_is_told_by_version_and_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_is_known_by_version_and_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert software()["torch"] == torch.__version__
     (tmp_path / "a").mkdir()
     (tmp_path / "__init__.py").touch()
@@ -55,8 +55,8 @@ def other_code() -> str:
 
 
 def test_a_mesh_knows_its_hosts_and_warns_once(tmp_path: Path) -> None:
-    (said, shown), (nothing, _), *_ = on_ranks(4, on_two_hosts, tmp_path=tmp_path)
-    (sentence,) = said
+    (logged, shown), (nothing, _), *_ = on_ranks(4, on_two_hosts, tmp_path=tmp_path)
+    (sentence,) = logged
     assert sentence.startswith(
         "the all-to-alls of ulysses=4 cross hosts; with ulysses=2 and ring=2 they would stay inside a host"
     )
@@ -66,14 +66,14 @@ def test_a_mesh_knows_its_hosts_and_warns_once(tmp_path: Path) -> None:
 
 
 def on_two_hosts() -> tuple[list[str], str]:
-    said: list[str] = []
+    logged: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("longspan.distributed.mesh").addHandler(handler)
     module.socket.gethostname = lambda: f"host{dist.get_rank() // 2}"  # type: ignore[attr-defined]
     shown = str(ParallelMesh(ulysses=4))
     ParallelMesh(ulysses=2, ring=2)
-    return said, shown
+    return logged, shown
 
 
 def test_ranks_that_ask_for_other_meshes_are_refused(tmp_path: Path) -> None:

@@ -197,6 +197,7 @@ def _refuse_another_vocabulary(corpus: Corpus, found: Found) -> None:
 
 
 def _refuse_more_ranks_than_heads(source: ModelSource, mesh: ParallelMesh) -> None:
+    """Raise LayoutError if there are more ranks of a sequence than query heads, over which they split each document."""
     ranks, stages = mesh.coordinate.sequence_ranks, mesh.coordinate.pipeline
     if ranks > source.heads:
         raise LayoutError(

@@ -34,6 +34,11 @@ def open_run(config: Train, mesh: ParallelMesh) -> Path:
 
 
 def _new_run(config: Train) -> str:
+    """Make the folder of a new run with its config.json, on rank 0; returns the run's name.
+
+    Raises:
+        RunError: the name exists already, or the folder cannot be made.
+    """
     runs = Path(config.runs_folder)
     try:
         runs.mkdir(parents=True, exist_ok=True)
@@ -58,5 +63,6 @@ def _new_run(config: Train) -> str:
 
 
 def _next_free(runs: Path) -> str:
+    """The first of train-001, train-002, ... that is not a folder in ``runs``."""
     taken = {path.name for path in runs.iterdir()}
     return next(name for number in range(1, len(taken) + 2) if (name := f"train-{number:03}") not in taken)

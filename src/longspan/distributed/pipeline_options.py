@@ -15,7 +15,7 @@ from longspan.errors import LayoutError, ModelError
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """How the stages of a pipeline work; frozen, checked when made.
+    """How the stages of a pipeline work: ``pipeline=`` of ``parallelize``. Frozen, checked when made.
 
     Raises:
         LayoutError: an unknown schedule, or several stages on a rank with a schedule that has none.

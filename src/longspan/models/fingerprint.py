@@ -46,6 +46,7 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
 
 
 def _hash(tensor: Tensor) -> str:
+    """A hash of the tensor's content. Raises ModelError for a sharded tensor, or one on the meta device."""
     if isinstance(tensor, DTensor):
         raise ModelError("the model is sharded already; give it to parallelize whole, which shards it with zero=3")
     if tensor.is_meta:
