@@ -4,6 +4,7 @@
 # make model-matrix   which language models of Transformers are exact on two ranks; writes docs/models.md and plans.md, about an hour
 # make test-gpu PYTHON=python3   kernels, two ranks and waits on a GPU; make bench-gpu PYTHON=python3   GEMM, copy, attention
 # make bench-million   real steps on one sequence of 1,048,576 tokens, two ranks, about ten minutes a step on a CPU with AVX-512
+# make bench-hosts   bytes of a layer between hosts (network namespaces), counted by the kernel; writes docs/wire.md; Linux, root, iproute2
 # make test-versions V=2.11.0   make test with another PyTorch, in an environment that is removed afterwards; prints a row of
 #                               docs/versions.md. TRANSFORMERS=5.24.0 TESTS=tests/hf for another Transformers, and for a part
 # make validate-planner CSV=FILE   the planner beside published measurements, and docs/planner.md from them
@@ -22,7 +23,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constra
 
 CSV ?=
 
-.PHONY: train lint quick test test-long test-versions model-matrix test-gpu bench-gpu bench-million validate-planner clean
+.PHONY: train lint quick test test-long test-versions model-matrix test-gpu bench-gpu bench-million bench-hosts validate-planner clean
 
 train: .venv/installed
 	$(BIN)/longspan train $(ARGS)
@@ -65,6 +66,9 @@ bench-gpu:
 
 bench-million: .venv/installed
 	$(BIN)/python benchmarks/million.py $(ARGS)
+
+bench-hosts: .venv/installed
+	PYTHONPATH=. $(BIN)/python -m benchmarks.hosts traffic --write
 
 validate-planner: .venv/installed
 	@test -n '$(CSV)' || { echo 'name the published measurements: make validate-planner CSV=FILE (columns: docs/planner.md)' >&2; exit 2; }

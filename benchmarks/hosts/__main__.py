@@ -1,0 +1,66 @@
+"""Comparisons on the wire, on several hosts of one machine: python -m benchmarks.hosts COMPARISON [--write]
+
+    traffic       bytes of one layer, counted by the kernel, beside the closed forms; integers, also on a busy machine
+    doubled       Ulysses' bytes of a link when tokens and ranks double from 18 to 36 hosts; takes 12 GB of memory
+    throughput    a training step of each method over the rate of the links; on a quiet machine only
+    latency       the time that Ulysses adds to a layer, beside its closed form; on a quiet machine only
+
+``--write`` puts tables and figures into docs/wire.md. Needs root and iproute2 (Linux), without which it says so and ends.
+"""
+
+import argparse
+import signal
+import sys
+
+from benchmarks.hosts import latency, page, throughput, traffic
+from benchmarks.hosts.namespaces import why_not
+
+
+def main() -> None:
+    """Run one comparison."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.hosts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("comparison", choices=["traffic", "doubled", "throughput", "latency"])
+    parser.add_argument("--write", action="store_true", help="write the result into docs/wire.md")
+    parser.add_argument(
+        "--small", action="store_true", help="a few seconds of everything, to try the command; its times mean nothing"
+    )
+    arguments = parser.parse_args()
+    reason = why_not()
+    if reason is not None:
+        sys.exit(f"skipped: {reason}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the hosts are removed
+    {"traffic": _traffic, "doubled": _doubled, "throughput": _throughput, "latency": _latency}[arguments.comparison](arguments)
+
+
+def _traffic(arguments: argparse.Namespace) -> None:
+    rows = traffic.measure(((2, 1),)) if arguments.small else traffic.measure()
+    _report(arguments, "traffic", traffic.text(rows), traffic.figure(rows))
+
+
+def _doubled(arguments: argparse.Namespace) -> None:
+    rows = traffic.measure_doubled((2, 4) if arguments.small else (18, 36))
+    _report(arguments, "doubled", traffic.text(rows), None)
+
+
+def _throughput(arguments: argparse.Namespace) -> None:
+    found = throughput.measure(throughput.SMALL if arguments.small else throughput.WHOLE)
+    _report(arguments, "throughput", throughput.text(found), throughput.figure(found))
+
+
+def _latency(arguments: argparse.Namespace) -> None:
+    found = latency.measure(latency.SMALL if arguments.small else latency.WHOLE)
+    _report(arguments, "latency", latency.text(found), None)
+
+
+def _report(arguments: argparse.Namespace, part: str, text: str, svg: str | None) -> None:
+    print(text)
+    if arguments.write:
+        page.replace(part, text)
+        if svg is not None:
+            page.draw(f"wire-{part}.svg", svg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Throughput of a training step over the rate of the links, by method: python -m benchmarks.hosts throughput [--write]
+
+A decoder of width 512, 8,192 tokens, fp32, 4 hosts of one rank: at 200 Mbit/s and 1 Gbit/s with 8 layers, and with one at the
+rates at which a rank here can send as many bytes per FLOP as a GPU of two clusters can. A step is forward, backward and the
+average of the gradients; the optimizer is left out. Sets of ranks are started anew for every rate.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from benchmarks.hosts import ranks
+from benchmarks.hosts.figure import Series, lines
+from benchmarks.hosts.fit import Line, fit, where_ratio
+from benchmarks.hosts.methods import MEGATRON, TIMED, ULYSSES
+from benchmarks.hosts.namespaces import hosts
+
+HOSTS = 4
+GOAL = 2.5
+"""Tokens a second of Ulysses over those of Megatron-SP at 200 Mbit/s that the comparison was to show."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A GPU of a cluster: its peak in bf16 without sparsity, and the rate of its own link to other nodes."""
+
+    name: str
+    flops: float
+    bytes_per_second: float
+
+
+CLUSTERS = (
+    Cluster(name="A100, 200 Gbit/s a GPU", flops=312e12, bytes_per_second=25e9),
+    Cluster(name="H100, 400 Gbit/s a GPU", flops=989e12, bytes_per_second=50e9),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """The sizes of a run: (Mbit/s, layers) of the fixed rates, the layers at the clusters' rates, and the decoder."""
+
+    rates: tuple[tuple[float, int], ...]
+    cluster_layers: int
+    tokens: int
+    hidden: int
+    heads: int
+    ffn: int
+    steps: int = 1
+
+
+WHOLE = Case(rates=((200, 8), (1000, 8)), cluster_layers=1, tokens=8192, hidden=512, heads=8, ffn=1408)
+SMALL = Case(rates=((200, 1), (1000, 1)), cluster_layers=1, tokens=512, hidden=64, heads=4, ffn=128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One rate: its name, Mbit/s, layers, the FLOP/s of a rank, and what the ranks found for each method."""
+
+    name: str
+    mbit: float
+    layers: int
+    flops_a_rank: float
+    tokens: int
+    methods: dict[str, dict[str, object]]
+
+    def seconds(self, method: str) -> float:
+        """Seconds of a step for each layer."""
+        return median(self.methods[method]["seconds"]) / self.layers  # type: ignore[arg-type]
+
+    def sent(self, method: str) -> int:
+        """The bytes that a rank sends in a step, counted by the kernel, without headers: exchanges and averaged gradients."""
+        return int(self.methods[method]["sent"])  # type: ignore[call-overload]
+
+
+def measure(case: Case) -> list[Point]:
+    """Time every method at every rate: first the fixed rates, then those of the clusters."""
+    points = [_point(f"{mbit:g} Mbit/s", mbit, layers, case) for mbit, layers in case.rates]
+    for cluster in CLUSTERS:
+        points.append(_point(cluster.name, equal_rate(points[0].flops_a_rank, cluster), case.cluster_layers, case))
+    return points
+
+
+def equal_rate(flops_a_rank: float, cluster: Cluster) -> float:
+    """The Mbit/s at which a rank sends as many bytes per FLOP of its matrix products as a GPU of the cluster at its peak."""
+    return flops_a_rank * cluster.bytes_per_second / cluster.flops * 8 / 1e6
+
+
+def _point(name: str, mbit: float, layers: int, case: Case) -> Point:
+    with TemporaryDirectory(prefix="longspan-") as folder, hosts(HOSTS, mbit) as made:
+        asked = {name: getattr(case, name) for name in ("tokens", "hidden", "heads", "ffn", "steps")}
+        asked |= {"folder": folder, "layers": layers, "methods": [method.name for method in TIMED]}
+        ranks.run(made, 1, ["-m", "benchmarks.hosts.throughput_rank", json.dumps(asked)], timeout=1800)
+        found = json.loads(Path(folder, "found.json").read_text())
+    point = Point(name=name, mbit=mbit, layers=layers, tokens=case.tokens, **found)
+    print(_rows(point), flush=True)
+    return point
+
+
+HEADER = (
+    "| link | layers | method | seconds a step | tokens/s | of Megatron-SP | MiB that a rank sends | sending alone, s |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+def _rows(point: Point) -> str:
+    found = []
+    for method in point.methods:
+        seconds = point.seconds(method) * point.layers
+        ratio, sent = point.seconds(MEGATRON.name) / point.seconds(method), point.sent(method)
+        cells = [f"{point.name} ({point.mbit:.0f} Mbit/s)" if method == ULYSSES.name else "", str(point.layers), method]
+        cells += [f"{seconds:.2f}", f"{point.tokens / seconds:,.0f}", f"{ratio:.2f}", f"{sent / 2**20:,.1f}"]
+        found.append(f"| {' | '.join(cells)} | {sent * 8e-6 / point.mbit:.2f} |")
+    return "\n".join(found)
+
+
+def text(points: Sequence[Point]) -> str:
+    """The table, the arithmetic of the clusters' rates, the collectives of Megatron-SP, and where its ratio crosses."""
+    parts = [HEADER, *map(_rows, points), "", *(_arithmetic(points[0].flops_a_rank, cluster) for cluster in CLUSTERS), ""]
+    for point in points:
+        used = "; ".join(f"{name} {how}" for name, how in point.methods[MEGATRON.name]["collectives"].items())  # type: ignore[attr-defined]
+        parts.append(f"Megatron-SP at {point.name}: {used}.")
+    return "\n".join([*parts, "", _crossings(points)])
+
+
+def _arithmetic(flops: float, cluster: Cluster) -> str:
+    return (
+        f"{cluster.name}: {cluster.bytes_per_second:.3g} B/s / {cluster.flops:.3g} FLOP/s = "
+        f"{cluster.bytes_per_second / cluster.flops:.2e} bytes a FLOP; a rank here multiplies with {flops / 1e9:.1f} GFLOP/s "
+        f"while all {HOSTS} do, so its link gets {equal_rate(flops, cluster):.1f} Mbit/s."
+    )
+
+
+def _curves(points: Sequence[Point]) -> dict[str, Line]:
+    """For each method the line seconds of a layer = a + b / Mbit/s through its points."""
+    return {method: fit([(1 / point.mbit, point.seconds(method)) for point in points]) for method in points[0].methods}
+
+
+def _crossings(points: Sequence[Point]) -> str:
+    curves, found = _curves(points), []
+    mine = curves[ULYSSES.name]
+    rate = where_ratio(curves[MEGATRON.name], mine, GOAL)
+    found.append(f"Ulysses is {GOAL} x Megatron-SP {_below(rate)}.")
+    for method in curves:
+        if method != ULYSSES.name:
+            found.append(f"Ulysses and {method} take equal time {_below(where_ratio(curves[method], mine, 1.0), 'at')}.")
+    return "Where lines a + b / rate through the points cross: " + " ".join(found)
+
+
+def _below(inverse: float | None, word: str = "below") -> str:
+    return "at no rate" if inverse is None else f"{word} {1 / inverse:.3g} Mbit/s"
+
+
+def figure(points: Sequence[Point]) -> str:
+    """Seconds of a layer over the rate of the links: measured as points, a + b / rate as lines."""
+    curves = _curves(points)
+    low, high = min(point.mbit for point in points) / 2, max(point.mbit for point in points) * 4
+    rates = [low * (high / low) ** (step / 40) for step in range(41)]
+    series = [
+        Series(
+            name=method,
+            points=[(point.mbit, point.seconds(method)) for point in points],
+            curve=[(rate, curve.at(1 / rate)) for rate in rates if curve.at(1 / rate) > 0],
+        )
+        for method, curve in curves.items()
+    ]
+    return lines(series, x="Mbit/s of a link, each direction", y="seconds of a step, per layer")
