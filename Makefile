@@ -1,8 +1,10 @@
 # make train      install into .venv and train on this machine        make test        every check, as CI runs it
 # make quick      lint, types and the quickest tests, two minutes    make test-long   the full product of shapes and layouts, 45 minutes
-# make clean      remove .venv and caches, not runs/
+# make clean      remove .venv, .venv-peers and caches, not runs/
 # make model-matrix   which language models of Transformers are exact on two ranks; writes docs/models.md and plans.md, about an hour
 # make test-gpu PYTHON=python3   kernels, two ranks and waits on a GPU; make bench-gpu PYTHON=python3   GEMM, copy, attention
+# make bench    longspan beside DeepSpeed, ringmaster and yunchang, an hour on a quiet machine; writes docs/peers.md. ARGS="--only c"
+#               for a part; make bench-full   the larger sizes
 # make bench-million   real steps on one sequence of 1,048,576 tokens, two ranks, about ten minutes a step on a CPU with AVX-512
 # make bench-hosts   bytes of a layer between hosts (network namespaces), counted by the kernel; writes docs/wire.md; Linux, root, iproute2
 # make test-versions V=2.11.0   make test with another PyTorch, in an environment that is removed afterwards; prints a row of
@@ -23,7 +25,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constra
 
 CSV ?=
 
-.PHONY: train lint quick test test-long test-versions model-matrix test-gpu bench-gpu bench-million bench-hosts validate-planner clean
+.PHONY: train lint quick test test-long test-versions model-matrix test-gpu bench bench-full bench-gpu bench-million bench-hosts validate-planner clean
 
 train: .venv/installed
 	$(BIN)/longspan train $(ARGS)
@@ -64,6 +66,12 @@ test-gpu:
 bench-gpu:
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --device $(DEVICE) $(ARGS)
 
+bench: .venv-peers/installed
+	.venv-peers/bin/python -m benchmarks.peers $(ARGS)
+
+bench-full: .venv-peers/installed
+	.venv-peers/bin/python -m benchmarks.peers --full $(ARGS)
+
 bench-million: .venv/installed
 	$(BIN)/python benchmarks/million.py $(ARGS)
 
@@ -75,7 +83,11 @@ validate-planner: .venv/installed
 	$(BIN)/python benchmarks/validate_planner.py $(CSV) --write docs/planner.md $(ARGS)
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+.venv-peers/installed: benchmarks/peers/requirements.txt benchmarks/peers/install.sh
+	@echo 'Installing the libraries to compare with into .venv-peers (the first time only) ...'
+	benchmarks/peers/install.sh $(PYTHON) $(TORCH_INDEX_URL)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

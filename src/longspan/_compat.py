@@ -16,6 +16,7 @@
     own_parameters, own_modules     nn.Module._parameters, nn.Module._modules                               models/unchanged.py
     changes_in_place                Tensor._version                                                         memory/offload.py
     base_of_view                    Tensor._base                                                            hf/own_recipe.py
+    references                      torch._C._storage_Use_Count                                             exchanges' memory
     hash_store                      torch.distributed.HashStore (without type stubs)                        one rank
     tcp_store, meet_in_store        torch.distributed.TCPStore (without type stubs)                         launching
     torchrun_store                  torch.distributed.distributed_c10d.rendezvous                           torchrun's ranks
@@ -293,6 +294,12 @@ def _launch_config(kind: Any, *, shutdown_timeout: int, **options: Any) -> Any:
     """
     known = "shutdown_timeout" in {field.name for field in fields(kind)}
     return kind(**options, **({"shutdown_timeout": shutdown_timeout} if known else {}))
+
+
+def references(storage: torch.UntypedStorage) -> int:
+    """How many objects refer to ``storage``: tensors that lie in it, views and saved ones included, and ``storage`` itself."""
+    count: int = _symbol(torch._C, "_storage_Use_Count", "the memory of the exchanges")(storage._cdata)
+    return count
 
 
 def hash_store() -> Any:

@@ -6,8 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longspan.distributed import collectives
-from longspan.distributed.collectives import CountingTransport, Scratch, TorchTransport, all_gather, all_reduce_sum
+from longspan.distributed.collectives import CountingTransport, TorchTransport, all_gather, all_reduce_sum
 from longspan.distributed.traffic import Traffic
 from tests.helpers.ranks import on_ranks
 
@@ -47,19 +46,6 @@ def _all_gather(dim: int, sizes: tuple[int, ...]) -> None:
     if group.size() > 1:
         others = (len(sizes) - 1) * x.numel() + sum(piece.numel() for piece in pieces) - x.numel()
         assert transport.traffic == Traffic(2, others * 8)
-
-
-def test_scratch_is_kept_up_to_its_bound_and_freed_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives, "SCRATCH_BYTES", 64)
-    scratch, like = Scratch(), torch.empty(0)
-    with scratch.lend(16, like) as lent:
-        kept = lent.data_ptr()
-        assert lent.shape == (16,)
-    with scratch.lend(9, like) as lent:
-        assert lent.data_ptr() == kept
-    with scratch.lend(17, like):
-        pass
-    assert not scratch._free
 
 
 def _everyones(seed: int, shape: tuple[int, ...]) -> torch.Tensor:

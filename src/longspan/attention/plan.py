@@ -21,8 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longspan._compat import OpaqueBase, register_opaque
-from longspan.distributed.collectives import Scratch, Transport
+from longspan.distributed.collectives import Transport
 from longspan.distributed.layout import Runs
+from longspan.distributed.scratch import Scratch
 from longspan.kernels.head_groups import GroupedKernel, Groups
 from longspan.kernels.protocol import BoundBias, Kernel
 from longspan.masks.bands import Band

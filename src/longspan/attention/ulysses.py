@@ -20,6 +20,7 @@ The suffix of a tensor's name gives its dims: B batch, S my tokens, T every toke
 R rows (B * T), W the widths (heads x head size) of my heads of all tensors side by side.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -34,6 +35,7 @@ from longspan.attention.plan import ExchangePlan, TensorGroup
 from longspan.attention.plan_cache import Constant, cached
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.scratch import Scratch
 from longspan.errors import LayoutError
 from longspan.kernels.protocol import accumulation_dtype
 
@@ -218,7 +220,7 @@ def exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, batch: int
         The tensors of all groups, [batch, my tokens, heads, dim]; heads that several ranks return are summed.
     """
     outputs = [
-        new_output((batch, group.sizes[plan.rank], count, dim), summed, rows_RW[0])
+        new_output((batch, group.sizes[plan.rank], count, dim), summed, rows_RW[0], plan.scratch)
         for group in plan.groups
         for count, dim, summed in zip(group.counts, group.dims, group.summed)
     ]
@@ -279,15 +281,16 @@ def start_exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, outp
     return finish
 
 
-def new_output(shape: Sequence[int], summed: bool, like: Tensor) -> Tensor:
+def new_output(shape: Sequence[int], summed: bool, like: Tensor, scratch: Scratch | None = None) -> Tensor:
     """A tensor of ``shape`` for ``start_exchange_to_tokens`` to write to: uninitialised in the dtype of ``like``, or if
     ``summed`` zeros.
 
-    The zeros are in fp32 (fp64 for fp64), because the results of several ranks are added to them.
+    The zeros are in fp32 (fp64 for fp64), because the results of several ranks are added to them. The memory is that of
+    ``scratch``, if it is given.
     """
     if summed:
         return like.new_zeros(shape, dtype=accumulation_dtype(like.dtype))
-    return like.new_empty(shape)
+    return like.new_empty(shape) if scratch is None else scratch.take(math.prod(shape), like).view(shape)
 
 
 def _blocks(flat: Tensor, plan: ExchangePlan, batch: int) -> list[list[list[Tensor]]]:

@@ -10,8 +10,7 @@ Every rank computes the same global loss, so each collective has its true adjoin
 ranks. Anything else gives gradients that are off by a factor which depends on the layout. Independent of meshes and models.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,8 +19,8 @@ from jaxtyping import Num, Shaped
 from torch import Tensor
 
 from longspan import _compat
+from longspan.distributed.scratch import Scratch
 from longspan.distributed.traffic import Traffic
-from longspan.tuning import SCRATCH_BYTES
 
 
 @runtime_checkable
@@ -65,7 +64,13 @@ class Transport(Protocol):
 
 
 class TorchTransport:
-    """The default ``Transport`` of a mesh: PyTorch's ``all_to_all_single`` on the backend of the group (gloo, NCCL, ...)."""
+    """The default ``Transport`` of a mesh: PyTorch's ``all_to_all_single`` on the backend of the group (gloo, NCCL, ...).
+
+    On a CPU it receives into memory that it used before, once no tensor refers to it any more.
+    """
+
+    def __init__(self) -> None:
+        self._memory = Scratch()
 
     def all_to_all(
         self,
@@ -84,35 +89,9 @@ class TorchTransport:
         Returns:
             A handle whose ``wait`` returns the received elements, flat and in rank order.
         """
-        received = send.new_empty(sum(recv_splits))
+        received = self._memory.take(sum(recv_splits), send)
         work = dist.all_to_all_single(received, send, list(recv_splits), list(send_splits), group=group, async_op=True)
         return _Receiving(send, received, work)
-
-
-class Scratch:
-    """Send buffers of one mesh that are kept for the next all-to-all instead of being allocated again, one buffer per device.
-
-    On a CPU, allocating new pages takes longer than the copy into them (four times as long at 256 MiB). Buffers of more than
-    ``SCRATCH_BYTES`` are freed after use: kept, they would add to the peak memory of the kernels.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[torch.device, Tensor] = {}
-
-    @contextmanager
-    def lend(self, elements: int, like: Tensor) -> Iterator[Shaped[Tensor, " elements"]]:
-        """Context manager that gives a flat uninitialised buffer of ``elements`` elements in the dtype and on the device of
-        ``like``.
-
-        The buffer is taken back at the end of the block and must not be used after it.
-        """
-        needed = elements * like.element_size()
-        buffer = self._free.pop(like.device, None)
-        if buffer is None or buffer.numel() < needed:
-            buffer = torch.empty(needed, dtype=torch.uint8, device=like.device)
-        yield buffer[:needed].view(like.dtype)
-        if buffer.numel() <= SCRATCH_BYTES:
-            self._free[like.device] = buffer
 
 
 class _Receiving:

@@ -27,12 +27,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longspan import _compat
-from longspan.distributed.collectives import Scratch, TorchTransport, Transport
+from longspan.distributed.collectives import TorchTransport, Transport
 from longspan.distributed.consensus import gather
 from longspan.distributed.device import choose_device, device_of, join_world, refuse_shared_devices, set_timeout
 from longspan.distributed.launchers import join_launcher
 from longspan.distributed.layout import Degrees, Layout, Runs, choose_degrees
 from longspan.distributed.rank_map import crossing, rank_map
+from longspan.distributed.scratch import Scratch
 from longspan.distributed.software import meet
 from longspan.errors import LayoutError
 

@@ -1,0 +1,88 @@
+"""Work item e: the longest sequence whose training step stays under 3 GiB of resident memory a rank.
+
+Memory grows in a line with the length, so the search goes along the line through two measured lengths and then tries. What it
+prints was measured under the cap.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.peers.contest import progress
+from benchmarks.peers.contestant import Refused
+from benchmarks.peers.items.memory import EVERY, peak
+from benchmarks.peers.items.step import llama
+from benchmarks.peers.page import table
+
+CAP_MIB = 3 * 1024
+STEP = 512
+"""Lengths are multiples of it."""
+ONE_RANK = ("one_device", {"checkpointed": True}, 1)
+VOCABULARIES = {"quick": (128256,), "full": (32000,)}
+GOALS = {128256: 12, 32000: 5}
+LARGEST = {128256: 40960, 32000: 65536}
+"""The search ends there: longer steps take many minutes."""
+
+
+def run(scale: str) -> str:
+    """The tables, as Markdown."""
+    return "\n\n".join(_table(vocab) for vocab in VOCABULARIES[scale])
+
+
+def _table(vocab: int) -> str:
+    libraries = {"bare model, one rank, checkpointed": ONE_RANK} | EVERY
+    rows, longest = [], {}
+    for name, library in libraries.items():
+        try:
+            tokens, mib = search(lambda length, one=library, name=name: _peak(name, one, length, vocab), LARGEST[vocab])
+        except Refused as error:
+            rows.append([name, f"cannot: {error}", ""])
+            continue
+        longest[name] = tokens
+        rows.append([name, f"{tokens:,}{' and more' if tokens == LARGEST[vocab] else ''}", f"{mib:,.0f} MiB"])
+    ours, alone = longest["longspan, every option"], longest["bare model, one rank, checkpointed"]
+    peers = max((tokens for name, tokens in longest.items() if name.startswith(("DeepSpeed", "ringmaster"))), default=0)
+    found = f"longspan trains {ours / alone:.1f} x one rank (goal {GOALS[vocab]})"
+    if peers:
+        found += f" and {ours / peers:.1f} x the best peer (goal 1.3)"
+    title = f"**{vocab:,} words, 4 layers x 256, {CAP_MIB:,} MiB a rank**"
+    return f"{title}\n\n{table(['', 'longest', 'peak there'], rows)}\n\n{found}."
+
+
+def search(peak_of: Callable[[int], float], largest: int, first: int = 1024) -> tuple[int, float]:
+    """The longest length found under the cap, at most ``largest``, and its peak in MiB; (0, inf) if none fits.
+
+    Args:
+        peak_of: the peak of a length.
+        largest: where the search ends.
+        first: the first length tried; the second is twice as long.
+    """
+    fits, breaks = (0, float("inf")), largest + STEP
+    points: list[tuple[int, float]] = []
+    length = first
+    while fits[0] < length < breaks:
+        mib = peak_of(length)
+        points.append((length, mib))
+        if mib <= CAP_MIB:
+            fits = (length, mib)
+        else:
+            breaks = length
+        if mib > CAP_MIB * 0.96 and mib <= CAP_MIB:
+            break
+        length = _next(points, fits[0], breaks, largest)
+    return fits
+
+
+def _next(points: list[tuple[int, float]], fits: int, breaks: int, largest: int) -> int:
+    if len(points) == 1:
+        return min(2 * points[0][0], largest) if fits else points[0][0] // 2
+    (a, low), (b, high) = sorted(points)[-2:]
+    slope = max((high - low) / (b - a), 1e-9)
+    guess = int((b + (CAP_MIB * 0.98 - high) / slope) // STEP * STEP)
+    return min(max(guess, fits), 4 * b, largest, breaks - STEP)
+
+
+def _peak(name: str, library: tuple[str, dict[str, Any], int], tokens: int, vocab: int) -> float:
+    case = llama(tokens, 4, vocab, hidden=256, heads=4, ffn=704)
+    mib = peak(name, library, case, whole=True)
+    progress(f"  {name}, {tokens:,} tokens: {mib:,.0f} MiB")
+    return mib

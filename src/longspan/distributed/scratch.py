@@ -1,0 +1,75 @@
+"""Memory of the exchanges that is used again, because on a CPU new pages take longer than the copy into them.
+
+    lend    a send buffer: filled, sent, and free again at the end of the block
+    take    a received tensor: free again when no tensor, view or saved activation refers to it
+
+The system fills every new page with zeros before it hands it out: received into new memory, the exchange of 16,384 tokens took
+several times the processor time of the same exchange into memory that is there. On other devices PyTorch itself keeps memory.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from longspan import _compat
+from longspan.tuning import SCRATCH_BYTES, SMALLEST_KEPT_BYTES
+
+
+class Scratch:
+    """Memory that the exchanges of one mesh use again: send buffers, one for each device, and received tensors on the CPU.
+
+    What is free is at most ``SCRATCH_BYTES`` of each kind: more would add to the peak memory of the kernels.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[torch.device, Tensor] = {}
+        self._taken: list[torch.UntypedStorage] = []
+
+    @contextmanager
+    def lend(self, elements: int, like: Tensor) -> Iterator[Shaped[Tensor, " elements"]]:
+        """Context manager that gives a flat uninitialised buffer of ``elements`` elements in the dtype and on the device of
+        ``like``.
+
+        The buffer is taken back at the end of the block and must not be used after it.
+        """
+        needed = elements * like.element_size()
+        buffer = self._free.pop(like.device, None)
+        if buffer is None or buffer.numel() < needed:
+            buffer = torch.empty(needed, dtype=torch.uint8, device=like.device)
+        yield buffer[:needed].view(like.dtype)
+        if buffer.numel() <= SCRATCH_BYTES:
+            self._free[like.device] = buffer
+
+    def take(self, elements: int, like: Tensor) -> Shaped[Tensor, " elements"]:
+        """A flat uninitialised tensor of ``elements`` elements in the dtype and on the device of ``like``.
+
+        It is an ordinary tensor that may be kept as long as wanted. Its memory is used again once nothing refers to it.
+        """
+        needed = elements * like.element_size()
+        if like.device.type != "cpu" or type(like) is not Tensor or not SMALLEST_KEPT_BYTES <= needed <= SCRATCH_BYTES:
+            return like.new_empty(elements)
+        self._drop_what_is_too_much()
+        free = [storage for storage in self._taken if _is_free(storage) and needed <= storage.nbytes() <= 2 * needed]
+        storage = min(free, key=torch.UntypedStorage.nbytes, default=None)
+        if storage is None:
+            storage = torch.UntypedStorage(needed, device="cpu")
+            self._taken.append(storage)
+        return like.new_empty(0).set_(storage, 0, (elements,), (1,))
+
+    def _drop_what_is_too_much(self) -> None:
+        """Forget the storages in use, beyond a bound, and those that are free, beyond ``SCRATCH_BYTES`` in sum."""
+        left, kept = SCRATCH_BYTES, []
+        for storage in reversed(self._taken):  # the newest are most like the next one
+            if not _is_free(storage):
+                kept.append(storage)
+            elif storage.nbytes() <= left:
+                left -= storage.nbytes()
+                kept.append(storage)
+        self._taken = kept[::-1]
+
+
+def _is_free(storage: torch.UntypedStorage) -> bool:
+    return _compat.references(storage) == 1
