@@ -22,13 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
@@ -36,10 +30,8 @@ from longspan.cli.settings_file import LATEST, settings_of_run
 from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import RunError
-from longspan.models.adapter import parallel_state
+from longspan.integrations.state_dict import load_sharded_state, sharded_state
 
-BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
-"""Optimizer states and options by the names of parameters: a pipeline stage has other groups than the whole model."""
 FACTS = "run.json"
 
 
@@ -68,11 +60,7 @@ def save(
     """
     folder = run / "checkpoints"
     written, final = folder / f".step-{step:06d}", folder / f"step-{step:06d}"
-    tensors = {
-        "model": get_model_state_dict(model),
-        "optimizer": _states(model, optimizer),
-        "random": torch.get_rng_state(),
-    }
+    tensors = sharded_state(model, optimizer)
     with _all_or_none(written, mesh):
         if dist.get_rank() == 0:
             shutil.rmtree(written, ignore_errors=True)
@@ -108,46 +96,15 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
     Raises:
         RunError: the checkpoint is damaged.
     """
-    tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
-    if optimizer is not None:
-        tensors |= {"optimizer": _states(model, optimizer), "random": torch.get_rng_state()}
+    tensors = {"model": get_model_state_dict(model)} if optimizer is None else sharded_state(model, optimizer)
     try:
         load_tensors(tensors, checkpoint_id=path)
     except (CheckpointException, RuntimeError) as error:
         raise RunError(f"the checkpoint {path} cannot be read: {_cause(error)}; use another one, or start a new run") from error
-    set_model_state_dict(model, tensors["model"])
-    if optimizer is not None:
-        states = _renamed(tensors["optimizer"], {first: second for second, first in _copies(model).items()})
-        set_optimizer_state_dict(model, optimizer, states, options=BY_NAME)
-        torch.set_rng_state(tensors["random"])
-
-
-def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's states and options, keyed by the names that parameters have in the whole model, not on this stage."""
-    return _renamed(get_optimizer_state_dict(model, optimizer, options=BY_NAME), _copies(model))
-
-
-def _copies(model: nn.Module) -> dict[str, str]:
-    """The names of the weights on this pipeline stage that are copies of a tied weight of the first stage: {name here: name
-    there}.
-
-    The name on the first stage is that in the whole model. Empty without a pipeline, and on stages without a copy.
-    """
-    state = parallel_state(model)
-    return {} if state is None or state.pipeline is None else state.pipeline.copy_names
-
-
-def _renamed(states: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """``states`` with other names of parameters in its keys "state.NAME.FIELD" and "param_groups.NAME.FIELD".
-
-    ``names``: {name: other name}; names that are not in it stay.
-    """
-    renamed = {}
-    for key, value in states.items():
-        kind, _, rest = key.partition(".")
-        name, _, field = rest.rpartition(".")
-        renamed[f"{kind}.{names.get(name, name)}.{field}"] = value
-    return renamed
+    if optimizer is None:
+        set_model_state_dict(model, tensors["model"])
+    else:
+        load_sharded_state(model, optimizer, tensors)
 
 
 def facts(path: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@
              rank 0 [a ]  rank 1 [ b]   <--shard_like----   every rank reads [a b] and keeps its shard  <--  optimizer.pt
 
 The files are those that one device writes: one device continues from what four ranks wrote, and four ranks from what one
-device wrote. Independent of files and of training.
+device wrote. ``sharded_state`` and ``load_sharded_state`` leave tensors sharded, for PyTorch's distributed checkpoint.
+Independent of files and of training.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,61 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from longspan.models.adapter import parallel_state
+
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
+"""Optimizer states and options by the names of parameters: a pipeline stage has other groups than the whole model."""
+
+
+def sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a distributed checkpoint holds of a run. Every rank must call it.
+
+    Returns:
+        {"model": weights, "optimizer": states by the names that parameters have in the whole model, "random": torch's CPU
+        random state}. Tensors are sharded as they are in ``model``; loading writes into them.
+    """
+    states = _renamed(get_optimizer_state_dict(model, optimizer, options=BY_NAME), _copies(model))
+    return {"model": get_model_state_dict(model), "optimizer": states, "random": torch.get_rng_state()}
+
+
+def load_sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put what was read into a ``sharded_state`` of the same model and optimizer into them. Every rank must call it."""
+    set_model_state_dict(model, state["model"])
+    states = _renamed(state["optimizer"], {first: second for second, first in _copies(model).items()})
+    set_optimizer_state_dict(model, optimizer, states, options=BY_NAME)
+    torch.set_rng_state(state["random"])
+
+
+def _copies(model: nn.Module) -> dict[str, str]:
+    """The names of the weights on this pipeline stage that are copies of a tied weight of the first stage: {name here: name
+    there}.
+
+    The name on the first stage is that in the whole model. Empty without a pipeline, and on stages without a copy.
+    """
+    state = parallel_state(model)
+    return {} if state is None or state.pipeline is None else state.pipeline.copy_names
+
+
+def _renamed(states: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """``states`` with other names of parameters in its keys "state.NAME.FIELD" and "param_groups.NAME.FIELD".
+
+    ``names``: {name: other name}; names that are not in it stay.
+    """
+    renamed = {}
+    for key, value in states.items():
+        kind, _, rest = key.partition(".")
+        name, _, field = rest.rpartition(".")
+        renamed[f"{kind}.{names.get(name, name)}.{field}"] = value
+    return renamed
 
 
 @torch.no_grad()
