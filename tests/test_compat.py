@@ -150,7 +150,8 @@ USES: dict[str, tuple[str, Callable[[], object]]] = {
     "fsdp_gathered_parameters": ("_fsdp_param_group", lambda: _compat.fsdp_gathered_parameters(_FSDPModule())),
     "fsdp_fill_unused_gradients": ("_fsdp_param_group", lambda: _compat.fsdp_fill_unused_gradients(_FSDPModule())),
     "hash_store": ("HashStore", _compat.hash_store),
-    "tcp_store": ("TCPStore", lambda: _compat.tcp_store("localhost", 1)),
+    "tcp_store": ("TCPStore", lambda: _compat.tcp_store("localhost", 1, seconds=1)),
+    "hosted_store": ("TCPStore", lambda: _compat.hosted_store("localhost", 1)),
     "elastic_launcher": ("SignalException", _compat.elastic_launcher),
     "event_tree": ("kineto_results", lambda: _compat.event_tree(_Anything())),
 }

@@ -18,7 +18,7 @@
     base_of_view                    Tensor._base                                                            hf/own_recipe.py
     references                      torch._C._storage_Use_Count                                             exchanges' memory
     hash_store                      torch.distributed.HashStore (without type stubs)                        one rank
-    tcp_store, meet_in_store        torch.distributed.TCPStore (without type stubs)                         launching
+    tcp_store, hosted_store, meet_in_store   torch.distributed.TCPStore (without type stubs)                         launching
     torchrun_store                  torch.distributed.distributed_c10d.rendezvous                           torchrun's ranks
     set_group_timeout               torch.distributed.set_timeout, before 2.14 _set_pg_timeout              a mesh's timeout
     run_pipeline                    pipelining schedules' _step_microbatches                                pipeline_parallel.py
@@ -307,14 +307,20 @@ def hash_store() -> Any:
     return _symbol(torch.distributed, "HashStore", "a world of one rank")()
 
 
-def tcp_store(host: str, port: int) -> Any:
+def tcp_store(host: str, port: int, *, seconds: float) -> Any:
     """A client of the TCPStore at ``host`` and ``port``, through which the ranks of a launcher share keys.
 
     Raises:
-        RuntimeError: nothing answers within 2 seconds, because the host may have ended.
+        RuntimeError: nothing answers within ``seconds``, because the host may have ended.
     """
     store = _symbol(torch.distributed, "TCPStore", "launching ranks")
-    return store(host, port, is_master=False, timeout=timedelta(seconds=2))
+    return store(host, port, is_master=False, timeout=timedelta(seconds=seconds))
+
+
+def hosted_store(host: str, port: int) -> Any:
+    """A TCPStore at ``host`` and ``port`` that this process runs until it ends; it waits for no other process."""
+    store = _symbol(torch.distributed, "TCPStore", "launching ranks")
+    return store(host, port, is_master=True, wait_for_workers=False)
 
 
 def meet_in_store(host: str, port: int, ranks: int, *, is_host: bool, seconds: float) -> Any:

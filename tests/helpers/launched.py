@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tests.helpers.processes import end, start
 
-LAUNCHERS = ("SLURM", "PMI", "MPI", "OMPI", "RANK", "WORLD", "LOCAL", "MASTER")
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = ("SLURM", "PMI", "MPI", "OMPI", "PET_", "RANK", "WORLD", "LOCAL", "MASTER")
 """Prefixes of the environment variables of launchers; processes that are started here do not inherit such variables."""
 
 
@@ -18,7 +19,11 @@ def started(environments: Sequence[dict[str, str]], command: Sequence[str], fold
         (exit code, stdout and stderr) of each, in the order of ``environments``.
     """
     base = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    base |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    base |= {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     running = [start(command, env=base | one, cwd=folder) for one in environments]
     try:
         outputs = ["".join(process.communicate(timeout=240)) for process in running]
@@ -26,6 +31,12 @@ def started(environments: Sequence[dict[str, str]], command: Sequence[str], fold
         for process in running:
             end(process)
     return [(process.returncode, output) for process, output in zip(running, outputs)]
+
+
+def srun_tasks(tasks: int, **others: str) -> list[dict[str, str]]:
+    """The environments of the tasks of a Slurm job on this machine, each with the variables ``others`` too."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": str(tasks), **others}
+    return [job | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(tasks)]
 
 
 def free_port() -> str:

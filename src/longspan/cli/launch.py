@@ -8,7 +8,8 @@ r"""Start the ranks of a run on this machine, or join the world of a launcher. I
 
 Ranks are forked from a server process without threads: the agent's threads hold locks at any moment, and a rank forked from
 the agent would deadlock on them. If one rank fails or is killed, the others are ended too, and the caller gets one exception:
-the LongspanError that the ranks raised, or RankDied, which names the rank.
+the LongspanError that the ranks raised, or RankDied, which names the rank. Under a launcher the ranks find out themselves which
+failure came first (failures.py), and one of them prints it.
 """
 
 import hashlib
@@ -20,11 +21,13 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from contextlib import suppress
 from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any
 
 from longspan import errors
+from longspan.cli.failures import check_in, first_failure, mark_printed
 from longspan.distributed.launchers import join_launcher
 from longspan.errors import LongspanError, LostRankError
 
@@ -32,7 +35,8 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 SECONDS_TO_BE_ENDED = 10.0
-
+SECONDS_FOR_OTHERS = 5.0
+"""How long ranks that have not met wait for one another before each prints its own refusal."""
 
 CLOSED_PIPE = 128 + signal.SIGPIPE
 """Exit code of a rank, and of the command, if the program that reads its output has closed the pipe: 141, as in a shell."""
@@ -66,13 +70,22 @@ def run(work: str, config: Any, ranks: int) -> int:
 
     Raises:
         LongspanError: what the ranks raised.
-        RankDied: a rank was killed, or raised something else; or this process was stopped by a signal.
+        RankDied: a rank was killed, or raised something else; or this process was stopped by a signal. Under a launcher its
+            text is "" on all ranks but the one that prints.
         BrokenPipeError: the program that reads the output has closed the pipe.
     """
     join_launcher(os.environ)
-    if joins():
+    if not joins():
+        return _start(work, config, ranks)
+    try:
         return _work_as_a_rank(work, config)
-    return _start(work, config, ranks)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if isinstance(error, LongspanError) and not isinstance(error, LostRankError):
+            mark_printed(check_in()[0])  # the caller prints it
+            raise
+        raise RankDied(first_failure(error), "".join(traceback.format_exception(error))) from error
 
 
 def joins() -> bool:
@@ -83,16 +96,28 @@ def joins() -> bool:
 def is_first_to_report(error: Exception) -> bool:
     """Whether this rank is the one that prints ``error``, which several ranks raise alike under a launcher.
 
-    It is the first of all ranks that calls this with an error of this text. True also without a launcher, and if the launcher's
-    store cannot be reached.
+    It is the first of all ranks that calls this with an error of this text. True also without a launcher, and if no store can
+    be reached. Ranks that refuse their flags have not met yet: then rank 0 runs a store, for as long as the others may need to
+    refuse the same flags.
     """
+    with suppress(LongspanError):  # the error may be about these variables
+        join_launcher(os.environ)
     if not joins():
         return True
+    import torch.distributed as dist
+
     from longspan import _compat
 
+    name, ranks = f"longspan/{hashlib.sha1(str(error).encode()).hexdigest()}", int(os.environ["WORLD_SIZE"])
+    keeps = os.environ["RANK"] == "0" and not dist.is_torchelastic_launched() and not dist.is_initialized()
     with suppress(Exception):  # the rank that holds the store may have ended: printing twice is better than not at all
-        store = _compat.tcp_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-        return bool(store.add(f"longspan/{hashlib.sha1(str(error).encode()).hexdigest()}", 1) == 1)
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = _compat.hosted_store(host, port) if keeps else _compat.tcp_store(host, port, seconds=SECONDS_FOR_OTHERS)
+        first: bool = store.add(name, 1) == 1
+        until = time.monotonic() + (SECONDS_FOR_OTHERS if keeps else 0)
+        while store.add(name, 0) < ranks and time.monotonic() < until:
+            time.sleep(0.05)
+        return first
     return True
 
 

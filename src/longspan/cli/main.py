@@ -204,6 +204,8 @@ def _run(verb: str, flags: Sequence[str]) -> int:
     try:
         return launch.run(work, config, config.local_ranks)
     except launch.RankDied as died:
+        if not str(died):  # another rank prints what happened
+            return died.code
         _print_error(f"{died}{config.after_a_death}", apart=died.code != 1)
         if config.debug:
             print(died.trace, file=sys.stderr)

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from longspan import _compat
 from longspan.distributed.consensus import gather
 from longspan.distributed.launchers import joins_world, started_by
+from longspan.distributed.network import REMEDY, choose_interface
 from longspan.errors import RunError
 
 JOIN_SECONDS = 300.0
@@ -84,16 +85,27 @@ def join_world(device: torch.device, timeout: timedelta | None = None) -> None:
         timeout: how long a collective waits for other ranks before it fails; None: PyTorch's default.
 
     Raises:
-        RunError: the other ranks of an environment with RANK and WORLD_SIZE do not come within five minutes.
+        RunError: the other ranks of an environment with RANK and WORLD_SIZE do not come within five minutes, or those of
+            several hosts cannot connect by their network interfaces.
     """
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
     if dist.is_initialized():
         return
-    if device.type == "cpu" and dist.is_torchelastic_launched():
-        dist.init_process_group("gloo", timeout=timeout)
-        return
     store, rank, ranks = _meeting_point()
+    interface = choose_interface(os.environ, store, rank, ranks)
+    try:
+        _make_group(device, store, rank, ranks, timeout)
+    except RuntimeError as error:
+        if interface is None:
+            raise
+        raise RunError(
+            f"the ranks met at {os.environ['MASTER_ADDR']}, but rank {rank} cannot connect the others by its interface "
+            f"{interface} ({next(iter(str(error).splitlines()), '')}); {REMEDY}"
+        ) from error
+
+
+def _make_group(device: torch.device, store: Any, rank: int, ranks: int, timeout: timedelta | None) -> None:
     if device.type == "cpu":
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
         return

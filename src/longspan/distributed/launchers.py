@@ -5,6 +5,7 @@
     mpiexec (Intel MPI, MPICH)      PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS
     srun                SLURM_PROCID SLURM_NTASKS SLURM_LOCALID SLURM_NODELIST
 
+A Kubernetes TrainJob sets PET_NNODES, PET_NPROC_PER_NODE and more, which torchrun reads in place of its flags.
 ``join_launcher`` adds torchrun's variables to the environment of another launcher's process, so that all code (PyTorch and
 accelerate too) reads one set of names. The address of rank 0 is the first host of the node list, or this machine where all
 ranks are on it, unless MASTER_ADDR is set; the port is made of the job's number, unless MASTER_PORT is set.
@@ -63,11 +64,17 @@ def join_launcher(environment: MutableMapping[str, str]) -> LaunchedRank | None:
         or one that starts a single process is found.
 
     Raises:
-        RunError: for variables that contradict each other, or where the machine of rank 0 cannot be known.
+        RunError: for variables that contradict each other, where the machine of rank 0 cannot be known, or for the variables
+            of a Kubernetes job whose torchrun is missing.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return None
     found = launched_rank(environment)
+    if found is None and environment.get("PET_NNODES", "1").partition(":")[0] not in ("0", "1"):
+        raise RunError(
+            f"PET_NNODES={environment['PET_NNODES']} asks torchrun for ranks on several machines, but torchrun did not start "
+            f"this process; start it by torchrun loop.py, or by torchrun --no-python longspan train"
+        )
     if found is not None:
         environment.update({
             "RANK": str(found.rank), "WORLD_SIZE": str(found.ranks), "LOCAL_RANK": str(found.local_rank),
