@@ -136,23 +136,13 @@ def processes_of(launcher: str) -> list[dict[str, str]]:
     return [{name: rank if value is None else value for name, value in names.items()} for rank in "01"]
 
 
-@pytest.mark.long  # the next test joins the same world by the command; which variables say so is tested on integers above
+@pytest.mark.long  # tests/cli/test_launched_runs.py joins the same world by the command
 @pytest.mark.parametrize("launcher", ["srun", "Open MPI", "Intel MPI"])
 def test_two_processes_become_one_world_in_a_loop_of_one_s_own(launcher: str, tmp_path: Path) -> None:
     port = {"MASTER_PORT": free_port()}
     found = started([one | port for one in processes_of(launcher)], [sys.executable, "-c", TRAIN], tmp_path)
     mesh = "ParallelMesh(data=1, ring=1, ulysses=2, device='cpu')"
     assert found == [(0, f"{mesh} 0 [[0, 1, 2, 3]] 7\n"), (0, f"{mesh} 1 [[4, 5, 6, 7]] 7\n")]
-
-
-def test_two_srun_tasks_of_the_command_are_one_run(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("alpha beta gamma delta\n" * 400)
-    flags = ["train", "--data", "text.txt", "--tokens", "64", "--steps", "1", "--eval-rows", "1", "--ulysses", "2"]
-    environments = [one | {"MASTER_PORT": free_port()} for one in slurm_tasks("7")]
-    environments[1]["MASTER_PORT"] = environments[0]["MASTER_PORT"]
-    found = started(environments, [sys.executable, "-m", "longspan.cli.main", *flags], tmp_path)
-    assert [code for code, _ in found] == [0, 0], found
-    assert [run.name for run in (tmp_path / "runs").glob("train-*")] == ["train-001"]
 
 
 ALONE = """

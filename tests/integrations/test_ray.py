@@ -17,6 +17,18 @@ HAS_RAY = find_spec("ray") is not None
 ROOT = Path(__file__).parents[2]
 
 
+def environment() -> dict[str, str]:
+    """For a program with a Ray cluster of its own on this machine."""
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "disabled",  # else Ray writes a key into the user's folder
+        "RAY_worker_niceness": "0",  # workers would wait for every other process of a busy machine
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    }
+
+
 @pytest.mark.skipif(HAS_RAY, reason="Ray is installed, so the sentence for its absence is not raised")
 def test_without_ray_the_import_says_what_to_install() -> None:
     with pytest.raises(ImportError, match=r"longspan.integrations.ray needs Ray 2.60 or newer .* pip install 'ray\[train\]'"):
@@ -26,14 +38,7 @@ def test_without_ray_the_import_says_what_to_install() -> None:
 @pytest.mark.long
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install 'ray[train]' where this test shall run")
 def test_a_killed_worker_and_a_removed_node_leave_the_losses_of_one_process(tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "RAY_worker_niceness": "0",  # workers would wait for every other process of a busy machine
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    }
-    done = processes.run([sys.executable, "-m", "tests.helpers.ray_run", str(tmp_path)], timeout=1_500, env=environment)
+    done = processes.run([sys.executable, "-m", "tests.helpers.ray_run", str(tmp_path)], timeout=1_500, env=environment())
     assert done.returncode == 0, done.stderr[-4_000:]
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     of_rank_0 = [line for line in lines if line["rank"] == 0]
@@ -55,6 +60,15 @@ def test_a_killed_worker_and_a_removed_node_leave_the_losses_of_one_process(tmp_
     assert result["metrics"]["step"] == ray_run.STEPS
     saved = FileSystemReader(result["checkpoint"]).read_metadata().state_dict_metadata
     assert {"model.embed.weight", "step", "random"} <= set(saved)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install 'ray[train]' where this test shall run")
+def test_the_example_trains_on_a_cluster_of_this_machine(tmp_path: Path) -> None:
+    program = [sys.executable, str(ROOT / "examples/cluster/ray_train.py"), "--small", "--storage", str(tmp_path)]
+    done = processes.run(program, timeout=900, env=environment())
+    assert done.returncode == 0, done.stderr[-4_000:]
+    assert "'step': 4}" in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.long

@@ -1,6 +1,6 @@
 r"""Start the ranks of a run on this machine, or join the world of a launcher. Independent of what the ranks compute.
 
-    longspan train --ranks 3                            torchrun --nproc-per-node 3 --no-python longspan train
+    longspan train --ranks 3                            torchrun --nproc-per-node 3 --no-python -- longspan train
        |            \                                             |
        |             fork server: imports torch once      RANK and WORLD_SIZE in the environment
     torch's           /     |     \                        |       |       |

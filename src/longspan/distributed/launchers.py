@@ -73,7 +73,7 @@ def join_launcher(environment: MutableMapping[str, str]) -> LaunchedRank | None:
     if found is None and environment.get("PET_NNODES", "1").partition(":")[0] not in ("0", "1"):
         raise RunError(
             f"PET_NNODES={environment['PET_NNODES']} asks torchrun for ranks on several machines, but torchrun did not start "
-            f"this process; start it by torchrun loop.py, or by torchrun --no-python longspan train"
+            f"this process; start it by torchrun loop.py, or by torchrun --no-python -- longspan train"
         )
     if found is not None:
         environment.update({

@@ -60,7 +60,7 @@ def torch_trainer(
         run: the name of the run. ``fit`` of a run of this name that was interrupted goes on from its newest checkpoint.
         settings: the picklable argument of ``loop``.
         gpus: reserve a GPU for each worker.
-        restarts: how often the run is started again after a worker has failed; -1 for always. Lost nodes that Ray was told of
+        restarts: how often the run is started again after a worker has failed; -1 for always. Nodes whose end Ray knew
             beforehand (preemption) do not count.
         keep_checkpoints: how many checkpoints Ray keeps.
         timeout: how long a collective waits for the other ranks before it fails; default: Ray's, 30 minutes.
