@@ -47,16 +47,17 @@ def _exchanges(tokens: int, mesh: ParallelMesh, case: dict[str, Any]) -> tuple[f
     whole, one = plan_exchange([shape] * 3, mesh, tokens), plan_exchange([shape], mesh, tokens)
     assert whole is not None
     assert one is not None
-    qkv = [torch.randn(shape) for _ in range(3)]
+    qkv, out = [torch.randn(shape) for _ in range(3)], [torch.randn(tokens, one.my_widths[0][0])]
+    grads = [torch.randn(tokens, sum(whole.my_widths[0]))]
 
     def forward() -> None:
         exchange_to_heads(qkv, whole)
-        exchange_to_tokens([torch.randn(tokens, one.my_widths[0][0])], one, 1)
+        exchange_to_tokens(out, one, 1)
 
     def step() -> None:
         forward()
         exchange_to_heads(qkv[:1], one)
-        exchange_to_tokens([torch.randn(tokens, sum(whole.my_widths[0]))], whole, 1)
+        exchange_to_tokens(grads, whole, 1)
 
     step()
     return _seconds(forward, case["repeats"]), _seconds(step, case["repeats"])

@@ -122,7 +122,7 @@ def text(points: Sequence[Point]) -> str:
     for point in points:
         used = "; ".join(f"{name} {how}" for name, how in point.methods[MEGATRON.name]["collectives"].items())  # type: ignore[attr-defined]
         parts.append(f"Megatron-SP at {point.name}: {used}.")
-    return "\n".join([*parts, "", _crossings(points)])
+    return "\n".join([*parts, "", _crossings(points), "", "![Seconds of a layer over the rate](wire-throughput.svg)"])
 
 
 def _arithmetic(flops: float, cluster: Cluster) -> str:

@@ -74,7 +74,7 @@ def measure(
 
 def measure_doubled(counts: tuple[int, int]) -> list[Row]:
     """Count Ulysses alone on hosts of one rank, with as many tokens a rank on both numbers of hosts."""
-    return measure([(count, 1) for count in counts], (ULYSSES,), heads=max(counts), head_dim=8)
+    return measure([(count, 1) for count in counts], (ULYSSES,), heads=max(counts), head_dim=HEAD_DIM)
 
 
 def _counted(size: Size, methods: Sequence[str], heads: int) -> list[dict[str, list[dict[str, int]]]]:
