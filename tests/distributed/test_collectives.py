@@ -1,12 +1,19 @@
 """Every collective has its true adjoint, and a Transport can be replaced and counted."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from longspan.distributed.collectives import CountingTransport, TorchTransport, all_gather, all_reduce_sum
+from longspan.distributed.collectives import (
+    CountingTransport,
+    TorchTransport,
+    all_gather,
+    all_reduce_sum,
+    all_to_all_into,
+)
 from longspan.distributed.traffic import Traffic
 from tests.helpers.ranks import on_ranks
 
@@ -46,6 +53,31 @@ def _all_gather(dim: int, sizes: tuple[int, ...]) -> None:
     if group.size() > 1:
         others = (len(sizes) - 1) * x.numel() + sum(piece.numel() for piece in pieces) - x.numel()
         assert transport.traffic == Traffic(2, others * 8)
+
+
+class _Receives:
+    """A user's transport, which has ``all_to_all`` alone."""
+
+    def all_to_all(self, *arguments: Any) -> Any:
+        return TorchTransport().all_to_all(*arguments)
+
+
+@pytest.mark.parametrize("inner", [TorchTransport, _Receives])
+def test_an_all_to_all_into_given_memory_is_counted_and_needs_nothing_of_a_transport(inner: Any, tmp_path: Path) -> None:
+    on_ranks(3, _into_given_memory, inner, tmp_path=tmp_path)
+
+
+def _into_given_memory(inner: Any) -> None:
+    transport, group, rank = CountingTransport(inner()), dist.group.WORLD, dist.get_rank()
+    assert group is not None
+    sends = [[0, 1, 2], [3, 0, 1], [2, 2, 0]]  # sends[rank][to]
+    receives = [row[rank] for row in sends]
+    send = torch.arange(sum(sends[rank])) + 10 * rank
+    received = torch.full((sum(receives),), -1)
+    all_to_all_into(transport, received, send, sends[rank], receives, group=group)()
+    parts = [(torch.arange(sum(row)) + 10 * p).split(row)[rank] for p, row in enumerate(sends)]
+    assert torch.equal(received, torch.cat(parts))
+    assert transport.traffic == Traffic(1, 8 * sum(sends[rank]))
 
 
 def _everyones(seed: int, shape: tuple[int, ...]) -> torch.Tensor:

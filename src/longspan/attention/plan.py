@@ -68,6 +68,22 @@ class TensorGroup:
         return tuple(len(heads[rank]) * dim for heads, dim in zip(self.heads, self.dims))
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnPart:
+    """The part of an exchange of one row that a rank keeps, which need not go through the collective.
+
+    Attributes:
+        mine: its place among the rows of every token, flat.
+        others: the place of what the other ranks send, in one piece before or behind it.
+        sent, received: elements for and from each rank, tokens to heads, 0 for this rank.
+    """
+
+    mine: slice
+    others: slice
+    sent: list[int]
+    received: list[int]
+
+
 class ExchangePlan(OpaqueBase):
     """One all-to-all between tokens and heads: its tensors, process group, transport and the memory of its send buffer.
 
@@ -92,6 +108,17 @@ class ExchangePlan(OpaqueBase):
         self.sends = [[group.sizes[self.rank] * sum(widths[p]) for group, widths in self._both()] for p in self.ranks]
         self.receives = [[group.sizes[p] * sum(widths[self.rank]) for group, widths in self._both()] for p in self.ranks]
         self._sent, self._received = [sum(parts) for parts in self.sends], [sum(parts) for parts in self.receives]
+        self.own = self._own_part()
+
+    def _own_part(self) -> "OwnPart | None":
+        """Where this rank's own part lies, if the others' is in one piece: on the first and the last rank, with one group."""
+        if len(self.groups) > 1 or 0 < self.rank < self.ranks[-1]:
+            return None
+        before, own = sum(self._received[: self.rank]), self._received[self.rank]
+        others = slice(own, None) if self.rank == 0 else slice(0, before)
+        sent, received = list(self._sent), list(self._received)
+        sent[self.rank] = received[self.rank] = 0
+        return OwnPart(mine=slice(before, before + own), others=others, sent=sent, received=received)
 
     def _both(self) -> list[tuple[TensorGroup, tuple[tuple[int, ...], ...]]]:
         """For each group of tensors (the group, for each rank the elements of one token that each tensor sends to it)."""

@@ -31,8 +31,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from longspan import _compat
-from longspan.attention.plan import ExchangePlan, TensorGroup
+from longspan.attention.exchange_buffers import as_rows, pack, pack_rows, unpack
+from longspan.attention.plan import ExchangePlan, OwnPart, TensorGroup
 from longspan.attention.plan_cache import Constant, cached
+from longspan.distributed.collectives import all_to_all_into
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.scratch import Scratch
@@ -235,17 +237,40 @@ def start_exchange_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan) -> Ca
         A function, to be called once, that waits and returns for each group its rows [batch * every token, widths of my heads].
     """
     batch = xs_BSHD[0].shape[0]
+    if batch == 1 and plan.own is not None:
+        return _start_around_own_to_heads(xs_BSHD, plan, plan.own)
     sent = plan.sent(batch)
     with record_function("longspan::exchange"), ExitStack() as stack:
         send = stack.enter_context(plan.scratch.lend(sum(sent), xs_BSHD[0]))
-        _pack(xs_BSHD, send, plan)
+        for p, block in zip(plan.ranks, send.split(sent)):
+            pack(xs_BSHD, block, plan, p)
         arrival = plan.transport.all_to_all(send, sent, plan.received(batch), plan.process_group)
         lent = stack.pop_all()
 
     def finish() -> list[Tensor]:
         with lent:
             received = arrival.wait()
-        return _as_rows(received, plan, batch)
+        return as_rows(received, plan, batch)
+
+    return finish
+
+
+def _start_around_own_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan, own: OwnPart) -> Callable[[], list[Tensor]]:
+    """``start_exchange_to_heads`` of one row, where this rank's own part is copied to its place while the others' is sent."""
+    with record_function("longspan::exchange"), ExitStack() as stack:
+        received = plan.scratch.take(sum(plan.received(1)), xs_BSHD[0])
+        send = stack.enter_context(plan.scratch.lend(sum(own.sent), xs_BSHD[0]))
+        for p, block in zip(plan.ranks, send.split(own.sent)):
+            if p != plan.rank:
+                pack(xs_BSHD, block, plan, p)
+        wait = all_to_all_into(plan.transport, received[own.others], send, own.sent, own.received, group=plan.process_group)
+        pack(xs_BSHD, received[own.mine], plan, plan.rank)
+        lent = stack.pop_all()
+
+    def finish() -> list[Tensor]:
+        with lent:
+            wait()
+        return as_rows(received, plan, 1)
 
     return finish
 
@@ -263,20 +288,42 @@ def start_exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, outp
         A function, to be called once, that waits and writes ``outputs``.
     """
     batch = outputs[0].shape[0]
+    in_order = batch == 1 and len(rows_RW) == 1 and rows_RW[0].is_contiguous()  # already as the send buffer
+    if in_order and plan.own is not None:
+        return _start_around_own_to_tokens(rows_RW[0].view(-1), plan, plan.own, outputs)
     received = plan.received(batch)
     with record_function("longspan::exchange"), ExitStack() as stack:
-        if batch == 1 and len(rows_RW) == 1 and rows_RW[0].is_contiguous():
-            send = rows_RW[0].view(-1)  # already in the order of the send buffer
+        if in_order:
+            send = rows_RW[0].view(-1)
         else:
             send = stack.enter_context(plan.scratch.lend(sum(received), rows_RW[0]))
-            _pack_rows(rows_RW, send, plan, batch)
+            pack_rows(rows_RW, send, plan, batch)
         arrival = plan.transport.all_to_all(send, received, plan.sent(batch), plan.process_group)
         lent = stack.pop_all()
 
     def finish() -> None:
         with lent:
             received = arrival.wait()
-        _unpack(received, plan, outputs)
+        for p, block in zip(plan.ranks, received.split(plan.sent(batch))):
+            unpack(block, plan, p, outputs)
+
+    return finish
+
+
+def _start_around_own_to_tokens(
+    send: Tensor, plan: ExchangePlan, own: OwnPart, outputs: Sequence[Tensor]
+) -> Callable[[], None]:
+    """``start_exchange_to_tokens`` of one row: this rank's own part is copied from ``send`` while the others' is sent."""
+    with record_function("longspan::exchange"):
+        received = plan.scratch.take(sum(own.sent), send)
+        wait = all_to_all_into(plan.transport, received, send[own.others], own.received, own.sent, group=plan.process_group)
+        unpack(send[own.mine], plan, plan.rank, outputs)
+
+    def finish() -> None:
+        wait()
+        for p, block in zip(plan.ranks, received.split(own.sent)):
+            if p != plan.rank:
+                unpack(block, plan, p, outputs)
 
     return finish
 
@@ -291,78 +338,6 @@ def new_output(shape: Sequence[int], summed: bool, like: Tensor, scratch: Scratc
     if summed:
         return like.new_zeros(shape, dtype=accumulation_dtype(like.dtype))
     return like.new_empty(shape) if scratch is None else scratch.take(math.prod(shape), like).view(shape)
-
-
-def _blocks(flat: Tensor, plan: ExchangePlan, batch: int) -> list[list[list[Tensor]]]:
-    """A send buffer of ``exchange_to_heads`` as views: result[p][group][tensor] is [batch, my tokens, heads of rank p, dim]."""
-    blocks = []
-    for p, block in zip(plan.ranks, flat.split(plan.sent(batch))):
-        parts = zip(plan.groups, plan.widths, block.split([batch * elements for elements in plan.sends[p]]))
-        blocks.append(
-            [
-                [
-                    columns.unflatten(2, (len(heads[p]), dim))
-                    for columns, heads, dim in zip(
-                        part.view(batch, group.sizes[plan.rank], sum(widths[p])).split(widths[p], 2), group.heads, group.dims
-                    )
-                ]
-                for group, widths, part in parts
-            ]
-        )
-    return blocks
-
-
-def _pack(xs_BSHD: Sequence[Tensor], send: Tensor, plan: ExchangePlan) -> None:
-    """Copy the heads of each rank from the tensors into ``send``, the flat send buffer of ``exchange_to_heads``."""
-    batch = xs_BSHD[0].shape[0]
-    for p, block in zip(plan.ranks, _blocks(send, plan, batch)):
-        tensors = iter(xs_BSHD)
-        for part, group in zip(block, plan.groups):
-            for target_BSGD, heads in zip(part, group.heads):
-                target_BSGD.copy_(next(tensors)[:, :, heads[p].start : heads[p].stop])
-
-
-def _unpack(received: Tensor, plan: ExchangePlan, outputs: Sequence[Tensor]) -> None:
-    """Copy what ``exchange_to_tokens`` received into the heads of ``outputs``; add where several ranks return a head."""
-    for p, block in zip(plan.ranks, _blocks(received, plan, outputs[0].shape[0])):
-        remaining = iter(outputs)
-        for part, group in zip(block, plan.groups):
-            for piece_BSGD, heads, summed in zip(part, group.heads, group.summed):
-                target_BSGD = next(remaining)[:, :, heads[p].start : heads[p].stop]
-                if summed:
-                    target_BSGD.add_(piece_BSGD)
-                else:
-                    target_BSGD.copy_(piece_BSGD)
-
-
-def _row_parts(flat: Tensor, plan: ExchangePlan, batch: int) -> list[list[Tensor]]:
-    """A buffer that ``exchange_to_heads`` receives, as views: result[group][p] is [batch, tokens of rank p, widths of my
-    heads]."""
-    parts: list[list[Tensor]] = [[] for _ in plan.groups]
-    for p, block in zip(plan.ranks, flat.split(plan.received(batch))):
-        pieces = block.split([batch * elements for elements in plan.receives[p]])
-        for group, widths, piece, of_group in zip(plan.groups, plan.my_widths, pieces, parts):
-            of_group.append(piece.view(batch, group.sizes[p], sum(widths)))
-    return parts
-
-
-def _as_rows(received: Tensor, plan: ExchangePlan, batch: int) -> list[Tensor]:
-    """What ``exchange_to_heads`` received, as one tensor [batch * every token, widths of my heads] for each group.
-
-    With one row and one group it is a view, else a copy.
-    """
-    if batch == 1 and len(plan.groups) == 1:
-        return [received.view(sum(plan.groups[0].sizes), -1)]
-    with record_function("longspan::exchange"):
-        return [torch.cat(pieces, 1).flatten(0, 1) for pieces in _row_parts(received, plan, batch)]
-
-
-def _pack_rows(rows_RW: Sequence[Tensor], send: Tensor, plan: ExchangePlan, batch: int) -> None:
-    """Copy the rows of each group into ``send``, the send buffer of ``exchange_to_tokens``, in rank order."""
-    for rows, group, parts in zip(rows_RW, plan.groups, _row_parts(send, plan, batch)):
-        whole_BTW = rows.unflatten(0, (batch, sum(group.sizes)))
-        for part_BSW, piece in zip(parts, whole_BTW.split(group.sizes, 1)):
-            part_BSW.copy_(piece)
 
 
 @exchange_to_heads.register_fake

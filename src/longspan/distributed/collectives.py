@@ -10,7 +10,7 @@ Every rank computes the same global loss, so each collective has its true adjoin
 ranks. Anything else gives gradients that are off by a factor which depends on the layout. Independent of meshes and models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -93,6 +93,48 @@ class TorchTransport:
         work = dist.all_to_all_single(received, send, list(recv_splits), list(send_splits), group=group, async_op=True)
         return _Receiving(send, received, work)
 
+    def all_to_all_into(
+        self,
+        received: Shaped[Tensor, " received"],
+        send: Shaped[Tensor, " sent"],
+        send_splits: Sequence[int],
+        recv_splits: Sequence[int],
+        group: dist.ProcessGroup,
+    ) -> Arrival:
+        """As ``all_to_all``, into ``received``, a flat contiguous tensor that the caller gives."""
+        work = dist.all_to_all_single(received, send, list(recv_splits), list(send_splits), group=group, async_op=True)
+        return _Receiving(send, received, work)
+
+
+def all_to_all_into(
+    transport: Transport,
+    received: Shaped[Tensor, " received"],
+    send: Shaped[Tensor, " sent"],
+    send_splits: Sequence[int],
+    recv_splits: Sequence[int],
+    *,
+    group: dist.ProcessGroup,
+) -> Callable[[], object]:
+    """Start an all-to-all into memory that the caller gives.
+
+    A transport may have a method ``all_to_all_into(received, send, send_splits, recv_splits, group) -> Arrival`` for it; what
+    any other receives is copied.
+
+    Args:
+        transport: the all-to-all that is used.
+        received: a flat contiguous tensor of as many elements as ``recv_splits`` in sum.
+        send, send_splits, recv_splits, group: as in ``Transport.all_to_all``.
+
+    Returns:
+        A function, to be called once, that waits until ``received`` is written.
+    """
+    into = getattr(transport, "all_to_all_into", None)
+    if into is not None:
+        wait: Callable[[], object] = into(received, send, send_splits, recv_splits, group).wait
+        return wait
+    arrival = transport.all_to_all(send, send_splits, recv_splits, group)
+    return lambda: received.copy_(arrival.wait())
+
 
 class _Receiving:
     """The ``Arrival`` of ``TorchTransport``: the tensor that is being received, and PyTorch's handle of the running
@@ -103,6 +145,17 @@ class _Receiving:
 
     def wait(self) -> Tensor:
         self.work.wait()
+        return self.received
+
+
+class _Into:
+    """An ``Arrival`` in memory that the caller gave."""
+
+    def __init__(self, received: Tensor, wait: Callable[[], object]) -> None:
+        self.received, self._wait = received, wait
+
+    def wait(self) -> Tensor:
+        self._wait()
         return self.received
 
 
@@ -137,9 +190,24 @@ class CountingTransport:
     ) -> Arrival:
         """Count the call and its bytes, then let ``inner`` do it; arguments and result are those of
         ``Transport.all_to_all``."""
+        self._count(send, send_splits, group)
+        return self.inner.all_to_all(send, send_splits, recv_splits, group)
+
+    def all_to_all_into(
+        self,
+        received: Shaped[Tensor, " received"],
+        send: Shaped[Tensor, " sent"],
+        send_splits: Sequence[int],
+        recv_splits: Sequence[int],
+        group: dist.ProcessGroup,
+    ) -> Arrival:
+        """Count what ``send`` holds for other ranks, and pass the call on to ``inner``."""
+        self._count(send, send_splits, group)
+        return _Into(received, all_to_all_into(self.inner, received, send, send_splits, recv_splits, group=group))
+
+    def _count(self, send: Tensor, send_splits: Sequence[int], group: dist.ProcessGroup) -> None:
         others = sum(send_splits) - send_splits[group.rank()]
         self.count(group, Traffic(1, others * send.element_size()))
-        return self.inner.all_to_all(send, send_splits, recv_splits, group)
 
 
 def all_reduce_sum(x: Num[Tensor, "*shape"], group: dist.ProcessGroup) -> Num[Tensor, "*shape"]:
