@@ -13,6 +13,7 @@
     after_backward                  Variable._execution_engine.queue_callback                               gradient averaging
     accumulates_gradient            torch._C._will_engine_execute_node                                      gradient averaging
     fsdp_*                          FSDPModule._get_fsdp_state() and what it holds                          FSDP2
+    is_inside_ddp                   DistributedDataParallel._get_active_ddp_module                          models/unchanged.py
     own_parameters, own_modules     nn.Module._parameters, nn.Module._modules                               models/unchanged.py
     changes_in_place                Tensor._version                                                         memory/offload.py
     base_of_view                    Tensor._base                                                            hf/own_recipe.py
@@ -257,6 +258,12 @@ def fsdp_gathered_parameters(module: Any) -> list[Tensor]:
     gathered."""
     found = [getattr(each, "_unsharded_param", None) for group in _fsdp_groups(module) for each in group.fsdp_params]
     return [parameter for parameter in found if parameter is not None]
+
+
+def is_inside_ddp() -> bool:
+    """Whether a DistributedDataParallel is computing its forward at this moment."""
+    active = _symbol(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", "refusing a second reduction of gradients")
+    return active() is not None
 
 
 own_parameters: Callable[[nn.Module], Mapping[str, nn.Parameter | None]] = attrgetter("_parameters")

@@ -115,7 +115,7 @@ def parallelize(
     state.snapshot = Snapshot(model)
     if stages is not None:
         mark_stage(model)
-    state.snapshot_hook = model.register_forward_pre_hook(state.snapshot.refuse_changes, prepend=True)
+    state.snapshot_hooks = state.snapshot.watch(model)
     vars(model)[STATE] = state
     return model
 
@@ -146,8 +146,8 @@ def unparallelize(model: Model) -> Model:
             "load a checkpoint of this one"
         )
     state.gradients.remove()
-    if state.snapshot_hook is not None:
-        state.snapshot_hook.remove()
+    for hook in state.snapshot_hooks:
+        hook.remove()
     for module, forward in state.replaced:
         vars(module).pop("forward", None)
         if forward is not None:

@@ -10,7 +10,7 @@ from longspan.batch.labels import IGNORE
 from longspan.batch.shard import shard_local
 from longspan.distributed.mesh import MeshCoordinate
 from longspan.errors import BatchError, LongspanError, MaskError
-from longspan.masks.constructors import Documents
+from longspan.masks.constructors import Causal, Documents
 
 LAYOUTS = [(1, 1, False), (2, 1, False), (3, 1, False), (1, 2, True), (2, 2, True), (2, 2, False)]
 
@@ -57,6 +57,11 @@ IDS = torch.zeros(2, 8, dtype=torch.long)
         ({"input_ids": IDS[0]}, {}, BatchError, r"no input_ids of shape \[batch, tokens\] but of \[8\] .* dims="),
         ({"input_ids": IDS[:, :0]}, {}, BatchError, r"a row of the batch has no tokens, its shape is \[2, 0\]"),
         ({"input_ids": IDS}, {"mask": Documents((3, 4))}, MaskError, r"7"),
+        ({"input_ids": IDS}, {"mask": "causal"}, MaskError, r"mask=str is no mask; pass one of longspan's, like Causal\(\)"),
+        ({"input_ids": IDS}, {"mask": [Causal(), IDS]}, MaskError, r"mask=Tensor is no mask"),
+        ({"input_ids": IDS.double()}, {}, BatchError, r"input_ids are torch.float64, and must be integers; use input_ids.long"),
+        ({"input_ids": IDS, "position_ids": IDS.float()}, {}, BatchError, r"position_ids are torch.float32, and must be int"),
+        ({"input_ids": IDS, "attention_mask": {"full_attention": IDS}}, {}, BatchError, r"is a dict; pass a tensor \[2, 8\]"),
     ],
 )
 def test_refusals_name_what_is_legal(batch: Any, keywords: Any, error: type[LongspanError], text: str) -> None:

@@ -30,6 +30,16 @@ def test_models_that_predict_in_place_keep_their_labels() -> None:
     assert part["longspan"].num_labels == 8
 
 
+def test_shifted_labels_of_the_batch_are_cut_and_counted_as_they_are() -> None:
+    ids, given = torch.arange(8).view(1, 8), torch.tensor([[IGNORE, IGNORE, 3, 4, 5, 6, 7, IGNORE]])
+    for shift in (True, False):
+        batch = {"input_ids": ids, "labels": ids.int(), "shift_labels": given.int()}
+        part = shard_local(batch, MeshCoordinate(ulysses=2, ulysses_rank=1), shift=shift)
+        assert part["shift_labels"].tolist() == [[5, 6, 7, IGNORE]]
+        assert part["shift_labels"].dtype == part["labels"].dtype == torch.int64
+        assert part["longspan"].num_labels == 5
+
+
 def test_the_largest_ids_do_not_count_labels_that_are_not_learned_from() -> None:
     assert largest_ids({"input_ids": IDS + 4}, torch.tensor([[IGNORE, 3]])) == (4, 3)
     assert largest_ids({"input_ids": IDS}, torch.tensor([[9, 3]])) == (9, 9)
@@ -47,6 +57,7 @@ def test_the_largest_ids_do_not_count_labels_that_are_not_learned_from() -> None
         ),
         ({"input_ids": IDS, "labels": IDS - 3}, {}, r"labels holds -3; tokens are 0 or more, and labels too, or -100"),
         ({"input_ids": IDS - 1}, {}, r"input_ids holds -1"),
+        ({"input_ids": IDS, "labels": IDS, "shift_labels": IDS[:, 1:]}, {}, r"shift_labels of shape \[2, 7\] do not stand"),
         ({"input_ids": IDS, "labels": IDS[:, 1:]}, {}, r"\[2, 7\] do not stand beside .*\[2, 8\], but are one token shorter"),
         (
             {"input_ids": IDS[:1], "labels": IDS},

@@ -13,6 +13,8 @@ def test_calls_that_mean_the_whole_sequence_are_refused() -> None:
     part = shard_batch({"input_ids": torch.ones(1, 8, dtype=torch.long)}, mesh)
     for call, text in [
         (lambda: model(input_ids=part["input_ids"]), r"call model\(\*\*shard_batch\(batch, mesh\)\)"),
+        (lambda: model(input_ids=part["input_ids"], longspan=part["longspan"]), "position_ids of the part is missing"),
+        (lambda: model(**part | {"input_ids": torch.ones(1, 9).long()}), r"\[1, 9\] is not this rank's part .* \[1, 8\]"),
         (lambda: model.generate(part["input_ids"], max_new_tokens=1), r"to generate, unparallelize\(model\) first"),
         (lambda: model(**part, use_cache=True), "use_cache= means the whole sequence"),
         (lambda: model(**part, logits_to_keep=1), "logits_to_keep= means the whole sequence"),

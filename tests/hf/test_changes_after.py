@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from longspan import Causal, Documents, LongspanError, MaskError, PrefixLM, parallelize, shard_batch
+from longspan import Causal, Documents, LongspanError, MaskError, PrefixLM, parallelize, shard_batch, unshard
 from tests.helpers.ranks import Ranks, mesh_of
 
 SIZES: dict[str, Any] = {
@@ -67,11 +69,42 @@ def is_causal(model: Any) -> None:
     model.model.layers[1].self_attn.is_causal = False
 
 
+def forward(model: Any) -> None:
+    model.model.layers[1].mlp.forward = lambda x: x.cumsum(1)
+
+
+def whole_forward(model: Any) -> None:
+    """What libraries of fused losses do."""
+    model.forward = partial(type(model).forward, model)
+
+
+class Cumulative(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1)
+
+
+def kind(model: Any) -> None:
+    model.model.layers[0].mlp.__class__ = Cumulative
+
+
+def loss_function(model: Any) -> None:
+    model.loss_function = lambda logits, labels, **_: logits.sum()
+
+
+def loss_type(model: Any) -> None:
+    model.loss_type = "ForMaskedLM"
+
+
 CHANGES: dict[Callable[[Any], None], str] = {
     new_head: r"module 'lm_head' was added or replaced after parallelize; call unparallelize\(model\)",
     new_parameter: r"parameter 'model.norm.weight' was added or replaced after parallelize",
     window: r"config.sliding_window was added after parallelize",
     attention: r"config._attn_implementation was 'longspan' when the model was proven and is 'sdpa' now",
+    forward: r"the forward of 'model.layers.1.mlp' was replaced after parallelize",
+    whole_forward: r"the forward of the model was replaced after parallelize",
+    kind: r"'model.layers.0.mlp' was a LlamaMLP when the model was proven and is a Cumulative",
+    loss_function: r"'loss_function' was set to another value after parallelize",
+    loss_type: r"'loss_type' was set to another value after parallelize",
     is_causal: r"'model.layers.1.self_attn.is_causal' was True when the model was proven and is False now",
 }
 
@@ -104,6 +137,49 @@ def refused_change(change: Callable[[Any], None], zero: int) -> str:
     return "nothing was refused"
 
 
+def test_the_base_model_of_a_changed_model_is_refused_too(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(base_of_changed)
+
+
+def base_of_changed() -> None:
+    mesh = mesh_of(2)
+    model = parallelize(llama(), mesh)
+    part = shard_batch({"input_ids": IDS}, mesh)
+    hidden = model.model(**part).last_hidden_state
+    torch.testing.assert_close(unshard(hidden, mesh, tokens=23), llama().model(input_ids=IDS).last_hidden_state)
+    attention(model)
+    with pytest.raises(LongspanError, match=r"config\._attn_implementation was 'longspan' when the model was proven"):
+        model.model(**part)
+
+
+def test_a_second_reduction_of_the_gradients_is_refused(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(reduced_twice)
+
+
+def reduced_twice() -> None:
+    mesh = mesh_of(2)
+    model = parallelize(llama(), mesh)
+    part = shard_batch({"input_ids": IDS, "labels": IDS}, mesh)
+    with pytest.raises(LongspanError, match="DistributedDataParallel around a parallel model would reduce gradients that"):
+        nn.parallel.DistributedDataParallel(model)(**part)
+    model(**part).loss.backward()
+
+
+def test_a_forward_that_is_wrapped_is_followed(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(wrapped_forward)
+
+
+def wrapped_forward() -> None:
+    """As accelerate wraps the model's forward, and a decorator one of its modules."""
+    mesh = mesh_of(2)
+    model = parallelize(llama(), mesh)
+    part = shard_batch({"input_ids": IDS, "labels": IDS}, mesh)
+    expected = model(**part).loss.item()
+    for module in (model, model.model.layers[0].mlp):
+        module.forward = torch.no_grad()(torch.inference_mode()(module.forward))
+    assert model(**part).loss.item() == expected
+
+
 @pytest.mark.parametrize("zero", [2, 3])
 def test_inference_mode_of_a_sharded_model_is_refused_and_training_goes_on(zero: int, pool: Callable[[int], Ranks]) -> None:
     pool(2).run(inference_then_training, zero)
@@ -133,6 +209,14 @@ def loss_keywords() -> None:
         found.backward()
     for mine, theirs in zip(model.parameters(), reference.parameters()):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+    part = shard_batch({"input_ids": IDS, "labels": IDS}, mesh)
+    for items, text in (
+        (0, "0 is no number of labels"),
+        (1.5, "1.5 is no number"),
+        (50 + mesh.coordinate.ulysses_rank, "differs between ranks: 50"),
+    ):
+        with pytest.raises(LongspanError, match=text):
+            model(**part, num_items_in_batch=items)
     with pytest.raises(LongspanError, match="ignore_index=5 is another than -100"):
         model(**shard_batch({"input_ids": IDS, "labels": IDS}, mesh), ignore_index=5)
 

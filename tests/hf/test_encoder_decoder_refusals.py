@@ -21,7 +21,7 @@ CALLS = {
     "more positions than the table": r"the step has positions up to 64, and the table of Bart\w+ has 64 of them",
     "more positions than gpt2's table": r"positions up to 16, and the table of GPT2LMHeadModel has 16 of them",
     "encoder_outputs": r"encoder_outputs= means the whole sequence",
-    "what a layer would add": r"BartAttention hands its attention score_bias of shape \[1, 4\], counted over",
+    "what a layer would add": r"BartAttention hands its attention score_bias, a tensor counted over",
     "a token that only the encoder knows": r"holds token or label 80, and T5GemmaForConditionalGeneration knows 0 to 59",
     "positions that one device ignores": r"counts its positions itself and ignores decoder_position_ids; give shard_batch none",
     "a kernel of the registry": r"kernel='hf:sdpa' attends within one row of tokens",

@@ -20,7 +20,7 @@ from longspan.batch.padding import VARLEN, documents_by_position, documents_of, 
 from longspan.batch.short_rows import lengthen, lengthen_info
 from longspan.distributed.layout import Runs
 from longspan.distributed.mesh import MeshCoordinate
-from longspan.errors import BatchError
+from longspan.errors import BatchError, MaskError
 from longspan.masks import constructors as masks
 from longspan.masks.constructors import Mask
 
@@ -63,8 +63,10 @@ def cut_row(
     """
     shaped, rows, tokens = _row_shape(batch, dims)
     if "labels" not in dims:
-        refuse_unfit_labels(batch.get("labels"), rows, tokens)
-    step_mask = mask if isinstance(mask, Mask) or mask is None else tuple(mask)
+        for name in ("labels", "shift_labels"):
+            refuse_unfit_labels(batch.get(name), rows, tokens, name)
+    _refuse_fractions(batch)
+    step_mask = _step_mask(mask)
     whole = {name: value for name, value in batch.items() if name not in ("attention_mask", *VARLEN)}
     if "position_ids" not in whole:
         whole["position_ids"] = _counted_positions(step_mask, rows, tokens).to(shaped.device)
@@ -103,6 +105,26 @@ def cut_row(
     )
     refuse_blind_labels(learned, info, shift)
     return part | {"longspan": lengthen_info(info, positions, short) if short else info}
+
+
+def _step_mask(mask: Any) -> Mask | tuple[Mask, ...] | None:
+    """``mask=`` of ``shard_batch`` with a sequence as a tuple; MaskError if it holds anything but masks."""
+    each = tuple(mask) if isinstance(mask, list | tuple) else (mask,)
+    for one in each if mask is not None else ():
+        if not isinstance(one, Mask):
+            raise MaskError(
+                f"mask={type(one).__name__} is no mask; pass one of longspan's, like Causal(), Window(left) or "
+                f"Documents(lengths) & Causal(), or a list of them, one for each row"
+            )
+    return each if isinstance(mask, list | tuple) else mask
+
+
+def _refuse_fractions(batch: Mapping[str, Any]) -> None:
+    """Raise BatchError if the ids or positions in ``batch`` are not integers."""
+    for name in ("input_ids", "position_ids"):
+        value = batch.get(name)
+        if isinstance(value, Tensor) and (value.is_floating_point() or value.dtype == torch.bool):
+            raise BatchError(f"{name} are {value.dtype}, and must be integers; use {name}.long()")
 
 
 def _row_shape(batch: Mapping[str, Any], dims: Mapping[str, int]) -> tuple[Tensor, int, int]:

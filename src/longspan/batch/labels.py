@@ -23,28 +23,28 @@ IGNORE = -100
 """The label of a token that nothing is learned from, as in ``F.cross_entropy``."""
 
 
-def refuse_unfit_labels(labels: Any, rows: int, tokens: int) -> None:
-    """Raise BatchError if ``labels`` fit none of the forms that a model takes; otherwise, and where they are None, return.
+def refuse_unfit_labels(labels: Any, rows: int, tokens: int, name: str = "labels") -> None:
+    """Raise BatchError if ``labels``, the batch's tensor called ``name``, fit none of the forms that a model takes.
 
     The forms are: an integer for each token [rows, tokens], and, for a pooled head, a value or a vector for each row [rows,
-    ...].
+    ...]. None is legal too.
     """
     if labels is None:
         return
     if not isinstance(labels, Tensor):
         raise BatchError(
-            f"labels is a {type(labels).__name__}; pass a tensor of integers [{rows}, {tokens}], one for each token"
+            f"{name} is a {type(labels).__name__}; pass a tensor of integers [{rows}, {tokens}], one for each token"
         )
     shape = list(labels.shape)
     one_a_token, fractional = shape == [rows, tokens], labels.is_floating_point() or labels.dtype == torch.bool
     one_a_row = shape == [rows] or (len(shape) == 2 and shape[0] == rows and fractional)
     if one_a_token and fractional:
         raise BatchError(
-            f"labels of shape {shape} are {labels.dtype}, and the label of a token is an integer; use labels.long()"
+            f"{name} of shape {shape} are {labels.dtype}, and the label of a token is an integer; use {name}.long()"
         )
     if one_a_token or one_a_row:
         return
-    unfit = f"labels of shape {shape} do not stand beside input_ids of shape [{rows}, {tokens}]"
+    unfit = f"{name} of shape {shape} do not stand beside input_ids of shape [{rows}, {tokens}]"
     if shape == [rows, tokens - 1]:
         raise BatchError(
             f"{unfit}, but are one token shorter, as if they were shifted already; pass them unshifted, as long as input_ids: "
@@ -59,7 +59,8 @@ def learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) -
     """The labels [rows, tokens] that the loss compares with each token's logits, of the whole rows.
 
     Args:
-        whole: the whole batch by name; with ``shift``, the result is added to it in place as ``shift_labels``.
+        whole: the whole batch by name, changed in place: its labels become int64, and with ``shift`` the result is added as
+            ``shift_labels``, if the batch has none already.
         rows, tokens: the shape of the batch.
         shift: each token learns the label of the following token, and the last one -100.
 
@@ -69,9 +70,12 @@ def learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) -
     labels = whole.get("labels")
     if not isinstance(labels, Tensor) or labels.shape != (rows, tokens):
         return None
-    if shift:
-        whole["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    return whole["shift_labels"] if shift else labels
+    whole["labels"] = learned = labels.long()
+    if isinstance(given := whole.get("shift_labels"), Tensor):
+        whole["shift_labels"] = learned = given.long()
+    elif shift:
+        whole["shift_labels"] = learned = F.pad(learned[:, 1:], (0, 1), value=IGNORE)
+    return learned
 
 
 def largest_ids(batch: Mapping[str, Any], learned: Tensor | None) -> tuple[int, int]:

@@ -38,6 +38,11 @@ def padding_of(attention_mask: Tensor | None, rows: int, tokens: int) -> tuple[S
     """
     if attention_mask is None:
         return None
+    if not isinstance(attention_mask, Tensor):
+        raise BatchError(
+            f"attention_mask is a {type(attention_mask).__name__}; pass a tensor [{rows}, {tokens}], 1 for a token and 0 for "
+            f"padding, and say anything else by shard_batch(batch, mesh, mask=...)"
+        )
     if attention_mask.shape != (rows, tokens) or bool(((attention_mask != 0) & (attention_mask != 1)).any()):
         raise BatchError(
             f"attention_mask of shape {list(attention_mask.shape)} must be [{rows}, {tokens}] like input_ids, 1 for a token "

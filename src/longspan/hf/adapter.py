@@ -40,6 +40,7 @@ from longspan.hf import (
     pipeline_stages,
     position_ids,
     position_probe,
+    positional_arguments,
     registry_kernel,
     saving,
     t5_bias,
@@ -67,6 +68,7 @@ DEVIATIONS: tuple[Deviation, ...] = (
     tensor_weights,  # reads the heads that attention_layers finds
     pipeline_stages,
     registry_kernel,  # replaces what attention_layers installs
+    positional_arguments,  # all later hooks read keywords
     dummy_row,  # its row is what all later hooks see
     call_checks,
     loss,

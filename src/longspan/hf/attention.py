@@ -126,7 +126,7 @@ def _refuse_additions(module: nn.Module, more: dict[str, Any]) -> None:
     for name, value in more.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             raise ModelError(
-                f"{type(module).__name__} hands its attention {name} of shape {list(value.shape)}, counted over this rank's "
+                f"{type(module).__name__} hands its attention {name}, a tensor counted over this rank's "
                 f"tokens; such a layer is not supported"
             )
 

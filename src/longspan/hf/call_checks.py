@@ -27,6 +27,7 @@ MEDIA = (
     "input_values", "audio_input_features", "mm_encoder_outputs", "cross_attention_states", "encoder_inputs_embeds",
 )  # fmt: skip
 """Keywords of a call that hold images and sounds, or what an encoder made of them, and are refused."""
+POSITIONS = "position_ids"
 TYPES = "token_type_ids"
 """The keyword that tells some models which tokens are an image's."""
 
@@ -90,6 +91,7 @@ def _check(types_unmask: bool, model: Any, args: tuple[Any, ...], kwargs: dict[s
         value = kwargs.get(keyword)
         if value is not None and value is not False and not (isinstance(value, int) and value == 0):
             raise ModelError(f"{keyword}= means the whole sequence, and a rank has a part of it; leave it out of model(...)")
+    _refuse_uncut(model, kwargs, step)
     for keyword in MEDIA:
         if kwargs.get(keyword) is not None:
             raise ModelError(
@@ -103,6 +105,23 @@ def _check(types_unmask: bool, model: Any, args: tuple[Any, ...], kwargs: dict[s
         )
     _refuse_other_rows(model, type(model).__name__, step)
     _refuse_other_tokens(model, type(model).__name__, step)
+
+
+def _refuse_uncut(model: Any, kwargs: Mapping[str, Any], step: BatchInfo) -> None:
+    """Raise ModelError if the tokens of the call are not those that ``step`` describes, or have lost their positions."""
+    mine = [step.rows, sum(map(len, step.positions))]
+    for name in ("input_ids", "inputs_embeds"):
+        value = kwargs.get(name)
+        if value is not None and list(value.shape[:2]) != mine:
+            raise ModelError(
+                f"{name} of shape {list(value.shape)} is not this rank's part of the batch, which is {mine}; pass all of one "
+                f"part to one call: model(**shard_batch(batch, mesh))"
+            )
+    if kwargs.get(POSITIONS) is None and POSITIONS in inspect.signature(model.forward).parameters:
+        raise ModelError(
+            f"{POSITIONS} of the part is missing from the call, and each rank would count its own tokens from 0; pass all "
+            f"of the part: model(**shard_batch(batch, mesh))"
+        )
 
 
 def _refuse_other_rows(model: Any, name: str, step: BatchInfo) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longspan.batch.context import BatchInfo
 from longspan.batch.labels import IGNORE
+from longspan.distributed.consensus import refuse_difference
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, ModelError
 from longspan.hf import _compat
@@ -59,7 +60,7 @@ class Loss:
             A function that undoes it.
         """
         undo = ExitStack()
-        check = partial(self._check, type(model).__name__)
+        check = partial(self._check, type(model).__name__, mesh)
         undo.callback(model.register_forward_pre_hook(check, with_kwargs=True).remove)
         if self.kind == OWN:
             set_forward(model, partial(forward_with_loss, model, mesh))
@@ -69,7 +70,7 @@ class Loss:
             undo.callback(_compat.reset_loss_function, model)
         return undo.close
 
-    def _check(self, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check(self, name: str, mesh: ParallelMesh, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a model of the class ``name``, for calls with labels.
 
         Raises:
@@ -79,6 +80,7 @@ class Loss:
         if kwargs.get("labels") is None:
             return
         _refuse_keywords(self.kind, kwargs)
+        _refuse_unfit_divisor(kwargs.get("num_items_in_batch"), mesh)
         largest = kwargs["longspan"].largest_label
         if self.classes is not None and largest >= self.classes:
             raise BatchError(f"the step holds label {largest}, and {name} tells 0 to {self.classes - 1} apart")
@@ -220,6 +222,26 @@ def _refuse_keywords(kind: str | None, kwargs: dict[str, Any]) -> None:
     unsupported = sorted((_compat.loss_keywords(kind) - SUPPORTED) & kwargs.keys())
     if unsupported:
         raise ModelError(f"{unsupported[0]}= of the loss {kind} is not supported over ranks; leave it out of model(...)")
+
+
+def _refuse_unfit_divisor(items: Tensor | int | None, mesh: ParallelMesh) -> None:
+    """Raise a LongspanError on every rank if ``num_items_in_batch`` is no whole number above 0, or differs between ranks.
+
+    One exchange between all ranks, and only in a call with ``num_items_in_batch``.
+    """
+    if items is None or torch.compiler.is_compiling():
+        return
+    refuse_difference(
+        "num_items_in_batch",
+        f"{float(items):g}",
+        mesh.loss_control_group,
+        "it divides the sum of all ranks' losses: pass the labels of the whole step on every rank, or leave it out",
+    )
+    if float(items) < 1 or float(items) % 1:
+        raise ModelError(
+            f"num_items_in_batch={float(items):g} is no number of labels; pass a whole number of 1 or more, or leave it out: "
+            f"shard_batch has counted the labels"
+        )
 
 
 def forward_with_loss(

@@ -8,7 +8,7 @@ A new kind of model is one class with these methods. Independent of the kind of 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -131,8 +131,8 @@ class ParallelState:
     """What averages the gradients after each backward at zero=0; None where FSDP2 does."""
     snapshot: Snapshot | None = None
     """The record of the model by which a change since is refused."""
-    snapshot_hook: RemovableHandle | None = None
-    """The hook that refuses a model that was changed since."""
+    snapshot_hooks: list[RemovableHandle] = field(default_factory=list)
+    """The hooks that refuse a model that was changed since."""
 
     def refuse_step(self, model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> None:
         """Raise, on every rank alike, what a pipeline's step over ``parts`` would raise on one stage while others wait for it.

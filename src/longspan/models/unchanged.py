@@ -1,6 +1,7 @@
-"""A look at each call that a parallel model is still the one that was proven: its modules, parameters, config and layers.
+"""A look at each call that a parallel model is still the one that was proven: its modules, forwards, parameters and config.
 
-    parallelize(model, ...)      snapshot: which module and parameter has which name and shape, what each config field holds
+    parallelize(model, ...)      snapshot: which module and parameter has which name and shape, which forward and loss
+                                 function are called, what each config field holds
     model(**part)                the same look again; whatever differs is refused by name, before the first collective
 
 What changed afterwards was neither proven nor given a mesh: an attention that is set again attends to this rank's tokens alone,
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.hooks import RemovableHandle
 
 from longspan import _compat
 from longspan.errors import ModelError
@@ -27,15 +29,20 @@ HARMLESS_FIELDS = frozenset({
 """Config fields that change no number of a forward over given tokens, or are refused as keywords of the call."""
 PLAIN = (bool, int, float, str)
 HARMLESS_ATTRIBUTES = frozenset({"training", "gradient_checkpointing"})
+LOSS_ATTRIBUTES = ("_loss_function", "loss_type")
+"""Attributes by which a Transformers model chooses its loss function."""
 
 
 class _Module(NamedTuple):
-    """What a ``Snapshot`` records of one module: its name, the ids of its children and parameters, and the parameters'
-    shapes."""
+    """What a ``Snapshot`` records of one module: its name and class, the forward of its own (None: that of the class), the ids
+    of its children and parameters, and the parameters' names and shapes."""
 
     name: str
     module: nn.Module
+    kind: type[nn.Module]
+    forward: Any
     children: tuple[int, ...]
+    names: tuple[str, ...]
     parameters: tuple[int, ...]
     shapes: tuple[torch.Size | None, ...]
 
@@ -62,14 +69,39 @@ class Snapshot:
             for key, value in vars(module).items()
             if type(value) in PLAIN and not key.startswith("_") and key not in HARMLESS_ATTRIBUTES
         ]
+        configured = {module: name for name, module in named if vars(module).get("config") is not None}
+        self._losses = [
+            (_join(name, key.removeprefix("_")), vars(module), key, vars(module).get(key))
+            for module, name in configured.items()
+            for key in LOSS_ATTRIBUTES
+        ]
         self._sharded = isinstance(model, FSDPModule)
+
+    def watch(self, model: nn.Module) -> list[RemovableHandle]:
+        """Register the look before each forward of ``model``; before one of a part with layers, a look at the configs.
+
+        A part (the base model without its head) can be called by itself, and is then as changed as the whole. Its modules are
+        not looked at, because a chunked loss replaces some while it computes.
+
+        Returns:
+            The handles of the hooks.
+        """
+        parts = [part for part, _ in self._configs if part is not model and self._has_layers(part)]
+        return [
+            model.register_forward_pre_hook(self.refuse_changes, prepend=True),
+            *(part.register_forward_pre_hook(self._refuse_config, prepend=True) for part in parts),
+        ]
+
+    def _has_layers(self, part: nn.Module) -> bool:
+        return any("_longspan" in vars(module) for module in part.modules() if module is not part)
 
     def refuse_changes(self, model: nn.Module, *_: object) -> None:
         """Compare ``model`` with the record; registered as a hook that runs before each forward.
 
         Raises:
-            ModelError: a module, parameter, config field or attribute was added, removed, replaced, resized or set to another
-                value since; the message names it. Also for a sharded model under ``torch.inference_mode``.
+            ModelError: a module, parameter, forward, loss function, config field or attribute was added, removed, replaced,
+                resized or set to another value since; the message names it. Also for a sharded model under
+                ``torch.inference_mode``.
         """
         if torch.compiler.is_compiling():
             return
@@ -78,13 +110,18 @@ class Snapshot:
                 "torch.inference_mode would make the gathered parameters of a sharded model unfit for training; use "
                 "torch.no_grad()"
             )
-        for name, module, children, parameters, shapes in self._modules:
+        for name, module, kind, forward, children, names, parameters, shapes in self._modules:
+            if type(module) is not kind or vars(module).get("forward") is not forward:
+                _refuse_forward(name, module, kind, forward)
             if tuple(map(id, _compat.own_modules(module).values())) != children:
                 self._refuse_modules(name, module, children)
             held = _compat.own_parameters(module)
             if held and (tuple(map(id, held.values())) != parameters or tuple(map(_shape, held.values())) != shapes):
-                self._refuse_parameters(name, module, parameters, shapes)
+                self._refuse_parameters(name, module, dict(zip(names, zip(parameters, shapes))))
         self._refuse_config()
+        for name, attributes, key, value in self._losses:
+            if attributes.get(key) != value:
+                raise ModelError(f"'{name}' was set to another value after parallelize; {WAY_OUT}")
         for name, attributes, key, value in self._attributes:
             if attributes.get(key) != value:
                 raise ModelError(
@@ -98,29 +135,38 @@ class Snapshot:
                 raise ModelError(f"module '{_join(name, child)}' was added or replaced after parallelize; {WAY_OUT}")
         raise ModelError(f"a module of '{name or type(module).__name__}' was removed after parallelize; {WAY_OUT}")
 
-    def _refuse_parameters(
-        self, name: str, module: nn.Module, before: tuple[int, ...], shapes: tuple[torch.Size | None, ...]
-    ) -> None:
-        """Raise ModelError if the parameters of ``module``, called ``name``, have other ids than ``before`` or other
-        ``shapes``.
+    def _refuse_parameters(self, name: str, module: nn.Module, before: dict[str, tuple[int, torch.Size | None]]) -> None:
+        """Raise ModelError if the parameters of ``module``, called ``name``, have other ids or shapes than ``before``, which
+        has both by the parameter's own name.
 
         Parameters that FSDP2 holds gathered for the moment are no change.
         """
         gathered = _gathered(module, self._modules[0].module) if self._sharded else set()
-        for own, value in _compat.own_parameters(module).items():
-            if id(value) not in before and id(value) not in gathered:
+        held = _compat.own_parameters(module)
+        for own, value in held.items():
+            if own not in before or (id(value) != before[own][0] and id(value) not in gathered):
                 raise ModelError(f"parameter '{_join(name, own)}' was added or replaced after parallelize; {WAY_OUT}")
-        if len(_compat.own_parameters(module)) != len(before):
-            raise ModelError(f"a parameter of '{name}' was removed after parallelize; {WAY_OUT}")
-        for (own, value), shape in zip(_compat.own_parameters(module).items(), shapes):
-            if _shape(value) != shape:
+        if removed := sorted(before.keys() - held.keys()):
+            raise ModelError(f"parameter '{_join(name, removed[0])}' was removed after parallelize; {WAY_OUT}")
+        for own, value in held.items():
+            if _shape(value) != (shape := before[own][1]):
                 raise ModelError(
                     f"parameter '{_join(name, own)}' was resized after parallelize, from {list(shape or ())} to "
                     f"{list(_shape(value) or ())}; {WAY_OUT}"
                 )
 
-    def _refuse_config(self) -> None:
-        """Raise ModelError if a module has another config than before, or a field of a config another value."""
+    def _refuse_config(self, *_: object) -> None:
+        """Raise ModelError if a module has another config than before, or a field of a config another value.
+
+        Also if DistributedDataParallel, which would average gradients again, calls the model.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if _compat.is_inside_ddp():
+            raise ModelError(
+                "DistributedDataParallel around a parallel model would reduce gradients that parallelize reduces already; call "
+                "the model itself, and for modules outside of it longspan.average_gradients(module, mesh) after the backward"
+            )
         for module, config in self._configs:
             if vars(module).get("config") is not config:
                 raise ModelError(f"the config of {type(module).__name__} was replaced after parallelize; {WAY_OUT}")
@@ -142,10 +188,36 @@ def _look(name: str, module: nn.Module) -> _Module:
     return _Module(
         name,
         module,
+        type(module),
+        vars(module).get("forward"),
         tuple(map(id, _compat.own_modules(module).values())),
+        tuple(_compat.own_parameters(module)),
         tuple(map(id, parameters)),
         tuple(map(_shape, parameters)),
     )
+
+
+def _refuse_forward(name: str, module: nn.Module, kind: type[nn.Module], before: Any) -> None:
+    """Raise ModelError if ``module``, called ``name``, is of another class than ``kind`` or computes by another forward.
+
+    A forward that wraps the one before (accelerate's autocast, ``torch.compile``; by ``functools.wraps``) is no other.
+
+    Args:
+        before: the forward of the instance, or None if it had none and computed by that of its class.
+    """
+    what = f"'{name}'" if name else "the model"
+    if type(module) is not kind:
+        raise ModelError(f"{what} was a {kind.__name__} when the model was proven and is a {type(module).__name__}; {WAY_OUT}")
+    wanted, now = _function(before or kind.forward), _function(module.forward)
+    while now is not wanted and hasattr(now, "__wrapped__"):
+        now = _function(now.__wrapped__)
+    if now is not wanted:
+        raise ModelError(f"the forward of {what} was replaced after parallelize; {WAY_OUT}")
+
+
+def _function(forward: Any) -> Any:
+    """The function of a bound method; anything else itself."""
+    return getattr(forward, "__func__", forward)
 
 
 def _fields(config: Any) -> dict[str, Any]:
