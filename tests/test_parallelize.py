@@ -24,6 +24,12 @@ def _decoder(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> De
     return Decoder(DecoderConfig(**{**vars(CONFIG), **changes}), seed=seed).to(dtype)
 
 
+def _holds_a_parallel_model(mesh: ParallelMesh) -> Decoder:
+    whole = _decoder()
+    whole.add_module("other", parallelize(_decoder(), mesh))
+    return whole
+
+
 def _batch(step: int = 0, rows: int = 4, tokens: int = 10) -> dict[str, torch.Tensor]:
     ids = torch.randint(CONFIG.vocab, (rows, tokens), generator=torch.Generator().manual_seed(step))
     return {"input_ids": ids, "labels": ids}
@@ -164,6 +170,7 @@ def _there_and_back():
 REFUSALS = {
     "zero=4 is not supported; legal are 0": (ModelError, lambda mesh: parallelize(_decoder(), mesh, zero=4)),
     "ulysses=4 exceeds the 3 query heads": (LayoutError, lambda mesh: parallelize(_decoder(heads=3, kv_heads=3), mesh)),
+    "a part of it is parallel already": (ModelError, lambda mesh: parallelize(_holds_a_parallel_model(mesh), mesh)),
     "parallel already": (ModelError, lambda mesh: parallelize(parallelize(_decoder(), mesh), mesh)),
     "Linear offers no attention, cross_entropy, blocks, config": (
         ModelError,

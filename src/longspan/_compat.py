@@ -262,8 +262,7 @@ def fsdp_gathered_parameters(module: Any) -> list[Tensor]:
 
 def is_inside_ddp() -> bool:
     """Whether a DistributedDataParallel is computing its forward at this moment."""
-    active = _symbol(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", "refusing a second reduction of gradients")
-    return active() is not None
+    return _symbol(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", "refusing it")() is not None
 
 
 own_parameters: Callable[[nn.Module], Mapping[str, nn.Parameter | None]] = attrgetter("_parameters")

@@ -301,8 +301,8 @@ def _name(kernel: str | Kernel | KernelFunction) -> str:
 
 def _refuse_options(job: _Job) -> dict[str, str]:
     """{name: text} of all options, which ranks compare. Raises the error of an option that model or mesh cannot have."""
-    if parallel_state(job.model) is not None:
-        raise ModelError("the model is parallel already; call unparallelize(model) first, or build another one")
+    if any(parallel_state(module) is not None for module in job.model.modules()):
+        raise ModelError("the model or a part of it is parallel already; call unparallelize(model) first, or build another one")
     refuse_options(job.fsdp, job.model, job.mesh)
     _refuse_another_device(job)
     if job.mesh.coordinate.tensor > 1 and job.memory.tile_tokens is not None:

@@ -58,6 +58,14 @@ class OfPadding(transformers.BartForConditionalGeneration):
         return output
 
 
+def test_labels_that_a_module_around_the_model_takes_are_refused() -> None:
+    whole, ids = build("llama"), torch.ones(1, 8, dtype=torch.long)
+    parallelize(whole.model, mesh := ParallelMesh())
+    with pytest.raises(ModelError, match="shift_labels reached LlamaModel without labels: a module around it has taken those"):
+        whole(**shard_batch({"input_ids": ids, "labels": ids}, mesh))
+    whole(**shard_batch({"input_ids": ids}, mesh))
+
+
 def test_a_loss_that_ignores_padding_by_its_id_is_not_the_plain_one(pool: Callable[[int], Ranks]) -> None:
     assert pool(1).run(kind_of_loss) == [None]
 

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from longspan import _compat
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.whole_tensors import load_whole_tensors
 from longspan.errors import ModelError
 
 UNSHARDABLE = {
@@ -92,7 +93,7 @@ def refuse_options(options: FSDPOptions, model: nn.Module, mesh: ParallelMesh) -
 def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: ParallelMesh, options: FSDPOptions) -> None:
     """Shard the parameters of a model in place, with FSDP2: every block is one unit, the remaining parameters are another.
 
-    A parameter that a rank does not use has a zero gradient there.
+    A parameter that a rank does not use has a zero gradient there; ``model.load_state_dict`` takes whole tensors too.
 
     Args:
         model: the model; its parameters become DTensors.
@@ -112,6 +113,7 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
     _compat.fsdp_fill_unused_gradients(model)
     model.register_forward_pre_hook(_refuse_after_a_failed_backward)
     refuse_optimizers_at_first_step(model)
+    load_whole_tensors(model)
     model.register_forward_hook(_reshard_without_a_backward)
 
 

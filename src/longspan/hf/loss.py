@@ -78,6 +78,7 @@ class Loss:
             ModelError: a keyword that this loss cannot use, or a model whose loss cannot be computed over ranks.
         """
         if kwargs.get("labels") is None:
+            self._refuse_labels_of_a_module_around(name, model, kwargs)
             return
         _refuse_keywords(self.kind, kwargs)
         _refuse_unfit_divisor(kwargs.get("num_items_in_batch"), mesh)
@@ -88,6 +89,15 @@ class Loss:
             raise ModelError(
                 f"{name} computes its loss from labels by itself, over this rank's tokens; leave labels out of the call, and "
                 f"use longspan.cross_entropy(outputs.logits, labels, mesh=mesh, num_labels=part['longspan'].num_labels)"
+            )
+
+    def _refuse_labels_of_a_module_around(self, name: str, model: Any, kwargs: dict[str, Any]) -> None:
+        """Raise ModelError if a module that holds ``model``, of the class ``name``, has taken the labels of the call."""
+        if kwargs.get("shift_labels") is not None and "labels" not in inspect.signature(model.forward).parameters:
+            raise ModelError(
+                f"shift_labels reached {name} without labels: a module around it has taken those, and would form the loss of "
+                f"this rank's tokens; parallelize that module instead of {name}, or take shift_labels out of the call for "
+                f"longspan.cross_entropy(logits, shift_labels, mesh=mesh, num_labels=part['longspan'].num_labels)"
             )
 
 

@@ -1,7 +1,7 @@
 """State dicts of sharded models and optimizers, gathered for the checkpoint files of one device, and sharded again.
 
     zero=3   rank 0 [a ]  rank 1 [ b]   --gather_state-->   rank 0 [a b] on the CPU, the others None    -->  optimizer.pt
-             rank 0 [a ]  rank 1 [ b]   <--shard_like----   every rank reads [a b] and keeps its shard  <--  optimizer.pt
+             rank 0 [a ]  rank 1 [ b]   <--shard_optimizer_state--  every rank reads [a b], keeps its shard <--  optimizer.pt
 
 The files are those that one device writes: one device continues from what four ranks wrote, and four ranks from what one
 device wrote. ``sharded_state`` and ``load_sharded_state`` leave tensors sharded, for PyTorch's distributed checkpoint.
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from longspan.distributed.whole_tensors import shard_like
 from longspan.models.adapter import parallel_state
 
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -90,33 +91,6 @@ def gather_state(state: Any, keep: bool) -> Any:
     if isinstance(state, list | tuple):
         return type(state)(gather_state(value, keep) for value in state)
     return state
-
-
-def shard_like(value: Any, like: Any) -> Any:
-    """Shard a whole tensor, which every rank holds, as the DTensor ``like`` is sharded. No collective.
-
-    Returns:
-        A DTensor on the mesh and with the placements of ``like``, if ``like`` is a DTensor and ``value`` a plain tensor of its
-        shape; else ``value`` unchanged.
-    """
-    if not isinstance(like, DTensor) or type(value) is not Tensor or value.shape != like.shape:
-        return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def load_whole_tensors(model: nn.Module) -> None:
-    """Register a hook on ``model`` with which ``load_state_dict`` accepts whole tensors for its sharded parameters.
-
-    Each tensor, which every rank holds, is sharded as the parameter is.
-    """
-    model.register_load_state_dict_pre_hook(_shard_weights)
-
-
-def _shard_weights(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Pre-hook of a module's ``load_state_dict``: shard its whole tensors in ``state``, in place, as its parameters are."""
-    for name, own in module.state_dict().items():
-        if prefix + name in state:
-            state[prefix + name] = shard_like(state[prefix + name], own)
 
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from longspan.batch.agreement import sync_batches
 from longspan.batch.shard import shard_batch
 from longspan.distributed.consensus import raise_together, refuse_difference
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.whole_tensors import load_whole_tensors
 from longspan.errors import BatchError, LongspanError, RunError
 from longspan.hf.loss import is_in_place
 from longspan.hf.names import is_encoder_decoder
@@ -31,7 +32,7 @@ from longspan.integrations import predictions, random_state, trl_loss
 from longspan.integrations.accelerate import OneDevice, refuse_repeated_rows, single_process_arguments
 from longspan.integrations.arguments import refuse_arguments, refuse_keywords, refuse_other_losses, refuse_versions
 from longspan.integrations.presence import absent_ranks
-from longspan.integrations.state_dict import gather_state, load_whole_tensors, shard_optimizer_state
+from longspan.integrations.state_dict import gather_state, shard_optimizer_state
 from longspan.memory.options import MemoryOptions
 from longspan.models.adapter import parallel_state
 from longspan.parallelize import parallelize
@@ -142,7 +143,7 @@ class LongTrainer(Base):  # type: ignore[misc]
 
     def _parallelize(self, model: nn.Module) -> nn.Module:
         model = parallelize(model.to(self.args.device), self.mesh, zero=self.zero, **self.parallelize_kwargs)
-        if self._is_sharded:
+        if self.mesh.coordinate.tensor > 1:
             load_whole_tensors(model)
         return model
 
