@@ -260,6 +260,28 @@ def _forward_backward(zero):
         torch.testing.assert_close(grads[0], one.grad, rtol=1e-10, atol=1e-13)
 
 
+def test_forward_backward_under_autocast_and_without_gradients():
+    mesh, plain = ParallelMesh(), _decoder(dtype=torch.float32)
+    model, loop = (parallelize(deepcopy(plain), mesh) for _ in range(2))
+    parts = shard_batch([_batch()], mesh)
+    with torch.no_grad():
+        unlearned = forward_backward(model, parts)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert forward_backward(model, parts).item() == unlearned.item()
+    model.zero_grad()
+    inside = []
+    for parameter in model.parameters():
+        parameter.register_hook(lambda grad: inside.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        forward_backward(model, parts)
+        loss = loop(**parts[0]).loss
+    loss.backward()
+    assert inside
+    assert not any(inside)  # the backward of a loop stands outside of autocast, and its gradients are the same
+    for mine, theirs in zip(model.parameters(), loop.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
 def test_forward_backward_refuses_what_is_no_list_of_micro_batches():
     with pytest.raises(ModelError, match="a list of at least one"):
         forward_backward(parallelize(_decoder(), ParallelMesh()), [])
