@@ -45,6 +45,21 @@ def test_on_one_device_it_is_the_mean_over_labelled_tokens(dtype):
     torch.testing.assert_close(logits.grad, exact.grad.to(dtype))
 
 
+def test_from_logits_it_saves_nothing_of_their_size_beside_them_and_works_in_tiles(monkeypatch):
+    monkeypatch.setattr(losses_of, "LOSS_TOKENS", 3)
+    monkeypatch.setattr(losses_of, "LOSS_WORDS", VOCAB)  # three rows a tile, and a rest
+    hidden, labels = _tokens(2)
+    logits = (hidden @ _weight()).detach().requires_grad_()
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        loss = cross_entropy(logits, labels)
+    weight = 3.0  # of a term among others
+    (gradient,) = torch.autograd.grad(weight * loss, logits)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(gradient, torch.autograd.grad(weight * expected, logits)[0], rtol=1e-12, atol=1e-15)
+    assert [x.data_ptr() for x in saved if x.numel() == logits.numel()] == [logits.data_ptr()]
+
+
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)])
 @pytest.mark.parametrize("num_labels", [None, 0, 4])
 def test_without_a_label_it_is_zero_with_zero_gradients(shape, num_labels):

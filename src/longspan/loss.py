@@ -17,7 +17,6 @@ N labelled tokens of a tile   M hidden   V vocabulary   W vocabulary entries of 
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -73,9 +72,9 @@ def mean_cross_entropy(
         mesh: the ranks; None is one device.
         num_labels: the divisor of the sum; None counts the labels of this call over all ranks.
     """
-    rows = logits.reshape(-1, logits.shape[-1])
-    exact = rows if rows.dtype == torch.float64 else rows.float()
-    total = F.cross_entropy(exact, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
+    total: Tensor = _SummedLoss.apply(  # type: ignore[no-untyped-call]
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long()
+    )
     return mean_over_ranks(total, labels != IGNORE, mesh, num_labels)
 
 
@@ -252,6 +251,36 @@ class _BlockBuffer:
     def narrowed(self, dlogits_NW: Tensor) -> Tensor:
         """``dlogits_NW`` converted to the dtype of the matrix products; the same tensor where it has that dtype."""
         return dlogits_NW if self._widened is self._products else self.product(*dlogits_NW.shape).copy_(dlogits_NW)
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The cross-entropy of logits [rows, V] and labels [rows], summed in fp32 (fp64), a few rows at a time.
+
+    It saves the logits and one log-sum-exp a row. ``F.cross_entropy`` saves as many log-probabilities as there are logits, and
+    its backward forms two more tensors of that size; this one forms the gradient alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_RV: Tensor, labels_R: Tensor) -> Tensor:
+        exact = accumulation_dtype(logits_RV.dtype)
+        wanted_R = labels_R != IGNORE
+        column_R1 = labels_R.where(wanted_R, 0).unsqueeze(1)
+        ctx.rows = max(1, LOSS_TOKENS * LOSS_WORDS // logits_RV.shape[1])
+        lse_R = torch.cat([tile.to(exact).logsumexp(1) for tile in logits_RV.split(ctx.rows)])
+        ctx.save_for_backward(logits_RV, lse_R, column_R1, wanted_R)
+        return (lse_R - logits_RV.gather(1, column_R1).squeeze(1).to(exact)).where(wanted_R, 0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None]:
+        logits_RV, lse_R, column_R1, wanted_R = ctx.saved_tensors
+        dlogits_RV = torch.empty_like(logits_RV)
+        factor_R1 = wanted_R.to(lse_R.dtype).mul_(dtotal).unsqueeze(1)
+        tensors = (dlogits_RV, logits_RV, lse_R.unsqueeze(1), column_R1, factor_R1)
+        for target, logits, lse, column, factor in zip(*(tensor.split(ctx.rows) for tensor in tensors)):
+            probabilities = (logits - lse).exp_()
+            target.copy_(probabilities.scatter_add_(1, column, -torch.ones_like(lse)).mul_(factor))
+        return dlogits_RV, None
 
 
 class _TiledLoss(torch.autograd.Function):
