@@ -1,14 +1,19 @@
 """The interface of the route to MASTER_ADDR is found, agreed on by the ranks of several hosts, and refused by name."""
 
+import os
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
 
+from benchmarks.hosts import namespaces
 from longspan.distributed import network
 from longspan.distributed.network import GLOO, NCCL, choose_interface, interface_of, interfaces, source_address
 from longspan.errors import RunError
+from tests.helpers import processes
+from tests.helpers.launched import LAUNCHERS, srun_tasks
 
 HOSTS = {"host-a": "", "host-b": "10.0.0.2", "host-c": "10.0.0.3", "10.0.0.2": "10.0.0.1", "10.0.0.9": "10.0.0.9"}
 """For tests on integers: the address from which a rank reaches a name, as its own host sees it."""
@@ -86,3 +91,49 @@ def test_an_interface_that_is_not_there_is_refused_on_every_rank(second: dict[st
     assert isinstance(first, RunError)
     assert re.match(text, str(first))
     assert str(other) == str(first)
+
+
+JOIN = """
+import os
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from longspan import ParallelMesh
+
+mesh = ParallelMesh(ulysses=2, timeout=timedelta(seconds=10))
+ranks = torch.ones(1)
+dist.all_reduce(ranks)
+print(int(ranks), os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"])
+"""
+needs_hosts = pytest.mark.skipif(namespaces.why_not() is not None, reason=str(namespaces.why_not()))
+
+
+@needs_hosts
+@pytest.mark.parametrize(
+    ("named", "output"),
+    [
+        ({}, "2 eth0 =eth0"),
+        pytest.param(
+            {GLOO: "lo"},
+            "RunError: the ranks met at 10.77.0.1, but cannot connect by the interface lo (Gloo connectFullMesh failed",
+            marks=pytest.mark.long,
+        ),  # gloo tries for most of a minute
+        ({GLOO: "eth9"}, "RunError: GLOO_SOCKET_IFNAME=eth9 of rank 0 is not among those of its host"),
+    ],
+)
+def test_two_hosts_connect_by_the_interface_that_reaches_the_other(named: dict[str, str], output: str) -> None:
+    """As two nodes of a Slurm job whose node list names the address of the first."""
+    base = {name: value for name, value in os.environ.items() if not name.startswith((*LAUNCHERS, GLOO, NCCL))} | named
+    with namespaces.hosts(2) as made:
+        job = {"MASTER_ADDR": made.address(0), "MASTER_PORT": "29500", "SLURM_NNODES": "2", "SLURM_TASKS_PER_NODE": "1(x2)"}
+        tasks = [task | {"SLURM_NODEID": task["SLURM_PROCID"], "SLURM_LOCALID": "0"} for task in srun_tasks(2, **job)]
+        running = [
+            processes.start(made.command(host, [sys.executable, "-c", JOIN]), env=base | task)
+            for host, task in enumerate(tasks)
+        ]
+        try:
+            printed = ["".join(process.communicate(timeout=120)) for process in running]
+        finally:
+            for process in running:
+                processes.end(process)
+    assert all(output in text for text in printed), printed

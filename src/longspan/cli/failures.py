@@ -18,26 +18,30 @@ from longspan.errors import LostRankError
 
 GRACE_SECONDS = 5.0
 """How long the rank that prints waits for the others to check in, and the others for it to have printed."""
-COUNT, PRINTED = "longspan/failures", "longspan/failure printed"
+ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+"""torchrun's store lives on when it starts ranks again; what they say of one attempt is apart from that of another."""
+COUNT, PRINTED = f"longspan/{ATTEMPT}/failures", f"longspan/{ATTEMPT}/failure printed"
 
 
 def first_failure(error: Exception) -> str:
     """Check in as a rank that ``error`` ends; on the first rank that does, a sentence about the failure, else "".
 
+    Call it at once: torchrun's agent ends the store soon after a rank of its host has failed.
+
     Returns:
-        The sentence: what ``error`` is, or, where it is a lost connection, which ranks have not checked in. Every rank gets
-        one where the store of the launcher cannot be reached any more.
+        The sentence: what ``error`` is, or, where it is a lost connection, which ranks have not checked in. A rank that is not
+        the first gets one too where the first one, or the store, has ended before it was printed.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, number = check_in()
-    if number > 1:
-        with suppress(Exception):
-            store.wait([PRINTED], timedelta(seconds=2 * GRACE_SECONDS))
-        return ""
     if is_lost_connection(error):
         text = _sentence([0] if store is None else _silent(store, rank, ranks), rank, error)
     else:
         text = f"rank {rank} failed with {type(error).__name__}: {_first_line(error)}"
+    if number > 1:
+        with suppress(Exception):
+            store.wait([PRINTED], timedelta(seconds=2 * GRACE_SECONDS))
+            return ""
     mark_printed(store)
     return text
 

@@ -27,7 +27,7 @@ from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any
 
 from longspan import errors
-from longspan.cli.failures import check_in, first_failure, mark_printed
+from longspan.cli.failures import check_in, first_failure, is_lost_connection, mark_printed
 from longspan.distributed.launchers import join_launcher
 from longspan.errors import LongspanError, LostRankError
 
@@ -78,14 +78,15 @@ def run(work: str, config: Any, ranks: int) -> int:
     if not joins():
         return _start(work, config, ranks)
     try:
-        return _work_as_a_rank(work, config)
-    except BrokenPipeError:
-        raise
+        return _work(work, config)
     except Exception as error:
         if isinstance(error, LongspanError) and not isinstance(error, LostRankError):
             mark_printed(check_in()[0])  # the caller prints it
             raise
-        raise RankDied(first_failure(error), "".join(traceback.format_exception(error))) from error
+        died = RankDied(first_failure(error), "".join(traceback.format_exception(error)))
+        if is_lost_connection(error):
+            _wait_to_be_ended()
+        raise died from error
 
 
 def joins() -> bool:
@@ -186,8 +187,33 @@ def visible_devices(work: str, ranks: int) -> int:
 
 
 def _work_as_a_rank(work: str, config: Any) -> int:
-    """What a forked rank does: join the world, then call ``work`` (``module:function``) with ``config``; returns its exit
-    code."""
+    """``_work`` for the agent of ``_start``, which reports the rank that ends first."""
+    try:
+        return _work(work, config)
+    except (LongspanError, RuntimeError) as error:
+        if not isinstance(error, LongspanError) or isinstance(error, LostRankError):
+            _wait_to_be_ended()
+        raise
+
+
+def _wait_to_be_ended() -> None:
+    """Sleep until torch's agent, if there is one, ends this rank, which only lost its peer: the agent shows what ends first."""
+    import torch.distributed as dist
+
+    if dist.is_torchelastic_launched():
+        time.sleep(SECONDS_TO_BE_ENDED)
+
+
+def _work(work: str, config: Any) -> int:
+    """Join the other ranks and run ``work`` as one of them; SystemExit with ``CLOSED_PIPE`` for a closed pipe.
+
+    Args:
+        work: a function as ``module:function``.
+        config: its argument.
+
+    Returns:
+        What it returns: an exit code.
+    """
     import torch
     import torch.distributed as dist
 
@@ -203,13 +229,6 @@ def _work_as_a_rank(work: str, config: Any) -> int:
         code: int = getattr(importlib.import_module(module), function)(config)
     except BrokenPipeError:
         sys.exit(CLOSED_PIPE)
-    except (LongspanError, RuntimeError) as error:
-        if isinstance(error, LongspanError) and not isinstance(error, LostRankError):
-            raise
-        # The agent reports the rank that ends first, so a rank that only lost its peer sleeps until the agent ends it.
-        if dist.is_torchelastic_launched():
-            time.sleep(SECONDS_TO_BE_ENDED)
-        raise
     dist.destroy_process_group()
     return code
 

@@ -100,8 +100,8 @@ def join_world(device: torch.device, timeout: timedelta | None = None) -> None:
         if interface is None:
             raise
         raise RunError(
-            f"the ranks met at {os.environ['MASTER_ADDR']}, but rank {rank} cannot connect the others by its interface "
-            f"{interface} ({next(iter(str(error).splitlines()), '')}); {REMEDY}"
+            f"the ranks met at {os.environ['MASTER_ADDR']}, but cannot connect by the interface {interface} "
+            f"({str(error).splitlines()[0].partition(' with ')[0]}); {REMEDY}"
         ) from error
 
 
