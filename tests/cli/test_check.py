@@ -262,7 +262,7 @@ def with_a_seed_of_its_own(job: tuple[Check, str]) -> int:
 
 
 def test_ranks_with_other_settings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"^seed is 0 on rank 0 and 1 on rank 1; start every rank with the same settings$"):
+    with pytest.raises(RunError, match=r"^seed is 0 on rank 0 and 1 on rank 1; start every rank with the same settings"):
         launch.run(f"{__name__}:with_a_seed_of_its_own", (SMALL, ""), 2)
 
 
