@@ -67,6 +67,27 @@ def test_terms_are_recorded_in_order(code: Any, kinds: list[str]) -> None:
     assert torch.equal(attention.k.reshape(K.shape), K)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_alpha_is_the_factor_of_the_second_of_a_sum(turned: bool) -> None:
+    bias = torch.randn(5, 5, generator=torch.Generator().manual_seed(3))
+
+    def code() -> Tensor:
+        scores = torch.matmul(Q, K.transpose(-1, -2))
+        terms = (bias, scores) if turned else (scores, bias)
+        return torch.matmul(torch.add(*terms, alpha=0.5).softmax(-1), V)
+
+    (attention,), _ = recorded(code)
+    found = [(term.kind, term.value) for term in attention.terms]
+    if turned:
+        (scale, half), (add, value) = found
+        assert (scale, half, add) == ("scale", 0.5, "add")
+        assert torch.equal(value, bias)
+    else:
+        ((add, value),) = found
+        assert add == "add"
+        assert torch.equal(value, bias * 0.5)
+
+
 def test_products_of_two_dims_and_what_follows_stay_computed() -> None:
     found, out = recorded(lambda: Q.reshape(-1, 8) @ K.reshape(-1, 8).T)
     assert found == []
@@ -77,6 +98,7 @@ def test_products_of_two_dims_and_what_follows_stay_computed() -> None:
     ("code", "text"),
     [
         (lambda s: s.exp(), "Own attends in its own code and does exp with its scores"),
+        (lambda s: torch.sub(s, 1, alpha=2), "does sub with alpha with its scores"),
         (lambda s: s.softmax(1), "does softmax over dim 1 with its scores"),
         (lambda s: s.view(2, 4, 25), r"does view to \[2, 4, 25\] with its scores"),
         (lambda s: s.softmax(-1) * 2, "does mul with its probabilities"),

@@ -263,13 +263,17 @@ def _of(sinks: Tensor | None, chunk: HeadChunk) -> Tensor | None:
 def _forward(
     rows: Sequence[Tensor], sinks: Tensor | None, parameters: Sequence[Tensor], plan: AttentionPlan, chunk: HeadChunk
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one head chunk with its ring hops and sink logits: (out [rows, heads, v_dim], log-sum-exp [heads, rows]).
+    """Attention of one head chunk with its ring hops and sink logits.
 
     Args:
-        rows: q, k and v as [rows, my heads, dim].
+        rows: q, k and v as [rows, heads, dim], for the heads of the chunk that this rank has.
         sinks: the sink logits of the chunk's heads, or None.
         parameters: the parameters of the bias, empty without one.
-        plan, chunk: the attention, and the heads.
+        plan: the layout, mask and kernel of the attention.
+        chunk: the heads that are attended together, one of ``plan``'s.
+
+    Returns:
+        (out [rows, heads, v_dim] in the dtype of q, log-sum-exp [heads, rows] with the sink logits, in fp32 or fp64).
     """
     q_RGD, k_RGD, v_RGD = rows
     with _without_autocast(q_RGD):
@@ -295,11 +299,13 @@ def _backward(
     """The gradients of one head chunk, in fp32 or fp64.
 
     Args:
-        rows: q, out, dout, k and v [rows, my heads, dim], in this order (that of ``HeadChunk.backward``).
+        rows: q, out, dout, k and v [rows, heads, dim], for the heads of the chunk that this rank has, in this order (that
+            of ``HeadChunk.backward``).
         lse: log-sum-exp of the forward, [my heads, rows].
         sinks: the sink logits of the chunk's heads, or None.
         parameters: the parameters of the bias, empty without one.
-        plan, chunk: the attention, and the heads.
+        plan: the layout, mask and kernel of the attention.
+        chunk: the heads that are attended together, one of ``plan``'s.
 
     Returns:
         (dq, dk, dv, gradient of the sink logits or None, list of the gradients of the bias parameters).

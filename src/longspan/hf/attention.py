@@ -147,8 +147,15 @@ def _mask(
 ) -> MaskFunction:
     """The object that layers get as their attention mask: Transformers' ``mask_function``, not evaluated yet.
 
-    Transformers calls it by the name "longspan", with ``attention_mask``, the padding [batch, tokens] or None. Padding and
-    documents are left out of the mask: the BatchInfo has them.
+    Transformers calls it by the name "longspan" once a forward for each kind of layer. Attention later reads bands from the
+    object.
+
+    Args:
+        mask_function: Transformers' function (batch, head, query, key) -> whether the query sees the key.
+        device: where the mask would be made if a layer evaluated it by itself.
+        attention_mask: the padding [batch, tokens], kept for such layers; None without padding. The bands do not need it,
+            because the BatchInfo has padding and documents.
+        sizes: batch_size, q_length and kv_length, the shape of the mask; what else Transformers passes is ignored.
     """
     shape = (sizes.get("batch_size", 1), 1, sizes.get("q_length", 0), sizes.get("kv_length", 0))
     return MaskFunction(mask_function, device, attention_mask, shape)

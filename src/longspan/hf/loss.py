@@ -102,7 +102,15 @@ class Loss:
 
 
 def probe(candidate: Candidate) -> Loss:
-    """How the model in ``candidate`` computes its loss, found by test forwards with labels."""
+    """How a model computes its loss, found by test forwards with labels that leave the model as it was.
+
+    Args:
+        candidate: the model that is about to be made parallel, as the user calls it (models/adapter.py).
+
+    Returns:
+        A Loss. Its ``kind`` is None where the model takes no labels, the forward fails or its loss is none that can be computed
+        over ranks; such a model trains without labels, or is refused at the first call with labels.
+    """
     kind, handed = _kind(candidate.called, candidate.model)
     return Loss(kind, _classes(candidate.called), handed)
 

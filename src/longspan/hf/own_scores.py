@@ -10,6 +10,7 @@ scaled dot-product attention raises ModelError. Independent of masks of models, 
 S queries   T keys   D head dim
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from longspan.errors import ModelError
-from longspan.hf.names import is_attention
 
 PRODUCTS = frozenset({"matmul", "bmm", "baddbmm"})
 SAME = frozenset({"to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "nan_to_num"})
@@ -183,6 +183,10 @@ def apply(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     known = _OF_SCORES if isinstance(symbol, Scores) else _OF_PROBABILITIES
     if name not in known:
         _refuse(symbol, name)
+    try:
+        inspect.signature(known[name]).bind(*args, **kwargs)
+    except TypeError:
+        return _refuse(symbol, f"{name} with {', '.join(kwargs) or 'other arguments'}")
     found = known[name](*args, **kwargs)
     if in_place and isinstance(found, Symbol):
         vars(symbol).update(vars(found))
@@ -266,15 +270,22 @@ def _reshaped(symbol: Symbol, name: str, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _add(a: Any, b: Any, alpha: float = 1) -> Any:
-    """Record scores + a tensor, in either order; a sum of two symbols is refused."""
+    """Record scores + a tensor in the order of the call, as ``torch.add`` with its ``alpha`` (the factor of ``b``).
+
+    Returns:
+        The scores with one more term, or the same scores for + 0.
+
+    Raises:
+        ModelError: both are scores or probabilities (Symbol) of which a sum is no attention.
+    """
     scores, other = (a, b) if isinstance(a, Scores) else (b, a)
     if isinstance(other, Symbol):
         return _refuse(scores, "a sum")
-    if isinstance(other, int | float) and other == 0:
+    if isinstance(other, int | float) and other == 0 and alpha == 1:
         return scores
-    if alpha != 1:
-        other = other * alpha
-    return _with(scores, "add", other)
+    if alpha == 1:
+        return _with(scores, "add", other)
+    return _with(a, "add", b * alpha) if scores is a else _with(_with(b, "scale", alpha), "add", a)
 
 
 def _sub(a: Any, b: Any) -> Any:
@@ -357,19 +368,6 @@ _OF_SCORES: dict[str, Callable[..., Any]] = {
     "softmax": _softmax,
 }  # fmt: skip
 _OF_PROBABILITIES: dict[str, Callable[..., Any]] = {"dropout": _dropout, "matmul": _attend, "bmm": _attend}
-
-
-def record_attention(model: nn.Module, finish: Callable[[nn.Module, Attention], Tensor]) -> list["Recorded"]:
-    """Replace the forward of every attention module of ``model`` by one that records its products of queries and keys.
-
-    Args:
-        model: the model.
-        finish: called with the module and each recorded Attention; returns the output of that attention.
-
-    Returns:
-        An object for each module, whose ``remove`` undoes the replacement.
-    """
-    return [Recorded(module, finish) for module in model.modules() if is_attention(module)]
 
 
 class Recorded:

@@ -37,8 +37,10 @@ class PositionTables:
     """
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Register hooks on the position tables: each gets the call's positions, and rotary tables the batch's largest
-        position.
+        """Register hooks with which a rank's tokens get the positions that they have on one device.
+
+        A table of positions that the model counts by itself is called with the positions of the call in place of its own.
+        A rotary table whose frequencies depend on the length of the row takes the largest position of the batch as that.
 
         Returns:
             A function that removes the hooks.

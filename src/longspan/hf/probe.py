@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from longspan.batch.context import TARGET
 from longspan.errors import LongspanError, ModelError
-from longspan.hf.names import is_encoder_decoder
+from longspan.hf.names import is_attention, is_encoder_decoder
 from longspan.hf.own_recipe import Recipe, read_recipe, shape_like
-from longspan.hf.own_scores import Attention, record_attention
+from longspan.hf.own_scores import Attention, Recorded
 from longspan.hf.peft import base_of
 from longspan.hf.position_ids import pass_positions_to_tables
 from longspan.hf.step_scope import ScopedModel, scope_of, strip_additions
@@ -122,7 +122,8 @@ def _positions_and_biases(model: Any) -> Iterator[None]:
     """Context manager: position tables, T5 biases and attention in a model's own code work as in a parallel model."""
     handles = [*pass_positions_to_tables(model), *compute_biases_by_distance(model)]
     base = base_of(model) or model
-    handles += [ScopedModel(base), strip_additions(base), *record_attention(base, attend_in_proof)]
+    attentions = [Recorded(module, attend_in_proof) for module in base.modules() if is_attention(module)]
+    handles += [ScopedModel(base), strip_additions(base), *attentions]
     try:
         yield
     finally:

@@ -293,8 +293,12 @@ def _cut(config: PreTrainedConfig, folder: str, layers: int) -> None:
 
 
 def _copy_beside(folder: Path, tokenizer: str, source: str | None) -> None:
-    """Copy the tokenizer into ``folder``, and the generation settings of the folder ``source`` if it has some (None: no
-    source).
+    """Copy into an exported model's ``folder`` its tokenizer and generation settings.
+
+    Args:
+        folder: where the model's config and weights are.
+        tokenizer: a folder or a tokenizer.json, else (such as "bytes") nothing is copied.
+        source: the Hugging Face folder whose generation_config.json, if it has one, is copied; None for none.
 
     Raises:
         ModelError: the folder cannot be written.

@@ -153,7 +153,10 @@ class _Reader:
         return TensorPlan(regions=tuple(regions), exits=(*exits, *routed), cuts=cuts, late_biases=late)
 
     def _weights(self) -> Iterator[tuple[str, str]]:
-        """The name and the style of each Linear module, and of each parameter, that is cut."""
+        """What the model's plan cuts: (name, style), where style is Transformers' word, such as "colwise".
+
+        The name is that of a Linear module, whose weight and bias are cut, or of a single parameter, such as packed experts.
+        """
         return ((n, s) for n, s in self._styles.items() if s not in ("replicated_with_grad_allreduce", "moe_tp_experts"))
 
     def _regions(self) -> dict[str, bool]:

@@ -54,14 +54,16 @@ def _capability() -> tuple[int, int] | None:
 def forward(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[Band], scale: float) -> Partial:
     """Attention over the keys that ``bands`` show, by one operator call for each chain of bands.
 
+    A chain is a run of bands, such as packed documents, that one call with windows or cumulative lengths computes.
+
     Args:
         q, k, v: [queries, heads, dim] and [keys, kv_heads, dim].
         bands: disjoint canonical bands (masks/bands.py) in indices of the rows of q and k.
         scale: the factor of the scores.
 
     Returns:
-        (out [queries, heads, dim], log-sum-exp [heads, queries] in fp32). ``out`` has the dtype of ``q`` if each query is in
-        one call, else fp32.
+        (out [queries, heads, dim], log-sum-exp [heads, queries] in fp32); 0 and -inf for a query without keys. ``out``
+        has the dtype of ``q`` if no query is in two calls, else fp32.
     """
     planned = plan(tuple(bands))
     if len(planned.calls) == 1 and planned.calls[0].rows == len(q):

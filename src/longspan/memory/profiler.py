@@ -212,7 +212,14 @@ class Recorded:
         self._gradients = {_storage(p.grad) for p in self._model.parameters() if p.grad is not None}
 
     def _changes(self, tree: Sequence[Any]) -> list[Change]:
-        """Every allocation and free in a tree of profiler events, by time, with its category."""
+        """Every allocation and free in a tree of profiler events, ordered by time.
+
+        Args:
+            tree: the root events of PyTorch's profiler; each has the events inside it as ``children``.
+
+        Returns:
+            (time in nanoseconds, one of ``CATEGORIES`` by the operator around the event, bytes, negative where freed).
+        """
         found = sorted(_allocations(tree, ()))
         stepped = next((when for when, _, _, names in found if any(name.startswith("Optimizer.step") for name in names)), None)
         live: dict[int, tuple[int, int]] = {}
