@@ -64,6 +64,15 @@ def test_a_killed_worker_and_a_removed_node_leave_the_losses_of_one_process(tmp_
 
 @pytest.mark.long
 @pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install 'ray[train]' where this test shall run")
+def test_the_command_line_s_run_on_ray_has_one_folder(tmp_path: Path) -> None:
+    program = [sys.executable, str(ROOT / "examples/cluster/ray_run.py"), "--small", "--storage", str(tmp_path)]
+    done = processes.run(program, timeout=900, env=environment())
+    assert done.returncode == 0, done.stderr[-4_000:]
+    assert (tmp_path / "longspan/checkpoints/step-000002/run.json").exists()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install 'ray[train]' where this test shall run")
 def test_the_example_trains_on_a_cluster_of_this_machine(tmp_path: Path) -> None:
     program = [sys.executable, str(ROOT / "examples/cluster/ray_train.py"), "--small", "--storage", str(tmp_path)]
     done = processes.run(program, timeout=900, env=environment())
