@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from longspan.distributed import grad_sync as gradients
+from longspan.distributed import grad_buckets
 from longspan.distributed.collectives import all_reduce_sum
 from longspan.distributed.grad_sync import MeanGradients, average_gradients
 from longspan.distributed.mesh import ParallelMesh
@@ -69,8 +69,8 @@ def test_every_gradient_is_that_of_one_device(ranks, bucket_bytes, tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
 
 
-def _three_backwards(bucket_bytes=gradients.BUCKET_BYTES):
-    gradients.BUCKET_BYTES = bucket_bytes
+def _three_backwards(bucket_bytes=grad_buckets.BUCKET_BYTES):
+    grad_buckets.BUCKET_BYTES = bucket_bytes
     toy, mesh = Toy(), ParallelMesh()
     MeanGradients(toy, mesh)
     rank = mesh.coordinate.data_rank

@@ -3,6 +3,7 @@
     gather                    every rank's fact, on every rank
     refuse_difference         raise on every rank where a fact differs
     raise_together            an error of one rank in a block is raised by all; optionally what the block wrote is removed
+    largest_integers          the largest of every rank's integers, place by place, by one all-reduce
     exchange_integers         a row of integers of every rank, by one all-reduce:
 
     rank 0   (0, facts ...)     each rank fills its own row of zeros,      the table of every rank's facts; where a first
@@ -191,6 +192,24 @@ def exchange_integers(mine: Sequence[int], group: dist.ProcessGroup, hint: str =
         _wait(work, group.rank(), hint)
     rows: list[list[int]] = table.tolist()
     return rows
+
+
+def largest_integers(mine: Sequence[int], group: dist.ProcessGroup, hint: str = "") -> list[int]:
+    """For each place of ``mine`` the largest integer that any rank has there, by one all-reduce.
+
+    Args:
+        mine, group, hint: as in ``exchange_integers``; the message does not grow with the number of ranks.
+
+    Raises:
+        LostRankError: as in ``exchange_integers``.
+    """
+    row = torch.tensor(mine, dtype=torch.int64, device="cpu")
+    if group.size() > 1:
+        work = dist.all_reduce(row, op=dist.ReduceOp.MAX, group=group, async_op=True)
+        assert work is not None  # None on ranks outside the group only
+        _wait(work, group.rank(), hint)
+    largest: list[int] = row.tolist()
+    return largest
 
 
 def _wait(work: dist.Work, rank: int, hint: str) -> None:

@@ -1,11 +1,11 @@
-"""Gradient averaging over the ranks after every backward (zero=0), of modules outside the model, and sums over copies.
+"""Gradient averaging over the ranks in every backward (zero=0), of modules outside the model, and sums over copies.
 
-    backward on each rank     hook of each parameter: store the gradient of THIS backward, leave .grad unchanged
-    end of the backward       [ p0 | p1 | p2 ... | has a gradient? ] --all-reduce in fp32--> mean over ranks --> .grad +=
+    hooks of each parameter     .grad of earlier micro-batches aside, gradient of THIS backward into its bucket, .grad back
+    a full bucket               all-reduce in fp32, while the backward goes on                              (grad_buckets.py)
+    the end of the backward     mean over ranks --> .grad +=
 
-Every rank computes the same global loss, so the gradient of a parameter is the mean of the ranks' gradients. The reduction runs
-once per backward, in the order of the parameters and not in the order in which a rank finishes them. So a tied weight is one
-parameter, .grad of earlier micro-batches is never reduced again, and a parameter that one rank does not use counts as zero
+Every rank computes the same global loss, so the gradient of a parameter is the mean of the ranks' gradients. A tied weight is
+one parameter, .grad of earlier micro-batches is never reduced again, and a parameter that one rank does not use counts as zero
 there without blocking the others. Independent of what the model computes.
 """
 
@@ -23,12 +23,11 @@ from torch.utils.hooks import RemovableHandle
 
 from longspan import _compat
 from longspan.distributed.consensus import first_difference, gather_or_raise
+from longspan.distributed.device import set_timeout
+from longspan.distributed.grad_buckets import Buckets, MeanInBuckets, Reductions, reduction_dtype
 from longspan.distributed.grad_norm import local_part
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
-
-BUCKET_BYTES = 25 * 2**20
-"""Bytes of gradients in one all-reduce: large enough that its latency is negligible, small compared with the model."""
 
 
 class MeanGradients:
@@ -49,17 +48,20 @@ class MeanGradients:
     """
 
     def __init__(self, model: nn.Module, mesh: ParallelMesh) -> None:
-        self._model, self._mesh = model, mesh
+        self._model = model
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._buckets = _buckets(self._parameters)
-        self._arrived: WeakValueDictionary[int, _Arrived] = WeakValueDictionary()
-        self._delayed: _Arrived | None = None
-        # on one rank the gradient is the mean already
-        hooked = self._parameters if mesh.fsdp_group.size() > 1 else []
-        self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(self._refuse_what_changed),
-            *(parameter.register_hook(partial(self._keep, index)) for index, parameter in enumerate(hooked)),
-        ]
+        self._running: WeakValueDictionary[int, MeanInBuckets] = WeakValueDictionary()
+        self._delayed: MeanInBuckets | None = None
+        self._backward_in_delayed = -1
+        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._refuse_what_changed)]
+        if mesh.fsdp_group.size() == 1:  # the gradient is the mean already
+            return
+        self._earlier: dict[int, Tensor | None] = {}
+        self._buckets = Buckets.of(self._parameters)
+        self._reductions = Reductions(gradient_group(mesh), mesh.loss_control_group)
+        for index, parameter in enumerate(self._parameters):
+            self._handles.append(parameter.register_hook(partial(self._set_earlier_aside, index)))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._take, index)))
 
     def __deepcopy__(self, memo: dict[int, object]) -> "MeanGradients":
         raise ModelError(
@@ -72,39 +74,54 @@ class MeanGradients:
         for handle in self._handles:
             handle.remove()
 
-    def _keep(self, index: int, grad: Tensor | None) -> Tensor | None:
-        """Hook on the gradient of parameter ``index``: store ``grad``, and return zeros, so that this backward leaves ``.grad``
-        as it is.
+    def _set_earlier_aside(self, index: int, grad: Tensor | None) -> Tensor | None:
+        """Hook on the gradient of parameter ``index``, before autograd adds it to ``.grad``: keep the ``.grad`` of earlier
+        backwards, and remove it from the parameter, so that autograd moves ``grad`` there without a copy.
 
-        ``_reduce`` adds the mean to ``.grad`` at the end of the backward. Without a gradient (None) it returns None.
+        Returns:
+            None, which leaves ``grad`` as it is; of a weight of tensor parallelism, the gradient in the weight's placement.
         """
-        arrived = self._arrived_in_this_backward(index)
+        self._mean_of_this_backward(index)
         if grad is None:
             return None
         parameter = self._parameters[index]
+        self._earlier[index], parameter.grad = parameter.grad, None
         if isinstance(grad, DTensor) and isinstance(parameter, DTensor):  # a weight of tensor parallelism
-            arrived[index] = local_part(grad.redistribute(placements=parameter.placements))
-            return _placed_as(parameter, torch.zeros_like(arrived[index]))
-        arrived[index] = grad
-        return grad.new_zeros(()).expand_as(grad)
+            return grad.redistribute(placements=parameter.placements)
+        return None
 
-    def _arrived_in_this_backward(self, index: int) -> "_Arrived":
-        """The gradients that have been computed so far in the backward that is running, by index of the parameter.
+    @record_function("longspan::mean_gradients")
+    def _take(self, index: int, parameter: Tensor) -> None:
+        """Hook after autograd has set ``.grad`` of parameter ``index``: copy the gradient of this backward into its bucket, and
+        restore the ``.grad`` of earlier ones."""
+        mean, grad = self._mean_of_this_backward(index), parameter.grad
+        parameter.grad = self._earlier.pop(index)
+        assert grad is not None
+        mean.add(index, local_part(grad))
+        if mean is not self._delayed:
+            mean.reduce_full_buckets()
 
-        At the first gradient of a backward the dict is made, and a callback is registered that averages its gradients over
-        ranks at the end. Only that callback holds a strong reference, so a backward that fails leaves no gradients for the next
-        one.
+    def _mean_of_this_backward(self, index: int) -> MeanInBuckets:
+        """The mean that the backward that is running adds to.
+
+        At the first gradient of a backward it is made, and a callback is registered that finishes it at the end. Only that
+        callback holds a strong reference, so a backward that fails leaves no gradients for the next one.
 
         Args:
             index: the parameter whose gradient was just computed, for the check that it can be averaged.
         """
-        task = _compat.backward_id()
-        arrived = self._arrived.get(task)
-        if arrived is None:
+        backward = _compat.backward_id()
+        if self._delayed is not None:
+            if backward != self._backward_in_delayed:
+                self._refuse_what_cannot_be_averaged(index)
+                self._backward_in_delayed = backward
+            return self._delayed
+        mean = self._running.get(backward)
+        if mean is None:
             self._refuse_what_cannot_be_averaged(index)
-            arrived = self._arrived[task] = _Arrived()
-            _compat.after_backward(partial(self._reduce, arrived))
-        return arrived
+            mean = self._running[backward] = MeanInBuckets(self._buckets, self._reductions)
+            _compat.after_backward(partial(self._finish, mean))
+        return mean
 
     def _refuse_what_cannot_be_averaged(self, index: int) -> None:
         """Raise ModelError in a backward that does not accumulate into ``.grad`` (autograd.grad) or that builds a graph of
@@ -140,27 +157,38 @@ class MeanGradients:
 
         So several micro-batches cost one all-reduce. If the block raises, nothing is added to ``.grad``.
         """
-        self._delayed = _Arrived()
+        if len(self._handles) == 1:  # one rank
+            yield
+            return
+        self._delayed, self._backward_in_delayed = MeanInBuckets(self._buckets, self._reductions), -1
         try:
             yield
             delayed = self._delayed
         finally:
             self._delayed = None
-        self._reduce(delayed)
+        self._finish(delayed)
 
     @torch.no_grad()
     @record_function("longspan::mean_gradients")
-    def _reduce(self, arrived: "_Arrived") -> None:
-        """Add the mean over ranks of the gradients ``arrived`` to ``.grad``; inside ``once`` only add them to those of the
-        block."""
-        if self._delayed is not None:
-            for index, grad in arrived.items():
-                wide = grad.to(_reduction_dtype(grad.dtype))
-                self._delayed[index] = self._delayed[index] + wide if index in self._delayed else wide
-            return
-        for bucket in self._buckets:
-            for index, mean in _mean_of_bucket(self._parameters, bucket, arrived, self._mesh.fsdp_group).items():
-                _add(self._parameters[index], mean)
+    def _finish(self, mean: MeanInBuckets) -> None:
+        """Add the means over the ranks to ``.grad``: at the end of a backward, or of ``once``."""
+        for index, gradient in mean.finished():
+            _add(self._parameters[index], gradient)
+
+
+def gradient_group(mesh: ParallelMesh) -> dist.ProcessGroup:
+    """The ranks of ``mesh.fsdp_group`` as a process group that reduces nothing but gradients; one for each mesh.
+
+    Gradients are reduced while the backward runs other collectives, and ranks may come to the two in different orders, which
+    one group would confuse. Every rank of the mesh must call it at once.
+    """
+    if mesh.own_gradient_group is None:
+        if mesh.fsdp_group.size() == mesh.world_group.size():  # a DeviceMesh would take the group of all ranks, as others do
+            mesh.own_gradient_group = dist.new_group()
+        else:
+            mesh.own_gradient_group = _compat.flattened(mesh.fsdp_mesh, "gradients").get_group()
+        set_timeout([mesh.own_gradient_group], mesh.timeout)
+    return mesh.own_gradient_group
 
 
 @torch.no_grad()
@@ -173,7 +201,7 @@ def sum_over(parameter: Tensor, group: dist.ProcessGroup | None) -> None:
     """
     assert parameter.grad is not None
     mine = local_part(parameter.grad)
-    total = mine.to(_reduction_dtype(mine.dtype), copy=True)
+    total = mine.to(reduction_dtype(mine.dtype), copy=True)
     dist.all_reduce(total, group=group)
     mine.copy_(total)
 
@@ -210,10 +238,12 @@ def average_gradients(module: nn.Module, mesh: ParallelMesh) -> None:
             f"pass the same module with the same trained parameters on every rank"
         )
     parameters = list(trained.values())
-    for bucket in _buckets(parameters):
-        found = {index: grad for index in bucket if (grad := parameters[index].grad) is not None}
-        for index, mean in _mean_of_bucket(parameters, bucket, found, mesh.loss_group).items():
-            parameters[index].grad = mean.to(parameters[index].dtype, copy=True)
+    mean = MeanInBuckets(Buckets.of(parameters), Reductions(mesh.loss_group, mesh.loss_control_group))
+    for index, parameter in enumerate(parameters):
+        if parameter.grad is not None:
+            mean.add(index, parameter.grad)
+    for index, gradient in mean.finished():
+        parameters[index].grad = gradient.to(parameters[index].dtype)
 
 
 def _whole_parameters(trained: dict[str, nn.Parameter]) -> dict[str, str]:
@@ -231,74 +261,10 @@ def _whole_parameters(trained: dict[str, nn.Parameter]) -> dict[str, str]:
     return {name: f"{list(parameter.shape)} {parameter.dtype}" for name, parameter in trained.items()}
 
 
-def _mean_of_bucket(
-    parameters: list[nn.Parameter], bucket: list[int], found: dict[int, Tensor], group: dist.ProcessGroup
-) -> dict[int, Tensor]:
-    """The mean over the ranks of ``group`` of the gradients of one bucket, by one all-reduce.
-
-    Args:
-        parameters, bucket: all parameters, and the indices of those of this bucket.
-        found: this rank's gradients by index; the entries of the bucket are removed.
-        group: the ranks that hold the parameters.
-
-    Returns:
-        The mean by index, in fp32 or fp64. A rank without a gradient counts as zero; a parameter for which no rank has one is
-        left out.
-    """
-    sizes = [local_part(parameters[index]).numel() for index in bucket]
-    first = parameters[bucket[0]]
-    flat = torch.zeros(sum(sizes) + len(bucket), dtype=_reduction_dtype(first.dtype), device=first.device)
-    *pieces, present = torch.split(flat, [*sizes, len(bucket)])
-    ones = torch.tensor([float(index in found) for index in bucket], dtype=flat.dtype, device="cpu")
-    # one copy for the bucket: an element written on a GPU would be a wait for each parameter
-    present.copy_(ones.pin_memory() if flat.device.type != "cpu" else ones, non_blocking=True)
-    for piece, index in zip(pieces, bucket):
-        if index in found:
-            piece.copy_(found.pop(index).flatten())
-    if group.size() > 1:
-        dist.all_reduce(flat, group=group)
-    return {
-        index: piece.div_(group.size()).view(local_part(parameters[index]).shape)
-        for index, piece, ranks in zip(bucket, pieces, present.tolist())
-        if ranks
-    }
-
-
-class _Arrived(dict[int, Tensor]):
-    """{index of a parameter: this rank's gradient of it} of one backward.
-
-    It is a class because a plain dict cannot be referenced weakly.
-    """
-
-
-def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which gradients of parameters of ``dtype`` are averaged: fp64 for fp64, fp32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _buckets(parameters: list[nn.Parameter]) -> list[list[int]]:
-    """The indices of ``parameters``, in order, cut into buckets of one dtype and device and of about ``BUCKET_BYTES`` bytes
-    each.
-
-    A bucket is reduced by one all-reduce.
-    """
-    buckets: list[list[int]] = []
-    kind, free = None, 0
-    for index, parameter in enumerate(parameters):
-        dtype = _reduction_dtype(parameter.dtype)
-        size = local_part(parameter).numel() * dtype.itemsize
-        if (dtype, parameter.device) != kind or size > free:
-            buckets.append([])
-            kind, free = (dtype, parameter.device), BUCKET_BYTES
-        buckets[-1].append(index)
-        free -= size
-    return buckets
-
-
 def _add(parameter: nn.Parameter, mean: Tensor) -> None:
     """Add ``mean`` to ``parameter.grad`` in place; where it is None, set it, in the parameter's dtype."""
     if parameter.grad is None:
-        parameter.grad = _placed_as(parameter, mean.to(parameter.dtype, copy=True))
+        parameter.grad = _placed_as(parameter, mean.to(parameter.dtype))
     else:
         local_part(parameter.grad).add_(mean)
 

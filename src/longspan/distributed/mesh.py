@@ -115,8 +115,7 @@ class MeshCoordinate:
         return self.layout(tokens).mine(self.ring_rank, self.ulysses_rank, self.tensor_rank)
 
     def tensor_sizes(self, tokens: int) -> tuple[int, ...]:
-        """For each tensor rank that has this rank's ring and ulysses rank, the number of tokens it holds of a row of
-        ``tokens``."""
+        """For each tensor rank with this rank's ring and ulysses rank, its number of tokens of a row of ``tokens``."""
         return self.layout(tokens).shares(self.ring_rank, self.ulysses_rank)
 
 
@@ -157,6 +156,9 @@ class ParallelMesh:
             alike, where ranks run different versions of libraries or other code of longspan.
     """
 
+    timeout: timedelta | None = None
+    own_gradient_group: dist.ProcessGroup | None = None  # grad_sync.py makes it when it is first needed
+
     def __init__(
         self,
         ulysses: int | str = 1,
@@ -183,6 +185,7 @@ class ParallelMesh:
         sizes = ({"pipeline": pipeline} if pipeline > 1 else {}) | sizes | ({"tensor": tensor} if tensor > 1 else {})
         device_mesh = init_device_mesh(own_device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         self._build(device_mesh, {name: name for name in sizes}, world_group, layout, hosts)
+        self.timeout = timeout
         set_timeout(self._groups(), timeout)
         self.device, self.transport, self.why = own_device, transport or TorchTransport(), degrees.why
 
