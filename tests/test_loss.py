@@ -1,12 +1,18 @@
 """The loss of one device: from logits, and from hidden states tile by tile, on one rank and on several."""
 
+from contextlib import nullcontext
+from unittest.mock import patch
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from longspan import loss as losses_of
-from longspan.distributed.mesh import ParallelMesh
+from longspan.batch.labels import labelled_rows
+from longspan.batch.shard import shard_batch, shard_local
+from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import BatchError
 from longspan.kernels import matmul as products
 from longspan.loss import cross_entropy, linear_cross_entropy
@@ -261,3 +267,66 @@ def _tiled_over_ranks(sharded):
     loss = linear_cross_entropy(hidden, weight, labels, mesh=mesh)
     loss.backward()
     return loss.item(), weight.grad.full_tensor() if sharded else weight.grad
+
+
+# ---- with the batch's BatchInfo: what it says is neither counted nor checked again
+
+
+def _part():
+    ids = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    return shard_local({"input_ids": ids, "labels": ids.where(ids > 2, -100)}, MeshCoordinate())
+
+
+def test_with_the_batch_info_a_loss_reads_nothing_of_an_accelerator(monkeypatch):
+    """On the meta device a value that the host reads, or a size that depends on values, raises."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # the meta device has no autocast
+    monkeypatch.setattr(torch, "autocast", lambda device, enabled: nullcontext())
+    part = _part()
+    info, labels = part["longspan"], part["shift_labels"].to("meta")
+    hidden, weight = (torch.zeros(*shape, 6, device="meta").requires_grad_() for shape in [(2, 9), (VOCAB,)])
+    linear_cross_entropy(hidden, weight, labels, longspan=info).backward()
+    cross_entropy(hidden @ weight.T, labels, longspan=info).backward()
+    assert hidden.grad.shape == (2, 9, 6)
+    with pytest.raises(NotImplementedError):
+        linear_cross_entropy(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+def test_labelled_rows_are_found_without_reading_how_many(density):
+    wanted = torch.rand(50, generator=torch.Generator().manual_seed(1)) < density
+    with patch.object(torch.Tensor, "device", torch.device("cuda")):
+        found = labelled_rows(wanted, int(wanted.sum()))
+    assert torch.equal(found, wanted.nonzero().flatten())
+
+
+def test_the_batch_info_gives_the_divisor_and_refuses_labels_beyond_the_vocabulary():
+    part = _part()
+    info, labels, logits = part["longspan"], part["shift_labels"], torch.randn(2, 9, VOCAB)
+    assert info.num_local_labels == info.num_labels == int((labels >= 0).sum()) > 0
+    assert cross_entropy(logits, labels, longspan=info) == cross_entropy(logits, labels)
+    assert cross_entropy(logits, labels, longspan=info, num_labels=3) == cross_entropy(logits, labels, num_labels=3)
+    largest = info.largest_label
+    with pytest.raises(BatchError, match=f"label {largest} is none of the {largest} words that the logits know"):
+        cross_entropy(logits[..., :largest], labels, longspan=info)
+    with pytest.raises(BatchError, match=f"label {largest} is none of the {largest} words that the logits know"):
+        linear_cross_entropy(logits, torch.randn(largest, VOCAB), labels, longspan=info)
+    with pytest.raises(BatchError, match="ignore_index=0 does not go with longspan="):
+        linear_cross_entropy(logits, torch.randn(VOCAB, VOCAB), labels, longspan=info, ignore_index=0)
+
+
+def test_over_ranks_only_the_sum_of_the_losses_is_reduced(tmp_path):
+    for rank, (count, found, mine) in enumerate(on_ranks(2, _without_control, tmp_path=tmp_path)):
+        assert count == 0
+        assert found[0] == pytest.approx(found[1], rel=1e-6)
+        assert mine == (4, 3)[rank]  # the last token of a row predicts nothing
+
+
+def _without_control():
+    mesh, generator = ParallelMesh(ulysses=2), torch.Generator().manual_seed(0)
+    ids = torch.randint(VOCAB, (1, 8), generator=generator)
+    part = shard_batch({"input_ids": ids, "labels": ids}, mesh)
+    hidden, weight = (torch.randn(*shape, 6, generator=generator) for shape in [(1, 4), (VOCAB,)])
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+        loss = linear_cross_entropy(hidden, weight, part["shift_labels"], mesh=mesh, longspan=part["longspan"])
+    found = loss.item(), linear_cross_entropy(hidden, weight, part["shift_labels"], mesh=mesh).item()
+    return reduce.call_count, found, part["longspan"].num_local_labels

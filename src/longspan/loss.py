@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 
-from longspan.batch.labels import IGNORE
+from longspan.batch.agreement import refuse_unknown_labels
+from longspan.batch.context import BatchInfo
+from longspan.batch.labels import IGNORE, labelled_rows, refuse_largest_label
 from longspan.distributed.collectives import all_reduce_sum
-from longspan.distributed.consensus import raise_first_error
 from longspan.distributed.mesh import ParallelMesh
-from longspan.errors import BatchError
 from longspan.kernels.matmul import product_dtype
 from longspan.kernels.protocol import accumulation_dtype
-from longspan.tuning import LOSS_TOKENS, LOSS_WORDS
+from longspan.tuning import LOSS_TOKENS, LOSS_TOKENS_ON_GPU, LOSS_WORDS, LOSS_WORDS_ON_GPU
 
 
 def cross_entropy(
@@ -38,6 +38,7 @@ def cross_entropy(
     *,
     mesh: ParallelMesh | None = None,
     num_labels: int | None = None,
+    longspan: BatchInfo | None = None,
 ) -> Float[Tensor, ""]:
     """The mean cross-entropy in nats over the labelled tokens of all ranks.
 
@@ -49,7 +50,9 @@ def cross_entropy(
         labels: this rank's labels, already shifted: each at the token whose logits predict it; -100 is ignored.
         mesh: the loss is summed over ``mesh.loss_group``. None is one device.
         num_labels: the divisor of the sum: ``BatchInfo.num_labels``, with which the losses of a step's micro-batches add up to
-            the mean over all of them. None counts the labels of this call with one more all-reduce.
+            the mean over all of them. None: that of ``longspan``, or the labels of this call, with one more all-reduce.
+        longspan: the BatchInfo of the part that ``labels`` are of. Ranks have agreed on its largest label already, so that no
+            rank reads its labels or waits for others to check them, which on a GPU would leave it idle.
 
     Returns:
         A scalar that is equal on every rank; 0 with zero gradients if no rank has a label.
@@ -57,7 +60,11 @@ def cross_entropy(
     Raises:
         BatchError: on every rank of ``mesh``, if a label of any rank is not in the vocabulary.
     """
-    _refuse_unknown_words(labels[labels != IGNORE], logits.shape[-1], IGNORE, mesh)
+    if longspan is None:
+        refuse_unknown_labels(labels[labels != IGNORE], logits.shape[-1], IGNORE, mesh)
+    else:
+        refuse_largest_label(longspan, logits.shape[-1], IGNORE)
+        num_labels = longspan.num_labels if num_labels is None else num_labels
     return mean_cross_entropy(logits, labels, mesh, num_labels)
 
 
@@ -91,6 +98,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    longspan: BatchInfo | None = None,
 ) -> Float[Tensor, ""]:
     """The mean cross-entropy of a linear head's logits, computed in blocks so that never all logits exist (chunked loss).
 
@@ -104,12 +112,14 @@ def linear_cross_entropy(
         labels: this rank's labels, already shifted, of the leading shape of ``hidden``.
         bias: [vocab], added to the logits; None: none.
         mesh: the loss is summed over ``mesh.loss_group``. None is one device.
-        num_labels: the divisor of the sum: ``BatchInfo.num_labels``. None counts the labels of this call, with one all-reduce.
+        num_labels: the divisor of the sum: ``BatchInfo.num_labels``. None: that of ``longspan``, or the labels of this call, with
+            one all-reduce.
         ignore_index: the label of tokens that are ignored.
         scale: factor of the logits.
         softcap: c turns a logit x into c·tanh(x/c); None: none.
         label_smoothing: the share of each target that is spread over the whole vocabulary, 0 to 1, as in ``F.cross_entropy``.
         z_loss: factor of the mean square of the log-sum-exp, added to the loss (arXiv:2204.02311).
+        longspan: as in ``cross_entropy``; the labels must be those of the part, with ``ignore_index=-100``.
 
     Returns:
         A scalar that is equal on every rank. Matrix products are in the dtype of ``hidden`` (under autocast, of autocast), or
@@ -119,8 +129,13 @@ def linear_cross_entropy(
         BatchError: on every rank of ``mesh``, if a label of any rank is not a row of ``weight``.
     """
     wanted = labels.reshape(-1) != ignore_index
-    rows, targets = wanted.nonzero().flatten(), labels.reshape(-1)[wanted].long()
-    _refuse_unknown_words(targets, len(weight), ignore_index, mesh)
+    rows = labelled_rows(wanted, None if longspan is None else longspan.num_local_labels)
+    targets = labels.reshape(-1)[rows].long()
+    if longspan is None:
+        refuse_unknown_labels(targets, len(weight), ignore_index, mesh)
+    else:
+        refuse_largest_label(longspan, len(weight), ignore_index)
+        num_labels = longspan.num_labels if num_labels is None else num_labels
     weight, bias = _whole(weight), None if bias is None else _whole(bias)
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
     dtype = torch.float64 if hidden.dtype == torch.float64 else product_dtype(dtype, hidden.device)
@@ -139,28 +154,12 @@ def mean_over_ranks(total: Tensor, wanted: Tensor, mesh: ParallelMesh | None, nu
         mesh: the ranks; None is one device, without a sum.
         num_labels: the divisor; 0 counts as 1. None sums ``wanted`` over the ranks.
     """
-    count = wanted.sum() if num_labels is None else torch.tensor(num_labels, device=total.device)
     if mesh is not None:
         total = all_reduce_sum(total, mesh.loss_group)
-        count = all_reduce_sum(count, mesh.loss_group) if num_labels is None else count
+    if num_labels is not None:
+        return total / max(1, num_labels)
+    count = wanted.sum() if mesh is None else all_reduce_sum(wanted.sum(), mesh.loss_group)
     return total / count.clamp(min=1)
-
-
-def _refuse_unknown_words(targets: Tensor, vocab: int, ignore_index: int, mesh: ParallelMesh | None) -> None:
-    """Raise BatchError on every rank of ``mesh`` (None: one device) if a target of any rank is not below ``vocab``.
-
-    ``ignore_index`` is no target.
-    """
-    error, outside = None, targets[(targets < 0) | (targets >= vocab)]
-    if len(outside):
-        error = BatchError(
-            f"label {int(outside[0])} is none of the {vocab} words that the logits know; labels are 0 to {vocab - 1}, or "
-            f"{ignore_index} where nothing is learned"
-        )
-    if mesh is not None:
-        raise_first_error(error, mesh.loss_control_group)
-    elif error is not None:
-        raise error
 
 
 class _Terms(NamedTuple):
@@ -230,7 +229,8 @@ class _BlockBuffer:
     """
 
     def __init__(self, hidden_RM: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> None:
-        size = min(tokens, LOSS_TOKENS) * min(vocab, LOSS_WORDS)
+        most = _block_size(hidden_RM.device)
+        size = min(tokens, most[0]) * min(vocab, most[1])
         self._products = hidden_RM.new_empty(size, dtype=dtype)
         wide = accumulation_dtype(hidden_RM.dtype)
         self._widened = self._products if dtype == wide else hidden_RM.new_empty(size, dtype=wide)
@@ -297,10 +297,11 @@ class _TiledLoss(torch.autograd.Function):
         lses, total = [], hidden_RM.new_zeros((), dtype=wide)
         with torch.autocast(hidden_RM.device.type, enabled=False):
             buffer = _BlockBuffer(hidden_RM, len(rows), vocab, terms.dtype)
-            for mine, wanted in _tiles(rows, targets):
+            tokens, words_at_once = _block_size(hidden_RM.device)
+            for mine, wanted in _tiles(rows, targets, tokens):
                 hidden_NM = hidden_RM[mine].to(terms.dtype)
                 hit, mean, lse = (hidden_RM.new_full(wanted.shape, start, dtype=wide) for start in (0, 0, -torch.inf))
-                for words in _blocks(vocab):
+                for words in _blocks(vocab, words_at_once):
                     weight_WM = weight_VM[words].to(terms.dtype)
                     logits_NW = terms.logits(hidden_NM, weight_WM, None if bias is None else bias[words], buffer)
                     column, here = _column(wanted, words)
@@ -324,10 +325,11 @@ class _TiledLoss(torch.autograd.Function):
         dweight_VM = torch.zeros_like(weight_VM, dtype=wide) if weight_VM.requires_grad else None
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         buffer = _BlockBuffer(hidden_RM, len(rows), vocab, terms.dtype)
-        for (mine, wanted), lse in zip(_tiles(rows, targets), lses.split(LOSS_TOKENS)):
+        tokens, words_at_once = _block_size(hidden_RM.device)
+        for (mine, wanted), lse in zip(_tiles(rows, targets, tokens), lses.split(tokens)):
             hidden_NM = hidden_RM[mine].to(terms.dtype)
             dhidden_NM = torch.zeros_like(hidden_NM, dtype=wide)
-            for words in _blocks(vocab):
+            for words in _blocks(vocab, words_at_once):
                 weight_WM = weight_VM[words].to(terms.dtype)
                 logits_NW = terms.logits(hidden_NM, weight_WM, None if bias is None else bias[words], buffer)
                 dlogits_NW = terms.gradient(logits_NW, lse[:, None], *_column(wanted, words), vocab).mul_(dtotal)
@@ -350,14 +352,19 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _tiles(rows: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The indices ``rows`` of tokens that have a label, and their targets, cut into tiles of ``LOSS_TOKENS`` tokens."""
-    return list(zip(rows.split(LOSS_TOKENS), targets.split(LOSS_TOKENS))) if len(rows) else []
+def _block_size(device: torch.device) -> tuple[int, int]:
+    """(Tokens, vocabulary entries) of one block of logits on ``device``."""
+    return (LOSS_TOKENS, LOSS_WORDS) if device.type == "cpu" else (LOSS_TOKENS_ON_GPU, LOSS_WORDS_ON_GPU)
 
 
-def _blocks(vocab: int) -> list[slice]:
-    """The vocabulary cut into blocks of ``LOSS_WORDS`` entries, as slices."""
-    return [slice(start, min(start + LOSS_WORDS, vocab)) for start in range(0, vocab, LOSS_WORDS)]
+def _tiles(rows: Tensor, targets: Tensor, tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """The indices ``rows`` of tokens that have a label, and their targets, cut into tiles of ``tokens`` tokens."""
+    return list(zip(rows.split(tokens), targets.split(tokens))) if len(rows) else []
+
+
+def _blocks(vocab: int, words: int) -> list[slice]:
+    """The vocabulary cut into blocks of ``words`` entries, as slices."""
+    return [slice(start, min(start + words, vocab)) for start in range(0, vocab, words)]
 
 
 def _column(wanted_N: Tensor, words: slice) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,11 @@ LOSS_TOKENS, LOSS_WORDS = 1024, 4096
 
 16 MiB of fp32 logits: small enough for a CPU's cache, large enough for an efficient GEMM.
 """
+LOSS_TOKENS_ON_GPU, LOSS_WORDS_ON_GPU = 8192, 16384
+"""The same on an accelerator: a block is about twelve launches, whose kernels must be long compared with a launch.
+
+512 MiB of fp32 logits. Assumed, not measured: nothing has run on a GPU.
+"""
 HEAD_TILE_BYTES = 64 * 2**20
 """Size of one tile of fp32 logits where a Hugging Face model's own head forms them."""
 SCRATCH_BYTES = 256 * 2**20

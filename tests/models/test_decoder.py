@@ -156,8 +156,8 @@ def test_it_calls_the_attention_and_the_loss_it_is_given():
         calls.append((tuple(q.shape), tuple(k.shape), keywords))
         return attend(q, k, v, **keywords)
 
-    def loss(hidden, weight, labels, *, num_labels):
-        calls.append(num_labels)
+    def loss(hidden, weight, labels, *, longspan):
+        calls.append(longspan.num_labels)
         return hidden.sum() * 0 + 7
 
     decoder = Decoder(CONFIG, attention=attention)

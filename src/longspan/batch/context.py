@@ -62,6 +62,8 @@ class BatchInfo:
     """Whether every row without ``position_ids`` came with ``input_ids``. By agreement."""
     rows_have_masks: bool
     """Whether every row came with its ``attention_mask`` (and ``decoder_attention_mask``). By agreement."""
+    num_local_labels: int | None = None
+    """Tokens of this rank that are learned from, counted on the host where the part was cut; None: not counted."""
     target: "BatchInfo | None" = None
     """The BatchInfo of the decoder's tokens, where the batch is that of an encoder-decoder."""
     added_padding: int = 0

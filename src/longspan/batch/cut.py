@@ -102,6 +102,7 @@ def cut_row(
         last_given_position=last_position if rows and not counted else -1,
         counted_rows_have_ids=rows == 0 or not counted or "input_ids" in batch,
         rows_have_masks=rows == 0 or "attention_mask" in batch,
+        num_local_labels=0 if learned is None else int((part["shift_labels" if shift else "labels"] != IGNORE).sum()),
     )
     refuse_blind_labels(learned, info, shift)
     return part | {"longspan": lengthen_info(info, positions, short) if short else info}

@@ -107,6 +107,7 @@ def cut_pair(
     digest = content_hash(repr((source.digest, target.digest)).encode())
     step = replace(
         source, target=target, num_labels=target.num_labels, largest_label=target.largest_label, digest=digest,
+        num_local_labels=target.num_local_labels,
         rows_have_masks=source.rows_have_masks and target.rows_have_masks,
     )  # fmt: skip
     renamed = {name if name == "labels" else f"{TARGET}{name}": value for name, value in other.items()}

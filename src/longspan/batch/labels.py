@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from longspan.batch.context import BatchInfo
@@ -127,3 +128,29 @@ def refuse_blind_labels(learned: Tensor | None, step: BatchInfo, shift: bool) ->
                 f"token {token} of row {row} is asked for a prediction, but sees nothing, itself included; "
                 f"set labels[{row}, {token + shift}] to {IGNORE}, or let it see itself"
             )
+
+
+def labelled_rows(wanted_R: Bool[Tensor, "rows"], count: int | None) -> Int[Tensor, "labelled"]:
+    """The indices of the True elements of ``wanted_R``, in order.
+
+    Args:
+        wanted_R: True for each token that has a label.
+        count: how many there are, as the host has counted them; then an accelerator is not waited for. None: not known.
+    """
+    if count is None or wanted_R.device.type == "cpu":
+        return wanted_R.nonzero().flatten()
+    return (~wanted_R).to(torch.uint8).argsort(stable=True)[:count]
+
+
+def refuse_largest_label(step: BatchInfo, vocab: int, ignore_index: int) -> None:
+    """Raise BatchError for a label of the step that is not below ``vocab``, or for an ``ignore_index`` other than -100."""
+    if ignore_index != IGNORE:
+        raise BatchError(
+            f"ignore_index={ignore_index} does not go with longspan=, whose labels were counted by {IGNORE}; set the labels "
+            f"that are not learned from to {IGNORE} before shard_batch, or leave longspan out"
+        )
+    if step.largest_label >= vocab:
+        raise BatchError(
+            f"label {step.largest_label} is none of the {vocab} words that the logits know; labels are 0 to {vocab - 1}, or "
+            f"{IGNORE} where nothing is learned"
+        )

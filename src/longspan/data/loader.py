@@ -172,6 +172,7 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             last_given_position=-1,
             counted_rows_have_ids=True,
             rows_have_masks=False,
+            num_local_labels=int((following != IGNORE).sum()),
         ),
     }
 

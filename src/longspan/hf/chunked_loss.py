@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from longspan.batch.labels import IGNORE
+from longspan.batch.labels import IGNORE, labelled_rows
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf import _compat
@@ -141,7 +141,8 @@ def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any) -> tuple[
         (a scalar in at least fp32, a boolean mask [rows, tokens]).
     """
     hidden_BSM, wanted = output.last_hidden_state, targets != IGNORE
-    hidden_RM, targets = hidden_BSM[wanted], targets[wanted]
+    rows = labelled_rows(wanted.flatten(), None if step is None else step.num_local_labels)
+    hidden_RM, targets = hidden_BSM.flatten(0, 1)[rows], targets.flatten()[rows]
     if not len(targets):
         nothing = hidden_BSM[:, :0].sum()  # which also keeps the graph of what the other ranks wait for
         return nothing.to(torch.promote_types(nothing.dtype, torch.float32)), wanted

@@ -158,8 +158,7 @@ class Decoder(nn.Module):
         targets = _targets(labels, shift_labels, longspan)
         if targets is None:
             return Output(None, hidden, self.head)
-        num_labels = longspan.num_labels if longspan else None
-        return Output(self.cross_entropy(hidden, self.head.weight, targets, num_labels=num_labels), hidden, self.head)
+        return Output(self.cross_entropy(hidden, self.head.weight, targets, longspan=longspan), hidden, self.head)
 
     def _mix(self, position_ids: Tensor, dtype: torch.dtype, step: BatchInfo | None) -> Mix:
         """The function that ``Block`` calls with q, k and v: rotates q and k by RoPE, then attends with the mask of ``step``.
