@@ -112,8 +112,8 @@ def linear_cross_entropy(
         labels: this rank's labels, already shifted, of the leading shape of ``hidden``.
         bias: [vocab], added to the logits; None: none.
         mesh: the loss is summed over ``mesh.loss_group``. None is one device.
-        num_labels: the divisor of the sum: ``BatchInfo.num_labels``. None: that of ``longspan``, or the labels of this call, with
-            one all-reduce.
+        num_labels: the divisor of the sum: ``BatchInfo.num_labels``. None: that of ``longspan``, or the labels of this call,
+            with one all-reduce.
         ignore_index: the label of tokens that are ignored.
         scale: factor of the logits.
         softcap: c turns a logit x into c·tanh(x/c); None: none.

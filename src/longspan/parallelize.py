@@ -283,8 +283,7 @@ def _apply_options(adapter: ModelAdapter, memory: MemoryOptions) -> list[tuple[n
     for block in blocks:
         checkpoint_block(block, memory.recompute)
     if memory.offload_activations:
-        for block in blocks[:-1]:  # the last block's backward comes first
-            offload_activations(block)
+        offload_activations(blocks[:-1])  # the last block's backward comes first
     return [(module, forward) for module, forward in before if vars(module).get("forward") is not forward]
 
 
