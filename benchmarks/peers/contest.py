@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from benchmarks.peers.contestant import Contestant, Refused, Turn
@@ -75,8 +76,9 @@ def hold(entries: Sequence[Entry], rounds: int, warm_ups: int = 1) -> Outcome:
                 refused[entry.name] = str(error)
                 one.close()
             progress(f"    {entry.name}: {'cannot: ' + refused[entry.name][:90] if entry.name in refused else 'ready'}")
-        turns = in_turns({name: _reporting(name, one) for name, one in ready.items()}, rounds)
-    return Outcome(turns=turns, refused=refused)
+        turns = in_turns({name: partial(_turn, name, one, refused) for name, one in ready.items()}, rounds)
+    done = {name: [turn for turn in some if turn is not None] for name, some in turns.items() if name not in refused}
+    return Outcome(turns=done, refused=refused)
 
 
 def progress(line: str) -> None:
@@ -84,10 +86,15 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _reporting(name: str, one: Contestant) -> Any:
-    def turn() -> Turn:
+def _turn(name: str, one: Contestant, refused: dict[str, str]) -> Turn | None:
+    """One turn; None from the round on in which the contestant fails, and its error in ``refused``."""
+    if name in refused:
+        return None
+    try:
         measured = one.turn()
-        progress(f"    {name}: {measured.seconds:.3f} s")
-        return measured
-
-    return turn
+    except Refused as error:
+        refused[name] = str(error)
+        one.close()
+        return None
+    progress(f"    {name}: {measured.seconds:.3f} s")
+    return measured

@@ -120,10 +120,12 @@ class Contestant:
         return answers
 
     def _last_words(self) -> str:
-        """The last line that a process which ended wrote to its standard error."""
+        """The last line that a process wrote to its standard error before the system ended it."""
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "the process ended without a word"
+        return (
+            f"the process was ended, as the system does where memory is short; its last line: {lines[-1] if lines else 'none'}"
+        )
 
 
 class _Rank:

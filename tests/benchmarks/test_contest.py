@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.peers import contest
 from benchmarks.peers.contest import Entry, hold
-from benchmarks.peers.contestant import Refused
+from benchmarks.peers.contestant import Refused, Turn
 from benchmarks.peers.items import longest, step, truth
 
 EXCHANGE = {"kind": "exchange", "tokens": 64, "heads": 2, "kv_heads": 2, "dim": 8}
@@ -25,6 +26,30 @@ def test_two_contestants_take_turns_and_one_that_refuses_is_left_out() -> None:
     assert outcome.refused["unknown"] == "KeyError: 'no such work'"
     assert outcome.refused["missing"].startswith("ModuleNotFoundError")
     assert outcome.ratio("bare", "bare").median == 1
+
+
+class _FailsInItsSecondTurn:
+    """A contestant in place of processes."""
+
+    turns, closed = 0, False
+
+    def turn(self) -> Turn:
+        self.turns += 1
+        if self.turns == 2:
+            raise Refused("killed")
+        return Turn(seconds=1.0, cpu_seconds=1.0)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_contestant_that_fails_in_a_round_is_left_out_and_the_others_go_on() -> None:
+    one, refused = _FailsInItsSecondTurn(), dict[str, str]()
+    turns = [contest._turn("one", one, refused) for _ in range(3)]  # type: ignore[arg-type]
+    assert [turn is None for turn in turns] == [False, True, True]
+    assert refused == {"one": "killed"}
+    assert one.closed
+    assert one.turns == 2
 
 
 def test_one_rank_that_fails_ends_the_contestant_with_its_error(tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ def entries(case: dict[str, Any]) -> list[Entry]:
     ]
     if case["mask"] == "packed":
         peers.insert(1, Entry(name="DeepSpeed, a user's loop over documents", side="alst", case=case | {"api": "loop"}))
+    if case["mask"] == "window":  # last, because its mask takes 4 GiB a rank at 32,768 tokens
+        peers.append(Entry(name="DeepSpeed, a user's dense mask", side="alst", case=case | {"api": "dense"}))
     limits = (
         []
         if case["mask"] == "window"

@@ -49,9 +49,10 @@ def loop_over(lengths: tuple[int, ...]) -> Attention:
 
 def dense_window(tokens: int, window: int) -> Attention:
     """Fused attention with a mask [tokens, tokens], which PyTorch's operator for the CPU takes as numbers."""
-    positions = torch.arange(tokens)
-    distance = positions[:, None] - positions[None, :]
-    mask = torch.zeros(tokens, tokens).masked_fill_((distance < 0) | (distance >= window), float("-inf"))
+    mask, positions = torch.zeros(tokens, tokens), torch.arange(tokens)
+    for rows, queries in zip(mask.split(256), positions.split(256)):  # the distances take twice the mask's memory
+        distance = queries[:, None] - positions[None, :]
+        rows.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
 
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True).transpose(1, 2), None
