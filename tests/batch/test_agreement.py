@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from longspan.batch.agreement import StepFacts, sync_batches
+from longspan.batch.labels import IGNORE
 from longspan.batch.shard import shard_batch, shard_local
 from longspan.distributed.consensus import raise_first_error, refuse_difference
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
@@ -70,7 +71,8 @@ def test_every_rank_knows_the_largest_ids_and_positions_of_all(tmp_path: Path) -
 
 def _facts_of_all(names: list[str]) -> dict[str, Any]:
     mesh, ids = ParallelMesh(), torch.full((1, 8), 10)
-    batch = {"inputs_embeds": torch.zeros(1, 8, 2)} if dist.get_rank() else {"input_ids": ids, "labels": ids}
+    none = torch.full((1, 8), IGNORE)
+    batch = {"inputs_embeds": torch.zeros(1, 8, 2), "labels": none} if dist.get_rank() else {"input_ids": ids, "labels": ids}
     given = {"input_ids": ids + 1, "position_ids": torch.arange(9, 17).unsqueeze(0), "attention_mask": ids > 0}
     info = shard_batch([batch, given], mesh)[0]["longspan"]
     return {name: getattr(info, name) for name in names}
@@ -135,6 +137,14 @@ def _labels_of_one_rank(rank: int) -> None:
     shard_batch({"input_ids": IDS, "labels": IDS[:, rank:]}, ParallelMesh(ulysses=2))
 
 
+def _labels_of_one_replica(rank: int) -> None:
+    shard_batch({"input_ids": IDS} if rank else {"input_ids": IDS, "labels": IDS}, ParallelMesh())
+
+
+def _no_labels_beside_no_rows(rank: int) -> None:
+    shard_batch({"input_ids": IDS[:0]} if rank else {"input_ids": IDS, "labels": IDS}, ParallelMesh())
+
+
 def _no_micro_batch(rank: int) -> None:
     shard_batch([] if rank else [{"input_ids": IDS}], ParallelMesh(ulysses=2))
 
@@ -163,6 +173,8 @@ def _part_of_another_step(rank: int) -> None:
             _labels_of_one_rank,
             "labels of shape [2, 7] do not stand beside input_ids of shape [2, 8], but are one",
         ),
+        (_labels_of_one_replica, "some ranks' batches have labels and some have none"),
+        (_no_labels_beside_no_rows, "some ranks' batches have labels and some have none"),
         (_other_count, "ranks were given different numbers of micro-batches (1, 2)"),
         (_one_is_wrong, "the batch's tensor 'odd' of shape [2, 8] is unknown"),
         (_one_breaks, "RuntimeError: the storage is gone"),
@@ -203,7 +215,7 @@ def test_a_replica_that_waits_for_one_whose_loader_has_ended_gets_a_sentence(tmp
     (code, text), (other, _) = started([base | {"RANK": rank} for rank in "01"], [sys.executable, "-c", LOADERS], tmp_path)
     assert (code, other) == (1, 0)
     assert "step 2: LostRankError: rank 0 waited for the other ranks, and one has ended" in text
-    assert "a replica without rows goes on calling shard_batch with input_ids of shape [0, tokens]" in text
+    assert "a replica without rows goes on calling shard_batch with input_ids and labels of shape [0, tokens]" in text
 
 
 def test_loaders_that_end_at_different_steps_end_together(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from longspan.errors import BatchError, LongspanError
 
 LOADERS_HINT = (
     "Where the loaders of data replicas end at different steps, a replica without rows goes on calling shard_batch with "
-    "input_ids of shape [0, tokens], until num_labels of the step is 0 on all"
+    "input_ids and labels of shape [0, tokens], until num_labels of the step is 0 on all"
 )
 
 
@@ -40,6 +40,7 @@ class StepFacts(NamedTuple):
         targets: the number of micro-batches that have a decoder's row; those named ``target_...`` are of these rows.
         counted_rows_without_ids, rows_without_masks: micro-batches for which ``counted_rows_have_ids`` or ``rows_have_masks``
             of BatchInfo is False.
+        labelled: a hash of which micro-batches have ``labels``, whatever these are.
     """
 
     failed: int
@@ -58,6 +59,7 @@ class StepFacts(NamedTuple):
     target_last_given_position: int
     counted_rows_without_ids: int
     rows_without_masks: int
+    labelled: int
 
     @property
     def content(self) -> tuple[int, ...]:
@@ -84,7 +86,7 @@ def sync_batches(parts: Sequence[Part], mesh: ParallelMesh, *, error: LongspanEr
         LostRankError: where another rank has ended or does not call it, as a replica does whose loader ended earlier.
     """
     infos: list[BatchInfo] = [part["longspan"] for part in parts]
-    facts = _facts(infos)._replace(failed=int(error is not None))
+    facts = _facts(parts)._replace(failed=int(error is not None))
     table = [StepFacts(*row) for row in exchange_integers(facts, mesh.world_group, LOADERS_HINT)]
     raise_failed(table, error, mesh.world_group)
     _refuse_disagreement(table, mesh.coordinate)
@@ -94,9 +96,10 @@ def sync_batches(parts: Sequence[Part], mesh: ParallelMesh, *, error: LongspanEr
     return [{**part, "longspan": _agreed(info, most, num_labels)} for part, info in zip(parts, infos)]
 
 
-def _facts(infos: Sequence[BatchInfo]) -> StepFacts:
-    """The facts of this rank's micro-batches, from their BatchInfo; an empty list gives 0, or -1 where a largest value is
+def _facts(parts: Sequence[Part]) -> StepFacts:
+    """The facts of this rank's micro-batches, from their parts; an empty list gives 0, or -1 where a largest value is
     asked."""
+    infos: list[BatchInfo] = [part["longspan"] for part in parts]
     targets = [info.target for info in infos if info.target is not None]
     return StepFacts(
         failed=0,
@@ -115,6 +118,7 @@ def _facts(infos: Sequence[BatchInfo]) -> StepFacts:
         target_last_given_position=max((target.last_given_position for target in targets), default=-1),
         counted_rows_without_ids=sum(not info.counted_rows_have_ids for info in infos),
         rows_without_masks=sum(not info.rows_have_masks for info in infos),
+        labelled=content_hash(repr([part.get("labels") is not None for part in parts]).encode()),
     )
 
 
@@ -148,7 +152,8 @@ def _agreed(info: BatchInfo, most: StepFacts, num_labels: int) -> BatchInfo:
 def _refuse_disagreement(table: Sequence[StepFacts], coordinate: MeshCoordinate) -> None:
     """Raise BatchError on every rank if the ranks' batches do not fit each other.
 
-    That is: different numbers of micro-batches, decoder rows on some ranks only, or different batches within one sequence.
+    That is: different numbers of micro-batches, decoder rows or labels on some ranks only, or different batches within one
+    sequence.
 
     Args:
         table: the facts of each rank, in rank order.
@@ -163,6 +168,11 @@ def _refuse_disagreement(table: Sequence[StepFacts], coordinate: MeshCoordinate)
         raise BatchError(
             "some ranks' batches have decoder_input_ids and some have none; pass them on every rank, where there is no row of "
             "shape [0, tokens]"
+        )
+    if len({facts.labelled for facts in table}) > 1:
+        raise BatchError(
+            "some ranks' batches have labels and some have none, and those would not join the loss; pass labels on every rank: "
+            "-100 where nothing is learned, and [0, tokens] beside input_ids of that shape"
         )
     sequence, stage = coordinate.sequence_ranks, len(table) // coordinate.pipeline
     for rank, facts in enumerate(table):

@@ -60,10 +60,10 @@ def shard_batch(
     """A rank's part of a batch, or its parts of the micro-batches of one accumulated step; every rank calls it once a step.
 
     The ranks of a sequence pass the same whole batch, each data replica its own rows; a replica without a row passes
-    ``input_ids`` of shape [0, N] (and ``decoder_input_ids`` [0, M], where the others do) and still joins. Over a list the
-    labels are counted once for all, so the sum of the losses is the loss of one device. ``shift=False`` is for models that
-    predict a token in its own place: masked LMs, and encoder-decoders, whose batch has ``decoder_input_ids`` (``shift_right``
-    makes them of the labels).
+    ``input_ids`` and ``labels`` of shape [0, N] (and ``decoder_input_ids`` [0, M], where the others do) and still joins. Over a
+    list the labels are counted once for all, so the sum of the losses is the loss of one device. ``shift=False`` is for models
+    that predict a token in its own place: masked LMs, and encoder-decoders, whose batch has ``decoder_input_ids``
+    (``shift_right`` makes them of the labels).
 
     Args:
         batch: tensors [batch, tokens, ...] by name, or a list of such micro-batches.
