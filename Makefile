@@ -9,6 +9,7 @@
 # make bench-hosts   bytes of a layer between hosts (network namespaces), counted by the kernel; writes docs/wire.md; Linux, root, iproute2
 # make test-versions V=2.11.0   make test with another PyTorch, in an environment that is removed afterwards; prints a row of
 #                               docs/versions.md. TRANSFORMERS=5.24.0 TESTS=tests/hf for another Transformers, and for a part
+# make plan-here   the plan beside this machine: step time and memory of 15 layouts, a quarter of an hour; ARGS=--memory for memory alone
 # make validate-planner CSV=FILE   the planner beside published measurements, and docs/planner.md from them
 #
 # PyTorch's default wheel brings CUDA (gigabytes). For the CPU alone:
@@ -25,7 +26,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constra
 
 CSV ?=
 
-.PHONY: train lint quick test test-long test-versions model-matrix test-gpu bench bench-full bench-gpu bench-million bench-hosts validate-planner clean
+.PHONY: train lint quick test test-long test-versions model-matrix test-gpu bench bench-full bench-gpu bench-million bench-hosts validate-planner plan-here clean
 
 train: .venv/installed
 	$(BIN)/longspan train $(ARGS)
@@ -77,6 +78,9 @@ bench-million: .venv/installed
 
 bench-hosts: .venv/installed
 	PYTHONPATH=. $(BIN)/python -m benchmarks.hosts traffic --write
+
+plan-here: .venv/installed
+	$(BIN)/python benchmarks/plan_here.py $(ARGS)
 
 validate-planner: .venv/installed
 	@test -n '$(CSV)' || { echo 'name the published measurements: make validate-planner CSV=FILE (columns: docs/planner.md)' >&2; exit 2; }

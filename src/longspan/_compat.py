@@ -15,14 +15,15 @@
     fsdp_*                          FSDPModule._get_fsdp_state() and what it holds                          FSDP2
     is_inside_ddp                   DistributedDataParallel._get_active_ddp_module                          models/unchanged.py
     own_parameters, own_modules     nn.Module._parameters, nn.Module._modules                               models/unchanged.py
-    changes_in_place                Tensor._version                                                         memory/offload.py
-    base_of_view                    Tensor._base                                                            hf/own_recipe.py
+    changes_in_place, base_of_view  Tensor._version, Tensor._base                           offload.py, hf/own_recipe.py
     references                      torch._C._storage_Use_Count                                             exchanges' memory
     hash_store                      torch.distributed.HashStore (without type stubs)                        one rank
     tcp_store, hosted_store, meet_in_store   torch.distributed.TCPStore (without type stubs)                         launching
     torchrun_store                  torch.distributed.distributed_c10d.rendezvous                           torchrun's ranks
     set_group_timeout               torch.distributed.set_timeout, before 2.14 _set_pg_timeout              a mesh's timeout
     run_pipeline                    pipelining schedules' _step_microbatches                                pipeline_parallel.py
+    register_fake_backend           torch.testing._internal.distributed.fake_pg                             fake_world.py
+    vote_for_all_stages             PipelineStage._warmup_backward_result (2.13)                            fake_world.py
     elastic_launcher                torch.distributed.launcher, torch.distributed.elastic                   launching
     event_tree                      profiler.kineto_results.experimental_event_tree                         memory/profiler.py
 
@@ -179,11 +180,10 @@ def changes_in_place(x: Tensor) -> int:
     return x._version
 
 
-def base_of_view(x: Tensor) -> Tensor | None:
-    """The tensor of which ``x`` is a view; None if ``x`` is not a view."""
-    return x._base
-
-
+base_of_view: Callable[[Tensor], Tensor | None] = attrgetter("_base")
+"""The tensor of which a tensor is a view; None if it is not a view."""
+register_fake_backend = partial(_imported, "torch.testing._internal.distributed.fake_pg", "FakeStore", "longspan rehearse")
+"""Registers PyTorch's "fake" backend, of whose process groups one rank alone exists, when it is called."""
 ZERO = "zero=2 and zero=3"
 
 
@@ -233,12 +233,9 @@ def _fill_then_reduce(group: Any, reduce: Callable[..., None], *unused: Any) -> 
     if group.reduce_grads:
         for parameter in group.fsdp_params:
             whole = getattr(parameter, "_unsharded_param", None)
-            if (
-                whole is not None
-                and whole.requires_grad
-                and whole.grad is None
-                and parameter.unsharded_accumulated_grad is None
-            ):
+            if whole is None or not whole.requires_grad or whole.grad is not None:
+                continue
+            if parameter.unsharded_accumulated_grad is None:
                 whole.grad = torch.zeros_like(whole)
     reduce(*unused)
 
@@ -294,10 +291,7 @@ def elastic_launcher() -> ElasticLauncher:
 
 
 def _launch_config(kind: Any, *, shutdown_timeout: int, **options: Any) -> Any:
-    """A LaunchConfig of the class ``kind`` with these options.
-
-    Before PyTorch 2.13 it has no ``shutdown_timeout``, and its agent waits 30 seconds for ranks to end.
-    """
+    """A LaunchConfig of the class ``kind``; before PyTorch 2.13 without ``shutdown_timeout``, its agent waits 30 seconds."""
     known = "shutdown_timeout" in {field.name for field in fields(kind)}
     return kind(**options, **({"shutdown_timeout": shutdown_timeout} if known else {}))
 
@@ -398,3 +392,9 @@ def run_pipeline(
     step(args, kwargs, targets, losses if trains else None)
     if not trains:
         losses += [loss for stage in stages if stage.is_last for loss in stage.output_chunks]
+
+
+def vote_for_all_stages(stage: Any) -> None:
+    """Let a pipeline stage take its own vote for that of all stages, where PyTorch (2.13) asks whether shapes are known."""
+    if hasattr(stage, "_warmup_backward_result"):
+        stage._warmup_backward_result = lambda received_result=None: torch.ones(1, dtype=torch.int32, device=stage.device)

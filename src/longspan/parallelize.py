@@ -93,7 +93,7 @@ def parallelize(
     """
     fsdp = FSDPOptions(zero, dtype, offload_parameters, fsdp_ranks)
     fsdp, options = _options(model, mesh, fsdp, memory)
-    adapter = _adapter(model, kernel)
+    adapter = adapter_of(model, kernel)
     job = _Job(model, mesh, adapter, fsdp, options)
     unread, degree = _unread(model), mesh.coordinate.pipeline
     if unread is not None:
@@ -287,7 +287,8 @@ def _apply_options(adapter: ModelAdapter, memory: MemoryOptions) -> list[tuple[n
     return [(module, forward) for module, forward in before if vars(module).get("forward") is not forward]
 
 
-def _adapter(model: nn.Module, kernel: str | Kernel | KernelFunction) -> ModelAdapter:
+def adapter_of(model: nn.Module, kernel: str | Kernel | KernelFunction = "auto") -> ModelAdapter:
+    """The adapter of a model, which ``parallelize`` reads and changes it through."""
     return adapter_for(model, kernel) or DecoderAdapter(model, kernel)
 
 

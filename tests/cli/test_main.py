@@ -24,7 +24,7 @@ FLAGS = {
         head_chunks offload_activations chunked_loss
         model dtype data text_field tokenizer tokens rope_scaling rows_per_step micro_batches steps epochs optimizer
         learning_rate warmup_steps decay_steps weight_decay clip_norm eval_every_steps eval_rows
-        checkpoint_every_steps keep_checkpoints seed run memory_report runs_folder resume
+        checkpoint_every_steps keep_checkpoints seed run memory_report plan log_to runs_folder resume
     """,
     "evaluate": "ranks timeout_seconds debug checkpoint data text_field max_tokens documents tensor pipeline dtype runs_folder",
     "check": """
@@ -32,9 +32,14 @@ FLAGS = {
         head_chunks offload_activations chunked_loss dtype model layers heads kv_heads tokens rows micro_batches seed json
     """,
     "plan": """
-        model hardware gpus tokens rows dtype price goal pipeline ring ulysses tensor zero recompute explain json html debug
+        model compare hardware gpus tokens rows dtype price goal pipeline ring ulysses tensor zero recompute explain json html
+        debug
     """,
     "probe": "ranks timeout_seconds debug out largest_mib repeats",
+    "rehearse": """
+        world model tokens rows micro_batches dtype pipeline ring ulysses tensor zero recompute tile_tokens head_chunks
+        offload_activations offload_parameters chunked_loss rank steps hardware json seed debug
+    """,
     "report": "runs runs_folder html watch debug",
 }
 
@@ -121,7 +126,8 @@ def test_a_file_names_the_checkpoint_too(tmp_path: Path) -> None:
     [
         (
             "trian",
-            "'trian' is not a verb of longspan (did you mean train?); legal are train, evaluate, check, plan, probe, report",
+            "'trian' is not a verb of longspan (did you mean train?); legal are train, evaluate, check, plan, probe, "
+            "rehearse, report",
         ),
         ("train --qqq", "--qqq is not a flag of longspan train; see longspan train --help"),
         ("train --step 5", "--step is not a flag of longspan train (did you mean --steps?); see longspan train --help"),

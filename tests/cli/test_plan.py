@@ -56,3 +56,25 @@ def test_bad_input_is_one_sentence(flags: str, reason: str, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert reason in error
     assert error.count("\n") == 1
+
+
+def test_two_models_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"model_type": "llama", "num_hidden_layers": 4, "hidden_size": 512, "num_attention_heads": 8, "vocab_size": 1000,
+              "intermediate_size": 1024}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = ["plan", "--gpus", "8", "--tokens", "8192", "--compare", "llama-1b", f"hf:{tmp_path}"]
+    assert main(flags) == 0
+    text = capsys.readouterr().out
+    assert "On 8 H100, the best layout of each" in text
+    assert ["llama-1b", f"hf:{tmp_path}"] in [line.split() for line in text.splitlines()]
+    (step,) = [line for line in text.splitlines() if line.startswith("step ")]
+    assert step.count("+-") == 2
+    assert main([*flags, "--json"]) == 0
+    one, two = json.loads(capsys.readouterr().out)
+    assert one["best"]["seconds"] > two["best"]["seconds"]
+    for more, reason in (
+        (["--explain"], "leave out --model, --explain and --html"),
+        (["--compare", "llama-1b"], "takes two models"),
+    ):
+        assert main([*flags, *more]) == 2
+        assert reason in capsys.readouterr().err

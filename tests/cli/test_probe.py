@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from longspan.cli.main import main
+from longspan.cli.measure import half_rate_keys
 
 
 @pytest.mark.usefixtures("launcher")
@@ -30,3 +31,9 @@ def test_a_file_without_figures_and_an_impossible_size_are_refused(tmp_path: Pat
     assert "longspan probe wrote" in capsys.readouterr().err
     assert main(["probe", "--repeats", "0"]) == 2
     assert "repeats=0 must be at least 1" in capsys.readouterr().err
+
+
+def test_the_keys_of_half_the_rate_follow_from_two_lengths() -> None:
+    rate = {keys: 100.0 * keys / (keys + 64) for keys in (512.0, 2048.0)}
+    assert half_rate_keys((512.0, rate[512.0]), (2048.0, rate[2048.0])) == pytest.approx(64)
+    assert half_rate_keys((512.0, 50.0), (2048.0, 40.0)) == 0

@@ -8,6 +8,7 @@ import pytest
 
 from longspan.cli.main import main
 from longspan.cli.report import page, read_run
+from tests.helpers.browser import browse, needs_chromium
 
 
 def _run(folder: Path, name: str, losses: list[float], tail: str = "") -> None:
@@ -47,3 +48,22 @@ def test_bad_input_is_one_sentence(flags: str, reason: str, tmp_path: Path, caps
     _run(tmp_path, "there", [1.0])
     assert main(["report", *flags.split(), "--runs-folder", str(tmp_path), "--html", str(tmp_path / "x.html")]) == 2
     assert reason in capsys.readouterr().err
+
+
+DRAWN = """
+  const plots = [...document.querySelectorAll(".js-plotly-plot")];
+  return { plots: plots.length, lines: plots.map(plot => plot.querySelectorAll(".plot path.js-line").length),
+    wide: document.documentElement.scrollWidth <= window.innerWidth };
+"""
+
+
+@pytest.mark.long
+@needs_chromium
+def test_a_browser_draws_every_plot_without_an_error_or_a_request(tmp_path: Path) -> None:
+    _run(tmp_path / "runs", "first", [3.0, 2.5, 2.25])
+    _run(tmp_path / "runs", "second", [3.25, 3.0])
+    html = tmp_path / "page.html"
+    assert main(["report", "first", "second", "--runs-folder", str(tmp_path / "runs"), "--html", str(html)]) == 0
+    found = browse(html, DRAWN)
+    assert (found.console, found.requested) == ([], [])
+    assert found.found == {"plots": 2, "lines": [2, 2], "wide": True}

@@ -1,6 +1,5 @@
 """The closed form of a step's peak beside what the allocator gave, over lengths and sets of tools, on two ranks."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ import pytest
 import torch
 
 from longspan import ParallelMesh, parallelize, shard_batch
-from longspan.distributed.collectives import Arrival, TorchTransport
 from longspan.memory.profiler import Recorded
 from longspan.models.decoder import Decoder
 from longspan.models.decoder_config import DecoderConfig
 from longspan.planner.memory import footprint
 from tests.helpers.options import keywords
 from tests.helpers.ranks import on_ranks
+from tests.helpers.settled import Settled
 
 CONFIG = DecoderConfig(vocab=512, layers=3, hidden=128, heads=4, kv_heads=2, head_dim=32, ffn=512)
 SETS: dict[str, dict[str, Any]] = {
@@ -55,23 +54,6 @@ def test_activations_fall_as_the_ranks_grow(name: str, tmp_path: Path) -> None:
         fullest = on_ranks(ranks, steps, config, tools, (16_384,), tmp_path=tmp_path / str(ranks))[0][0]
         sizes.append(fullest["activations"] + fullest["exchange"])
     assert sizes[1] / sizes[0] == pytest.approx(0.5, rel=0.05)
-
-
-class Settled(TorchTransport):
-    """Waits until gloo's threads have freed what they sent: the profiler does not see what they free."""
-
-    def all_to_all(self, *given: Any) -> Arrival:
-        return Settling(super().all_to_all(*given))
-
-
-class Settling:
-    def __init__(self, arrival: Arrival) -> None:
-        self.arrival = arrival
-
-    def wait(self) -> torch.Tensor:
-        received = self.arrival.wait()
-        time.sleep(0.005)
-        return received
 
 
 def steps(config: DecoderConfig, tools: dict[str, Any], lengths: tuple[int, ...]) -> list[dict[str, int]]:

@@ -10,6 +10,7 @@ import pytest
 
 from longspan import plan
 from longspan.planner.page import FAMILIES, SCRIPT, page_data, write_page
+from tests.helpers.browser import browse, needs_chromium
 
 FOUND = plan("llama-1b", gpus=8, tokens=32_768)
 
@@ -66,3 +67,35 @@ def test_the_controls_change_the_plots() -> None:
     assert length_changes
     assert rows == len(FAMILIES)
     assert shown == f"{data['lengths'][0]:,}"
+
+
+MOVED = """
+  const state = () => [...document.querySelectorAll(".plots > div")].map(plot =>
+    [...plot.querySelectorAll("path.js-line")].map(path => path.getAttribute("d")).join());
+  const drawn = [state()];
+  for (const name of ["gpus", "length"]) {
+    const control = document.getElementById(name);
+    control.value = 0;
+    control.dispatchEvent(new Event("input"));
+    drawn.push(state());
+  }
+  const lines = [...document.querySelectorAll(".plots > div")].map(plot => plot.querySelectorAll("path.js-line").length);
+  const shapes = document.querySelectorAll("#time .shapelayer path")[0].getAttribute("d");
+  return { drawn, lines, rows: document.querySelectorAll("#table tr").length, shapes,
+    wide: document.documentElement.scrollWidth <= window.innerWidth };
+"""
+
+
+@pytest.mark.long
+@needs_chromium
+def test_a_browser_draws_the_page_and_its_controls_without_an_error_or_a_request(tmp_path: Path) -> None:
+    write_page(FOUND, tmp_path / "plan.html")
+    page = browse(tmp_path / "plan.html", MOVED)
+    assert page.console == []
+    assert page.requested == []
+    first, fewer, _ = page.found["drawn"]
+    assert all(page.found["lines"])
+    assert first[0] != fewer[0]  # fewer GPUs: other times
+    assert first[1] != fewer[1]
+    assert page.found["rows"] == len(FAMILIES)
+    assert page.found["wide"]

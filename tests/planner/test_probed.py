@@ -8,7 +8,7 @@ import pytest
 from longspan.errors import LayoutError
 from longspan.planner.cost import Constants, Setting, attention_time
 from longspan.planner.model import dense
-from longspan.planner.probed import read_cluster
+from longspan.planner.probed import read_cluster, read_constants
 from longspan.planner.strategy import Recipe, Strategy, Workload
 
 MEASURED = {
@@ -39,3 +39,17 @@ def test_a_file_that_is_not_a_measurement_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"name": "x", "ranks": 1}')
     with pytest.raises(LayoutError, match="lacks memory"):
         read_cluster(tmp_path / "a.json")
+
+
+def test_what_a_probe_measures_replaces_the_fitted_constants(tmp_path: Path) -> None:
+    path = tmp_path / "hardware.json"
+    path.write_text(json.dumps(MEASURED))
+    assert read_constants(path) == Constants(reserve=0.0)  # a file of an earlier version
+    newer = MEASURED | {
+        "attention": {"forward": 5e10, "backward": 4e10, "keys": 32.0}, "dispatch": 3e-6,
+        "training": {"matmul_share": {"fp32": 0.9}, "elementwise": 2e9},
+    }  # fmt: skip
+    path.write_text(json.dumps(newer))
+    found = read_constants(path)
+    assert (found.matmul, found.attention_keys, found.dispatch, found.reserve) == (0.9, 32.0, 3e-6, 0.0)
+    assert read_cluster(path).accelerator.elementwise == 2e9

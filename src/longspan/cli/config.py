@@ -16,6 +16,7 @@ from typing import Annotated, Literal, get_args, get_origin
 from tyro.conf import Positional, arg
 
 from longspan.cli.settings_file import LATEST, legal_folder
+from longspan.cli.trackers import refuse_missing
 from longspan.distributed.pipeline_options import PipelineOptions
 from longspan.errors import RunError
 from longspan.memory.options import MemoryOptions
@@ -175,6 +176,10 @@ class Train(Layout):
     """Name of the run's folder."""
     memory_report: bool = False
     """Profile the memory of rank 0 in the second step after the start: a table, and memory.html in the run's folder."""
+    plan: Annotated[Literal["auto"] | None, arg(help_behavior_hint="(default: the flags decide)", metavar="auto")] = None
+    """auto: the layout, ZeRO stage and memory options that longspan plan finds best for this machine."""
+    log_to: Annotated[tuple[str, ...], _default("TensorBoard alone")] = ()
+    """wandb, trackio, mlflow: experiment trackers that get the metrics too; one that is named must be installed."""
     runs_folder: str = "runs"
     """Folder that holds the folders of all runs."""
     resume: Annotated[str | None, arg(help_behavior_hint="(default: a new run)", metavar="[NAME]")] = None
@@ -182,12 +187,13 @@ class Train(Layout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _legal_model(self.model)
+        legal_model(self.model)
         legal_folder(self.runs_folder)
         _at_least(self, 1, "rows_per_step", "micro_batches", "steps", "decay_steps", "eval_rows", "keep_checkpoints")
         _at_least(self, 2, "tokens")
         _at_least(self, 0, "warmup_steps", "eval_every_steps", "checkpoint_every_steps", "weight_decay", "seed")
         _above(self, 0, "learning_rate", "clip_norm", "epochs")
+        refuse_missing(self.log_to)
         if self.rows_per_step < self.micro_batches:
             raise RunError(
                 f"rows_per_step={self.rows_per_step} is fewer than micro_batches={self.micro_batches}; "
@@ -265,7 +271,7 @@ class Check(Layout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _legal_model(self.model)
+        legal_model(self.model)
         _at_least(self, 1, "layers", "heads", "kv_heads", "rows", "micro_batches")
         _at_least(self, 2, "tokens")
         _equal_micro_batches(self, "rows", self.rows, self.micro_batches)
@@ -289,7 +295,7 @@ def _legal_choices(config: Ranks) -> None:
             raise RunError(f"{field.name}={value!r} is unknown; legal are {', '.join(map(str, get_args(field.type)))}")
 
 
-def _legal_model(name: str) -> None:
+def legal_model(name: str) -> None:
     """Raise RunError if ``name`` is neither a preset nor ``hf:FOLDER``."""
     if name not in PRESETS and not name.startswith("hf:"):
         raise RunError(f"model={name!r} is unknown; legal are {', '.join(PRESETS)}, and hf:FOLDER for a Hugging Face model")

@@ -28,9 +28,11 @@ import tyro
 
 import longspan
 from longspan.cli import launch
+from longspan.cli.auto_plan import planned, refuse_beside
 from longspan.cli.config import Check, Evaluate, Layout, Ranks, Train
 from longspan.cli.plan import PlanSettings
 from longspan.cli.probe import ProbeSettings
+from longspan.cli.rehearse import RehearseSettings
 from longspan.cli.report import ReportSettings
 from longspan.cli.settings_file import LATEST, close, known, read_file, settings_of_run
 from longspan.distributed.launchers import join_launcher
@@ -92,6 +94,17 @@ best       data 2 x ring 4 x ulysses 8, zero=3, recompute=selective, tile_tokens
 
 What binds, and what doubling the tokens does:  longspan plan --model hf:FOLDER --explain"""
 
+REHEARSED = """$ longspan rehearse --world 64 --ulysses 4 --zero 3 --tokens 32768
+One rank at a time of 64 = data 16 x ulysses 4, zero=3, recompute=none; 16 x 32,768 tokens a step
+
+                                   rank 0  plan, fullest rank
+tokens of a row                     8,192
+parameters held                    22,548
+compute of a step            3.564 s +-0%
+memory, peak                    0.363 GiB           0.459 GiB
+
+Does 70B fit:  longspan rehearse --model llama-70b --ulysses 8 --ring 8 --zero 3 --recompute selective --tokens 1048576"""
+
 REPORTED = """$ longspan report train-001 train-002
 train-001  step 55, loss 2.4264
 train-002  step 12, loss 3.0127
@@ -116,6 +129,9 @@ VERBS = {
     "check": Verb(Check, "Compare loss, gradients, norm and traffic of a layout with one device.", CHECKED),
     "plan": Verb(PlanSettings, "Predict time and memory on a cluster that is not there yet, and choose the layout.", PLANNED),
     "probe": Verb(ProbeSettings, "Measure this machine or cluster into a file that longspan plan reads.", PROBED),
+    "rehearse": Verb(
+        RehearseSettings, "Run one rank of a large world on this device, and compare it with the plan.", REHEARSED
+    ),
     "report": Verb(ReportSettings, "Draw finished or running runs as one HTML page.", REPORTED),
 }
 
@@ -188,7 +204,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
         base = _read(verb, _as_flags(known(kind, settings, f"the run {name}")), base)
         flags += ["--run", name]
     values = {} if file is None else known(kind, read_file(file), f"the config {file}")
-    _refuse_two_lengths(flags, values)
+    _refuse_contradictions(flags, values)
     if file is not None:
         base = _read(verb, _as_flags(values), base)
     return kind(**vars(_read(verb, flags, base)))
@@ -223,6 +239,8 @@ def _on_the_devices(config: Any, flags: Sequence[str], work: str) -> Any:
     Returns:
         Settings with at most ``MOST_DEFAULT_RANKS`` ranks.
     """
+    if isinstance(config, Train) and config.plan is not None and config.resume is None:
+        return planned(config, work)
     given = {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
     if given & {"ranks", "ulysses", "ring", "resume", "config"}:
         return config
@@ -253,10 +271,12 @@ def _print_error(sentence: str, apart: bool = False) -> None:
     print(f"{begins}longspan: {sentence}", file=sys.stderr)
 
 
-def _refuse_two_lengths(flags: Sequence[str], values: dict[str, Any]) -> None:
-    """Raise RunError if ``flags`` and ``values``, those of the config file, together give both ``steps`` and ``epochs``."""
-    given = {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
+def _refuse_contradictions(flags: Sequence[str], values: dict[str, Any]) -> None:
+    """Raise RunError if ``flags`` and ``values``, those of the config file, together give two settings that contradict."""
+    given = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
     given |= {name for name, value in values.items() if value is not None}
+    if "plan" in given:
+        refuse_beside(given)
     if {"steps", "epochs"} <= given:
         raise RunError("--steps and --epochs both say how long the run is; give one of them, and leave the other out")
 

@@ -98,6 +98,7 @@ def measure(mesh: ParallelMesh, largest: int, repeats: int) -> tuple[dict[str, A
             took = seconds(f"matmul {dtype} {size}", partial(torch.matmul, x, x))
             matmul.setdefault(dtype, {})[str(size)] = 2 * size**3 / took
     attention = _attention(device, seconds)
+    training = _training(device, {dtype: max(rates.values()) for dtype, rates in matmul.items()}, seconds)
     block = torch.ones(largest // 4, device=device)
     copied = torch.empty_like(block)
     bandwidth = 2 * block.nbytes / seconds("copy", lambda: copied.copy_(block))
@@ -114,6 +115,7 @@ def measure(mesh: ParallelMesh, largest: int, repeats: int) -> tuple[dict[str, A
         "host_memory": float(host),
         "matmul": matmul,
         "attention": attention,
+        "training": training,
         "bandwidth": bandwidth,
         "to_host": to_host,
         "dispatch": seconds("dispatch", lambda: [block[:1].add_(0) for _ in range(100)]) / 100,
@@ -147,27 +149,62 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _attention(device: torch.device, seconds: Callable[[str, Callable[[], Any]], float]) -> dict[str, float]:
-    """Operations a second of causal attention in fp32, counted on the area of its mask: {"forward": ..., "backward": ...}.
+Seconds = Callable[[str, Callable[[], Any]], float]
+"""``seconds(name, run)`` measures a function under a name."""
 
-    ``seconds(name, run)`` measures a function under a name.
+
+def _attention(device: torch.device, seconds: Seconds) -> dict[str, float]:
+    """Causal attention in fp32 at two lengths, counted on the area of its mask.
+
+    Returns:
+        {"forward": ..., "backward": operations a second at many keys, "keys": keys a query at which half of that is reached}.
     """
-    heads, tokens, dim = (8, 1024, 64) if device.type == "cpu" else (32, 8192, 128)
-    q = torch.ones(1, heads, tokens, dim, device=device, requires_grad=True)
+    heads, lengths, dim = (8, (1024, 4096), 64) if device.type == "cpu" else (32, (2048, 16_384), 128)
+    rates: list[tuple[float, float]] = []
+    for tokens in lengths:
+        q, k, v = (torch.randn(1, heads, tokens, dim, device=device, requires_grad=True) for _ in range(3))
+        forward = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+        gradient = torch.randn_like(q)
+        with torch.no_grad():
+            one = seconds(f"attention {tokens} forward", forward)
+        whole = seconds(f"attention {tokens}", lambda run=forward, g=gradient: run().backward(g))  # type: ignore[misc]
+        flops = 4 * dim * heads * tokens * (tokens + 1) / 2
+        rates.append((flops / one, 2.5 * flops / max(whole - one, 1e-9)))
+    few, many = (tokens / 2 for tokens in lengths)
+    keys = max(0.0, min(few, half_rate_keys((few, rates[0][1]), (many, rates[1][1]))))
+    reached = many / (many + keys)
+    return {"forward": rates[1][0] / reached, "backward": rates[1][1] / reached, "keys": keys}
 
-    def forward() -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, q, q, is_causal=True)
 
-    def both() -> None:
-        q.grad = None
-        out = forward()
-        out.backward(torch.ones_like(out))
+def half_rate_keys(few: tuple[float, float], many: tuple[float, float]) -> float:
+    """The c of rate = R · keys / (keys + c) through two points (keys, rate); 0 where the rate does not rise."""
+    rising = few[1] / few[0] - many[1] / many[0]
+    return max(0.0, many[1] - few[1]) / rising if rising > 0 else 0.0
 
-    with torch.no_grad():
-        one = seconds("attention forward", forward)
-    whole = seconds("attention forward and backward", both)
-    flops = 4 * dim * heads * tokens * (tokens + 1) / 2
-    return {"forward": flops / one, "backward": 2.5 * flops / max(whole - one, 1e-9)}
+
+def _training(device: torch.device, best: dict[str, float], seconds: Seconds) -> dict[str, Any]:
+    """What a training step reaches beside single kernels: {"matmul_share": {dtype: share of ``best``}, "elementwise": bytes/s}.
+
+    The products are those of a projection's forward and backward; the element-wise operators a norm, a residual and a gate,
+    whose bytes are counted as planner/cost.py counts them.
+    """
+    rows, hidden, wide = (4096, 256, 768) if device.type == "cpu" else (8192, 4096, 14_336)
+    shares = {}
+    for dtype, torch_dtype in DTYPES.items():
+        x, w = (torch.randn(*size, dtype=torch_dtype, device=device) for size in ((rows, hidden), (hidden, wide)))
+        g = torch.randn(rows, wide, dtype=torch_dtype, device=device)
+        took = seconds(f"training products {dtype}", lambda x=x, w=w, g=g: (x @ w, g @ w.T, x.T @ g))  # type: ignore[misc]
+        shares[dtype] = min(1.0, 6 * rows * hidden * wide / took / best[dtype])
+    x, residual = (torch.randn(rows, hidden, device=device, requires_grad=True) for _ in range(2))
+    gate, up = (torch.randn(rows, wide, device=device, requires_grad=True) for _ in range(2))
+    weight = torch.ones(hidden, device=device, requires_grad=True)
+
+    def run() -> None:
+        out = residual + F.rms_norm(x, (hidden,), weight), F.silu(gate) * up
+        torch.autograd.backward(out, [torch.ones_like(one) for one in out])
+
+    moved = 3 * 4 * rows * (7 * hidden + 5 * wide)
+    return {"matmul_share": shares, "elementwise": moved / seconds("element-wise, forward and backward", run)}
 
 
 def _links(
@@ -217,8 +254,11 @@ def _lines(found: dict[str, Any], spreads: dict[str, float]) -> list[str]:
     for dtype, rates in found["matmul"].items():
         for size, rate in rates.items():
             line(f"matmul {dtype} {size}", f"{rate / 1e9:,.1f} GFLOP/s")
-    line("attention forward", f"{found['attention']['forward'] / 1e9:,.1f} GFLOP/s")
-    line("attention forward and backward", f"{found['attention']['backward'] / 1e9:,.1f} GFLOP/s")
+    for dtype, share in found["training"]["matmul_share"].items():
+        line(f"training products {dtype}", f"{share:.0%} of the best")
+    line("attention, forward", f"{found['attention']['forward'] / 1e9:,.1f} GFLOP/s")
+    line("attention, backward", f"{found['attention']['backward'] / 1e9:,.1f} GFLOP/s")
+    line("element-wise, forward and backward", f"{found['training']['elementwise'] / 1e9:,.2f} GB/s")
     line("copy", f"{found['bandwidth'] / 1e9:,.2f} GB/s")
     line("copy to host", f"{found['to_host'] / 1e9:,.2f} GB/s")
     line("dispatch", f"{found['dispatch'] * 1e6:,.2f} us")

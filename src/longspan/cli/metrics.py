@@ -1,4 +1,4 @@
-"""Metrics of a run: written to a file and to TensorBoard, shown on the terminal. Independent of model and training.
+"""Metrics of a run: written to a file, TensorBoard and trackers, shown on the terminal. Independent of model and training.
 
     record {"step": 42, "loss": 2.31, ...}  --Journal-->  runs/NAME/metrics.jsonl, events.out.tfevents.*
                                             --Display-->  train-001 ━━━━━╸━━━━━━━ step 42/100 0:00:48
@@ -14,9 +14,11 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from longspan.cli.trackers import Tracker, failed, open_tracker
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import RunError
 from longspan.memory.profiler import Timeline
@@ -65,11 +68,17 @@ class Journal:
         folder: the run's folder.
         step: the last step that is done (0 in a new run); records of later steps are removed from metrics.jsonl.
         lead: whether this rank writes.
+        trackers: names of experiment trackers (cli/trackers.py) that get each record too.
+        settings: settings of the run, which the trackers get too.
     """
 
-    def __init__(self, folder: Path, step: int, lead: bool) -> None:
+    def __init__(
+        self, folder: Path, step: int, lead: bool, trackers: tuple[str, ...] = (), settings: Mapping[str, Any] | None = None
+    ) -> None:
         self.fault: RunError | None = None
         self._folder, self._lead = folder, lead
+        self._trackers: dict[str, Tracker] = {}
+        self._is_open = False
         if not lead:
             return
         try:
@@ -78,8 +87,12 @@ class Journal:
             path.write_text("".join(kept))
             self._file = path.open("ab", buffering=0)
             self._events = _Events(folder, step + 1)
+            self._is_open = True
+            self._trackers = {name: open_tracker(name, folder.name, settings or {}) for name in trackers}
         except OSError as error:
             self._keep(error)
+        except RunError as fault:  # of a tracker
+            self.fault = fault
 
     def write(self, record: Record) -> None:
         """Append ``record``, which must have a ``step``, as one line of metrics.jsonl and as scalars of TensorBoard; on rank 0
@@ -94,6 +107,11 @@ class Journal:
             self._events.write(record)
         except OSError as error:
             self._keep(error)
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.log({key: value for key, value in record.items() if key != "step"}, int(record["step"]))
+            except Exception as error:  # every client has its own errors
+                self.fault = self.fault or failed(name, error)
 
     def write_memory(self, timeline: Timeline, title: str, about: str) -> None:
         """Write ``timeline`` to memory.html, with the heading ``title`` and the lines ``about`` below it; on rank 0 only.
@@ -108,8 +126,10 @@ class Journal:
             self._keep(error)
 
     def close(self) -> None:
-        """Flush and close the files."""
-        if not self._lead or self.fault is not None:
+        """Flush and close the files, and the runs of the trackers."""
+        for tracker in self._trackers.values():
+            tracker.close()
+        if not self._is_open:
             return
         try:
             self._file.close()

@@ -16,6 +16,7 @@ from longspan.planner.page import write_page
 from longspan.planner.plan import Choice, Plan, plan
 
 GIB = 2**30
+PREDICTED = "Predicted by formulas that were compared with published measurements, never on a GPU of longspan's own."
 
 
 def _optional(hint: str, metavar: str = "INT") -> object:
@@ -29,6 +30,8 @@ class PlanSettings:
 
     model: str = "llama-8b"
     """tiny, small, llama-1b, llama-8b or llama-70b: a decoder of that shape. hf:FOLDER: a Hugging Face config.json."""
+    compare: Annotated[tuple[str, ...], _optional("no comparison", "MODEL MODEL")] = ()
+    """Two models, each named as by --model, planned alike and set side by side."""
     hardware: str = "h100"
     """The accelerators: a100-40gb, a100-80gb, h100, h100-efa, h200, b200, gb200, gb300, mi300x, mi355x, l20, or
     a .json file that longspan probe wrote."""
@@ -76,6 +79,10 @@ class PlanSettings:
             raise RunError(f"zero={self.zero} is unknown; legal are 0, 2 and 3")
         if self.goal == "length" and self.tokens is not None:
             raise RunError("--goal length finds the longest sequence, and --tokens names one; give one of them")
+        if self.compare and len(self.compare) != 2:
+            raise RunError(f"--compare takes two models, and {len(self.compare)} were named; name two, or one with --model")
+        if self.compare and (self.explain or self.html is not None or self.model != "llama-8b"):
+            raise RunError("--compare sets two models side by side; leave out --model, --explain and --html, which are of one")
         if self.goal == "cost" and self.price is None:
             raise RunError("--goal cost needs --price, the price of one GPU hour")
 
@@ -93,18 +100,9 @@ def work(settings: PlanSettings) -> int:
     Raises:
         LongspanError: the model or the hardware cannot be read, or no layout is legal or fits.
     """
-    tokens = settings.tokens or (None if settings.goal == "length" else 131_072)
-    found = plan(
-        settings.model,
-        hardware=settings.hardware,
-        gpus=settings.gpus,
-        tokens=tokens,
-        rows=settings.rows,
-        price=settings.price,
-        dtype=settings.dtype,
-        goal=settings.goal,
-        fixed=settings.fixed,
-    )
+    if settings.compare:
+        return _compare(settings)
+    found = _planned(settings, settings.model)
     if settings.html is not None:
         write_page(found, settings.html)
     if settings.json:
@@ -114,6 +112,40 @@ def work(settings: PlanSettings) -> int:
     if settings.explain:
         print("\n".join(f"- {sentence}" for sentence in found.best.explain()))
         print(f"- {found.lost}." if found.lost else "- No other layout fits.")
+    return 0
+
+
+def _planned(settings: PlanSettings, model: str) -> Plan:
+    return plan(
+        model,
+        hardware=settings.hardware,
+        gpus=settings.gpus,
+        tokens=settings.tokens or (None if settings.goal == "length" else 131_072),
+        rows=settings.rows,
+        price=settings.price,
+        dtype=settings.dtype,
+        goal=settings.goal,
+        fixed=settings.fixed,
+    )
+
+
+def _compare(settings: PlanSettings) -> int:
+    """Print the plans of two models side by side. LongspanError is raised if one has no plan: its message names the model."""
+    one, two = (_planned(settings, model) for model in settings.compare)
+    if settings.json:
+        print(json.dumps([as_numbers(one), as_numbers(two)], indent=2))
+        return 0
+    where = one.cluster
+    lines = [
+        f"{found.model.name}, {found.model.parameters / 1e9:.3g}B parameters: {found.best.strategy}" for found in (one, two)
+    ]
+    cells = [
+        ("tokens of a row", [f"{found.workload.tokens:,}" for found in (one, two)]),
+        ("longest sequence", [f"{found.longest:,}" for found in (one, two)]),
+        *_lines(one.best, two.best),
+    ]
+    print(f"On {where.gpus} {where.accelerator.name}, the best layout of each")
+    print("\n".join([*lines, "", _grid(("", *settings.compare), cells), "", PREDICTED]))
     return 0
 
 
@@ -147,7 +179,6 @@ def as_numbers(found: Plan) -> dict[str, Any]:
 def _table(found: Plan) -> str:
     """The plan ``found`` as text: what was asked, and best and runner-up side by side."""
     from rich.console import Console
-    from rich.table import Table
 
     console, best, where = Console(file=StringIO(), width=160, highlight=False, soft_wrap=True), found.best, found.cluster
     console.print(
@@ -155,16 +186,25 @@ def _table(found: Plan) -> str:
         f"{found.workload.rows} x {found.workload.tokens:,} tokens a step"
     )
     console.print(f"{found.legal:,} legal layouts, {found.fitting:,} fit; longest sequence {found.longest:,} tokens\n")
-    table = Table(box=None, pad_edge=False)
-    for name in ("", "best", "runner-up"):
-        table.add_column(name, justify="left" if not name else "right")
-    for name, cells in _lines(best, found.runner_up):
-        table.add_row(name, *cells)
-    console.print(table)
+    console.print(_grid(("", "best", "runner-up"), _lines(best, found.runner_up)))
     console.print(f"\nbest       {best.strategy}")
     if found.runner_up is not None:
         console.print(f"runner-up  {found.runner_up.strategy}")
-    console.print("Predicted by formulas that were compared with published measurements, never on a GPU of longspan's own.")
+    console.print(PREDICTED)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+
+
+def _grid(names: tuple[str, ...], lines: list[tuple[str, list[str]]]) -> str:
+    """A table as text: a column for each name, a row for each line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, table = Console(file=StringIO(), width=160, highlight=False), Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, justify="left" if not name else "right")
+    for name, cells in lines:
+        table.add_row(name, *cells)
+    console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 

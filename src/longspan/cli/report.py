@@ -17,6 +17,7 @@ from tyro.conf import Positional, arg
 
 from longspan.cli.settings_file import LATEST, settings_of_run
 from longspan.errors import RunError
+from longspan.planner.page import NO_NETWORK
 
 PANELS = (
     ("loss", "Loss of training, nats a token", 1.0),
@@ -129,17 +130,20 @@ def page(runs: list[Run], watch: float | None) -> str:
                 steps, values = run.metrics[metric]
                 figure.add_scatter(x=steps, y=[factor * v for v in values], name=run.name, mode="lines+markers")
         if figure.data:
-            figure.update_layout(title=title, xaxis_title="step", height=340, margin={"l": 55, "r": 15, "t": 45, "b": 45})
-            plots.append(figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
+            title_left = {"text": title, "font": {"size": 15}, "x": 0.02, "xanchor": "left"}
+            figure.update_layout(title=title_left, xaxis_title="step", height=340, margin={"l": 55, "r": 15, "t": 45, "b": 45})
+            figure.update_layout(legend={"orientation": "h", "y": -0.2}, showlegend=True)
+            config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]}
+            plots.append(figure.to_html(full_html=False, include_plotlyjs=False, config=config))
     again = f'<meta http-equiv="refresh" content="{watch:g}">' if watch is not None else ""
     style = (
-        "body{font:15px/1.4 sans-serif;margin:1.5em}"
-        ".plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(430px,1fr))}"
+        "body{font:15px/1.4 sans-serif;margin:1.5em auto;max-width:1400px;padding:0 1em}table{border-collapse:collapse}"
+        ".plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(430px,1fr));gap:1em}.plots>div{min-width:0}"
         "td,th{text-align:left;padding:.2em .7em;border-bottom:1px solid #ddd}"
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Runs of longspan</title>{again}'
-        f'<link rel="icon" href="data:,"><style>{style}</style><script>{get_plotlyjs()}</script></head>'
+        f'{NO_NETWORK}<link rel="icon" href="data:,"><style>{style}</style><script>{get_plotlyjs()}</script></head>'
         f'<body><h1>Runs</h1>{_table(runs)}<div class="plots">{"".join(plots)}</div></body></html>'
     )
 

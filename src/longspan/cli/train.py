@@ -81,7 +81,7 @@ def work(config: Train) -> int:
     done = _resume(run, model, optimizer, source, corpus, config, mesh)
     flops_per_token = source.flops_per_token(config.tokens)
     peak_flops = measured_peak_flops(mesh, DTYPE[config.dtype])
-    journal = Journal(run, done, lead)
+    journal = Journal(run, done, lead, config.log_to, asdict(config))
     losses, eval_loss = [], math.nan
     watched, reported = Recorded(model, optimizer), min(done + 2, config.steps) if config.memory_report and lead else 0
 

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longspan import _compat
 from longspan.distributed.consensus import gather
+from longspan.distributed.fake_world import FAKE, is_fake
 from longspan.distributed.launchers import joins_world, started_by
 from longspan.distributed.network import REMEDY, choose_interface
 from longspan.errors import RunError
@@ -123,6 +124,20 @@ def _make_group(device: torch.device, store: Any, rank: int, ranks: int, timeout
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout, device_id=bound)
 
 
+def new_group(ranks: list[int] | None = None, *, backend: str = "gloo", timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """A process group; in a fake world (distributed/fake_world.py) a fake one. Every group beside a DeviceMesh's is made here.
+
+    Args:
+        ranks: its ranks, which alone make the group; None for all ranks.
+        backend: "gloo" for control traffic; "" for that of the world.
+        timeout: of its collectives; None for PyTorch's.
+    """
+    chosen = FAKE if is_fake() else backend or None
+    alone = ranks is not None  # NCCL could not split a group of some ranks from the world's
+    group: dist.ProcessGroup = dist.new_group(ranks, backend=chosen, timeout=timeout, use_local_synchronization=alone)
+    return group
+
+
 def shared_devices(mine: str, store: Any, rank: int, ranks: int) -> tuple[int, int, str] | None:
     """Find two ranks that have the same device, on which NCCL cannot connect them. Every rank must call it.
 
@@ -147,7 +162,7 @@ def refuse_shared_devices(device: torch.device, world_group: dist.ProcessGroup) 
 
     ``join_world`` never makes such a group; a program may have made it before the mesh.
     """
-    if device.type != "cpu" and f"{device.type}:gloo" not in str(dist.get_backend_config()):
+    if device.type != "cpu" and not is_fake(world_group) and f"{device.type}:gloo" not in str(dist.get_backend_config()):
         _refuse_equal(_hardware(device), world_group)
 
 

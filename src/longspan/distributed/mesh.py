@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from longspan import _compat
 from longspan.distributed.collectives import TorchTransport, Transport
 from longspan.distributed.consensus import gather
-from longspan.distributed.device import choose_device, device_of, join_world, refuse_shared_devices, set_timeout
+from longspan.distributed.device import choose_device, device_of, join_world, new_group, refuse_shared_devices, set_timeout
 from longspan.distributed.launchers import join_launcher
 from longspan.distributed.layout import Degrees, Layout, Runs, choose_degrees
 from longspan.distributed.rank_map import crossing, rank_map
@@ -175,7 +175,7 @@ class ParallelMesh:
         join_launcher(os.environ)
         own_device = choose_device(device)
         join_world(own_device, timeout)
-        world_group = dist.new_group(backend="gloo", timeout=timeout)
+        world_group = new_group(timeout=timeout)
         hosts = meet(f"ulysses={ulysses} ring={ring} {tensor=} {pipeline=} {layout=}", world_group)
         refuse_shared_devices(own_device, world_group)
         _refuse_unknown_layout(layout)
@@ -222,7 +222,7 @@ class ParallelMesh:
                 than one rank is left over, or the DeviceMesh is not all ranks in order.
         """
         mesh = cls.__new__(cls)
-        world_group = dist.new_group(backend="gloo")
+        world_group = new_group()
         asked = {"pipeline": pipeline, "data": data, "ring": ring, "ulysses": ulysses, "tensor": tensor}
         names = {axis: name for axis, name in asked.items() if name is not None}
         known = f"{device_mesh.mesh_dim_names} of sizes {tuple(device_mesh.shape)}"
@@ -265,8 +265,7 @@ class ParallelMesh:
         }
         if len(axes) < len(AXES):
             alone = [group for group in axes.values() if group.size() == 1]
-            # use_local_synchronization: only this rank makes its group, which NCCL could not split from the world's.
-            one = alone[0] if alone else dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+            one = alone[0] if alone else new_group([dist.get_rank()])
             axes |= {axis.name: one for axis in AXES if axis.name not in axes}
         self.data_group, self.ring_group, self.ulysses_group = axes["data"], axes["ring"], axes["ulysses"]
         self.tensor_group, self.pipeline_group = axes["tensor"], axes["pipeline"]
@@ -276,7 +275,7 @@ class ParallelMesh:
         self.loss_control_group = world_group
         if self.coordinate.pipeline > 1:
             sharing: list[int] = sets["loss"].mesh.tolist()
-            self.loss_control_group = dist.new_group(sharing, backend="gloo", use_local_synchronization=True)
+            self.loss_control_group = new_group(sharing)
         self.fsdp_mesh = sets["fsdp"]
         self.fsdp_group = self.fsdp_mesh.get_group()
 

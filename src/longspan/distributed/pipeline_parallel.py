@@ -25,6 +25,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from longspan import _compat
 from longspan.distributed.collectives import CountingTransport
+from longspan.distributed.device import new_group
+from longspan.distributed.fake_world import fake_stage, is_fake
 from longspan.distributed.grad_norm import STAGES, StageNorm
 from longspan.distributed.grad_sync import sum_over
 from longspan.distributed.mesh import ParallelMesh
@@ -246,10 +248,13 @@ class PipelineParallel:
         """PyTorch's PipelineStage number ``index``, for ids of the shape of ``ids``."""
         state = torch.empty(*ids.shape[:2], self._plan.hidden, dtype=self._dtype, device="meta", requires_grad=trains)
         loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=trains)
-        return _CountedStage(
+        stage = _CountedStage(
             self._mesh, _StageModule(self, index), index, self._count, self._mesh.device, group=self._mesh.pipeline_group,
             input_args=(ids.to("meta") if index == 0 else state,), output_args=(loss if index == self._count - 1 else state,),
         )  # fmt: skip
+        if is_fake():
+            fake_stage(stage)
+        return stage
 
     def run(self, stage: int, x: Tensor, given: Mapping[str, Any]) -> Tensor:
         """The forward of one stage of this rank, called by ``_StageModule``: ``x`` is ids (stage 0) or hidden states,
@@ -331,7 +336,7 @@ class _Copies:
         self._name = ends.get(at.pipeline_rank)
         self.second = names[1] if at.pipeline_rank == at.pipeline - 1 else None
         ranks = [dist.get_global_rank(mesh.pipeline_group, rank) for rank in ends]
-        self._group = dist.new_group(ranks, use_local_synchronization=True) if self._name is not None else None
+        self._group = new_group(ranks, backend="") if self._name is not None else None
 
     def sum_gradients(self) -> None:
         """Replace the gradient of either copy by the sum of both, in fp32 (fp64 for fp64). Ranks without a copy do nothing."""

@@ -59,6 +59,11 @@ class Scratch:
             self._taken.append(storage)
         return like.new_empty(0).set_(storage, 0, (elements,), (1,))
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the memory that is kept now, free or in use."""
+        return sum(buffer.nbytes for buffer in self._free.values()) + sum(storage.nbytes() for storage in self._taken)
+
     def _drop_what_is_too_much(self) -> None:
         """Forget the storages in use, beyond a bound, and those that are free, beyond ``SCRATCH_BYTES`` in sum."""
         left, kept = SCRATCH_BYTES, []

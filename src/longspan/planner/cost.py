@@ -139,7 +139,7 @@ def elementwise_time(x: Setting, s: Any) -> Number:
 
     ``s`` is the strategy: its fields are numbers, or arrays of them.
     """
-    shape, size, t = x.shape, x.recipe.itemsize, s.tensor
+    shape, size, t, device = x.shape, x.recipe.itemsize, s.tensor, x.cluster.accelerator
     m = rank_tokens(x.workload, s)
     outside = (2 * shape.norms + 6) * shape.hidden * size  # norms read and write once, two residuals three times
     outside = outside + (0 if x.recipe.compiled else 4 * shape.hidden * size)
@@ -147,7 +147,7 @@ def elementwise_time(x: Setting, s: Any) -> Number:
     inside = 2 * (shape.query_width + shape.kv_width) * size + passes * shape.ffn_width * size
     if x.recipe.dtype == "fp8":  # inputs are read once and written twice, in both layouts
         inside = inside + 4 * (2 * shape.hidden + shape.out_width + shape.ffn_width)
-    return m * (outside / (t if x.recipe.sharded_norms else 1) + inside / t) / x.cluster.accelerator.bandwidth
+    return m * (outside / (t if x.recipe.sharded_norms else 1) + inside / t) / (device.elementwise or device.bandwidth)
 
 
 def operators(x: Setting, s: Any) -> Number:

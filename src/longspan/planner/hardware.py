@@ -65,6 +65,7 @@ class Accelerator:
             vendor's or FlashAttention-3).
         memory: bytes that a process can allocate.
         bandwidth: bytes a second of the device's memory.
+        elementwise: bytes a second that element-wise operators were measured to reach; None: ``bandwidth``.
         multiprocessors: units over which the tiles of a matrix product are spread.
         source: where the figures are from.
     """
@@ -77,6 +78,7 @@ class Accelerator:
     bandwidth: float
     multiprocessors: int
     source: str
+    elementwise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -276,3 +278,10 @@ def cluster(name: str, gpus: int, price: float | None = None) -> Cluster:
         raise LayoutError(f"the hardware {name!r} is unknown{near}; known are {', '.join(CLUSTERS)}")
     known = CLUSTERS[key]
     return replace(known, gpus=gpus, gpus_per_node=max(1, min(known.gpus_per_node, gpus)), price=price)
+
+
+def named(device: str) -> str | None:
+    """The key of ``CLUSTERS`` for a driver's name of a device ("NVIDIA H100 80GB HBM3"); None if it is not known."""
+    name = device.lower()
+    found = [key for key in CLUSTERS if all(part in name for part in key.split("-"))]
+    return max(found, key=len, default=None)

@@ -62,6 +62,7 @@ def footprint(
     parameters: int,
     tokens: int,
     ranks: int = 1,
+    ulysses: int | None = None,
     zero: int = 0,
     fsdp_ranks: int | None = None,
     recompute: str = "none",
@@ -69,6 +70,8 @@ def footprint(
     head_chunks: int = 1,
     logits: str = "blocks",
     itemsize: int = 4,
+    tensor: int = 1,
+    autocast: bool = False,
 ) -> Footprint:
     """The estimated memory of a training step with AdamW on one row, on the rank with the most tokens.
 
@@ -79,7 +82,8 @@ def footprint(
         sizes: sizes of the decoder.
         parameters: number of parameters.
         tokens: tokens of the row.
-        ranks: ulysses ranks that hold the row.
+        ranks: ulysses and ring ranks that hold the row.
+        ulysses: those of them that exchange tokens for heads; None: all. A single one exchanges nothing.
         zero: the ZeRO stage.
         fsdp_ranks: ranks that shard the parameters with ``zero`` > 0; None: ``ranks``.
         recompute: activation checkpointing of every block: "none", "full" or "selective".
@@ -88,27 +92,38 @@ def footprint(
         logits: how the loss forms logits: "blocks" (the Decoder), "whole" (Transformers' own loss) or "tiles" (Transformers
             with ``chunked_loss``).
         itemsize: bytes of an element of the activations.
+        tensor: tensor ranks that split the layers' matrices; ``parameters`` are those of one of them.
+        autocast: whether the weights are fp32 and cast at each use (``torch.autocast``): the residual stream, the norms and a
+            copy of the weights in the activations' dtype are then saved too.
 
     Returns:
         A ``Footprint``; its ``peak`` is the memory that the step needs.
     """
-    n = -(-tokens // ranks)
+    n = -(-tokens // (ranks * tensor))
     hidden, query, key, ffn = sizes.hidden, sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim, sizes.ffn
     zero = 2 if zero == 1 else zero  # FSDP2 has no stage 1
     shards = fsdp_ranks or (ranks if zero else 1)
     tiled = tile_tokens is not None
-    block_parameters = (parameters - sizes.vocab * hidden) // sizes.layers if sizes.layers else 0
+    block_parameters = hidden * (2 * query + 2 * key + 3 * ffn + 2) // tensor
+    exchanging = (ranks if ulysses is None else ulysses) > 1
     outside = sizes.vocab * hidden * WIDE
 
     # widths that a layer saves
     residual, norms, feed = 2 * hidden, (2 if tiled else 4) * hidden, 0 if tiled else 4 * ffn
-    on_heads, on_tokens = (query + 2 * key) + query, query  # q, k, v and the output for my heads; the output for my tokens
+    on_heads, on_tokens = (
+        (query + 2 * key) + query,
+        query * exchanging,
+    )  # q, k, v and the output for my heads; the output for my tokens
     layer = residual + norms + feed + on_heads + on_tokens
     saved_per_layer = {"none": layer, "full": hidden, "selective": hidden + query}[recompute]
     angles = sizes.head_dim * n * WIDE
     lse = sizes.heads * n * WIDE * (recompute != "full")
     after_layers = hidden + (1 if tiled else 2) * hidden
     saved = (sizes.layers * saved_per_layer + after_layers) * n * itemsize + angles + sizes.layers * lse
+    saved += sizes.layers * (tensor - 1) * 2 * hidden * n * itemsize * (recompute == "none")  # gathered inputs of regions
+    if autocast:
+        wide = {"none": residual + norms, "full": hidden, "selective": hidden}[recompute] * sizes.layers + after_layers
+        saved += wide * n * (WIDE - itemsize) + parameters * itemsize
 
     # In the backward of the last layer, the gradients of the others exist and their saved activations are freed; with zero=0
     # the gradients of this backward exist beside .grad
@@ -118,6 +133,8 @@ def footprint(
 
     # widths of a layer that are recomputed while its backward runs
     recomputed = norms + hidden + feed + {"none": 0, "full": on_heads + on_tokens, "selective": query + 2 * key}[recompute]
+    if recompute == "selective" and head_chunks > 1:
+        recomputed -= query + 2 * key  # q, k and v are computed again inside attention, a chunk at a time
     recomputed *= recompute != "none"
     words = min(sizes.vocab, LOSS_WORDS)
     narrow = itemsize if itemsize < WIDE else 0  # copies in the activations' dtype beside the fp32 ones
@@ -125,14 +142,14 @@ def footprint(
     logit_bytes = {"blocks": block, "whole": n * sizes.vocab * (itemsize + 2 * WIDE)}
     logit_bytes["tiles"] = min(n, HEAD_TILE_BYTES // (WIDE * sizes.vocab)) * sizes.vocab * (itemsize + 2 * WIDE)
     tile = min(n, tile_tokens) if tile_tokens is not None else 0
-    weights = 2 * 3 * hidden * ffn * WIDE if tiled else 3 * hidden * ffn * WIDE
-    gathered = {2: parameters * itemsize, 3: (2 * block_parameters + 2 * sizes.vocab * hidden) * itemsize}.get(zero, 0)
-    work = tile * (6 * ffn + 2 * hidden) if tiled else n * 2 * ffn
+    weights = 3 * hidden * ffn * WIDE // tensor * (2 if tiled else 1)
+    gathered = {2: parameters * itemsize, 3: (parameters - max(0, sizes.layers - 2) * block_parameters) * itemsize}.get(zero, 0)
+    work = tile * (5 * ffn + 2 * hidden) if tiled else n * 2 * ffn
     feed_forward = ((recomputed + 2 * hidden) * n + work) * itemsize + weights
     phases = {
         "loss": hidden * n * itemsize + outside + logit_bytes[logits],
         "feed-forward": feed_forward + outside + at_the_end,
-        "attention": _attention(sizes, n, ranks, recompute, head_chunks, itemsize) + outside + at_the_end,
+        "attention": _attention(sizes, n, ranks if exchanging else 1, recompute, head_chunks, itemsize) + outside + at_the_end,
         "update": parameters // shards * WIDE * 2,
     }
     states = 3 * parameters // shards * WIDE
@@ -145,7 +162,7 @@ def _attention(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, it
     Args:
         sizes: sizes of the decoder.
         n: tokens of this rank.
-        ranks: ulysses ranks.
+        ranks: ulysses ranks; 1: there is no exchange, and so no copy.
         recompute: activation checkpointing: "none", "full" or "selective".
         chunks: chunks of the heads, of which one is computed at a time.
         itemsize: bytes of an element of the activations.
@@ -156,9 +173,13 @@ def _attention(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, it
     gradients = (my_query + 2 * my_key) * WIDE
     if recompute != "selective" and chunks == 1:
         recomputed = 0 if recompute == "none" else 2 * hidden + (query + 2 * key) + query
+        if ranks == 1:
+            return n * (recomputed * itemsize + gradients)
         return n * ((recomputed + query) * itemsize + 2 * gradients)  # the kernel's results, and the sums they are added to
     kernel = gradients + my_query * itemsize  # the kernel's results, and a copy of the output's gradient in its layout
     recomputed = (2 + (chunks > 1)) * hidden + 2 * query + 2 * key
+    if ranks == 1:
+        return n * (recomputed * itemsize + gradients + kernel)
     returned = query * itemsize + 2 * key * (WIDE if my_key > key else itemsize)
     received = (3 * my_query + 2 * my_key) * itemsize
     scratch = n * received if n * received <= SCRATCH_BYTES else 0

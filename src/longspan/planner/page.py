@@ -27,6 +27,11 @@ FAMILIES: dict[str, dict[str, int]] = {
 }
 """Kinds of layout, by the axes that they leave at 1."""
 GIB = 2**30
+NO_NETWORK = (
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:\">"
+)
+"""The browser itself refuses a request of a page with this line."""
 POINTS = 9
 """Lengths of a curve: powers of two around the length of the plan."""
 
@@ -47,7 +52,7 @@ def write_page(found: Plan, path: str | Path) -> None:
     title = f"{found.model.name} on {found.cluster.accelerator.name}"
     Path(path).write_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        '<link rel="icon" href="data:,">'
+        f'{NO_NETWORK}<link rel="icon" href="data:,">'
         f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body><h1>{escape(title)}</h1>"
         f"<p>{escape(data['about'])}</p>{CONTROLS}"
         f'<script id="data" type="application/json">{json.dumps(data).replace("</", "<" + chr(92) + "/")}</script>'
@@ -118,7 +123,7 @@ def _point(x: Setting, fixed: dict[str, int]) -> dict[str, Any] | None:
 
 STYLE = """
 body { font: 15px/1.4 sans-serif; margin: 1.5em auto; max-width: 1100px; padding: 0 1em }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)) }
+.plots { display: grid; gap: 1em; margin-top: 1em; grid-template-columns: repeat(auto-fill, minmax(430px, 1fr)) }
 label { margin-right: 2em } output { font-weight: bold } table { border-collapse: collapse; width: 100% }
 td, th { text-align: left; padding: .25em .6em; border-bottom: 1px solid #ddd }
 """
@@ -139,15 +144,23 @@ control.gpus.max = data.gpus.length - 1;
 control.length.max = data.lengths.length - 1;
 [control.gpus.value, control.length.value] = data.chosen;
 
-function layout(title, x, y, extra) {
-  return Object.assign({ title: { text: title, font: { size: 15 } }, height: 380, margin: { l: 60, r: 15, t: 45, b: 50 },
-    xaxis: { title: { text: x }, type: "log" }, yaxis: { title: { text: y }, type: "log" },
-    legend: { orientation: "h", y: -0.25 } }, extra);
+const short = n => n >= 1048576 ? n / 1048576 + "M" : n >= 1024 ? n / 1024 + "k" : String(n);
+const dashes = ["solid", "dot", "dash", "dashdot", "longdash"];  // curves that lie on one another stay visible
+
+function layout(title, x, ticks, y, shapes) {
+  return { title: { text: title, font: { size: 15 }, x: 0.02, xanchor: "left" }, height: 400,
+    margin: { l: 65, r: 15, t: 45, b: 50 }, shapes, legend: { orientation: "h", y: -0.25 },
+    xaxis: { title: { text: x }, type: "log", tickvals: ticks, ticktext: ticks.map(short) },
+    yaxis: { title: { text: y }, type: "log" } };
+}
+
+function trace(name, x, y) {
+  return { name, x, y, mode: "lines+markers", line: { dash: dashes[names.indexOf(name)] } };
 }
 
 function traces(gpus, value) {
-  return names.map(name => ({ name, x: data.lengths, mode: "lines+markers",
-    y: data.families[name].points[gpus].map(point => point === null ? null : value(point)) }));
+  return names.map(name => trace(name, data.lengths,
+    data.families[name].points[gpus].map(point => point === null ? null : value(point))));
 }
 
 function cell(row, text) {
@@ -162,13 +175,14 @@ function draw() {
   document.getElementById("length-shown").textContent = at.toLocaleString("en");
   const mark = [{ type: "line", x0: at, x1: at, yref: "paper", y0: 0, y1: 1, line: { dash: "dot", color: "#888" } }];
   const limit = { type: "line", xref: "paper", x0: 0, x1: 1, y0: data.memory, y1: data.memory, line: { color: "#c00" } };
-  const options = { responsive: true, displaylogo: false };
+  const options = { responsive: true, displaylogo: false,
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"] };
   Plotly.react("time", traces(gpus, p => p.fits ? p.seconds : null),
-    layout("Seconds of a step, where it fits", "tokens of a row", "seconds", { shapes: mark }), options);
+    layout("Seconds of a step, where it fits", "tokens of a row", data.lengths, "seconds", mark), options);
   Plotly.react("memory", traces(gpus, p => p.gib),
-    layout("Memory of the fullest GPU (red: what it has)", "tokens of a row", "GiB", { shapes: [...mark, limit] }), options);
-  Plotly.react("longest", names.map(name => ({ name, x: data.gpus, y: data.families[name].longest.map(n => n || null),
-    mode: "lines+markers" })), layout("Longest sequence", "GPUs", "tokens of a row", {}), options);
+    layout("Memory of the fullest GPU (red: what it has)", "tokens of a row", data.lengths, "GiB", [...mark, limit]), options);
+  const most = names.map(name => trace(name, data.gpus, data.families[name].longest.map(n => n || null)));
+  Plotly.react("longest", most, layout("Longest sequence", "GPUs", data.gpus, "tokens of a row", []), options);
   const table = document.getElementById("table");
   table.replaceChildren();
   for (const name of names) {

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longspan.errors import LayoutError, ModelError
-from longspan.planner.cost import Setting, StepTime, step_time
+from longspan.planner.cost import Constants, Setting, StepTime, step_time
 from longspan.planner.explain import lost, sentences, time_error, why
 from longspan.planner.hardware import Cluster, cluster
 from longspan.planner.model import PRESETS, ModelShape
 from longspan.planner.model_config import read_config
-from longspan.planner.probed import read_cluster
+from longspan.planner.probed import read_cluster, read_constants
 from longspan.planner.rank_memory import RankMemory, rank_memory
 from longspan.planner.search import OPTION_NAMES, longest, search
 from longspan.planner.strategy import AXES, Recipe, Strategy, Workload
@@ -119,8 +119,8 @@ def plan(
         ModelError: the model cannot be read, or its sizes are impossible.
         LayoutError: unknown hardware, no legal layout, or none that fits; the message says what is legal, or what would fit.
     """
-    shape = _shape(model)
-    where = _cluster(hardware, gpus, price)
+    shape = shape_of(model)
+    where = cluster_of(hardware, gpus, price)
     if (tokens is None) != (goal == "length"):
         raise LayoutError(f"goal={goal!r} and tokens={tokens} contradict: give tokens, or goal='length', which finds them")
     if goal == "cost" and where.price is None:
@@ -133,7 +133,9 @@ def plan(
             f"{shape.positions:,} tokens, or a config whose positions reach further (RoPE scaling)"
         )
     work = Workload(tokens=tokens or 1, rows=rows if rows is not None else max(1, where.gpus // 8))
-    x = Setting(shape, where, Recipe(dtype=dtype, gathered_bytes=4 if dtype == "fp32" else 2), work)
+    is_probed = isinstance(hardware, str) and hardware.endswith(".json")
+    constants = read_constants(str(hardware)) if is_probed else Constants()
+    x = Setting(shape, where, Recipe(dtype=dtype, gathered_bytes=4 if dtype == "fp32" else 2), work, constants)
     must = _fixed(fixed or {})
     if goal != "cost":
         return _planned(x, must, find_length=goal == "length")
@@ -205,7 +207,7 @@ def choice(x: Setting, strategy: Strategy) -> Choice:
     )
 
 
-def _cluster(hardware: str | Cluster, gpus: int, price: float | None) -> Cluster:
+def cluster_of(hardware: str | Cluster, gpus: int, price: float | None = None) -> Cluster:
     """The cluster of ``gpus`` accelerators at ``price`` an hour that ``hardware`` names, or that a file of ``longspan probe``
     describes.
 
@@ -216,7 +218,7 @@ def _cluster(hardware: str | Cluster, gpus: int, price: float | None) -> Cluster
     return read_cluster(hardware, gpus, price) if hardware.endswith(".json") else cluster(hardware, gpus, price)
 
 
-def _shape(model: str | Path | Mapping[str, Any] | ModelShape) -> ModelShape:
+def shape_of(model: str | Path | Mapping[str, Any] | ModelShape) -> ModelShape:
     """The ModelShape that ``model`` names: a preset, a config.json or its folder, its contents, or a ModelShape.
 
     Raises:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.errors import LayoutError
+from longspan.planner.cost import Constants
 from longspan.planner.hardware import Accelerator, Attention, Cluster, Link
 
 KEYS = ("name", "ranks", "memory", "host_memory", "matmul", "attention", "bandwidth", "to_host", "links")
@@ -31,13 +32,7 @@ def read_cluster(path: str | Path, gpus: int | None = None, price: float | None 
     Raises:
         LayoutError: the file cannot be read, or lacks a figure.
     """
-    try:
-        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        missing = [key for key in KEYS if key not in found]
-    except (OSError, ValueError) as error:
-        raise LayoutError(f"the hardware {path} cannot be read ({error}); name a file that longspan probe wrote") from error
-    if missing:
-        raise LayoutError(f"the hardware {path} lacks {', '.join(missing)}; name a file that longspan probe wrote")
+    found = _read(path)
     source = f"longspan probe, {path}"
     matmul = {dtype: max(rates.values()) for dtype, rates in found["matmul"].items()}
     # the formulas slow a kernel down by the ratio of the dtypes' matrix rates; attention was measured in fp32
@@ -52,6 +47,7 @@ def read_cluster(path: str | Path, gpus: int | None = None, price: float | None 
         bandwidth=found["bandwidth"],
         multiprocessors=1,
         source=source,
+        elementwise=found.get("training", {}).get("elementwise"),
     )
     links = found["links"].values()
     link = Link(
@@ -72,3 +68,36 @@ def read_cluster(path: str | Path, gpus: int | None = None, price: float | None 
         host_bandwidth=found["bandwidth"],
         price=price,
     )
+
+
+def read_constants(path: str | Path) -> Constants:
+    """The constants of a machine that ``longspan probe`` measured, in place of those fitted to published measurements.
+
+    Nothing is reserved beside the tensors. A file of an earlier version keeps the fitted ``matmul`` and ``attention_keys``.
+
+    Args:
+        path: the file.
+
+    Raises:
+        LayoutError: the file cannot be read, or lacks a figure.
+    """
+    found, fitted = _read(path), Constants()
+    return Constants(
+        matmul=found.get("training", {}).get("matmul_share", {}).get("fp32", fitted.matmul),
+        attention_keys=found["attention"].get("keys", fitted.attention_keys),
+        dispatch=found.get("dispatch", fitted.dispatch),
+        host_update=fitted.host_update,
+        reserve=0.0,
+    )
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """The contents of the file, with all of ``KEYS``. Raises LayoutError for one that cannot be read, or lacks a figure."""
+    try:
+        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        missing = [key for key in KEYS if key not in found]
+    except (OSError, ValueError) as error:
+        raise LayoutError(f"the hardware {path} cannot be read ({error}); name a file that longspan probe wrote") from error
+    if missing:
+        raise LayoutError(f"the hardware {path} lacks {', '.join(missing)}; name a file that longspan probe wrote")
+    return found

@@ -1,0 +1,140 @@
+"""Benchmark: the plan beside what this machine does: step time and memory of 15 layouts, from a probe of as many ranks.
+
+    python benchmarks/plan_here.py                    all, about a quarter of an hour on two quiet cores
+    python benchmarks/plan_here.py --memory           memory alone: each fullest rank rehearsed, no quiet machine needed
+    python benchmarks/plan_here.py --only 'ulysses 2' --tokens 1024
+
+A decoder of 2 layers (hidden 256, 8 query and 4 key/value heads of 64, feed-forward 768, vocabulary 2,048) makes steps of AdamW
+on real ranks, one thread each: {1, 2, 4} x {ulysses, ring} at 8k without and with all memory options (a ring of 1 is none),
+tensor 2, pipeline 2, and ulysses 2 at 2k, 16k and 32k; with --memory also 8 in bf16. A configuration whose steps spread more
+than 10% is measured again, at most --most times. Memory is that of the tensors: of the process it lacks Python and libraries.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from longspan.cli.measure import measure_and_write
+from longspan.cli.model_source import DecoderSource
+from longspan.cli.rehearsal import Measured, measure_alone, measure_rank, mesh_of
+from longspan.cli.rehearse import RehearseSettings
+from longspan.cli.rehearsed_plan import predicted
+from longspan.models.decoder_config import DecoderConfig
+from longspan.planner.model import dense
+
+CONFIG = DecoderConfig(vocab=2048, layers=2, hidden=256, heads=8, kv_heads=4, head_dim=64, ffn=768)
+SHAPE = dense("decoder", layers=2, hidden=256, heads=8, kv_heads=4, head_dim=64, ffn=768, vocab=2048)
+ALL: dict[str, Any] = {"zero": 3, "recompute": "selective", "tile_tokens": 1024, "head_chunks": 2}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    **{f"{axis} {n}{', all options' * bool(more)}": {"world": n, axis: n} | more
+       for n in (1, 2, 4) for axis in ("ulysses", "ring") for more in ({}, ALL) if (axis, n) != ("ring", 1)},
+    "tensor 2": {"world": 2, "tensor": 2},
+    "pipeline 2": {"world": 2, "pipeline": 2},
+    **{f"ulysses 2, {n}k": {"world": 2, "ulysses": 2, "tokens": n * 1024} for n in (2, 16, 32)},
+}  # fmt: skip
+BF16: dict[str, dict[str, Any]] = {
+    f"bf16: {name}": {"dtype": "bf16"} | layout
+    for name, layout in {
+        "ulysses 1": {"world": 1}, "ulysses 2": {"world": 2, "ulysses": 2}, "ring 2": {"world": 2, "ring": 2},
+        "ulysses 2, zero=2": {"world": 2, "ulysses": 2, "zero": 2}, "ulysses 2, zero=3": {"world": 2, "ulysses": 2, "zero": 3},
+        "ulysses 2, full": {"world": 2, "ulysses": 2, "recompute": "full"},
+        "ulysses 2, all options": {"world": 2, "ulysses": 2} | ALL, "tensor 2": {"world": 2, "tensor": 2},
+    }.items()
+}  # fmt: skip
+SPREAD = 0.10
+SECONDS_WITHIN, MEMORY_WITHIN = 0.15, 0.10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true", help="memory alone, by rehearsals")
+    parser.add_argument("--only", help="layouts whose name contains this")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--most", type=int, default=3, help="how often a layout is measured at most")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    layouts = {name: {"tokens": given.tokens} | layout for name, layout in (LAYOUTS | (BF16 if given.memory else {})).items()}
+    layouts = {name: layout for name, layout in layouts.items() if given.only is None or given.only in name}
+    with tempfile.TemporaryDirectory() as folder:
+        probes = {} if given.memory else _probes({layout["world"] for layout in layouts.values()}, folder)
+        print("| layout | step, planned | measured | ratio | spread | memory, planned | measured | ratio |")
+        print("|---|---|---|---|---|---|---|---|", flush=True)
+        verdicts = [_compare(name, layout, probes, folder, given) for name, layout in layouts.items()]
+    times, sizes = [t for t, _ in verdicts if t is not None], [m for _, m in verdicts]
+    if times:
+        print(f"step time within {SECONDS_WITHIN:.0%}: {sum(times)} of {len(times)}")
+    print(f"memory within {MEMORY_WITHIN:.0%}: {sum(sizes)} of {len(sizes)}")
+
+
+def _compare(
+    name: str, layout: dict[str, Any], probes: dict[int, str], folder: str, given: argparse.Namespace
+) -> tuple[bool | None, bool]:
+    """Measure one layout and print its row; (whether its time is near, None if it was not measured; whether its memory is)."""
+    settings = RehearseSettings(steps=1 if given.memory else given.steps, hardware=probes.get(layout["world"]), **layout)
+    plan = predicted(settings, "bf16" if settings.dtype == "bf16" else "fp32", SHAPE)
+    if given.memory:
+        found = _together(_rehearsed, settings, folder, processes=1)
+    else:
+        for _ in range(given.most):
+            found = _together(_real, settings, folder, processes=settings.world)
+            if max(one.step_spread for one in found) <= SPREAD:
+                break
+    peak = max(one.peak_bytes for one in found)
+    memory = plan["bytes"] / peak
+    cells = [f"{plan['bytes'] / 2**20:,.1f} MiB", f"{peak / 2**20:,.1f} MiB", f"{memory:.2f}"]
+    near = None
+    if given.memory:
+        cells = ["", "", "", "", *cells]
+    else:
+        took = max(one.step_seconds for one in found)
+        step = plan["compute"] + sum(plan["communication"].values())
+        near = abs(step / took - 1) <= SECONDS_WITHIN
+        spread = max(one.step_spread for one in found)
+        cells = [f"{step:.3f} s", f"{took:.3f} s", f"{step / took:.2f}", f"{spread:.0%}", *cells]
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    return near, abs(memory - 1) <= MEMORY_WITHIN
+
+
+def _probes(worlds: set[int], folder: str) -> dict[int, str]:
+    """The file of a probe for each number of ranks; each prints its figures with their spread."""
+    paths = {}
+    for world in sorted(worlds):
+        paths[world] = str(Path(folder) / f"hardware-{world}.json")
+        mp.spawn(_probe, (world, folder, paths[world]), nprocs=world)
+    return paths
+
+
+def _probe(rank: int, world: int, folder: str, path: str) -> None:
+    _join(rank, world, str(Path(folder) / f"probe-{world}"))
+    measure_and_write(path, 16, 5, None)
+
+
+def _together(body: Any, settings: RehearseSettings, folder: str, processes: int) -> list[Measured]:
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        mp.spawn(body, (settings, own), nprocs=processes)
+        return [torch.load(Path(own) / str(rank), weights_only=False) for rank in range(processes)]
+
+
+def _real(rank: int, settings: RehearseSettings, folder: str) -> None:
+    _join(rank, settings.world, str(Path(folder) / "store"))
+    torch.save(measure_rank(settings, DecoderSource(CONFIG), mesh_of(settings)), Path(folder) / str(rank))
+
+
+def _rehearsed(rank: int, settings: RehearseSettings, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.save(measure_alone(settings, rank, DecoderSource(CONFIG)), Path(folder) / str(rank))
+
+
+def _join(rank: int, world: int, path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(path, world), rank=rank, world_size=world)
+
+
+if __name__ == "__main__":
+    main()

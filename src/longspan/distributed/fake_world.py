@@ -1,0 +1,122 @@
+"""A world of which one rank alone exists: PyTorch's fake process group, and a transport that returns without sending.
+
+    with fake_world(rank=5, world=64):          every group that is made inside is fake: collectives return at once
+        mesh = ParallelMesh(8, transport=FakeTransport())
+                                                 all-to-all      a buffer of the right size, filled from what was to be sent
+                                                 all-gather      this rank's own part, once for each rank
+                                                 reduce-scatter  this rank's own part, not summed
+                                                 receive         (pipeline) values of N(0, 1), drawn once a buffer
+
+Kernels, allocations and shapes are those of that rank; values are not, but they are finite. What a network adds (time of the
+collectives, waiting for other ranks, the buffers of a communicator) is absent. Used by ``longspan rehearse`` only.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan import _compat
+from longspan.errors import RunError
+
+FAKE = "fake"
+
+
+def is_fake(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether ``group`` (None: the world's) is one whose other ranks do not exist."""
+    return str(dist.get_backend(group)) == FAKE
+
+
+@contextmanager
+def fake_world(rank: int, world: int) -> Iterator[None]:
+    """Context manager: this process is rank ``rank`` of ``world`` ranks, of which no other exists.
+
+    Args:
+        rank: from 0.
+        world: the number of ranks.
+
+    Raises:
+        RunError: this process has a process group already, or this PyTorch's fake group leaves what it receives unfilled.
+    """
+    if dist.is_initialized():
+        raise RunError("a fake world needs a process without a process group; call destroy_process_group() first")
+    _compat.register_fake_backend()
+    dist.init_process_group(FAKE, store=_compat.hash_store(), rank=rank, world_size=world)
+    try:
+        _refuse_unfilled(world)
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class FakeTransport:
+    """A transport that sends nothing: what it returns is filled with the elements that were to be sent, over and over.
+
+    ``seconds``: the time in which this process filled buffers so far, by its own thread's clock; a real rank does not spend it.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def all_to_all(
+        self, send: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], group: dist.ProcessGroup
+    ) -> "_Filled":
+        """``Transport.all_to_all``, without sending."""
+        return self.all_to_all_into(send.new_empty(sum(recv_splits)), send, send_splits, recv_splits, group)
+
+    def all_to_all_into(
+        self, received: Tensor, send: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], group: dist.ProcessGroup
+    ) -> "_Filled":
+        """As ``all_to_all``, into ``received``, a flat tensor that the caller gives."""
+        begin = time.thread_time()
+        rest = received if send.numel() else received.zero_()[:0]
+        while rest.numel():
+            count = min(rest.numel(), send.numel())
+            rest[:count].copy_(send[:count])
+            rest = rest[count:]
+        self.seconds += time.thread_time() - begin
+        return _Filled(received)
+
+
+class _Filled:
+    def __init__(self, received: Tensor) -> None:
+        self.received = received
+
+    def wait(self) -> Tensor:
+        return self.received
+
+
+def fake_stage(stage: Any) -> None:
+    """Let a pipeline stage take hidden states and gradients of N(0, 1), drawn once a buffer, for what others would send.
+
+    Args:
+        stage: one of ``torch.distributed.pipelining``, changed in place.
+    """
+    _compat.vote_for_all_stages(stage)
+    drawn: set[int] = set()
+
+    def filling(receive: Callable[[int], list[dist.P2POp]], chunk: int) -> list[dist.P2POp]:
+        operations = receive(chunk)
+        for operation in operations:
+            if id(operation.tensor) not in drawn:
+                drawn.add(id(operation.tensor))
+                operation.tensor.detach().normal_()
+        return operations
+
+    stage.get_fwd_recv_ops = partial(filling, stage.get_fwd_recv_ops)
+    stage.get_bwd_recv_ops = partial(filling, stage.get_bwd_recv_ops)
+
+
+def _refuse_unfilled(world: int) -> None:
+    received = torch.full((1,), torch.nan, device="cpu")
+    dist.reduce_scatter(received, list(torch.zeros(world, 1, device="cpu")))
+    if not received.isfinite().all():
+        raise RunError(
+            f"the fake process group of PyTorch {torch.__version__} leaves what it receives unfilled, so that memory of any "
+            f"content would be computed with; use torch 2.13 or later for a rehearsal"
+        )
