@@ -52,7 +52,7 @@ def test_bad_input_is_one_sentence(flags: str, reason: str, tmp_path: Path, caps
 
 DRAWN = """
   const plots = [...document.querySelectorAll(".js-plotly-plot")];
-  return { plots: plots.length, lines: plots.map(plot => plot.querySelectorAll(".plot path.js-line").length),
+  return { plots: plots.length, lines: plots.map(plot => plot.querySelectorAll(".scatterlayer path.js-line").length),
     wide: document.documentElement.scrollWidth <= window.innerWidth };
 """
 
