@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,21 @@ class Small(nn.Module):
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.head(self.first(x)), labels)
+
+
+def test_only_the_memory_of_one_device_is_recorded() -> None:
+    """A step on an accelerator allocates in host memory too, maybe at the same address."""
+
+    def event(device: str, size: int) -> SimpleNamespace:
+        kept = SimpleNamespace(ptr=64, alloc_size=size, device=torch.device(device))
+        return SimpleNamespace(tag=SimpleNamespace(name="Allocation"), typed=(None, kept), start_time_ns=abs(size))
+
+    inner = SimpleNamespace(
+        tag=SimpleNamespace(name="TorchOp"), name="aten::mm", children=[event("cuda:0", 10), event("cpu", 5)]
+    )
+    tree = [inner, event("cpu", -5), event("cuda:0", -10)]
+    assert list(allocations._allocations(tree, (), "cuda")) == [(10, 64, 10, ("aten::mm",)), (10, 64, -10, ())]
+    assert [size for _, _, size, _ in allocations._allocations(tree, (), "cpu")] == [5, -5]
 
 
 def test_every_byte_has_its_category_and_every_phase_its_mark(capfd: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,8 @@ def work(config: Train) -> int:
     peak_flops = measured_peak_flops(mesh, DTYPE[config.dtype])
     journal = Journal(run, done, lead, config.log_to, asdict(config))
     losses, eval_loss = [], math.nan
-    watched, reported = Recorded(model, optimizer), min(done + 2, config.steps) if config.memory_report and lead else 0
+    watched = Recorded(model, optimizer, mesh.device)
+    reported = min(done + 2, config.steps) if config.memory_report and lead else 0
 
     with Display(run.name, config.steps, done, lead) as display:
         display.say(opening(source, corpus, loader, config, mesh, done))

@@ -177,19 +177,22 @@ class Recorded:
     Args:
         model: its parameters, buffers and gradients are counted in the memory before the step.
         optimizer: its states are counted too.
+        device: the device whose memory is recorded; None: that of the model's first parameter.
     """
 
     timeline: Timeline
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device | None = None) -> None:
         self._model, self._optimizer = model, optimizer
+        first = next(model.parameters(), None)
+        self._device = (device or (torch.device("cpu") if first is None else first.device)).type
         self._gradients: set[int] = set()
 
     def __enter__(self) -> "Recorded":
         self._before = dict.fromkeys(CATEGORIES, 0) | {
-            "parameters": _bytes([*self._model.parameters(), *self._model.buffers()]),
-            "optimizer": _bytes(x for state in self._optimizer.state.values() for x in state.values()),
-            "gradients": _bytes(parameter.grad for parameter in self._model.parameters()),
+            "parameters": _bytes([*self._model.parameters(), *self._model.buffers()], self._device),
+            "optimizer": _bytes((x for state in self._optimizer.state.values() for x in state.values()), self._device),
+            "gradients": _bytes((parameter.grad for parameter in self._model.parameters()), self._device),
         }
         self._block = ExitStack()
         self._block.enter_context(_without_noise())
@@ -220,7 +223,7 @@ class Recorded:
         Returns:
             (time in nanoseconds, one of ``CATEGORIES`` by the operator around the event, bytes, negative where freed).
         """
-        found = sorted(_allocations(tree, ()))
+        found = sorted(_allocations(tree, (), self._device))
         stepped = next((when for when, _, _, names in found if any(name.startswith("Optimizer.step") for name in names)), None)
         live: dict[int, tuple[int, int]] = {}
         changes: list[Change] = []
@@ -239,12 +242,15 @@ class Recorded:
         return changes
 
 
-def _allocations(events: Sequence[Any], names: tuple[str, ...]) -> Iterator[tuple[int, int, int, tuple[str, ...]]]:
-    """Yield each allocation and free in a tree of profiler events, not sorted by time.
+def _allocations(
+    events: Sequence[Any], names: tuple[str, ...], device_type: str
+) -> Iterator[tuple[int, int, int, tuple[str, ...]]]:
+    """Yield each allocation and free on one kind of device in a tree of profiler events, not sorted by time.
 
     Args:
         events: the events of one level.
         names: names of the operators that enclose them.
+        device_type: "cpu", or that of an accelerator; a step on one allocates in host memory too, which is another memory.
 
     Yields:
         (time in nanoseconds, address, size in bytes, names of the enclosing operators); a free has a negative size.
@@ -252,9 +258,10 @@ def _allocations(events: Sequence[Any], names: tuple[str, ...]) -> Iterator[tupl
     for event in events:
         if event.tag.name == "Allocation":
             kept = event.typed[1]
-            yield event.start_time_ns, kept.ptr, kept.alloc_size, names
+            if kept.device.type == device_type:
+                yield event.start_time_ns, kept.ptr, kept.alloc_size, names
         else:
-            yield from _allocations(event.children, (*names, event.name))
+            yield from _allocations(event.children, (*names, event.name), device_type)
 
 
 def _mark_forward(*_: Any) -> None:
@@ -313,12 +320,13 @@ def _category(names: Sequence[str]) -> str:
     return next((category for part, category in NAMES if any(part in name for name in names)), "activations")
 
 
-def _bytes(tensors: Any) -> int:
-    """The total bytes of the storages of those of ``tensors`` that are tensors; a storage that several share counts once.
+def _bytes(tensors: Any, device_type: str) -> int:
+    """The total bytes of the storages of those of ``tensors`` that are tensors on this kind of device.
 
-    Of a DTensor, only this rank's shard counts.
+    A storage that several share counts once. Of a DTensor, only this rank's shard counts.
     """
-    sizes = {_storage(x): _local(x).untyped_storage().nbytes() for x in tensors if isinstance(x, Tensor)}
+    here = (_local(x) for x in tensors if isinstance(x, Tensor) and x.device.type == device_type)
+    sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in here}
     return sum(sizes.values())
 
 
