@@ -104,6 +104,9 @@ def join_world(device: torch.device, timeout: timedelta | None = None) -> None:
             f"the ranks met at {os.environ['MASTER_ADDR']}, but cannot connect by the interface {interface} "
             f"({str(error).splitlines()[0].partition(' with ')[0]}); {REMEDY}"
         ) from error
+    # A rank that ends at once would close connections that another rank still opens.
+    store.set(f"longspan/connected/{rank}", "")
+    store.wait([f"longspan/connected/{each}" for each in range(ranks)])
 
 
 def _make_group(device: torch.device, store: Any, rank: int, ranks: int, timeout: timedelta | None) -> None:

@@ -87,7 +87,8 @@ def test_the_kernel_counts_what_a_program_sends_and_headers() -> None:
         assert done.returncode == 0, done.stderr
         receiver.communicate(timeout=60)
         counted = Counted(*made.sent(1)) - before
-    assert counted.payload == pytest.approx(1_000_000, abs=100)  # the address is asked for, and the connection opened
+    # The address is asked for, and the connection opened; a busy machine sends a segment that is late again.
+    assert -100 < counted.payload - 1_000_000 < 100 + 2 * namespaces.MTU
     assert counted.frames >= 1_000_000 / (namespaces.MTU - HEADER_BYTES + 14), "frames are counted, not longer segments"
     assert counted.bytes < 1.03 * 1_000_000
 
