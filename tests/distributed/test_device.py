@@ -88,6 +88,7 @@ def _joined(devices: int, path: str) -> tuple[dict[str, Any], list[str]]:
     handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger(device.__name__).addHandler(handler)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "3")
         patch.setattr(torch.accelerator, "set_device_index", lambda _: None)
         patch.setattr(device, "_meeting_point", lambda: (dist.FileStore(path, 3), rank, 3))
         patch.setattr(device, "_hardware", lambda own: f"GPU {own.index % devices} of here")
