@@ -21,26 +21,32 @@ LAYOUTS: dict[str, tuple[dict[str, int], int]] = {
 ROWS, TOKENS = 4, 23
 
 
-@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.long), True])
+THREE = ("tensor x ulysses", "pipeline x data", "one rank")
+
+
+@pytest.mark.parametrize(
+    ("tied", "names"),
+    [(True, THREE), *(pytest.param(tied, tuple(LAYOUTS), marks=pytest.mark.long) for tied in (True, False))],
+)
 def test_the_next_losses_are_the_same_on_every_pair_of_layouts(
-    tied: bool, tmp_path: Path, pool: Callable[[int], Ranks]
+    tied: bool, names: tuple[str, ...], tmp_path: Path, pool: Callable[[int], Ranks]
 ) -> None:
-    for differences in pool(4).run(every_pair, str(tmp_path), tied):
-        assert len(differences) == len(LAYOUTS) ** 2
+    for differences in pool(4).run(every_pair, str(tmp_path), tied, names):
+        assert len(differences) == len(names) ** 2
         assert max(differences.values()) <= 1e-10, differences
 
 
-def every_pair(folder: str, tied: bool) -> dict[tuple[str, str], float]:
+def every_pair(folder: str, tied: bool, names: tuple[str, ...]) -> dict[tuple[str, str], float]:
     """{(saved on, loaded on): the largest difference of the next two losses}."""
     found = {}
-    for saving in LAYOUTS:
+    for saving in names:
         mesh, model, optimizer = made(saving, 0, tied)
         for number in (1, 2):
             step(mesh, model, optimizer, number)
         run = Path(folder, saving)
         checkpoint.save(run, 2, model, optimizer, {}, mesh, 2)
         wanted = [step(mesh, model, optimizer, number) for number in (3, 4)]
-        for loading in LAYOUTS:
+        for loading in names:
             mesh_2, model_2, optimizer_2 = made(loading, 7, tied)
             step(mesh_2, model_2, optimizer_2, 1)  # states to be overwritten
             path = checkpoint.newest(run)

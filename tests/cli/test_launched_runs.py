@@ -82,7 +82,13 @@ def of_local_ranks(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return losses(folder)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+QUICK = ("srun", "a TrainJob's pods")
+"""One launcher that gives each rank its environment, and one that gives its torchrun; the others run in make test-long."""
+
+
+@pytest.mark.parametrize(
+    "launcher", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in LAUNCHERS]
+)
 def test_a_launcher_s_ranks_are_one_run(launcher: str, text: Path, of_local_ranks: list[float], tmp_path: Path) -> None:
     (tmp_path / "text.txt").symlink_to(text)
     program, environments = LAUNCHERS[launcher]

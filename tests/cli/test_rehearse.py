@@ -29,6 +29,7 @@ def test_one_rank_of_64_is_measured_beside_the_plan(tmp_path: Path) -> None:
     assert found["plan"]["compute"] > 0
 
 
+@pytest.mark.long
 def test_a_rank_of_each_kind_of_stage_is_rehearsed(tmp_path: Path) -> None:
     flags = "--world 8 --model tiny --pipeline 2 --tensor 2 --zero 3 --tokens 256 --steps 1"
     code, text, errors = on_ranks(1, command, *flags.split(), tmp_path=tmp_path)[0]

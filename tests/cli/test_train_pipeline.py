@@ -29,7 +29,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     "settings",
     [
         PIPELINE,
-        PIPELINE | {"ulysses": 2, "zero": 3, "schedule": "gpipe", "recompute": "full", "micro_batches": 2},
+        pytest.param(
+            PIPELINE | {"ulysses": 2, "zero": 3, "schedule": "gpipe", "recompute": "full", "micro_batches": 2},
+            marks=pytest.mark.long,
+        ),
         pytest.param(PIPELINE | {"tensor": 2, "micro_batches": 1, "dtype": "bf16"}, marks=pytest.mark.long),
         pytest.param(PIPELINE | {"ranks": 4, "eval_rows": 5, "micro_batches": 2}, marks=pytest.mark.long),
     ],
