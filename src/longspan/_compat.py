@@ -16,7 +16,6 @@
     is_inside_ddp                   DistributedDataParallel._get_active_ddp_module                          models/unchanged.py
     own_parameters, own_modules     nn.Module._parameters, nn.Module._modules                               models/unchanged.py
     changes_in_place, base_of_view  Tensor._version, Tensor._base                           offload.py, hf/own_recipe.py
-    references                      torch._C._storage_Use_Count                                             exchanges' memory
     hash_store                      torch.distributed.HashStore (without type stubs)                        one rank
     tcp_store, hosted_store, meet_in_store   torch.distributed.TCPStore (without type stubs)                         launching
     torchrun_store                  torch.distributed.distributed_c10d.rendezvous                           torchrun's ranks
@@ -294,12 +293,6 @@ def _launch_config(kind: Any, *, shutdown_timeout: int, **options: Any) -> Any:
     """A LaunchConfig of the class ``kind``; before PyTorch 2.13 without ``shutdown_timeout``, its agent waits 30 seconds."""
     known = "shutdown_timeout" in {field.name for field in fields(kind)}
     return kind(**options, **({"shutdown_timeout": shutdown_timeout} if known else {}))
-
-
-def references(storage: torch.UntypedStorage) -> int:
-    """How many objects refer to ``storage``: tensors that lie in it, views and saved ones included, and ``storage`` itself."""
-    count: int = _symbol(torch._C, "_storage_Use_Count", "the memory of the exchanges")(storage._cdata)
-    return count
 
 
 def hash_store() -> Any:

@@ -37,6 +37,24 @@ def test_a_taken_tensor_is_used_again_only_when_nothing_refers_to_it(small_bound
     assert place in {tensor.data_ptr() for tensor in [scratch.take(4, like), scratch.take(4, like)]}
 
 
+def test_the_memory_of_a_storage_that_the_user_holds_is_not_used_again(small_bounds: None) -> None:
+    scratch, like = Scratch(), torch.empty(0)
+    taken = scratch.take(4, like)
+    place, storage = taken.data_ptr(), taken.untyped_storage()
+    del taken
+    assert scratch.take(4, like).data_ptr() != place
+    del storage
+    assert place in {tensor.data_ptr() for tensor in [scratch.take(4, like), scratch.take(4, like)]}
+
+
+def test_memory_that_another_process_may_have_mapped_is_not_used_again(small_bounds: None) -> None:
+    scratch, like = Scratch(), torch.empty(0)
+    taken = scratch.take(4, like).share_memory_()
+    shared = taken.data_ptr()
+    del taken
+    assert scratch.take(4, like).data_ptr() != shared
+
+
 def test_a_tensor_that_autograd_saved_is_not_overwritten(small_bounds: None) -> None:
     scratch, like = Scratch(), torch.empty(0)
     taken = scratch.take(16, like).fill_(3)

@@ -1,7 +1,7 @@
 """Memory of the exchanges that is used again, because on a CPU new pages take longer than the copy into them.
 
     lend    a send buffer: filled, sent, and free again at the end of the block
-    take    a received tensor: free again when no tensor, view or saved activation refers to it
+    take    a received tensor: free again when no tensor, view, saved activation or storage refers to it
 
 The system fills every new page with zeros before it hands it out: received into new memory, the exchange of 16,384 tokens took
 several times the processor time of the same exchange into memory that is there. On other devices PyTorch itself keeps memory.
@@ -9,12 +9,14 @@ several times the processor time of the same exchange into memory that is there.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from longspan import _compat
 from longspan.tuning import SCRATCH_BYTES, SMALLEST_KEPT_BYTES
 
 
@@ -26,7 +28,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._free: dict[torch.device, Tensor] = {}
-        self._taken: list[torch.UntypedStorage] = []
+        self._taken: list[_Taken] = []
 
     @contextmanager
     def lend(self, elements: int, like: Tensor) -> Iterator[Shaped[Tensor, " elements"]]:
@@ -52,29 +54,47 @@ class Scratch:
         if like.device.type != "cpu" or type(like) is not Tensor or not SMALLEST_KEPT_BYTES <= needed <= SCRATCH_BYTES:
             return like.new_empty(elements)
         self._drop_what_is_too_much()
-        free = [storage for storage in self._taken if _is_free(storage) and needed <= storage.nbytes() <= 2 * needed]
-        storage = min(free, key=torch.UntypedStorage.nbytes, default=None)
-        if storage is None:
-            storage = torch.UntypedStorage(needed, device="cpu")
-            self._taken.append(storage)
-        return like.new_empty(0).set_(storage, 0, (elements,), (1,))
+        free = [taken for taken in self._taken if taken.is_free and needed <= taken.memory.nbytes <= 2 * needed]
+        chosen = min(free, key=lambda taken: taken.memory.nbytes, default=None)
+        if chosen is None:
+            memory = torch.empty(needed, dtype=torch.uint8)
+        else:
+            memory = chosen.memory
+            self._taken.remove(chosen)
+        owner = memory.numpy()
+        self._taken.append(_Taken(memory=memory, owner=ref(owner)))
+        return like.new_empty(0).set_(torch.from_numpy(owner).untyped_storage(), 0, (elements,), (1,))
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the memory that is kept now, free or in use."""
-        return sum(buffer.nbytes for buffer in self._free.values()) + sum(storage.nbytes() for storage in self._taken)
+        return sum(buffer.nbytes for buffer in self._free.values()) + sum(taken.memory.nbytes for taken in self._taken)
 
     def _drop_what_is_too_much(self) -> None:
-        """Forget the storages in use, beyond a bound, and those that are free, beyond ``SCRATCH_BYTES`` in sum."""
+        """Forget the free memory beyond ``SCRATCH_BYTES`` in sum."""
         left, kept = SCRATCH_BYTES, []
-        for storage in reversed(self._taken):  # the newest are most like the next one
-            if not _is_free(storage):
-                kept.append(storage)
-            elif storage.nbytes() <= left:
-                left -= storage.nbytes()
-                kept.append(storage)
+        for taken in reversed(self._taken):  # the newest are most like the next one
+            if not taken.is_free:
+                kept.append(taken)
+            elif taken.memory.nbytes <= left:
+                left -= taken.memory.nbytes
+                kept.append(taken)
         self._taken = kept[::-1]
 
 
-def _is_free(storage: torch.UntypedStorage) -> bool:
-    return _compat.references(storage) == 1
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Taken:
+    """Memory that was taken.
+
+    Attributes:
+        memory: the bytes.
+        owner: a weak reference to the NumPy array as whose memory a storage was made. The storage alone holds the array, so it
+            is gone when no tensor, view, saved tensor or storage of a user refers to the memory.
+    """
+
+    memory: Tensor
+    owner: ref[Any]
+
+    @property
+    def is_free(self) -> bool:
+        return self.owner() is None
