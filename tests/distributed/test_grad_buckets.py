@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.distributed import grad_buckets
-from longspan.distributed.grad_buckets import Buckets, MeanInBuckets, Reductions
-from longspan.distributed.grad_sync import MeanGradients, gradient_group
+from longspan.distributed.grad_buckets import Buckets, MeanInBuckets
+from longspan.distributed.grad_sync import MeanGradients, gradient_reductions
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from tests.helpers.ranks import on_ranks
@@ -57,7 +57,7 @@ def _two_backwards():
     operators, summed, control, reduce = [], [], [], dist.all_reduce
 
     def counted(x, *args, group, **named):
-        if group is gradient_group(mesh):
+        if group is gradient_reductions(mesh).group:
             summed[-1].append(x.numel() * x.element_size())
         else:
             control.append(x.numel())
@@ -84,7 +84,7 @@ def _order_of_events():
     events, reduce = [], dist.all_reduce
 
     def noted(x, *args, group, **named):
-        if group is gradient_group(mesh):
+        if group is gradient_reductions(mesh).group:
             events.append("all-reduce")
         return reduce(x, *args, group=group, **named)
 
@@ -105,10 +105,11 @@ def test_what_a_rank_lacks_counts_as_zero_and_what_all_lack_is_not_sent(tmp_path
 def _partial():
     grad_buckets.BUCKET_BYTES = 8
     mesh = ParallelMesh()
-    reductions = Reductions(gradient_group(mesh), mesh.loss_control_group)
+    reductions = gradient_reductions(mesh)
     mean = MeanInBuckets(Buckets.of([nn.Parameter(torch.zeros(1)) for _ in range(6)]), reductions)
     for index, value in ({5: 2.0, 4: 1.0}, {3: 4.0})[mesh.coordinate.data_rank].items():
         mean.add(index, torch.tensor([value]))
+    reductions.let_start_early(mean)
     mean.reduce_full_buckets()
     with patch.object(reductions, "start", wraps=reductions.start) as start:
         found = {index: piece.tolist() for index, piece in mean.finished()}
@@ -123,7 +124,7 @@ def test_backwards_that_failed_at_different_points_are_refused_on_every_rank(tmp
 
 def _failed_at_different_points():
     mesh = ParallelMesh()
-    buckets, reductions = Buckets.of([nn.Parameter(torch.zeros(1))]), Reductions(gradient_group(mesh), mesh.loss_control_group)
+    buckets, reductions = Buckets.of([nn.Parameter(torch.zeros(1))]), gradient_reductions(mesh)
     reductions.unfinished = mesh.coordinate.data_rank
     with pytest.raises(ModelError, match="the ranks have started between 0 and 1 all-reduces of gradients for other backwards"):
         list(MeanInBuckets(buckets, reductions).finished())

@@ -69,6 +69,34 @@ def test_every_gradient_is_that_of_one_device(ranks, bucket_bytes, tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
 
 
+def test_two_models_in_one_backward_are_reduced_one_after_the_other(tmp_path):
+    """Each rank leaves out the last layer of another model, so that the ranks fill other buckets before the end."""
+    models = _two_models()
+    sum(_score_of_both(*models, rank) for rank in range(2)).backward()
+    expected = list(map(_grads, models))
+    for found in on_ranks(2, _one_backward_of_two_models, tmp_path=tmp_path, seconds=30):
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
+
+
+def _one_backward_of_two_models():
+    grad_buckets.BUCKET_BYTES = 1
+    mesh, models = ParallelMesh(), _two_models()
+    for model in models:
+        MeanGradients(model, mesh)
+    all_reduce_sum(_score_of_both(*models, mesh.coordinate.data_rank), mesh.loss_group).backward()
+    return list(map(_grads, models))
+
+
+def _two_models() -> list[nn.Sequential]:
+    torch.manual_seed(0)
+    return [nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double() for _ in range(2)]
+
+
+def _score_of_both(one: nn.Sequential, other: nn.Sequential, rank: int) -> torch.Tensor:
+    x, weights = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    return ((one[: 1 + rank](x) + other[: 2 - rank](x)) * weights).sum()
+
+
 def _three_backwards(bucket_bytes=grad_buckets.BUCKET_BYTES):
     grad_buckets.BUCKET_BYTES = bucket_bytes
     toy, mesh = Toy(), ParallelMesh()

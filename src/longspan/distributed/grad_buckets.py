@@ -10,8 +10,9 @@ Buckets are reduced in one fixed order and not in the order in which a rank fill
 rank does not use all of its parameters, is reduced at the end if any rank has a gradient in it. Independent of backwards.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -63,7 +64,7 @@ class Buckets:
 
 
 class Reductions:
-    """The all-reduces of gradients over a group, and the agreement about them.
+    """The all-reduces of gradients over a group, and the agreement about them; one for all models whose gradients it reduces.
 
     Args:
         group: the ranks that hold the parameters.
@@ -74,6 +75,20 @@ class Reductions:
         self.group, self._control = group, control
         self.unfinished = 0
         """All-reduces of means that were never finished: of those that are running, and of backwards that failed."""
+        self._early: Callable[[], MeanInBuckets | None] = lambda: None
+
+    def let_start_early(self, mean: "MeanInBuckets") -> None:
+        """Let ``mean`` start all-reduces before its end, unless there is another one that may.
+
+        In one backward of two models those of the second start at its end: where ranks use different parameters, one rank
+        would otherwise start them before some of the first that another rank starts at the end.
+        """
+        if self._early() is None:
+            self._early = ref(mean)
+
+    def starts_early(self, mean: "MeanInBuckets") -> bool:
+        """Whether ``mean`` may start all-reduces before its end."""
+        return self._early() is mean
 
     def start(self, flat: Tensor) -> dist.Work | None:
         """Start the sum of ``flat`` over the ranks, in place; None where there is nothing to wait for."""
@@ -124,7 +139,12 @@ class MeanInBuckets:
         self._missing[number] -= 1
 
     def reduce_full_buckets(self) -> None:
-        """Start the all-reduces of buckets that are full on this rank, up to the first that is not: the order is fixed."""
+        """Start the all-reduces of buckets that are full on this rank, up to the first that is not: the order is fixed.
+
+        Nothing is started if ``Reductions.let_start_early`` chose another mean.
+        """
+        if not self._reductions.starts_early(self):
+            return
         while (number := len(self._started)) < len(self._missing) and not self._missing[number]:
             self._start(number)
 

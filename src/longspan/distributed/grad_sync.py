@@ -58,7 +58,7 @@ class MeanGradients:
             return
         self._earlier: dict[int, Tensor | None] = {}
         self._buckets = Buckets.of(self._parameters)
-        self._reductions = Reductions(gradient_group(mesh), mesh.loss_control_group)
+        self._reductions = gradient_reductions(mesh)
         for index, parameter in enumerate(self._parameters):
             self._handles.append(parameter.register_hook(partial(self._set_earlier_aside, index)))
             self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._take, index)))
@@ -120,6 +120,7 @@ class MeanGradients:
         if mean is None:
             self._refuse_what_cannot_be_averaged(index)
             mean = self._running[backward] = MeanInBuckets(self._buckets, self._reductions)
+            self._reductions.let_start_early(mean)
             _compat.after_backward(partial(self._finish, mean))
         return mean
 
@@ -176,19 +177,20 @@ class MeanGradients:
             _add(self._parameters[index], gradient)
 
 
-def gradient_group(mesh: ParallelMesh) -> dist.ProcessGroup:
-    """The ranks of ``mesh.fsdp_group`` as a process group that reduces nothing but gradients; one for each mesh.
+def gradient_reductions(mesh: ParallelMesh) -> Reductions:
+    """The all-reduces over ``mesh.fsdp_group`` in a process group that reduces nothing but gradients; one for each mesh.
 
     Gradients are reduced while the backward runs other collectives, and ranks may come to the two in different orders, which
     one group would confuse. Every rank of the mesh must call it at once.
     """
-    if mesh.own_gradient_group is None:
+    if mesh.own_reductions is None:
         if mesh.fsdp_group.size() == mesh.world_group.size():  # a DeviceMesh would take the group of all ranks, as others do
-            mesh.own_gradient_group = dist.new_group()
+            group = dist.new_group()
         else:
-            mesh.own_gradient_group = _compat.flattened(mesh.fsdp_mesh, "gradients").get_group()
-        set_timeout([mesh.own_gradient_group], mesh.timeout)
-    return mesh.own_gradient_group
+            group = _compat.flattened(mesh.fsdp_mesh, "gradients").get_group()
+        set_timeout([group], mesh.timeout)
+        mesh.own_reductions = Reductions(group, mesh.loss_control_group)
+    return mesh.own_reductions
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from longspan import _compat
 from longspan.distributed.collectives import TorchTransport, Transport
 from longspan.distributed.consensus import gather
 from longspan.distributed.device import choose_device, device_of, join_world, new_group, refuse_shared_devices, set_timeout
+from longspan.distributed.grad_buckets import Reductions
 from longspan.distributed.launchers import join_launcher
 from longspan.distributed.layout import Degrees, Layout, Runs, choose_degrees
 from longspan.distributed.rank_map import crossing, rank_map
@@ -157,7 +158,7 @@ class ParallelMesh:
     """
 
     timeout: timedelta | None = None
-    own_gradient_group: dist.ProcessGroup | None = None  # grad_sync.py makes it when it is first needed
+    own_reductions: Reductions | None = None  # grad_sync.py makes it when it is first needed
 
     def __init__(
         self,
