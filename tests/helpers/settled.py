@@ -11,9 +11,6 @@ from longspan.distributed.collectives import Arrival, TorchTransport
 class Settled(TorchTransport):
     """Waits until gloo's threads have freed what they sent: the profiler does not see what they free."""
 
-    def all_to_all(self, *given: Any) -> Arrival:
-        return Settling(super().all_to_all(*given))
-
     def all_to_all_into(self, *given: Any) -> Arrival:
         return Settling(super().all_to_all_into(*given))
 

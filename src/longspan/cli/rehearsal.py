@@ -185,8 +185,9 @@ def _seconds(step: Callable[[], None], mesh: ParallelMesh) -> tuple[float, float
 def _recorded(
     model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], None], mesh: ParallelMesh
 ) -> dict[str, int]:
-    """Bytes by category at the peak of one step; memory that the mesh kept for its exchanges before it is counted too."""
-    kept = mesh.scratch.held_bytes
+    """Bytes by category at the peak of one step; memory that mesh and transport kept for exchanges before it is counted too."""
+    transport: Any = mesh.transport
+    kept = mesh.scratch.held_bytes + transport.memory.held_bytes
     with Recorded(model, optimizer) as recorded:
         step()
     kinds = recorded.timeline.at_peak()

@@ -67,10 +67,13 @@ class TorchTransport:
     """The default ``Transport`` of a mesh: PyTorch's ``all_to_all_single`` on the backend of the group (gloo, NCCL, ...).
 
     On a CPU it receives into memory that it used before, once no tensor refers to it any more.
+
+    Attributes:
+        memory: what it keeps for that.
     """
 
     def __init__(self) -> None:
-        self._memory = Scratch()
+        self.memory = Scratch()
 
     def all_to_all(
         self,
@@ -89,9 +92,7 @@ class TorchTransport:
         Returns:
             A handle whose ``wait`` returns the received elements, flat and in rank order.
         """
-        received = self._memory.take(sum(recv_splits), send)
-        work = dist.all_to_all_single(received, send, list(recv_splits), list(send_splits), group=group, async_op=True)
-        return _Receiving(send, received, work)
+        return self.all_to_all_into(self.memory.take(sum(recv_splits), send), send, send_splits, recv_splits, group)
 
     def all_to_all_into(
         self,

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan import _compat
+from longspan.distributed.scratch import Scratch
 from longspan.errors import RunError
 
 FAKE = "fake"
@@ -57,17 +58,19 @@ def fake_world(rank: int, world: int) -> Iterator[None]:
 class FakeTransport:
     """A transport that sends nothing: what it returns is filled with the elements that were to be sent, over and over.
 
-    ``seconds``: the time in which this process filled buffers so far, by its own thread's clock; a real rank does not spend it.
+    Attributes:
+        seconds: the time in which this process filled buffers so far, by its own thread's clock; a real rank does not spend it.
+        memory: what it receives into, kept as ``TorchTransport`` keeps it.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds, self.memory = 0.0, Scratch()
 
     def all_to_all(
         self, send: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], group: dist.ProcessGroup
     ) -> "_Filled":
         """``Transport.all_to_all``, without sending."""
-        return self.all_to_all_into(send.new_empty(sum(recv_splits)), send, send_splits, recv_splits, group)
+        return self.all_to_all_into(self.memory.take(sum(recv_splits), send), send, send_splits, recv_splits, group)
 
     def all_to_all_into(
         self, received: Tensor, send: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], group: dist.ProcessGroup
