@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -150,7 +151,7 @@ def measure_rank(settings: RehearseSettings, source: ModelSource, mesh: Parallel
     if not on_cpu:
         torch.accelerator.reset_peak_memory_stats(mesh.device)
     computed, taken = zip(*(_seconds(step, mesh) for _ in range(settings.steps)))
-    kinds = _recorded(model, optimizer, step, mesh) if on_cpu else {}
+    kinds = recorded_peak(model, optimizer, step, mesh) if on_cpu else {}
     at = mesh.coordinate
     return Measured(
         rank=dist.get_rank(),
@@ -182,7 +183,7 @@ def _seconds(step: Callable[[], None], mesh: ParallelMesh) -> tuple[float, float
     return (own - (getattr(mesh.transport, "seconds", 0.0) - filled) if on_cpu else whole), whole
 
 
-def _recorded(
+def recorded_peak(
     model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], None], mesh: ParallelMesh
 ) -> dict[str, int]:
     """Bytes by category at the peak of one step; memory that mesh and transport kept for exchanges before it is counted too."""

@@ -66,9 +66,14 @@ class Scratch:
         return like.new_empty(0).set_(torch.from_numpy(owner).untyped_storage(), 0, (elements,), (1,))
 
     @property
+    def send_bytes(self) -> int:
+        """Bytes of the send buffers that are kept now and free."""
+        return sum(buffer.nbytes for buffer in self._free.values())
+
+    @property
     def held_bytes(self) -> int:
-        """Bytes of the memory that is kept now, free or in use."""
-        return sum(buffer.nbytes for buffer in self._free.values()) + sum(taken.memory.nbytes for taken in self._taken)
+        """Bytes of the memory that is kept now: free send buffers, and received tensors that are free or in use."""
+        return self.send_bytes + sum(taken.memory.nbytes for taken in self._taken)
 
     def _drop_what_is_too_much(self) -> None:
         """Forget the free memory beyond ``SCRATCH_BYTES`` in sum."""
