@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
@@ -167,7 +168,7 @@ def _attention(device: torch.device, seconds: Seconds) -> dict[str, float]:
         gradient = torch.randn_like(q)
         with torch.no_grad():
             one = seconds(f"attention {tokens} forward", forward)
-        whole = seconds(f"attention {tokens}", lambda run=forward, g=gradient: run().backward(g))  # type: ignore[misc]
+        whole = seconds(f"attention {tokens}", partial(_forward_and_backward, forward, gradient))
         flops = 4 * dim * heads * tokens * (tokens + 1) / 2
         rates.append((flops / one, 2.5 * flops / max(whole - one, 1e-9)))
     few, many = (tokens / 2 for tokens in lengths)
@@ -176,10 +177,19 @@ def _attention(device: torch.device, seconds: Seconds) -> dict[str, float]:
     return {"forward": rates[1][0] / reached, "backward": rates[1][1] / reached, "keys": keys}
 
 
+def _forward_and_backward(forward: Callable[[], Tensor], gradient: Tensor) -> None:
+    forward().backward(gradient)
+
+
 def half_rate_keys(few: tuple[float, float], many: tuple[float, float]) -> float:
     """The c of rate = R · keys / (keys + c) through two points (keys, rate); 0 where the rate does not rise."""
     rising = few[1] / few[0] - many[1] / many[0]
     return max(0.0, many[1] - few[1]) / rising if rising > 0 else 0.0
+
+
+def _products(x: Tensor, w: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The matrix products of a projection: its output, the gradient of its input and that of its weight."""
+    return x @ w, grad @ w.T, x.T @ grad
 
 
 def _training(device: torch.device, best: dict[str, float], seconds: Seconds) -> dict[str, Any]:
@@ -193,7 +203,7 @@ def _training(device: torch.device, best: dict[str, float], seconds: Seconds) ->
     for dtype, torch_dtype in DTYPES.items():
         x, w = (torch.randn(*size, dtype=torch_dtype, device=device) for size in ((rows, hidden), (hidden, wide)))
         g = torch.randn(rows, wide, dtype=torch_dtype, device=device)
-        took = seconds(f"training products {dtype}", lambda x=x, w=w, g=g: (x @ w, g @ w.T, x.T @ g))  # type: ignore[misc]
+        took = seconds(f"training products {dtype}", partial(_products, x, w, g))
         shares[dtype] = min(1.0, 6 * rows * hidden * wide / took / best[dtype])
     x, residual = (torch.randn(rows, hidden, device=device, requires_grad=True) for _ in range(2))
     gate, up = (torch.randn(rows, wide, device=device, requires_grad=True) for _ in range(2))

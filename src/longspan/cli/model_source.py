@@ -9,6 +9,7 @@ Transformers is imported for ``hf:`` only (hf/source.py).
 
 import json
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -175,12 +176,8 @@ def _of_folder(folder: str, layers: int | None, heads: int | None, kv_heads: int
     """
     if heads or kv_heads:
         raise ModelError(f"the heads of {FOLDER}{folder} are those of its config.json; leave out --heads and --kv-heads")
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise ModelError(
-            f"{FOLDER}{folder} needs transformers, which is not installed; pip install '.[hf]' in a checkout"
-        ) from error
+    if find_spec("transformers") is None:
+        raise ModelError(f"{FOLDER}{folder} needs transformers, which is not installed; pip install '.[hf]' in a checkout")
     from longspan.hf.source import read
 
     return read(folder, layers)

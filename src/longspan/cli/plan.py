@@ -5,11 +5,11 @@ longspan plan --model llama-70b --gpus 64 --tokens 1048576    ->  a table, or --
 
 import json
 from dataclasses import asdict, dataclass
-from io import StringIO
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from longspan.cli.text_table import text_table
 from longspan.errors import RunError
 from longspan.planner.explain import MEMORY_ERROR, kinds, parts
 from longspan.planner.page import write_page
@@ -145,7 +145,7 @@ def _compare(settings: PlanSettings) -> int:
         *_lines(one.best, two.best),
     ]
     print(f"On {where.gpus} {where.accelerator.name}, the best layout of each")
-    print("\n".join([*lines, "", _grid(("", *settings.compare), cells), "", PREDICTED]))
+    print("\n".join([*lines, "", text_table(("", *settings.compare), cells), "", PREDICTED]))
     return 0
 
 
@@ -178,34 +178,17 @@ def as_numbers(found: Plan) -> dict[str, Any]:
 
 def _table(found: Plan) -> str:
     """The plan ``found`` as text: what was asked, and best and runner-up side by side."""
-    from rich.console import Console
-
-    console, best, where = Console(file=StringIO(), width=160, highlight=False, soft_wrap=True), found.best, found.cluster
-    console.print(
+    best, where = found.best, found.cluster
+    lines = [
         f"{found.model.name}, {found.model.parameters / 1e9:.3g}B parameters, on {where.gpus} {where.accelerator.name}: "
-        f"{found.workload.rows} x {found.workload.tokens:,} tokens a step"
-    )
-    console.print(f"{found.legal:,} legal layouts, {found.fitting:,} fit; longest sequence {found.longest:,} tokens\n")
-    console.print(_grid(("", "best", "runner-up"), _lines(best, found.runner_up)))
-    console.print(f"\nbest       {best.strategy}")
+        f"{found.workload.rows} x {found.workload.tokens:,} tokens a step",
+        f"{found.legal:,} legal layouts, {found.fitting:,} fit; longest sequence {found.longest:,} tokens\n",
+        text_table(("", "best", "runner-up"), _lines(best, found.runner_up)),
+        f"\nbest       {best.strategy}",
+    ]
     if found.runner_up is not None:
-        console.print(f"runner-up  {found.runner_up.strategy}")
-    console.print(PREDICTED)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
-
-
-def _grid(names: tuple[str, ...], lines: list[tuple[str, list[str]]]) -> str:
-    """A table as text: a column for each name, a row for each line."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console, table = Console(file=StringIO(), width=160, highlight=False), Table(box=None, pad_edge=False)
-    for name in names:
-        table.add_column(name, justify="left" if not name else "right")
-    for name, cells in lines:
-        table.add_row(name, *cells)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+        lines.append(f"runner-up  {found.runner_up.strategy}")
+    return "\n".join([*lines, PREDICTED])
 
 
 def _lines(best: Choice, other: Choice | None) -> list[tuple[str, list[str]]]:

@@ -6,10 +6,10 @@ memory           measured  |  planned        tensors, without what the plan rese
 """
 
 from collections.abc import Sequence
-from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from longspan.cli.rehearse import RehearseSettings
+from longspan.cli.text_table import text_table
 from longspan.planner.cost import Constants, Setting
 from longspan.planner.decoder_memory import decoder_footprint
 from longspan.planner.model import ModelShape
@@ -84,28 +84,22 @@ def predicted(settings: RehearseSettings, dtype: str, shape: ModelShape | None =
 
 def table(settings: RehearseSettings, about: str, found: "Sequence[Measured]", plan: dict[str, Any]) -> str:
     """What was measured and what the plan says, as text."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(file=StringIO(), width=140, highlight=False, soft_wrap=True)
-    console.print(f"{settings.model}: {about}")
-    console.print(f"One rank at a time of {_degrees(settings)}; {settings.batch} x {settings.tokens:,} tokens a step\n")
-    grid = Table(box=None, pad_edge=False)
-    for name in ("", *(f"rank {one.rank}{_stage(settings, one)}" for one in found), "plan, fullest rank"):
-        grid.add_column(name, justify="right" if name else "left")
-    for name, cells in _lines(found, plan):
-        grid.add_row(name, *cells)
-    console.print(grid)
+    names = ("", *(f"rank {one.rank}{_stage(settings, one)}" for one in found), "plan, fullest rank")
+    lines = [
+        f"{settings.model}: {about}",
+        f"One rank at a time of {_degrees(settings)}; {settings.batch} x {settings.tokens:,} tokens a step\n",
+        text_table(names, _lines(found, plan)),
+    ]
     routers = max(one.balanced_routers for one in found)
     if routers:
-        console.print(f"\nRouting is forced balanced in {routers} routers: every expert gets equally many tokens.")
-    console.print(
+        lines.append(f"\nRouting is forced balanced in {routers} routers: every expert gets equally many tokens.")
+    lines.append(
         "\nWeights are drawn a shard at a time; what other ranks would send is filled with finite values. Not covered:"
     )
-    console.print("\n".join(f"- {what}" for what in NOT_COVERED))
+    lines += [f"- {what}" for what in NOT_COVERED]
     if settings.hardware is None:
-        console.print("Times of a plan need --hardware: a name, or the file that longspan probe wrote.")
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+        lines.append("Times of a plan need --hardware: a name, or the file that longspan probe wrote.")
+    return "\n".join(lines)
 
 
 def _lines(found: "Sequence[Measured]", plan: dict[str, Any]) -> list[tuple[str, list[str]]]:

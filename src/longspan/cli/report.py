@@ -120,7 +120,7 @@ def read_run(runs_folder: str, name: str) -> Run:
 def page(runs: list[Run], watch: float | None) -> str:
     """The HTML of a page that shows ``runs`` side by side. The browser reloads it every ``watch`` seconds; None: never."""
     from plotly import graph_objects as graph
-    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped,unused-ignore]
+    from plotly.offline import get_plotlyjs
 
     plots = []
     for metric, title, factor in PANELS:
