@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
@@ -48,20 +49,20 @@ def run(hosts: Hosts, ranks_per_host: int, program: Sequence[str], *, timeout: f
     Raises:
         RuntimeError: a host's torchrun failed, or they took longer than ``timeout`` seconds; all ranks have been ended.
     """
-    logs: list[IO[bytes]] = []
-    running = []
-    try:
-        for host in range(len(hosts.names)):
-            logs.append(TemporaryFile())  # noqa: SIM115 - closed below
+    running: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as stack:
+        logs = [stack.enter_context(TemporaryFile()) for _ in hosts.names]
+        stack.callback(_reap, running)
+        stack.callback(hosts.end_processes)
+        for host, log in enumerate(logs):
             command = torchrun(hosts, host, ranks_per_host, program)
-            running.append(subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=logs[-1], stderr=logs[-1]))
+            running.append(subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=log, stderr=log))
         _wait(running, logs, time.monotonic() + timeout)
-    finally:
-        hosts.end_processes()
-        for process in running:
-            process.wait()
-        for log in logs:
-            log.close()
+
+
+def _reap(running: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in running:
+        process.wait()
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]], logs: Sequence[IO[bytes]], until: float) -> None:

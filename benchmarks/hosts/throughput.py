@@ -56,6 +56,15 @@ SMALL = Case(rates=((200, 1), (1000, 1)), cluster_layers=1, tokens=512, hidden=6
 
 
 @dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What the ranks found for one method: seconds of each step, bytes that a rank sends in one, and {collective: how}."""
+
+    seconds: list[float]
+    sent: int
+    collectives: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """One rate: its name, Mbit/s, layers, the FLOP/s of a rank, and what the ranks found for each method."""
 
@@ -64,15 +73,15 @@ class Point:
     layers: int
     flops_a_rank: float
     tokens: int
-    methods: dict[str, dict[str, object]]
+    methods: dict[str, Timed]
 
     def seconds(self, method: str) -> float:
         """Seconds of a step for each layer."""
-        return median(self.methods[method]["seconds"]) / self.layers  # type: ignore[arg-type]
+        return median(self.methods[method].seconds) / self.layers
 
     def sent(self, method: str) -> int:
         """The bytes that a rank sends in a step, counted by the kernel, without headers: exchanges and averaged gradients."""
-        return int(self.methods[method]["sent"])  # type: ignore[call-overload]
+        return self.methods[method].sent
 
 
 def measure(case: Case) -> list[Point]:
@@ -94,7 +103,8 @@ def _point(name: str, mbit: float, layers: int, case: Case) -> Point:
         asked |= {"folder": folder, "layers": layers, "methods": [method.name for method in TIMED]}
         ranks.run(made, 1, ["-m", "benchmarks.hosts.throughput_rank", json.dumps(asked)], timeout=1800)
         found = json.loads(Path(folder, "found.json").read_text())
-    point = Point(name=name, mbit=mbit, layers=layers, tokens=case.tokens, **found)
+    methods = {method: Timed(**timed) for method, timed in found["methods"].items()}
+    point = Point(name=name, mbit=mbit, layers=layers, tokens=case.tokens, flops_a_rank=found["flops_a_rank"], methods=methods)
     print(_rows(point), flush=True)
     return point
 
@@ -120,7 +130,7 @@ def text(points: Sequence[Point]) -> str:
     """The table, the arithmetic of the clusters' rates, the collectives of Megatron-SP, and where its ratio crosses."""
     parts = [HEADER, *map(_rows, points), "", *(_arithmetic(points[0].flops_a_rank, cluster) for cluster in CLUSTERS), ""]
     for point in points:
-        used = "; ".join(f"{name} {how}" for name, how in point.methods[MEGATRON.name]["collectives"].items())  # type: ignore[attr-defined]
+        used = "; ".join(f"{name} {how}" for name, how in point.methods[MEGATRON.name].collectives.items())
         parts.append(f"Megatron-SP at {point.name}: {used}.")
     return "\n".join([*parts, "", _crossings(points), "", "![Seconds of a layer over the rate](wire-throughput.svg)"])
 

@@ -1,6 +1,5 @@
 """longspan, by its own API: attend, parallelize, shard_batch."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from benchmarks.peers import given
 from benchmarks.peers.rank import resident_mib
 from longspan import Causal, Documents, MemoryOptions, ParallelMesh, Window, attend, parallelize, shard_batch
 from longspan.attention.ulysses import exchange_to_heads, exchange_to_tokens, plan_exchange
+from longspan.distributed.fake_world import FakeTransport
 
 
 def prepare(case: dict[str, Any]) -> Any:
@@ -61,18 +61,6 @@ class Layer:
         return {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
-class SendsNothing:
-    """A transport that returns this rank's own elements at once: the compute of a step without its exchange."""
-
-    def all_to_all(self, send: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], group: Any) -> "SendsNothing":
-        count = sum(recv_splits)
-        self.received = send.repeat(-(-count // max(1, len(send))))[:count]
-        return self
-
-    def wait(self) -> Tensor:
-        return self.received
-
-
 class Step:
     """A training step of a Hugging Face model: batch, forward, loss, backward, AdamW.
 
@@ -84,7 +72,7 @@ class Step:
         self.baseline = resident_mib()
         options = dict(case.get("options", {}))
         memory = MemoryOptions(**options.pop("memory", {}))
-        transport = SendsNothing() if case.get("alone") else None
+        transport = FakeTransport() if case.get("alone") else None
         self.mesh = ParallelMesh(ulysses=dist.get_world_size(), transport=transport)
         self.model = parallelize(given.model(case), self.mesh, memory=memory, **options)
         self.optimizer = given.optimizer(self.model.parameters())

@@ -31,8 +31,10 @@ def test_the_rate_of_a_cluster_is_that_of_equal_bytes_per_flop() -> None:
 def test_tables_of_throughput_and_where_it_crosses() -> None:
     def point(mbit: float) -> throughput.Point:
         slopes = {method.name: 100 + 400 * index for index, method in enumerate(TIMED)}
-        methods = {name: {"seconds": [8 + slope / mbit], "sent": 2**20, "collectives": {}} for name, slope in slopes.items()}
-        return throughput.Point(name="link", mbit=mbit, layers=8, flops_a_rank=40e9, tokens=8192, methods=methods)  # type: ignore[arg-type]
+        methods = {
+            name: throughput.Timed(seconds=[8 + slope / mbit], sent=2**20, collectives={}) for name, slope in slopes.items()
+        }
+        return throughput.Point(name="link", mbit=mbit, layers=8, flops_a_rank=40e9, tokens=8192, methods=methods)
 
     points = [point(50), point(200), point(1000)]
     text = throughput.text(points)
