@@ -76,13 +76,13 @@ bench-full: .venv-peers/installed
 bench-million: .venv/installed
 	$(BIN)/python benchmarks/million.py $(ARGS)
 
-bench-hosts: .venv/installed
+bench-hosts: .venv/installed-dev
 	PYTHONPATH=. $(BIN)/python -m benchmarks.hosts traffic --write
 
 plan-here: .venv/installed
 	$(BIN)/python benchmarks/plan_here.py $(ARGS)
 
-validate-planner: .venv/installed
+validate-planner: .venv/installed-dev
 	@test -n '$(CSV)' || { echo 'name the published measurements: make validate-planner CSV=FILE (columns: docs/planner.md)' >&2; exit 2; }
 	$(BIN)/python benchmarks/validate_planner.py $(CSV) --write docs/planner.md $(ARGS)
 

@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean, median
 
-from planner_plot import plot
+from figures import beside_published
 from published import ATTENTION, MEMORY, Case, case, measured_seconds, runs
 
 from longspan.planner.cost import Constants, Setting, attention_time, layer_time, step_time, ulysses_exposed
@@ -277,7 +277,7 @@ def main() -> None:
         extra = ["", "### The five constants", "", *effects(cases), "", "### One source left out", "", *left_out(cases)]
         usual = [e for e in step_errors(cases) if not is_apart(e.case.source)]
         series = {s: [(e.published, e.predicted) for e in own] for s, own in by_source(usual).items()}
-        page.with_suffix(".svg").write_text(plot(series))
+        page.with_suffix(".svg").write_text(beside_published(series, x="published seconds of a step", y="predicted seconds"))
         page.write_text(before + BEGIN + "\n\n" + "\n".join([*lines[:-1], f"**{lines[-1]}**", *extra]) + "\n\n" + END + after)
     print("\n".join(lines))
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from benchmarks.figures import Series, lines
 from benchmarks.hosts import ranks
-from benchmarks.hosts.figure import Series, lines
 from benchmarks.hosts.fit import Line, fit, where_ratio
 from benchmarks.hosts.methods import MEGATRON, TIMED, ULYSSES
 from benchmarks.hosts.namespaces import hosts

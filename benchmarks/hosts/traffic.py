@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 
+from benchmarks.figures import Series, lines
 from benchmarks.hosts import ranks
 from benchmarks.hosts.counters import Counted
-from benchmarks.hosts.figure import Series, lines
 from benchmarks.hosts.forms import Size, layer_bytes
 from benchmarks.hosts.methods import COUNTED, FEWER, MEGATRON, MORE, ULYSSES, Method
 from benchmarks.hosts.namespaces import hosts

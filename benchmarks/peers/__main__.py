@@ -10,12 +10,14 @@ count bytes and errors, which other work does not change. Without --full: what o
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from benchmarks.peers import machine, page
 from benchmarks.peers.contest import progress
 from benchmarks.peers.items import exchange, layer, longest, memory, step, truth
+from benchmarks.peers.page import Section
 
-ITEMS: dict[str, tuple[str, Callable[[str], str]]] = {
+ITEMS: dict[str, tuple[str, Callable[[str], Section]]] = {
     "f": ("truth", truth.run),
     "a": ("exchange", exchange.run),
     "b": ("layer", layer.run),
@@ -39,13 +41,13 @@ def main() -> None:
             continue
         progress(f"{letter}: {name}, {scale}")
         began = time.monotonic()
-        text = run(scale)
+        section = run(scale)
         minutes = (time.monotonic() - began) / 60
         command = f'make bench{"-full" * arguments.full} ARGS="--only {letter}"'
-        text = f"{text}\n\n*{machine.describe()} `{command}`, {minutes:.0f} minutes.*"
-        print(text, flush=True)
+        section = replace(section, text=f"{section.text}\n\n*{machine.describe()} `{command}`, {minutes:.0f} minutes.*")
+        print(section.text, flush=True)
         if not arguments.dry_run:
-            page.write(name if scale == "quick" or name == "truth" else f"{name}-full", text)
+            page.write(name if scale == "quick" or name == "truth" else f"{name}-full", section)
 
 
 if __name__ == "__main__":

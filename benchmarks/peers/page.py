@@ -7,9 +7,18 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "peers.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """What one work item writes: Markdown, and the SVG of a figure, if it has one."""
+
+    text: str
+    figure: str | None = None
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -33,14 +42,19 @@ def refusal_row(name: str, reason: str, columns: int) -> list[str]:
     return [name, f"cannot: {reason}", *[""] * (columns - 2)]
 
 
-def write(section: str, text: str, page: Path = PAGE) -> None:
-    """Replace what stands between the markers of ``section``.
+def write(name: str, section: Section, page: Path = PAGE) -> None:
+    """Replace what stands between the markers of ``name``, and the figure beside the page.
 
     Raises:
         ValueError: the page has no such markers.
     """
     whole = page.read_text()
-    between = re.compile(rf"(<!-- {section} -->\n).*?(<!-- /{section} -->)", re.DOTALL)
+    between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not between.search(whole):
-        raise ValueError(f"{page} has no section {section!r}; add a line <!-- {section} --> and one <!-- /{section} -->")
-    page.write_text(between.sub(lambda found: f"{found[1]}{text.rstrip()}\n{found[2]}", whole, count=1))
+        raise ValueError(f"{page} has no section {name!r}; add a line <!-- {name} --> and one <!-- /{name} -->")
+    text = section.text.rstrip()
+    if section.figure is not None:
+        drawn = page.with_name(f"{page.stem}-{name}.svg")
+        drawn.write_text(section.figure)
+        text = f"![{name}]({drawn.name})\n\n{text}"
+    page.write_text(between.sub(lambda found: f"{found[1]}{text}\n{found[2]}", whole, count=1))

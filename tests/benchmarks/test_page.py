@@ -10,10 +10,18 @@ from benchmarks.peers import page
 def test_a_section_is_replaced_and_the_rest_of_the_page_is_left(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     path.write_text("# A\n\n<!-- a -->\nold\n<!-- /a -->\n\n<!-- b -->\nkept \\1\n<!-- /b -->\n")
-    page.write("a", "new \\1\n\n", path)
+    page.write("a", page.Section(text="new \\1\n\n"), path)
     assert path.read_text() == "# A\n\n<!-- a -->\nnew \\1\n<!-- /a -->\n\n<!-- b -->\nkept \\1\n<!-- /b -->\n"
     with pytest.raises(ValueError, match="no section 'c'"):
-        page.write("c", "text", path)
+        page.write("c", page.Section(text="text"), path)
+
+
+def test_a_figure_is_written_beside_the_page_and_shown_above_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text("<!-- a -->\nold\n<!-- /a -->\n")
+    page.write("a", page.Section(text="table", figure="<svg/>"), path)
+    assert path.read_text() == "<!-- a -->\n![a](page-a.svg)\n\ntable\n<!-- /a -->\n"
+    assert (tmp_path / "page-a.svg").read_text() == "<svg/>"
 
 
 def test_a_refusal_is_a_row_as_wide_as_the_table() -> None:

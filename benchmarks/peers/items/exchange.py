@@ -5,8 +5,9 @@ Every library moves the same tensors by its own function. The limit moves as man
 
 from typing import Any
 
+from benchmarks.figures import bars, by_row
 from benchmarks.peers.contest import Entry, Outcome, hold, progress
-from benchmarks.peers.page import refusal_row, table
+from benchmarks.peers.page import Section, refusal_row, table
 from benchmarks.peers.pairs import verdict
 
 GOAL = 1.3
@@ -17,14 +18,17 @@ SIZES: dict[str, tuple[tuple[int, int, int], ...]] = {  # tokens, query heads, k
 }
 
 
-def run(scale: str) -> str:
-    """The table, as Markdown."""
-    sections = []
+def run(scale: str) -> Section:
+    """The tables, and a figure of the time over the bare all-to-all."""
+    sections, drawn = [], {}
     for tokens, heads, kv_heads in SIZES[scale]:
         case = {"kind": "exchange", "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "dim": 64}
         progress(f"  exchange of {tokens:,} tokens, {heads} and {kv_heads} heads")
-        sections.append(_section(case, hold(entries(case), rounds=21, warm_ups=3)))
-    return "\n\n".join(sections)
+        outcome = hold(entries(case), rounds=21, warm_ups=3)
+        sections.append(_section(case, outcome))
+        title = f"{tokens:,} tokens, {heads} and {kv_heads} heads"
+        drawn[title] = {name: outcome.ratio(name, BARE).median for name in outcome.turns}
+    return Section(text="\n\n".join(sections), figure=bars(by_row(drawn), x="time over the bare all-to-all", goal=GOAL))
 
 
 def entries(case: dict[str, Any]) -> list[Entry]:

@@ -7,9 +7,10 @@ A library that has no packed documents is given a user's loop over them, inside 
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.figures import bars, by_row
 from benchmarks.peers.contest import Entry, Outcome, hold, progress
 from benchmarks.peers.items.truth import layer_error
-from benchmarks.peers.page import refusal_row, table
+from benchmarks.peers.page import Section, refusal_row, table
 
 OURS = "longspan"
 BOUND = 1e-4
@@ -52,13 +53,15 @@ CASES = {
 }  # fmt: skip
 
 
-def run(scale: str) -> str:
-    """The tables, as Markdown."""
-    sections = []
+def run(scale: str) -> Section:
+    """The tables, and a figure of the time over that of longspan."""
+    sections, drawn = [], {}
     for one in CASES[scale]:
         progress(f"  layer: {one.title}")
-        sections.append(_section(one, hold(entries(one.case), one.rounds)))
-    return "\n\n".join(sections)
+        outcome = hold(entries(one.case), one.rounds)
+        sections.append(_section(one, outcome))
+        drawn[one.title] = {name: outcome.ratio(name, OURS).median for name in outcome.turns}
+    return Section(text="\n\n".join(sections), figure=bars(by_row(drawn), x="time over that of longspan", goal=1.0))
 
 
 def entries(case: dict[str, Any]) -> list[Entry]:

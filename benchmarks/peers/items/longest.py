@@ -7,15 +7,17 @@ prints was measured under the cap.
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.figures import bars, by_row
 from benchmarks.peers.contest import progress
 from benchmarks.peers.contestant import Refused
 from benchmarks.peers.items.memory import EVERY, peak
 from benchmarks.peers.items.step import llama
-from benchmarks.peers.page import table
+from benchmarks.peers.page import Section, table
 
 CAP_MIB = 3 * 1024
 STEP = 512
 """Lengths are multiples of it."""
+ALONE = "bare model, one rank, checkpointed"
 ONE_RANK = ("one_device", {"checkpointed": True}, 1)
 VOCABULARIES = {"quick": (128256,), "full": (32000,)}
 GOALS = {128256: 12, 32000: 5}
@@ -23,23 +25,37 @@ LARGEST = {128256: 40960, 32000: 65536}
 """The search ends there: longer steps take many minutes."""
 
 
-def run(scale: str) -> str:
-    """The tables, as Markdown."""
-    return "\n\n".join(_table(vocab) for vocab in VOCABULARIES[scale])
+def run(scale: str) -> Section:
+    """The tables, and a figure of the longest sequences."""
+    found = {vocab: _longest(vocab) for vocab in VOCABULARIES[scale]}
+    drawn = {
+        f"{vocab:,} words": {name: cell[0] for name, cell in cells.items() if isinstance(cell, tuple)}
+        for vocab, cells in found.items()
+    }
+    text = "\n\n".join(_table(vocab, cells) for vocab, cells in found.items())
+    return Section(text=text, figure=bars(by_row(drawn), x=f"tokens under {CAP_MIB:,} MiB a rank"))
 
 
-def _table(vocab: int) -> str:
-    libraries = {"bare model, one rank, checkpointed": ONE_RANK} | EVERY
-    rows, longest = [], {}
-    for name, library in libraries.items():
+def _longest(vocab: int) -> dict[str, tuple[int, float] | str]:
+    """For each contestant the longest length and its peak in MiB, or its own error."""
+    found: dict[str, tuple[int, float] | str] = {}
+    for name, library in ({ALONE: ONE_RANK} | EVERY).items():
         try:
-            tokens, mib = search(lambda length, one=library, name=name: _peak(name, one, length, vocab), LARGEST[vocab])
+            found[name] = search(lambda length, one=library, name=name: _peak(name, one, length, vocab), LARGEST[vocab])
         except Refused as error:
-            rows.append([name, f"cannot: {error}", ""])
+            found[name] = str(error)
+    return found
+
+
+def _table(vocab: int, cells: dict[str, tuple[int, float] | str]) -> str:
+    rows, longest = [], {}
+    for name, cell in cells.items():
+        if isinstance(cell, str):
+            rows.append([name, f"cannot: {cell}", ""])
             continue
-        longest[name] = tokens
-        rows.append([name, f"{tokens:,}{' and more' if tokens == LARGEST[vocab] else ''}", f"{mib:,.0f} MiB"])
-    ours, alone = longest["longspan, every option"], longest["bare model, one rank, checkpointed"]
+        longest[name], mib = cell
+        rows.append([name, f"{longest[name]:,}{' and more' if longest[name] == LARGEST[vocab] else ''}", f"{mib:,.0f} MiB"])
+    ours, alone = longest["longspan, every option"], longest[ALONE]
     peers = max((tokens for name, tokens in longest.items() if name.startswith(("DeepSpeed", "ringmaster"))), default=0)
     found = f"longspan trains {ours / alone:.1f} x one rank (goal {GOALS[vocab]})"
     if peers:

@@ -4,12 +4,14 @@ Resident memory of the fullest rank, in the second step (the first makes the opt
 the C library give freed memory back, so that the peak is what a step needs; it holds for every contestant.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.figures import Series, lines
 from benchmarks.peers.contest import Entry, progress
 from benchmarks.peers.contestant import Refused
 from benchmarks.peers.items.step import llama
-from benchmarks.peers.page import one_line, table
+from benchmarks.peers.page import Section, one_line, table
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 EVERY_OPTION = {"zero": 3, "memory": {"recompute": "selective", "tile_tokens": 1024, "head_chunks": 2, "chunked_loss": True}}
@@ -31,14 +33,20 @@ LONGSPAN_ALONE = {"quick": (), "full": (65536, 131072)}
 GOALS = {"no option": 0.85, "every option": 0.60}
 
 
-def run(scale: str) -> str:
-    """The tables, as Markdown."""
-    tables = []
+def run(scale: str) -> Section:
+    """The tables, and a figure of the peak over the length."""
+    tables, drawn = [], []
     for title, libraries in (("no option", NO_OPTION), ("every option", EVERY)):
         columns = TOKENS[scale] + (LONGSPAN_ALONE[scale] if title == "every option" else ())
         measured = {name: [_cell(name, library, tokens) for tokens in columns] for name, library in libraries.items()}
         tables.append(_table(title, columns, measured))
-    return "\n\n".join(tables)
+        drawn += [_series(f"{name}, {title}", columns, cells) for name, cells in measured.items()]
+    return Section(text="\n\n".join(tables), figure=lines(drawn, x="tokens", y="MiB of the fullest rank"))
+
+
+def _series(name: str, columns: Sequence[int], cells: Sequence[float | str]) -> Series:
+    points = [(tokens, mib) for tokens, mib in zip(columns, cells) if isinstance(mib, float)]
+    return Series(name=name, points=points, curve=points)
 
 
 def _cell(name: str, library: tuple[str, dict[str, Any], int], tokens: int) -> float | str:

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.figures import bars, by_row
 from benchmarks.peers.contest import Entry, Outcome, hold, progress
 from benchmarks.peers.items.truth import CASES, SMALL, cell
-from benchmarks.peers.page import refusal_row, table
+from benchmarks.peers.page import Section, refusal_row, table
 from benchmarks.peers.pairs import paired_ratio, spread, verdict
 
 OURS, SHARDED, ALONE = "longspan, zero=0", "longspan, zero=3", "longspan, no exchange"
+COLLECTIVES = "its collectives alone"
 ONE, BARE, TWINS = "longspan, one rank", "bare model, one rank", "bare model, two independent processes"
 
 
@@ -76,13 +78,15 @@ CASES_OF_SCALE = {
 }
 
 
-def run(scale: str) -> str:
-    """The tables, as Markdown."""
-    sections = []
+def run(scale: str) -> Section:
+    """The tables, and a figure of the seconds of a step on two ranks."""
+    sections, drawn = [], {}
     for one in CASES_OF_SCALE[scale]:
         progress(f"  step: {one.title}")
-        sections.append(_section(one, hold(entries(one), one.rounds), gemm_peak()))
-    return "\n\n".join(sections)
+        outcome = hold(entries(one), one.rounds)
+        sections.append(_section(one, outcome, gemm_peak()))
+        drawn[one.title] = {name: outcome.median(name) for name in outcome.turns if name not in (ONE, BARE, TWINS, COLLECTIVES)}
+    return Section(text="\n\n".join(sections), figure=bars(by_row(drawn), x="seconds of a step on two ranks"))
 
 
 def entries(one: Case) -> list[Entry]:
@@ -107,7 +111,7 @@ def entries(one: Case) -> list[Entry]:
         Entry(name=BARE, side="one_device", case=case, ranks=1),
         Entry(name=TWINS, side="one_device", case=case, ranks=1, worlds=2),
     ]
-    collectives = Entry(name="its collectives alone", side="one_device", case=bytes_of(case))
+    collectives = Entry(name=COLLECTIVES, side="one_device", case=bytes_of(case))
     if case["tokens"] > 16384:
         ours.pop(1)  # zero=3: the others' logits and all models at once would not fit into 24 GiB
     return ours + peers + (single if one.single else []) + [collectives]
@@ -177,7 +181,7 @@ def _findings(one: Case, outcome: Outcome, best: str, rights: dict[str, str], pe
         ratio = outcome.ratio(best, peer)
         lines.append(f"- Best peer that is right: {peer}. {best} over it {ratio}; goal {one.goal}: {verdict(ratio, one.goal)}.")
     if ALONE in outcome.turns:
-        limit = [a + b for a, b in zip(outcome.seconds(ALONE), outcome.seconds("its collectives alone"))]
+        limit = [a + b for a, b in zip(outcome.seconds(ALONE), outcome.seconds(COLLECTIVES))]
         ratio = paired_ratio(outcome.seconds(OURS), limit)
         lines.append(
             f"- {OURS} over its limit (no exchange, plus its collectives alone) {ratio}; goal 1.10: {verdict(ratio, 1.10)}."

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.peers import given
 from benchmarks.peers.contest import Entry, progress
 from benchmarks.peers.contestant import Refused
-from benchmarks.peers.page import table
+from benchmarks.peers.page import Section, table
 
 BOUND = 1e-5
 SMALL = {"kind": "step", "tokens": 128, "vocab": 97, "hidden": 64, "ffn": 128, "layers": 2, "heads": 4, "kv_heads": 2}
@@ -49,8 +49,8 @@ LIBRARIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def run(scale: str) -> str:
-    """The table, as Markdown; equal in both scales. Several cells are computed at once: errors do not depend on the load."""
+def run(scale: str) -> Section:
+    """The table; equal in both scales. Several cells are computed at once: errors do not depend on the load."""
     entries = [
         Entry(name=name, side=side, case=SMALL | case | more)
         for name, (side, more) in LIBRARIES.items()
@@ -59,7 +59,7 @@ def run(scale: str) -> str:
     with ThreadPoolExecutor(4) as pool:
         cells = list(pool.map(cell, entries))
     rows = [[name, *cells[at : at + len(CASES)]] for name, at in zip(LIBRARIES, range(0, len(cells), len(CASES)))]
-    return table(["worst relative error of a gradient", *CASES], rows)
+    return Section(text=table(["worst relative error of a gradient", *CASES], rows))
 
 
 def cell(entry: Entry) -> str:

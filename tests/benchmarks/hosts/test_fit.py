@@ -1,12 +1,10 @@
-"""The line through measured values, where two lines have a ratio, and the figures and page that the commands write."""
+"""The line through measured values, where two lines have a ratio, and the page that the commands write."""
 
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks.hosts import page
-from benchmarks.hosts.figure import Series, lines
 from benchmarks.hosts.fit import Line, fit, where_ratio
 
 
@@ -29,14 +27,6 @@ def test_where_one_line_is_so_many_times_another() -> None:
     assert above.at(x) == pytest.approx(2.5 * below.at(x))
     assert where_ratio(above, below, 5.0) is None
     assert where_ratio(Line(10, 2), Line(8, 2), 1.0) is None
-
-
-def test_a_figure_is_xml_with_every_point() -> None:
-    series = [Series(name="a & b", points=[(1, 2), (10, 30)], curve=[(1, 2), (10, 20)]), Series(name="c", points=[(5, 5)])]
-    drawn = ElementTree.fromstring(lines(series, x="x", y="y"))
-    names = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"a & b", "c", "x", "y"} <= set(names)
-    assert len(list(drawn.iter("{http://www.w3.org/2000/svg}circle"))) == 3 + 2
 
 
 def test_a_part_of_the_page_is_replaced(tmp_path: Path) -> None:
