@@ -17,24 +17,18 @@ Results are kept in runs/model_matrix.json, so that a run that was ended goes on
 
 import argparse
 import json
-import multiprocessing as mp
-import os
-import resource
-import tempfile
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-import transformers
 from model_page import BATCHES, LAYOUTS, TOKENS, TOLERANCE, page, verdict_of
+from rank_pair import Pair
 from tiny_models import Class, build, classes
+from torch.distributed.tensor import DTensor
 
 from longspan import Documents, LongspanError, ParallelMesh, cross_entropy, parallelize, shard_batch, unparallelize
 from longspan.batch.labels import IGNORE
@@ -47,8 +41,6 @@ RESULTS = ROOT / "runs" / "model_matrix.json"
 PAGE = ROOT / "docs" / "models.md"
 ROW, DOCUMENTS = 22, (9, 14)
 LEFT, RIGHT = 3, 6
-SECONDS = 90.0
-"""A class gets so long, builds and all batches together."""
 MASKED = ("flaubert", "xlm")
 """Model types that hide padding by its id where no mask is given, and of each rank's alone: every batch has a mask."""
 
@@ -62,7 +54,7 @@ def main() -> None:
     asked = parser.parse_args()
     results: dict[str, Any] = json.loads(asked.results.read_text()) if asked.results.exists() else {}
     wanted = [one for one in classes() if one.type in asked.names or (not asked.names and _is_open(results, one, asked.again))]
-    with Pair(_rank) as pair:
+    with Pair(_judge, {name: {name: 2} for name in LAYOUTS}) as pair:
         for one in wanted:
             began = time.time()
             results[one.key] = pair.judge(one)
@@ -81,79 +73,6 @@ def summary(result: dict[str, Any]) -> str:
     cells = Counter(cell["verdict"] for cell in result["cells"].values())
     why = result.get("reason") or next((cell["reason"] for cell in result["cells"].values() if cell.get("reason")), "")
     return f"{dict(cells) or 'not built'} {why[:300]}"
-
-
-class Pair:
-    """Two ranks that judge one class after another; ended and forked again after a crash, or when a class takes too long.
-
-    ``target``: what a rank runs, called with its number, a folder for the rendezvous, and a pipe for classes and results.
-    """
-
-    def __init__(self, target: Callable[[int, str, Any], None]) -> None:
-        self.target = target
-        self.processes: list[Any] = []
-
-    def __enter__(self) -> "Pair":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def judge(self, one: Class) -> dict[str, Any]:
-        if not self.processes:
-            self._fork()
-        for pipe in self.pipes:
-            pipe.send(one)
-        until, found = time.time() + SECONDS, []
-        for pipe in self.pipes:
-            try:
-                if not pipe.poll(max(0.0, until - time.time())):
-                    raise EOFError(f"no answer within {SECONDS:.0f} s")
-                found.append(pipe.recv())
-            except (EOFError, ConnectionError) as error:
-                self._end()
-                return {"cells": {}, "reason": f"the rank ended: {error or 'killed'}"}
-        if found[0] != found[1] or found[0].get("desynchronised"):
-            self._end()
-        return self._merged(*found)
-
-    @staticmethod
-    def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-        """Both ranks must agree: one that is exact alone is wrong."""
-        for name, cell in first["cells"].items():
-            other = second["cells"].get(name, {"verdict": "nothing"})
-            if other["verdict"] != cell["verdict"]:
-                reason = f"the ranks differ: {cell}, {other}"
-                first["cells"][name] = {"verdict": "wrong", "reason": reason}
-        return first
-
-    def _fork(self) -> None:
-        folder, context = tempfile.mkdtemp(), mp.get_context("fork")
-        pairs = [context.Pipe() for _ in range(2)]
-        self.pipes = [mine for mine, _ in pairs]
-        self.processes = [context.Process(target=self.target, args=(rank, folder, pairs[rank][1])) for rank in range(2)]
-        for process in self.processes:
-            process.start()
-        for _, theirs in pairs:
-            theirs.close()
-
-    def _end(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
-        self.processes = []
-
-
-def _rank(rank: int, folder: str, pipe: Any) -> None:
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, 12 * 2**30))
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/rendezvous", 2), rank=rank, world_size=2)
-    meshes = {name: ParallelMesh(**{name: 2}) for name in LAYOUTS}
-    while True:
-        pipe.send(_judge(pipe.recv(), meshes))
 
 
 def _judge(one: Class, meshes: dict[str, ParallelMesh]) -> dict[str, Any]:
@@ -307,27 +226,35 @@ def _over_ranks(one: Class, model: Any, name: str, mesh: ParallelMesh, expected:
         given = {key: value for key, value in part.items() if "labels" not in key}
         loss = cross_entropy(model(**given).logits, targets, mesh=mesh, num_labels=part["longspan"].num_labels)
     loss.backward()
-    worst, where = _worst(model, loss.item(), expected)
+    worst, where = worst_error(model, loss.item(), expected)
     verdict = "exact" if worst <= TOLERANCE else "wrong"
     reason = f"{where} differs by {worst:.1e}" if verdict == "wrong" else ""
     return {"verdict": verdict, "error": float(f"{worst:.1e}"), "own loss": by_itself, "reason": reason}
 
 
-def _worst(model: Any, loss: float, expected: dict[str, Any]) -> tuple[float, str]:
-    """The largest relative error of the loss and of the gradients, with the floor of guarantee 1, and whose it is."""
-    wanted = {key: value for key, value in expected["gradients"].items() if value is not None}
-    total = torch.stack([value.norm() for value in wanted.values()]).norm().item()
+def worst_error(model: Any, loss: float, expected: dict[str, Any]) -> tuple[float, str]:
+    """The largest relative error of the loss and of the gradients, with the floor of guarantee 1, and whose it is.
+
+    Every parameter of ``model`` that one device has under the same name is compared; one without a gradient counts as zeros. (A
+    weight that is tied over two stages of a pipeline has another name on the last stage.)
+    """
+    wanted = expected["gradients"]
+    total = torch.stack([value.norm() for value in wanted.values() if value is not None]).norm().item()
     worst = (abs(loss - expected["loss"]) / abs(expected["loss"]), "the loss")
     for key, parameter in model.named_parameters():
-        theirs = wanted.get(key)
-        if theirs is None and parameter.grad is None:
+        if key not in wanted or (wanted[key] is None and parameter.grad is None):
             continue
-        mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        theirs = torch.zeros_like(parameter) if theirs is None else theirs
+        mine, theirs = (_whole(gradient, parameter) for gradient in (parameter.grad, wanted[key]))
         error = (mine - theirs).norm().item() / max(theirs.norm().item(), 1e-3 * total)
         if not error <= worst[0]:
             worst = (error, f"the gradient of {key}")
     return worst
+
+
+def _whole(gradient: Any, parameter: Any) -> Any:
+    if isinstance(gradient, DTensor):
+        return gradient.full_tensor()
+    return torch.zeros(parameter.shape, dtype=parameter.dtype) if gradient is None else gradient
 
 
 if __name__ == "__main__":

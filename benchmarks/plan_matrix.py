@@ -7,21 +7,16 @@ untouched model on one device. Batches, tolerance and verdicts are those of benc
 
 import argparse
 import json
-import os
-import resource
 import textwrap
 import time
-import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import model_matrix as single
-import torch
-import torch.distributed as dist
 import transformers
+from rank_pair import Pair
 from tiny_models import Class, classes
-from torch.distributed.tensor import DTensor
 
 from longspan import Documents, LongspanError, ParallelMesh, cross_entropy, forward_backward, parallelize, shard_batch
 from longspan.hf.loss import is_in_place
@@ -40,7 +35,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     causal = [one for one in classes() if one.kind == "causal"]
     wanted = [one for one in causal if one.type in asked.names or (not asked.names and one.key not in results)]
-    with single.Pair(rank_of) as pair:
+    with Pair(_judge, {axis: {axis: 2} for axis in AXES}) as pair:
         for one in wanted:
             began = time.time()
             results[one.key] = pair.judge(one)
@@ -49,19 +44,6 @@ def main() -> None:
             print(f"{one.key}: {single.summary(results[one.key])} ({time.time() - began:.1f} s)", flush=True)
     if not asked.names:
         PAGE.write_text(page({one: results[one.key] for one in causal if results.get(one.key, {}).get("cells")}))
-
-
-def rank_of(rank: int, folder: str, pipe: Any) -> None:
-    """The loop of one of two ranks: a class comes in, its cells go out."""
-    torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, 12 * 2**30))
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/rendezvous", 2), rank=rank, world_size=2)
-    meshes = {axis: ParallelMesh(**{axis: 2}) for axis in AXES}
-    while True:
-        pipe.send(_judge(pipe.recv(), meshes))
 
 
 def _judge(one: Class, meshes: dict[str, ParallelMesh]) -> dict[str, Any]:
@@ -96,7 +78,7 @@ def _cell(one: Class, reference: Any, name: str, mesh: ParallelMesh, expected: d
         return single.refused(error)
     except Exception as error:
         return single.failed(error)
-    worst, where = _worst(model, loss, expected)
+    worst, where = single.worst_error(model, loss, expected)
     exact = worst <= single.TOLERANCE
     reason = "" if exact else f"{where} differs by {worst:.1e}"
     return {"verdict": "exact" if exact else "wrong", "error": float(f"{worst:.1e}"), "reason": reason}
@@ -121,22 +103,6 @@ def _loss(one: Class, model: Any, name: str, mesh: ParallelMesh, expected: dict[
     )
     loss.backward()
     return float(loss)
-
-
-def _worst(model: Any, loss: float, expected: dict[str, Any]) -> tuple[float, str]:
-    """The largest relative error of the loss and of this rank's gradients, with the floor of guarantee 1, and whose it is."""
-    wanted = {key: value for key, value in expected["gradients"].items() if value is not None}
-    total = torch.stack([value.norm() for value in wanted.values()]).norm().item()
-    worst = (abs(loss - expected["loss"]) / abs(expected["loss"]), "the loss")
-    for key, parameter in model.named_parameters():
-        theirs = wanted.get(key)
-        if theirs is None or parameter.grad is None:  # a tied weight has one name on one device and another on the last stage
-            continue
-        mine = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-        error = (mine - theirs).norm().item() / max(theirs.norm().item(), 1e-3 * total)
-        if not error <= worst[0]:
-            worst = (error, f"the gradient of {key}")
-    return worst
 
 
 HEAD = """# Tensor and pipeline parallelism of Transformers' models
