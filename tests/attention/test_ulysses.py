@@ -1,18 +1,23 @@
 """The exchanges move the right elements, are each other's adjoint, and send exactly what the closed form says."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.attention.ulysses import (
     exchange_to_heads,
     exchange_to_tokens,
     heads_to_tokens,
     plan_exchange,
+    start_exchange_to_heads,
+    start_exchange_to_tokens,
     tokens_to_heads,
 )
 from longspan.distributed.collectives import CountingTransport, TorchTransport
+from longspan.distributed.fake_world import fake_world
 from longspan.distributed.layout import Heads, Layout
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.traffic import Traffic, attention_traffic
@@ -111,3 +116,59 @@ def _there_and_back() -> None:
     own = Heads(7, 7, 3).query_of(mesh.coordinate.ulysses_rank)
     assert torch.equal(there, whole[:, :, own.start : own.stop])
     assert torch.equal(heads_to_tokens(there, mesh, heads=7, tokens=10), mine)
+
+
+class Nowhere:
+    """A transport that sends nothing and receives what the memory holds."""
+
+    def all_to_all(self, send: torch.Tensor, *splits: Any) -> "Nowhere":
+        self.received = send.new_empty(sum(splits[1]))
+        return self
+
+    def all_to_all_into(self, received: torch.Tensor, *splits: Any) -> "Nowhere":
+        self.received = received
+        return self
+
+    def wait(self) -> torch.Tensor:
+        return self.received
+
+
+COPIES = (torch.ops.aten.copy_.default, torch.ops.aten.add_.Tensor, torch.ops.aten.cat.default)
+
+
+class Copies(TorchDispatchMode):
+    """The number of copies and additions to views: what packs and unpacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func in COPIES
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv", "between", "first"),
+    [
+        (1, 16, 8, (3, 3), (6, 6)),  # the first rank copies its own part by itself
+        (2, 16, 8, (4, 4), (4, 4)),  # and one copy of the rows
+        (1, 20, 20, (6, 6), (9, 9)),  # four ranks have 3 heads, four have 2
+        (1, 16, 2, (17, 17), (18, 18)),  # a key/value head is sent to four ranks, one copy each
+    ],
+)
+def test_ranks_with_equally_many_heads_are_packed_by_one_copy_a_tensor(
+    batch: int, heads: int, kv: int, between: tuple[int, int], first: tuple[int, int]
+) -> None:
+    for rank, expected in ((0, first), (3, between)):
+        with fake_world(rank, 8):
+            mesh = ParallelMesh(8, transport=Nowhere())
+            xs = [torch.randn(batch, 5, n, 4) for n in (heads, kv, kv)]
+            plan = plan_exchange([x.shape for x in xs], mesh, 40)
+            assert plan is not None
+            outputs = [torch.zeros_like(x) for x in xs]
+            with Copies() as there:
+                rows = start_exchange_to_heads(xs, plan)()
+            with Copies() as back:
+                start_exchange_to_tokens(rows, plan, outputs)()
+        assert (there.number, back.number) == expected

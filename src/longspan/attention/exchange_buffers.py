@@ -4,10 +4,14 @@
                        ``unpack`` reads; its elements are ``ExchangePlan.sent(batch)[p]``
     rows               [batch * every token, widths of my heads] of each group: what attention reads and returns
 
-The suffix of a tensor's name gives its dims, as in ulysses.py.
+Consecutive ranks with equally many heads have blocks of one shape, which one permuted copy a tensor fills or reads: with even
+heads one copy in place of one for each rank.
+
+The suffix of a tensor's name gives its dims, as in ulysses.py, and P ranks of equal blocks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, groupby
 
 import torch
 from torch import Tensor
@@ -16,29 +20,47 @@ from torch.profiler import record_function
 from longspan.attention.plan import ExchangePlan
 
 
-def pack(xs_BSHD: Sequence[Tensor], block: Tensor, plan: ExchangePlan, p: int) -> None:
-    """Copy rank ``p``'s heads of the tensors, [batch, my tokens, heads, dim] each, into its flat block."""
-    for x_BSHD, (piece_BSGD, heads, _) in zip(xs_BSHD, _pieces(block, plan, p, xs_BSHD[0].shape[0])):
-        piece_BSGD.copy_(x_BSHD[:, :, heads.start : heads.stop])
+def pack(xs_BSHD: Sequence[Tensor], blocks: Tensor, plan: ExchangePlan, ranks: range) -> None:
+    """Copy the heads of ``ranks`` of the tensors, [batch, my tokens, heads, dim] each, into their flat blocks, one after
+    another."""
+    for tensor, heads, piece_PBSGD, _ in _pieces(blocks, plan, ranks, xs_BSHD[0].shape[0]):
+        piece_PBSGD.copy_(_by_rank(xs_BSHD[tensor], heads, len(piece_PBSGD)))
 
 
-def unpack(block: Tensor, plan: ExchangePlan, p: int, outputs: Sequence[Tensor]) -> None:
-    """Copy rank ``p``'s flat block into its heads of ``outputs``; add where several ranks return a head."""
-    for output, (piece_BSGD, heads, summed) in zip(outputs, _pieces(block, plan, p, outputs[0].shape[0])):
-        target_BSGD = output[:, :, heads.start : heads.stop]
+def unpack(blocks: Tensor, plan: ExchangePlan, ranks: range, outputs: Sequence[Tensor]) -> None:
+    """Copy the flat blocks of ``ranks`` into their heads of ``outputs``; add where several ranks return a head."""
+    for tensor, heads, piece_PBSGD, summed in _pieces(blocks, plan, ranks, outputs[0].shape[0]):
+        target_PBSGD = _by_rank(outputs[tensor], heads, len(piece_PBSGD))
         if summed:
-            target_BSGD.add_(piece_BSGD)
+            target_PBSGD.add_(piece_PBSGD)
         else:
-            target_BSGD.copy_(piece_BSGD)
+            target_PBSGD.copy_(piece_PBSGD)
 
 
-def _pieces(block: Tensor, plan: ExchangePlan, p: int, batch: int) -> Iterator[tuple[Tensor, range, bool]]:
-    """For each tensor of the plan a view [batch, my tokens, heads of p, dim] of the block, the heads, whether to add them."""
-    parts = block.split([batch * elements for elements in plan.sends[p]])
-    for group, widths, part in zip(plan.groups, plan.widths, parts):
-        columns = part.view(batch, group.sizes[plan.rank], sum(widths[p])).split(widths[p], 2)
-        for column, heads, dim, summed in zip(columns, group.heads, group.dims, group.summed):
-            yield column.unflatten(2, (len(heads[p]), dim)), heads[p], summed
+def _by_rank(x_BSHD: Tensor, heads: range, ranks: int) -> Tensor:
+    """The given heads, equally many for each of ``ranks`` ranks, as a view [ranks, batch, my tokens, heads of a rank, dim]."""
+    x_BSPGD: Tensor = x_BSHD[:, :, heads.start : heads.stop].unflatten(2, (ranks, len(heads) // ranks))
+    return x_BSPGD.permute(2, 0, 1, 3, 4)
+
+
+def _pieces(blocks: Tensor, plan: ExchangePlan, ranks: range, batch: int) -> Iterator[tuple[int, range, Tensor, bool]]:
+    """What of the blocks of ``ranks`` is copied at once.
+
+    Yields:
+        The number of the tensor among those of the plan, its heads, a view [ranks, batch, my tokens, heads of a rank, dim] of
+        the blocks, and whether to add it. Heads that several ranks compute come once for each of them.
+    """
+    runs = _runs(ranks, lambda p: [widths[p] for widths in plan.widths])
+    for run, parts in _split(blocks, runs, plan.sends, batch):
+        tensors = count()
+        for group, widths, part in zip(plan.groups, plan.widths, parts):
+            columns = part.unflatten(1, (batch, group.sizes[plan.rank], sum(widths[run[0]]))).split(widths[run[0]], 3)
+            for column, heads, dim, summed, tensor in zip(columns, group.heads, group.dims, group.summed, tensors):
+                piece_PBSGD = column.unflatten(3, (len(heads[run[0]]), dim))
+                if all(heads[p].stop == heads[p + 1].start for p in run[:-1]):
+                    yield tensor, range(heads[run[0]].start, heads[run[-1]].stop), piece_PBSGD, summed
+                else:
+                    yield from ((tensor, heads[p], piece_PBSGD[i : i + 1], summed) for i, p in enumerate(run))
 
 
 def as_rows(received: Tensor, plan: ExchangePlan, batch: int) -> list[Tensor]:
@@ -49,23 +71,49 @@ def as_rows(received: Tensor, plan: ExchangePlan, batch: int) -> list[Tensor]:
     if batch == 1 and len(plan.groups) == 1:
         return [received.view(sum(plan.groups[0].sizes), -1)]
     with record_function("longspan::exchange"):
-        return [torch.cat(pieces, 1).flatten(0, 1) for pieces in _row_parts(received, plan, batch)]
+        by_group = zip(*(parts for _, parts in _row_parts(received, plan, batch)))
+        return [torch.cat([x_BSW for part in parts for x_BSW in part], 1).flatten(0, 1) for parts in by_group]
 
 
 def pack_rows(rows_RW: Sequence[Tensor], send: Tensor, plan: ExchangePlan, batch: int) -> None:
     """Copy the rows of each group into ``send``, the send buffer of an exchange to tokens, in rank order."""
-    for rows, group, parts in zip(rows_RW, plan.groups, _row_parts(send, plan, batch)):
-        whole_BTW = rows.unflatten(0, (batch, sum(group.sizes)))
-        for part_BSW, piece in zip(parts, whole_BTW.split(group.sizes, 1)):
-            part_BSW.copy_(piece)
+    wholes_BTW = [rows.unflatten(0, (batch, sum(group.sizes))) for rows, group in zip(rows_RW, plan.groups)]
+    for run, parts in _row_parts(send, plan, batch):
+        for whole_BTW, group, part_PBSW in zip(wholes_BTW, plan.groups, parts):
+            first, tokens = sum(group.sizes[: run[0]]), group.sizes[run[0]]
+            of_run = whole_BTW[:, first : first + len(run) * tokens]
+            part_PBSW.copy_(of_run.unflatten(1, (len(run), tokens)).transpose(0, 1))
 
 
-def _row_parts(flat: Tensor, plan: ExchangePlan, batch: int) -> list[list[Tensor]]:
-    """A buffer that ``exchange_to_heads`` receives, as views: result[group][p] is [batch, tokens of rank p, widths of my
-    heads]."""
-    parts: list[list[Tensor]] = [[] for _ in plan.groups]
-    for p, block in zip(plan.ranks, flat.split(plan.received(batch))):
-        pieces = block.split([batch * elements for elements in plan.receives[p]])
-        for group, widths, piece, of_group in zip(plan.groups, plan.my_widths, pieces, parts):
-            of_group.append(piece.view(batch, group.sizes[p], sum(widths)))
-    return parts
+def _row_parts(flat: Tensor, plan: ExchangePlan, batch: int) -> Iterator[tuple[range, list[Tensor]]]:
+    """A buffer that ``exchange_to_heads`` receives, as views.
+
+    Yields:
+        Ranks with equally many tokens, and for each group their part [ranks, batch, tokens of a rank, widths of my heads].
+    """
+    runs = _runs(plan.ranks, lambda p: [group.sizes[p] for group in plan.groups])
+    for run, parts in _split(flat, runs, plan.receives, batch):
+        shapes = [(batch, group.sizes[run[0]], sum(widths)) for group, widths in zip(plan.groups, plan.my_widths)]
+        yield run, [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
+
+
+def _runs(ranks: range, shape: Callable[[int], object]) -> list[range]:
+    """``ranks`` cut into the longest runs of consecutive ranks for which ``shape(rank)`` is equal."""
+    runs = (list(run) for _, run in groupby(ranks, shape))
+    return [range(run[0], run[-1] + 1) for run in runs]
+
+
+def _split(
+    blocks: Tensor, runs: Sequence[range], elements: Sequence[Sequence[int]], batch: int
+) -> Iterator[tuple[range, Sequence[Tensor]]]:
+    """The flat blocks of all ranks of ``runs``: for each run of equal blocks (run, for each group [ranks, elements]).
+
+    Args:
+        blocks: one block for each rank, one after another.
+        runs: the ranks, by runs.
+        elements: ``elements[rank][group]`` of one row of the batch.
+        batch: rows of the batch.
+    """
+    parts = [[batch * one for one in elements[run[0]]] for run in runs]
+    for run, sizes, flat in zip(runs, parts, blocks.split([len(run) * sum(sizes) for run, sizes in zip(runs, parts)])):
+        yield run, flat.view(len(run), sum(sizes)).split(sizes, 1)

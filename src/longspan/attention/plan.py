@@ -75,11 +75,14 @@ class OwnPart:
     Attributes:
         mine: its place among the rows of every token, flat.
         others: the place of what the other ranks send, in one piece before or behind it.
+        ranks, other_ranks: this rank, and the others.
         sent, received: elements for and from each rank, tokens to heads, 0 for this rank.
     """
 
     mine: slice
     others: slice
+    ranks: range
+    other_ranks: range
     sent: list[int]
     received: list[int]
 
@@ -118,7 +121,14 @@ class ExchangePlan(OpaqueBase):
         others = slice(own, None) if self.rank == 0 else slice(0, before)
         sent, received = list(self._sent), list(self._received)
         sent[self.rank] = received[self.rank] = 0
-        return OwnPart(mine=slice(before, before + own), others=others, sent=sent, received=received)
+        return OwnPart(
+            mine=slice(before, before + own),
+            others=others,
+            ranks=range(self.rank, self.rank + 1),
+            other_ranks=self.ranks[1:] if self.rank == 0 else self.ranks[:-1],
+            sent=sent,
+            received=received,
+        )
 
     def _both(self) -> list[tuple[TensorGroup, tuple[tuple[int, ...], ...]]]:
         """For each group of tensors (the group, for each rank the elements of one token that each tensor sends to it)."""

@@ -242,8 +242,7 @@ def start_exchange_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan) -> Ca
     sent = plan.sent(batch)
     with record_function("longspan::exchange"), ExitStack() as stack:
         send = stack.enter_context(plan.scratch.lend(sum(sent), xs_BSHD[0]))
-        for p, block in zip(plan.ranks, send.split(sent)):
-            pack(xs_BSHD, block, plan, p)
+        pack(xs_BSHD, send, plan, plan.ranks)
         arrival = plan.transport.all_to_all(send, sent, plan.received(batch), plan.process_group)
         lent = stack.pop_all()
 
@@ -260,11 +259,9 @@ def _start_around_own_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan, ow
     with record_function("longspan::exchange"), ExitStack() as stack:
         received = plan.scratch.take(sum(plan.received(1)), xs_BSHD[0])
         send = stack.enter_context(plan.scratch.lend(sum(own.sent), xs_BSHD[0]))
-        for p, block in zip(plan.ranks, send.split(own.sent)):
-            if p != plan.rank:
-                pack(xs_BSHD, block, plan, p)
+        pack(xs_BSHD, send, plan, own.other_ranks)
         wait = all_to_all_into(plan.transport, received[own.others], send, own.sent, own.received, group=plan.process_group)
-        pack(xs_BSHD, received[own.mine], plan, plan.rank)
+        pack(xs_BSHD, received[own.mine], plan, own.ranks)
         lent = stack.pop_all()
 
     def finish() -> list[Tensor]:
@@ -304,8 +301,7 @@ def start_exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, outp
     def finish() -> None:
         with lent:
             received = arrival.wait()
-        for p, block in zip(plan.ranks, received.split(plan.sent(batch))):
-            unpack(block, plan, p, outputs)
+        unpack(received, plan, plan.ranks, outputs)
 
     return finish
 
@@ -317,13 +313,11 @@ def _start_around_own_to_tokens(
     with record_function("longspan::exchange"):
         received = plan.scratch.take(sum(own.sent), send)
         wait = all_to_all_into(plan.transport, received, send[own.others], own.received, own.sent, group=plan.process_group)
-        unpack(send[own.mine], plan, plan.rank, outputs)
+        unpack(send[own.mine], plan, own.ranks, outputs)
 
     def finish() -> None:
         wait()
-        for p, block in zip(plan.ranks, received.split(own.sent)):
-            if p != plan.rank:
-                unpack(block, plan, p, outputs)
+        unpack(received, plan, own.other_ranks, outputs)
 
     return finish
 
