@@ -133,13 +133,21 @@ class _FSDPModule:
 
 USES: dict[str, tuple[str, Callable[[], object]]] = {
     "autograd_below_autograd": ("_ForceDispatchKeyGuard", _compat.autograd_below_autograd),
-    "flash_forward on the CPU": ("_scaled_dot_product_flash_attention_for_cpu", lambda: _compat.flash_forward("cpu")),
-    "flash_backward on the CPU": (
-        "_scaled_dot_product_flash_attention_for_cpu_backward",
-        lambda: _compat.flash_backward("cpu"),
+    "flash forward on the CPU": (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        lambda: _compat.attention_operators("flash cpu"),
     ),
-    "flash_forward on CUDA": ("_flash_attention_forward", lambda: _compat.flash_forward("cuda")),
-    "flash_backward on CUDA": ("_flash_attention_backward", lambda: _compat.flash_backward("cuda")),
+    "flash backward on the CPU": (
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        lambda: _compat.attention_operators("flash cpu"),
+    ),
+    "flash forward on CUDA": ("_flash_attention_forward", lambda: _compat.attention_operators("flash cuda")),
+    "flash backward on CUDA": ("_flash_attention_backward", lambda: _compat.attention_operators("flash cuda")),
+    "memory-efficient forward": ("_efficient_attention_forward", lambda: _compat.attention_operators("efficient")),
+    "cuDNN's backward": (
+        "_scaled_dot_product_cudnn_attention_backward",
+        lambda: _compat.attention_operators("cudnn"),
+    ),
     "has_cpu_gemm": ("_is_mkldnn_bf16_supported", lambda: _compat.has_cpu_gemm(torch.bfloat16)),
     "flex_lse_request": ("AuxRequest", _compat.flex_lse_request),
     "flattened": ("_flatten", lambda: _compat.flattened(_Anything(), "both")),  # type: ignore[arg-type]

@@ -4,7 +4,7 @@
     OpaqueBase, register_opaque     torch._custom_class_base, before 2.14 torch._opaque_base                operator arguments
     constant_when_compiled          torch.compiler.assume_constant_result, before 2.13 torch.compiler.disable   plans
     autograd_below_autograd         torch._C._ForceDispatchKeyGuard, the dispatcher's thread-local keys     gradients of a bias
-    flash_forward, flash_backward   aten._flash_attention_*, aten._scaled_dot_product_flash_*_for_cpu       kernels/flash_*.py
+    attention_operators             aten._flash_*, _efficient_* and _scaled_dot_product_*attention*         kernels
     has_cpu_gemm                    torch.ops.mkldnn._is_mkldnn_*_supported                                 kernels/matmul.py
     flex_lse_request                torch.nn.attention.flex_attention.AuxRequest                            kernels/flex.py
     functional_all_reduce           torch.distributed._functional_collectives.all_reduce                    collectives.py
@@ -130,18 +130,18 @@ def autograd_below_autograd() -> AbstractContextManager[None]:
     return guard
 
 
-def flash_forward(device_type: str) -> Callable[..., Any]:
-    """PyTorch's operator for the forward of flash attention on a device type, "cpu" or "cuda"."""
-    names = {"cpu": "_scaled_dot_product_flash_attention_for_cpu", "cuda": "_flash_attention_forward"}
-    operator: Callable[..., Any] = _symbol(torch.ops.aten, f"{names[device_type]}.default", "kernel='sdpa'")
-    return operator
+_ATTENTION = {
+    "flash cpu": ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
+    "flash cuda": ("_flash_attention_forward", "_flash_attention_backward"),
+    "efficient": ("_efficient_attention_forward", "_efficient_attention_backward"),
+    "cudnn": ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"),
+}
 
 
-def flash_backward(device_type: str) -> Callable[..., Any]:
-    """PyTorch's operator for the backward of flash attention on a device type, "cpu" or "cuda"."""
-    names = {"cpu": "_scaled_dot_product_flash_attention_for_cpu_backward", "cuda": "_flash_attention_backward"}
-    operator: Callable[..., Any] = _symbol(torch.ops.aten, f"{names[device_type]}.default", "kernel='sdpa'")
-    return operator
+def attention_operators(which: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """PyTorch's operators (forward, backward) of an attention: "flash cpu", "flash cuda", "efficient" or "cudnn"."""
+    forward, backward = (_symbol(torch.ops.aten, f"{name}.default", f"{which} attention") for name in _ATTENTION[which])
+    return forward, backward
 
 
 def has_cpu_gemm(dtype: torch.dtype) -> bool:

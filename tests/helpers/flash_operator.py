@@ -46,7 +46,7 @@ class FlashOperators:
 
     def forward(self, *args: Any, **keywords: Any) -> tuple[Any, ...]:
         self.calls["forward"] += 1
-        _is_accepted(_compat.flash_forward("cuda"), args, keywords)
+        accepts(_compat.attention_operators("flash cuda")[0], args, keywords)
         q, k, v, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, _ = args
         _check(q, k, v, cum_q, cum_k, max_q, max_k)
         assert dropout_p == 0
@@ -61,7 +61,7 @@ class FlashOperators:
 
     def backward(self, *args: Any, **keywords: Any) -> tuple[Tensor, ...]:
         self.calls["backward"] += 1
-        _is_accepted(_compat.flash_backward("cuda"), args, keywords)
+        accepts(_compat.attention_operators("flash cuda")[1], args, keywords)
         dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, rng_state, unused = args
         _check(q, k, v, cum_q, cum_k, max_q, max_k)
         assert (dropout_p, rng_state, unused) == (0, None, None)
@@ -104,7 +104,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cum_q: Tensor | None, cum_k: Tensor 
     assert (max_q, max_k) == (int(cum_q.diff().max()), int(cum_k.diff().max()))
 
 
-def _is_accepted(operator: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+def accepts(operator: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Match the arguments with the schema of the installed PyTorch's operator."""
     arguments = operator._schema.arguments
     positional = [argument for argument in arguments if not argument.kwarg_only]

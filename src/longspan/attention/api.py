@@ -215,7 +215,7 @@ def _choose_kernel(spec: AttentionSpec) -> Kernel:
         return FunctionKernel(spec.kernel)
     return kernels.choose(
         spec.kernel, device_type=spec.device_type, dtype=spec.dtype, qk_dim=spec.q_shape[3], v_dim=spec.v_shape[3],
-        softcap=spec.softcap, bias=spec.bias,
+        softcap=spec.softcap, bias=spec.bias, mask=spec.mask, tokens=spec.whole_tokens,
     )  # fmt: skip
 
 

@@ -20,11 +20,10 @@ FlashGradients = tuple[
     Float[Tensor, "tiles heads rows dim"], Float[Tensor, "tiles kv_heads keys dim"], Float[Tensor, "tiles kv_heads keys dim"]
 ]
 
-_forward_cpu = _compat.flash_forward("cpu")
-_backward_cpu = _compat.flash_backward("cpu")
+_forward_cpu, _backward_cpu = _compat.attention_operators("flash cpu")
 
 
-def lacks(dtype: torch.dtype, dim: int) -> str | None:
+def lacks(dtype: torch.dtype, dim: int, capability: tuple[int, int] | None) -> str | None:
     """The reason why the operators do not support this dtype and head dim: always None, the CPU operators support all."""
     return None
 

@@ -60,7 +60,7 @@ class GroupedKernel(NamedTuple):
             )
             for heads, kv in self.groups
         ]  # fmt: skip
-        return _join([out for out, _ in parts], 1), _join([lse for _, lse in parts], 0)
+        return join([out for out, _ in parts], 1), join([lse for _, lse in parts], 0)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
@@ -87,7 +87,7 @@ class GroupedKernel(NamedTuple):
                 )
                 for heads, kv in self.groups
             ]  # fmt: skip
-        dq = _join([part[0] for part in parts], 1)
+        dq = join([part[0] for part in parts], 1)
         if len(parts) == 1:
             return dq, *parts[0][1:]
         dk, dv = (torch.zeros_like(x, dtype=accumulation_dtype(x.dtype)) for x in (k, v))
@@ -97,6 +97,6 @@ class GroupedKernel(NamedTuple):
         return dq, dk, dv, [torch.stack(grads).sum(0) for grads in zip(*(part[3] for part in parts))]
 
 
-def _join(parts: list[Tensor], dim: int) -> Tensor:
+def join(parts: list[Tensor], dim: int) -> Tensor:
     """The tensors concatenated along ``dim``; a single one is returned without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -101,7 +101,7 @@ class Online:
             dweights = (dout_KGD @ _heads_first(v[tile.keys], dtype).mT).view_as(weights)
             dscores = weights * dweights.sub_((dout_HSD * out_HSD).sum(2, keepdim=True))
             if bias is not None and added is not None:
-                _add_bias_gradients(dbias, bias.parameters, added, dscores)
+                add_bias_gradients(dbias, bias.parameters, added, dscores)
             dscores_KGT = _by_kv_head(dscores.mul_(scores.slope).mul_(scale), kv_heads)
             dq_HSD = (dscores_KGT @ _heads_first(k[tile.keys], dtype)).view(heads, -1, q.shape[2])
             dq[tile.queries] += dq_HSD.transpose(0, 1)
@@ -217,7 +217,7 @@ def _bias_values(bias: BoundBias, tile: Tile, device: torch.device) -> Tensor:
         return bias(*_indices(tile, device))
 
 
-def _add_bias_gradients(totals: list[Tensor], parameters: Sequence[Tensor], added: Tensor, dscores: Tensor) -> None:
+def add_bias_gradients(totals: list[Tensor], parameters: Sequence[Tensor], added: Tensor, dscores: Tensor) -> None:
     """Add one tile's gradients of the bias parameters to ``totals``, in place.
 
     Args:

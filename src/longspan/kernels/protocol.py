@@ -39,6 +39,7 @@ class Need:
         dtype: the dtype of q, k and v.
         qk_dim, v_dim: the head dims of queries and keys, and of values.
         softcap, bias: whether the attention has one.
+        capability: the compute capability of the GPU; None where none is seen.
     """
 
     device_type: str
@@ -47,6 +48,7 @@ class Need:
     v_dim: int
     softcap: bool = False
     bias: bool = False
+    capability: tuple[int, int] | None = None
 
 
 @runtime_checkable

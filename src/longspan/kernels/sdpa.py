@@ -46,7 +46,7 @@ class SDPA:
             return f"PyTorch's fused attention wants equal query/key and value dims, not {need.qk_dim} and {need.v_dim}"
         if need.device_type not in OPERATORS:
             return f"PyTorch's flash operators are for {' and '.join(OPERATORS)}, not {need.device_type}"
-        reason: str | None = OPERATORS[need.device_type].lacks(need.dtype, need.qk_dim)
+        reason: str | None = OPERATORS[need.device_type].lacks(need.dtype, need.qk_dim, need.capability)
         return reason
 
     def forward(
@@ -62,7 +62,7 @@ class SDPA:
     ) -> Partial:
         _refuse(softcap, bias)
         dtype = accumulation_dtype(q.dtype)
-        q, k, v = (_readable(x) for x in (q, k, v))
+        q, k, v = (flash_cuda.readable(x) for x in (q, k, v))
         if OPERATORS[q.device.type] is flash_cuda:
             return flash_cuda.forward(q, k, v, bands, scale)
         stacks = _stacks(tuple(bands))
@@ -97,7 +97,7 @@ class SDPA:
     ) -> Gradients:
         _refuse(softcap, bias)
         dtype = accumulation_dtype(q.dtype)
-        dout, q, k, v, out = (_readable(x) for x in (dout, q, k, v, out))
+        dout, q, k, v, out = (flash_cuda.readable(x) for x in (dout, q, k, v, out))
         if OPERATORS[q.device.type] is flash_cuda:
             return *flash_cuda.backward(dout, q, k, v, out, lse, bands, scale), []
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
@@ -122,14 +122,6 @@ def _refuse(softcap: float | None, bias: BoundBias | None) -> None:
     """Raise KernelError if the attention has a softcap or a bias, which are None where it has none."""
     if softcap is not None or bias is not None:
         raise KernelError("kernel='sdpa' has neither softcap nor bias; use kernel='online' or 'auto'")
-
-
-def _readable(x: Tensor) -> Tensor:
-    """``x`` itself if its last dim is contiguous, else a contiguous copy.
-
-    The flash operators assume a contiguous last dim without a check; an expanded gradient may lack it.
-    """
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _is_one_call(stacks: Sequence[Stack], q: Tensor) -> bool:
