@@ -7,6 +7,7 @@ that hold for every source; a row that it cannot read is returned with the reaso
 
 import csv
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ STEP = ("iter_time", "tokens_per_s_per_gpu", "tokens_per_s_total", "tflops_per_g
 """Metrics of which a step time follows, the most direct first."""
 ATTENTION = ("attn_fwd_iter_per_s", "attn_iter_per_s fwd", "attn_iter_per_s fwd+bwd", "attn_tflops_per_gpu fwd",
              "attn_tflops_per_gpu bwd")  # fmt: skip
-MEMORY = ("peak_mem", "peak_mem_nvsmi")
+MEMORY = ("peak_mem", "peak_mem_allocated", "peak_mem_reserved", "peak_mem_nvsmi")
 
 
 @dataclass(frozen=True)
@@ -165,16 +166,24 @@ def _recipe(row: Row, cluster: Cluster) -> Recipe:
     recipe = Recipe(dtype="fp8" if fp8 else "bf16")
     old = row["precision"] == "fp16" or "no flash" in text
     nanotron = row["model"].startswith("nanotron")
-    megatron = "megatron" in strategy or "tp-sp+" in strategy or strategy in ("tp", "tp+sp") or "zero1" in strategy
+    fsdp = strategy.startswith("fsdp")
+    megatron = not fsdp and (
+        "megatron" in strategy or "tp-sp+" in strategy or strategy in ("tp", "tp+sp") or "zero1" in strategy
+    )
     native = (megatron and not nanotron and not old) or "megatron-bridge" in row["source"].lower()
     deepspeed = "zero3" in strategy
     if megatron or native or deepspeed or nanotron:
         recipe = replace(recipe, parameter_bytes=2, gradient_bytes=4, optimizer_bytes=12)
     if native and not strategy.startswith("zero1"):
         recipe = replace(recipe, compiled=True, attention="fused", overlapped_tensor=True, saves_gathered=False)
+    if nanotron:  # gradients of the compute dtype stay in the reducer's buckets; the loss keeps shifted logits in fp32
+        recipe = replace(recipe, bucket_bytes=2, logit_bytes=10)
+    elif not fsdp:
+        recipe = replace(recipe, balanced_stages=False)
     if "compile" in row["strategy"] or ("cumulative" in text and "chunked" in strategy):
-        blocks_alone = strategy.startswith("fsdp")  # torchtitan compiles its blocks, not its loss
-        recipe = replace(recipe, compiled=True, logit_bytes=14 if blocks_alone else 10)
+        recipe = replace(recipe, compiled=True, logit_bytes=14 if fsdp else 10)  # torchtitan compiles its blocks, not its loss
+    if fsdp and (_int(row, "tp") or 1) > 1:  # a loss over a sharded vocabulary (DTensor) has one more fp32 copy
+        recipe = replace(recipe, logit_bytes=18)
     if old:
         sharded = "sp" in strategy.replace("tp+sp", "sp") and "no sequence parallel" not in strategy
         recipe = replace(recipe, attention="unfused", sharded_norms=sharded, selective="attention", reduced_bytes=2,
@@ -216,6 +225,23 @@ def _strategy(row: Row, cluster: Cluster, recipe: Recipe) -> Strategy | str:
         offload_optimizer="optimizer" in row["offload"] and "not stated" not in row["offload"],
         offload_parameters="weights" in row["offload"] or "params" in row["offload"],
     )
+
+
+def measured_memory(c: Case, others: Iterable[Case]) -> tuple[str, float] | None:
+    """What a run measured of memory, and its bytes: "allocated", "reserved" (by the allocator) or "device" (nvidia-smi).
+
+    A source that says "reserved" anywhere means it everywhere, and torchtitan logs it; ``others`` are the runs of all sources.
+    """
+    found = c.metric(*MEMORY)
+    if found is None:
+        return None
+    name, value = found
+    unit = next(row["unit"] for row in c.rows if row["metric"] == name)
+    what = {"peak_mem_nvsmi": "device", "peak_mem_reserved": "reserved"}.get(name, "allocated")
+    notes = (row["notes"].lower() for other in others if other.source == c.source for row in other.rows)
+    if name == "peak_mem" and ("torchtitan" in c.source.lower() or any("reserved" in note for note in notes)):
+        what = "reserved"
+    return what, value * {"gib": 2.0**30, "mib": 2.0**20, "mb": 1e6, "tb": 1e12}.get(unit.lower().split("/")[0], 1e9)
 
 
 def flops_per_token(c: Case) -> float | None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import fmean, median
 
 from figures import beside_published
-from published import ATTENTION, MEMORY, Case, case, measured_seconds, runs
+from published import ATTENTION, Case, case, measured_memory, measured_seconds, runs
 
 from longspan.planner.cost import Constants, Setting, attention_time, layer_time, step_time, ulysses_exposed
-from longspan.planner.rank_memory import rank_memory
+from longspan.planner.rank_memory import cached_bytes, rank_memory
 
 APART = ("best-config sweep", "vTrain")
 """Sources that are reported apart: a noisy sweep, and one of tensor and pipeline terms."""
@@ -86,16 +86,16 @@ def attention_errors(cases: list[Case], constants: Constants = CHOSEN) -> list[E
 
 
 def memory_errors(cases: list[Case], constants: Constants = CHOSEN) -> list[Error]:
-    """Peak memory of all cases that have one: of the device for nvidia-smi, of the allocator else."""
+    """Peak memory of all cases that have one: of the device (nvidia-smi), reserved or allocated, as the source measures it."""
     found = []
     for c in cases:
-        metric = c.metric(*MEMORY)
-        if metric is None:
+        measured = measured_memory(c, cases)
+        if measured is None:
             continue
-        unit = next(row["unit"] for row in c.rows if row["metric"] == metric[0])
-        needs = rank_memory(setting(c, constants), c.strategy)
-        predicted = float(needs.total if metric[0] == "peak_mem_nvsmi" else needs.allocated)
-        found.append(Error(c, predicted, metric[1] * (2**30 if unit == "GiB" else 1e9)))
+        x, (what, published) = setting(c, constants), measured
+        needs = rank_memory(x, c.strategy)
+        kept = {"device": needs.reserve, "reserved": cached_bytes(x, c.strategy), "allocated": 0.0}[what]
+        found.append(Error(c, float(needs.allocated + kept), published))
     return found
 
 

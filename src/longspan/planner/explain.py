@@ -18,7 +18,7 @@ from longspan.planner.cost import (
     ulysses_bytes,
     ulysses_exposed,
 )
-from longspan.planner.rank_memory import RankMemory, logits_bytes, rank_memory, saved_bytes
+from longspan.planner.rank_memory import RankMemory, fullest_stage, logits_bytes, rank_memory, saved_bytes
 from longspan.planner.strategy import Strategy, micro_batches
 
 GIB, TERA = 2**30, 1e12
@@ -85,7 +85,8 @@ def _formulas(x: Setting, s: Strategy) -> dict[str, str]:
     count, layers, layer = micro_batches(x.workload, s), int(stage_layers(shape, s)), layer_time(x, s)
     m = float(rank_tokens(x.workload, s))
     each = f"{count} micro-batches x {layers} layers x"
-    held, shards = float(stage_parameters(shape, s)), s.data * s.ring * s.ulysses
+    updated, shards = float(stage_parameters(shape, s)), s.data * s.ring * s.ulysses
+    held, stage, flight = (float(number) for number in fullest_stage(x, s))
     cut = {stage: f" / {shards}" if s.zero >= stage and shards > 1 else "" for stage in (1, 2, 3)}
     rate = f"{x.matmul_rate / TERA:.0f} TFLOP/s ({c.matmul:g} of what large products reach)"
     pairs = shape.attention_pairs(x.workload.tokens) / shape.layers
@@ -107,17 +108,17 @@ def _formulas(x: Setting, s: Strategy) -> dict[str, str]:
         "ulysses": link("ulysses"),
         "ring": link("ring"),
         "zero": link("zero"),
-        "gradients": f"{held:,.0f} parameters of a rank over {shards} ranks, less the backward that hides it",
+        "gradients": f"{updated:,.0f} parameters of a rank over {shards} ranks, less the backward that hides it",
         "pipeline": f"2 sends x ({count} micro-batches x {s.stages_per_rank} stages + {s.pipeline - 1})",
         "bubble": f"({s.pipeline} - 1) / {s.stages_per_rank} x a micro-batch of a stage",
         "offload": f"{count} micro-batches x 2 x (what is saved / {x.cluster.to_host.bandwidth / 1e9:.0f} GB/s - the compute "
         f"beside it)",
-        "optimizer": f"{held:,.0f}{cut[1]} parameters x bytes of their states, or {c.host_update:g} s each on the host",
+        "optimizer": f"{updated:,.0f}{cut[1]} parameters x bytes of their states, or {c.host_update:g} s each on the host",
         "parameters": f"{held:,.0f} x {recipe.parameter_bytes} bytes{cut[3]}",
         "gradients_bytes": f"{held:,.0f} x {recipe.gradient_bytes} bytes{cut[2]}",
         "optimizer_bytes": f"{held:,.0f} x {recipe.optimizer_bytes} bytes{cut[1]}",
         "gathered": "two layers and the head, whole, with zero=3",
-        "saved": f"{layers} layers x {_gib(float(saved_bytes(x, s)))} x micro-batches in flight",
+        "saved": f"{stage:.0f} layers x {flight:g} micro-batches in flight x {_gib(float(saved_bytes(x, s)))}",
         "working": "what one layer's backward computes again, and its gradients",
         "logits": f"{m:,.0f} x {shape.vocab} / {s.tensor} x {recipe.logit_bytes} bytes, or a tile: "
         f"{_gib(float(logits_bytes(x, s)))}",

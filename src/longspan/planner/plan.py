@@ -140,14 +140,14 @@ def plan(
     if goal != "cost":
         return _planned(x, must, find_length=goal == "length")
     counts = [where.gpus >> halvings for halvings in range(where.gpus.bit_length()) if where.gpus % (1 << halvings) == 0]
-    plans = []
-    for count in counts:
-        node = min(where.gpus_per_node, count)
+    fewer = [replace(x, cluster=replace(where, gpus=count, gpus_per_node=min(where.gpus_per_node, count))) for count in counts]
+    cheapest, least = x, float("inf")
+    for smaller in fewer:
         with suppress(LayoutError):
-            plans.append(_planned(replace(x, cluster=replace(where, gpus=count, gpus_per_node=node)), must, find_length=False))
-    if not plans:
-        return _planned(x, must, find_length=False)  # raises, and says why on all GPUs
-    return min(plans, key=lambda found: found.best.price_per_million_tokens or 0.0)
+            best = search(smaller, must).best
+            if best is not None and smaller.cluster.gpus * best.seconds < least:
+                cheapest, least = smaller, smaller.cluster.gpus * best.seconds
+    return _planned(cheapest, must, find_length=False)  # where nothing fits, it says why on all GPUs
 
 
 def _planned(x: Setting, must: dict[str, int], find_length: bool) -> Plan:

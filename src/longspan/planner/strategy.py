@@ -42,12 +42,15 @@ class Recipe:
         compiled: whether element-wise operators are fused by a compiler.
         parameter_bytes, gradient_bytes, optimizer_bytes: bytes kept for a parameter; what ZeRO stages shard.
         gathered_bytes: bytes of a parameter where it is gathered to compute; ``reduced_bytes``: of a gradient on the wire.
+        bucket_bytes: bytes of a parameter in buckets that reduce gradients beside the accumulated ones, whatever the ZeRO
+            stage.
         logit_bytes: bytes of a logit at the peak of a loss that is not chunked.
         sharded_norms: whether norms and residuals are sharded over the tensor axis (Megatron sequence parallelism).
         selective: what ``recompute="selective"`` keeps: "block" (a block's input and attention's output, longspan),
             "attention" (everything but the scores of unfused attention, Megatron), "operators" (half of the matrix products,
             torchtitan).
         overlapped_tensor: whether the tensor axis' collectives run beside matrix products.
+        balanced_stages: whether a pipeline's layers are split by cost, the head counted (longspan, nanotron), or evenly.
         saves_gathered: whether a tensor region saves its gathered input, instead of gathering it again (Megatron).
     """
 
@@ -59,10 +62,12 @@ class Recipe:
     optimizer_bytes: int = 8
     gathered_bytes: int = 2
     reduced_bytes: int = 4
+    bucket_bytes: int = 0
     logit_bytes: int = 14
     sharded_norms: bool = True
     selective: Literal["block", "attention", "operators"] = "block"
     overlapped_tensor: bool = False
+    balanced_stages: bool = True
     saves_gathered: bool = True
 
     @property
