@@ -1,9 +1,14 @@
 """``longspan train``: the training loop, from the text to the last checkpoint and the exported model.
 
-    text -> my tokens of a step -> sync_batches -> forward_backward (of all micro-batches) -> clip -> update -> record
-                                                                                                           |
-                                      runs/NAME/  config.json  metrics.jsonl  events.*  checkpoints/  <----+
+    text -> my tokens of a step -> sync_batches -> forward_backward (of all micro-batches) -> clip -> read -> update -> record
+                 ^                                                                             |                         |
+                 +------------------ those of the next step, while the device computes --------+                         |
+                                                                                                                         |
+                                      runs/NAME/  config.json  metrics.jsonl  events.*  checkpoints/  <------------------+
                                                   export/, where the model came from a Hugging Face folder
+
+The host waits for the device once a step, where it reads the loss and the gradient norm. Before that it reads the next step's
+tokens and starts their copy to the device; the ranks agree on them when their step begins.
 
 Data order, learning rate and evaluation are functions of the step, so on a CPU a resumed run equals an uninterrupted one bit by
 bit.
@@ -12,7 +17,7 @@ bit.
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +90,7 @@ def work(config: Train) -> int:
     losses, eval_loss = [], math.nan
     watched = Recorded(model, optimizer, mesh.device)
     reported = min(done + 2, config.steps) if config.memory_report and lead else 0
+    fetched = _fetch(loader, done + 1, mesh)
 
     with Display(run.name, config.steps, done, lead) as display:
         display.say(opening(source, corpus, loader, config, mesh, done))
@@ -92,10 +98,13 @@ def work(config: Train) -> int:
             started, sent_before = time.perf_counter(), transport.traffic.bytes
             rate = learning_rate(step, config)
             with watched if step == reported else nullcontext():
-                parts = _parts(loader, step, journal, mesh)
+                parts = _agree(fetched, journal, mesh)
                 with _computing_in(config, mesh):
                     step_loss = forward_backward(model, parts)
-                loss, grad_norm = _read(step_loss, clip_grad_norm_(model, config.clip_norm))
+                norm = clip_grad_norm_(model, config.clip_norm)
+                if step < config.steps:
+                    fetched = _fetch(loader, step + 1, mesh)
+                loss, grad_norm = _read(step_loss, norm)
                 _refuse_divergence(step, loss, grad_norm)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -207,18 +216,31 @@ def _held_out(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
     return Loader(corpus.held_out, tokens=tokens, rows=mesh.coordinate.data, seed=config.seed, coordinate=mesh.coordinate)
 
 
-def _parts(loader: Loader, step: int, journal: Journal, mesh: ParallelMesh) -> list[Part]:
-    """This rank's micro-batches of ``step`` (from 1) on its device, after ``sync_batches``. Every rank must call it.
+@dataclass(frozen=True, kw_only=True)
+class _Fetched:
+    """This rank's micro-batches of a step on its device, before ``sync_batches``; or the error that it met instead."""
 
-    An error of one rank (its text, its disk, ``journal.fault``) is raised on all ranks.
+    parts: list[Part]
+    error: LongspanError | None = None
+
+
+def _fetch(loader: Loader, step: int, mesh: ParallelMesh) -> _Fetched:
+    """Read this rank's micro-batches of ``step`` (from 1) and start their copy to its device. No collective, no wait.
+
+    An error (of its text, its disk) is kept for ``_agree``: the step before may still be computing.
     """
-    parts: list[Part] = []
-    error: LongspanError | None = journal.fault
     try:
-        parts = [] if error else loader.step(step - 1)
-    except LongspanError as found:
-        error = found
-    return [on_device(part, mesh.device) for part in sync_batches(parts, mesh, error=error)]
+        return _Fetched(parts=[on_device(part, mesh.device) for part in loader.step(step - 1)])
+    except LongspanError as error:
+        return _Fetched(parts=[], error=error)
+
+
+def _agree(fetched: _Fetched, journal: Journal, mesh: ParallelMesh) -> list[Part]:
+    """The micro-batches of a step after ``sync_batches``. Every rank must call it.
+
+    An error of one rank (``fetched.error``, ``journal.fault``) is raised on all ranks.
+    """
+    return sync_batches(fetched.parts, mesh, error=journal.fault or fetched.error)
 
 
 def _on(mesh: ParallelMesh, model: nn.Module) -> nn.Module:
