@@ -28,7 +28,16 @@ def pack(xs_BSHD: Sequence[Tensor], blocks: Tensor, plan: ExchangePlan, ranks: r
 
 
 def unpack(blocks: Tensor, plan: ExchangePlan, ranks: range, outputs: Sequence[Tensor]) -> None:
-    """Copy the flat blocks of ``ranks`` into their heads of ``outputs``; add where several ranks return a head."""
+    """Write what an exchange to tokens received from ``ranks`` into ``outputs``, each block into the heads of its rank.
+
+    A tensor whose heads come from several ranks (``TensorGroup.summed``) is added to, any other is overwritten.
+
+    Args:
+        blocks: the received elements, one flat block for each of ``ranks``.
+        plan: the plan of the exchange.
+        ranks: whose blocks they are.
+        outputs: the tensors of all groups, [batch, my tokens, heads, dim]; those that are added to begin as zeros.
+    """
     for tensor, heads, piece_PBSGD, summed in _pieces(blocks, plan, ranks, outputs[0].shape[0]):
         target_PBSGD = _by_rank(outputs[tensor], heads, len(piece_PBSGD))
         if summed:

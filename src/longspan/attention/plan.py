@@ -114,7 +114,11 @@ class ExchangePlan(OpaqueBase):
         self.own = self._own_part()
 
     def _own_part(self) -> "OwnPart | None":
-        """Where this rank's own part lies, if the others' is in one piece: on the first and the last rank, with one group."""
+        """The slices of the flat receive buffer with what this rank sends to itself and with what the others send it.
+
+        None where the others' is not one slice: on every rank but the first and the last, and where several groups of tensors
+        (such as q, and k with v) are sent one after the other.
+        """
         if len(self.groups) > 1 or 0 < self.rank < self.ranks[-1]:
             return None
         before, own = sum(self._received[: self.rank]), self._received[self.rank]

@@ -22,7 +22,7 @@ def cached(mesh: ParallelMesh | None, key: Hashable, make: Callable[[], T]) -> T
     cached.
 
     Args:
-        mesh: the mesh; None is a single device.
+        mesh: the mesh; None for a single device, whose plans have one cache that lives as long as the process.
         key: everything that the plan depends on.
         make: makes the plan.
     """

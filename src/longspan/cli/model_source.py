@@ -66,9 +66,11 @@ class ModelSource(Protocol):
         ...
 
     def for_text(self, tokenizer: str, vocab: int) -> "ModelSource":
-        """This source, or a copy of it, for text that is tokenized by ``tokenizer`` with ``vocab`` token ids.
+        """The source for text with ``vocab`` token ids: this one, or for a preset a copy with that vocabulary.
 
-        A decoder gets this vocabulary size.
+        Args:
+            tokenizer: the name of the tokenizer, for the error.
+            vocab: the number of its token ids.
 
         Raises:
             ModelError: the vocabulary of a Hugging Face model is smaller, or the model does not predict the next token.

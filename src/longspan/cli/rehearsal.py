@@ -101,7 +101,15 @@ def measure_alone(settings: RehearseSettings, rank: int, source: ModelSource | N
 
 
 def mesh_of(settings: RehearseSettings, transport: Transport | None = None) -> ParallelMesh:
-    """The mesh of the settings, on the world that this process is a rank of."""
+    """The mesh with the degrees of the settings over the default process group; data takes the ranks that are left.
+
+    Args:
+        settings: the rehearsal.
+        transport: what moves the tensors; by default the process group.
+
+    Raises:
+        LayoutError: the degrees do not divide the number of ranks.
+    """
     return ParallelMesh(
         settings.ulysses, settings.ring, tensor=settings.tensor, pipeline=settings.pipeline, transport=transport
     )

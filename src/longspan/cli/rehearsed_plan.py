@@ -38,10 +38,11 @@ def predicted(settings: RehearseSettings, dtype: str, shape: ModelShape | None =
     Args:
         settings: the rehearsal.
         dtype: "fp32" or "bf16".
-        shape: a decoder in place of ``settings.model``; None for that.
+        shape: a decoder that is planned instead of ``settings.model``; by default ``settings.model`` is.
 
     Returns:
-        Names with seconds and bytes of the fullest rank; seconds only if ``settings.hardware`` is named.
+        Plain numbers of the fullest rank by name: its memory in bytes and, if ``settings.hardware`` is named, the seconds of a
+        step and of its parts.
 
     Raises:
         LongspanError: the layout is not legal for the model, or the hardware is unknown.

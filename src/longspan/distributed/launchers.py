@@ -237,7 +237,11 @@ def _nodes(environment: Mapping[str, str]) -> str:
 
 
 def _first_node(environment: Mapping[str, str], launcher: str) -> str:
-    """The host name of the first node of Slurm's node list, where rank 0 is.
+    """The host name of the first node of the job step's node list, or of the job's (``_nodes``), where rank 0 is.
+
+    Args:
+        environment: the variables of this process.
+        launcher: the name of the launcher, for the error.
 
     Raises:
         RunError: there is no node list.

@@ -189,7 +189,13 @@ class TensorParallel:
         self._sizes.clear()
 
     def _name_sizes(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of a layer: pass the token counts as the keyword ``SIZES``, so that a recomputation has them too."""
+        """Forward pre-hook of a layer: add how many tokens each tensor rank has in this call, as the keyword ``SIZES``.
+
+        A keyword, because activation checkpointing keeps the layer's arguments and computes it again with them.
+
+        Returns:
+            The arguments, and the keywords with that one.
+        """
         if not self._sizes:
             raise ModelError(
                 "a layer is computed again outside of a call of its model, where the tokens of the tensor ranks are not known; "

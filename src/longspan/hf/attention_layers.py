@@ -103,7 +103,9 @@ class AttentionLayers:
     fixed: dict[str, Any]
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Make every attention module that was found call longspan's attention, and attach its ``Layer`` to it.
+        """Make every attention module in ``layers`` call ``attend`` over the mesh.
+
+        Each gets its ``Layer`` (its mask, and how its keywords are passed on) as an attribute.
 
         Returns:
             A function that undoes it.

@@ -80,7 +80,7 @@ class Candidate:
     findings: dict[type[Any], Any] = field(default_factory=dict)
 
     def finding(self, kind: type[F]) -> F | None:
-        """What an earlier ``probe`` found, as the object of class ``kind`` that it returned.
+        """What an earlier one of the model's probes (the tuple of ``hf/adapter.py``) found, as the ``kind`` that it returned.
 
         None if that probe found nothing or has not run yet.
         """

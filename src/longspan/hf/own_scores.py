@@ -299,7 +299,10 @@ def _mul(a: Any, b: Any) -> Any:
 
 
 def _div(a: Any, b: Any, rounding_mode: Any = None) -> Any:
-    """Record scores divided by a number or tensor; anything else is refused."""
+    """Scores whose recorded scale is divided by ``b``, a number or tensor.
+
+    Any other quotient (of something else than scores, by scores, or rounded) is recorded as the reason of a refusal.
+    """
     if not isinstance(a, Scores) or isinstance(b, Symbol) or rounding_mode is not None:
         return _refuse(b if isinstance(b, Symbol) else a, "a quotient")
     return _with(a, "scale", 1 / b)

@@ -148,7 +148,11 @@ class FolderSource:
         return reach
 
     def for_text(self, tokenizer: str, vocab: int) -> "FolderSource":
-        """This source, for text of a ``tokenizer`` with ``vocab`` ids.
+        """This source, after a look at whether it fits text with ``vocab`` token ids.
+
+        Args:
+            tokenizer: the name of the tokenizer, for the error.
+            vocab: the number of its token ids.
 
         Raises:
             ModelError: it is a masked language model, or its vocabulary is smaller.

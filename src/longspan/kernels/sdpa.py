@@ -179,7 +179,8 @@ def _merge(out_THSD: Tensor, lse_THS: Tensor, part_THSD: Tensor, part_lse_THS: T
 def _add_keys(stack: Stack, total_NHD: Tensor, part_THSD: Tensor) -> None:
     """Add each tile's gradient of its keys (or values) to the rows of these keys in ``total_NHD``, in place.
 
-    Tiles whose keys overlap are added in pieces of one step: an in-place add to an overlapping view would lose terms.
+    Where tiles overlap, their keys are added in pieces as long as the distance between the first keys of two tiles: such pieces
+    do not overlap, and an in-place add to a view that overlaps itself would lose terms.
 
     Args:
         stack: the tiles.

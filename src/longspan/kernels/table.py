@@ -143,6 +143,7 @@ def choose(
 
     Raises:
         KernelError: the name is unknown, or the named kernel does not support the attention; the message names those that do.
+            "auto" always finds one, because "online" supports every attention.
     """
     if not isinstance(kernel, str):
         return kernel
