@@ -4,15 +4,18 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from longspan.batch.shard import shard_batch
 from longspan.cli import checkpoint
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import RunError
+from longspan.integrations import state_dict
 from longspan.models.decoder import Decoder
 from longspan.models.decoder_config import DecoderConfig
 from longspan.parallelize import parallelize
@@ -189,3 +192,62 @@ def test_a_checkpoint_of_another_kind_is_refused_by_field(tmp_path: Path) -> Non
     checkpoint.refuse_differences(tmp_path, "model", theirs, {"layers": 2})
     with pytest.raises(RunError, match="is of another model: hidden is 8, not 9, heads is None, not 1; ask for its own model"):
         checkpoint.refuse_differences(tmp_path, "model", theirs, {"layers": 2, "hidden": 9, "heads": 1})
+
+
+class Device:
+    """The random generator of a rank's device, kept by the CPU."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def get_rng_state(self, device: torch.device) -> torch.Tensor:
+        return self.generator.get_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
+        self.generator.set_state(state)
+
+
+def _random_of_a_device(folder: Path, saves: bool, seed: int) -> list[float]:
+    """The numbers that a device draws after its state was saved, or read; every rank's begins with another seed."""
+    model, optimizer, mesh = _trained(0)
+    device = Device(seed + mesh.world_group.rank())
+    with (
+        patch.object(state_dict, "_device", lambda model: torch.device("cuda", 0)),
+        patch.object(torch, "get_device_module", lambda _: device),
+    ):
+        if saves:
+            torch.rand(3, generator=device.generator)
+            checkpoint.save(folder, 2, model, optimizer, {"step": 2}, mesh, keep=2)
+        else:
+            path = checkpoint.newest(folder)
+            assert path is not None
+            checkpoint.load(path, model, optimizer)
+    return torch.rand(2, generator=device.generator).tolist()
+
+
+def _drawn(seed: int) -> list[float]:
+    return torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_each_rank_s_device_goes_on_with_its_own_random_numbers(tmp_path: Path) -> None:
+    saved = on_ranks(2, _random_of_a_device, tmp_path, True, 100, tmp_path=tmp_path)
+    assert saved[0] != saved[1]
+    assert on_ranks(3, _random_of_a_device, tmp_path, False, 200, tmp_path=tmp_path) == [*saved, _drawn(202)]
+
+
+def test_a_checkpoint_without_a_device_s_random_state_leaves_it_alone(tmp_path: Path) -> None:
+    on_ranks(2, _save, tmp_path, 0, tmp_path=tmp_path)
+    assert on_ranks(2, _random_of_a_device, tmp_path, False, 200, tmp_path=tmp_path) == [_drawn(200), _drawn(201)]
+
+
+def _read_more(folder: Path) -> None:
+    model, optimizer, mesh = _trained(0)
+    checkpoint.save(folder, 2, model, optimizer, {"step": 2}, mesh, keep=2)
+    asked = state_dict.sharded_state(model, optimizer)
+    asked["model"]["more"] = torch.zeros(1)
+    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: model\.more"):
+        state_dict.read_sharded_state(asked, checkpoint.newest(folder))
+
+
+def test_a_weight_that_a_checkpoint_lacks_is_refused(tmp_path: Path) -> None:
+    on_ranks(2, _read_more, tmp_path, tmp_path=tmp_path)

@@ -23,14 +23,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from longspan.cli.settings_file import LATEST, settings_of_run
 from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import RunError
-from longspan.integrations.state_dict import load_sharded_state, sharded_state
+from longspan.integrations.state_dict import load_sharded_state, read_sharded_state, sharded_state
 
 FACTS = "run.json"
 
@@ -90,15 +89,15 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
     Args:
         path: the checkpoint.
         model: gets the weights.
-        optimizer: gets its states, and torch's CPU random state is restored too, so that on a CPU a resumed run continues bit
-            for bit; None: the weights alone.
+        optimizer: gets its states, and torch's random states (the CPU's, and on a GPU each rank's own) are restored too, so
+            that on a CPU a resumed run continues bit for bit; None: the weights alone.
 
     Raises:
         RunError: the checkpoint is damaged.
     """
     tensors = {"model": get_model_state_dict(model)} if optimizer is None else sharded_state(model, optimizer)
     try:
-        load_tensors(tensors, checkpoint_id=path)
+        read_sharded_state(tensors, path)
     except (CheckpointException, RuntimeError) as error:
         raise RunError(f"the checkpoint {path} cannot be read: {_cause(error)}; use another one, or start a new run") from error
     if optimizer is None:

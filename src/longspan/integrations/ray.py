@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from longspan.distributed.layout import consecutive, split
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, RunError
-from longspan.integrations.state_dict import load_sharded_state, sharded_state
+from longspan.integrations.state_dict import load_sharded_state, read_sharded_state, sharded_state
 
 try:
     import ray.train
@@ -124,7 +123,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
     Args:
         model: as it was when it was saved, on any mesh; its weights are replaced.
-        optimizer: its states are replaced, and torch's CPU random state too.
+        optimizer: its states are replaced, and torch's random states too (the CPU's, and on a GPU this rank's).
 
     Returns:
         The number of steps that are done; 0 where there is no checkpoint yet.
@@ -138,7 +137,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     state = sharded_state(model, optimizer) | {"step": 0}
     try:
         with checkpoint.as_directory() as folder:
-            load_tensors(state, checkpoint_id=folder)
+            read_sharded_state(state, folder)
     except (CheckpointException, RuntimeError) as error:
         found = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         raise RunError(

@@ -5,6 +5,9 @@
 
 The files are those that one device writes: one device continues from what four ranks wrote, and four ranks from what one
 device wrote. ``sharded_state`` and ``load_sharded_state`` leave tensors sharded, for PyTorch's distributed checkpoint.
+
+Random generators: the CPU's draws what all ranks must draw alike, so there is one state for all. A device's draws a rank's own
+dropout, so there is one for each rank, and a rank that the checkpoint does not know keeps the one that it has.
 Independent of files and of training.
 """
 
@@ -12,7 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -20,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
 from longspan.distributed.whole_tensors import shard_like
@@ -28,16 +34,34 @@ from longspan.models.adapter import parallel_state
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 """Optimizer states and options by the names of parameters: a pipeline stage has other groups than the whole model."""
 
+DEVICE_RANDOM = "device_random"
+"""The entry of a checkpoint with the states of the devices' random generators: {"cuda.3": that of rank 3}."""
+
 
 def sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What a distributed checkpoint holds of a run. Every rank must call it.
 
     Returns:
         {"model": weights, "optimizer": states by the names that parameters have in the whole model, "random": torch's CPU
-        random state}. Tensors are sharded as they are in ``model``; loading writes into them.
+        random state, and on a GPU "device_random": {name of this rank: its device's}}. Tensors are sharded as they are in
+        ``model``; ``read_sharded_state`` writes into them.
     """
     states = _renamed(get_optimizer_state_dict(model, optimizer, options=BY_NAME), _copies(model))
-    return {"model": get_model_state_dict(model), "optimizer": states, "random": torch.get_rng_state()}
+    random = {"random": torch.get_rng_state(), **_device_random(_device(model))}
+    return {"model": get_model_state_dict(model), "optimizer": states, **random}
+
+
+def read_sharded_state(state: dict[str, Any], folder: Any) -> None:
+    """Read a distributed checkpoint into ``state``, a ``sharded_state``, in place. Every rank must call it.
+
+    Args:
+        state: what is asked for; what the checkpoint holds beside it is not read.
+        folder: the checkpoint. Where it holds no random state of this rank's device, that of ``state`` stays.
+
+    Raises:
+        CheckpointException: it is damaged, or lacks anything else.
+    """
+    load(state, checkpoint_id=folder, planner=_Planner())
 
 
 def load_sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -46,6 +70,34 @@ def load_sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer, state
     states = _renamed(state["optimizer"], {first: second for second, first in _copies(model).items()})
     set_optimizer_state_dict(model, optimizer, states, options=BY_NAME)
     torch.set_rng_state(state["random"])
+    device = _device(model)
+    for random in state.get(DEVICE_RANDOM, {}).values():
+        torch.get_device_module(device).set_rng_state(random, device)
+
+
+class _Planner(DefaultLoadPlanner):
+    """PyTorch's plan for reading a checkpoint, without the random states of devices that the checkpoint does not hold."""
+
+    def set_up_planner(self, state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False) -> None:
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        held = {} if metadata is None else metadata.state_dict_metadata
+        self.state_dict = {
+            name: value for name, value in self.state_dict.items() if name in held or not name.startswith(f"{DEVICE_RANDOM}.")
+        }
+
+
+def _device(model: nn.Module) -> torch.device:
+    """The device on which this rank computes: that of the mesh of a parallel model, else that of the first parameter."""
+    state = parallel_state(model)
+    return next(model.parameters()).device if state is None else state.mesh.device
+
+
+def _device_random(device: torch.device) -> dict[str, dict[str, Tensor]]:
+    """The entry of a checkpoint with the random state of this rank's ``device``; none for the CPU, whose state all share."""
+    if device.type == "cpu":
+        return {}
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return {DEVICE_RANDOM: {f"{device.type}.{rank}": torch.get_device_module(device).get_rng_state(device)}}
 
 
 def _copies(model: nn.Module) -> dict[str, str]:
