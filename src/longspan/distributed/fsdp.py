@@ -14,6 +14,7 @@ import gc
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from longspan import _compat
+from longspan.distributed.deferred_hooks import refuse_hooks_of_shards
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.whole_tensors import load_whole_tensors
 from longspan.errors import ModelError
@@ -73,6 +75,7 @@ def refuse_options(options: FSDPOptions, model: nn.Module, mesh: ParallelMesh) -
                 instead = "torch.autocast, or " if name == "dtype" else ""
                 raise ModelError(f"{name}={value} is for sharded parameters; use {instead}zero=2 or zero=3")
         if mesh.coordinate.tensor > 1:
+            refuse_hooks_of_shards(model.named_parameters(), to_be_sharded=True)
             _refuse_earlier_optimizers(model)
         return
     for name, parameter in model.named_parameters():
@@ -81,6 +84,7 @@ def refuse_options(options: FSDPOptions, model: nn.Module, mesh: ParallelMesh) -
                 f"zero={options.zero} would shard {name!r} of {parameter.dtype}, a quantised weight that its layer unpacks "
                 f"whole; use zero=0"
             )
+    refuse_hooks_of_shards(model.named_parameters(), to_be_sharded=True)
     if options.dtype is not None and not options.dtype.is_floating_point:
         raise ModelError(f"dtype={options.dtype} is nothing to compute in; use torch.bfloat16, or leave it out")
     degree = mesh.fsdp_group.size()
@@ -112,6 +116,8 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
         fully_shard(module, mesh=device_mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
     _compat.fsdp_fill_unused_gradients(model)
     model.register_forward_pre_hook(_refuse_after_a_failed_backward)
+    shards = [(name, parameter, parameter.dtype) for name, parameter in model.named_parameters()]
+    model.register_forward_pre_hook(partial(_refuse_changed_shards, shards), prepend=True)  # before FSDP2 gathers them
     refuse_optimizers_at_first_step(model)
     load_whole_tensors(model)
     model.register_forward_hook(_reshard_without_a_backward)
@@ -133,6 +139,18 @@ def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
             "an earlier backward of this model failed: FSDP2 would no longer form the mean of the gradients, and an optimizer "
             "would train nothing; build the model again and load a checkpoint, or use zero=0"
         )
+
+
+def _refuse_changed_shards(shards: Sequence[tuple[str, nn.Parameter, torch.dtype]], *_: object) -> None:
+    """Forward pre-hook: raise ModelError for a shard that has got a hook on its gradient, or another dtype than FSDP2 has made
+    its buffers for. ``shards`` has the name, the sharded parameter and its dtype then."""
+    refuse_hooks_of_shards((name, parameter) for name, parameter, _ in shards)
+    for name, parameter, dtype in shards:
+        if parameter.dtype != dtype:
+            raise ModelError(
+                f"parameter {name!r} was {dtype} when it was sharded and is {parameter.dtype} now; convert the model before "
+                f"parallelize, or let blocks compute in another dtype by parallelize(dtype=...) or torch.autocast"
+            )
 
 
 def _reshard_without_a_backward(model: nn.Module, *_: object) -> None:

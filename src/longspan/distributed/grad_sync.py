@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from longspan import _compat
 from longspan.distributed.consensus import first_difference, gather_or_raise
+from longspan.distributed.deferred_hooks import DeferredHooks
 from longspan.distributed.device import set_timeout
 from longspan.distributed.grad_buckets import Buckets, MeanInBuckets, Reductions, reduction_dtype
 from longspan.distributed.grad_norm import local_part
@@ -36,7 +37,8 @@ class MeanGradients:
 
     If every rank's loss is the global loss, ``.grad`` is the gradient of one device over the global batch. The mean is formed
     in fp32 (fp64 for fp64 parameters). A parameter that no rank used keeps its ``.grad``; ranks that did not use it count as
-    zero. Every rank of the mesh must call ``backward`` equally often.
+    zero. Every rank of the mesh must call ``backward`` equally often. Hooks of the user on a parameter's gradient
+    (``register_hook``, ``register_post_accumulate_grad_hook``) are called with the mean.
 
     Args:
         model: the module whose parameters get hooks; those that require a gradient now.
@@ -54,7 +56,9 @@ class MeanGradients:
         self._delayed: MeanInBuckets | None = None
         self._backward_in_delayed = -1
         self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._refuse_what_changed)]
-        if mesh.fsdp_group.size() == 1:  # the gradient is the mean already
+        averages, tensor = mesh.fsdp_group.size() > 1, mesh.coordinate.tensor > 1
+        self._deferred = DeferredHooks(model, cut=tensor) if averages or tensor else None
+        if not averages:  # the gradient is the mean already
             return
         self._earlier: dict[int, Tensor | None] = {}
         self._buckets = Buckets.of(self._parameters)
@@ -73,6 +77,8 @@ class MeanGradients:
         """Remove the hooks from the model: ``backward`` then adds this rank's own gradient to ``.grad``."""
         for handle in self._handles:
             handle.remove()
+        if self._deferred is not None:
+            self._deferred.restore()
 
     def _set_earlier_aside(self, index: int, grad: Tensor | None) -> Tensor | None:
         """Hook on the gradient of parameter ``index``, before autograd adds it to ``.grad``: keep the ``.grad`` of earlier
@@ -150,6 +156,8 @@ class MeanGradients:
                     f"parameter {name!r} was unfrozen or replaced after parallelize: its gradient would differ between ranks; "
                     f"call unparallelize(model), then parallelize it again"
                 )
+        if self._deferred is not None:
+            self._deferred.find(ours=self._handles)
 
     @contextmanager
     def once(self) -> Iterator[None]:
@@ -158,7 +166,7 @@ class MeanGradients:
 
         So several micro-batches cost one all-reduce. If the block raises, nothing is added to ``.grad``.
         """
-        if len(self._handles) == 1:  # one rank
+        if len(self._handles) == 1 or self._deferred:  # one rank, or hooks that each backward calls
             yield
             return
         self._delayed, self._backward_in_delayed = MeanInBuckets(self._buckets, self._reductions), -1
@@ -174,7 +182,10 @@ class MeanGradients:
     def _finish(self, mean: MeanInBuckets) -> None:
         """Add the means over the ranks to ``.grad``: at the end of a backward, or of ``once``."""
         for index, gradient in mean.finished():
-            _add(self._parameters[index], gradient)
+            parameter = self._parameters[index]
+            _add(parameter, gradient if self._deferred is None else self._deferred.of_gradient(parameter, gradient))
+            if self._deferred is not None:
+                self._deferred.after_accumulation(parameter)
 
 
 def gradient_reductions(mesh: ParallelMesh) -> Reductions:

@@ -1,7 +1,7 @@
 """A look at each call that a parallel model is still the one that was proven: its modules, forwards, parameters and config.
 
-    parallelize(model, ...)      snapshot: which module and parameter has which name and shape, which forward and loss
-                                 function are called, what each config field holds
+    parallelize(model, ...)      snapshot: which module and parameter has which name and shape, which forward, loss function
+                                 and functions of its classes and modeling files are called, what each config field holds
     model(**part)                the same look again; whatever differs is refused by name, before the first collective
 
 What changed afterwards was neither proven nor given a mesh: an attention that is set again attends to this rank's tokens alone,
@@ -9,7 +9,10 @@ a new parameter gets another gradient on every rank. The look takes about 2 µs 
 no such look: there only the first call is checked, by the compiler's own guards.
 """
 
+import sys
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from longspan import _compat
 from longspan.errors import ModelError
+from longspan.models.later_hooks import LaterHooks
 
 WAY_OUT = "call unparallelize(model), change it, then parallelize it again"
 HARMLESS_FIELDS = frozenset({
@@ -29,6 +33,8 @@ HARMLESS_FIELDS = frozenset({
 """Config fields that change no number of a forward over given tokens, or are refused as keywords of the call."""
 PLAIN = (bool, int, float, str)
 HARMLESS_ATTRIBUTES = frozenset({"training", "gradient_checkpointing"})
+SHARED = ("torch.", "builtins", "transformers.", "typing")
+"""Beginnings of the names of Python modules whose classes are not those of one architecture."""
 LOSS_ATTRIBUTES = ("_loss_function", "loss_type")
 """Attributes by which a Transformers model chooses its loss function."""
 
@@ -76,6 +82,13 @@ class Snapshot:
             for key in LOSS_ATTRIBUTES
         ]
         self._sharded = isinstance(model, FSDPModule)
+        self._functions = [
+            (f"{owner.__name__}.{name}", vars(owner), name, function)
+            for owner in _sources(type(module) for _, module in named)
+            for name, function in vars(owner).items()
+            if isinstance(function, FunctionType)
+        ]
+        self._hooks = LaterHooks(named)
 
     def watch(self, model: nn.Module) -> list[RemovableHandle]:
         """Register the look before each forward of ``model``; before one of a part with layers, a look at the configs.
@@ -118,6 +131,10 @@ class Snapshot:
             held = _compat.own_parameters(module)
             if held and (tuple(map(id, held.values())) != parameters or tuple(map(_shape, held.values())) != shapes):
                 self._refuse_parameters(name, module, dict(zip(names, zip(parameters, shapes))))
+        for name, held, key, function in self._functions:
+            if held.get(key) is not function and not _wraps(held.get(key), function):
+                raise ModelError(f"{name} was replaced after parallelize; {WAY_OUT}")
+        self._hooks.watch()
         self._refuse_config()
         for name, attributes, key, value in self._losses:
             if attributes.get(key) != value:
@@ -208,11 +225,28 @@ def _refuse_forward(name: str, module: nn.Module, kind: type[nn.Module], before:
     what = f"'{name}'" if name else "the model"
     if type(module) is not kind:
         raise ModelError(f"{what} was a {kind.__name__} when the model was proven and is a {type(module).__name__}; {WAY_OUT}")
-    wanted, now = _function(before or kind.forward), _function(module.forward)
+    if not _wraps(module.forward, before or kind.forward):
+        raise ModelError(f"the forward of {what} was replaced after parallelize; {WAY_OUT}")
+
+
+def _sources(kinds: Iterable[type[nn.Module]]) -> Iterator[Any]:
+    """The classes ``kinds`` of modules and the modeling files that define them, without what PyTorch and all models share."""
+    own = {each for kind in kinds for each in kind.__mro__ if not each.__module__.startswith(SHARED) or _is_modeling(each)}
+    yield from own
+    yield from {sys.modules[kind.__module__] for kind in own if _is_modeling(kind) and kind.__module__ in sys.modules}
+
+
+def _is_modeling(kind: type) -> bool:
+    """Whether a class is of a file of one architecture: of Transformers, or of code that came with a checkpoint."""
+    return "modeling_" in kind.__module__.rpartition(".")[2] and not kind.__module__.startswith("transformers.modeling_")
+
+
+def _wraps(now: Any, before: Any) -> bool:
+    """Whether the forward ``now`` is the function of ``before``, or wraps it by ``functools.wraps``."""
+    wanted, now = _function(before), _function(now)
     while now is not wanted and hasattr(now, "__wrapped__"):
         now = _function(now.__wrapped__)
-    if now is not wanted:
-        raise ModelError(f"the forward of {what} was replaced after parallelize; {WAY_OUT}")
+    return now is wanted
 
 
 def _function(forward: Any) -> Any:
