@@ -15,7 +15,7 @@
     fsdp_*                          FSDPModule._get_fsdp_state() and what it holds                          FSDP2
     is_inside_ddp                   DistributedDataParallel._get_active_ddp_module                          models/unchanged.py
     own_parameters, own_modules     nn.Module._parameters, nn.Module._modules                               models/unchanged.py
-    hooks_of, gradient_hooks_of     nn.Module._forward_hooks, Tensor._backward_hooks                     models/later_hooks.py
+    MODULE_HOOKS, GRADIENT_HOOKS    nn.Module._forward_hooks, Tensor._backward_hooks                     models/later_hooks.py
     changes_in_place, base_of_view  Tensor._version, Tensor._base                           offload.py, hf/own_recipe.py
     hash_store                      torch.distributed.HashStore (without type stubs)                        one rank
     tcp_store, hosted_store, meet_in_store   torch.distributed.TCPStore (without type stubs)                         launching
@@ -31,7 +31,7 @@ A symbol that the installed PyTorch lacks is an ImportError whose one sentence n
 Knows nothing of the rest of longspan, so that every folder can import it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from datetime import timedelta
@@ -266,25 +266,12 @@ own_parameters: Callable[[nn.Module], Mapping[str, nn.Parameter | None]] = attrg
 """The parameters of a module itself, not of those inside it, by name; without a Python call, for a check at every forward."""
 own_modules: Callable[[nn.Module], Mapping[str, nn.Module | None]] = attrgetter("_modules")
 """The modules directly inside a module, by name; without a Python call, for a check at every forward."""
-
-
-def hooks_of(module: nn.Module) -> Iterator[tuple[str, MutableMapping[int, Any]]]:
-    """(kind, {number: hook}) of every kind of hooks that ``module`` has; numbers grow in the order of registration."""
-    for kind, name in MODULE_HOOKS:
-        if hooks := getattr(module, name):
-            yield kind, hooks
-
-
-MODULE_HOOKS = (
-    ("forward pre-hook", "_forward_pre_hooks"), ("forward hook", "_forward_hooks"),
-    ("backward pre-hook", "_backward_pre_hooks"), ("backward hook", "_backward_hooks"),
-)  # fmt: skip
-"""The kinds of a module's hooks, and the attributes that hold them."""
-
-
-def gradient_hooks_of(parameter: Tensor) -> tuple[MutableMapping[int, Any], MutableMapping[int, Any]]:
-    """The hooks of ``register_hook`` and those of ``register_post_accumulate_grad_hook``, each {number: hook}."""
-    return parameter._backward_hooks or {}, getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+MODULE_HOOKS = {
+    "forward pre-hook": attrgetter("_forward_pre_hooks"), "forward hook": attrgetter("_forward_hooks"),
+    "backward pre-hook": attrgetter("_backward_pre_hooks"), "backward hook": attrgetter("_backward_hooks"),
+}  # fmt: skip
+GRADIENT_HOOKS = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
+"""Hooks of a module by kind, and the two kinds of a parameter's: each {number: hook}, numbered in the order of registration."""
 
 
 class ElasticLauncher(NamedTuple):

@@ -1,6 +1,7 @@
 """Checkpoints of LongTrainer: the files of one device, whatever the mesh; and what stops one rank stops all."""
 
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,24 @@ def resume(
             parameter.mul_(1.5)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
     return logged(trainer)[:-1], weights(trainer)  # the last line is the mean loss of this call alone
+
+
+def test_every_rank_names_the_best_checkpoint_that_rank_0_has_written(pool: Pool, tmp_path: Path) -> None:
+    """Rank 0 writes it while the others look whether its folder is there."""
+    assert pool(2).run(best_checkpoint, tmp_path) == ["checkpoint-6", "checkpoint-6"]
+
+
+def best_checkpoint(folder: Path) -> str:
+    trainer = build(folder, 4, HYBRID, SAVING, {})
+    write = trainer._save
+
+    def slowly(*args: Any, **keywords: Any) -> None:
+        time.sleep(0.5)
+        write(*args, **keywords)
+
+    trainer._save = slowly
+    trainer.train()
+    return Path(trainer.state.best_model_checkpoint).name
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class DeferredHooks:
             return
         mine, self._seen = {handle.id for handle in ours}, RemovableHandle.next_id
         for name, parameter in self._model.named_parameters():
-            for hooks in _compat.gradient_hooks_of(parameter):
+            for hooks in _hooks_of(parameter):
                 for key, hook in hooks.items():
                     if key not in mine and not isinstance(hook, _Deferred):
                         if self._cut:
@@ -57,7 +57,7 @@ class DeferredHooks:
 
     def of_gradient(self, parameter: nn.Parameter, mean: Tensor) -> Tensor:
         """The gradient that the hooks of ``register_hook`` make of ``mean``, in the order of their registration."""
-        hooks = [hook for hook in _compat.gradient_hooks_of(parameter)[0].values() if isinstance(hook, _Deferred)]
+        hooks = [hook for hook in _hooks_of(parameter)[0].values() if isinstance(hook, _Deferred)]
         if hooks:
             mean = mean.to(parameter.dtype, copy=True)  # it is part of a bucket, and a hook may keep it
         for deferred in hooks:
@@ -67,7 +67,7 @@ class DeferredHooks:
 
     def after_accumulation(self, parameter: nn.Parameter) -> None:
         """Call the hooks of ``register_post_accumulate_grad_hook`` of ``parameter``, whose ``.grad`` has its final value."""
-        for deferred in list(_compat.gradient_hooks_of(parameter)[1].values()):
+        for deferred in list(_hooks_of(parameter)[1].values()):
             if isinstance(deferred, _Deferred):
                 deferred.hook(parameter)
 
@@ -78,10 +78,15 @@ class DeferredHooks:
 
     def _all(self) -> Iterator[tuple[MutableMapping[int, Any], int, "_Deferred"]]:
         for parameter in self._model.parameters():
-            for hooks in _compat.gradient_hooks_of(parameter):
+            for hooks in _hooks_of(parameter):
                 for key, hook in hooks.items():
                     if isinstance(hook, _Deferred):
                         yield hooks, key, hook
+
+
+def _hooks_of(parameter: Tensor) -> list[MutableMapping[int, Any]]:
+    """The hooks of ``register_hook`` and those of ``register_post_accumulate_grad_hook``, each {number: hook}."""
+    return [held(parameter) or {} for held in _compat.GRADIENT_HOOKS]
 
 
 class _Deferred:
@@ -100,7 +105,7 @@ def refuse_hooks_of_shards(named: Iterable[tuple[str, Tensor]], to_be_sharded: b
     A hook of ``register_post_accumulate_grad_hook`` on a parameter that is sharded already is called by FSDP2.
     """
     for name, parameter in named:
-        before, after = _compat.gradient_hooks_of(parameter)
+        before, after = _hooks_of(parameter)
         if (before or (after and to_be_sharded)) and (to_be_sharded or isinstance(parameter, DTensor)):
             raise ModelError(_text(name))
 

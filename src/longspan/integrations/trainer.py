@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from longspan.batch.agreement import sync_batches
 from longspan.batch.shard import shard_batch
-from longspan.distributed.consensus import raise_together, refuse_difference
+from longspan.distributed.consensus import gather, raise_together, refuse_difference
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.whole_tensors import load_whole_tensors
 from longspan.errors import BatchError, LongspanError, RunError
@@ -359,6 +359,7 @@ class LongTrainer(Base):  # type: ignore[misc]
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._all_or_none(f"writing checkpoint {self.state.global_step} to {self.args.output_dir}"):
             super()._save_checkpoint(model, trial)
+        self.state.best_model_checkpoint = gather(self.state.best_model_checkpoint, self.mesh.world_group)[0]  # of rank 0
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = gather_state(self.optimizer.state_dict(), keep=self.args.should_save)

@@ -7,12 +7,11 @@
 Each hook that is found at a call is replaced by a watched one, which raises when the hook has changed something.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from longspan import _compat
@@ -44,7 +43,7 @@ class LaterHooks:
             return
         self._seen = RemovableHandle.next_id
         for number, (name, module) in enumerate(self._named):
-            for kind, hooks in _compat.hooks_of(module):
+            for kind, hooks in ((kind, held(module)) for kind, held in _compat.MODULE_HOOKS.items()):
                 for key, hook in hooks.items():
                     if key < self._known or isinstance(hook, _Watched) or _is_trusted(hook):
                         continue
@@ -79,8 +78,12 @@ class _Watched:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a nested structure, without those of inference mode, which count no changes."""
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and not leaf.is_inference())
+    """The tensors in nested tuples, lists and mappings, without those of inference mode, which count no changes."""
+    if isinstance(value, Tensor) and not value.is_inference():
+        yield value
+    elif isinstance(value, tuple | list | Mapping):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(each)
 
 
 def _is_trusted(hook: Any) -> bool:
