@@ -1,13 +1,16 @@
 from copy import deepcopy
 from itertools import permutations
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from longspan.batch.shard import shard_batch
 from longspan.distributed import grad_norm as gradients
+from longspan.distributed.grad_sync import gradient_reductions
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LayoutError, ModelError
 from longspan.memory.options import MemoryOptions
@@ -256,8 +259,35 @@ def _forward_backward(zero):
     pairs = zip(model.parameters(), loop.parameters(), reference.parameters())
     for mine, theirs, one in pairs:
         grads = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in (mine.grad, theirs.grad)]
-        assert torch.equal(*grads)
+        torch.testing.assert_close(*grads, rtol=1e-13, atol=1e-15)
         torch.testing.assert_close(grads[0], one.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_several_micro_batches_cost_one_average_of_the_gradients(tmp_path):
+    for one, three, loop in on_ranks(2, _averages, tmp_path=tmp_path):
+        assert one == three == loop // 3 > 0
+
+
+def _averages():
+    mesh = ParallelMesh(ulysses=2)
+    model = parallelize(_decoder(), mesh)
+    sent, reduce = [], dist.all_reduce
+
+    def noted(x, *args, group=None, **named):
+        if group is gradient_reductions(mesh).group:
+            sent.append(x.numel())
+        return reduce(x, *args, group=group, **named)
+
+    parts = shard_batch([_batch(step) for step in range(3)], mesh)
+    sums = []
+    with patch.object(dist, "all_reduce", noted):
+        for step in (lambda: forward_backward(model, parts[:1]), lambda: forward_backward(model, parts)):
+            step()
+            sums.append(sum(sent))
+            sent.clear()
+        for part in parts:
+            model(**part).loss.backward()
+    return *sums, sum(sent)
 
 
 def test_forward_backward_under_autocast_and_without_gradients():

@@ -160,8 +160,9 @@ def unparallelize(model: Model) -> Model:
 def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Tensor:
     """Forward and backward of all micro-batches of a step; under ``torch.no_grad()`` the forward alone.
 
-    Equals the loop ``for part in parts: model(**part).loss.backward()``: gradients are added to ``.grad``. Every rank calls it
-    with equally many parts. Under ``torch.autocast`` the forwards compute in its dtype, and the backwards run outside of it.
+    Equals the loop ``for part in parts: model(**part).loss.backward()``: gradients are added to ``.grad``. At zero=0 they are
+    averaged over the ranks once, after the last backward, where the loop averages them after each. Every rank calls it with
+    equally many parts. Under ``torch.autocast`` the forwards compute in its dtype, and the backwards run outside of it.
 
     Args:
         model: a parallel model.
@@ -180,15 +181,21 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
         raise ModelError(
             "forward_backward takes the micro-batches of a step as a list of at least one; pass shard_batch([batch, ...], mesh)"
         )
-    if state.pipeline is not None:
+    trains = torch.is_grad_enabled()
+    several = len(parts) > 1 or state.pipeline is not None
+    with state.gradients.once() if state.gradients is not None and trains and several else nullcontext():
+        if state.pipeline is None:
+            return _one_after_the_other(model, parts, state.mesh)
         state.refuse_step(model, parts)
-        trains = torch.is_grad_enabled()
-        with state.gradients.once() if state.gradients is not None and trains else nullcontext():
-            total = state.pipeline.step(parts)
-        if trains:
-            state.pipeline.sum_copies()
-        return total
-    losses, trains = [], torch.is_grad_enabled()
+        total = state.pipeline.step(parts)
+    if trains:
+        state.pipeline.sum_copies()
+    return total
+
+
+def _one_after_the_other(model: nn.Module, parts: Sequence[Mapping[str, Any]], mesh: ParallelMesh) -> Tensor:
+    """``forward_backward`` of a model without stages."""
+    losses = []
     for part in parts:
         loss = getattr(model(**part), "loss", None)
         if loss is None:
@@ -196,8 +203,8 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
                 f"{type(model).__name__} returned no loss; put labels into the batch before shard_batch, and leave out "
                 f"return_dict=False"
             )
-        if trains:
-            with torch.autocast(state.mesh.device.type, enabled=False):
+        if torch.is_grad_enabled():
+            with torch.autocast(mesh.device.type, enabled=False):
                 loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses).double().sum().to(losses[0].dtype)
