@@ -2,7 +2,8 @@
 
 A decoder of width 512, 8,192 tokens, fp32, 4 hosts of one rank: at 200 Mbit/s and 1 Gbit/s with 8 layers, and with one at the
 rates at which a rank here can send as many bytes per FLOP as a GPU of two clusters can. A step is forward, backward and the
-average of the gradients; the optimizer is left out. Sets of ranks are started anew for every rate.
+average of the gradients; the optimizer is left out. ``accumulated`` has several rows a step, one after the other, whose
+gradients are averaged once a step. Sets of ranks are started anew for every rate.
 """
 
 import json
@@ -15,7 +16,7 @@ from tempfile import TemporaryDirectory
 from benchmarks.figures import Series, lines
 from benchmarks.hosts import ranks
 from benchmarks.hosts.fit import Line, fit, where_ratio
-from benchmarks.hosts.methods import MEGATRON, TIMED, ULYSSES
+from benchmarks.hosts.methods import MEGATRON, TIMED, ULYSSES, Method
 from benchmarks.hosts.namespaces import hosts
 
 HOSTS = 4
@@ -40,7 +41,7 @@ CLUSTERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """The sizes of a run: (Mbit/s, layers) of the fixed rates, the layers at the clusters' rates, and the decoder."""
+    """The sizes of a run: (Mbit/s, layers) of fixed rates, layers at the clusters' rates, decoder, rows a step, methods."""
 
     rates: tuple[tuple[float, int], ...]
     cluster_layers: int
@@ -49,9 +50,23 @@ class Case:
     heads: int
     ffn: int
     steps: int = 1
+    clusters: tuple[Cluster, ...] = CLUSTERS
+    rows: int = 1
+    methods: tuple[Method, ...] = TIMED
 
 
 WHOLE = Case(rates=((200, 8), (1000, 8)), cluster_layers=1, tokens=8192, hidden=512, heads=8, ffn=1408)
+ACCUMULATED = Case(
+    rates=((200, 8),),
+    cluster_layers=1,
+    tokens=8192,
+    hidden=512,
+    heads=8,
+    ffn=1408,
+    clusters=(),
+    rows=8,
+    methods=(ULYSSES, MEGATRON),
+)
 SMALL = Case(rates=((200, 1), (1000, 1)), cluster_layers=1, tokens=512, hidden=64, heads=4, ffn=128)
 
 
@@ -66,7 +81,7 @@ class Timed:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One rate: its name, Mbit/s, layers, the FLOP/s of a rank, and what the ranks found for each method."""
+    """One rate: its name, Mbit/s, layers, the FLOP/s of a rank, the tokens of a step, and what was found for each method."""
 
     name: str
     mbit: float
@@ -87,7 +102,7 @@ class Point:
 def measure(case: Case) -> list[Point]:
     """Time every method at every rate: first the fixed rates, then those of the clusters."""
     points = [_point(f"{mbit:g} Mbit/s", mbit, layers, case) for mbit, layers in case.rates]
-    for cluster in CLUSTERS:
+    for cluster in case.clusters:
         points.append(_point(cluster.name, equal_rate(points[0].flops_a_rank, cluster), case.cluster_layers, case))
     return points
 
@@ -99,12 +114,14 @@ def equal_rate(flops_a_rank: float, cluster: Cluster) -> float:
 
 def _point(name: str, mbit: float, layers: int, case: Case) -> Point:
     with TemporaryDirectory(prefix="longspan-") as folder, hosts(HOSTS, mbit) as made:
-        asked = {name: getattr(case, name) for name in ("tokens", "hidden", "heads", "ffn", "steps")}
-        asked |= {"folder": folder, "layers": layers, "methods": [method.name for method in TIMED]}
-        ranks.run(made, 1, ["-m", "benchmarks.hosts.throughput_rank", json.dumps(asked)], timeout=1800)
+        asked = {name: getattr(case, name) for name in ("tokens", "hidden", "heads", "ffn", "steps", "rows")}
+        asked |= {"folder": folder, "layers": layers, "methods": [method.name for method in case.methods]}
+        ranks.run(made, 1, ["-m", "benchmarks.hosts.throughput_rank", json.dumps(asked)], timeout=3600)
         found = json.loads(Path(folder, "found.json").read_text())
     methods = {method: Timed(**timed) for method, timed in found["methods"].items()}
-    point = Point(name=name, mbit=mbit, layers=layers, tokens=case.tokens, flops_a_rank=found["flops_a_rank"], methods=methods)
+    point = Point(
+        name=name, mbit=mbit, layers=layers, tokens=case.tokens * case.rows, flops_a_rank=found["flops_a_rank"], methods=methods
+    )
     print(_rows(point), flush=True)
     return point
 
@@ -128,11 +145,24 @@ def _rows(point: Point) -> str:
 
 def text(points: Sequence[Point]) -> str:
     """The table, the arithmetic of the clusters' rates, the collectives of Megatron-SP, and where its ratio crosses."""
-    parts = [HEADER, *map(_rows, points), "", *(_arithmetic(points[0].flops_a_rank, cluster) for cluster in CLUSTERS), ""]
+    parts = [table(points), "", *(_arithmetic(points[0].flops_a_rank, cluster) for cluster in CLUSTERS), ""]
+    return "\n".join(
+        [*parts, collectives(points), "", _crossings(points), "", "![Seconds of a layer over the rate](wire-throughput.svg)"]
+    )
+
+
+def table(points: Sequence[Point]) -> str:
+    """The rows of all points and methods."""
+    return "\n".join([HEADER, *map(_rows, points)])
+
+
+def collectives(points: Sequence[Point]) -> str:
+    """A line for each point: which collectives of Megatron-SP were the faster ones."""
+    found = []
     for point in points:
         used = "; ".join(f"{name} {how}" for name, how in point.methods[MEGATRON.name].collectives.items())
-        parts.append(f"Megatron-SP at {point.name}: {used}.")
-    return "\n".join([*parts, "", _crossings(points), "", "![Seconds of a layer over the rate](wire-throughput.svg)"])
+        found.append(f"Megatron-SP at {point.name}: {used}.")
+    return "\n".join(found)
 
 
 def _arithmetic(flops: float, cluster: Cluster) -> str:

@@ -14,7 +14,7 @@ from benchmarks.hosts.counters import sent
 from benchmarks.hosts.gloo_collectives import faster
 from benchmarks.hosts.methods import BY_NAME, Method
 from benchmarks.hosts.model import decoder, mesh_of, parallel
-from longspan import ParallelMesh, shard_batch
+from longspan import ParallelMesh, forward_backward, shard_batch
 
 WARM_TOKENS, VOCAB = 256, 256
 CHOICE_SHARE = 8
@@ -54,7 +54,8 @@ def timed_steps(method: Method, case: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         method: the method.
-        case: the sizes ``layers``, ``tokens``, ``hidden``, ``heads`` and ``ffn``, and the number of ``steps``.
+        case: the sizes ``layers``, ``tokens``, ``hidden``, ``heads`` and ``ffn``, the ``rows`` of a step, and the number of
+            ``steps``.
     """
     tokens, mesh = case["tokens"], mesh_of(method, dist.get_world_size())
     model = parallel(decoder(method, case, case["layers"], VOCAB), method, mesh)
@@ -62,22 +63,22 @@ def timed_steps(method: Method, case: dict[str, Any]) -> dict[str, Any]:
         faster(mesh.tensor_group, tokens // CHOICE_SHARE, case["hidden"]) if mesh.coordinate.tensor > 1 else nullcontext({})
     )
     with chosen as names:
-        _step(model, mesh, WARM_TOKENS)
+        _step(model, mesh, WARM_TOKENS, 1)
         before = sent()
-        seconds = [_step(model, mesh, tokens) for _ in range(case["steps"])]
+        seconds = [_step(model, mesh, tokens, case["rows"]) for _ in range(case["steps"])]
         counted = sent() - before
     return {"seconds": seconds, "sent": counted.payload // case["steps"], "collectives": names}
 
 
-def _step(model: Any, mesh: ParallelMesh, tokens: int) -> float:
-    """Seconds of one step on ``tokens`` tokens: one row of them, or one shorter row for every replica."""
+def _step(model: Any, mesh: ParallelMesh, tokens: int, rows: int) -> float:
+    """Seconds of a step on ``rows`` rows of ``tokens`` tokens (data parallel: shorter ones, one a replica), in turn."""
     at = mesh.coordinate
-    ids = torch.randint(VOCAB, (1, tokens // at.data), generator=torch.Generator().manual_seed(at.data_rank))
+    ids = torch.randint(VOCAB, (rows, tokens // at.data), generator=torch.Generator().manual_seed(at.data_rank))
     model.zero_grad()
-    part = shard_batch({"input_ids": ids, "labels": ids}, mesh)
+    parts = shard_batch([{"input_ids": row, "labels": row} for row in ids.split(1)], mesh)
     dist.barrier()
     start = time.perf_counter()
-    model(**part).loss.backward()
+    forward_backward(model, parts)
     dist.barrier()
     return time.perf_counter() - start
 

@@ -7,6 +7,8 @@ import pytest
 from benchmarks.hosts import page
 from benchmarks.hosts.fit import Line, fit, where_ratio
 
+PARTS = ("traffic", "doubled", "throughput", "accumulated", "latency")
+
 
 def test_a_line_through_points_on_it_is_that_line() -> None:
     found = fit([(x, 3 + 0.5 * x) for x in (1.0, 10.0, 1000.0)])
@@ -32,11 +34,11 @@ def test_where_one_line_is_so_many_times_another() -> None:
 def test_a_part_of_the_page_is_replaced(tmp_path: Path) -> None:
     copy = tmp_path / "wire.md"
     copy.write_text(page.PAGE.read_text())
-    for part in ("traffic", "doubled", "throughput", "latency"):
+    for part in PARTS:
         page.replace(part, f"new {part}", copy)
         page.replace(part, f"newer {part}", copy)
     written = copy.read_text()
-    assert [written.count(f"newer {part}") for part in ("traffic", "doubled", "throughput", "latency")] == [1] * 4
+    assert [written.count(f"newer {part}") for part in PARTS] == [1] * len(PARTS)
     assert "new traffic" not in written
     with pytest.raises(ValueError, match="no part 'weather'"):
         page.replace("weather", "", copy)
