@@ -19,6 +19,13 @@ def test_calls_that_mean_the_whole_sequence_are_refused() -> None:
         (lambda: model(**part, use_cache=True), "use_cache= means the whole sequence"),
         (lambda: model(**part, logits_to_keep=1), "logits_to_keep= means the whole sequence"),
         (lambda: model(**part, output_attentions=True), "output_attentions= means the whole sequence"),
+        (lambda: model(**part, is_causal=False), "is_causal= would reach the attention of LlamaForCausalLM, whose layers"),
+        (lambda: model(**part, sliding_window=3), "sliding_window= would reach the attention"),
+        (lambda: model(**part, s_aux=torch.ones(4)), "s_aux= would reach the attention"),
+        (lambda: model(**part, dropout=0.5), "dropout= would reach the attention"),
+        (lambda: model(**part, labels=torch.ones(1, 9).long()), r"labels of shape \[1, 9\] is not this rank's part"),
+        (lambda: model(**part, token_type_ids=torch.ones(1, 9).long()), r"token_type_ids of shape \[1, 9\] is not this"),
+        (lambda: model(**part, inputs_embeds=torch.ones(1, 8, 32)), "input_ids and inputs_embeds are both given"),
         (lambda: model(**part, pixel_values=torch.zeros(1, 3, 8, 8)), "pixel_values= is no tensor of tokens: each rank would"),
     ]:
         with pytest.raises(ModelError, match=text):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from longspan import MemoryOptions, ModelError, ParallelMesh
+from longspan import MemoryOptions, ModelError, ParallelMesh, parallelize
 from longspan.hf.candidate import Candidate
 from longspan.hf.config_refusals import probe
 from tests.helpers.encoder_decoders import TINY_T5, build_pair, refused_pair
@@ -32,6 +32,12 @@ def test_the_field_that_rules_a_model_out_is_named() -> None:
     del model.config.index_topk
     model.config.encoder_layerdrop = 0.2
     assert refusal_of(model) == "config.encoder_layerdrop drops layers at random, other ones on every rank; set it to 0"
+
+
+def test_attention_probabilities_are_refused_as_outputs() -> None:
+    model = build("llama", attn_implementation="eager", output_attentions=True)
+    with pytest.raises(ModelError, match=r"config.output_attentions asks for the probabilities of all tokens"):
+        parallelize(model, ParallelMesh())
 
 
 def test_a_model_without_weights_cannot_be_proven() -> None:

@@ -146,6 +146,8 @@ def _row_shape(batch: Mapping[str, Any], dims: Mapping[str, int]) -> tuple[Tenso
         shaped, dim = batch[name], known[name]
     else:
         given = f" but of {list(ids.shape)}" if isinstance(ids, Tensor) else ""
+        if ids is not None and not given:
+            raise BatchError(f"input_ids are a {type(ids).__name__}; pass tensors: torch.as_tensor(ids), [batch, tokens]")
         raise BatchError(
             f"the batch has no input_ids of shape [batch, tokens]{given} (nor inputs_embeds); it needs one of them, or "
             f"dims={{name: dim}} with the dim of tokens of each of its tensors"

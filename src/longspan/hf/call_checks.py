@@ -27,9 +27,15 @@ MEDIA = (
     "input_values", "audio_input_features", "mm_encoder_outputs", "cross_attention_states", "encoder_inputs_embeds",
 )  # fmt: skip
 """Keywords of a call that hold images and sounds, or what an encoder made of them, and are refused."""
+OF_ATTENTION = (
+    "is_causal", "sliding_window", "softcap", "s_aux", "dropout", "scaling", "position_bias", "head_mask", "score_mod",
+    "block_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+)  # fmt: skip
+"""Arguments of attention functions, to which models pass on keywords that they do not know; a test had each layer's own."""
 POSITIONS = "position_ids"
 TYPES = "token_type_ids"
 """The keyword that tells some models which tokens are an image's."""
+TOKENS_OF_ROWS = ("input_ids", "inputs_embeds", TYPES)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,12 @@ def _check(types_unmask: bool, model: Any, args: tuple[Any, ...], kwargs: dict[s
         value = kwargs.get(keyword)
         if value is not None and value is not False and not (isinstance(value, int) and value == 0):
             raise ModelError(f"{keyword}= means the whole sequence, and a rank has a part of it; leave it out of model(...)")
+    for keyword in OF_ATTENTION:
+        if kwargs.get(keyword) is not None and keyword not in inspect.signature(model.forward).parameters:
+            raise ModelError(
+                f"{keyword}= would reach the attention of {type(model).__name__}, whose layers were proven with arguments of "
+                f"their own; leave it out of model(...), and give masks and documents by shard_batch(batch, mesh, mask=...)"
+            )
     _refuse_uncut(model, kwargs, step)
     for keyword in MEDIA:
         if kwargs.get(keyword) is not None:
@@ -109,10 +121,12 @@ def _check(types_unmask: bool, model: Any, args: tuple[Any, ...], kwargs: dict[s
 
 def _refuse_uncut(model: Any, kwargs: Mapping[str, Any], step: BatchInfo) -> None:
     """Raise ModelError if the tokens of the call are not those that ``step`` describes, or have lost their positions."""
-    mine = [step.rows, sum(map(len, step.positions))]
-    for name in ("input_ids", "inputs_embeds"):
-        value = kwargs.get(name)
-        if value is not None and list(value.shape[:2]) != mine:
+    if kwargs.get("input_ids") is not None and kwargs.get("inputs_embeds") is not None:
+        raise ModelError("input_ids and inputs_embeds are both given, and each is all the tokens; leave one out")
+    for name in (*TOKENS_OF_ROWS, "labels", "shift_labels"):
+        row = step.target if step.target is not None and "labels" in name else step
+        value, mine = kwargs.get(name), [row.rows, sum(map(len, row.positions))]
+        if value is not None and value.ndim > 1 and list(value.shape[:2]) != mine:
             raise ModelError(
                 f"{name} of shape {list(value.shape)} is not this rank's part of the batch, which is {mine}; pass all of one "
                 f"part to one call: model(**shard_batch(batch, mesh))"

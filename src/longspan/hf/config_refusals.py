@@ -8,8 +8,8 @@ from longspan.hf.names import CAPACITY, SELECTING_FIELDS, is_layerdrop_field
 def probe(candidate: Candidate) -> None:
     """Raise ModelError, naming the config field, if the candidate's config sets an option that longspan does not support.
 
-    Refused: attention that selects keys by their content, a capacity limit of experts, layer dropout, and a model on the meta
-    device. Otherwise it returns None: there is nothing to install.
+    Refused: attention that selects keys by their content, a capacity limit of experts, attention probabilities as outputs,
+    layer dropout, and a model on the meta device. Otherwise it returns None: there is nothing to install.
     """
     model = candidate.model
     config = model.config.get_text_config()
@@ -25,6 +25,11 @@ def probe(candidate: Candidate) -> None:
         raise ModelError(
             f"config.{CAPACITY} lets each expert of {type(model).__name__} take so many tokens of a row and drops the rest, "
             f"which a rank would count among its own tokens; such a model is not supported"
+        )
+    if any(getattr(each, "output_attentions", False) for _, each in candidate.configs):
+        raise ModelError(
+            "config.output_attentions asks for the probabilities of all tokens, which attention over ranks never forms; set it "
+            "to False"
         )
     dropped = sorted(name for name, value in vars(config).items() if is_layerdrop_field(name) and value)
     if dropped:
