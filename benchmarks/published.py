@@ -188,6 +188,8 @@ def _recipe(row: Row, cluster: Cluster) -> Recipe:
         sharded = "sp" in strategy.replace("tp+sp", "sp") and "no sequence parallel" not in strategy
         recipe = replace(recipe, attention="unfused", sharded_norms=sharded, selective="attention", reduced_bytes=2,
                          saves_gathered=False)  # fmt: skip
+    if "async" in strategy:
+        recipe = replace(recipe, overlapped_tensor=True)
     if "pure" in row["precision"]:
         recipe = replace(recipe, parameter_bytes=2, gradient_bytes=2, optimizer_bytes=4)
     if "sel-op" in row["act_ckpt"]:

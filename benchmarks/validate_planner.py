@@ -3,7 +3,8 @@
 FILE.csv has one metric a row, with the columns that benchmarks/published.py names. Prints, for each source and over
 all, the error of step time, memory and longest sequence, the rows that are not modelled by reason, and four figures at the end.
 ``--write`` replaces the part between two comment lines of the page by the tables, the effect of each constant and the errors of
-a fit that leaves one source out, and draws predicted against published step times into the .svg beside it. Takes a minute.
+a fit that leaves one source out, draws predicted against published step times into the .svg beside it, and writes the errors by
+kind of layout into src/longspan/planner/published_errors.py, where a plan reads its uncertainty. Takes a minute.
 """
 
 import argparse
@@ -18,12 +19,21 @@ from published import ATTENTION, Case, case, measured_memory, measured_seconds, 
 
 from longspan.planner.cost import Constants, Setting, attention_time, layer_time, step_time, ulysses_exposed
 from longspan.planner.rank_memory import cached_bytes, rank_memory
+from longspan.planner.uncertainty import KINDS, kind
 
 APART = ("best-config sweep", "vTrain")
 """Sources that are reported apart: a noisy sweep, and one of tensor and pipeline terms."""
 FITTED = {"matmul": 0.05, "attention_keys": 64.0, "dispatch": 4e-6, "host_update": 0.5e-9}
 """The constants that are fitted to step times, and the step of the search for each."""
 CHOSEN = Constants()
+ENOUGH_RUNS = {"STEP_TIME": 2, "MEMORY": 3}
+"""Runs of a kind that a source has at least for its error to be an uncertainty; two of memory can agree by chance."""
+ERRORS = Path(__file__).parents[1] / "src" / "longspan" / "planner" / "published_errors.py"
+MODULE = '''"""Errors of predictions on published runs by kind of layout and source, as make validate-planner writes them."""
+
+Row = tuple[str, str, int, float]
+"""Kind of layout, source, number of runs, median relative error."""
+'''
 BEGIN, END = "<!-- written by make validate-planner -->", "<!-- end -->"
 
 
@@ -173,6 +183,26 @@ def table(title: str, errors: list[Error], memory: bool = False) -> list[str]:
     return lines
 
 
+def by_kind(errors: list[Error]) -> list[tuple[str, str, int, float]]:
+    """(kind of layout, source, runs, median error) of all sources but those apart, the largest error of a kind first."""
+    own: dict[tuple[str, str], list[Error]] = defaultdict(list)
+    for error in errors:
+        if not is_apart(error.case.source):
+            own[kind(error.case.strategy), error.case.source].append(error)
+    rows = [(*key, len(group), round(middle(group), 3)) for key, group in own.items()]
+    return sorted(rows, key=lambda row: (KINDS.index(row[0]), -row[3], row[1]))
+
+
+def uncertainties(time: list[Error], memory: list[Error]) -> tuple[list[str], str]:
+    """Errors by kind of layout: a table for the page, and the module that ``longspan.planner.uncertainty`` reads."""
+    text, table = [MODULE], ["| kind of layout | number | source | runs | median error |", "|---|---|---|---|---|"]
+    for name, number, errors in (("STEP_TIME", "step time", time), ("MEMORY", "memory", memory)):
+        rows = [row for row in by_kind(errors) if row[2] >= ENOUGH_RUNS[name]]
+        text += [f"{name}: tuple[Row, ...] = (", *(f'    ("{k}", "{s}", {n}, {e}),' for k, s, n, e in rows), ")"]
+        table += [f"| {k} | {number} | {s} | {n} | {e:.1%} |" for k, s, n, e in rows]
+    return table, "\n".join(text) + "\n"
+
+
 def effects(cases: list[Case]) -> list[str]:
     """What moving each constant by 10 % does to the errors."""
     lines = ["| constant | value | -10 %: step time, memory | +10 %: step time, memory |", "|---|---|---|---|"]
@@ -274,7 +304,10 @@ def main() -> None:
         page = Path(arguments.write)
         before, _, rest = page.read_text().partition(BEGIN)
         _, _, after = rest.partition(END)
-        extra = ["", "### The five constants", "", *effects(cases), "", "### One source left out", "", *left_out(cases)]
+        kinds, module = uncertainties(step_errors(cases), memory_errors(cases))
+        extra = ["", "### Uncertainty by kind of layout", "", *kinds, "", "### The five constants", "", *effects(cases)]
+        extra += ["", "### One source left out", "", *left_out(cases)]
+        ERRORS.write_text(module)
         usual = [e for e in step_errors(cases) if not is_apart(e.case.source)]
         series = {s: [(e.published, e.predicted) for e in own] for s, own in by_source(usual).items()}
         page.with_suffix(".svg").write_text(beside_published(series, x="published seconds of a step", y="predicted seconds"))

@@ -11,7 +11,7 @@ from tyro.conf import arg
 
 from longspan.cli.text_table import text_table
 from longspan.errors import RunError
-from longspan.planner.explain import MEMORY_ERROR, kinds, parts
+from longspan.planner.explain import kinds, parts
 from longspan.planner.page import write_page
 from longspan.planner.plan import Choice, Plan, plan
 
@@ -169,7 +169,6 @@ def as_numbers(found: Plan) -> dict[str, Any]:
         "longest": found.longest,
         "legal": found.legal,
         "fitting": found.fitting,
-        "memory_error": MEMORY_ERROR[0],
         "best": of(found.best),
         "runner_up": of(found.runner_up),
         "lost": found.lost,
@@ -196,13 +195,13 @@ def _lines(best: Choice, other: Choice | None) -> list[tuple[str, list[str]]]:
     choices = [choice for choice in (best, other) if choice is not None]
     lines = [
         ("step", [f"{c.seconds:,.2f} s +-{c.error:.0%}" for c in choices]),
-        ("tokens a second", [f"{c.tokens_per_second:,.0f}" for c in choices]),
+        ("tokens a second", [f"{c.tokens_per_second:,.0f} +-{c.error:.0%}" for c in choices]),
         ("share of peak", [f"{c.share_of_peak:.0%}" for c in choices]),
-        ("memory of a GPU", [f"{c.bytes / GIB:,.1f} GiB +-{MEMORY_ERROR[0]:.0%}" for c in choices]),
-        ("memory of a host", [f"{c.host_bytes / GIB:,.1f} GiB" for c in choices]),
+        ("memory of a GPU", [f"{c.bytes / GIB:,.1f} GiB +-{c.memory_error:.0%}" for c in choices]),
+        ("memory of a host", [f"{c.host_bytes / GIB:,.1f} GiB +-{c.memory_error:.0%}" for c in choices]),
     ]
     if best.price_per_million_tokens is not None:
-        lines.append(("price, million tokens", [f"{c.price_per_million_tokens:,.2f}" for c in choices]))
+        lines.append(("price, million tokens", [f"{c.price_per_million_tokens:,.2f} +-{c.error:.0%}" for c in choices]))
     spent = [name for name, value in parts(best.time) if value > 0.005 * best.seconds]
     lines += [(f"  time: {n}", [f"{getattr(c.time, n) / c.seconds:.1%}" for c in choices]) for n in spent]
     lines += [(f"  memory: {n}", [f"{getattr(c.memory, n) / GIB:,.1f} GiB" for c in choices]) for n, _ in kinds(best.memory)]

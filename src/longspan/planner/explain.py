@@ -20,33 +20,9 @@ from longspan.planner.cost import (
 )
 from longspan.planner.rank_memory import RankMemory, fullest_stage, logits_bytes, rank_memory, saved_bytes
 from longspan.planner.strategy import Strategy, micro_batches
+from longspan.planner.uncertainty import memory_error, time_error
 
 GIB, TERA = 2**30, 1e12
-
-TIME_ERRORS = (
-    ("offload", 0.46, "HF blog, whose optimizer is on the host"),
-    ("model", 0.17, "Korthikanti and Megatron-LM, tensor and pipeline"),
-    ("sequence", 0.06, "ALST and XTuner, Ulysses with ZeRO-3"),
-    ("data", 0.10, "llm-foundry, ZeRO-3"),
-)
-"""Median error of predicted step times by the kind of layout, with its source (docs/planner.md)."""
-MEMORY_ERROR = (0.11, "torchtitan, mean of 7 runs")
-
-
-def time_error(strategy: Strategy) -> tuple[float, str]:
-    """The uncertainty of the step time that is predicted for ``strategy``.
-
-    Returns:
-        (relative error, the published runs of the nearest kind, from which it is taken, as text).
-    """
-    kind = "data"
-    if strategy.ring * strategy.ulysses > 1:
-        kind = "sequence"
-    if strategy.tensor * strategy.pipeline > 1:
-        kind = "model"
-    if strategy.offload_optimizer:
-        kind = "offload"
-    return next((error, source) for name, error, source in TIME_ERRORS if name == kind)
 
 
 def why(x: Setting, s: Strategy, name: str) -> str:
@@ -145,13 +121,14 @@ def sentences(x: Setting, s: Strategy) -> list[str]:
     total, device = float(time.total), x.cluster.accelerator
     spent, held = parts(time), kinds(memory)
     error, source = time_error(s)
+    of_memory, memory_source = memory_error(s)
     flops = x.shape.training_flops(x.workload.tokens) * x.workload.rows
     share = flops / total / x.cluster.gpus / device.peak[x.recipe.dtype]
     found = [
         f"A step takes {_seconds(total)} (+-{error:.0%}, the error on {source}): {_shares(spent, total)}.",
         f"That is {share:.0%} of the peak of {device.name}, counting {flops:.3g} operations without recomputation.",
-        f"The fullest rank needs {_gib(float(memory.total))} of {_gib(device.memory)} (+-{MEMORY_ERROR[0]:.0%}, the error on "
-        f"{MEMORY_ERROR[1]}); the largest part is {held[0][0]}, {_gib(held[0][1])}, then {held[1][0]}, {_gib(held[1][1])}.",
+        f"The fullest rank needs {_gib(float(memory.total))} of {_gib(device.memory)} (+-{of_memory:.0%}, the error on "
+        f"{memory_source}); the largest part is {held[0][0]}, {_gib(held[0][1])}, then {held[1][0]}, {_gib(held[1][1])}.",
     ]
     if float(memory.host):
         found.append(f"A node's host needs {_gib(float(memory.host))} of {_gib(x.cluster.host_memory)} for what is offloaded.")

@@ -14,9 +14,9 @@ from typing import Any
 
 from longspan.errors import LayoutError
 from longspan.planner.cost import Setting
-from longspan.planner.explain import MEMORY_ERROR, time_error
 from longspan.planner.plan import Plan
 from longspan.planner.search import longest, search
+from longspan.planner.uncertainty import memory_error, time_error
 
 FAMILIES: dict[str, dict[str, int]] = {
     "data and Ulysses": {"ring": 1, "tensor": 1, "pipeline": 1},
@@ -83,8 +83,8 @@ def page_data(found: Plan) -> dict[str, Any]:
     }
     return {
         "about": f"{found.workload.rows} rows a step, {x.recipe.dtype}. Predicted by formulas: step time +-"
-        f"{found.best.error:.0%}, memory +-{MEMORY_ERROR[0]:.0%} against published measurements of the nearest kind "
-        f"({time_error(found.best.strategy)[1]}); never measured on a GPU by longspan.",
+        f"{found.best.error:.0%}, memory +-{found.best.memory_error:.0%} against published measurements of the nearest kind "
+        f"({time_error(found.best.strategy)[1]}; {memory_error(found.best.strategy)[1]}); never measured on a GPU by longspan.",
         "gpus": gpus,
         "lengths": lengths,
         "chosen": [gpus.index(x.cluster.gpus), min(range(len(lengths)), key=lambda i: abs(lengths[i] - found.workload.tokens))],

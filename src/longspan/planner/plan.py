@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from longspan.errors import LayoutError, ModelError
 from longspan.planner.cost import Constants, Setting, StepTime, step_time
-from longspan.planner.explain import lost, sentences, time_error, why
+from longspan.planner.explain import lost, sentences, why
 from longspan.planner.hardware import Cluster, cluster
 from longspan.planner.model import PRESETS, ModelShape
 from longspan.planner.model_config import read_config
@@ -19,6 +19,7 @@ from longspan.planner.probed import read_cluster, read_constants
 from longspan.planner.rank_memory import RankMemory, rank_memory
 from longspan.planner.search import OPTION_NAMES, longest, search
 from longspan.planner.strategy import AXES, Recipe, Strategy, Workload
+from longspan.planner.uncertainty import memory_error, time_error
 
 GIB = 2**30
 
@@ -29,10 +30,11 @@ class Choice:
 
     Attributes:
         strategy: degrees and options.
-        seconds: of one step; ``error``: the relative error of such predictions.
+        seconds: of one step; ``error``: the relative error of such predictions on published runs, as of all that follows from
+            seconds.
         tokens_per_second: of the whole cluster.
         share_of_peak: operations without recomputation over the peak of all devices.
-        bytes, host_bytes: memory of the fullest rank, and of a node's host.
+        bytes, host_bytes: memory of the fullest rank, and of a node's host; ``memory_error``: their relative error.
         price_per_million_tokens: None without a price of a GPU hour.
         time, memory: seconds and bytes, by what they are spent on.
         setting: the model, cluster, software and step that were priced.
@@ -45,6 +47,7 @@ class Choice:
     share_of_peak: float
     bytes: float
     host_bytes: float
+    memory_error: float
     price_per_million_tokens: float | None
     time: StepTime
     memory: RankMemory
@@ -200,6 +203,7 @@ def choice(x: Setting, strategy: Strategy) -> Choice:
         share_of_peak=flops / seconds / x.cluster.gpus / peak,
         bytes=float(memory.total),
         host_bytes=float(memory.host),
+        memory_error=memory_error(strategy)[0],
         price_per_million_tokens=None if hour is None else hour * x.cluster.gpus * seconds / 3600 / tokens * 1e6,
         time=StepTime(**{name: float(getattr(time, name)) for name in time.__dataclass_fields__}),
         memory=RankMemory(**{name: float(getattr(memory, name)) for name in memory.__dataclass_fields__}),

@@ -1,0 +1,45 @@
+"""The uncertainty of a prediction: the error of the formulas on published runs of the nearest kind of layout.
+
+strategy  ->  kind: offload | model | sequence | data  ->  the source of that kind with the largest error (published_errors.py)
+"""
+
+from longspan.planner.published_errors import MEMORY, STEP_TIME, Row
+from longspan.planner.strategy import Strategy
+
+KINDS = ("offload", "model", "sequence", "data")
+"""What decides the kind of a layout, the first that holds: optimizer states or parameters on the host; tensor or pipeline > 1;
+ulysses or ring > 1; none of them."""
+
+
+def kind(strategy: Strategy) -> str:
+    """The name in ``KINDS`` of the kind of layout that ``strategy`` is."""
+    if strategy.offload_optimizer or strategy.offload_parameters:
+        return "offload"
+    if strategy.tensor * strategy.pipeline > 1:
+        return "model"
+    return "sequence" if strategy.ring * strategy.ulysses > 1 else "data"
+
+
+def time_error(strategy: Strategy) -> tuple[float, str]:
+    """The uncertainty of the step time that is predicted for ``strategy``.
+
+    Returns:
+        (relative error, the published runs from which it is taken, as text).
+    """
+    return _largest(STEP_TIME, kind(strategy))
+
+
+def memory_error(strategy: Strategy) -> tuple[float, str]:
+    """The uncertainty of the memory that is predicted for ``strategy``.
+
+    Returns:
+        (relative error, the published runs from which it is taken, as text).
+    """
+    return _largest(MEMORY, kind(strategy))
+
+
+def _largest(rows: tuple[Row, ...], wanted: str) -> tuple[float, str]:
+    """The row of the kind ``wanted``, or of the nearest kind that has rows, with the largest error, as (error, text)."""
+    nearest = next(name for name in (wanted, *KINDS[1:], KINDS[0]) if any(row[0] == name for row in rows))
+    _, source, runs, error = max((row for row in rows if row[0] == nearest), key=lambda row: row[3])
+    return error, f"{source}, median of {runs} runs" if runs > 1 else f"{source}, one run"
