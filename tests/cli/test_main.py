@@ -24,7 +24,7 @@ FLAGS = {
         head_chunks offload_activations chunked_loss
         model dtype data text_field tokenizer tokens rope_scaling rows_per_step micro_batches steps epochs optimizer
         learning_rate warmup_steps decay_steps weight_decay clip_norm eval_every_steps eval_rows
-        checkpoint_every_steps keep_checkpoints seed run memory_report plan log_to runs_folder resume
+        checkpoint_every_steps keep_checkpoints seed run deterministic memory_report plan log_to runs_folder resume
     """,
     "evaluate": "ranks timeout_seconds debug checkpoint data text_field max_tokens documents tensor pipeline dtype runs_folder",
     "check": """

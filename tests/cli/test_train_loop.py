@@ -1,11 +1,14 @@
 """The order of a step's work in the training loop: what is read while the device computes, and what waits for it."""
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from longspan.cli import launch, train
@@ -79,3 +82,30 @@ def test_a_run_in_two_halves_is_the_whole_run_bit_by_bit(text: str, tmp_path: Pa
     halves = run(replace(config, run="half", resume="half"))
     for name in ("step", "loss", "grad_norm", "learning_rate"):
         assert column(halves, name) == column(whole, name)
+
+
+def notes_the_switches(config: Train) -> int:
+    """Train, and write what is switched on where each rank reads its first loss."""
+    read = train._read
+
+    def note_and_read(*args: Any) -> Any:
+        switches = [torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")]
+        Path(config.runs_folder, f"{config.run}{dist.get_rank()}").write_text(json.dumps(switches))
+        return read(*args)
+
+    train._read = note_and_read
+    return train.work(config)
+
+
+def test_deterministic_switches_on_what_pytorch_has_and_changes_no_bit_on_a_cpu(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    config = small(text, tmp_path, steps=3, rows_per_step=2, micro_batches=2, zero=2, recompute="selective", head_chunks=2)
+    plain = run(replace(config, run="plain"), f"{__name__}:notes_the_switches")
+    exact = run(replace(config, run="exact", deterministic=True), f"{__name__}:notes_the_switches")
+    for rank in range(2):
+        assert json.loads((tmp_path / f"plain{rank}").read_text()) == [False, None]
+        assert json.loads((tmp_path / f"exact{rank}").read_text()) == [True, ":4096:8"]
+    for name in ("loss", "grad_norm"):
+        assert column(exact, name) == column(plain, name)

@@ -174,6 +174,8 @@ class Train(Layout):
     """Seed of the initial parameters and of the data order."""
     run: Annotated[str, _default("the next free of train-001, train-002, ...")] = ""
     """Name of the run's folder."""
+    deterministic: bool = False
+    """Use PyTorch's deterministic algorithms, slower, so that runs are bit-identical on a GPU too; on a CPU they are anyway."""
     memory_report: bool = False
     """Profile the memory of rank 0 in the second step after the start: a table, and memory.html in the run's folder."""
     plan: Annotated[Literal["auto"] | None, arg(help_behavior_hint="(default: the flags decide)", metavar="auto")] = None

@@ -15,6 +15,7 @@ bit.
 """
 
 import math
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -62,6 +63,8 @@ def work(config: Train) -> int:
         LongspanError: settings, text, model or layout that cannot be used, a diverged loss, or a failed write; raised on
             every rank with the same text.
     """
+    if config.deterministic:
+        _use_deterministic_algorithms()
     transport = CountingTransport(TorchTransport())
     mesh = ParallelMesh(
         config.ulysses, config.ring, tensor=config.tensor, pipeline=config.pipeline, transport=transport, timeout=config.timeout
@@ -142,6 +145,12 @@ def work(config: Train) -> int:
     exported = source.export(model, run / "export", config.tokenizer, mesh)
     display.say(closing(run, losses[-LAST_STEPS:], eval_loss, corpus, config, exported))
     return 0
+
+
+def _use_deterministic_algorithms() -> None:
+    """Let PyTorch use deterministic algorithms in this process; an operator that has none raises PyTorch's error."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is made
+    torch.use_deterministic_algorithms(True)
 
 
 def _read(loss: Tensor, norm: Tensor) -> tuple[float, float]:
