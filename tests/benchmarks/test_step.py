@@ -4,7 +4,7 @@ from benchmarks.peers.contest import Outcome
 from benchmarks.peers.contestant import Turn
 from benchmarks.peers.items import step
 
-CASE = step.Case(title="small", case=step.llama(128, 1), rounds=2, goal=1.0, single=True)
+CASE = step.Case(title="small", case=step.llama(128, 1), entries=step.beside_peers, rounds=2)
 PEER = "peer"
 
 

@@ -6,6 +6,7 @@ peak        the FLOPs that the causal mask needs over the step's time, beside th
 """
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,21 @@ ONE, BARE, TWINS = "longspan, one rank", "bare model, one rank", "bare model, tw
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One table. ``goal``: of the best peer that is right; ``single``: whether one rank and twins are measured too; ``lean``:
-    one contestant of longspan and one peer, because all of them at once would not fit into 24 GiB."""
+    """One table.
+
+    Attributes:
+        title: its heading.
+        case: the work.
+        entries: makes the contestants of the work; all of them are in memory at once.
+        rounds: how many rounds are measured.
+        goal: longspan's time over that of the best peer that is right.
+    """
 
     title: str
     case: dict[str, Any]
+    entries: Callable[[dict[str, Any]], list[Entry]]
     rounds: int
-    goal: float
-    single: bool
-    lean: bool = False
+    goal: float = 1.0
 
 
 def llama(tokens: int, layers: int, vocab: int = 32000, hidden: int = 512, heads: int = 8, ffn: int = 1408) -> dict[str, Any]:
@@ -46,56 +53,10 @@ def llama(tokens: int, layers: int, vocab: int = 32000, hidden: int = 512, heads
 
 WIDE = {"hidden": 1024, "heads": 8, "ffn": 2816}
 """Heads of 128, for the fraction of the GEMM peak."""
-CASES_OF_SCALE = {
-    "quick": (
-        Case(title="8,192 tokens, 4 layers x 512, 32,000 words", case=llama(8192, 4), rounds=7, goal=1.0, single=True),
-        Case(title="32,768 tokens, 2 layers x 512, 32,000 words", case=llama(32768, 2), rounds=3, goal=1.0, single=False),
-    ),
-    "full": (
-        Case(
-            title="8,192 tokens, 4 layers x 512, 128,256 words",
-            case=llama(8192, 4, 128256),
-            rounds=5,
-            goal=0.95,
-            single=False,
-            lean=True,
-        ),
-        Case(
-            title="8,192 tokens, 4 layers x 1024, heads of 128",
-            case=llama(8192, 4, 8192, **WIDE),
-            rounds=3,
-            goal=1.0,
-            single=False,
-        ),
-        Case(
-            title="32,768 tokens, 1 layer x 1024, heads of 128",
-            case=llama(32768, 1, 8192, **WIDE),
-            rounds=3,
-            goal=1.0,
-            single=False,
-        ),
-    ),
-}
 
 
-def run(scale: str) -> Section:
-    """The tables, and a figure of the seconds of a step on two ranks."""
-    sections, drawn = [], {}
-    for one in CASES_OF_SCALE[scale]:
-        progress(f"  step: {one.title}")
-        outcome = hold(entries(one), one.rounds)
-        sections.append(_section(one, outcome, gemm_peak()))
-        drawn[one.title] = {name: outcome.median(name) for name in outcome.turns if name not in (ONE, BARE, TWINS, COLLECTIVES)}
-    return Section(text="\n\n".join(sections), figure=bars(by_row(drawn), x="seconds of a step on two ranks"))
-
-
-def entries(one: Case) -> list[Entry]:
-    case = one.case
-    if one.lean:
-        return [
-            Entry(name=SHARDED, side="ulysses", case=case | {"options": {"zero": 3}}),
-            Entry(name="DeepSpeed ALST, ZeRO-3", side="alst", case=case | {"stage": 3}),
-        ]
+def beside_peers(case: dict[str, Any]) -> list[Entry]:
+    """longspan, the peers, and the limit of longspan at zero=0."""
     ours = [
         Entry(name=OURS, side="ulysses", case=case),
         Entry(name=SHARDED, side="ulysses", case=case | {"options": {"zero": 3}}),
@@ -106,15 +67,68 @@ def entries(one: Case) -> list[Entry]:
         Entry(name="ringmaster, FSDP2", side="ringmaster", case=case | {"api": "num_items_in_batch"}),
         Entry(name="yunchang", side="yunchang_attention", case=case),
     ]
-    single = [
+    if case["tokens"] > 16384:
+        ours.pop(1)  # zero=3: the others' logits and all models at once would not fit into 24 GiB
+    return [*ours, *peers, Entry(name=COLLECTIVES, side="one_device", case=bytes_of(case))]
+
+
+def beside_alst(case: dict[str, Any]) -> list[Entry]:
+    """One of longspan and one peer, where all of them at once would not fit into 24 GiB."""
+    return [
+        Entry(name=SHARDED, side="ulysses", case=case | {"options": {"zero": 3}}),
+        Entry(name="DeepSpeed ALST, ZeRO-3", side="alst", case=case | {"stage": 3}),
+    ]
+
+
+def beside_one_rank(case: dict[str, Any]) -> list[Entry]:
+    """Two ranks, one rank, and the bare model in one process and in two that know nothing of each other."""
+    return [
+        Entry(name=SHARDED, side="ulysses", case=case | {"options": {"zero": 3}}),
         Entry(name=ONE, side="ulysses", case=case, ranks=1),
         Entry(name=BARE, side="one_device", case=case, ranks=1),
         Entry(name=TWINS, side="one_device", case=case, ranks=1, worlds=2),
     ]
-    collectives = Entry(name=COLLECTIVES, side="one_device", case=bytes_of(case))
-    if case["tokens"] > 16384:
-        ours.pop(1)  # zero=3: the others' logits and all models at once would not fit into 24 GiB
-    return ours + peers + (single if one.single else []) + [collectives]
+
+
+CASES_OF_SCALE = {
+    "quick": (
+        Case(title="8,192 tokens, 4 layers x 512, 32,000 words", case=llama(8192, 4), entries=beside_peers, rounds=7),
+        Case(title="8,192 tokens, one rank and two", case=llama(8192, 4), entries=beside_one_rank, rounds=7),
+    ),
+    "full": (
+        Case(title="32,768 tokens, 2 layers x 512, 32,000 words", case=llama(32768, 2), entries=beside_peers, rounds=3),
+        Case(
+            title="8,192 tokens, 4 layers x 512, 128,256 words",
+            case=llama(8192, 4, 128256),
+            entries=beside_alst,
+            rounds=5,
+            goal=0.95,
+        ),
+        Case(
+            title="8,192 tokens, 4 layers x 1024, heads of 128",
+            case=llama(8192, 4, 8192, **WIDE),
+            entries=beside_peers,
+            rounds=3,
+        ),
+        Case(
+            title="32,768 tokens, 1 layer x 1024, heads of 128",
+            case=llama(32768, 1, 8192, **WIDE),
+            entries=beside_peers,
+            rounds=3,
+        ),
+    ),
+}
+
+
+def run(scale: str) -> Section:
+    """The tables, and a figure of the seconds of a step on two ranks."""
+    sections, drawn = [], {}
+    for one in CASES_OF_SCALE[scale]:
+        progress(f"  step: {one.title}")
+        outcome = hold(one.entries(one.case), one.rounds)
+        sections.append(_section(one, outcome, gemm_peak()))
+        drawn[one.title] = {name: outcome.median(name) for name in outcome.turns if name not in (ONE, BARE, TWINS, COLLECTIVES)}
+    return Section(text="\n\n".join(sections), figure=bars(by_row(drawn), x="seconds of a step on two ranks"))
 
 
 def bytes_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +163,7 @@ def gemm_peak() -> float:
 
 def _section(one: Case, outcome: Outcome, peak: float) -> str:
     best = min((name for name in outcome.turns if name in (OURS, SHARDED)), key=outcome.median)
-    rights = {entry.name: right(entry) for entry in entries(one) if is_peer(entry) and entry.name in outcome.turns}
+    rights = {entry.name: right(entry) for entry in one.entries(one.case) if is_peer(entry) and entry.name in outcome.turns}
     rows = [
         [name, f"{outcome.median(name):.2f} s", str(outcome.ratio(best, name)), rights.get(name, "")] for name in outcome.turns
     ]
