@@ -1,3 +1,5 @@
+import io
+import pickle
 from copy import deepcopy
 from itertools import permutations
 from unittest.mock import patch
@@ -7,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
 
 from longspan.batch.shard import shard_batch
 from longspan.distributed import grad_norm as gradients
@@ -341,3 +344,17 @@ def _on_another_device():
         ModelError, match=r"embed.* is on cpu and the mesh on cuda:0; call parallelize\(model.to\(mesh.device\)"
     ):
         parallelize(_decoder(), mesh)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_parallel_model_is_neither_copied_nor_pickled(zero, tmp_path):
+    on_ranks(2, _copies, zero, tmp_path=tmp_path)
+
+
+def _copies(zero):
+    model = parallelize(_decoder(), ParallelMesh(ulysses=2), zero=zero)
+    for copied in (deepcopy, pickle.dumps, lambda model: torch.save(model, io.BytesIO()), AveragedModel):
+        with pytest.raises(ModelError, match="a parallel model cannot be copied or pickled"):
+            copied(model)
+    if not zero:
+        deepcopy(unparallelize(model))

@@ -45,6 +45,8 @@ from longspan.models.fingerprint import agree, fingerprints
 from longspan.models.unchanged import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
+COPYING = ("__deepcopy__", "__reduce_ex__")
+"""The methods of an object by which Python copies and pickles it."""
 
 
 def parallelize(
@@ -116,7 +118,7 @@ def parallelize(
     if stages is not None:
         mark_stage(model)
     state.snapshot_hooks = state.snapshot.watch(model)
-    vars(model)[STATE] = state
+    vars(model).update({STATE: state, **dict.fromkeys(COPYING, _refuse_a_copy)})
     return model
 
 
@@ -153,7 +155,8 @@ def unparallelize(model: Model) -> Model:
         if forward is not None:
             vars(module)["forward"] = forward
     state.adapter.undo()
-    del vars(model)[STATE]
+    for name in (STATE, *COPYING):
+        del vars(model)[name]
     return model
 
 
@@ -208,6 +211,14 @@ def _one_after_the_other(model: nn.Module, parts: Sequence[Mapping[str, Any]], m
                 loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses).double().sum().to(losses[0].dtype)
+
+
+def _refuse_a_copy(*_: object) -> None:
+    """Raise ModelError; the instance's method by which ``copy.deepcopy``, ``pickle`` and ``torch.save`` would copy a model."""
+    raise ModelError(
+        "a parallel model cannot be copied or pickled: the gradients of the copy would not be averaged; copy it before "
+        "parallelize, or load its state_dict into a model that was built again (longspan.hf.save writes it to a folder)"
+    )
 
 
 def _split(job: "_Job", options: PipelineOptions) -> PipelineParallel | None:

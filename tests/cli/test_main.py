@@ -142,6 +142,8 @@ def test_a_file_names_the_checkpoint_too(tmp_path: Path) -> None:
         (f"train --runs-folder {__file__}", f"runs_folder='{__file__}' is a file; name a folder, which is made where it does "),
         (f"train --resume --runs-folder {__file__}", f"runs_folder='{__file__}' is a file; "),
         (f"evaluate --runs-folder {__file__}", f"runs_folder='{__file__}' is a file; "),
+        ("train c.toml", "Unrecognized options: c.toml (did you mean --config c.toml?); see longspan train --help"),
+        ("train --steps 5 run/c.json", "Unrecognized options: run/c.json (did you mean --config run/c.json?); see longspan tr"),
         ("train --tokens x", "Error parsing --tokens: invalid literal for int() with base 10: 'x'; see longspan train --help"),
         ("train --steps", "Missing value for argument '--steps'. Expected 1 values; see longspan train --help"),
         ("check --zero 4", "invalid choice '4' for argument '--zero'. Expected one of ('0', '2', '3'); see longspan check"),

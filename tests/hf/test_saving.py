@@ -29,6 +29,8 @@ def saves(folder: Path) -> None:
     sharded = parallelize(build("llama"), mesh, zero=3)
     with pytest.raises(RunError, match=r"shards of one rank.*call longspan\.hf\.save\(model, folder, mesh\) on every rank"):
         sharded.save_pretrained(folder / "refused")
+    with pytest.raises(RunError, match="shards of one rank"):
+        sharded.model.save_pretrained(folder / "refused")
     assert not (folder / "refused").exists()
     whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in sharded.state_dict().items()}
     if rank == 0:

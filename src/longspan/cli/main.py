@@ -34,7 +34,7 @@ from longspan.cli.plan import PlanSettings
 from longspan.cli.probe import ProbeSettings
 from longspan.cli.rehearse import RehearseSettings
 from longspan.cli.report import ReportSettings
-from longspan.cli.settings_file import LATEST, close, known, read_file, settings_of_run
+from longspan.cli.settings_file import LATEST, close, known, read_file, settings_of_run, suggest_config
 from longspan.distributed.launchers import join_launcher
 from longspan.errors import LongspanError, RunError
 
@@ -321,7 +321,7 @@ def _read(verb: str, flags: Sequence[str], base: Any) -> Any:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise RunError(f"{_first_sentence(message.getvalue())}; see longspan {verb} --help") from None
+        raise RunError(f"{suggest_config(_first_sentence(message.getvalue()))}; see longspan {verb} --help") from None
 
 
 def _first_sentence(box: str) -> str:

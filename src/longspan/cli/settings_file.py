@@ -104,6 +104,13 @@ def known(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]
     return values
 
 
+def suggest_config(sentence: str) -> str:
+    """``sentence``, a parser's error; with a suggestion, if the word that it names last looks like a file of settings."""
+    word = sentence.rpartition(" ")[2]
+    meant = sentence.startswith("Unrecognized options") and word.endswith((".toml", ".json"))
+    return f"{sentence} (did you mean --config {word}?)" if meant else sentence
+
+
 def close(word: str, names: Sequence[str]) -> list[str]:
     """The name in ``names`` that a wrong ``word`` most likely means, as a list of one; [] if none is near.
 

@@ -67,12 +67,6 @@ class MeanGradients:
             self._handles.append(parameter.register_hook(partial(self._set_earlier_aside, index)))
             self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._take, index)))
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "MeanGradients":
-        raise ModelError(
-            "a parallel model cannot be copied: the gradients of the copy would not be averaged; copy it before parallelize, "
-            "or copy its state_dict into a model that was built again"
-        )
-
     def remove(self) -> None:
         """Remove the hooks from the model: ``backward`` then adds this rank's own gradient to ``.grad``."""
         for handle in self._handles:

@@ -18,7 +18,7 @@ class Saving:
     """Replaces ``save_pretrained`` of a parallel model by one that refuses sharded parameters.
 
     Attributes:
-        owners: the objects on which a user may call it: the model, and peft's wrapper of it.
+        owners: the objects on which a user may call it: the model, its parts that can be saved, and peft's wrapper of it.
     """
 
     owners: tuple[Any, ...]
@@ -41,7 +41,7 @@ class Saving:
 
 def probe(candidate: Candidate) -> Saving:
     """A Saving, which every model gets; whether parameters are sharded is checked when ``save_pretrained`` is called."""
-    return Saving((candidate.called,) if candidate.called is candidate.model else (candidate.called, candidate.model))
+    return Saving(tuple(module for module in candidate.called.modules() if callable(getattr(module, "save_pretrained", None))))
 
 
 def _save(owner: Any, save: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
