@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longspan.attention import plan_cache
 from longspan.attention.api import AttentionSpec, attend, plan_attention
-from longspan.attention.plan import AttentionPlan, ExchangePlan, HeadChunk, Hop, TensorGroup
+from longspan.attention.plan import AttentionPlan, ExchangePlan, HeadChunk, Hop, TensorGroup, TileBias
 from longspan.attention.ulysses import heads_to_tokens, tokens_to_heads
 from longspan.batch.shard import shard_batch
 from longspan.distributed.mesh import ParallelMesh
@@ -93,6 +93,16 @@ def test_equal_specs_have_one_plan_and_others_have_their_own() -> None:
     ]  # fmt: skip
     plans = [plan, *(plan_attention(other) for other in others)]
     assert len(set(map(id, plans))) == len(plans)
+
+
+def test_the_positions_of_a_bias_are_formed_where_the_queries_are() -> None:
+    """A copy from the host for each tile would make the host wait for the device."""
+    plan = plan_attention(spec(Causal(), bias=Zero(), kernel=Online()))
+    bias = plan.bias_of(plan.chunks[0], plan.hops[0].arriving, (), torch.device("meta"))
+    assert bias is not None
+    tile = bias(slice(0, 1))
+    assert isinstance(tile, TileBias)
+    assert {tile.q_positions.device.type, tile.k_positions.device.type} == {"meta"}
 
 
 def test_a_kernel_and_a_bias_are_bound_and_not_kept() -> None:

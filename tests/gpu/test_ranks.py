@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.device import DEVICE
+
 ROOT = Path(__file__).parents[2]
 ABSENT = ["beartype", "xdist", "pytest_benchmark", "tyro"]
 
@@ -21,10 +23,23 @@ def run(*words: str) -> str:
     return done.stdout
 
 
+def torchrun(ranks: int) -> list[str]:
+    words = "-m torch.distributed.run --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --nproc-per-node"
+    return [*words.split(), str(ranks), "-m", "tests.helpers.device_ranks"]
+
+
 @pytest.mark.long
-def test_two_ranks_are_one_device() -> None:
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    assert "2 ranks on" in run(*words, "-m", "tests.helpers.device_ranks")
+@pytest.mark.parametrize("late", [[], ["late"]], ids=["", "late"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_are_one_device(ranks: int, late: list[str]) -> None:
+    """Late: the device is busy before each exchange and merge, so that a copy that does not wait for it takes old bytes."""
+    assert f"{ranks} ranks on" in run(*torchrun(ranks), *late)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs LONGSPAN_TEST_DEVICE=cuda: the sanitizer watches the streams of a GPU")
+def test_the_sanitizer_finds_no_race_in_head_chunks_and_offload(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_SANITIZER", "1")
+    assert "1 ranks on" in run(*torchrun(1))
 
 
 def test_the_kit_needs_no_package_that_a_gpu_image_lacks() -> None:

@@ -2,19 +2,27 @@
 
     LONGSPAN_TEST_DEVICE=cuda torchrun --nproc-per-node 2 -m tests.helpers.device_ranks
 
-Ranks that share a GPU exchange by gloo, others by NCCL. A difference from one device is an AssertionError.
+Ranks that share a GPU exchange by gloo, others by NCCL. A difference from one device is an AssertionError. With the argument
+"late" the device is busy before each exchange and each merge of a ring.
 """
+
+import sys
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from longspan import MemoryOptions, ParallelMesh, parallelize, shard_batch
+from longspan.attention import ring as ring_attention
+from longspan.distributed.collectives import Arrival, TorchTransport
+from longspan.kernels.protocol import Partial
 from longspan.models.decoder import Decoder
 from longspan.models.decoder_config import DecoderConfig
-from tests.helpers.device import DEVICE
+from tests.helpers.device import DEVICE, occupy
 
-CONFIG = DecoderConfig(vocab=64, layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96)
+CONFIG = DecoderConfig(vocab=64, layers=2, hidden=64, heads=8, kv_heads=2, head_dim=16, ffn=96)
 TOKENS = 301
 OPTIONS = [
     (0, MemoryOptions()),
@@ -22,6 +30,24 @@ OPTIONS = [
     (0, MemoryOptions(recompute="full", tile_tokens=64)),
     (0, MemoryOptions(recompute="selective", head_chunks=2, offload_activations=True)),
 ]
+
+
+class LateTransport(TorchTransport):
+    """PyTorch's all-to-all of tensors that the device has not finished yet."""
+
+    def all_to_all(
+        self, send: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], group: dist.ProcessGroup
+    ) -> Arrival:
+        occupy()
+        return super().all_to_all(send, send_splits, recv_splits, group)
+
+
+def _late_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Partial:
+    occupy()
+    return merge(out_a, lse_a, out_b, lse_b)
+
+
+merge = ring_attention._merge
 
 
 def compare(mesh: ParallelMesh, zero: int, memory: MemoryOptions) -> None:
@@ -48,9 +74,12 @@ def compare(mesh: ParallelMesh, zero: int, memory: MemoryOptions) -> None:
 def main() -> None:
     """Compare every layout of this world with every option."""
     device = None if DEVICE.type == "cuda" else DEVICE
+    is_late = "late" in sys.argv
+    if is_late:
+        ring_attention._merge = _late_merge
     ranks = ParallelMesh(device=device).world_group.size()
     for ulysses, ring in ((ranks, 1), (1, ranks), (1, 1)):
-        mesh = ParallelMesh(ulysses, ring, device=device)
+        mesh = ParallelMesh(ulysses, ring, device=device, transport=LateTransport() if is_late else None)
         for zero, memory in OPTIONS:
             compare(mesh, zero, memory)
     if dist.get_rank() == 0:

@@ -237,20 +237,25 @@ class AttentionPlan(OpaqueBase):
         assert self.kernel is not None, "a plan is bound before it runs"
         return GroupedKernel(self.kernel, chunk.groups, self.scale, self.softcap)
 
-    def bias_of(self, chunk: HeadChunk, key_runs: Runs, parameters: tuple[Tensor, ...]) -> Callable[[slice], BoundBias] | None:
+    def bias_of(
+        self, chunk: HeadChunk, key_runs: Runs, parameters: tuple[Tensor, ...], device: torch.device
+    ) -> Callable[[slice], BoundBias] | None:
         """The bias of a chunk in one ring hop: a function from a slice of the chunk's heads to a ``BoundBias``.
 
         Args:
             chunk: the head chunk.
             key_runs: the positions of the keys of the hop.
             parameters: the tensors to use as the parameters of the bias.
+            device: of the queries, on which the positions are formed, so that no tile waits for a copy from the host.
 
         Returns:
             The function; None if the attention has no bias.
         """
         if self.bias is None:
             return None
-        q_positions, k_positions = _positions(self.query_runs, self.tokens), _positions(key_runs, self.key_tokens)
+        q_positions, k_positions = (
+            _positions(runs, tokens, device) for runs, tokens in ((self.query_runs, self.tokens), (key_runs, self.key_tokens))
+        )
         return partial(TileBias, self.bias, chunk.heads, q_positions, k_positions, parameters)
 
 
@@ -277,15 +282,13 @@ class TileBias:
         self.q_positions, self.k_positions = q_positions, k_positions
 
     def __call__(self, q_index: Tensor, k_index: Tensor) -> Tensor:
-        q_positions, k_positions = self.q_positions.to(q_index.device), self.k_positions.to(k_index.device)
-        return self.bias(self.heads, q_positions[q_index], k_positions[k_index], self.parameters)
+        return self.bias(self.heads, self.q_positions[q_index], self.k_positions[k_index], self.parameters)
 
 
-def _positions(runs: Runs, tokens: int) -> Tensor:
-    """The position in its own row of each token in ``runs``, as a tensor on the CPU.
+def _positions(runs: Runs, tokens: int, device: torch.device) -> Tensor:
+    """The position in its own row of each token in ``runs``, as a tensor on ``device``.
 
     ``runs`` are ranges over the rows of a batch laid one after another, each of ``tokens`` tokens.
     """
-    return (
-        torch.cat([torch.arange(run.start, run.stop, device="cpu") for run in runs] or [torch.arange(0, device="cpu")]) % tokens
-    )
+    parts = [torch.arange(run.start, run.stop, device=device) for run in runs]
+    return torch.cat(parts or [torch.arange(0, device=device)]) % tokens

@@ -84,7 +84,7 @@ def forward(
     for hop, k_piece, v_piece in _pieces(k, v, plan):
         if result is not None and not hop.bands:
             continue  # this hop serves other ranks
-        bias = plan.bias_of(chunk, hop.arriving, parameters)
+        bias = plan.bias_of(chunk, hop.arriving, parameters, q.device)
         part = kernel.forward(q, k_piece, v_piece, bands=hop.bands, bias=bias)
         result = part if result is None else _merge(*result, *part)
     assert result is not None
@@ -112,7 +112,7 @@ def backward(
     total: Gradients | None = None
     returning: tuple[Hop, Arrival] | None = None  # one at a time: each holds a piece in fp32
     for hop, k_piece, v_piece in _pieces(k, v, plan):
-        bias = plan.bias_of(chunk, hop.arriving, parameters)
+        bias = plan.bias_of(chunk, hop.arriving, parameters, q.device)
         if total is None:
             total = kernel.backward(dout, q, k_piece, v_piece, out, lse, bands=hop.bands, bias=bias)
             if len(plan.hops) > 1:  # what follows is added to it
