@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from longspan.errors import LongspanError
 from longspan.planner.hardware import CLUSTERS, GIGA, H100_500W, MICRO, NVLINK4_H800, Cluster, Link
 from longspan.planner.model import ModelShape, dense
 from longspan.planner.strategy import Recipe, Strategy, Workload
@@ -22,6 +23,9 @@ CONFIG = (
     "zero", "act_ckpt", "offload", "tiled", "seq_len", "global_batch", "micro_batch", "precision",
 )  # fmt: skip
 """Columns that say which run a row belongs to."""
+OTHERS = ("kv_heads", "ffn", "vocab", "gpus_per_node", "metric", "value", "unit", "flop_convention", "completeness",
+          "suggested_split", "notes")  # fmt: skip
+"""The other columns that are read; one that a file lacks is as one without entries."""
 
 STEP = ("iter_time", "tokens_per_s_per_gpu", "tokens_per_s_total", "tflops_per_gpu", "mfu", "layer_time_combined")
 """Metrics of which a step time follows, the most direct first."""
@@ -48,49 +52,82 @@ class Case:
 
     def metric(self, *names: str) -> tuple[str, float] | None:
         """The first of these metrics that was published: (its name, its value)."""
-        values = {row["metric"]: float(row["value"]) for row in self.rows}
+        values = {row["metric"]: number(row["value"]) or 0.0 for row in self.rows}
         return next(((name, values[name]) for name in names if name in values), None)
 
 
 def runs(path: str | Path) -> list[tuple[Row, ...]]:
-    """The rows of a CSV by run; two values of one metric with one configuration are two runs."""
+    """The rows of a CSV by run; two values of one metric with one configuration are two runs.
+
+    A row without a value, or of a metric that no run has, stands alone, so that it is counted.
+    """
     found: list[tuple[tuple[str, ...], list[Row]]] = []
     latest: dict[tuple[str, ...], list[Row]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            key = tuple(row.get(column, "") for column in CONFIG)
-            if key not in latest or row["metric"] in {other["metric"] for other in latest[key]}:
-                latest[key] = []
-                found.append((key, latest[key]))
-            latest[key].append(row)
+    text = Path(path).read_text(encoding="utf-8-sig")
+    first = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first.count)
+    for line in csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter):
+        named = {str(name).strip().lower(): cell.strip() for name, cell in line.items() if isinstance(cell, str)}
+        row = dict.fromkeys((*CONFIG, *OTHERS), "") | named
+        key = tuple(row[column] for column in CONFIG)
+        if not number(row["value"]) or row["metric"] not in (*STEP, *ATTENTION, *MEMORY, "max_seq_len"):
+            found.append((key, [row]))
+            continue
+        if key not in latest or row["metric"] in {other["metric"] for other in latest[key]}:
+            latest[key] = []
+            found.append((key, latest[key]))
+        latest[key].append(row)
     return [tuple(rows) for _, rows in found]
+
+
+def number(text: str) -> float | None:
+    """The positive number that a cell holds ("5,762", "~57", "32K" with K = 1,024), None for anything else."""
+    found = re.fullmatch(r"[~<>=≈ ]*(\d[\d,]*\.?\d*(?:e[+-]?\d+)?) ?([KM]?)", text.strip(), re.IGNORECASE)
+    if found is None:
+        return None
+    value = float(found[1].replace(",", "")) * {"": 1, "K": 1024, "M": 1024**2}[found[2].upper()]
+    return value if 0 < value < float("inf") else None
 
 
 def case(rows: tuple[Row, ...]) -> Case | str:
     """The case of a run, or the reason why the planner does not model it."""
+    try:
+        return _case(rows)
+    except LongspanError as error:
+        return f"no possible run: {error}"
+
+
+def _case(rows: tuple[Row, ...]) -> Case | str:
     row = rows[0]
     metrics = {r["metric"] for r in rows}
     if not metrics & {*STEP, *ATTENTION, *MEMORY, "max_seq_len"}:
         return "a fact of hardware or a closed form, not a run" if row["suggested_split"] == "calib" else "a metric of no run"
+    if number(row["value"]) is None:
+        return "a value that is no positive number"
     cluster = _cluster(row)
     if cluster is None:
         return f"hardware without figures: {row['gpu'] or 'not given'}"
-    if row["precision"] == "nvfp4":
-        return "4-bit products, for which no rate was measured"
+    if re.search(r"fp4|int[48]|nf4", row["precision"].lower()):
+        return "4-bit or integer products, for which no rate was measured"
     shape = _shape(row, bool(metrics & set(ATTENTION)))
     if shape is None:
         return "sizes of the model not given"
-    tokens = _int(row, "seq_len")
-    if tokens is None:
+    tokens = _int(row, "seq_len") or (_int(row, "value") if row["metric"] == "max_seq_len" else None)
+    if not tokens:
         return "length of a sequence not given"
     recipe = _recipe(row, cluster)
     strategy = _strategy(row, cluster, recipe)
     if isinstance(strategy, str):
         return strategy
     rows_a_step = _int(row, "global_batch") or strategy.data * strategy.micro_batch
+    if rows_a_step < strategy.data:
+        return "fewer rows of a step than replicas"
     if rows_a_step % (strategy.data * strategy.micro_batch):
         strategy = replace(strategy, micro_batch=max(1, rows_a_step // strategy.data))
-    return Case(rows, shape, cluster, recipe, Workload(tokens=tokens, rows=rows_a_step), strategy)
+    found = Case(rows, shape, cluster, recipe, Workload(tokens=tokens, rows=rows_a_step), strategy)
+    if metrics <= set(STEP) and measured_seconds(found) is None:
+        return "a rate whose convention of counting operations is not known"
+    return found
 
 
 GPUS = (
@@ -102,12 +139,12 @@ GPUS = (
 
 
 def _int(row: Row, column: str) -> int | None:
-    text = row.get(column, "")
-    return int(float(text)) if re.fullmatch(r"\d+(\.\d+)?", text) else None
+    found = number(row[column])
+    return None if found is None else int(found)
 
 
 def _cluster(row: Row) -> Cluster | None:
-    gpu, gpus = row["gpu"], _int(row, "gpus") or 1
+    gpu, gpus = re.sub(r"^(NVIDIA|AMD|INSTINCT|TESLA)[ -]+", "", row["gpu"].upper()), _int(row, "gpus") or 1
     key = next((name for start, name in GPUS if gpu.startswith(start)), None)
     if key is None:
         return None
@@ -163,7 +200,7 @@ TIED_ALONE = ("nanotron-1B", "nanotron-3B")
 def _recipe(row: Row, cluster: Cluster) -> Recipe:
     text, strategy = f"{row['table']} {row['notes']}".lower(), row["strategy"].lower()
     fp8 = "fp8" in row["precision"]
-    recipe = Recipe(dtype="fp8" if fp8 else "bf16")
+    recipe = Recipe(dtype="fp8" if fp8 else "fp32" if row["precision"].lower() == "fp32" else "bf16")
     old = row["precision"] == "fp16" or "no flash" in text
     nanotron = row["model"].startswith("nanotron")
     fsdp = strategy.startswith("fsdp")
@@ -204,6 +241,9 @@ def _recipe(row: Row, cluster: Cluster) -> Recipe:
 
 
 def _strategy(row: Row, cluster: Cluster, recipe: Recipe) -> Strategy | str:
+    stage = re.search(r"\d", row["zero"])
+    if stage is not None and int(stage[0]) > 3:
+        return f"ZeRO stage unknown: {row['zero']}"
     degree = {axis: _int(row, column) or 1 for axis, column in
               (("ulysses", "ulysses"), ("ring", "ring"), ("tensor", "tp"), ("pipeline", "pp"))}  # fmt: skip
     product = degree["ulysses"] * degree["ring"] * degree["tensor"] * degree["pipeline"]
@@ -219,7 +259,7 @@ def _strategy(row: Row, cluster: Cluster, recipe: Recipe) -> Strategy | str:
     return Strategy(
         **degree,
         data=data,
-        zero=int(row["zero"][0]) if row["zero"] else 0,
+        zero=int(stage[0]) if stage else 0,
         recompute=recompute,
         micro_batch=_int(row, "micro_batch") or 1,
         stages_per_rank=interleaved,
@@ -246,22 +286,42 @@ def measured_memory(c: Case, others: Iterable[Case]) -> tuple[str, float] | None
     return what, value * {"gib": 2.0**30, "mib": 2.0**20, "mb": 1e6, "tb": 1e12}.get(unit.lower().split("/")[0], 1e9)
 
 
+CONVENTIONS = (
+    ("8n'+8", "8n'+8"), ("6(n-emb_in)+6", "6(n-emb_in)+6"), ("6(n-emb_in)+12", "6(n-emb_in)+12"), ("8n+16", "8n+16"),
+    ("6n+12", "6n+12"), ("6n+6", "6n+6"), ("v/12", "72bslh^2"), ("96bslh", "96bslh^2"), ("72bslh", "96bslh^2"),
+    ("megatron", "96bslh^2"),
+)  # fmt: skip
+"""Parts of a stated convention in small letters without spaces, and the convention that they mean, the first that is found."""
+OF_SOURCES = (
+    ("alst", "8n+16"), ("ulysses", "8n+16"), ("korthikanti", "72bslh^2"), ("nemo", "6(n-emb_in)+12"),
+    ("bridge", "6(n-emb_in)+6"), ("playbook", "6n+12"), ("nanotron", "6n+12"), ("foundry", "6n+12"),
+    ("veomni", "6(n-emb_in)+12"), ("xtuner", "8n'+8"), ("internevo", "96bslh^2"),
+)  # fmt: skip
+"""Parts of the names of sources, and the convention that they use where a row states none."""
+
+
 def flops_per_token(c: Case) -> float | None:
     """Operations of a token in forward and backward by the convention that the source states, for its TFLOP/s and MFU."""
     row, s, tokens = c.rows[0], c.shape, c.workload.tokens
     stated = next((r["flop_convention"] for r in c.rows if r["metric"] in ("tflops_per_gpu", "mfu")), "")
-    lhs = s.layers * s.hidden * tokens
+    text = re.sub(r"[\s*x]", "", stated.lower())
+    found = next((name for part, name in CONVENTIONS if part in text), None)
+    if not text:
+        found = next((name for part, name in OF_SOURCES if part in row["source"].lower()), None)
+    lhs, square = s.layers * s.hidden * tokens, s.layers * s.hidden**2
     inner = s.parameters - (0 if s.tied else s.embedding_parameters)
-    table = (
-        ("6(N-emb_in)+6", 6 * inner + 6 * lhs),
-        ("6(N-emb_in)+12", 6 * inner + 12 * lhs),
-        ("6N+12", (6 * inner if "NeMo" in row["source"] else 6 * s.parameters) + 12 * lhs),
-        ("model_flops=8N+16", 8 * s.parameters + 16 * lhs),
-        ("Megatron", 96 * s.layers * s.hidden**2 * (1 + tokens / 6 / s.hidden + s.vocab / 16 / s.layers / s.hidden)
-         * (1 if c.strategy.recompute == "full" else 0.75)),
-        ("8N'+8", 8 * s.parameters + 8 * lhs),
-    )  # fmt: skip
-    return next((value for start, value in table if stated.startswith(start)), None)
+    as_if_multi_head = s.parameters + s.layers * s.hidden * (2 * s.heads * s.qk_dim - s.kv_width)
+    return {
+        "6(n-emb_in)+6": 6 * inner + 6 * lhs,
+        "6(n-emb_in)+12": 6 * inner + 12 * lhs,
+        "6n+12": (6 * inner if "NeMo" in row["source"] else 6 * s.parameters) + 12 * lhs,
+        "6n+6": 6 * s.parameters + 6 * lhs,
+        "8n+16": 8 * s.parameters + 16 * lhs,
+        "8n'+8": 8 * as_if_multi_head + 8 * lhs,
+        "72bslh^2": 72 * square + 12 * lhs + 6 * s.hidden * s.vocab,
+        "96bslh^2": (96 * square + 16 * lhs + 6 * s.hidden * s.vocab) * (1 if c.strategy.recompute == "full" else 0.75),
+        None: None,
+    }[found]
 
 
 def measured_seconds(c: Case) -> float | None:
@@ -273,8 +333,9 @@ def measured_seconds(c: Case) -> float | None:
     tokens = c.workload.tokens * c.workload.rows
     flops = flops_per_token(c)
     peak = c.cluster.accelerator.peak.get("bf16", 1.0)
+    unit = next(row["unit"].lower() for row in c.rows if row["metric"] == name)
     if name == "iter_time":
-        return value
+        return value * (1e-3 if unit.startswith("ms") else 1)
     if name == "layer_time_combined":
         return value * 1e-3
     if name == "tokens_per_s_total":

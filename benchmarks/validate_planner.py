@@ -8,6 +8,7 @@ kind of layout into src/longspan/planner/published_errors.py, where a plan reads
 """
 
 import argparse
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
@@ -15,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from figures import beside_published
-from published import ATTENTION, Case, case, measured_memory, measured_seconds, runs
+from published import ATTENTION, Case, Row, case, measured_memory, measured_seconds, runs
 
 from longspan.planner.cost import Constants, Setting, attention_time, layer_time, step_time, ulysses_exposed
 from longspan.planner.rank_memory import cached_bytes, rank_memory
@@ -156,6 +157,13 @@ def within(error: Error) -> bool:
     return abs(error.predicted - error.published) <= allowed
 
 
+def is_near(error: Error) -> bool:
+    """Whether a longest sequence is within 1.25 x; one that was found by powers of two, v, lies between v and 2 v."""
+    tokens = int(error.published)
+    upper = 2 * tokens if tokens & (tokens - 1) == 0 else tokens
+    return tokens / 1.25 <= error.predicted <= 1.25 * upper
+
+
 def pairs(errors: list[Error]) -> tuple[int, int]:
     """(pairs ordered right, pairs): same source, model, hardware, GPUs, length and batch, more than 5 % apart."""
     groups: dict[tuple[str, ...], list[Error]] = defaultdict(list)
@@ -244,13 +252,22 @@ def left_out(cases: list[Case]) -> list[str]:
     return lines
 
 
+def _set_aside(row: Row) -> str | None:
+    """The reason for which a row is not compared whatever it says, None if it is: the comparison is over A and B."""
+    if row["suggested_split"].lower() == "context":
+        return "set aside: context"
+    complete = row["completeness"].upper() or "B"
+    return None if complete in ("A", "B") else f"set aside: completeness {complete}"
+
+
 def report(path: str) -> tuple[list[str], list[Case]]:
     """The tables, the reasons for rows that are not modelled, and the line of four figures."""
     read = [(rows, case(rows)) for rows in runs(path)]
-    wanted = [
-        (rows, c) for rows, c in read if rows[0]["suggested_split"] != "context" and rows[0]["completeness"] in ("A", "B")
-    ]
+    wanted = [(rows, c) for rows, c in read if _set_aside(rows[0]) is None]
     reasons = Counter({c: 0 for _, c in wanted if isinstance(c, str)})
+    for rows, _ in read:
+        if reason := _set_aside(rows[0]):
+            reasons[reason] += len(rows)
     for rows, c in wanted:
         if isinstance(c, str):
             reasons[c] += len(rows)
@@ -263,8 +280,8 @@ def report(path: str) -> tuple[list[str], list[Case]]:
     for e in longest:
         about = f"{e.case.shape.name}, {e.case.rows[0]['table']}"
         lines.append(f"| {about} | {e.published:,.0f} | {e.predicted:,.0f} | {e.predicted / e.published:.2f} |")
-    whole = sum(len(rows) for rows, _ in wanted if rows[0]["completeness"] == "A")
-    lost = sum(len(rows) for rows, c in wanted if rows[0]["completeness"] == "A" and isinstance(c, str))
+    whole = sum(len(rows) for rows, _ in wanted if rows[0]["completeness"].upper() == "A")
+    lost = sum(len(rows) for rows, c in wanted if rows[0]["completeness"].upper() == "A" and isinstance(c, str))
     lines += ["", "### Rows not modelled", ""]
     lines += [f"- {count} rows: {reason}" for reason, count in reasons.most_common()]
     lines += [f"- {lost} of {whole} rows of completeness A are among them ({lost / max(1, whole):.1%}).", ""]
@@ -278,7 +295,7 @@ def figures(time: list[Error], memory: list[Error], longest: list[Error]) -> lis
     right, count = pairs(usual)
     sources = by_source([e for e in memory if not is_apart(e.case.source)])
     enough = sum(sum(map(within, own)) / len(own) >= 0.8 for own in sources.values())
-    close = sum(1 / 1.25 <= e.predicted / e.published <= 1.25 for e in longest)
+    close = sum(map(is_near, longest))
     apart = [
         f"{name}: median {middle(own):.1%}, mean {fmean(abs(e.relative) for e in own):.1%} of {len(own)}"
         for name in APART
@@ -300,19 +317,28 @@ def main() -> None:
     parser.add_argument("--write", help="the page whose part between two comment lines is replaced")
     arguments = parser.parse_args()
     lines, cases = report(arguments.csv)
+    extra: list[str] = []
     if arguments.write:
-        page = Path(arguments.write)
-        before, _, rest = page.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
         kinds, module = uncertainties(step_errors(cases), memory_errors(cases))
         extra = ["", "### Uncertainty by kind of layout", "", *kinds, "", "### The five constants", "", *effects(cases)]
         extra += ["", "### One source left out", "", *left_out(cases)]
-        ERRORS.write_text(module)
-        usual = [e for e in step_errors(cases) if not is_apart(e.case.source)]
-        series = {s: [(e.published, e.predicted) for e in own] for s, own in by_source(usual).items()}
-        page.with_suffix(".svg").write_text(beside_published(series, x="published seconds of a step", y="predicted seconds"))
-        page.write_text(before + BEGIN + "\n\n" + "\n".join([*lines[:-1], f"**{lines[-1]}**", *extra]) + "\n\n" + END + after)
-    print("\n".join(lines))
+    print("\n".join([*lines[:-1], *extra, "", lines[-1]]))
+    if not arguments.write:
+        return
+    if "(\n)" in module:
+        print(
+            "Nothing was written: a plan needs runs with a step time and runs with memory for its uncertainty.", file=sys.stderr
+        )
+        return
+    page = Path(arguments.write)
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    series = {
+        s: [(e.published, e.predicted) for e in own] for s, own in by_source(step_errors(cases)).items() if not is_apart(s)
+    }
+    page.with_suffix(".svg").write_text(beside_published(series, x="published seconds of a step", y="predicted seconds"))
+    page.write_text(before + BEGIN + "\n\n" + "\n".join([*lines[:-1], f"**{lines[-1]}**", *extra]) + "\n\n" + END + after)
+    ERRORS.write_text(module)
 
 
 if __name__ == "__main__":

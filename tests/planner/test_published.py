@@ -16,10 +16,10 @@ LLAMA = {
 """One row of the file: its columns, with the values of a run on 8 GPUs."""
 
 
-def _printed(tmp_path: Path, rows: list[dict[str, str]]) -> str:
+def _printed(tmp_path: Path, rows: list[dict[str, str]], *, without: tuple[str, ...] = (), delimiter: str = ",") -> str:
     path = tmp_path / "rows.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(LLAMA))
+    with path.open("w", newline="", encoding="utf-8-sig" if without else "utf-8") as file:
+        writer = csv.DictWriter(file, [c for c in LLAMA if c not in without], extrasaction="ignore", delimiter=delimiter)
         writer.writeheader()
         writer.writerows(LLAMA | row for row in rows)
     command = [sys.executable, str(ROOT / "benchmarks" / "validate_planner.py"), str(path)]
@@ -52,3 +52,60 @@ def test_the_time_of_a_layer_is_compared_with_one_layer(tmp_path: Path) -> None:
     found = [line.split("|")[5] for line in text.splitlines() if line.startswith(("| a report", "| another"))]
     layer, step = (float(cell) for cell in found)
     assert 25 < step / (layer * 0.1) < 40
+
+
+ODD: dict[str, dict[str, str]] = {
+    "a value that is no positive number": {"value": "OOM"},
+    "a metric of no run": {"metric": "loss"},
+    "hardware without figures: TPU v5p": {"gpu": "TPU v5p"},
+    "length of a sequence not given": {"seq_len": "0"},
+    "sizes of the model not given": {"hidden": "4k?"},
+    "no possible run: Llama-3.1-8B: hidden=4096 is not a multiple of heads=7": {"heads": "7"},
+    "degrees multiply to 24, not to 8 GPUs": {"tp": "3"},
+    "ZeRO stage unknown: 9": {"zero": "9"},
+    "fewer rows of a step than replicas": {"ulysses": "", "dp": "8"},
+    "4-bit or integer products": {"precision": "nvfp4"},
+    "a rate whose convention of counting operations is not known": {
+        "metric": "mfu",
+        "flop_convention": "ours",
+        "seq_len": "65536",
+    },
+    "set aside: context": {"suggested_split": "context"},
+    "set aside: completeness C": {"completeness": "C"},
+}
+
+
+def test_every_row_that_is_not_compared_is_counted_by_its_reason(tmp_path: Path) -> None:
+    run = {"metric": "iter_time", "value": "20", "unit": "s"}
+    text = _printed(tmp_path, [run, *(run | odd for odd in ODD.values())])
+    for reason in ODD:
+        assert f"- 1 rows: {reason}" in text, reason
+    assert "| a report | 1 |" in text
+    assert "step time: median over sources" in text.splitlines()[-1]
+
+
+def test_cells_are_read_as_people_write_them_and_columns_may_be_missing(tmp_path: Path) -> None:
+    plain = {"metric": "iter_time", "value": "20", "unit": "s"}
+    written = plain | {"source": "another", "gpu": "NVIDIA h100 80GB HBM3", "seq_len": "128K", "value": "~20,000", "unit": "ms",
+                       "zero": "stage 3", "hidden": " 4,096"}  # fmt: skip
+    text = _printed(tmp_path, [plain, written], without=("notes", "table", "flop_convention", "offload"), delimiter=";")
+    found = [line.split("|")[2:6] for line in text.splitlines() if line.startswith(("| a report", "| another"))]
+    assert found[0] == found[1]
+    assert "step time: median over sources" in _printed(tmp_path, []).splitlines()[-1]
+
+
+def test_a_source_s_own_convention_holds_where_a_row_states_none(tmp_path: Path) -> None:
+    run = {"metric": "tflops_per_gpu", "value": "400"}
+    stated = run | {"flop_convention": "8 * N + 16 L h s", "source": "a report"}
+    text = _printed(tmp_path, [stated, run | {"source": "ALST again"}, run | {"source": "another"}])
+    found = [line.split("|")[5] for line in text.splitlines() if line.startswith(("| a report", "| ALST again"))]
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert "- 1 rows: a rate whose convention" in text
+
+
+def test_a_longest_sequence_that_is_a_power_of_two_is_an_interval(tmp_path: Path) -> None:
+    """What 8 H100 hold here, about 1.1 million tokens, is within 1.25 x 2^20 and more than 1.25 x 2^19."""
+    run = {"metric": "max_seq_len", "seq_len": "", "tiled": "loss+mlp"}
+    for tokens, near in ((1 << 19, 1), ((1 << 19) + 1, 0)):
+        assert _printed(tmp_path, [run | {"value": str(tokens)}]).endswith(f"longest sequence within 1.25 x: {near} of 1\n")
