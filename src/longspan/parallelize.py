@@ -117,7 +117,7 @@ def parallelize(
     state.snapshot = Snapshot(model)
     if stages is not None:
         mark_stage(model)
-    state.snapshot_hooks = state.snapshot.watch(model)
+    state.snapshot_hooks = state.snapshot.watch(model, None if state.gradients is None else state.gradients.refuse_what_changed)
     vars(model).update({STATE: state, **dict.fromkeys(COPYING, _refuse_a_copy)})
     return model
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -150,6 +151,32 @@ def base_of_changed() -> None:
     attention(model)
     with pytest.raises(LongspanError, match=r"config\._attn_implementation was 'longspan' when the model was proven"):
         model.model(**part)
+
+
+def test_a_part_that_is_called_by_itself_is_refused_as_the_whole_is(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(changed_parts)
+
+
+def changed_parts() -> None:
+    """As after peft's ``merge_and_unload``, or with a head outside of the base model."""
+    mesh = mesh_of(2)
+    part = shard_batch({"input_ids": IDS}, mesh)
+    model = parallelize(llama(), mesh)
+    model.lm_head = nn.Linear(32, 5).double()  # no part of the base model
+    model.model(**part)
+    forward(model)
+    with pytest.raises(LongspanError, match=r"the forward of 'model.layers.1.mlp' was replaced after parallelize"):
+        model.model(**part)
+    model = llama()
+    model.model.requires_grad_(False)
+    parallelize(model, mesh).model(**part)
+    model.model.norm.requires_grad_()
+    with pytest.raises(LongspanError, match=r"parameter 'model.norm.weight' was unfrozen or replaced after parallelize"):
+        model.model(**part)
+    adapted = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    merged = parallelize(adapted, mesh).merge_and_unload()
+    with pytest.raises(LongspanError, match=r"module '.*layers.0.self_attn.q_proj' was added or replaced after parallelize"):
+        merged(**part)
 
 
 def test_a_second_reduction_of_the_gradients_is_refused(pool: Callable[[int], Ranks]) -> None:

@@ -55,7 +55,7 @@ class MeanGradients:
         self._running: WeakValueDictionary[int, MeanInBuckets] = WeakValueDictionary()
         self._delayed: MeanInBuckets | None = None
         self._backward_in_delayed = -1
-        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._refuse_what_changed)]
+        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self.refuse_what_changed)]
         averages, tensor = mesh.fsdp_group.size() > 1, mesh.coordinate.tensor > 1
         self._deferred = DeferredHooks(model, cut=tensor) if averages or tensor else None
         if not averages:  # the gradient is the mean already
@@ -136,16 +136,17 @@ class MeanGradients:
                 "torch.autograd.grad and create_graph=True would give this rank's part of a parameter's gradient; "
                 "call loss.backward() and read .grad, which is the mean over the ranks"
             )
-        self._refuse_what_changed()
+        self.refuse_what_changed()
 
-    def _refuse_what_changed(self, *_: object) -> None:
+    def refuse_what_changed(self, module: nn.Module | None = None, *_: object) -> None:
         """Raise ModelError if a parameter of the model requires a gradient but was unfrozen or replaced after hooks were set.
 
         It is also a forward pre-hook: if all parameters with hooks were frozen or replaced, no hook would run in the backward.
+        Of a part of the model (``module``) that is called by itself, only its own parameters count.
         """
-        known = set(map(id, self._parameters))
+        known, called = set(map(id, self._parameters)), set(map(id, (module or self._model).parameters()))
         for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad and id(parameter) not in known:
+            if parameter.requires_grad and id(parameter) not in known and id(parameter) in called:
                 raise ModelError(
                     f"parameter {name!r} was unfrozen or replaced after parallelize: its gradient would differ between ranks; "
                     f"call unparallelize(model), then parallelize it again"

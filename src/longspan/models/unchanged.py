@@ -10,8 +10,9 @@ no such look: there only the first call is checked, by the compiler's own guards
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -89,27 +90,64 @@ class Snapshot:
             if isinstance(function, FunctionType)
         ]
         self._hooks = LaterHooks(named)
+        self._running: Any = None
 
-    def watch(self, model: nn.Module) -> list[RemovableHandle]:
-        """Register the look before each forward of ``model``; before one of a part with layers, a look at the configs.
+    def watch(self, model: nn.Module, beside: Callable[..., None] | None = None) -> list[RemovableHandle]:
+        """Register the look before each forward of ``model``, and before one of a part with layers that is called by itself.
 
-        A part (the base model without its head) can be called by itself, and is then as changed as the whole. Its modules are
-        not looked at, because a chunked loss replaces some while it computes.
+        A part (the base model without its head, the model inside peft's wrapper) is then as changed as the whole. Within a
+        forward of ``model`` the configs alone are looked at, because a chunked loss replaces some modules while it computes.
+
+        Args:
+            model: the model of this record.
+            beside: what ``model`` checks in a forward pre-hook of its own, and a part would not.
 
         Returns:
             The handles of the hooks.
         """
         parts = [part for part, _ in self._configs if part is not model and self._has_layers(part)]
-        return [
-            model.register_forward_pre_hook(self.refuse_changes, prepend=True),
-            *(part.register_forward_pre_hook(self._refuse_config, prepend=True) for part in parts),
+        handles = [
+            model.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._leave),
         ]
+        for part in parts:
+            inside = set(part.modules())
+            look = partial(self._look_at_part, tuple(each for each in self._modules if each.module in inside), beside)
+            handles.append(part.register_forward_pre_hook(look, prepend=True, with_kwargs=True))
+        return handles
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model: look at it, and remember the BatchInfo by which its parts are called."""
+        self.refuse_changes(model)
+        if not torch.compiler.is_compiling():
+            self._running = kwargs.get("longspan")
+
+    def _leave(self, *_: object) -> None:
+        if not torch.compiler.is_compiling():
+            self._running = None
+
+    def _look_at_part(
+        self, modules: tuple[_Module, ...], beside: Callable[..., None] | None, part: nn.Module, args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Forward pre-hook of a part: look at it as at the model, unless the model or a backward (a checkpoint) calls it."""
+        called_by_model = self._running is not None and kwargs.get("longspan", self._running) is self._running
+        if torch.compiler.is_compiling() or called_by_model or _compat.backward_id() != -1:
+            self._refuse_config()
+            return
+        self.refuse_changes(part, modules)
+        if beside is not None:
+            beside(part)
 
     def _has_layers(self, part: nn.Module) -> bool:
         return any("_longspan" in vars(module) for module in part.modules() if module is not part)
 
-    def refuse_changes(self, model: nn.Module, *_: object) -> None:
-        """Compare ``model`` with the record; registered as a hook that runs before each forward.
+    def refuse_changes(self, model: nn.Module, modules: Sequence[_Module] | None = None) -> None:
+        """Compare ``model`` with the record; called before each forward.
+
+        Args:
+            model: the model, or a part of it that is called by itself.
+            modules: the record of the part's modules; None: of all.
 
         Raises:
             ModelError: a module, parameter, forward, loss function, config field or attribute was added, removed, replaced,
@@ -123,7 +161,7 @@ class Snapshot:
                 "torch.inference_mode would make the gathered parameters of a sharded model unfit for training; use "
                 "torch.no_grad()"
             )
-        for name, module, kind, forward, children, names, parameters, shapes in self._modules:
+        for name, module, kind, forward, children, names, parameters, shapes in self._modules if modules is None else modules:
             if type(module) is not kind or vars(module).get("forward") is not forward:
                 _refuse_forward(name, module, kind, forward)
             if tuple(map(id, _compat.own_modules(module).values())) != children:
