@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from hypothesis import settings
 
 import tests.helpers.shapes  # noqa: F401  # before longspan
+from tests.helpers.device import DEVICE, MadeOn
 from tests.helpers.examples import MANY
 from tests.helpers.ranks import Ranks
 
@@ -32,6 +34,13 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], R
     yield of
     for ranks in pools.values():
         ranks.close()
+
+
+@pytest.fixture(autouse=True)
+def _follow_the_device() -> Iterator[None]:
+    """With LONGSPAN_TEST_DEVICE=cuda a test makes its tensors on the GPU."""
+    with nullcontext() if DEVICE.type == "cpu" else MadeOn(DEVICE):
+        yield
 
 
 @pytest.fixture(autouse=True)

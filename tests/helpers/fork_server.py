@@ -31,6 +31,8 @@ import torch.utils.checkpoint
 from torch._C._distributed_c10d import FileStore, Store
 from torch.distributed import ProcessGroupGloo
 
+from tests.helpers.device import DEVICE, call_on_device
+
 MESSAGE_BYTES, MOST_RANKS = 65_536, 64
 
 
@@ -102,6 +104,8 @@ def _fork(control: socket.socket, pipes: list[int], rank: int, folder: str, seco
 
 def _work(rank: int, ranks: int, pipe: "Connection[Any, Any]", folder: str, seconds: float) -> NoReturn:
     torch.set_num_threads(1)
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())  # ranks may share one: gloo carries tensors of a GPU
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     ProcessGroupGloo.__init__ = _with_one_worker  # type: ignore[method-assign, assignment]
     store = FileStore(f"{folder}/rendezvous", ranks)
@@ -109,7 +113,7 @@ def _work(rank: int, ranks: int, pipe: "Connection[Any, Any]", folder: str, seco
     while True:
         body, args = pipe.recv()
         try:
-            answer = (None, body(*args), groups())
+            answer = (None, call_on_device(body, args), groups())
             pipe.send(answer)
         except BaseException:
             pipe.send((traceback.format_exc(), None, groups()))

@@ -8,6 +8,9 @@
 A body is a function at the top of a module: it is sent to the ranks by its name, and a test's monkeypatches do not exist
 there. It runs inside an initialised process group with one thread per rank. If a rank raises, the others are killed at once
 and the test fails with that rank's traceback, so that a deadlock is reported as the error that caused it.
+
+With LONGSPAN_TEST_DEVICE=cuda the ranks share the GPUs by gloo; the tensors of ``args`` and results are moved at this boundary,
+and a body makes its own on the GPU without a word about it (device.py).
 """
 
 import atexit
@@ -26,7 +29,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+import torch
+
 from longspan import ParallelMesh
+from tests.helpers.device import DEVICE, moved
 
 ROOT = Path(__file__).parents[2]
 MOST_GROUPS = 60  # a pool whose ranks have more is forked anew, because every gloo group keeps a thread that polls
@@ -41,7 +47,7 @@ def on_ranks(ranks: int, body: Callable[..., Any], *args: Any, tmp_path: Path, s
 @cache
 def mesh_of(ulysses: int = 1, ring: int = 1, tensor: int = 1) -> ParallelMesh:
     """A mesh of this layout, made once per rank: making one takes milliseconds, and its process groups are never freed."""
-    return ParallelMesh(ulysses, ring, tensor=tensor)
+    return ParallelMesh(ulysses, ring, tensor=tensor, device=DEVICE if DEVICE.type == "cpu" else None)
 
 
 class Ranks:
@@ -69,7 +75,7 @@ class Ranks:
         if not self.processes:
             self._fork(body.__module__)
         for pipe in self.pipes:
-            pipe.send((body, args))
+            pipe.send((body, args if DEVICE.type == "cpu" else moved(args, torch.device("cpu"))))
         results: dict[int, Any] = {}
         while len(results) < self.ranks:
             waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
@@ -86,7 +92,8 @@ class Ranks:
                 if failure is not None:
                     self.close()
                     raise AssertionError(f"on rank {rank} of {self.ranks}:\n{failure}")
-        return [results[rank] for rank in range(self.ranks)]
+        found = [results[rank] for rank in range(self.ranks)]
+        return found if DEVICE.type == "cpu" else [moved(result, DEVICE) for result in found]
 
     def close(self) -> None:
         if self.processes:
