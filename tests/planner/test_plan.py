@@ -109,6 +109,8 @@ def test_a_thousand_gpus_are_searched_quickly() -> None:
      ({"fixed": {"ulysses": 64}}, "ulysses=32 ring=2"), ({"goal": "length"}, "contradict"),
      ({"goal": "cost"}, "needs the price"),
      ({"hardware": "a100", "dtype": "fp8"}, "has no fp8"), ({"fixed": {"colour": 3}}, "is no degree"),
+     ({"price": float("inf")}, "finite"), ({"tokens": 1 << 70}, "at most 1,099,511,627,776"),
+     ({"rows": 1 << 40}, "at most 1,048,576"), ({"gpus": 10**11}, "use at most 1,048,576"),
      ({"rows": 0}, "at least 1"), ({"fixed": {"full": 1, "selective": 0, "tensor": 5}}, "legal are 1, 2"),
      ({"fixed": {"zero": 0, "offload_parameters": 1}}, "zero=3 only"), ({"gpus": 0}, "at least 1"),
      ({"gpus": 7}, "no degrees fill 7 GPUs|legal are")],

@@ -73,8 +73,10 @@ class PlanSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RunError(f"{name}={value} must be at least 1")
-        if self.price is not None and not self.price > 0:
-            raise RunError(f"price={self.price:g} must be above 0; leave it out where the price of a GPU hour is not known")
+        if self.price is not None and not 0 < self.price < float("inf"):
+            raise RunError(
+                f"price={self.price:g} must be above 0 and finite; leave it out where the price of a GPU hour is not known"
+            )
         if self.zero not in (None, 0, 2, 3):
             raise RunError(f"zero={self.zero} is unknown; legal are 0, 2 and 3")
         if self.goal == "length" and self.tokens is not None:

@@ -14,6 +14,8 @@ from difflib import get_close_matches
 from longspan.errors import LayoutError
 
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
+MOST_GPUS = 1 << 20
+"""Accelerators of the largest cluster that is searched."""
 
 SPEC = "the vendor's data sheet (dense rates, without sparsity)"
 MAMF = "stas00/ml-engineering, maximum achievable matmul rate"
@@ -110,8 +112,12 @@ class Cluster:
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.gpus_per_node < 1:
             raise LayoutError(f"gpus={self.gpus} and gpus_per_node={self.gpus_per_node} must both be at least 1")
-        if self.price is not None and not self.price > 0:
-            raise LayoutError(f"price={self.price:g} must be above 0; leave it out where the price of a GPU hour is not known")
+        if self.gpus > MOST_GPUS:
+            raise LayoutError(f"gpus={self.gpus:,} is more than a plan searches; use at most {MOST_GPUS:,}")
+        if self.price is not None and not 0 < self.price < float("inf"):
+            raise LayoutError(
+                f"price={self.price:g} must be above 0 and finite; leave it out where the price of a GPU hour is not known"
+            )
 
     @property
     def nodes(self) -> int:

@@ -16,6 +16,8 @@ from longspan.planner.model import ModelShape
 
 AXES = ("pipeline", "data", "ring", "ulysses", "tensor")
 """The axes from the outermost to the innermost."""
+MOST_TOKENS, MOST_ROWS = 1 << 40, 1 << 20
+"""The longest row and the largest step that are priced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +28,9 @@ class Workload:
     rows: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "rows"):
-            if getattr(self, name) < 1:
-                raise LayoutError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, most in (("tokens", MOST_TOKENS), ("rows", MOST_ROWS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise LayoutError(f"{name}={getattr(self, name):,} must be at least 1 and at most {most:,}")
 
 
 @dataclass(frozen=True, kw_only=True)
