@@ -76,7 +76,7 @@ def test_a_part_that_cannot_be_read_ends_the_run_when_its_own_step_begins(text: 
 
 
 def test_a_run_in_two_halves_is_the_whole_run_bit_by_bit(text: str, tmp_path: Path) -> None:
-    config = small(text, tmp_path, steps=4, decay_steps=4, rows_per_step=2, micro_batches=2)
+    config = small(text, tmp_path, steps=4, decay_steps=4, rows_per_step=2, micro_batches=2, ulysses=1)
     whole = run(replace(config, run="whole"))
     run(replace(config, run="half", steps=2))
     halves = run(replace(config, run="half", resume="half"))
