@@ -15,12 +15,16 @@ def test_what_is_made_without_a_device_is_made_on_the_one_of_the_tests() -> None
         assert torch.randn(3, requires_grad=True).is_leaf
 
 
-def test_random_numbers_are_those_of_the_cpu() -> None:
+def test_random_numbers_are_drawn_on_the_cpu() -> None:
     torch.manual_seed(3)
-    wanted = torch.randn(4)
+    before = torch.get_rng_state()
+    with MadeOn(META):
+        torch.randn(4)
+    after = torch.get_rng_state()
     torch.manual_seed(3)
-    with MadeOn(torch.device("cpu", 0)):
-        assert torch.equal(torch.randn(4), wanted)
+    torch.randn(4)
+    assert torch.equal(after, torch.get_rng_state())
+    assert not torch.equal(after, before)
 
 
 def test_leaves_stay_leaves_when_they_are_moved() -> None:
