@@ -14,6 +14,7 @@ from longspan.batch.labels import labelled_rows
 from longspan.batch.shard import shard_batch, shard_local
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import BatchError
+from longspan.kernels import linear_loss
 from longspan.kernels import matmul as products
 from longspan.loss import cross_entropy, linear_cross_entropy
 from tests.helpers.ranks import on_ranks
@@ -124,8 +125,8 @@ def _no_label():
 
 @pytest.fixture
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr(losses_of, "LOSS_TOKENS", 3)
-    monkeypatch.setattr(losses_of, "LOSS_WORDS", 4)  # of 11: the last block is smaller
+    monkeypatch.setattr(linear_loss, "LOSS_TOKENS", 3)
+    monkeypatch.setattr(linear_loss, "LOSS_WORDS", 4)  # of 11: the last block is smaller
 
 
 SAYINGS = [

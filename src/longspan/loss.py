@@ -7,11 +7,12 @@
 Ranks hold unequally many labels and some hold none, so a mean of the ranks' means would be a different loss. The all-reduce has
 its true adjoint, so with gradients averaged over the ranks every label counts once.
 
-    hidden [tokens, M] --head [V, M]--> logits [tokens, V]         With V = 128,256 the fp32 logits of a token take half a
-           one block of tokens and vocabulary entries at a time,   megabyte, and three times that in the backward; a block
-           in the CPU's cache: logits, log-sum-exp, discard        takes 16 MiB. The backward computes each block again.
+    hidden [tokens, M] --head, a block of tokens and vocabulary entries at a time--> log-sum-exp, the label's logit
+                                                                                     of each token   (kernels/linear_loss.py)
+                       --head cut over the tensor axis, for the tokens of all tensor ranks--> the same of my tokens
+                                                                                              (distributed/vocab_parallel.py)
 
-N labelled tokens of a tile   M hidden   V vocabulary   W vocabulary entries of a block. Independent of models and masks.
+R tokens of this rank   L of them with a label   M hidden   V vocabulary   K terms of a token. Independent of models and masks.
 """
 
 from typing import Any, NamedTuple
@@ -27,9 +28,13 @@ from longspan.batch.context import BatchInfo
 from longspan.batch.labels import IGNORE, labelled_rows, refuse_largest_label
 from longspan.distributed.collectives import all_reduce_sum
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.tensor_cuts import own_part
+from longspan.distributed.vocab_parallel import VocabularyRegion, is_on_tensor_axis, vocabulary_cut
+from longspan.errors import BatchError
+from longspan.kernels.linear_loss import LogitOptions, logit_terms
 from longspan.kernels.matmul import product_dtype
 from longspan.kernels.protocol import accumulation_dtype
-from longspan.tuning import LOSS_TOKENS, LOSS_TOKENS_ON_GPU, LOSS_WORDS, LOSS_WORDS_ON_GPU
+from longspan.tuning import LOSS_TOKENS, LOSS_WORDS
 
 
 def cross_entropy(
@@ -136,13 +141,62 @@ def linear_cross_entropy(
     else:
         refuse_largest_label(longspan, len(weight), ignore_index)
         num_labels = longspan.num_labels if num_labels is None else num_labels
-    weight, bias = _whole(weight), None if bias is None else _whole(bias)
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
     dtype = torch.float64 if hidden.dtype == torch.float64 else product_dtype(dtype, hidden.device)
-    terms = _Terms(scale, softcap, label_smoothing, z_loss, dtype)
-    hidden_RM = hidden.reshape(-1, hidden.shape[-1])
-    total: Tensor = _TiledLoss.apply(hidden_RM, weight, bias, rows, targets, terms)  # type: ignore[no-untyped-call]
+    head = _Head(weight, bias, LogitOptions(scale, softcap, label_smoothing != 0, dtype))
+    if mesh is not None and longspan is not None and is_on_tensor_axis(weight, mesh):
+        lse, hit, *sums = _terms_over_vocabulary(hidden, labels, head, mesh, longspan)[:, rows]
+    else:
+        lse, hit, *sums = head.terms(hidden.reshape(-1, hidden.shape[-1]), rows, targets)
+    for of_logits in sums:
+        hit = torch.lerp(hit, of_logits / len(weight), label_smoothing)
+    total = (lse - hit + z_loss * lse.square() if z_loss else lse - hit).sum()
     return mean_over_ranks(total, wanted, mesh, num_labels)
+
+
+class _Head(NamedTuple):
+    """A linear head, and how its logits are formed."""
+
+    weight: Tensor
+    bias: Tensor | None
+    options: LogitOptions
+
+    def terms(self, hidden_RM: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+        """``logit_terms`` of the whole head; one whose shards are on several ranks is gathered."""
+        bias = None if self.bias is None else _whole(self.bias)
+        return logit_terms(hidden_RM, _whole(self.weight), bias, rows, targets, options=self.options)
+
+
+def _terms_over_vocabulary(hidden: Tensor, labels: Tensor, head: _Head, mesh: ParallelMesh, step: BatchInfo) -> Tensor:
+    """The terms of the losses of this rank's tokens [K, R], where each tensor rank computes with its own rows of the head.
+
+    Args:
+        hidden, labels: of this rank's tokens, those of the part.
+        head: on the tensor axis of ``mesh``.
+        mesh: the ranks.
+        step: the BatchInfo of the part.
+
+    Raises:
+        BatchError: the labels are not those of the part.
+    """
+    region = VocabularyRegion(mesh, mesh.coordinate.tensor_sizes(step.tokens))
+    if labels.numel() != step.rows * region.my_tokens:
+        raise BatchError(
+            f"linear_cross_entropy was given {labels.numel()} labels with longspan=, whose part has {step.rows} rows of "
+            f"{region.my_tokens} tokens on this rank; pass the labels and hidden states of the whole part, with "
+            f"{IGNORE} where nothing is learned"
+        )
+    mine, first, cut = (step.rows, region.my_tokens), region.first_row(len(head.weight)), vocabulary_cut(len(head.weight))
+    hidden_BNM = region.gathered(hidden.reshape(*mine, hidden.shape[-1]))
+    wanted = region.gathered(labels.reshape(mine)).flatten()
+    rows = labelled_rows(wanted != IGNORE, None)
+    weight, bias = own_part(head.weight, cut, mesh), head.bias
+    if bias is not None:
+        bias = own_part(bias, cut, mesh) if is_on_tensor_axis(bias, mesh) else _whole(bias)[first : first + len(weight)]
+    targets = wanted[rows].long() - first
+    terms_KL = logit_terms(hidden_BNM.flatten(0, 1), weight, bias, rows, targets, options=head.options)
+    terms_KR = terms_KL.new_zeros(len(terms_KL), len(wanted)).index_copy(1, rows, terms_KL)
+    return region.of_my_tokens(terms_KR.unflatten(1, hidden_BNM.shape[:2])).flatten(1)
 
 
 def mean_over_ranks(total: Tensor, wanted: Tensor, mesh: ParallelMesh | None, num_labels: int | None) -> Float[Tensor, ""]:
@@ -160,97 +214,6 @@ def mean_over_ranks(total: Tensor, wanted: Tensor, mesh: ParallelMesh | None, nu
         return total / max(1, num_labels)
     count = wanted.sum() if mesh is None else all_reduce_sum(wanted.sum(), mesh.loss_group)
     return total / count.clamp(min=1)
-
-
-class _Terms(NamedTuple):
-    """The options of ``linear_cross_entropy``, for one call.
-
-    Attributes:
-        scale, softcap: of the logits.
-        smoothing: label smoothing, 0 to 1.
-        z_loss: factor of the mean square of the log-sum-exp.
-        dtype: the dtype of the matrix products.
-    """
-
-    scale: float
-    softcap: float | None
-    smoothing: float
-    z_loss: float
-    dtype: torch.dtype
-
-    def logits(self, hidden_NM: Tensor, weight_WM: Tensor, bias_W: Tensor | None, buffer: "_BlockBuffer") -> Tensor:
-        """The logits of a block of tokens and vocabulary entries: hidden times weight plus bias, scaled and capped.
-
-        They are in fp32, or fp64 for an fp64 model, and lie in ``buffer``, where they overwrite those of the previous block.
-
-        Args:
-            hidden_NM, weight_WM, bias_W: hidden states of the tokens, and the head's rows for these entries.
-            buffer: their memory.
-        """
-        product_NW = torch.mm(hidden_NM, weight_WM.T, out=buffer.product(len(hidden_NM), len(weight_WM)))
-        logits_NW = buffer.widened(product_NW)
-        if bias_W is not None:
-            logits_NW += bias_W
-        if self.scale != 1.0:
-            logits_NW *= self.scale
-        if self.softcap is not None:
-            logits_NW.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits_NW
-
-    def gradient(self, logits_NW: Tensor, lse_N1: Tensor, column_N: Tensor, here_N: Tensor, vocab: int) -> Tensor:
-        """The gradient of the summed loss with respect to hidden times weight plus bias, for one block; overwrites the logits.
-
-        Args:
-            logits_NW: the block's logits.
-            lse_N1: the log-sum-exp of each token's logits over the whole vocabulary.
-            column_N: the column of each token's label in the block.
-            here_N: whether the label is in the block.
-            vocab: the number of vocabulary entries, over which label smoothing spreads.
-        """
-        slope = None if self.softcap is None else 1 - (logits_NW / self.softcap).square_()
-        dlogits_NW = logits_NW.sub_(lse_N1).exp_()
-        if self.z_loss:
-            dlogits_NW *= 1 + 2 * self.z_loss * lse_N1
-        if self.smoothing:
-            dlogits_NW -= self.smoothing / vocab
-        dlogits_NW.scatter_add_(1, column_N[:, None], (self.smoothing - 1) * here_N[:, None].to(dlogits_NW.dtype))
-        if slope is not None:
-            dlogits_NW *= slope
-        return dlogits_NW.mul_(self.scale) if self.scale != 1.0 else dlogits_NW
-
-
-class _BlockBuffer:
-    """Memory for the logits of one block, which every block uses again: allocating each would take a fifth of the time.
-
-    Args:
-        hidden_RM: the hidden states, for device and dtype.
-        tokens, vocab: the most tokens and vocabulary entries of a block.
-        dtype: the dtype of the matrix products.
-    """
-
-    def __init__(self, hidden_RM: Tensor, tokens: int, vocab: int, dtype: torch.dtype) -> None:
-        most = _block_size(hidden_RM.device)
-        size = min(tokens, most[0]) * min(vocab, most[1])
-        self._products = hidden_RM.new_empty(size, dtype=dtype)
-        wide = accumulation_dtype(hidden_RM.dtype)
-        self._widened = self._products if dtype == wide else hidden_RM.new_empty(size, dtype=wide)
-
-    def product(self, tokens: int, words: int) -> Tensor:
-        """The buffer's memory as a tensor [tokens, words] in the dtype of the matrix products, whose content is undefined.
-
-        ``words`` is the number of vocabulary entries.
-        """
-        return self._products[: tokens * words].view(tokens, words)
-
-    def widened(self, product_NW: Tensor) -> Tensor:
-        """``product_NW`` converted to fp32, or fp64 if it is fp64; the same tensor where it has that dtype."""
-        if self._widened is self._products:
-            return product_NW
-        return self._widened[: product_NW.numel()].view_as(product_NW).copy_(product_NW)
-
-    def narrowed(self, dlogits_NW: Tensor) -> Tensor:
-        """``dlogits_NW`` converted to the dtype of the matrix products; the same tensor where it has that dtype."""
-        return dlogits_NW if self._widened is self._products else self.product(*dlogits_NW.shape).copy_(dlogits_NW)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -281,111 +244,6 @@ class _SummedLoss(torch.autograd.Function):
             probabilities = (logits - lse).exp_()
             target.copy_(probabilities.scatter_add_(1, column, -torch.ones_like(lse)).mul_(factor))
         return dlogits_RV, None
-
-
-class _TiledLoss(torch.autograd.Function):
-    """Autograd function of the chunked loss: the sum of the losses of those rows of ``hidden`` that have a label.
-
-    It saves the log-sum-exp of each row for the backward, and no logits, which the backward computes again block by block.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_RM: Tensor, weight_VM: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor, terms: _Terms
-    ) -> Tensor:
-        wide, vocab = accumulation_dtype(hidden_RM.dtype), len(weight_VM)
-        lses, total = [], hidden_RM.new_zeros((), dtype=wide)
-        with torch.autocast(hidden_RM.device.type, enabled=False):
-            buffer = _BlockBuffer(hidden_RM, len(rows), vocab, terms.dtype)
-            tokens, words_at_once = _block_size(hidden_RM.device)
-            for mine, wanted in _tiles(rows, targets, tokens):
-                hidden_NM = hidden_RM[mine].to(terms.dtype)
-                hit, mean, lse = (hidden_RM.new_full(wanted.shape, start, dtype=wide) for start in (0, 0, -torch.inf))
-                for words in _blocks(vocab, words_at_once):
-                    weight_WM = weight_VM[words].to(terms.dtype)
-                    logits_NW = terms.logits(hidden_NM, weight_WM, None if bias is None else bias[words], buffer)
-                    column, here = _column(wanted, words)
-                    hit += logits_NW.gather(1, column[:, None]).squeeze(1).where(here, 0)
-                    mean += logits_NW.sum(1) / vocab if terms.smoothing else 0
-                    lse = torch.logaddexp(lse, _log_sum_exp_(logits_NW))
-                smoothed = torch.lerp(hit, mean, terms.smoothing) if terms.smoothing else hit
-                total += (lse - smoothed + terms.z_loss * lse.square()).sum()
-                lses.append(lse)
-        ctx.save_for_backward(hidden_RM, weight_VM, bias, rows, targets, torch.cat(lses) if lses else targets)
-        ctx.terms = terms
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Any, ...]:
-        hidden_RM, weight_VM, bias, rows, targets, lses = ctx.saved_tensors
-        terms: _Terms = ctx.terms
-        wide, vocab = accumulation_dtype(hidden_RM.dtype), len(weight_VM)
-        dhidden_RM = torch.zeros_like(hidden_RM)
-        dweight_VM = torch.zeros_like(weight_VM, dtype=wide) if weight_VM.requires_grad else None
-        dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        buffer = _BlockBuffer(hidden_RM, len(rows), vocab, terms.dtype)
-        tokens, words_at_once = _block_size(hidden_RM.device)
-        for (mine, wanted), lse in zip(_tiles(rows, targets, tokens), lses.split(tokens)):
-            hidden_NM = hidden_RM[mine].to(terms.dtype)
-            dhidden_NM = torch.zeros_like(hidden_NM, dtype=wide)
-            for words in _blocks(vocab, words_at_once):
-                weight_WM = weight_VM[words].to(terms.dtype)
-                logits_NW = terms.logits(hidden_NM, weight_WM, None if bias is None else bias[words], buffer)
-                dlogits_NW = terms.gradient(logits_NW, lse[:, None], *_column(wanted, words), vocab).mul_(dtotal)
-                if dbias is not None:
-                    dbias[words] += dlogits_NW.sum(0)
-                cast_NW = buffer.narrowed(dlogits_NW)
-                _add_product(dhidden_NM, cast_NW, weight_WM)
-                if dweight_VM is not None:
-                    _add_product(dweight_VM[words], cast_NW.T, hidden_NM)
-            dhidden_RM[mine] = dhidden_NM.to(dhidden_RM.dtype)
-        of = (dhidden_RM, None if dweight_VM is None else dweight_VM.to(weight_VM.dtype), dbias)
-        return *of, None, None, None
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add the matrix product of ``a`` and ``b`` to ``total`` in place."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
-
-
-def _block_size(device: torch.device) -> tuple[int, int]:
-    """(Tokens, vocabulary entries) of one block of logits on ``device``."""
-    return (LOSS_TOKENS, LOSS_WORDS) if device.type == "cpu" else (LOSS_TOKENS_ON_GPU, LOSS_WORDS_ON_GPU)
-
-
-def _tiles(rows: Tensor, targets: Tensor, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """The indices ``rows`` of tokens that have a label, and their targets, cut into tiles of ``tokens`` tokens."""
-    return list(zip(rows.split(tokens), targets.split(tokens))) if len(rows) else []
-
-
-def _blocks(vocab: int, words: int) -> list[slice]:
-    """The vocabulary cut into blocks of ``words`` entries, as slices."""
-    return [slice(start, min(start + words, vocab)) for start in range(0, vocab, words)]
-
-
-def _column(wanted_N: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """Where each token's label lies in a block of vocabulary entries.
-
-    Args:
-        wanted_N: the labels.
-        words: the block.
-
-    Returns:
-        (its column, whether it is in the block). The column of a label outside of the block is 0 or the last; it must not be
-        used.
-    """
-    column = wanted_N - words.start
-    return column.clamp(0, words.stop - words.start - 1), (column >= 0) & (wanted_N < words.stop)
-
-
-def _log_sum_exp_(logits_NW: Tensor) -> Tensor:
-    """The log-sum-exp of each row of ``logits_NW``, [N]; -inf for a row of -inf. Overwrites ``logits_NW``."""
-    top = logits_NW.amax(1).clamp(min=torch.finfo(logits_NW.dtype).min)
-    return logits_NW.sub_(top[:, None]).exp_().sum(1).log_().add_(top)
 
 
 def _whole(head: Tensor) -> Tensor:

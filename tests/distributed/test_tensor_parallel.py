@@ -22,15 +22,18 @@ from longspan import (
     unshard,
 )
 from longspan.batch import agreement
-from longspan.distributed import tensor_parallel
+from longspan.distributed import tensor_cuts, tensor_parallel
 from longspan.distributed.collectives import CountingTransport, TorchTransport, all_gather, reduce_scatter
 from longspan.distributed.layout import Heads
-from longspan.distributed.tensor_parallel import Cut, TensorPlan, refuse_plan
+from longspan.distributed.tensor_cuts import Cut
+from longspan.distributed.tensor_parallel import TensorPlan, refuse_plan
 from longspan.distributed.traffic import (
     Traffic,
     attention_traffic,
+    embedding_traffic,
     recomputable_attention_traffic,
     tensor_region_traffic,
+    vocabulary_loss_traffic,
 )
 from longspan.models.decoder import Decoder
 from longspan.models.decoder_config import DecoderConfig
@@ -39,16 +42,6 @@ from tests.helpers.ranks import Ranks
 SHAPE = DecoderConfig(vocab=97, layers=2, hidden=32, heads=12, kv_heads=4, head_dim=4, ffn=24)
 TOKENS, ROWS = 23, 2
 ALL = MemoryOptions(recompute="selective", head_chunks=2, offload_activations=True)
-
-
-def test_pieces_of_whole_and_of_packed_weights() -> None:
-    assert Cut(dim=0, units=4).pieces(32, 2, 1) == (range(16, 32),)
-    assert Cut(dim=0, units=6, packed=2).pieces(12, 3, 1) == (range(2, 4), range(8, 10))
-
-
-def test_neighbouring_ranks_share_a_unit_where_there_are_fewer_units_than_ranks() -> None:
-    cut = Cut(dim=0, units=2, replicable=True)
-    assert [cut.pieces(8, 4, rank) for rank in range(4)] == [(range(4),), (range(4),), (range(4, 8),), (range(4, 8),)]
 
 
 @pytest.mark.parametrize(("cut", "ranks"), [(Cut(dim=0, units=4), 3), (Cut(dim=0, units=2), 4), (Cut(dim=0, units=4), 8)])
@@ -213,7 +206,8 @@ def test_the_traffic_is_the_formula(recompute: Any, pool: Callable[[int], Ranks]
 
 
 def traffic(recompute: Any) -> tuple[Traffic, Traffic, Traffic, Traffic]:
-    """(forward, step) counted at the transport, and by the closed forms: 2 regions a layer, attention, the position ids."""
+    """(forward, step) counted at the transport, and by the closed forms: 2 regions a layer, attention, the position ids, the
+    embedding and the loss."""
     mesh = mesh_of(tensor=2, ulysses=2)
     mesh.transport = transport = CountingTransport(TorchTransport())
     at, memory = mesh.coordinate, MemoryOptions(recompute=recompute)
@@ -233,10 +227,13 @@ def traffic(recompute: Any) -> tuple[Traffic, Traffic, Traffic, Traffic]:
     one = [times(2 * SHAPE.layers, region[p]) + times(SHAPE.layers, mixed[p]) for p in (0, 1)]
     unneeded = times(SHAPE.layers, Traffic(1, ROWS * (sum(shares) - shares[at.tensor_rank]) * SHAPE.hidden * 8))
     again = {"none": Traffic(), "full": one[0], "selective": times(2 * SHAPE.layers, region[0])}[recompute]
-    step = one[0] + positions + again + one[1]
+    in_rank = {"rows": ROWS, "hidden": SHAPE.hidden, "itemsize": 8}
+    embedding, words = (of(shares, at.tensor_rank, **in_rank) for of in (embedding_traffic, vocabulary_loss_traffic))
+    outside = [embedding[way] + words[way] for way in (0, 1)]
+    step = one[0] + positions + outside[0] + again + one[1] + outside[1]
     if recompute != "none":  # a checkpoint stops before the last reduce-scatter of a layer
         step = Traffic(step.collectives - unneeded.collectives, step.bytes - unneeded.bytes)
-    return forward, transport.traffic, one[0] + positions, step
+    return forward, transport.traffic, one[0] + positions + outside[0], step
 
 
 def times(count: int, each: Traffic) -> Traffic:
@@ -299,7 +296,7 @@ def test_a_planted_fault_is_seen(fault: str, pool: Callable[[int], Ranks]) -> No
 
 
 def planted(fault: str, changes: Mapping[str, Any]) -> None:
-    right, distribute, agreed = tensor_parallel._FinishGradient.backward, tensor_parallel._distribute, agreement._agreed
+    right, distribute, agreed = tensor_cuts._FinishGradient.backward, tensor_parallel._distribute, agreement._agreed
 
     def wrong(ctx: Any, grad: Tensor) -> Any:
         is_cut = ctx.degree is not None
@@ -318,11 +315,11 @@ def planted(fault: str, changes: Mapping[str, Any]) -> None:
     if fault == FAULTS[4]:
         agreement._agreed = counted_twice
     else:
-        tensor_parallel._FinishGradient.backward = staticmethod(wrong)  # type: ignore[method-assign]
+        tensor_cuts._FinishGradient.backward = staticmethod(wrong)  # type: ignore[method-assign]
     if fault == FAULTS[3]:
         tensor_parallel._distribute = divided_later
     try:
         equals_one_device({"tensor": 2}, 0, MemoryOptions(), changes)
     finally:
-        tensor_parallel._FinishGradient.backward = right  # type: ignore[method-assign]
+        tensor_cuts._FinishGradient.backward = right  # type: ignore[method-assign]
         tensor_parallel._distribute, agreement._agreed = distribute, agreed

@@ -25,7 +25,11 @@ def test_what_each_axis_divides() -> None:
     assert ulysses.saved - ring.saved == TINY.layers * 2048 * TINY.query_width * 4  # the output for my tokens beside my heads'
     tensor = decoder_footprint(TINY, Strategy(tensor=2), WORK, "fp32")
     whole = TINY.embedding_parameters + TINY.head_parameters
-    assert tensor.states == 12 * (TINY.layer_parameters // 2 + whole)
+    words = (2 - TINY.tied) * TINY.vocab * TINY.hidden
+    assert tensor.states == 12 * (TINY.layer_parameters // 2 + whole - words // 2)
+    odd = replace(TINY, vocab=TINY.vocab + 1)
+    rows = decoder_footprint(odd, Strategy(tensor=2), WORK, "fp32").states - tensor.states  # stored whole
+    assert rows == 12 * (words // 2 + (2 - TINY.tied) * TINY.hidden)
     stage = decoder_footprint(TINY, Strategy(pipeline=2), Workload(tokens=4096, rows=2), "fp32")
     assert stage.saved == one.saved  # half of the layers, two micro-batches in flight
     assert stage.states == 12 * (TINY.layer_parameters // 2 + TINY.head_parameters)
@@ -45,6 +49,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ulysses 2, zero=3": {"world": 2, "ulysses": 2, "zero": 3},
     "ulysses 2, bf16": {"world": 2, "ulysses": 2, "dtype": "bf16"},
     "pipeline 2": {"world": 2, "pipeline": 2},
+    "tensor 2": {"world": 2, "tensor": 2},
 }
 
 

@@ -2,7 +2,8 @@
 
     ulysses    a layer's all-to-alls of attention        }  times the layers of this rank's stages, and again where a layer is
     ring       a layer's exchanges of keys and values    }  recomputed
-    tensor     two regions a layer, and once a forward of a stage the position ids
+    tensor     two regions a layer, once a forward of a stage the position ids, and on the stages that have them the embedding
+               and the loss
     pipeline   hidden states to the next stage, and their gradients back
 
 All for each micro-batch. Everything is derived from integers: the degrees, the rows and tokens, the model's shape, the memory
@@ -16,12 +17,15 @@ from longspan.cli.config import Check
 from longspan.distributed.layout import Heads, consecutive, split
 from longspan.distributed.mesh import MeshCoordinate
 from longspan.distributed.traffic import (
+    ID_BYTES,
     Traffic,
     attention_traffic,
+    embedding_traffic,
     pipeline_traffic,
     recomputable_attention_traffic,
     ring_traffic,
     tensor_region_traffic,
+    vocabulary_loss_traffic,
 )
 from longspan.masks import constructors as masks
 from longspan.masks.constructors import Causal
@@ -29,7 +33,6 @@ from longspan.models.decoder_config import DecoderConfig
 
 Passes = tuple[Traffic, Traffic]
 """(traffic of the forward, traffic of the backward)."""
-POSITION_BYTES = 8
 
 
 def by_axis(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: int, layers: int) -> dict[str, Passes]:
@@ -90,7 +93,7 @@ def _attention(config: Check, shape: DecoderConfig, at: MeshCoordinate, rows: in
 
 
 def _tensor(config: Check, shape: DecoderConfig, at: MeshCoordinate, rows: int, itemsize: int) -> Passes:
-    """Two regions a layer, and once a stage the gather of the position ids.
+    """Two regions a layer, once a stage the gather of the position ids, and the embedding and the loss on their stages.
 
     A recomputed layer stops before its last reduce-scatter.
     """
@@ -102,9 +105,14 @@ def _tensor(config: Check, shape: DecoderConfig, at: MeshCoordinate, rows: int, 
         return tensor_region_traffic(*at_rank, rows=rows, hidden=shape.hidden, itemsize=hidden, sum_itemsize=sums[which])
 
     one = [_times(shape.layers, region("attention")[way] + region("feed-forward")[way]) for way in (0, 1)]
-    one_stage = Traffic(1, rows * shares[at.tensor_rank] * (len(shares) - 1) * POSITION_BYTES)
+    one_stage = Traffic(1, rows * shares[at.tensor_rank] * (len(shares) - 1) * ID_BYTES)
     positions = _times(config.stages_per_rank, one_stage)
     forward, backward = one[0] + positions, one[1]
+    ends = {"rows": rows, "hidden": shape.hidden, "itemsize": hidden}
+    for stage, traffic in ((0, embedding_traffic), (at.pipeline - 1, vocabulary_loss_traffic)):
+        if at.pipeline_rank == stage:
+            more = traffic(shares, at.tensor_rank, **ends)
+            forward, backward = forward + more[0], backward + more[1]
     if config.recompute != "none":
         last = shape.layers * rows * (sum(shares) - shares[at.tensor_rank]) * shape.hidden * sums["feed-forward"]
         backward = backward + Traffic(one[0].collectives - shape.layers, one[0].bytes - last)

@@ -1,6 +1,6 @@
 """Tensor parallel with sequence-parallel norms (Megatron-SP): heads and feed-forwards split over the tensor axis.
 
-    x [B, my tokens, M]                                  norms, embedding, loss: each rank its own tokens, parameters replicated
+    x [B, my tokens, M]                                  norms: each rank its own tokens, parameters replicated
       | all-gather over tensor                           entry of a region: an attention or a feed-forward module
       v
     [B, gathered tokens, M]
@@ -12,11 +12,8 @@
       v
     [B, my tokens, M]
 
-A parameter is a DTensor on the tensor mesh, cut (``Shard``) or replicated, and becomes a plain tensor where its module uses it.
-There its gradient is finished too: every rank starts backward from the same global loss and every collective has its true
-adjoint, so the gradient of an element is the sum over the ranks that hold a copy, divided by the number of ranks of the loss.
-A cut parameter's gradient is divided by the tensor degree; a replicated one's is the mean over the tensor ranks. The mean over
-the other ranks is formed by FSDP2, or by grad_sync.py.
+A parameter is a DTensor on the tensor mesh, cut (``Shard``) or replicated. Where its module uses it, it becomes a plain tensor,
+whose gradient is finished at once (tensor_cuts.py). Embedding and head: by rows of the vocabulary (vocab_parallel.py).
 
 Sees names of modules and parameters, and the number of tokens of each rank; knows nothing of models or batches. Source:
 Megatron-LM's sequence parallelism, arXiv:2205.05198; tensor parallelism, arXiv:1909.08053.
@@ -27,58 +24,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from longspan import _compat
-from longspan.distributed.collectives import all_gather, reduce_scatter
+from longspan.distributed.collectives import reduce_scatter
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.tensor_cuts import Cut, every_part, own_part
+from longspan.distributed.vocab_parallel import EmbeddingRows, VocabularyRegion
 from longspan.errors import LayoutError, ModelError
 
 SIZES = "longspan_tensor_sizes"
 """The keyword of a block's call that holds the token counts of the tensor ranks; activation checkpointing passes it again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """How a parameter is divided over the tensor ranks along ``dim``: an entry of ``TensorPlan.cuts``.
-
-    Attributes:
-        dim: the dim that is cut.
-        units: indivisible parts of that dim: heads, or single rows.
-        packed: matrices that lie one after another in that dim and are cut one by one, as gate and up in one weight.
-        replicable: whether one unit may be held by several ranks, as a key/value head may.
-    """
-
-    dim: int
-    units: int
-    packed: int = 1
-    replicable: bool = False
-
-    def is_even(self, ranks: int) -> bool:
-        """Whether each of ``ranks`` ranks computes with one contiguous piece of its own, so that it stores only that
-        (``Shard``)."""
-        return self.packed == 1 and self.units % ranks == 0
-
-    def pieces(self, size: int, ranks: int, rank: int) -> tuple[range, ...]:
-        """The indices in ``dim`` with which rank ``rank`` of ``ranks`` computes: one range for each packed matrix.
-
-        With fewer units than ranks, ranks / units neighbouring ranks compute with the same unit.
-
-        Args:
-            size: the size of the whole parameter in ``dim``.
-            ranks: the tensor degree.
-            rank: the tensor rank.
-        """
-        unit, whole = size // self.packed // self.units, size // self.packed
-        if self.units % ranks == 0:
-            first, count = rank * (self.units // ranks), self.units // ranks
-        else:
-            first, count = rank * self.units // ranks, 1
-        start = first * unit
-        return tuple(range(part * whole + start, part * whole + start + count * unit) for part in range(self.packed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +47,8 @@ class TensorPlan:
         exits: modules whose output is a partial sum that is reduce-scattered: a region, or a row-parallel module in it.
         cuts: parameters that are cut; every other parameter is replicated.
         late_biases: {exit: the name of its bias}, which is added once, after the reduce-scatter.
+        embeddings: ``nn.Embedding`` modules whose table is cut by rows of the vocabulary.
+        heads: ``nn.Linear`` modules that form logits, cut by rows of the vocabulary. While one runs, it has all rows.
         inputs: keywords of the model's call, [batch, my tokens], that attention reads: they are gathered at the call.
     """
 
@@ -97,17 +56,22 @@ class TensorPlan:
     exits: tuple[str, ...]
     cuts: Mapping[str, Cut]
     late_biases: Mapping[str, str] = field(default_factory=dict)
+    embeddings: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ("position_ids",)
 
     def within(self, model: nn.Module) -> "TensorPlan":
         """The part of the plan that concerns ``model``, a pipeline stage that lacks some of the modules and parameters."""
-        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        modules = dict(model.named_modules())
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # a tied head has two names
         return replace(
             self,
             regions=tuple(name for name in self.regions if name in modules),
             exits=tuple(name for name in self.exits if name in modules),
             cuts={name: cut for name, cut in self.cuts.items() if name in parameters},
             late_biases={name: bias for name, bias in self.late_biases.items() if name in modules},
+            embeddings=tuple(name for name in self.embeddings if isinstance(modules.get(name), nn.Embedding)),
+            heads=tuple(name for name in self.heads if isinstance(modules.get(name), nn.Linear)),
         )
 
 
@@ -116,22 +80,13 @@ def refuse_plan(plan: TensorPlan, ranks: int) -> None:
     if ranks == 1:
         return
     for name, cut in plan.cuts.items():
-        if not _divides(cut, ranks):
-            legal = ", ".join(
-                str(degree)
-                for degree in range(1, max(cut.units for cut in plan.cuts.values()) + 1)
-                if all(_divides(other, degree) for other in plan.cuts.values())
-            )
+        if not cut.divides(ranks):
+            most = max(cut.units for cut in plan.cuts.values() if not cut.uneven)
+            legal = (degree for degree in range(1, most + 1) if all(other.divides(degree) for other in plan.cuts.values()))
             raise LayoutError(
                 f"tensor={ranks} cannot divide {name!r}, which has {cut.units} heads or hidden units, into equal parts; legal "
-                f"are {legal} (ulysses takes heads that do not divide)"
+                f"are {', '.join(map(str, legal))} (ulysses takes heads that do not divide)"
             )
-
-
-def _divides(cut: Cut, ranks: int) -> bool:
-    """Whether ``ranks`` ranks get equally many units of ``cut``, or each unit is held by equally many ranks where that is
-    allowed."""
-    return cut.units % ranks == 0 or (cut.replicable and ranks % cut.units == 0)
 
 
 class TensorParallel:
@@ -170,16 +125,27 @@ class TensorParallel:
         for module, uses in _uses(model, plan, mesh).items():
             module.register_forward_pre_hook(partial(_show, uses))
             module.register_forward_hook(partial(_hide, uses), always_call=True)
+        for name in plan.embeddings:
+            self._cut_embedding(name, model.get_submodule(name))
         for name in plan.exits:
             bias = plan.late_biases.get(name)
             added = None if bias is None else _Use(*_owner(model, bias), None, mesh)
             model.get_submodule(name).register_forward_hook(partial(self._scatter, added))
 
+    def _cut_embedding(self, name: str, module: nn.Module) -> None:
+        """Register the hooks by which the embedding ``name`` looks up this rank's rows for the tokens of all tensor ranks."""
+        assert isinstance(module, nn.Embedding)
+        rows = EmbeddingRows(name, module)
+        module.register_forward_pre_hook(lambda own, args: rows.enter(own, args, VocabularyRegion(self._mesh, self._sizes[-1])))
+        module.register_forward_hook(lambda own, args, output: rows.leave(own, output))
+        module.register_forward_hook(lambda own, *_: rows.end(own), always_call=True)
+
     def _enter_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the model: note the tensor ranks' token counts, and gather the keywords of ``plan.inputs``."""
         sizes = tuple(self._sizes_of(kwargs))
         self._sizes.append(sizes)
-        whole = {name: self._gathered(x, sizes) for name in self._inputs if isinstance(x := kwargs.get(name), Tensor)}
+        region = VocabularyRegion(self._mesh, sizes)
+        whole = {name: region.gathered(x) for name in self._inputs if isinstance(x := kwargs.get(name), Tensor)}
         for name, x in whole.items():
             vars(x).update(vars(kwargs[name]))  # facts of the whole row that the model's adapter has attached
         return args, kwargs | whole
@@ -225,13 +191,8 @@ class TensorParallel:
                 f"'{name}' was given {shape} instead of hidden states [batch, {sizes[rank]} tokens of this rank, hidden], "
                 f"which tensor > 1 gathers there; use tensor=1 with ulysses or ring"
             )
-        whole = self._gathered(x, sizes)
+        whole = VocabularyRegion(self._mesh, sizes).gathered(x)
         return ((whole, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": whole})
-
-    def _gathered(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
-        """``x`` [batch, my tokens, ...] of all tensor ranks, concatenated over tokens; ``sizes`` are the tokens of each
-        rank."""
-        return all_gather(x, self._mesh.tensor_group, self._mesh.transport, 1, sizes).contiguous()  # models call view
 
     def _scatter(self, bias: "_Use | None", module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of an exit: reduce-scatter its output (or the first of a tuple) over the tensor ranks, then add
@@ -274,6 +235,7 @@ class _Use:
         cut: how the parameter is divided; None: it is replicated.
         mesh: the ranks.
         is_late: it is a bias that is added after the reduce-scatter, so the module itself must not add it.
+        is_head: the module forms logits: it computes with every row of a parameter that is cut by rows.
     """
 
     module: nn.Module
@@ -281,42 +243,17 @@ class _Use:
     cut: Cut | None
     mesh: ParallelMesh
     is_late: bool = False
+    is_head: bool = False
 
     def local(self) -> Tensor:
-        """The plain tensor with which this rank computes: its pieces of a cut parameter, the whole of a replicated one.
-
-        In the backward ``_FinishGradient`` makes its gradient that of all tensor ranks.
-        """
-        parameter, group = _compat.own_parameters(self.module)[self.name], self.mesh.tensor_group
-        assert isinstance(parameter, DTensor)
-        (placement,) = parameter.placements
-        held = parameter.to_local(grad_placements=[placement])
-        finished: Tensor = _FinishGradient.apply(held, None if placement.is_replicate() else group.size(), group)
-        if self.cut is None or placement.is_shard():
-            return finished
-        pieces = self.cut.pieces(finished.shape[self.cut.dim], group.size(), group.rank())
-        return torch.cat([finished.narrow(self.cut.dim, piece.start, len(piece)) for piece in pieces], self.cut.dim)
-
-
-class _FinishGradient(torch.autograd.Function):
-    """Autograd function: the forward returns its input; the backward makes this rank's gradient that of all tensor ranks.
-
-    The gradient of a cut parameter is divided by ``degree``, the number of tensor ranks. With ``degree`` None (a replicated
-    parameter) it is the mean over ``group``, formed in fp32 (fp64 for fp64).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, degree: int | None, group: dist.ProcessGroup) -> Tensor:
-        ctx.degree, ctx.group = degree, group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.degree is not None:
-            return grad / ctx.degree, None, None
-        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True).contiguous()
-        dist.all_reduce(total, group=ctx.group)
-        return total.div_(ctx.group.size()).to(grad.dtype), None, None
+        """The plain tensor with which this rank computes: its pieces of a cut parameter, the whole of any other."""
+        parameter = _compat.own_parameters(self.module)[self.name]
+        assert parameter is not None
+        if not isinstance(parameter, DTensor):  # the chunked loss has put this rank's rows of a head there
+            return parameter
+        if self.cut is not None and self.is_head:
+            return every_part(parameter, self.cut, self.mesh)
+        return own_part(parameter, self.cut, self.mesh)
 
 
 def shown_by(model: nn.Module, plan: TensorPlan) -> dict[nn.Module, dict[str, nn.Module]]:
@@ -339,7 +276,7 @@ def _uses(model: nn.Module, plan: TensorPlan, mesh: ParallelMesh) -> dict[nn.Mod
     late, uses = set(plan.late_biases.values()), dict[nn.Module, tuple[_Use, ...]]()
     for module, parts in shown_by(model, plan).items():
         own = tuple(
-            _Use(part, leaf, plan.cuts.get(full), mesh, full in late)
+            _Use(part, leaf, plan.cuts.get(full), mesh, full in late, name in plan.heads)
             for name, part in parts.items()
             for leaf, _ in part.named_parameters(recurse=False)
             for full in [f"{name}.{leaf}" if name else leaf]

@@ -2,7 +2,8 @@
 
     ulysses    one all-to-all for q, k, v and one for the output in each pass     about 4·N·h/P elements a rank and pass
     ring       keys and values to the ranks that need them, in the forward and again in the backward; gradients back in fp32
-    tensor     two regions a layer, each an all-gather and a reduce-scatter, and their adjoints
+    tensor     two regions a layer, each an all-gather and a reduce-scatter, and their adjoints; embedding and loss by rows of
+               the vocabulary
     pipeline   hidden states to the next stage, and their gradients to the one before, for every micro-batch
 
 N is the number of tokens of a row, h = heads x head_dim, P the number of ulysses ranks. Tests count collectives and bytes at
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from longspan.distributed.layout import Heads, Layout, split
+
+ID_BYTES = 8
+"""Bytes of a token id, a label or a position."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,78 @@ def tensor_region_traffic(
     ways = (itemsize, sum_itemsize or itemsize)
     forward, backward = (gathered * a + scattered * b for a, b in (ways, ways[::-1]))
     return Traffic(2, forward * rows * hidden), Traffic(2, backward * rows * hidden)
+
+
+def embedding_traffic(
+    shares: Sequence[int], tensor_rank: int, *, rows: int = 1, hidden: int, itemsize: int
+) -> tuple[Traffic, Traffic]:
+    """What one rank sends on the tensor axis for an embedding that is cut by rows of the vocabulary.
+
+    Forward: an all-gather of ids and a reduce-scatter of the embeddings that each rank has looked up. Backward: an all-gather
+    of their gradients.
+
+    Args:
+        shares: for each tensor rank, its tokens of a row.
+        tensor_rank: the sending rank.
+        rows: rows of the batch.
+        hidden: elements of an embedding.
+        itemsize: bytes of an element of it.
+
+    Returns:
+        (traffic of the forward, traffic of the backward); zero for one tensor rank.
+    """
+    if len(shares) == 1:
+        return Traffic(), Traffic()
+    gathered, scattered = shares[tensor_rank] * (len(shares) - 1) * rows, (sum(shares) - shares[tensor_rank]) * rows
+    return Traffic(2, gathered * ID_BYTES + scattered * hidden * itemsize), Traffic(1, gathered * hidden * itemsize)
+
+
+def vocabulary_loss_traffic(
+    shares: Sequence[int], tensor_rank: int, *, rows: int = 1, hidden: int, itemsize: int, terms: int = 2
+) -> tuple[Traffic, Traffic]:
+    """What one rank sends on the tensor axis for a chunked loss whose head is cut by rows of the vocabulary.
+
+    Forward: an all-gather of the last hidden states, one of the labels, and an all-to-all of each token's log-sum-exp and
+    label's logit, in fp32 (fp64 for fp64), to the rank that holds the token. Backward: the adjoints of the last and the first.
+    How many tokens have a label changes nothing.
+
+    Args:
+        shares: for each tensor rank, its tokens of a row.
+        tensor_rank: the sending rank.
+        rows: rows of the batch.
+        hidden: elements of a hidden state.
+        itemsize: bytes of an element of the last hidden states and of their gradients.
+        terms: numbers that a token's loss is formed from; 3 with label smoothing.
+
+    Returns:
+        (traffic of the forward, traffic of the backward); zero for one tensor rank.
+    """
+    if len(shares) == 1:
+        return Traffic(), Traffic()
+    gathered, scattered = shares[tensor_rank] * (len(shares) - 1) * rows, (sum(shares) - shares[tensor_rank]) * rows
+    state, sums = hidden * itemsize, terms * max(itemsize, 4)
+    return Traffic(3, gathered * (state + ID_BYTES) + scattered * sums), Traffic(2, gathered * sums + scattered * state)
+
+
+def head_traffic(vocab: int, tensor: int, *, hidden: int, itemsize: int) -> tuple[Traffic, Traffic]:
+    """What one rank sends on the tensor axis where logits are formed by a head that is cut by rows of the vocabulary.
+
+    Forward: an all-gather of the head's rows. Backward: a reduce-scatter of their gradients. A head whose vocabulary the degree
+    does not divide is stored whole, and sends nothing.
+
+    Args:
+        vocab: rows of the head.
+        tensor: the tensor degree.
+        hidden: elements of a row.
+        itemsize: bytes of an element of the head and of its gradient.
+
+    Returns:
+        (traffic of the forward, traffic of the backward); zero for one tensor rank.
+    """
+    if tensor == 1 or vocab % tensor:
+        return Traffic(), Traffic()
+    sent = Traffic(1, vocab // tensor * (tensor - 1) * hidden * itemsize)
+    return sent, sent
 
 
 def pipeline_traffic(

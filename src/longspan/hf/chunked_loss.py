@@ -4,12 +4,17 @@
     model.forward        ->   base model: a stub that gives a tile of hidden   ->   head, ...   ->   its loss    for each tile
     model.forward        ->   base model: a stub that gives no token           ->   loss: the mean over all ranks, and whatever
                                                                                     else the model puts beside it
-B rows   S my tokens   M hidden
+
+With tensor > 1 the hidden states of all tensor ranks are gathered, and each rank's head has its own rows of the vocabulary: its
+tiles give the log-sum-exp and the label's logit, which the ranks that hold the tokens combine (distributed/vocab_parallel.py).
+A model that does more behind its head than works on some of the logits gathers the head's rows instead.
+
+B rows   S my tokens   N gathered tokens   M hidden   V vocabulary   K terms of a token's loss
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,12 +25,15 @@ from torch.func import functional_call
 
 from longspan.batch.labels import IGNORE, labelled_rows
 from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.tensor_cuts import Cut, every_part, own_part
+from longspan.distributed.vocab_parallel import VocabularyRegion, is_on_tensor_axis
 from longspan.errors import ModelError
 from longspan.hf import _compat
 from longspan.hf.candidate import Candidate, Undo
 from longspan.hf.loss import OWN, Loss, as_asked, divisor, is_in_place
 from longspan.hf.probe import forward, proving, row_lengths
 from longspan.hf.step_scope import own_forward, set_forward
+from longspan.hf.tensor_weights import TensorWeights, cut_piece
 from longspan.loss import mean_over_ranks
 from longspan.memory.tiling import tile_by_tile
 from longspan.tuning import HEAD_TILE_BYTES
@@ -40,9 +48,13 @@ class ChunkedLoss:
     Attributes:
         in_place: True if the logits at position t predict ``labels[t]`` (masked LM, token classification); False if they
             predict the next token, so that ``shift_labels`` is read.
+        cuts: parameters of the head that are cut by rows of the vocabulary over the tensor axis, by name.
+        works_on_rows: whether the model's code behind its head can be given the logits of some rows of the vocabulary.
     """
 
     in_place: bool
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    works_on_rows: bool = False
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
         """Replace the model's forward by one that computes the loss over ``mesh`` without forming all logits.
@@ -50,7 +62,7 @@ class ChunkedLoss:
         Returns:
             A function that undoes it.
         """
-        set_forward(model, partial(forward_without_logits, model, mesh, self.in_place))
+        set_forward(model, partial(forward_without_logits, model, mesh, self))
         return partial(_compat.remove_forward, model)
 
 
@@ -65,11 +77,18 @@ def probe(candidate: Candidate) -> ChunkedLoss | None:
     loss = candidate.finding(Loss)
     kind = None if loss is None else loss.kind
     _refuse(candidate.model, candidate.called, kind)
-    return ChunkedLoss(is_in_place(kind))
+    weights, model = candidate.finding(TensorWeights), candidate.model
+    if weights is None:
+        return ChunkedLoss(is_in_place(kind))
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    of_heads = {name: cut for name, cut in weights.plan.cuts.items() if name in names and name.startswith(_prefixes(weights))}
+    with proving(candidate.called):
+        works = bool(of_heads) and _works_on_rows(model, of_heads, candidate.mesh.coordinate.tensor)
+    return ChunkedLoss(is_in_place(kind), of_heads, works)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args: Any, **given: Any) -> Any:
+def forward_without_logits(model: Any, mesh: ParallelMesh, found: ChunkedLoss, *args: Any, **given: Any) -> Any:
     """The forward of a model with a chunked loss: a call with labels returns the loss over all ranks, and no logits.
 
     A call without labels, or with labels of the other kind, is passed to the model's own forward (which refuses the latter).
@@ -77,21 +96,27 @@ def forward_without_logits(model: Any, mesh: ParallelMesh, in_place: bool, *args
     Args:
         model: the Transformers model.
         mesh: the ranks.
-        in_place: whether the logits at position t predict ``labels[t]``; else ``shift_labels`` is read.
+        found: whether ``labels`` or ``shift_labels`` are read, and how the head is cut.
         args, given: the arguments of the call.
     """
-    targets = given.get("labels" if in_place else "shift_labels")
-    cut_for_another_kind = in_place is (given.get("shift_labels") is not None)
+    targets = given.get("labels" if found.in_place else "shift_labels")
+    cut_for_another_kind = found.in_place is (given.get("shift_labels") is not None)
     if given.get("labels") is None or targets is None or cut_for_another_kind:
         return own_forward(model)(*args, **given)  # its loss refuses labels that were shifted for the other kind of model
-    return_dict = given.get("return_dict")
+    return_dict, step = given.get("return_dict"), given["longspan"]
     base, given = model.base_model, given | {"return_dict": True}
     output = base(*args, **{name: value for name, value in given.items() if name not in LABELS})
-    total, wanted = _sum_of_tiles(model, output, targets, given["longspan"])
-    loss = mean_over_ranks(total, wanted, mesh, divisor(given["longspan"], given.get("num_items_in_batch")))
+    held, wanted = _held(model, mesh, found), targets != IGNORE
+    if found.works_on_rows:
+        region = VocabularyRegion(mesh, mesh.coordinate.tensor_sizes(step.tokens))
+        first = region.first_row(next(iter(found.cuts.values())).units)
+        total = _sum_over_vocabulary(model, region, output, targets, step, held, first)
+    else:
+        total = _sum_of_tiles(model, output, targets, step, held)
+    loss = mean_over_ranks(total, wanted, mesh, divisor(step, given.get("num_items_in_batch")))
     output.last_hidden_state = output.last_hidden_state[:, :0]
     with _forward_giving(base, output), _compat.loss_function_set_to(model, lambda *_, **__: loss):
-        whole = own_forward(model)(*args, **given)
+        whole = functional_call(_Own(model), held, args, given)
     output = type(whole)(**{name: value for name, value in whole.items() if name != "logits"})
     return as_asked(model, output, return_dict)
 
@@ -120,7 +145,7 @@ def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
             logits = forward(called)["logits"]
             with _catching(model.base_model) as caught:
                 forward(called)
-            total, _ = _sum_of_tiles(model, caught[0], targets, None)
+            total = _sum_of_tiles(model, caught[0], targets, None, _beside_base(model))
         expected = F.cross_entropy(logits[0].double(), targets[0], reduction="sum")
         if not torch.allclose(total.double(), expected, rtol=5e-2 if logits.dtype.itemsize == 2 else 1e-4):
             reason = "gives other logits for some tokens than for all"
@@ -128,56 +153,165 @@ def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
         raise ModelError(f"{type(model).__name__} {reason}, so its logits must be there; leave out chunked_loss=True")
 
 
-def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any) -> tuple[Tensor, Tensor]:
-    """The sum of the losses of this rank's labelled tokens, and which tokens are labelled.
+def _prefixes(weights: TensorWeights) -> tuple[str, ...]:
+    """The prefixes of the names of the parameters of all heads."""
+    return tuple(f"{name}." for name in weights.plan.heads)
+
+
+def _works_on_rows(model: Any, cuts: Mapping[str, Cut], ranks: int) -> bool:
+    """Whether the logits that ``model`` forms with each rank's rows of its head are, side by side, those of the whole head.
+
+    Tested on one rank, for ``ranks`` tensor ranks; a softcap works on each logit, but a softmax needs all.
+    """
+    with _catching(model.base_model) as caught:
+        wanted = forward(model)["logits"]
+    named = dict(model.named_parameters(remove_duplicate=False))
+    found = []
+    try:
+        for rank in range(ranks):
+            pieces = {f"model.{name}": cut_piece(named[name], cut, ranks, rank) for name, cut in cuts.items()}
+            with _forward_giving(model.base_model, caught[0]):
+                found.append(functional_call(_Head(model), pieces, (None,)))
+        whole = torch.cat(found, -1)
+    except Exception:  # whatever the model's code makes of fewer logits
+        return False
+    return whole.shape == wanted.shape and torch.allclose(whole, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def _beside_base(model: Any) -> dict[str, Tensor]:
+    """{"model." and the name of a parameter: the parameter}, of those that are not in the base model."""
+    base = model.base_model
+    inside = tuple(f"{name}." for name, module in model.named_modules() if module is base)
+    every = model.named_parameters(remove_duplicate=False)  # a tied head has two names
+    return {f"model.{name}": parameter for name, parameter in every if not name.startswith(inside)}
+
+
+def _held(model: Any, mesh: ParallelMesh, found: ChunkedLoss) -> dict[str, Tensor]:
+    """The parameters beside the base model with which this rank computes, by name; on the tensor axis plain tensors.
+
+    Of a head that is cut by rows they are this rank's rows, or all of them where the model's code needs them.
+    """
+    held = _beside_base(model)
+    for name, parameter in held.items():
+        cut = found.cuts.get(name.removeprefix("model."))
+        if is_on_tensor_axis(parameter, mesh):
+            held[name] = (
+                own_part(parameter, cut, mesh) if cut is None or found.works_on_rows else every_part(parameter, cut, mesh)
+            )
+    return held
+
+
+def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any, held: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the losses of this rank's labelled tokens, a scalar in at least fp32.
 
     Args:
         model: the model, whose head is applied to one tile of labelled tokens at a time.
         output: what its base model returned.
         targets: [rows, tokens], -100 for no label.
         step: the BatchInfo, or None.
-
-    Returns:
-        (a scalar in at least fp32, a boolean mask [rows, tokens]).
+        held: the head's parameters.
     """
     hidden_BSM, wanted = output.last_hidden_state, targets != IGNORE
     rows = labelled_rows(wanted.flatten(), None if step is None else step.num_local_labels)
     hidden_RM, targets = hidden_BSM.flatten(0, 1)[rows], targets.flatten()[rows]
     if not len(targets):
-        nothing = hidden_BSM[:, :0].sum()  # which also keeps the graph of what the other ranks wait for
-        return nothing.to(torch.promote_types(nothing.dtype, torch.float32)), wanted
-    base = model.base_model
-    inside = tuple(f"{name}." for name, module in model.named_modules() if module is base)
-    every = model.named_parameters(remove_duplicate=False)  # a tied head has two names
-    held = {f"model.{name}": parameter for name, parameter in every if not name.startswith(inside)}
-    head = _Head(model)
+        return _nothing(hidden_BSM, [tensor for tensor in held.values() if not isinstance(tensor, nn.Parameter)])
+
+    def losses(logits_RV: Tensor, rows: slice) -> Tensor:
+        return F.cross_entropy(logits_RV, targets[rows], reduction="sum").unsqueeze(0)
+
+    return _by_tiles(model, output, hidden_RM, step, held, losses).sum()
+
+
+def _sum_over_vocabulary(
+    model: Any, region: VocabularyRegion, output: Any, targets: Tensor, step: Any, held: Mapping[str, Tensor], first: int
+) -> Tensor:
+    """The sum of the losses of this rank's labelled tokens, where each tensor rank computes with its own rows of the head.
+
+    Args:
+        model, output, targets, step: as in ``_sum_of_tiles``.
+        region: the tensor ranks and their tokens.
+        held: the head's parameters, of which this rank has its rows.
+        first: the first of these rows.
+    """
+    hidden_BNM, wanted_BN = region.gathered(output.last_hidden_state), region.gathered(targets)
+    rows = labelled_rows((wanted_BN != IGNORE).flatten(), None)
+    columns = wanted_BN.flatten()[rows] - first
+
+    def terms(logits_RV: Tensor, rows: slice) -> Tensor:
+        here = (columns[rows] >= 0) & (columns[rows] < logits_RV.shape[1])
+        hit = logits_RV.gather(1, columns[rows].where(here, 0).unsqueeze(1)).squeeze(1).where(here, 0)
+        return torch.stack([logits_RV.logsumexp(1), hit], 1)
+
+    if len(rows):
+        of_tiles_RK = _by_tiles(model, output, hidden_BNM.flatten(0, 1)[rows], step, held, terms)
+        terms_KR = of_tiles_RK.new_zeros(2, wanted_BN.numel()).index_copy(1, rows, of_tiles_RK.T)
+    else:
+        terms_KR = _nothing(hidden_BNM, ()).expand(2, wanted_BN.numel())
+    terms_KS = region.of_my_tokens(terms_KR.unflatten(1, wanted_BN.shape)).flatten(1)
+    lse, hit = terms_KS[:, labelled_rows((targets != IGNORE).flatten(), step.num_local_labels)]
+    total: Tensor = (lse - hit).sum()
+    return total
+
+
+def _nothing(hidden_BSM: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """A zero in at least fp32 whose graph has the hidden states and ``parts``, for which other ranks wait in a backward."""
+    exact = torch.float64 if hidden_BSM.dtype == torch.float64 else torch.float32
+    return torch.stack([part.flatten()[:0].sum().to(exact) for part in (hidden_BSM, *parts)]).sum()
+
+
+def _by_tiles(
+    model: Any,
+    output: Any,
+    hidden_RM: Tensor,
+    step: Any,
+    held: Mapping[str, Tensor],
+    of_logits: Callable[[Tensor, slice], Tensor],
+) -> Tensor:
+    """What ``of_logits`` returns for the logits of each tile of tokens, concatenated.
+
+    Args:
+        model: the model, whose head is applied to one tile at a time.
+        output: what its base model returned.
+        hidden_RM: the tokens.
+        step: the BatchInfo, or None.
+        held: the head's parameters.
+        of_logits: called with the logits of a tile, in at least fp32, and its tokens.
+    """
+    base, head = model.base_model, _Head(model)
 
     def run(tile_RM: Tensor, rows: slice, parameters: Sequence[Tensor]) -> Tensor:
         with _forward_giving(base, type(output)(last_hidden_state=tile_RM.unsqueeze(0))):
             logits = functional_call(head, dict(zip(held, parameters)), (step,)).squeeze(0)
-        exact = logits if logits.dtype == torch.float64 else logits.float()
-        return F.cross_entropy(exact, targets[rows], reduction="sum").unsqueeze(0)
+        return of_logits(logits if logits.dtype == torch.float64 else logits.float(), rows)
 
     size = max(1, HEAD_TILE_BYTES // (4 * model.config.get_text_config().vocab_size))
-    return tile_by_tile(run, hidden_RM, size, list(held.values())).sum(), wanted
+    return tile_by_tile(run, hidden_RM, size, list(held.values()))
 
 
-class _Head(nn.Module):
+class _Own(nn.Module):
+    """``model``, called by its own forward."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **given: Any) -> Any:
+        return own_forward(self.model)(*args, **given)
+
+
+class _Head(_Own):
     """The part of ``model`` after its base model, as a module: its forward gives the logits.
 
     The base model must be replaced meanwhile by one that returns the hidden states; ``step`` is the BatchInfo of the call.
     """
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.keywords: dict[str, Any] = {"return_dict": True}
-        if hasattr(model.config, "output_router_logits"):
-            self.keywords["output_router_logits"] = False  # a balance loss needs the tokens of all tiles
-
     def forward(self, step: Any) -> Tensor:
+        keywords: dict[str, Any] = {"return_dict": True}
+        if hasattr(self.model.config, "output_router_logits"):
+            keywords["output_router_logits"] = False  # a balance loss needs the tokens of all tiles
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-        logits: Tensor = own_forward(self.model)(input_ids=ids, longspan=step, **self.keywords).logits
+        logits: Tensor = super().forward(input_ids=ids, longspan=step, **keywords).logits
         return logits
 
 

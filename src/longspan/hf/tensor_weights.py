@@ -5,12 +5,12 @@
     "layers.*.mlp.experts.gate_up_proj": "packed_colwise"      gate and up, each cut         >   region and exit layers.*.mlp
 
 The plan names weights; the region is the module that owns them (of experts: the module that routes to them). What the plan does
-not name is replicated. Styles that are not in ``HONOURED`` are refused by name. Embedding and head are replicated over tensor.
+not name is replicated. Styles that are not in ``HONOURED`` are refused by name. Embedding and head: vocab_weights.py.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,17 +18,19 @@ from torch import Tensor, nn
 
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import ParallelMesh
-from longspan.distributed.tensor_parallel import Cut, TensorPlan, refuse_plan, shown_by
+from longspan.distributed.tensor_cuts import Cut
+from longspan.distributed.tensor_parallel import TensorPlan, refuse_plan, shown_by
 from longspan.errors import ModelError
 from longspan.hf.attention_layers import AttentionLayers
 from longspan.hf.candidate import Candidate, Undo
 from longspan.hf.names import is_encoder_decoder
 from longspan.hf.probe import TOKENS, forward, proving
+from longspan.hf.vocab_weights import vocabulary_of
 
 HONOURED = frozenset({
     "colwise", "rowwise", "packed_colwise", "packed_rowwise", "replicated_with_grad_allreduce", "moe_tp_experts",
 })  # fmt: skip
-"""The styles of plans that are computed. ``colwise_gather_output`` is honoured for the head alone, which is replicated."""
+"""The styles of base models' plans that are computed; ``colwise_gather_output`` is honoured for the head alone."""
 REFUSED = frozenset({
     "all_reduce", "colwise_gather_output", "colwise_rep", "embedding_colwise", "embedding_rowwise", "ep_dispatch_experts",
     "grouped_gemm", "local_params", "mla_kv_a_proj", "moe_identity_expert", "replicate", "rowwise_rep",
@@ -69,6 +71,8 @@ def probe(candidate: Candidate) -> TensorWeights | None:
         for region in (name for name in plan.regions if name in plan.exits):  # in one order, so that ranks say the same
             _prove_partial_sums(candidate.model, region, plan, ranks)
         _prove_reads(candidate.model, plan)
+        words = vocabulary_of(candidate.model, ranks)
+    plan = replace(plan, cuts={**plan.cuts, **words.cuts}, embeddings=words.embeddings, heads=words.heads)
     for query, kv in {layer.heads for _, layer in layers.layers}:
         Heads(query // ranks, max(1, kv // ranks), candidate.mesh.coordinate.ulysses, candidate.memory.head_chunks)
     return TensorWeights(plan)
@@ -267,7 +271,7 @@ def _prove_partial_sums(model: Any, region: str, plan: TensorPlan, ranks: int) -
     total = torch.zeros_like(x)
     try:
         for rank in range(ranks):
-            pieces = {name: _piece(parameter, plan.cuts[f"{region}.{name}"], ranks, rank) for name, parameter in own.items()}
+            pieces = {name: cut_piece(parameter, plan.cuts[f"{region}.{name}"], ranks, rank) for name, parameter in own.items()}
             total += _first(torch.func.functional_call(module, pieces, (x,)))
         whole = _first(module(x))
     except Exception as error:
@@ -282,7 +286,7 @@ def _prove_partial_sums(model: Any, region: str, plan: TensorPlan, ranks: int) -
         )
 
 
-def _piece(parameter: Tensor, cut: Cut, ranks: int, rank: int) -> Tensor:
+def cut_piece(parameter: Tensor, cut: Cut, ranks: int, rank: int) -> Tensor:
     """The part of a whole ``parameter`` with which tensor rank ``rank`` of ``ranks`` computes, as a new tensor."""
     runs = cut.pieces(parameter.shape[cut.dim], ranks, rank)
     return torch.cat([parameter.detach().narrow(cut.dim, run.start, len(run)) for run in runs], cut.dim)

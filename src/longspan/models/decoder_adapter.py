@@ -22,7 +22,9 @@ from longspan.batch.context import refuse_unknown_tokens
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.pipeline_parallel import PipelinePlan, Skipped
-from longspan.distributed.tensor_parallel import Cut, TensorPlan, refuse_plan
+from longspan.distributed.tensor_cuts import Cut
+from longspan.distributed.tensor_parallel import TensorPlan, refuse_plan
+from longspan.distributed.vocab_parallel import vocabulary_cut
 from longspan.errors import ModelError
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import KernelFunction
@@ -70,7 +72,9 @@ class DecoderAdapter:
         }  # fmt: skip
         regions = tuple(f"{name}.{region}" for name in names for region in ("attention", "feed"))
         cuts = {f"{name}.{weight}.weight": cut for name in names for weight, cut in layer.items()}
-        return TensorPlan(regions=regions, exits=regions, cuts=cuts)
+        rows = vocabulary_cut(self.model.config.vocab)
+        cuts |= {"embed.weight": rows, "head.weight": rows}
+        return TensorPlan(regions=regions, exits=regions, cuts=cuts, embeddings=("embed",), heads=("head",))
 
     def pipeline_plan(self) -> PipelinePlan:
         if not isinstance(self.model, Decoder):

@@ -28,7 +28,8 @@ def decoder_footprint(shape: ModelShape, s: Strategy, work: Workload, dtype: str
     """
     layers = -(-shape.layers // s.pipeline)
     flight = min(s.pipeline, micro_batches(work, s))
-    ends = (shape.embedding_parameters, shape.head_parameters)
+    table = 0 if shape.vocab % s.tensor else shape.vocab * shape.hidden * (s.tensor - 1) // s.tensor  # rows of other ranks
+    ends = (shape.embedding_parameters - table, shape.head_parameters - (0 if shape.tied else table))
     outside = max(ends) if s.pipeline > 1 else sum(ends)
     (kind,) = shape.kinds
     sizes = Sizes(

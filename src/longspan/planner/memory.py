@@ -92,7 +92,8 @@ def footprint(
         logits: how the loss forms logits: "blocks" (the Decoder), "whole" (Transformers' own loss) or "tiles" (Transformers
             with ``chunked_loss``).
         itemsize: bytes of an element of the activations.
-        tensor: tensor ranks that split the layers' matrices; ``parameters`` are those of one of them.
+        tensor: tensor ranks that split the layers' matrices, and embedding and head by rows of the vocabulary where they divide
+            it; ``parameters`` are those of one of them.
         autocast: whether the weights are fp32 and cast at each use (``torch.autocast``): the residual stream, the norms and a
             copy of the weights in the activations' dtype are then saved too.
 
@@ -106,7 +107,8 @@ def footprint(
     tiled = tile_tokens is not None
     block_parameters = hidden * (2 * query + 2 * key + 3 * ffn + 2) // tensor
     exchanging = (ranks if ulysses is None else ulysses) > 1
-    outside = sizes.vocab * hidden * WIDE
+    rows = -(-sizes.vocab // tensor)  # of the vocabulary, with which a tensor rank computes
+    outside = (sizes.vocab if sizes.vocab % tensor else rows) * hidden * WIDE
 
     # widths that a layer saves
     residual, norms, feed = 2 * hidden, (2 if tiled else 4) * hidden, 0 if tiled else 4 * ffn
@@ -136,9 +138,9 @@ def footprint(
     if recompute == "selective" and head_chunks > 1:
         recomputed -= query + 2 * key  # q, k and v are computed again inside attention, a chunk at a time
     recomputed *= recompute != "none"
-    words = min(sizes.vocab, LOSS_WORDS)
+    words = min(rows, LOSS_WORDS)
     narrow = itemsize if itemsize < WIDE else 0  # copies in the activations' dtype beside the fp32 ones
-    block = min(n, LOSS_TOKENS) * (words * (WIDE + narrow) + hidden * (itemsize + 2 * WIDE)) + words * hidden * narrow
+    block = min(n * tensor, LOSS_TOKENS) * (words * (WIDE + narrow) + hidden * (itemsize + 2 * WIDE)) + words * hidden * narrow
     logit_bytes = {"blocks": block, "whole": n * sizes.vocab * (itemsize + 2 * WIDE)}
     logit_bytes["tiles"] = min(n, HEAD_TILE_BYTES // (WIDE * sizes.vocab)) * sizes.vocab * (itemsize + 2 * WIDE)
     tile = min(n, tile_tokens) if tile_tokens is not None else 0
@@ -147,7 +149,8 @@ def footprint(
     work = tile * (5 * ffn + 2 * hidden) if tiled else n * 2 * ffn
     feed_forward = ((recomputed + 2 * hidden) * n + work) * itemsize + weights
     phases = {
-        "loss": hidden * n * itemsize + outside + logit_bytes[logits],
+        # with tensor > 1 the hidden states of all tensor ranks and their gradients
+        "loss": hidden * n * itemsize * (1 if tensor == 1 else 1 + 2 * tensor) + outside + logit_bytes[logits],
         "feed-forward": feed_forward + outside + at_the_end,
         "attention": _attention(sizes, n, ranks if exchanging else 1, recompute, head_chunks, itemsize) + outside + at_the_end,
         "update": parameters // shards * WIDE * 2,
