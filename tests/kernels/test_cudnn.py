@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from longspan.errors import KernelError
+from longspan.kernels import cudnn
 from longspan.kernels.cudnn import Cudnn
 from longspan.kernels.protocol import Need
 from longspan.kernels.reference import Reference
@@ -82,3 +83,21 @@ def test_a_softcap_is_refused() -> None:
     x = draw_inputs(5, 5)
     with pytest.raises(KernelError, match="kernel='cudnn' has neither softcap nor bias"):
         Cudnn().forward(x.q, x.k, x.v, bands_of(Causal(), x), 0.3, softcap=5.0)
+
+
+def test_a_trial_compares_with_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    operators = CudnnOperators()
+    operators.patch(monkeypatch)
+    monkeypatch.setattr(cudnn, "_device", lambda: torch.device("cpu"))
+    trial = cudnn.agrees_with_flash_attention.__wrapped__
+    assert trial()
+    assert operators.calls == 1
+    whole = cudnn._forward_cuda
+    monkeypatch.setattr(cudnn, "_forward_cuda", lambda *args, **named: tuple(x * 1.1 for x in whole(*args, **named)[:2]))
+    with pytest.warns(UserWarning, match=r"failed a trial on this GPU, .* takes another: results differ by "):
+        assert not trial()
+
+
+def test_a_trial_without_the_library_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(UserWarning, match="cuDNN's attention failed a trial on this GPU, so that kernel='auto' takes another: "):
+        assert not cudnn.agrees_with_flash_attention.__wrapped__()

@@ -62,7 +62,15 @@ def test_auto_on_cuda(
     capability: tuple[int, int] | None, need: dict[str, Any], kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(table, "capability", lambda: capability)
+    monkeypatch.setitem(table.TRIALS, "cudnn", lambda: True)
     assert ask("auto", **need).name == kernel
+
+
+def test_auto_takes_no_kernel_whose_trial_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "capability", lambda: (9, 0))
+    monkeypatch.setitem(table.TRIALS, "cudnn", lambda: False)
+    assert ask("auto", **BF16, mask=Causal()).name == "sdpa"
+    assert ask("cudnn", **BF16, mask=Causal()).name == "cudnn"
 
 
 def test_each_row_says_what_it_rests_on() -> None:

@@ -7,7 +7,10 @@ Documents of one length are the batch dim of one dense call. cuDNN builds a plan
 the host a while: this is for shapes that come again in every layer and step. Its causal mask is aligned at the top left.
 """
 
+import math
+import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -135,3 +138,44 @@ def _tokens_first(x_BHSD: Tensor) -> Tensor:
 
 OPERATORS = flash_cuda.Operators(_forward, _backward)
 """cuDNN's operators for the calls that they have, and flash attention's for the others."""
+
+
+@lru_cache(maxsize=1)
+@torch.no_grad()
+def agrees_with_flash_attention() -> bool:
+    """Whether a small causal call on this process's GPU, forward and backward, gives what flash attention gives.
+
+    It is tried once, and waits for the device. A call that fails, or gives something else, is a warning.
+    """
+    try:
+        device = _device()
+        q, k, v, dout = (
+            torch.arange(heads * TRIED * TRIED_DIM, device=device).sin().view(TRIED, heads, -1).bfloat16()
+            for heads in (2, 1, 1, 2)
+        )
+        bands, scale = (Band(0, TRIED, 0, TRIED, 1 - TRIED, 0),), TRIED_DIM**-0.5
+        found, wanted = (_results((q, k, v, dout), bands, scale, each) for each in (OPERATORS, flash_cuda.FLASH))
+        worst = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, wanted))
+    except Exception as error:  # whatever a driver or a library of this machine answers
+        worst, why = math.inf, f": {error}".splitlines()[0]
+    else:
+        why = f": results differ by {worst:.1e}"
+    if worst > TRIED_TOLERANCE:
+        warnings.warn(f"cuDNN's attention failed a trial on this GPU, so that kernel='auto' takes another{why}", stacklevel=2)
+    return worst <= TRIED_TOLERANCE
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+TRIED, TRIED_DIM, TRIED_TOLERANCE = 256, 64, 0.02
+"""Tokens, head dim and largest relative error in bf16 of the trial."""
+
+
+def _results(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor], bands: Sequence[Band], scale: float, operators: flash_cuda.Operators
+) -> list[Tensor]:
+    q, k, v, dout = inputs
+    out, lse = flash_cuda.forward(q, k, v, bands, scale, operators)
+    return [out, lse, *flash_cuda.backward(dout, q, k, v, out, lse, bands, scale, operators)]

@@ -8,14 +8,14 @@ flex        compiled FlexAttention, CUDA only
 reference   dense attention in fp64
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from longspan.errors import KernelError
 from longspan.kernels.capability import AMPERE, HOPPER, capability
-from longspan.kernels.cudnn import Cudnn
+from longspan.kernels.cudnn import Cudnn, agrees_with_flash_attention
 from longspan.kernels.efficient import Efficient
 from longspan.kernels.flex import Flex
 from longspan.kernels.online import Online
@@ -101,6 +101,10 @@ PREFERENCES = (
 Devices without a row have the CPU's, the last. "online" supports every attention."""
 
 
+TRIALS: dict[str, Callable[[], bool]] = {"cudnn": agrees_with_flash_attention}
+"""Kernels that "auto" takes only where a trial on this machine succeeds, because they have never run on a GPU."""
+
+
 def kind_of(mask: Mask | Sequence[Mask]) -> str:
     """The kind of a mask, or of the masks of several rows, by which ``PREFERENCES`` are chosen: "causal", "full" or "other"."""
     masks = [mask] if isinstance(mask, Mask) else mask
@@ -155,7 +159,7 @@ def choose(
     if kernel == "auto":
         kind = kind_of(mask)
         row = next((row for row in PREFERENCES if row.fits(need, kind, tokens)), PREFERENCES[-1])
-        return KERNELS[next(name for name in row.kernels if name in able)]
+        return KERNELS[next(name for name in row.kernels if name in able and (name not in TRIALS or TRIALS[name]()))]
     if reasons[kernel] is not None:
         raise KernelError(f"kernel={kernel!r} cannot do this: {reasons[kernel]}; use {' or '.join(map(repr, able))}")
     return KERNELS[kernel]
