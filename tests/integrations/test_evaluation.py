@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from longspan import MemoryOptions
+from longspan import BatchError, MemoryOptions
 from longspan.batch.labels import IGNORE
 from longspan.integrations.predictions import is_token_wise
 from tests.helpers.trainers import (
@@ -182,6 +182,21 @@ def test_predictions_beside_a_chunked_loss_are_those_of_stock(pool: Pool, tmp_pa
     (alone,) = pool(1).run(chunked, tmp_path, None, 4)
     for theirs in pool(2).run(chunked, tmp_path, {"ulysses": 2}, 4):
         assert theirs == pytest.approx(alone, rel=1e-5, nan_ok=True)
+
+
+def of_other_labels(folder: Path, mesh: dict[str, int] | None) -> Any:
+    """Stock counts the loss among the predictions where ``label_names`` name no tensor of the batch."""
+    trainer = build(folder, 4, mesh, {"label_names": ["other"]}, {})
+    if mesh is None:
+        return len(trainer.predict(rows(4, False)).predictions)
+    with pytest.raises(BatchError, match=r"output 'loss' has no dim of tokens .* leave it out with ignore_keys"):
+        trainer.predict(rows(4, False))
+    return trainer.predict(rows(4, False), ignore_keys=["loss"]).predictions.shape
+
+
+def test_a_loss_among_the_predictions_is_refused(pool: Pool, tmp_path: Path) -> None:
+    assert pool(1).run(of_other_labels, tmp_path, None) == [2]
+    assert pool(2).run(of_other_labels, tmp_path, {"ulysses": 2}) == [(4, TOKENS, 97)] * 2
 
 
 def shapes_seen(folder: Path, function: Callable[[Tensor, Tensor], Tensor]) -> list[tuple[int, ...]]:

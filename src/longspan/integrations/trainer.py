@@ -269,11 +269,11 @@ class LongTrainer(Base):  # type: ignore[misc]
         loss = None if loss is None else loss.detach().mean()
         if prediction_loss_only:
             return loss, None, None
-        ignored = [*(ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])), "loss"]
+        ignored = [*(ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"]))]
         labels = (
             tuple(predictions.gather_replicas(inputs[name], self.mesh) for name in self.label_names) if has_labels else None
         )
-        logits = {name: x for name, x in outputs.items() if name not in ignored}
+        logits = {name: x for name, x in outputs.items() if name not in (*ignored, *("loss",) * has_labels)}  # as Trainer does
         return loss, self._predictions(logits, part, predictions.single(labels)), predictions.single(labels)
 
     def _predictions(self, outputs: Mapping[str, Any], part: Mapping[str, Any], labels: Any) -> Any:
