@@ -235,6 +235,7 @@ def refused() -> None:
 FAULTS = ["a tied weight averaged", "a stage's norm left out", "a tied weight not summed"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(fault: str, pool: Callable[[int], Ranks]) -> None:
     with pytest.raises(AssertionError, match=r"is off by|not close"):

@@ -71,7 +71,11 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("degrees", "zero", "changes", "labelled"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("degrees", "zero", "changes", "labelled"),
+    [*CASES[:2], CASES[3], *(pytest.param(*each, marks=pytest.mark.long) for each in (CASES[2], *CASES[4:]))],
+    ids=str,
+)
 def test_it_is_one_device(
     degrees: dict[str, int], zero: int, changes: dict[str, Any], labelled: slice, pool: Callable[[int], Ranks]
 ) -> None:
@@ -248,6 +252,7 @@ def other_ids() -> None:
 FAULTS = ["the label's logit not summed", "terms sent back without their gradient", "other ranks' ids looked up"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_seen(fault: str, pool: Callable[[int], Ranks]) -> None:
     with pytest.raises(AssertionError, match="is off by" if "gradient" in fault else "not close"):

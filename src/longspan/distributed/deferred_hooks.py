@@ -114,5 +114,6 @@ def _text(name: str) -> str:
     """The text of the error for the parameter called ``name``."""
     return (
         f"parameter {name!r} has a hook on its gradient, which would get a shard of it or none where the parameter is sharded "
-        f"(zero=2, zero=3, tensor > 1); change .grad between the backward and the step of the optimizer, or use zero=0"
+        f"(zero=2, zero=3, tensor > 1); change .grad between the backward and the step of the optimizer, or use zero=0 and "
+        f"tensor=1"
     )
