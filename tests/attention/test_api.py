@@ -32,7 +32,7 @@ from tests.helpers.ranks import Ranks
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 
 
-@examples(few=45, many=600)
+@examples(few=30, many=600)
 @given(case=cases())
 def test_attend_is_one_device_in_fp64(case: Case, pool: Callable[[int], Ranks]) -> None:
     assert_like_one_device(case, run(case, pool), 1e-10)

@@ -112,7 +112,10 @@ def test_guarantee_1_holds(config: Check, tmp_path: Path) -> None:
             {"tensor": 2, "ranks": 4, "recompute": "selective", "head_chunks": 2, "heads": 8, "kv_heads": 4},
             marks=pytest.mark.long,
         ),
-        {"tensor": 2, "ranks": 2, "ulysses": 1, "head_chunks": 2, "heads": 8, "kv_heads": 4, "dtype": "bf16", "tokens": 64},
+        pytest.param(
+            {"tensor": 2, "ranks": 2, "ulysses": 1, "head_chunks": 2, "heads": 8, "kv_heads": 4, "dtype": "bf16", "tokens": 64},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["full", "kept-ring", "chunks", "chunks-full-ring", "all", "tensor-full", "tensor-selective", "tensor-bf16"],
 )

@@ -82,8 +82,8 @@ def of_local_ranks(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return losses(folder)
 
 
-QUICK = ("srun", "a TrainJob's pods")
-"""One launcher that gives each rank its environment, and one that gives its torchrun; the others run in make test-long."""
+QUICK = ("srun",)
+"""Of those that give each rank its environment; torchrun is in test_launch.py, the others run in make test-long."""
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def notes_the_switches(config: Train) -> int:
     return train.work(config)
 
 
+@pytest.mark.long
 def test_deterministic_switches_on_what_pytorch_has_and_changes_no_bit_on_a_cpu(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def test_a_hugging_face_model_trains_on_stages_and_is_exported_whole(text: str, 
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.long  # every pair of layouts is in test_checkpoint_layouts.py
 def test_a_run_goes_on_from_a_pipeline_on_one_rank_and_back(text: str, tmp_path: Path) -> None:
     config = small(text, tmp_path, **FEW | {"steps": 6, "eval_rows": 1})
     whole = run(replace(config, run="whole", ulysses=1))
