@@ -161,6 +161,8 @@ class MeanGradients:
 
         So several micro-batches cost one all-reduce. If the block raises, nothing is added to ``.grad``.
         """
+        if self._deferred is not None:
+            self._deferred.find(ours=self._handles)
         if len(self._handles) == 1 or self._deferred:  # one rank, or hooks that each backward calls
             yield
             return
