@@ -54,6 +54,21 @@ def test_biases_of_rows_and_columns(pool: Callable[[int], Ranks]) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_half_precision_is_cut_too(name: str, pool: Callable[[int], Ranks]) -> None:
+    """The proofs allow for the rounding of the model's dtype."""
+    pool(2).run(half_precision, name)
+
+
+def half_precision(name: str) -> None:
+    mesh, reference, model = ParallelMesh(tensor=2), build(name).bfloat16(), build(name).bfloat16()
+    parallelize(model, mesh)
+    whole = batches("odd length", False)
+    loss, _ = forward_cut(model, whole, False, mesh, False)
+    expected, _ = forward_alone(reference, whole, False)
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+
+
 def test_a_bias_that_is_added_twice_is_seen(pool: Callable[[int], Ranks]) -> None:
     with pytest.raises(AssertionError, match="not close"):
         pool(2).run(bias_added_twice)

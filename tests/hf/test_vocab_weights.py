@@ -118,15 +118,22 @@ def equals_one_device(
     torch.testing.assert_close(found * seen, logits * seen, rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_whose_logits_depend_on_one_another_is_gathered(pool: Callable[[int], Ranks]) -> None:
-    pool(2).run(dependent_logits)
+DEPENDENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "normalised": lambda logits: 5 * logits / logits.norm(dim=-1, keepdim=True),
+    "scaled a little by the first": lambda logits: logits * (1 + 4e-4 * logits[..., :1].tanh()),
+}
 
 
-def dependent_logits() -> None:
-    """A model that normalises its logits, and one rank without a label, whose gradient the other waits for."""
+@pytest.mark.parametrize("kind", ["normalised", "scaled a little by the first"])
+def test_a_head_whose_logits_depend_on_one_another_is_gathered(kind: str, pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(dependent_logits, kind)
+
+
+def dependent_logits(kind: str) -> None:
+    """A model whose logits depend on all of a token's, and one rank without a label, whose gradient the other waits for."""
     mesh, reference, model = ParallelMesh(tensor=2), build("llama", **UNTIED), build("llama", **UNTIED)
     for each in (reference, model):
-        each.lm_head.register_forward_hook(lambda own, args, output: 5 * output / output.norm(dim=-1, keepdim=True))
+        each.lm_head.register_forward_hook(lambda own, args, output: DEPENDENT[kind](output))
     whole = batches("a rank without labels", False)
     loss, _ = forward_alone(reference, whole, False)
     loss.backward()

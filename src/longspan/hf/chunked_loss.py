@@ -31,7 +31,7 @@ from longspan.errors import ModelError
 from longspan.hf import _compat
 from longspan.hf.candidate import Candidate, Undo
 from longspan.hf.loss import OWN, Loss, as_asked, divisor, is_in_place
-from longspan.hf.probe import forward, proving, row_lengths
+from longspan.hf.probe import equal, forward, proving, row_lengths
 from longspan.hf.step_scope import own_forward, set_forward
 from longspan.hf.tensor_weights import TensorWeights, cut_piece
 from longspan.loss import mean_over_ranks
@@ -175,7 +175,7 @@ def _works_on_rows(model: Any, cuts: Mapping[str, Cut], ranks: int) -> bool:
         whole = torch.cat(found, -1)
     except Exception:  # whatever the model's code makes of fewer logits
         return False
-    return whole.shape == wanted.shape and torch.allclose(whole, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+    return equal(whole, wanted)
 
 
 def _beside_base(model: Any) -> dict[str, Tensor]:

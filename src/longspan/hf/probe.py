@@ -307,10 +307,10 @@ def _is_token_wise(name: str, whole: dict[str, Tensor], left: dict[str, Tensor],
     sizes = zip(whole[name].shape, left[name].shape, right[name].shape)
     cuts = [(count, count // 2, count // 2) for count in (TOKENS, TARGETS)]
     dims = [dim for dim, found in enumerate(sizes) if found in cuts]
-    return _equal(whole[name], torch.cat([left[name], right[name]], dims[0])) if dims else None
+    return equal(whole[name], torch.cat([left[name], right[name]], dims[0])) if dims else None
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have equal shapes, and values that are equal up to the tolerance of their dtype."""
     if a.shape != b.shape or not a.is_floating_point():
         return a.shape == b.shape and bool((a == b).all())
@@ -320,4 +320,4 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two results of ``forward`` have the same names, and tensors that are equal up to a small tolerance."""
-    return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)

@@ -24,7 +24,7 @@ from longspan.errors import ModelError
 from longspan.hf.attention_layers import AttentionLayers
 from longspan.hf.candidate import Candidate, Undo
 from longspan.hf.names import is_encoder_decoder
-from longspan.hf.probe import TOKENS, forward, proving
+from longspan.hf.probe import TOKENS, equal, forward, proving
 from longspan.hf.vocab_weights import vocabulary_of
 
 HONOURED = frozenset({
@@ -279,7 +279,7 @@ def _prove_partial_sums(model: Any, region: str, plan: TensorPlan, ranks: int) -
             f"'{region}' cannot be proven to work on a part of its weights ({type(error).__name__}: {error}), which tensor > 1 "
             f"needs; use tensor=1"
         ) from error
-    if not torch.allclose(total, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
+    if not equal(total, whole):
         raise ModelError(
             f"'{region}' adds something that the model's plan does not cut (a shared expert), so that every tensor rank would "
             f"add it; use tensor=1 with ulysses or ring"
