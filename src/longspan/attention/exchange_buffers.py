@@ -115,12 +115,13 @@ def _runs(ranks: range, shape: Callable[[int], object]) -> list[range]:
 def _split(
     blocks: Tensor, runs: Sequence[range], elements: Sequence[Sequence[int]], batch: int
 ) -> Iterator[tuple[range, Sequence[Tensor]]]:
-    """The flat blocks of all ranks of ``runs``: for each run of equal blocks (run, for each group [ranks, elements]).
+    """Views of the flat buffer of an exchange: for each run of ranks, (the run, for each group of heads a view [ranks of the
+    run, batch x elements of the group]).
 
     Args:
-        blocks: one block for each rank, one after another.
-        runs: the ranks, by runs.
-        elements: ``elements[rank][group]`` of one row of the batch.
+        blocks: one block for each rank, in rank order; in a block the groups follow one another, each with all rows.
+        runs: all ranks, divided so that those of a run have equal ``elements``.
+        elements: ``elements[rank][group]`` is the number of elements of one row of the batch.
         batch: rows of the batch.
     """
     parts = [[batch * one for one in elements[run[0]]] for run in runs]

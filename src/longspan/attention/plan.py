@@ -230,10 +230,8 @@ class AttentionPlan(OpaqueBase):
         return bound
 
     def kernel_of(self, chunk: HeadChunk) -> GroupedKernel:
-        """The plan's kernel, as an object that calls it for groups of the chunk's heads, with the plan's scale and softcap.
-
-        In each group, every key/value head is read by equally many query heads, as kernels require.
-        """
+        """The plan's kernel with its scale and softcap, as an object that calls it for one group of the chunk's heads after
+        another: in each group every key/value head is read by equally many query heads, as kernels require."""
         assert self.kernel is not None, "a plan is bound before it runs"
         return GroupedKernel(self.kernel, chunk.groups, self.scale, self.softcap)
 

@@ -204,9 +204,9 @@ def _parallel(config: Check, source: ModelSource, seed: int, dtype: torch.dtype,
 
 
 def _step(model: nn.Module, parts: list[Part], mesh: ParallelMesh) -> Tensor:
-    """Loss over all ranks, and gradients where they are enabled: ``forward_backward``, or ``cross_entropy`` of the logits.
+    """The loss of ``parts``, the mean over the labels of all ranks, and, unless under ``no_grad``, its gradients in ``.grad``.
 
-    The latter is for a model whose own loss is not supported.
+    By ``forward_backward``; for a model whose own loss is not supported, by longspan's ``cross_entropy`` of its logits.
     """
     state = parallel_state(model)
     if state is not None and (state.pipeline is not None or state.adapter.computes_loss()):

@@ -33,7 +33,7 @@ class ModelSource(Protocol):
 
     @property
     def summary(self) -> str:
-        """One line for people: layers, heads and parameters, and the kind of a Hugging Face model."""
+        """One line for people: layers, heads and parameters, and the ``model_type`` of a Hugging Face model."""
         ...
 
     @property

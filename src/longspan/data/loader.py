@@ -77,7 +77,9 @@ class Loader:
         self._mine = coordinate.my_positions(tokens)
 
     def step(self, step: int) -> list[Part]:
-        """Read this rank's part of every micro-batch of a step. No collective: pass the list to ``sync_batches``.
+        """Read this rank's part of every micro-batch of a step, without communication: a thread may do it ahead of time.
+
+        Before the parts are used, all ranks pass their lists to ``sync_batches``, which counts the labels of all ranks.
 
         Args:
             step: the number of the step, from 0.

@@ -177,7 +177,11 @@ class MeanGradients:
     @torch.no_grad()
     @record_function("longspan::mean_gradients")
     def _finish(self, mean: MeanInBuckets) -> None:
-        """Add the means over the ranks to ``.grad``: at the end of a backward, or of ``once``."""
+        """Wait until the gradients in ``mean`` are averaged over the ranks, and add each to its parameter's ``.grad``, which
+        has none of them yet.
+
+        Called at the end of each backward or, where several are summed first, at the end of the context ``once``.
+        """
         for index, gradient in mean.finished():
             parameter = self._parameters[index]
             _add(parameter, gradient if self._deferred is None else self._deferred.of_gradient(parameter, gradient))

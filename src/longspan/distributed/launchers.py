@@ -237,7 +237,7 @@ def _nodes(environment: Mapping[str, str]) -> str:
 
 
 def _first_node(environment: Mapping[str, str], launcher: str) -> str:
-    """The host name of the first node of the job step's node list, or of the job's (``_nodes``), where rank 0 is.
+    """The host name of the first node in the job step's node list, or in the job's if the step has none: there rank 0 is.
 
     Args:
         environment: the variables of this process.

@@ -28,11 +28,14 @@ REMEDY = f"set {GLOO} (and {NCCL}) on each host to the interface that the other 
 
 
 def choose_interface(environment: MutableMapping[str, str], store: Any, rank: int, ranks: int) -> str | None:
-    """Set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in ``environment`` where they are unset and ranks are on several hosts.
+    """Where ranks are on several hosts, set those of GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME that are unset.
+
+    Both get the interface of this host's route to MASTER_ADDR, on that host itself of its route to another rank's host; if
+    gloo's is set, NCCL gets the same.
 
     Args:
         environment: of this rank, with MASTER_ADDR.
-        store: the store in which the ranks have met; all of them must call this.
+        store: the ``torch.distributed.Store`` in which the ranks have met; all of them must call this.
         rank, ranks: of this process.
 
     Returns:

@@ -218,8 +218,11 @@ def _clear(scope: Scope, *_: Any) -> None:
 
 
 def _name_call(scope: Scope, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of a block: add the current call of ``scope`` as a keyword, which activation checkpointing passes to
-    it again."""
+    """Forward pre-hook of a block: return its arguments with the model call that is running (``scope.call``) under the keyword
+    ``OUTER``, which ``_hold`` takes off again.
+
+    Activation checkpointing passes the keyword again when it recomputes the block, perhaps during another call.
+    """
     return args, kwargs | {OUTER: scope.call}
 
 

@@ -108,7 +108,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients (dq, dk, dv) of attention for the keys in ``k``, which may be some of those that ``out`` and ``lse`` cover.
 
-    dq has the dtype of ``q`` if each query is in one call, dk and dv that of ``k`` if each key is; else they are fp32.
+    dq is then the share of these keys, and the caller adds up the shares. Chains of bands are one operator call each, as in
+    ``forward``: dq has the dtype of ``q`` if no query is in two calls, dk and dv that of ``k`` if no key is; else they are
+    fp32. Rows without a pair in ``bands`` have zeros.
 
     Args:
         dout: the gradient of ``out``, [queries, heads, dim].
