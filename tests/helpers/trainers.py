@@ -79,6 +79,7 @@ def arguments(folder: Path, **more: Any) -> TrainingArguments:
     """TrainingArguments of 20 steps on the CPU that write to ``folder`` and log every step; ``more`` overrides them."""
     settings: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": 20, "learning_rate": 1e-3, "logging_steps": 1, "report_to": "none",
+        "adam_epsilon": 1e-6,  # with 1e-8 Adam turns the rounding of a gradient of that size into a whole step
         "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "dataloader_pin_memory": False,
         "logging_nan_inf_filter": False,
     }  # fmt: skip
