@@ -18,8 +18,9 @@ from statistics import fmean, median
 from figures import beside_published
 from published import ATTENTION, Case, Row, case, measured_memory, measured_seconds, runs
 
-from longspan.planner.cost import Constants, Setting, attention_time, layer_time, step_time, ulysses_exposed
+from longspan.planner.cost import attention_time, layer_time, step_time, ulysses_exposed
 from longspan.planner.rank_memory import cached_bytes, rank_memory
+from longspan.planner.setting import Constants, Setting
 from longspan.planner.uncertainty import KINDS, kind
 
 APART = ("best-config sweep", "vTrain")

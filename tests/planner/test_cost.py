@@ -8,10 +8,11 @@ import pytest
 from longspan.errors import LayoutError
 from longspan.planner.closed_forms import all_to_all_sent, ulysses_elements
 from longspan.planner.collectives import Group, all_to_all_time, gather_time
-from longspan.planner.cost import Setting, layer_time, step_time, ulysses_bytes
+from longspan.planner.cost import layer_time, step_time, ulysses_bytes
 from longspan.planner.hardware import cluster
 from longspan.planner.model import PRESETS, dense
 from longspan.planner.rank_memory import rank_memory, saved_bytes
+from longspan.planner.setting import Setting
 from longspan.planner.strategy import Recipe, Strategy, Workload, check
 
 LLAMA = PRESETS["llama-8b"]

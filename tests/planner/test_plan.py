@@ -8,12 +8,13 @@ import pytest
 
 from longspan import plan
 from longspan.errors import LayoutError, ModelError
-from longspan.planner.cost import Setting, step_time
+from longspan.planner.cost import step_time
 from longspan.planner.explain import kinds, parts
 from longspan.planner.hardware import CLUSTERS, cluster
 from longspan.planner.model import PRESETS, dense
 from longspan.planner.rank_memory import rank_memory
 from longspan.planner.search import degree_rows, option_rows, search
+from longspan.planner.setting import Setting
 from longspan.planner.strategy import Recipe, Strategy, Workload, check
 
 

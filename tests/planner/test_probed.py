@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from longspan.errors import LayoutError
-from longspan.planner.cost import Constants, Setting, attention_time
+from longspan.planner.cost import attention_time
 from longspan.planner.model import dense
 from longspan.planner.probed import read_cluster, read_constants
+from longspan.planner.setting import Constants, Setting
 from longspan.planner.strategy import Recipe, Strategy, Workload
 
 MEASURED = {

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from longspan.distributed.pipeline_options import split_layers
-from longspan.planner.cost import Setting
 from longspan.planner.hardware import cluster
 from longspan.planner.model import PRESETS, dense
 from longspan.planner.rank_memory import cached_bytes, end_layers, forward_bytes, fullest_stage, rank_memory, saved_bytes
+from longspan.planner.setting import Setting
 from longspan.planner.strategy import Recipe, Strategy, Workload
 
 LLAMA = PRESETS["llama-8b"]

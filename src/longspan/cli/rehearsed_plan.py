@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from longspan.cli.rehearse import RehearseSettings
 from longspan.cli.text_table import text_table
-from longspan.planner.cost import Constants, Setting
 from longspan.planner.decoder_memory import decoder_footprint
 from longspan.planner.model import ModelShape
 from longspan.planner.plan import choice, cluster_of, shape_of
 from longspan.planner.probed import read_constants
+from longspan.planner.setting import Constants, Setting
 from longspan.planner.strategy import Recipe, Strategy, Workload, check
 
 if TYPE_CHECKING:

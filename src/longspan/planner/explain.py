@@ -8,10 +8,8 @@ from dataclasses import replace
 
 from longspan.planner.closed_forms import megatron_elements, ulysses_elements
 from longspan.planner.cost import (
-    Setting,
     StepTime,
     layer_time,
-    rank_tokens,
     stage_layers,
     stage_parameters,
     step_time,
@@ -19,6 +17,7 @@ from longspan.planner.cost import (
     ulysses_exposed,
 )
 from longspan.planner.rank_memory import RankMemory, fullest_stage, logits_bytes, rank_memory, saved_bytes
+from longspan.planner.setting import Setting, rank_tokens
 from longspan.planner.strategy import Strategy, micro_batches
 from longspan.planner.uncertainty import memory_error, time_error
 

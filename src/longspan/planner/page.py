@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from longspan.errors import LayoutError
-from longspan.planner.cost import Setting
 from longspan.planner.plan import Plan
 from longspan.planner.search import longest, search
+from longspan.planner.setting import Setting
 from longspan.planner.uncertainty import memory_error, time_error
 
 FAMILIES: dict[str, dict[str, int]] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longspan.errors import LayoutError, ModelError
-from longspan.planner.cost import Constants, Setting, StepTime, step_time
+from longspan.planner.cost import StepTime, step_time
 from longspan.planner.explain import lost, sentences, why
 from longspan.planner.hardware import Cluster, cluster
 from longspan.planner.model import PRESETS, ModelShape
@@ -18,6 +18,7 @@ from longspan.planner.model_config import read_config
 from longspan.planner.probed import read_cluster, read_constants
 from longspan.planner.rank_memory import RankMemory, rank_memory
 from longspan.planner.search import OPTION_NAMES, longest, search
+from longspan.planner.setting import Constants, Setting
 from longspan.planner.strategy import AXES, Recipe, Strategy, Workload
 from longspan.planner.uncertainty import memory_error, time_error
 

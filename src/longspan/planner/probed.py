@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from longspan.errors import LayoutError
-from longspan.planner.cost import Constants
 from longspan.planner.hardware import Accelerator, Attention, Cluster, Link
+from longspan.planner.setting import Constants
 
 KEYS = ("name", "ranks", "memory", "host_memory", "matmul", "attention", "bandwidth", "to_host", "links")
 """What the file must have."""

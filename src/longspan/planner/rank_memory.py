@@ -18,7 +18,8 @@ import numpy as np
 
 from longspan.distributed.pipeline_options import split_layers
 from longspan.planner.closed_forms import Number, interleaved_factor
-from longspan.planner.cost import Setting, rank_tokens, saved_offload_bytes, stage_layers
+from longspan.planner.cost import saved_offload_bytes, stage_layers
+from longspan.planner.setting import Setting, rank_tokens
 from longspan.tuning import HEAD_TILE_BYTES
 
 LAYERS_GATHERED = 2

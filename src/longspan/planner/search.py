@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longspan.errors import LayoutError
-from longspan.planner.cost import Setting, step_time
+from longspan.planner.cost import step_time
 from longspan.planner.rank_memory import rank_memory
+from longspan.planner.setting import Setting
 from longspan.planner.strategy import AXES, Strategy, check, legal_tensor
 
 TILE_TOKENS = 4096
