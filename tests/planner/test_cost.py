@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from longspan.distributed.traffic import ID_BYTES, embedding_traffic, vocabulary_loss_traffic
 from longspan.errors import LayoutError
 from longspan.planner.closed_forms import all_to_all_sent, ulysses_elements
 from longspan.planner.collectives import Group, all_to_all_time, gather_time
-from longspan.planner.cost import layer_time, step_time, ulysses_bytes
+from longspan.planner.cost import layer_time, step_time, ulysses_bytes, vocabulary_exchange_time
 from longspan.planner.hardware import cluster
 from longspan.planner.model import PRESETS, dense
 from longspan.planner.rank_memory import rank_memory, saved_bytes
@@ -35,6 +36,22 @@ def test_the_two_all_to_alls_send_the_closed_form() -> None:
     x = Setting(shape, cluster("h100", 8), Recipe(), Workload(tokens=8192))
     whole = ulysses_elements(8192, 1024, 8) * 2  # bf16
     assert ulysses_bytes(x, Strategy(ulysses=8)) == float(all_to_all_sent(whole, 8))
+
+
+def test_tensor_ranks_exchange_the_states_of_embedding_and_head() -> None:
+    """Seconds of the closed forms of distributed/traffic.py, less ids, labels and the sums of the loss."""
+    x, shares = setting(rows=1, gpus=8), [8192] * 8
+    embedding = embedding_traffic(shares, 0, hidden=LLAMA.hidden, itemsize=2)
+    loss = vocabulary_loss_traffic(shares, 0, hidden=LLAMA.hidden, itemsize=2, terms=2)
+    beside = 7 * 8192 * (2 * ID_BYTES + 2 * 2 * 4)
+    sent = sum(one.bytes for one in (*embedding, *loss)) - beside
+    bandwidth, latency = x.cluster.inside.bandwidth, x.cluster.inside.latency
+    assert vocabulary_exchange_time(x, Strategy(tensor=8)) == pytest.approx(sent / bandwidth + 4 * 7 * latency)
+    assert vocabulary_exchange_time(x, Strategy(ulysses=8)) == 0
+    one, two = (step_time(x, Strategy(tensor=4, pipeline=p)).tensor for p in (1, 2))
+    layers = LLAMA.layers * layer_time(x, Strategy(tensor=4)).tensor
+    assert one - layers == pytest.approx(vocabulary_exchange_time(x, Strategy(tensor=4)))
+    assert two - layers / 2 == pytest.approx((one - layers) / 2)
 
 
 def test_ulysses_traffic_is_constant_when_tokens_and_ranks_grow_together() -> None:

@@ -208,6 +208,17 @@ def _layer_communication(
     return {"tensor": tensor, "ulysses": ulysses, "ring": ring, "zero": zero}
 
 
+def vocabulary_exchange_time(x: Setting, s: Any) -> Number:
+    """Seconds in which tensor ranks exchange the embeddings and last hidden states of one micro-batch, forward and backward.
+
+    Embedding and head are cut by rows of the vocabulary (``traffic.embedding_traffic``, ``vocabulary_loss_traffic``): each
+    gathers or scatters [tokens, hidden] once in either pass. In a pipeline a stage has one of the two at most. Ids, labels and
+    the sums of the loss are left out.
+    """
+    states = rank_tokens(x.workload, s) * x.shape.hidden * x.recipe.itemsize
+    return np.where(s.pipeline > 1, 2, 4) * gather_time(groups(x.cluster, s)["tensor"], states)
+
+
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one step of a rank, by what they are spent on; ``total`` is their sum, ``why`` explains each.
@@ -215,7 +226,7 @@ class StepTime:
     Attributes:
         matmul, attention, elementwise, dispatch, loss: forward and backward, without recomputation.
         recompute: what the backward computes again.
-        tensor, ulysses, ring, zero: exposed communication of the layers by axis.
+        tensor, ulysses, ring, zero: exposed communication of the layers by axis; tensor also of embedding and head.
         gradients: exposed reduction of gradients, and gathering of parameters after the update.
         pipeline, bubble: sends between stages, and idle time.
         offload: copies to and from host memory that nothing hides.
@@ -257,7 +268,8 @@ def step_time(x: Setting, s: Any) -> StepTime:
     layers = stage_layers(x.shape, s)
     compute = layer.forward + layer.backward + layer.recompute
     stage = layers * (compute + layer.communication)
-    mean = (x.shape.layers * (compute + layer.communication) + loss) / s.pipeline
+    vocabulary = vocabulary_exchange_time(x, s)
+    mean = (x.shape.layers * (compute + layer.communication) + loss + np.minimum(s.pipeline, 2) * vocabulary) / s.pipeline
     axes = groups(x.cluster, s)
     m = rank_tokens(x.workload, s)
     hop = send_time(axes["pipeline"], m / s.tensor * x.shape.hidden * x.recipe.itemsize)
@@ -273,7 +285,7 @@ def step_time(x: Setting, s: Any) -> StepTime:
         dispatch=count * layers * layer.dispatch,
         loss=count * loss,
         recompute=count * layers * layer.recompute,
-        tensor=count * layers * layer.tensor,
+        tensor=count * (layers * layer.tensor + vocabulary),
         ulysses=count * layers * layer.ulysses,
         ring=count * layers * layer.ring,
         zero=count * layers * layer.zero,

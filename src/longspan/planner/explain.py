@@ -15,6 +15,7 @@ from longspan.planner.cost import (
     step_time,
     ulysses_bytes,
     ulysses_exposed,
+    vocabulary_exchange_time,
 )
 from longspan.planner.rank_memory import RankMemory, fullest_stage, logits_bytes, rank_memory, saved_bytes
 from longspan.planner.setting import Setting, rank_tokens
@@ -79,7 +80,7 @@ def _formulas(x: Setting, s: Strategy) -> dict[str, str]:
         "loss": f"{count} micro-batches x (3 x 2 x {m:,.0f} x {shape.hidden} x {shape.vocab} / {s.tensor} / {rate} + logits "
         f"read and written)",
         "recompute": f"{each} {_seconds(float(layer.recompute))} (recompute={s.recompute}, tile_tokens={s.tile_tokens})",
-        "tensor": link("tensor"),
+        "tensor": f"{link('tensor')} + {count} x {_seconds(float(vocabulary_exchange_time(x, s)))} of embedding and head",
         "ulysses": link("ulysses"),
         "ring": link("ring"),
         "zero": link("zero"),
