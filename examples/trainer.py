@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/trainer.py
 
-Span the class and ``mesh=`` are new. For TRL, with SFTConfig: ``class LongSFT(LongTrainer, SFTTrainer): pass``.
+Only the class and ``mesh=`` are new. For TRL, with SFTConfig: ``class LongSFT(LongTrainer, SFTTrainer): pass``.
 """
 
 import tempfile

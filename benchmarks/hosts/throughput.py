@@ -179,18 +179,17 @@ def _curves(points: Sequence[Point]) -> dict[str, Line]:
 
 
 def _crossings(points: Sequence[Point]) -> str:
-    curves, found = _curves(points), []
-    mine = curves[ULYSSES.name]
-    rate = where_ratio(curves[MEGATRON.name], mine, GOAL)
-    found.append(f"Ulysses is {GOAL} x Megatron-SP {_below(rate)}.")
-    for method in curves:
-        if method != ULYSSES.name:
-            found.append(f"Ulysses and {method} take equal time {_below(where_ratio(curves[method], mine, 1.0), 'at')}.")
-    return "Where lines a + b / rate through the points cross: " + " ".join(found)
-
-
-def _below(inverse: float | None, word: str = "below") -> str:
-    return "at no rate" if inverse is None else f"{word} {1 / inverse:.3g} Mbit/s"
+    """Where the lines of ``_curves`` cross that of Ulysses, as text."""
+    curves = _curves(points)
+    mine = curves.pop(ULYSSES.name)
+    goal = where_ratio(curves[MEGATRON.name], mine, GOAL)
+    equal = {method: where_ratio(line, mine, 1.0) for method, line in curves.items()}
+    crossing = [f"that of {method} at {1 / rate:.3g} Mbit/s" for method, rate in equal.items() if rate is not None]
+    reached = "at no rate" if goal is None else f"below {1 / goal:.3g} Mbit/s"
+    return (
+        f"By lines a + b / rate through the points Ulysses is {GOAL} x Megatron-SP {reached}; its line crosses "
+        f"{', '.join(crossing) or 'that of no other method'}."
+    )
 
 
 def figure(points: Sequence[Point]) -> str:

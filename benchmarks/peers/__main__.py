@@ -44,7 +44,7 @@ def main() -> None:
         section = run(scale)
         minutes = (time.monotonic() - began) / 60
         command = f'make bench{"-full" * arguments.full} ARGS="--only {letter}"'
-        section = replace(section, text=f"{section.text}\n\n*{machine.describe()} `{command}`, {minutes:.0f} minutes.*")
+        section = replace(section, text=f"{section.text}\n\n*{machine.describe()} `{command}`, {minutes:.0f} min.*")
         print(section.text, flush=True)
         if not arguments.dry_run:
             page.write(name if scale == "quick" or name == "truth" else f"{name}-full", section)
