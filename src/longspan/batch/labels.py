@@ -139,6 +139,11 @@ def labelled_rows(wanted_R: Bool[Tensor, "rows"], count: int | None) -> Int[Tens
     """
     if count is None or wanted_R.device.type == "cpu":
         return wanted_R.nonzero().flatten()
+    return labelled_first(wanted_R, count)
+
+
+def labelled_first(wanted_R: Bool[Tensor, "rows"], count: int) -> Int[Tensor, "labelled"]:
+    """``labelled_rows`` for a known ``count``, without a number that the host must wait for."""
     return (~wanted_R).to(torch.uint8).argsort(stable=True)[:count]
 
 

@@ -130,8 +130,9 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
     """Read one rank's part of some rows of a token stream.
 
     Equals ``shard_local({"input_ids": rows, "labels": rows}, coordinate)`` of the whole rows, but reads only this rank's
-    tokens and the successor of each. One difference: ``BatchInfo.digest`` hashes the stream's fingerprint, ``starts`` and
-    ``tokens`` instead of the content; it too is equal on all ranks of a sequence.
+    tokens and the successor of each. The BatchInfo differs in what needs the whole rows: ``digest`` hashes the stream's
+    fingerprint, ``starts`` and ``tokens`` instead of the content, and is equal on all ranks of a sequence too;
+    ``largest_token_or_label`` and ``largest_label`` are those of this rank's tokens until ``sync_batches`` compares them.
 
     Args:
         stream: the tokens.
@@ -169,11 +170,11 @@ def part(stream: Stream, starts: Sequence[int], tokens: int, positions: Runs) ->
             digest=_digest(f"{stream.fingerprint} {starts} {tokens}"),
             num_labels=len(rows) * (tokens - 1),
             largest_token_or_label=max((int(x.max()) for x in (ids, following) if x.numel()), default=-1),
-            largest_label=int(following.max()) if following.numel() else -1,
-            last_counted_position=tokens - 1,
+            largest_label=max(-1, int(following.max())) if following.numel() else -1,
+            last_counted_position=tokens - 1 if rows else -1,
             last_given_position=-1,
             counted_rows_have_ids=True,
-            rows_have_masks=False,
+            rows_have_masks=not rows,
             num_local_labels=int((following != IGNORE).sum()),
         ),
     }
@@ -185,7 +186,8 @@ def _with_labels_in(part: Part, rows: int) -> Part:
     for held in labels.values():
         held[rows:] = IGNORE
     info: BatchInfo = part["longspan"]
-    return part | labels | {"longspan": replace(info, num_labels=rows * (info.tokens - 1))}
+    mine = int((labels["shift_labels"] != IGNORE).sum())
+    return part | labels | {"longspan": replace(info, num_labels=rows * (info.tokens - 1), num_local_labels=mine)}
 
 
 def _with_successors(stream: Stream, start: int, tokens: int, run: range) -> tuple[Tensor, Tensor]:
