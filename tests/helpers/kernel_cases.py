@@ -33,12 +33,22 @@ class Slopes:
 
     def __init__(self, heads: int, dtype: torch.dtype = torch.float64) -> None:
         slopes = torch.linspace(-0.3, 0.5, heads, dtype=dtype, requires_grad=True)
-        self.parameters = (slopes, torch.tensor(0.7, dtype=dtype, requires_grad=True))
+        self.parameters: tuple[Tensor, ...] = (slopes, torch.tensor(0.7, dtype=dtype, requires_grad=True))
 
     def __call__(self, q_index: Tensor, k_index: Tensor) -> Tensor:
-        slopes, offset = self.parameters
+        slopes, offset, *_ = self.parameters
         distance = (q_index[:, None] - k_index).abs().double()
         return slopes[:, None, None] * distance.sqrt() + offset * torch.cos(k_index.double())
+
+
+class Distance:
+    """The bias -|q - k| / 10 of two heads, with parameters on which it does not depend."""
+
+    def __init__(self, *parameters: Tensor) -> None:
+        self.parameters = parameters
+
+    def __call__(self, q_index: Tensor, k_index: Tensor) -> Tensor:
+        return ((q_index[:, None] - k_index).abs().double() / -10).expand(2, -1, -1)
 
 
 def draw_inputs(
@@ -138,7 +148,7 @@ COLUMN = BlockSparse(50, [[False, True, False], [False, False, False], [False, T
 def naive(x: Inputs, bands: Any, scale: float, softcap: float | None = None, bias: Any = None) -> dict[str, Tensor]:
     """The reference of ``run``, with the same names: dense attention in fp64 with autograd.
 
-    A query that sees no key has output 0 and lse -inf. ``bias``: a Slopes or None.
+    A query that sees no key has output 0 and lse -inf. ``bias``: a Slopes, a Distance or None.
     """
     q, k, v = (t.detach().double().requires_grad_() for t in (x.q, x.k, x.v))
     group = q.shape[1] // k.shape[1]

@@ -25,8 +25,16 @@ from longspan.errors import KernelError
 from longspan.kernels.capability import lacks_ampere
 from longspan.kernels.flash_calls import head_groups
 from longspan.kernels.head_groups import join
-from longspan.kernels.online import add_bias_gradients
-from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, accumulation_dtype, merge_weights
+from longspan.kernels.protocol import (
+    BoundBias,
+    Gradients,
+    Need,
+    Partial,
+    accumulation_dtype,
+    add_bias_gradients,
+    bias_gradients,
+    merge_weights,
+)
 from longspan.masks.bands import Band, shift, trim
 
 _forward_cuda, _backward_cuda = _compat.attention_operators("efficient")
@@ -110,7 +118,7 @@ class Efficient:
             dq, dk, dv, _ = _piece_backward(pieces[0], (dout, q, k, v, out, lse), scale, None)
             return dq, dk, dv, []
         dq, dk, dv = (torch.zeros(x.shape, dtype=accumulation_dtype(x.dtype), device=x.device) for x in (q, k, v))
-        dbias = [] if bias is None else [torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for p in bias.parameters]
+        dbias = bias_gradients(bias)
         for piece in pieces:
             rows, keys = slice(piece.band.q_start, piece.band.q_stop), slice(piece.band.k_start, piece.band.k_stop)
             with torch.enable_grad():

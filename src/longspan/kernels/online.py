@@ -21,7 +21,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, accumulation_dtype, finite_lse, merge_weights
+from longspan.kernels.protocol import (
+    BoundBias,
+    Gradients,
+    Need,
+    Partial,
+    accumulation_dtype,
+    add_bias_gradients,
+    bias_gradients,
+    finite_lse,
+    merge_weights,
+)
 from longspan.masks.bands import Band, rectangle, shift, trim
 
 BLOCK_KEYS = 1024
@@ -90,7 +100,7 @@ class Online:
     ) -> Gradients:
         dtype, heads, kv_heads = accumulation_dtype(q.dtype), q.shape[1], k.shape[1]
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
-        dbias = [] if bias is None else [torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for p in bias.parameters]
+        dbias = bias_gradients(bias)
         for tile in tiles(bands, heads):
             with torch.enable_grad():
                 added = None if bias is None else bias(*_indices(tile, q.device))
@@ -215,21 +225,3 @@ def _bias_values(bias: BoundBias, tile: Tile, device: torch.device) -> Tensor:
     """The bias of a tile, [heads, queries, keys], without a graph."""
     with torch.no_grad():
         return bias(*_indices(tile, device))
-
-
-def add_bias_gradients(totals: list[Tensor], parameters: Sequence[Tensor], added: Tensor, dscores: Tensor) -> None:
-    """Add one tile's gradients of the bias parameters to ``totals``, in place.
-
-    Args:
-        totals: one tensor for each of ``parameters``; those that require no gradient are left unchanged.
-        parameters: the parameters of the bias.
-        added: the bias of the tile [heads, queries, keys], with its autograd graph.
-        dscores: the gradient of the tile's scores after the bias, of the same shape.
-    """
-    trained = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
-    if not added.requires_grad:
-        return
-    found = torch.autograd.grad(added, [parameters[i] for i in trained], dscores.to(added.dtype), allow_unused=True)
-    for i, gradient in zip(trained, found):
-        if gradient is not None:
-            totals[i] += gradient

@@ -173,3 +173,26 @@ def merge_weights(lse: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor, Tensor
     both = torch.logaddexp(lse, part_lse)
     reached = finite_lse(both)
     return both, (lse - reached).exp_(), (part_lse - reached).exp_()
+
+
+def bias_gradients(bias: BoundBias | None) -> list[Tensor]:
+    """Zeros for the gradient of each parameter of ``bias``, in the dtype in which they are summed; [] without a bias."""
+    return [] if bias is None else [torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for p in bias.parameters]
+
+
+def add_bias_gradients(totals: list[Tensor], parameters: Sequence[Tensor], added: Tensor, dscores: Tensor) -> None:
+    """Add one tile's gradients of the bias parameters to ``totals``, in place.
+
+    Args:
+        totals: one tensor for each of ``parameters``; those that require no gradient are left unchanged.
+        parameters: the parameters of the bias.
+        added: the bias of the tile [heads, queries, keys], with its autograd graph.
+        dscores: the gradient of the tile's scores after the bias, of the same shape.
+    """
+    trained = [i for i, parameter in enumerate(parameters) if parameter.requires_grad]
+    if not added.requires_grad:
+        return
+    found = torch.autograd.grad(added, [parameters[i] for i in trained], dscores.to(added.dtype), allow_unused=True)
+    for i, gradient in zip(trained, found):
+        if gradient is not None:
+            totals[i] += gradient

@@ -11,7 +11,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, accumulation_dtype
+from longspan.kernels.protocol import (
+    BoundBias,
+    Gradients,
+    Need,
+    Partial,
+    accumulation_dtype,
+    add_bias_gradients,
+    bias_gradients,
+)
 from longspan.masks.bands import Band
 
 
@@ -71,7 +79,11 @@ class Reference:
         dout, out = dout.double(), out.double()
         dweights = torch.einsum("QHD,KHD->HQK", dout, _heads(v, q))
         dscores = weights * (dweights - (dout * out).sum(2).T.unsqueeze(2))
-        dbias = _bias_gradients(bias, dscores, q.shape[0], k.shape[0])
+        dbias = bias_gradients(bias)
+        if bias is not None:
+            with torch.enable_grad():
+                added = bias(*_indices(q.shape[0], k.shape[0], q.device))
+            add_bias_gradients(dbias, bias.parameters, added, dscores)
         dscores = dscores * slope * scale
         dq = torch.einsum("HQK,KHD->QHD", dscores, _heads(k, q))
         dk = torch.einsum("HQK,QHD->KHD", dscores, q.double())
@@ -124,15 +136,3 @@ def _weights(scores_HQK: Tensor, lse_HQ: Tensor) -> Tensor:
 def _indices(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The indices 0, 1, 2, ... of all queries and of all keys, as two tensors on ``device``."""
     return torch.arange(queries, device=device), torch.arange(keys, device=device)
-
-
-def _bias_gradients(bias: BoundBias | None, dscores_HQK: Tensor, queries: int, keys: int) -> list[Tensor]:
-    """The gradient of each parameter of ``bias``, from the gradient ``dscores_HQK`` of all scores.
-
-    Zeros for a parameter that needs none; [] without a bias. ``queries`` and ``keys`` are their numbers.
-    """
-    if bias is None:
-        return []
-    with torch.enable_grad():
-        values = bias(*_indices(queries, keys, dscores_HQK.device))
-    return list(torch.autograd.grad(values, bias.parameters, dscores_HQK.to(values.dtype)))
