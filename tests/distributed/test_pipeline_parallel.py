@@ -71,6 +71,15 @@ def test_eight_ranks_of_three_axes(pool: Callable[[int], Ranks]) -> None:
     pool(8).run(equals_one_device, {"pipeline": 2, "tensor": 2, "ulysses": 2}, PipelineOptions(), 3, True, PLAIN)
 
 
+def test_every_rank_of_a_stage_may_have_a_copy_of_its_parameters(pool: Callable[[int], Ranks]) -> None:
+    pool(4).run(equals_one_device, {"pipeline": 2, "ulysses": 2}, PipelineOptions(), 3, True, PLAIN, 1)
+
+
+@pytest.mark.long
+def test_shards_over_half_of_the_ranks_of_a_stage(pool: Callable[[int], Ranks]) -> None:
+    pool(8).run(equals_one_device, {"pipeline": 2}, PipelineOptions(), 3, True, PLAIN, 2)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("memory", [PLAIN, MemoryOptions(recompute="selective", head_chunks=2)], ids=["plain", "options"])
 @pytest.mark.parametrize("tied", [False, True])
@@ -106,10 +115,11 @@ def full(x: Tensor) -> Tensor:
 
 
 def equals_one_device(
-    degrees: Mapping[str, int], options: PipelineOptions, zero: int, tied: bool, memory: MemoryOptions
-) -> None:
+    degrees: Mapping[str, int], options: PipelineOptions, zero: int, tied: bool, memory: MemoryOptions,
+    fsdp_ranks: int | None = None,
+) -> None:  # fmt: skip
     mesh, reference = ParallelMesh(**degrees), model_of(tied)
-    model = parallelize(deepcopy(reference), mesh, zero=zero, memory=memory, pipeline=options)
+    model = parallelize(deepcopy(reference), mesh, zero=zero, memory=memory, fsdp_ranks=fsdp_ranks, pipeline=options)
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, reference)]
     whole, mine = batches_of(mesh)
     for _ in range(3):

@@ -94,6 +94,16 @@ def test_eight_ranks_of_three_axes(pool: Callable[[int], Ranks]) -> None:
     pool(8).run(equals_one_device, {"tensor": 2, "ulysses": 2}, 3, MemoryOptions(), {})
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_every_rank_that_holds_a_tensor_shard_may_have_a_copy_of_it(zero: int, pool: Callable[[int], Ranks]) -> None:
+    pool(4).run(equals_one_device, {"tensor": 2}, zero, MemoryOptions(), {}, 1)
+
+
+@pytest.mark.long
+def test_shards_over_half_of_the_ranks_that_hold_a_tensor_shard(pool: Callable[[int], Ranks]) -> None:
+    pool(8).run(equals_one_device, {"tensor": 2, "ulysses": 2}, 3, MemoryOptions(), {}, 2)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("memory", [MemoryOptions(), MemoryOptions(recompute="full"), ALL], ids=["plain", "full", "all"])
 @pytest.mark.parametrize("zero", [0, 2, 3])
@@ -142,11 +152,13 @@ def full(x: Tensor) -> Tensor:
     return whole
 
 
-def equals_one_device(degrees: Mapping[str, int], zero: int, memory: MemoryOptions, changes: Mapping[str, Any]) -> None:
+def equals_one_device(
+    degrees: Mapping[str, int], zero: int, memory: MemoryOptions, changes: Mapping[str, Any], fsdp_ranks: int | None = None
+) -> None:
     mesh, reference = mesh_of(**degrees), model_of(**changes)
     whole = batch_of(mesh.coordinate.data)
     mine = {name: x.split(ROWS)[mesh.coordinate.data_rank] for name, x in whole.items()}
-    model = parallelize(deepcopy(reference), mesh, zero=zero, memory=memory)
+    model = parallelize(deepcopy(reference), mesh, zero=zero, memory=memory, fsdp_ranks=fsdp_ranks)
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, reference)]
     for _ in range(3):
         loss = reference(**whole).loss

@@ -33,6 +33,9 @@ UNSHARDABLE = {
 }  # fmt: skip
 """"module.name" of optimizers whose step fails half-way on sharded parameters; tried with torch 2.13, transformers 5.23."""
 
+HSDP = ("replicas", "shards")
+"""The dims of a mesh over which each shard is replicated."""
+
 
 @dataclass(frozen=True)
 class FSDPOptions:
@@ -168,12 +171,15 @@ def _reshard_without_a_backward(model: nn.Module, *_: object) -> None:
 def _sharding_mesh(mesh: ParallelMesh, ranks: int | None) -> DeviceMesh:
     """The DeviceMesh for ``fully_shard``: ``mesh.fsdp_mesh`` if ``ranks`` is None or all of its ranks.
 
-    Else a mesh (replicas, shards) with shards over ``ranks`` neighbouring ranks, each shard replicated beyond them (HSDP).
+    Else a mesh (replicas, shards) of the fsdp set, with shards over ``ranks`` neighbours in it, each shard replicated beyond
+    them (HSDP). It is cut out of a mesh of all ranks, because each stage and each tensor rank has an fsdp set of its own.
     """
     if ranks is None or ranks == mesh.fsdp_group.size():
         return mesh.fsdp_mesh
-    shape = (mesh.fsdp_group.size() // ranks, ranks)
-    return init_device_mesh(mesh.device.type, shape, mesh_dim_names=("replicas", "shards"))
+    around = mesh.coordinate
+    sizes = {"stages": around.pipeline, "replicas": mesh.fsdp_group.size() // ranks, "shards": ranks, "parts": around.tensor}
+    kept = {name: size for name, size in sizes.items() if size > 1 or name in HSDP}
+    return init_device_mesh(mesh.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))[HSDP]
 
 
 def _refuse_earlier_optimizers(model: nn.Module) -> None:
