@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from longspan import MemoryOptions, ParallelMesh, parallelize, shard_batch
 from longspan.cli.metrics import memory_table
 from longspan.memory import profiler as allocations
 from longspan.memory.profiler import CATEGORIES, Change, Mark, Recorded, Timeline
+from tests.helpers.one_device import VOCAB, llama
 
 MIB = 2**20
 
@@ -76,6 +78,25 @@ def test_every_byte_has_its_category_and_every_phase_its_mark(capfd: pytest.Capt
     assert 2 * MIB <= logits <= 6 * MIB + 4096  # log-softmax, 2 MiB, then its gradient; those of the head are activations
     assert timeline.peak() == sum(peak.values()) >= 22 * MIB
     assert sum(change.size for change in timeline.changes if change.category == "gradients") == 0  # zero_grad let them go
+
+
+@pytest.mark.parametrize("chunked_loss", [False, True])
+def test_the_loss_of_a_hugging_face_model_is_a_phase_with_memory_of_its_own(chunked_loss: bool) -> None:
+    mesh = ParallelMesh()
+    model = parallelize(llama(), mesh, memory=MemoryOptions(chunked_loss=chunked_loss))
+    optimizer = torch.optim.SGD(model.parameters())
+    ids = torch.arange(512).view(1, 512) % VOCAB
+    with Recorded(model, optimizer) as recorded:
+        model(**shard_batch({"input_ids": ids, "labels": ids}, mesh)).loss.backward()
+        optimizer.step()
+    timeline = recorded.timeline
+    assert [mark.phase for mark in timeline.marks] == ["forward", "loss", "backward", "update"]
+    after = timeline.marks[2].when
+    in_backward = sum(size for when, category, size in timeline.changes if category == "logits" and when > after and size > 0)
+    whole = ids.numel() * VOCAB * 8
+    assert in_backward >= whole  # the gradient of the logits, or the logits again
+    logits = max(total for category, total in running(timeline) if category == "logits")
+    assert whole <= logits <= 4 * whole
 
 
 def running(timeline: Timeline) -> list[tuple[str, int]]:

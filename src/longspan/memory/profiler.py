@@ -33,7 +33,7 @@ CATEGORIES = ("parameters", "optimizer", "gradients", "activations", "logits", "
 """The categories, in the order in which a plot stacks them. "activations" is everything else, including temporaries."""
 NAMES = (
     ("longspan::exchange", "exchange"),
-    ("_LogitTerms", "logits"),
+    ("longspan::loss", "logits"),
     ("cross_entropy", "logits"),
     ("log_softmax", "logits"),
     ("nll_loss", "logits"),
