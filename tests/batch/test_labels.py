@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from longspan.batch.labels import IGNORE, largest_ids, learned_labels
+from longspan.batch.labels import IGNORE, largest_ids, token_labels
 from longspan.batch.shard import shard_local
 from longspan.distributed.mesh import MeshCoordinate
 from longspan.errors import BatchError
@@ -15,11 +15,10 @@ IDS = torch.zeros(2, 8, dtype=torch.long)
 
 
 def test_labels_are_shifted_before_they_are_cut() -> None:
-    whole = {"labels": torch.tensor([[3, 4, 5]])}
-    learned = learned_labels(whole, 1, 3, shift=True)
-    assert learned is whole["shift_labels"]
-    assert learned.tolist() == [[4, 5, IGNORE]]
-    assert learned_labels({}, 1, 3, shift=True) is None
+    batch = {"labels": torch.tensor([[3, 4, 5]])}
+    assert token_labels(batch, 1, 3, shift=True)["shift_labels"].tolist() == [[4, 5, IGNORE]]
+    assert list(batch) == list(token_labels(batch, 1, 3, shift=False)) == ["labels"]
+    assert token_labels({}, 1, 3, shift=True) == {}
 
 
 def test_models_that_predict_in_place_keep_their_labels() -> None:
@@ -38,6 +37,7 @@ def test_shifted_labels_of_the_batch_are_cut_and_counted_as_they_are() -> None:
         assert part["shift_labels"].tolist() == [[5, 6, 7, IGNORE]]
         assert part["shift_labels"].dtype == part["labels"].dtype == torch.int64
         assert part["longspan"].num_labels == 5
+        assert part["longspan"].num_local_labels == 3
 
 
 def test_the_largest_ids_do_not_count_labels_that_are_not_learned_from() -> None:

@@ -15,8 +15,8 @@ from jaxtyping import Num
 from torch import Tensor
 
 from longspan.batch.context import BatchInfo, Part
-from longspan.batch.labels import IGNORE, largest_ids, learned_labels, refuse_blind_labels, refuse_unfit_labels
-from longspan.batch.padding import VARLEN, documents_by_position, documents_of, padding_of, restarts_beside_mask
+from longspan.batch.labels import IGNORE, largest_ids, refuse_blind_labels, refuse_unfit_labels, token_labels
+from longspan.batch.padding import VARLEN, documents_by_position, documents_of_batch, padding_of, restarts_beside_mask
 from longspan.batch.short_rows import lengthen, lengthen_info
 from longspan.distributed.layout import Runs
 from longspan.distributed.mesh import MeshCoordinate
@@ -70,9 +70,12 @@ def cut_row(
     whole = {name: value for name, value in batch.items() if name not in ("attention_mask", *VARLEN)}
     if "position_ids" not in whole:
         whole["position_ids"] = _counted_positions(step_mask, rows, tokens).to(shaped.device)
-    learned = learned_labels(whole, rows, tokens, shift)
+    labels = token_labels(batch, rows, tokens, shift)
+    whole |= labels
+    compared = "shift_labels" if "shift_labels" in labels else "labels"
+    learned = labels.get(compared)
     padding = padding_of(batch.get("attention_mask"), rows, tokens)
-    documents = documents_of(batch, rows, tokens)
+    documents = documents_of_batch(batch, rows, tokens)
     restarts = None
     if mask is None and documents is None:
         find = documents_by_position if batch.get("attention_mask") is None else partial(restarts_beside_mask, padding)
@@ -102,7 +105,7 @@ def cut_row(
         last_given_position=last_position if rows and not counted else -1,
         counted_rows_have_ids=rows == 0 or not counted or "input_ids" in batch,
         rows_have_masks=rows == 0 or "attention_mask" in batch,
-        num_local_labels=0 if learned is None else int((part["shift_labels" if shift else "labels"] != IGNORE).sum()),
+        num_local_labels=0 if learned is None else int((part[compared] != IGNORE).sum()),
     )
     refuse_blind_labels(learned, info, shift)
     return part | {"longspan": lengthen_info(info, positions, short) if short else info}
@@ -175,7 +178,7 @@ def _counted_positions(mask: Mask | tuple[Mask, ...] | None, rows: int, tokens: 
     """
     counted = torch.arange(tokens, device="cpu").expand(rows, tokens)
     each = mask if isinstance(mask, tuple) else (mask,) * rows
-    packed = [masks.documents_of(one) for one in each]
+    packed = [masks.documents_in_mask(one) for one in each]
     if not any(packed) or len(each) != rows:
         return counted
     restarted = [

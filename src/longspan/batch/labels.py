@@ -56,27 +56,27 @@ def refuse_unfit_labels(labels: Any, rows: int, tokens: int, name: str = "labels
     )
 
 
-def learned_labels(whole: dict[str, Any], rows: int, tokens: int, shift: bool) -> Tensor | None:
-    """The labels [rows, tokens] that the loss compares with each token's logits, of the whole rows.
+def token_labels(batch: Mapping[str, Any], rows: int, tokens: int, shift: bool) -> dict[str, Tensor]:
+    """The labels of whole rows as int64: the batch's own and, where the loss compares others with the logits, these too.
 
     Args:
-        whole: the whole batch by name, changed in place: its labels become int64, and with ``shift`` the result is added as
-            ``shift_labels``, if the batch has none already.
+        batch: the whole batch by name.
         rows, tokens: the shape of the batch.
         shift: each token learns the label of the following token, and the last one -100.
 
     Returns:
-        The labels; None if ``whole`` has no label for each token.
+        {"labels": [rows, tokens], "shift_labels": [rows, tokens]}, without the latter where labels are aligned already and the
+        batch has none; {} if the batch has no label for each token. The last one is what the loss compares with the logits.
     """
-    labels = whole.get("labels")
+    labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.shape != (rows, tokens):
-        return None
-    whole["labels"] = learned = labels.long()
-    if isinstance(given := whole.get("shift_labels"), Tensor):
-        whole["shift_labels"] = learned = given.long()
+        return {}
+    found = {"labels": labels.long()}
+    if isinstance(given := batch.get("shift_labels"), Tensor):
+        found["shift_labels"] = given.long()
     elif shift:
-        whole["shift_labels"] = learned = F.pad(learned[:, 1:], (0, 1), value=IGNORE)
-    return learned
+        found["shift_labels"] = F.pad(found["labels"][:, 1:], (0, 1), value=IGNORE)
+    return found
 
 
 def largest_ids(batch: Mapping[str, Any], learned: Tensor | None) -> tuple[int, int]:
@@ -116,7 +116,7 @@ def refuse_blind_labels(learned: Tensor | None, step: BatchInfo, shift: bool) ->
     """
     if step.mask is None and step.padding is None and step.documents is None:
         return
-    bands = masks.rows(step.mask_for(Full()), step.rows, step.tokens, step.tokens)
+    bands = masks.batch_bands(step.mask_for(Full()), step.rows, step.tokens, step.tokens)
     if learned is None:
         return
     flat = learned.flatten()
