@@ -21,6 +21,8 @@ from longspan.errors import ModelError
 
 STAGES = "_longspan_stages"
 """The attribute of a model that is split into pipeline stages; it holds its ``StageNorm``."""
+OF_STAGE = "_longspan_of_stage"
+"""The attribute, True, of the parameters of a pipeline stage."""
 
 
 @torch.no_grad()
@@ -78,12 +80,12 @@ class StageNorm:
 
 
 def mark_stage(model: nn.Module) -> None:
-    """Set the attribute ``STAGES`` on each parameter of ``model``, a pipeline stage.
+    """Set the attribute ``OF_STAGE`` on each parameter of ``model``, a pipeline stage.
 
     ``clip_grad_norm_`` given these parameters in place of the model then refuses, because it would miss the other stages.
     """
     for parameter in model.parameters():
-        setattr(parameter, STAGES, True)
+        setattr(parameter, OF_STAGE, True)
 
 
 @torch.no_grad()
@@ -102,14 +104,18 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Flo
     Raises:
         ModelError: the parameters of a pipeline stage in place of the model, or a gradient that is a partial sum.
     """
-    members = list(model.parameters() if isinstance(model, nn.Module) else model)
-    if not isinstance(model, nn.Module) and any(hasattr(parameter, STAGES) for parameter in members):
-        raise ModelError(
-            "clip_grad_norm_ was given the parameters of one pipeline stage, whose norm is not that of the model; pass the "
-            "model: clip_grad_norm_(model, max_norm)"
-        )
-    stages: StageNorm | None = vars(model).get(STAGES) if isinstance(model, nn.Module) else None
-    before = grad_norm(members) if stages is None or not isinstance(model, nn.Module) else stages.norm(model)
+    members: list[Tensor]
+    if isinstance(model, nn.Module):
+        members, stages = list(model.parameters()), vars(model).get(STAGES)
+        before = grad_norm(members) if stages is None else stages.norm(model)
+    else:
+        members = list(model)
+        if any(hasattr(parameter, OF_STAGE) for parameter in members):
+            raise ModelError(
+                "clip_grad_norm_ was given the parameters of one pipeline stage, whose norm is not that of the model; pass the "
+                "model: clip_grad_norm_(model, max_norm)"
+            )
+        before = grad_norm(members)
     grads = [local_part(parameter.grad) for parameter in members if parameter.grad is not None]
     if before.device.type != "cpu":  # without a wait for the device
         scale = (max_norm / (before + 1e-6)).clamp(max=1.0)

@@ -4,7 +4,7 @@
         create_causal_mask(...)   -->  _mask       -->  MaskFunction(the layer's mask function)     what the model passes on
         attention layer           -->  _attention  -->  attend(...) over the mesh of the layer      my tokens, every head
 
-The module's attribute ``_longspan`` holds its ``Layer`` (attention_layers.py); what changes per step is the keyword
+The module's attribute ``_longspan_layer`` holds its ``Layer`` (attention_layers.py); what changes per step is the keyword
 ``longspan`` of the call. A module without either is refused.
 
 B batch   H heads   K key/value heads   S my tokens   D head dim
@@ -41,7 +41,7 @@ def _attention(
     """The attention that Transformers calls by the name "longspan", once for each attention layer of a parallel model.
 
     Args:
-        module: the attention module, which has its Layer as ``_longspan``.
+        module: the attention module, which has its Layer as ``_longspan_layer``.
         query_BHSD, key_BKSD, value_BKSD: of this rank's tokens.
         attention_mask: not read, because the layer's mask is known, except in test forwards, which record it.
         dropout, scaling, softcap, s_aux (sinks), position_bias: what the model asks for.
@@ -65,7 +65,7 @@ def _attention(
             refuse_bias_across(module, position_bias)
         mask = mask_of(module, q, k, attention_mask, scope_of(module).configs)
         return longspan.attend(module, q, k, v, mask, handed=handed), None
-    layer: Any = getattr(module, "_longspan", None)
+    layer: Any = getattr(module, "_longspan_layer", None)
     if layer is None or longspan is None:
         raise ModelError(
             f"the attention 'longspan' of {type(module).__name__} was not handed a step: its model hands it no keywords, "

@@ -36,7 +36,7 @@ SOURCE, TARGET, ACROSS = "source", "target", "across"
 
 
 class Layer(NamedTuple):
-    """What longspan knows of an attention module, attached to it as ``_longspan`` and read by attention.py at every call.
+    """What longspan knows of an attention module, attached to it as ``_longspan_layer`` and read by attention.py at every call.
 
     Attributes:
         own: the layer's mask.
@@ -113,14 +113,14 @@ class AttentionLayers:
         restore = name_attention(self.configs)
         over_mesh = partial(attend, mesh=mesh, **self.fixed)
         for module, layer in self.layers:
-            module._longspan = layer._replace(attend=over_mesh)
+            module._longspan_layer = layer._replace(attend=over_mesh)
 
         handle = model.register_forward_pre_hook(self._refuse_masks, with_kwargs=True)
 
         def undo() -> None:
             handle.remove()
             for module, _ in self.layers:
-                del module._longspan
+                del module._longspan_layer
             restore()
 
         return undo

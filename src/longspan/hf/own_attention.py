@@ -98,7 +98,7 @@ def attend_in_step(module: Any, attention: Attention) -> Tensor:
     Raises:
         ModelError: the call has no BatchInfo, or the operations on its scores are not those of the test forward.
     """
-    layer, step = module._longspan, scope_of(module).call.step
+    layer, step = module._longspan_layer, scope_of(module).call.step
     recipe = layer.recipe
     if step is None:
         raise ModelError(f"{layer.name} was not handed a step; call its model by model(**shard_batch(batch, mesh))")

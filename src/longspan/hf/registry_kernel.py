@@ -63,8 +63,8 @@ class RegistryKernels:
             A function that does nothing: the undo of ``AttentionLayers``, on whose Layers the kernels are, removes them.
         """
         for module, kernel in self.kernels:
-            layer = module._longspan
-            module._longspan = layer._replace(attend=partial(kernel.attend, by=layer.attend))
+            layer = module._longspan_layer
+            module._longspan_layer = layer._replace(attend=partial(kernel.attend, by=layer.attend))
         return lambda: None
 
 

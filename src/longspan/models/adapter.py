@@ -146,7 +146,7 @@ class ParallelState:
         """
         with raise_together(self.mesh.world_group):
             if self.snapshot is not None:
-                self.snapshot.refuse_changes(model)
+                self.snapshot.refuse_changes()
             if self.pipeline is not None:
                 self.pipeline.refuse_other_dtypes()
                 self.pipeline.refuse_parts(parts)

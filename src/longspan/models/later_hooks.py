@@ -66,10 +66,10 @@ class _Watched:
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
         tensors = list(_tensors(given))
-        before = [_compat.changes_in_place(tensor) for tensor in tensors]
+        before = [_compat.version_counter(tensor) for tensor in tensors]
         found = self._hook(module, *given)
         replaced = {id(tensor) for tensor in _tensors(found)} - {id(tensor) for tensor in tensors}
-        if replaced or [_compat.changes_in_place(tensor) for tensor in tensors] != before:
+        if replaced or [_compat.version_counter(tensor) for tensor in tensors] != before:
             raise ModelError(
                 f"a {self._what} that was registered after parallelize changes tensors, and nothing has shown that it "
                 f"treats each token by itself; {WAY_OUT}"

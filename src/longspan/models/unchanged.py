@@ -25,6 +25,9 @@ from longspan import _compat
 from longspan.errors import ModelError
 from longspan.models.later_hooks import LaterHooks
 
+LAYER = "_longspan_layer"
+"""The attribute of an attention module that holds what longspan knows of it."""
+
 WAY_OUT = "call unparallelize(model), change it, then parallelize it again"
 HARMLESS_FIELDS = frozenset({
     "use_cache", "return_dict", "output_hidden_states", "architectures", "dtype", "transformers_version", "pad_token_id",
@@ -68,7 +71,7 @@ class Snapshot:
         self._configs = [(module, config) for _, module in named if (config := vars(module).get("config")) is not None]
         unique = {id(config): config for _, config in self._configs}
         self._fields = [(config, _fields(config)) for config in unique.values()]
-        attending = [name for name, module in named if name and "_longspan" in vars(module)]
+        attending = [name for name, module in named if LAYER in vars(module)]
         watched = [(name, module) for name, module in named if name and any(_within(each, name) for each in attending)]
         self._attributes = [
             (name, vars(module), key, value)
@@ -118,7 +121,7 @@ class Snapshot:
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: look at it, and remember the BatchInfo by which its parts are called."""
-        self.refuse_changes(model)
+        self.refuse_changes()
         if not torch.compiler.is_compiling():
             self._running = kwargs.get("longspan")
 
@@ -135,14 +138,14 @@ class Snapshot:
         if torch.compiler.is_compiling() or called_by_model or _compat.backward_id() != -1:
             self._refuse_config()
             return
-        self.refuse_changes(part, modules)
+        self.refuse_changes(modules)
         if beside is not None:
             beside(part)
 
     def _has_layers(self, part: nn.Module) -> bool:
-        return any("_longspan" in vars(module) for module in part.modules() if module is not part)
+        return any(LAYER in vars(module) for module in part.modules() if module is not part)
 
-    def refuse_changes(self, model: nn.Module, modules: Sequence[_Module] | None = None) -> None:
+    def refuse_changes(self, modules: Sequence[_Module] | None = None) -> None:
         """Compare ``model`` with the record; called before each forward.
 
         Args:
@@ -196,7 +199,7 @@ class Snapshot:
 
         Parameters that FSDP2 holds gathered for the moment are no change.
         """
-        gathered = _gathered(module, self._modules[0].module) if self._sharded else set()
+        gathered = _gathered(self._modules[0].module) if self._sharded else set()
         held = _compat.own_parameters(module)
         for own, value in held.items():
             if own not in before or (id(value) != before[own][0] and id(value) not in gathered):
@@ -210,7 +213,7 @@ class Snapshot:
                     f"{list(_shape(value) or ())}; {WAY_OUT}"
                 )
 
-    def _refuse_config(self, *_: object) -> None:
+    def _refuse_config(self) -> None:
         """Raise ModelError if a module has another config than before, or a field of a config another value.
 
         Also if DistributedDataParallel, which would average gradients again, calls the model.
@@ -299,7 +302,7 @@ def _fields(config: Any) -> dict[str, Any]:
     return {name: deepcopy(value) for name, value in fields.items() if not hasattr(value, "get_text_config")}
 
 
-def _gathered(module: nn.Module, root: nn.Module) -> set[int]:
+def _gathered(root: nn.Module) -> set[int]:
     """The ids (``id()``) of the whole parameters that FSDP2 holds in the modules of ``root`` in place of their shards.
 
     FSDP2 does so between a module's forward and its backward; the set is empty at other times.
