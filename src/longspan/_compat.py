@@ -16,7 +16,7 @@
     is_inside_ddp                   DistributedDataParallel._get_active_ddp_module                          models/unchanged.py
     own_parameters, own_modules     nn.Module._parameters, nn.Module._modules                               models/unchanged.py
     MODULE_HOOKS, GRADIENT_HOOKS    nn.Module._forward_hooks, Tensor._backward_hooks                     models/later_hooks.py
-    changes_in_place, base_of_view  Tensor._version, Tensor._base                           offload.py, hf/own_recipe.py
+    version_counter, base_of_view  Tensor._version, Tensor._base                           offload.py, hf/own_recipe.py
     hash_store                      torch.distributed.HashStore (without type stubs)                        one rank
     tcp_store, hosted_store, meet_in_store   torch.distributed.TCPStore (without type stubs)                         launching
     torchrun_store                  torch.distributed.distributed_c10d.rendezvous                           torchrun's ranks
@@ -174,7 +174,7 @@ def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
     return one
 
 
-def changes_in_place(x: Tensor) -> int:
+def version_counter(x: Tensor) -> int:
     """How many in-place operations have changed the memory of ``x``, as PyTorch counts them: equal counts mean equal
     content."""
     return x._version

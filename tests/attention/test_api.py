@@ -13,8 +13,7 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.traffic import Traffic
 from longspan.errors import KernelError, LayoutError, MaskError
 from longspan.kernels.reference import Reference
-from longspan.masks.constructors import Causal, Documents, Full, Span, Window
-from longspan.masks.constructors import rows as bands_of_rows
+from longspan.masks.constructors import Causal, Documents, Full, Span, Window, batch_bands
 from tests.helpers.attention_cases import (
     Case,
     assert_like_one_device,
@@ -171,6 +170,6 @@ def test_autocast_casts_the_inputs_and_nothing_else(extras: dict[str, object]) -
 def test_the_oracle_is_the_reference_kernel_on_one_row() -> None:
     case = Case(1, 1, False, 1, 13, 13, 4, 2, 8, 8, Causal())
     x = whole_inputs(case)
-    bands = bands_of_rows(case.mask, 1, 13, 13)
+    bands = batch_bands(case.mask, 1, 13, 13)
     out, _ = Reference().forward(x["q"][0], x["k"][0], x["v"][0], bands, 8**-0.5)
     torch.testing.assert_close(out, oracle(case)["out"][0], rtol=1e-12, atol=1e-12)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from longspan import BatchError, ParallelMesh, shard_batch, shard_local
-from longspan.batch.padding import documents_by_position, documents_of, padding_of, restarts_beside_mask
+from longspan.batch.padding import documents_by_position, documents_of_batch, padding_of, restarts_beside_mask
 from longspan.distributed.mesh import MeshCoordinate
 from longspan.masks.constructors import Documents, Full, Span
 from tests.helpers.one_device import assert_as_one_device
@@ -57,9 +57,11 @@ RESTARTING = torch.tensor([[0, 1, 0, 1, 2, 3]])
 
 def test_documents_of_keywords_are_read_from_any_of_them() -> None:
     expected = (Documents([2, 4]),)
-    assert documents_of({"cu_seq_lens_q": LENGTHS, "cu_seq_lens_k": LENGTHS, "position_ids": RESTARTING}, 1, 6) == expected
-    assert documents_of({"seq_idx": torch.tensor([[4, 4, 7, 7, 7, 7]])}, 1, 6) == expected
-    assert documents_of({"input_ids": RESTARTING}, 1, 6) is None
+    assert (
+        documents_of_batch({"cu_seq_lens_q": LENGTHS, "cu_seq_lens_k": LENGTHS, "position_ids": RESTARTING}, 1, 6) == expected
+    )
+    assert documents_of_batch({"seq_idx": torch.tensor([[4, 4, 7, 7, 7, 7]])}, 1, 6) == expected
+    assert documents_of_batch({"input_ids": RESTARTING}, 1, 6) is None
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_documents_of_keywords_are_read_from_any_of_them() -> None:
 )
 def test_keywords_that_disagree_are_refused(batch: dict[str, torch.Tensor]) -> None:
     with pytest.raises(BatchError, match="the same beginnings of documents in one row, from 0 to its 6 tokens"):
-        documents_of(batch, 1, 6)
+        documents_of_batch(batch, 1, 6)
 
 
 IDS = torch.zeros(2, 8, dtype=torch.long)
@@ -109,7 +111,7 @@ def test_a_mask_of_ones_leaves_the_documents_of_the_positions() -> None:
 
 
 def test_no_document_is_read_of_a_batch_without_rows() -> None:
-    assert documents_of(VARLEN, 0, 8) is None
+    assert documents_of_batch(VARLEN, 0, 8) is None
 
 
 @pytest.mark.parametrize(

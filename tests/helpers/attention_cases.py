@@ -11,8 +11,19 @@ from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.distributed.traffic import Traffic, attention_traffic, recomputable_attention_traffic, ring_traffic
-from longspan.masks.constructors import BlockSparse, Causal, Chunked, Documents, Full, Mask, PrefixLM, SinkTokens, Span, Window
-from longspan.masks.constructors import rows as bands_of_rows
+from longspan.masks.constructors import (
+    BlockSparse,
+    Causal,
+    Chunked,
+    Documents,
+    Full,
+    Mask,
+    PrefixLM,
+    SinkTokens,
+    Span,
+    Window,
+    batch_bands,
+)
 from tests.helpers.ranks import Ranks
 
 
@@ -110,7 +121,7 @@ def seen(case: Case) -> torch.Tensor:
     test_constructors.py checks the bands against the definitions of the masks.
     """
     dense = torch.zeros(case.batch * case.tokens, case.batch * case.key_tokens, dtype=torch.bool)
-    for band in bands_of_rows(case.mask, case.batch, case.tokens, case.key_tokens):
+    for band in batch_bands(case.mask, case.batch, case.tokens, case.key_tokens):
         q = torch.arange(band.q_start, band.q_stop).unsqueeze(1)
         k = torch.arange(band.k_start, band.k_stop)
         dense[band.q_start : band.q_stop, band.k_start : band.k_stop] |= (k - q >= band.lo) & (k - q <= band.hi)

@@ -10,7 +10,7 @@ from longspan.distributed.layout import Layout
 from longspan.masks import bands as algebra
 from longspan.masks import constructors as masks
 from longspan.masks.bands import Band, area, blind_rows, intersect, join, localize, rectangle, shift, subtract, trim
-from longspan.masks.constructors import Causal, Documents, Full, Mask, SinkTokens, Span, Window, rows
+from longspan.masks.constructors import Causal, Documents, Full, Mask, SinkTokens, Span, Window, batch_bands
 from tests.helpers.mask_cases import Pairs, around, asked, dense, of_one, pairs, partitions, some_mask
 
 # beartype, which checks signatures in the tests, picks the item that it checks by the random module
@@ -61,7 +61,7 @@ def indexed(whole: Pairs, q_runs: tuple[range, ...], k_runs: tuple[range, ...]) 
 @given(cuts())
 def test_the_local_mask_is_the_whole_mask_indexed(case: tuple[Mask, int, Layout, Layout]) -> None:
     mask, batch, of_queries, of_keys = case
-    bands = rows(mask, batch, of_queries.tokens, of_keys.tokens)
+    bands = batch_bands(mask, batch, of_queries.tokens, of_keys.tokens)
     whole, done = pairs(bands), 0
     for rank, source in product(range(of_queries.ring), range(of_queries.ring)):
         q_runs, k_runs = held(of_queries, batch, rank), held(of_keys, batch, source)
@@ -173,7 +173,7 @@ def test_the_work_grows_with_the_bands_and_not_with_their_pairs(monkeypatch: pyt
         lambda: (first | second).bands(tokens, tokens),
         lambda: (Causal() | first).bands(tokens, tokens),
         lambda: (first | Causal()).bands(tokens, tokens),
-        lambda: localize(rows(first & Causal(), 4, tokens, tokens), *[held(Layout(tokens, 4, zigzag=True), 4, 1)] * 2),
+        lambda: localize(batch_bands(first & Causal(), 4, tokens, tokens), *[held(Layout(tokens, 4, zigzag=True), 4, 1)] * 2),
     ):
         calls = 0
         work()

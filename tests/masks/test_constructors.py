@@ -21,7 +21,7 @@ from longspan.masks.constructors import (
     SinkTokens,
     Span,
     Window,
-    rows,
+    batch_bands,
 )
 from tests.helpers import processes
 from tests.helpers.mask_cases import asked, dense, pairs, some_mask
@@ -90,13 +90,13 @@ def test_rows_are_the_masks_along_the_diagonal(case: tuple[tuple[Mask, ...], int
     expected = {
         (row * tokens + q, row * key_tokens + k) for row, mask in enumerate(each) for q, k in dense(mask, tokens, key_tokens)
     }
-    assert pairs(rows(each, len(each), tokens, key_tokens)) == expected
+    assert pairs(batch_bands(each, len(each), tokens, key_tokens)) == expected
 
 
 def test_one_mask_holds_for_every_row() -> None:
-    assert rows(Causal(), 3, 5, 7) == rows([Causal()] * 3, 3, 5, 7)
-    assert rows(Causal(), 0, 5, 5) == ()
-    padded = rows((Span(0, 3) & Causal(), Span(1, 4) & Causal()), 2, 4, 4)
+    assert batch_bands(Causal(), 3, 5, 7) == batch_bands([Causal()] * 3, 3, 5, 7)
+    assert batch_bands(Causal(), 0, 5, 5) == ()
+    padded = batch_bands((Span(0, 3) & Causal(), Span(1, 4) & Causal()), 2, 4, 4)
     assert blind_rows(padded, 8) == (range(3, 5),)
 
 
@@ -150,7 +150,7 @@ def test_another_length_is_refused(mask: Mask, tokens: int, key_tokens: int, tex
 def test_a_row_without_a_mask_is_refused() -> None:
     text = r"^2 masks for a batch of 3 rows: pass one mask for all, or 3, one per row$"
     with pytest.raises(MaskError, match=text):
-        rows((Causal(), Full()), 3, 8, 8)
+        batch_bands((Causal(), Full()), 3, 8, 8)
 
 
 # ---- time

@@ -145,7 +145,7 @@ def layer_traffic(case: Case, kept: bool) -> tuple[Traffic, Traffic]:
     formula = recomputable_attention_traffic if kept else attention_traffic
     forward, backward = formula(heads, sizes, sizes, coordinate.ulysses_rank, **shape)
     held = [layout.batch_runs(rank, case.rows) for rank in range(case.ring)]
-    hops = plan_hops(masks.rows(Causal(), case.rows, case.tokens, case.tokens), held, held, coordinate.ring_rank)[1:]
+    hops = plan_hops(masks.batch_bands(Causal(), case.rows, case.tokens, case.tokens), held, held, coordinate.ring_rank)[1:]
     leaving, arriving = ([sum(map(len, getattr(hop, name))) for hop in hops] for name in ("leaving", "arriving"))
     for chunk in range(case.head_chunks):
         width = len(heads.kv_of(coordinate.ulysses_rank, chunk)) * 2 * HEAD_DIM

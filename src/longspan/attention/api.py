@@ -241,7 +241,7 @@ def _make_plan(spec: AttentionSpec, kernel: Kernel | None) -> AttentionPlan:
 def _plan_hops(spec: AttentionSpec) -> tuple[Hop, ...]:
     """The steps of the ring for this rank in the attention ``spec``, over all rows of the batch laid one after another."""
     coordinate, batch, tokens, key_tokens = spec.coordinate, spec.q_shape[0], spec.whole_tokens, spec.whole_key_tokens
-    bands = masks.rows(spec.mask, batch, tokens, key_tokens)
+    bands = masks.batch_bands(spec.mask, batch, tokens, key_tokens)
     query_runs, key_runs = (
         [coordinate.layout(length).batch_runs(rank, batch) for rank in range(coordinate.ring)]
         for length in (tokens, key_tokens)

@@ -118,7 +118,7 @@ def restarts_beside_mask(
     return _documents(starts)
 
 
-def documents_of(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Documents, ...] | None:
+def documents_of_batch(batch: Mapping[str, Any], rows: int, tokens: int) -> tuple[Documents, ...] | None:
     """The packed documents of a batch of one row, from ``cu_seq_lens_q``, ``cu_seq_lens_k`` [documents + 1] or ``seq_idx`` [1,
     tokens].
 

@@ -20,9 +20,7 @@ from longspan.cli.trackers import refuse_missing
 from longspan.distributed.pipeline_options import PipelineOptions
 from longspan.errors import RunError
 from longspan.memory.options import MemoryOptions
-
-PRESETS = ("tiny", "small", "llama-1b", "llama-8b", "llama-70b")
-"""The names of ``models.decoder_config.PRESETS``, repeated here so that ``--help`` does not import torch."""
+from longspan.models.decoder_config import PRESETS
 
 MAX_TOKENS = 16_384
 """The default of ``evaluate --max-tokens``: documents are truncated to this many tokens."""

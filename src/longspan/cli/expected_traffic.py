@@ -77,7 +77,7 @@ def _attention(config: Check, shape: DecoderConfig, at: MeshCoordinate, rows: in
     chunked = Heads(shape.heads, shape.kv_heads, config.head_chunks)
     exchange = recomputable_attention_traffic if _is_recomputable(config) else attention_traffic
     held = [layout.batch_runs(rank, rows) for rank in range(at.ring)]
-    hops = plan_hops(masks.rows(Causal(), rows, config.tokens, config.tokens), held, held, at.ring_rank)[1:]
+    hops = plan_hops(masks.batch_bands(Causal(), rows, config.tokens, config.tokens), held, held, at.ring_rank)[1:]
     leaving, arriving = ([sum(map(len, getattr(hop, keys))) for hop in hops] for keys in ("leaving", "arriving"))
     ulysses, ring = [], []
     for chunk in range(config.head_chunks):

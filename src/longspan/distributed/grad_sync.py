@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from longspan import _compat
 from longspan.distributed.consensus import first_difference, gather_or_raise
 from longspan.distributed.deferred_hooks import DeferredHooks
-from longspan.distributed.device import set_timeout
+from longspan.distributed.device import new_group, set_timeout
 from longspan.distributed.grad_buckets import Buckets, MeanInBuckets, Reductions, reduction_dtype
 from longspan.distributed.grad_norm import local_part
 from longspan.distributed.mesh import ParallelMesh
@@ -197,7 +197,7 @@ def gradient_reductions(mesh: ParallelMesh) -> Reductions:
     """
     if mesh.own_reductions is None:
         if mesh.fsdp_group.size() == mesh.world_group.size():  # a DeviceMesh would take the group of all ranks, as others do
-            group = dist.new_group()
+            group = new_group(backend="")
         else:
             group = _compat.flattened(mesh.fsdp_mesh, "gradients").get_group()
         set_timeout([group], mesh.timeout)

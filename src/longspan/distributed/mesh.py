@@ -35,7 +35,7 @@ from longspan.distributed.launchers import join_launcher
 from longspan.distributed.layout import Degrees, Layout, Runs, choose_degrees
 from longspan.distributed.rank_map import crossing, rank_map
 from longspan.distributed.scratch import Scratch
-from longspan.distributed.software import meet
+from longspan.distributed.software import compare_ranks
 from longspan.errors import LayoutError
 
 
@@ -177,7 +177,7 @@ class ParallelMesh:
         own_device = choose_device(device)
         join_world(own_device, timeout)
         world_group = new_group(timeout=timeout)
-        hosts = meet(f"ulysses={ulysses} ring={ring} {tensor=} {pipeline=} {layout=}", world_group)
+        hosts = compare_ranks(f"ulysses={ulysses} ring={ring} {tensor=} {pipeline=} {layout=}", world_group)
         refuse_shared_devices(own_device, world_group)
         _refuse_unknown_layout(layout)
         degrees = _degrees(ulysses, ring, tensor, pipeline, heads, world_group)
@@ -227,7 +227,7 @@ class ParallelMesh:
         asked = {"pipeline": pipeline, "data": data, "ring": ring, "ulysses": ulysses, "tensor": tensor}
         names = {axis: name for axis, name in asked.items() if name is not None}
         known = f"{device_mesh.mesh_dim_names} of sizes {tuple(device_mesh.shape)}"
-        hosts = meet(f"{' '.join(f'{axis}={name}' for axis, name in asked.items())} {layout=} of {known}", world_group)
+        hosts = compare_ranks(f"{' '.join(f'{axis}={name}' for axis, name in asked.items())} {layout=} of {known}", world_group)
         _refuse_unknown_layout(layout)
         _refuse_unfit_dims(device_mesh, names, known, world_group.size())
         mesh._build(device_mesh, names, world_group, layout, hosts)

@@ -42,7 +42,7 @@ def software() -> dict[str, str]:
     return {"Python": platform.python_version(), **libraries, "longspan": longspan.__version__, "longspan's code": _code_hash()}
 
 
-def meet(mesh: str, group: dist.ProcessGroup) -> tuple[str, ...]:
+def compare_ranks(mesh: str, group: dist.ProcessGroup) -> tuple[str, ...]:
     """Compare what all ranks run and the mesh that they ask for.
 
     Args:

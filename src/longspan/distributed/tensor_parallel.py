@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from longspan import _compat
-from longspan.distributed.collectives import reduce_scatter
+from longspan.distributed.collectives import all_gather, reduce_scatter
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.tensor_cuts import Cut, every_part, own_part
 from longspan.distributed.vocab_parallel import EmbeddingRows, VocabularyRegion
@@ -144,8 +144,7 @@ class TensorParallel:
         """Forward pre-hook of the model: note the tensor ranks' token counts, and gather the keywords of ``plan.inputs``."""
         sizes = tuple(self._sizes_of(kwargs))
         self._sizes.append(sizes)
-        region = VocabularyRegion(self._mesh, sizes)
-        whole = {name: region.gathered(x) for name in self._inputs if isinstance(x := kwargs.get(name), Tensor)}
+        whole = {name: self._gathered(x, sizes) for name in self._inputs if isinstance(x := kwargs.get(name), Tensor)}
         for name, x in whole.items():
             vars(x).update(vars(kwargs[name]))  # facts of the whole row that the model's adapter has attached
         return args, kwargs | whole
@@ -191,8 +190,12 @@ class TensorParallel:
                 f"'{name}' was given {shape} instead of hidden states [batch, {sizes[rank]} tokens of this rank, hidden], "
                 f"which tensor > 1 gathers there; use tensor=1 with ulysses or ring"
             )
-        whole = VocabularyRegion(self._mesh, sizes).gathered(x)
+        whole = self._gathered(x, sizes)
         return ((whole, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": whole})
+
+    def _gathered(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """``x`` [batch, my tokens, ...] of all tensor ranks, which hold ``sizes`` tokens of a row: [batch, tokens, ...]."""
+        return all_gather(x, self._mesh.tensor_group, self._mesh.transport, 1, sizes).contiguous()
 
     def _scatter(self, bias: "_Use | None", module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of an exit: reduce-scatter its output (or the first of a tuple) over the tensor ranks, then add

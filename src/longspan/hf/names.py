@@ -1,7 +1,7 @@
 """Names by which modules and config fields of Transformers are recognised where no type tells: one table for the folder.
 
 Transformers copies each architecture into a modeling file of its own, so that most of its modules share no base class, only a
-way to name them. Every such name that longspan relies on stands here; our own classes are recognised by ``isinstance``.
+way to name them. Such names stand here, "Router" in memory/tiling.py besides; our own classes are recognised by ``isinstance``.
 """
 
 import inspect

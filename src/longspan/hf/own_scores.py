@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -200,7 +200,7 @@ def _base_name(name: str) -> str:
     return name[1:] if name in ("radd", "rmul", "iadd", "isub", "imul", "itruediv") else name
 
 
-def _refuse(symbol: Symbol, what: str) -> Any:
+def _refuse(symbol: Symbol, what: str) -> NoReturn:
     """Raise ModelError: the module's own code does ``what`` with its scores or probabilities."""
     kind = "scores" if isinstance(symbol, Scores) else "probabilities"
     raise ModelError(
@@ -301,7 +301,7 @@ def _mul(a: Any, b: Any) -> Any:
 def _div(a: Any, b: Any, rounding_mode: Any = None) -> Any:
     """Scores whose recorded scale is divided by ``b``, a number or tensor.
 
-    Any other quotient (of something else than scores, by scores, or rounded) is recorded as the reason of a refusal.
+    Any other quotient (of something else than scores, by scores, or rounded) is refused.
     """
     if not isinstance(a, Scores) or isinstance(b, Symbol) or rounding_mode is not None:
         return _refuse(b if isinstance(b, Symbol) else a, "a quotient")

@@ -26,7 +26,7 @@ from longspan.errors import ModelError
 from longspan.hf.candidate import Candidate, Undo, remove_all
 from longspan.hf.names import counts_from_ids, is_encoder_decoder, is_position_table
 from longspan.hf.step_scope import scope_of
-from longspan.masks.constructors import documents_of
+from longspan.masks.constructors import documents_in_mask
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _of_whole_rows(ids: Tensor, padding_id: int, step: BatchInfo) -> Tensor:
     each = step.mask if isinstance(step.mask, tuple) else (step.mask,) * len(ids)
     counted = []
     for row, mask in zip(ids.split(1), each):
-        documents = documents_of(mask)
+        documents = documents_in_mask(mask)
         pieces = row.split(list(documents.lengths), 1) if documents is not None else (row,)
         counted.append(torch.cat([positions_of_ids(piece, padding_id) for piece in pieces], 1))
     return torch.cat(counted)

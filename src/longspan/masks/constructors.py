@@ -61,7 +61,7 @@ def _sorted_bands(mask: Mask, tokens: int, key_tokens: int) -> tuple[Band, ...]:
     return tuple(sorted(band for band in mask._bands(tokens, key_tokens) if band))
 
 
-def rows(mask: Mask | Sequence[Mask], rows: int, tokens: int, key_tokens: int) -> tuple[Band, ...]:
+def batch_bands(mask: Mask | Sequence[Mask], rows: int, tokens: int, key_tokens: int) -> tuple[Band, ...]:
     """The bands of a batch laid out as one long row, in which row b begins at query b * tokens and key b * key_tokens.
 
     Tokens of different rows never see each other.
@@ -383,13 +383,13 @@ def shows_later_tokens(mask: Mask) -> bool:
     return isinstance(mask, Full | PrefixLM) or (isinstance(mask, Window) and mask.right != 0)
 
 
-def documents_of(mask: Mask | None) -> Documents | None:
+def documents_in_mask(mask: Mask | None) -> Documents | None:
     """The ``Documents`` mask that ``mask`` is, or that it contains as an operand of ``&``; the first if there are several.
 
     None if there is none, if ``mask`` is None, or if those ``Documents`` have ``key_lengths``.
     """
     if isinstance(mask, And):
-        return documents_of(mask.left) or documents_of(mask.right)
+        return documents_in_mask(mask.left) or documents_in_mask(mask.right)
     return mask if isinstance(mask, Documents) and mask.key_lengths is None else None
 
 

@@ -60,7 +60,7 @@ def _forward_offloaded(
         size = min(x.numel() * x.element_size(), x.untyped_storage().nbytes())  # an expanded tensor has a smaller storage
         if size < OFFLOAD_BYTES or x.untyped_storage().data_ptr() in storages or _is_of_one_parameter(x, known):
             return x
-        same = (x.data_ptr(), x.shape, x.stride(), x.dtype, _compat.changes_in_place(x))
+        same = (x.data_ptr(), x.shape, x.stride(), x.dtype, _compat.version_counter(x))
         if same not in copies:
             copies[same] = (x.detach(), offloaded.add(x))
         return _Saved(offloaded, copies[same][1])
