@@ -47,6 +47,25 @@ def test_a_known_accelerator_is_found_by_its_name(monkeypatch: pytest.MonkeyPatc
     assert set(found) <= {*CLUSTERS, None}
 
 
+def test_it_chooses_nothing_that_the_run_then_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tiles beside tensor ranks, and tensor ranks of a class without a plan, as parallelize refuses them."""
+    monkeypatch.setattr(launch, "visible_devices", lambda work, ranks: 8)
+    monkeypatch.setattr(auto_plan, "_device_name", lambda: "NVIDIA A100-SXM4-40GB")
+    sizes = {"num_hidden_layers": 16, "hidden_size": 4096, "num_attention_heads": 4, "vocab_size": 150_000}
+    tensors = {}
+    for kind in ("llama", "gpt2"):  # 4 heads on 8 ranks, one row: an axis beside ulysses is needed
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "n_positions": 1 << 20} | sizes))
+        for tokens in (1024, 8192, 65_536):
+            config = planned(Train(plan="auto", model=f"hf:{tmp_path}", tokens=tokens), "")
+            tensors[kind, tokens] = config.tensor
+            assert config.tensor == 1 or config.tile_tokens is None
+    assert {tensors["gpt2", tokens] for tokens in (1024, 8192, 65_536)} == {1}
+    assert max(tensors.values()) > 1
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("name", CHOSEN)
 def test_it_refuses_beside_every_flag_that_it_would_choose(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     flag = f"--{name.replace('_', '-')}"

@@ -59,6 +59,8 @@ class ModelShape:
         extra_layer: parameters of a layer that no other field counts (attention sinks).
         learned_positions: rows of a learned position embedding.
         positions: the longest sequence that the model's positions reach, None if there is no limit.
+        whole: axes among "tensor" and "pipeline" that longspan does not split this class of model over (model_classes.py).
+        assumed: whether its config's ``model_type`` is unknown here, so that what configs do not name is assumed.
 
     Raises:
         ModelError: a size is below 1, or the query heads are not a multiple of the key/value heads.
@@ -90,6 +92,8 @@ class ModelShape:
     extra_layer: int = 0
     learned_positions: int = 0
     positions: int | None = None
+    whole: tuple[str, ...] = ()
+    assumed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden", "heads", "kv_heads", "qk_dim", "v_dim", "vocab", "layers"):

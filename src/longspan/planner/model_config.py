@@ -14,6 +14,7 @@ from typing import Any
 from longspan.errors import ModelError
 from longspan.masks.constructors import Causal, Chunked, Mask, Window
 from longspan.planner.model import LayerKind, ModelShape
+from longspan.planner.model_classes import ENCODERS, axes_left_whole
 
 NAMES = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -96,6 +97,10 @@ def _shape(config: Mapping[str, Any], name: str) -> ModelShape:
     if config.get("is_encoder_decoder") or kind in RECURRENT:
         what = "an encoder-decoder" if config.get("is_encoder_decoder") else f"a {kind} model with a recurrence over tokens"
         raise ModelError(f"{name} is {what}, whose time and memory the plan does not know; pass a decoder of attention layers")
+    if kind in ENCODERS:
+        raise ModelError(
+            f"{name} is an encoder ({kind}), whose layers the plan does not know; pass a decoder of attention layers"
+        )
     traits = TRAITS.get(kind, {})
     layers, hidden = _size(config, "layers", name), _size(config, "hidden", name)
     heads = _size(config, "heads", name)
@@ -137,6 +142,8 @@ def _shape(config: Mapping[str, Any], name: str) -> ModelShape:
         extra_layer=heads * traits.get("sinks", False) + hidden * traits.get("shared_gate", False),
         learned_positions=(positions or 0) + traits.get("extra_positions", 0) if traits.get("learned") else 0,
         positions=positions,
+        whole=axes_left_whole(config),
+        assumed=kind not in TRAITS,
     )
 
 
