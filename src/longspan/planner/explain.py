@@ -18,9 +18,10 @@ from longspan.planner.cost import (
     vocabulary_exchange_time,
 )
 from longspan.planner.rank_memory import RankMemory, fullest_stage, logits_bytes, rank_memory, saved_bytes
+from longspan.planner.search import TIE
 from longspan.planner.setting import Setting, rank_tokens
-from longspan.planner.strategy import Strategy, micro_batches
-from longspan.planner.uncertainty import memory_error, time_error
+from longspan.planner.strategy import AXES, Strategy, micro_batches
+from longspan.planner.uncertainty import memory_bound, memory_error, time_error
 
 GIB, TERA = 2**30, 1e12
 
@@ -203,8 +204,19 @@ def _checkpoint(x: Setting) -> str:
 
 
 def lost(x: Setting, best: Strategy, other: Strategy) -> str:
-    """A sentence: why ``other`` is slower than ``best``, by the part of the step that differs most."""
+    """A sentence: why ``other`` is slower than ``best``, by the part of the step that differs most; or what decided a tie."""
     one, two = step_time(x, best), step_time(x, other)
+    if float(two.total) <= (1 + TIE) * float(one.total):
+        mine, its = (float(rank_memory(x, s).total) for s in (best, other))
+        axes = [sum(getattr(s, axis) > 1 for axis in AXES) for s in (best, other)]
+        if mine * memory_bound(best) < its * (2 - memory_bound(other)):
+            reason = f"the best needs less memory, {_gib(mine)} instead of {_gib(its)}"
+        else:
+            reason = "the best has fewer axes" if axes[1] > axes[0] else "either may be the faster one"
+        return (
+            f"{other} takes {_seconds(float(two.total))} and the best {_seconds(float(one.total))}, which is a tie (within "
+            f"{TIE:.0%}): {reason}"
+        )
     gap = {name: float(getattr(two, name)) - float(getattr(one, name)) for name in one.__dataclass_fields__}
     name = max(gap, key=lambda part: gap[part])
     return (

@@ -70,9 +70,9 @@ class Plan:
 
     Attributes:
         model, cluster, workload: what was asked.
-        best: the fastest layout that fits.
-        runner_up: the fastest with other degrees or another ZeRO stage; None if there is none.
-        lost: the reason why the runner-up is slower, a sentence; "" without one.
+        best: the fastest layout that fits; of those within 1%, the one that needs less memory or has fewer axes.
+        runner_up: likewise, with other degrees or another ZeRO stage; None if there is none.
+        lost: the reason why the runner-up is slower, or lost a tie, a sentence; "" without one.
         legal, fitting: how many layouts were legal, and how many of them fit.
         longest: the most tokens of a row that some layout can hold.
     """
@@ -171,9 +171,10 @@ def _planned(x: Setting, must: dict[str, int], find_length: bool) -> Plan:
         least = ranking.smallest
         raise LayoutError(
             f"{shape.name} with {tokens:,} tokens does not fit on {where.gpus} {where.accelerator.name}: the layout that needs "
-            f"least ({least.strategy}) needs {least.bytes / GIB:,.1f} GiB of {where.accelerator.memory / GIB:,.1f} on a GPU "
-            f"and {least.host_bytes / GIB:,.0f} GiB of {where.host_memory / GIB:,.0f} on a host; "
-            f"{f'at most {limit:,} tokens fit' if limit else 'no length fits: use more GPUs'}"
+            f"least ({least.strategy}) needs {least.bytes / GIB:,.1f} GiB, +-{memory_error(least.strategy)[0]:.0%}, of "
+            f"{where.accelerator.memory / GIB:,.1f} on a GPU and {least.host_bytes / GIB:,.0f} GiB of "
+            f"{where.host_memory / GIB:,.0f} on a host; "
+            f"{f'at most {limit:,} tokens fit' if limit else 'no length fits: use more GPUs'}{_freed(x, must, limit)}"
         )
     other = ranking.runner_up
     return Plan(
@@ -187,6 +188,19 @@ def _planned(x: Setting, must: dict[str, int], find_length: bool) -> Plan:
         fitting=ranking.fitting,
         longest=limit,
     )
+
+
+def _freed(x: Setting, must: dict[str, int], limit: int) -> str:
+    """The end of an error, where nothing fits: which of the options in ``must`` to leave out, if more than ``limit`` tokens fit
+    without them; else ""."""
+    options = {name: must[name] for name in OPTION_NAMES if name in must and not name.startswith("offload")}
+    more = longest(x, {name: value for name, value in must.items() if name not in options}) if options else 0
+    if more <= limit:
+        return ""
+    named = {name: f"{name}={value}" for name, value in options.items() if name not in ("full", "selective")}
+    if "full" in options:
+        named["recompute"] = f"recompute={'full' if options['full'] else 'selective' if options['selective'] else 'none'}"
+    return f", or leave out {' and '.join(named.values())}: then up to {more:,} do"
 
 
 def choice(x: Setting, strategy: Strategy) -> Choice:

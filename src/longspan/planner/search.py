@@ -3,9 +3,12 @@
     degrees of the five axes that multiply to the GPUs   x  micro-batch  x  options   ->  columns  ->  time and memory of all
                                                                                        ->  the fastest that fits, the runner-up
 
-The formulas are those of cost.py and rank_memory.py: their strategy is a row here, and a column for each field.
+A layout fits if its memory with the error of that prediction added does. Times within 1% are a tie, which goes to the one that
+needs less memory by more than that error, else to the one with fewer axes. The formulas are those of cost.py and
+rank_memory.py: a strategy is a row, and a column for each field.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -19,11 +22,14 @@ from longspan.planner.cost import step_time
 from longspan.planner.rank_memory import rank_memory
 from longspan.planner.setting import Setting
 from longspan.planner.strategy import AXES, Strategy, check, legal_tensor
+from longspan.planner.uncertainty import memory_bound
 
 TILE_TOKENS = 4096
 """The ``tile_tokens`` that is considered, as in AutoMemory."""
 HEAD_CHUNKS = 4
 """The ``head_chunks`` that are considered beside 1."""
+TIE = 0.01
+"""Step times whose ratio is at most 1 + this count as equal."""
 ROWS_AT_ONCE = 100_000
 """Layouts that are priced in one call, so that the arrays stay in the processor's cache."""
 
@@ -42,10 +48,13 @@ class Columns:
     Args:
         degrees: [layouts, 6]: the degrees in the order of AXES, and the micro-batch.
         options: [options, 7] in the order of OPTION_NAMES; every layout is combined with every option.
+        first: the number of the first strategy among those of all blocks.
     """
 
-    def __init__(self, degrees: NDArray[np.int64], options: NDArray[np.int64]) -> None:
-        self.count = len(degrees) * len(options)
+    def __init__(self, degrees: NDArray[np.int64], options: NDArray[np.int64], first: int = 0) -> None:
+        self.count, self.first = len(degrees) * len(options), first
+        groups = np.unique(degrees[:, : len(AXES)], axis=0, return_inverse=True)[1].reshape(-1)
+        self.group = np.repeat(groups, len(options))  # equal where all degrees are, whatever the micro-batch
         for index, name in enumerate((*AXES, "micro_batch")):
             setattr(self, name, np.repeat(degrees[:, index], len(options)))
         for index, name in enumerate(OPTION_NAMES):
@@ -74,6 +83,8 @@ class Columns:
         )
 
 
+KIND = (*AXES, "zero")
+"""What a runner-up has otherwise than the best layout: a degree, or the ZeRO stage."""
 OPTION_NAMES = ("zero", "offload_parameters", "full", "selective", "offload_activations", "tile_tokens", "head_chunks")
 
 
@@ -98,10 +109,11 @@ class Ranking:
     """The result of a search.
 
     Attributes:
-        best: the fastest layout that fits.
-        runner_up: the fastest one with other degrees or another ZeRO stage; None if there is none.
+        best: the fastest layout that fits; of those within ``TIE`` the one that needs least memory beyond the error of that
+            prediction, then the one with fewest axes.
+        runner_up: likewise of those with other degrees or another ZeRO stage; None if there is none.
         legal, fitting: how many layouts are legal, and how many of them fit.
-        smallest: the layout that needs least memory, which may not fit.
+        smallest: the layout that needs least memory, its error added, which may not fit.
     """
 
     best: Found | None
@@ -129,7 +141,7 @@ def degree_rows(x: Setting, fixed: dict[str, int]) -> NDArray[np.int64]:
     tensors = [t for t in _divisors(gpus) if legal_tensor(shape, t)]
     found = []
     for tensor, pipeline in product(_allowed(tensors, fixed, "tensor"), _allowed(_divisors(gpus), fixed, "pipeline")):
-        if gpus % (tensor * pipeline) or pipeline > shape.layers:
+        if gpus % (tensor * pipeline) or pipeline > (1 if "pipeline" in shape.whole else shape.layers):
             continue
         left = gpus // (tensor * pipeline)
         for ulysses in _allowed(_divisors(left), fixed, "ulysses"):
@@ -146,6 +158,7 @@ def degree_rows(x: Setting, fixed: dict[str, int]) -> NDArray[np.int64]:
     if not found:
         degrees = {name: value for name, value in fixed.items() if name in (*AXES, "micro_batch")}
         check(shape, x.workload, Strategy(**degrees), gpus if set(AXES) <= set(degrees) else None)  # type: ignore[arg-type]
+        _refuse_what_does_not_divide({name: degrees[name] for name in AXES if degrees.get(name, 1) > 1}, gpus)
         raise LayoutError(
             f"no degrees fill {gpus} GPUs with {rows} rows of {x.workload.tokens:,} tokens of {shape.name}"
             f"{' with ' + ', '.join(f'{k}={v}' for k, v in fixed.items()) if fixed else ''}: data must divide the rows, "
@@ -153,6 +166,23 @@ def degree_rows(x: Setting, fixed: dict[str, int]) -> NDArray[np.int64]:
             f"multiply to {gpus}; change the rows of a step or the number of GPUs"
         )
     return np.array(found, dtype=np.int64)
+
+
+def _refuse_what_does_not_divide(degrees: dict[str, int], gpus: int) -> None:
+    """Raise LayoutError, with the legal values, if the ``degrees``, each above 1, or their product do not divide ``gpus``."""
+    product = math.prod(degrees.values())
+    if gpus % product == 0:
+        return
+    legal = [str(d) for d in _divisors(gpus)]
+    listed = " or ".join([", ".join(legal[:-1]), legal[-1]] if len(legal) > 1 else legal)
+    for name, degree in degrees.items():
+        if gpus % degree:
+            raise LayoutError(f"{name}={degree} does not divide {gpus} GPUs; use {listed}")
+    named = " x ".join(f"{name}={degree}" for name, degree in degrees.items())
+    raise LayoutError(
+        f"{named} are {product} ranks, which do not divide {gpus} GPUs; use degrees whose product is {listed}, or "
+        f"{product} GPUs"
+    )
 
 
 def _allowed(values: list[int], fixed: dict[str, int], name: str) -> list[int]:
@@ -201,66 +231,97 @@ def search(x: Setting, fixed: dict[str, int] | None = None) -> Ranking:
     """
     fixed = fixed or {}
     degrees, options = degree_rows(x, fixed), option_rows(fixed)
-    kept: list[Found] = []
+    lines: list[NDArray[np.float64]] = []  # a line for each layout that may be the best or the runner-up
     smallest: Found | None = None
-    legal = fitting = 0
-    for columns in _blocks(x, degrees, options):
+    least, legal, fitting = np.inf, 0, 0
+    for columns in _blocks(degrees, options):
         seconds, needs = np.asarray(step_time(x, columns).total), rank_memory(x, columns)
         total, host = np.asarray(needs.total), np.asarray(needs.host) + np.zeros(columns.count)
-        possible = columns.head_chunks <= x.shape.heads // (columns.ulysses * columns.tensor)  # type: ignore[attr-defined]
-        fits = possible & (total <= x.cluster.accelerator.memory) & (host <= x.cluster.host_memory)
+        possible, bound = _is_possible(x, columns), total * memory_bound(columns)
+        fits = possible & (bound <= x.cluster.accelerator.memory) & (host <= x.cluster.host_memory)
         legal, fitting = legal + int(possible.sum()), fitting + int(fits.sum())
+        kept = _near_the_fastest_of_their_kind(columns, np.where(fits, seconds, np.inf))
+        numbers = [columns.first + kept, seconds[kept], total[kept], host[kept], bound[kept]]
+        lines.append(np.stack([*numbers, *(getattr(columns, name)[kept] for name in KIND)], axis=1))
+        low = int(np.argmin(np.where(possible, bound, np.inf)))
+        if possible[low] and bound[low] < least:
+            smallest, least = Found(columns.strategy(low), float(seconds[low]), float(total[low]), float(host[low])), bound[low]
+    if smallest is None:  # head_chunks or tile_tokens, where ``fixed`` has them
+        check(x.shape, x.workload, Columns(degrees[:1], options[:1]).strategy(0))
+        raise LayoutError(
+            f"no layout of {x.shape.name} has {', '.join(f'{k}={v}' for k, v in fixed.items())}; give fewer values"
+        )
 
-        def found(index: int, c: Columns = columns, s: Any = seconds, total: Any = total, host: Any = host) -> Found:
-            return Found(c.strategy(index), float(s[index]), float(total[index]), float(host[index]))
+    def found(line: NDArray[np.float64] | None) -> Found | None:
+        if line is None:
+            return None
+        row, option = divmod(int(line[0]), len(options))
+        return Found(Columns(degrees[row : row + 1], options[option : option + 1]).strategy(0), *map(float, line[1:4]))
 
-        kept += [found(int(i)) for i in _best_of_each(columns, np.where(fits, seconds, np.inf))]
-        least = found(int(np.argmin(np.where(possible, total, np.inf))))
-        smallest = least if smallest is None or least.bytes < smallest.bytes else smallest
-    assert smallest is not None
-    kept.sort(key=lambda f: f.seconds)
-    best = kept[0] if kept else None
-    other = next((f for f in kept if best is not None and _kind(f.strategy) != _kind(best.strategy)), None)
-    return Ranking(best, other, legal, fitting, smallest)
+    lines_of_all = np.concatenate(lines)
+    best = _best(lines_of_all)
+    others = lines_of_all if best is None else lines_of_all[(lines_of_all[:, 5:] != best[5:]).any(axis=1)]
+    return Ranking(found(best), found(_best(others)), legal, fitting, smallest)
 
 
-def _blocks(x: Setting, degrees: NDArray[np.int64], options: NDArray[np.int64]) -> Iterator[Columns]:
+def _is_possible(x: Setting, columns: Columns) -> NDArray[np.bool_]:
+    """For each strategy whether its options are legal beside its degrees, as in ``check``: chunks of heads, and tiles."""
+    c: Any = columns
+    return (c.head_chunks <= x.shape.heads // (c.ulysses * c.tensor)) & ((c.tile_tokens == 0) | (c.tensor == 1))  # type: ignore[no-any-return]
+
+
+def _blocks(degrees: NDArray[np.int64], options: NDArray[np.int64]) -> Iterator[Columns]:
     """Yield all combinations of degrees and options in blocks of about ``ROWS_AT_ONCE`` strategies, which fit into memory."""
     size = max(1, ROWS_AT_ONCE // len(options))
     for start in range(0, len(degrees), size):
-        yield Columns(degrees[start : start + size], options)
+        yield Columns(degrees[start : start + size], options, first=start * len(options))
 
 
-def _best_of_each(columns: Columns, seconds: NDArray[np.float64]) -> list[int]:
-    """The indices of the fastest strategy, and of the fastest one that has other degrees or another ZeRO stage.
+def _near_the_fastest_of_their_kind(columns: Columns, seconds: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The indices of the strategies that take at most ``TIE`` longer than the fastest with their degrees and ZeRO stage.
 
-    Infinite ``seconds`` are no candidates, so the list may have one index or none.
+    Infinite ``seconds`` are no candidates. The best and the runner-up of all are among them.
     """
-    first = int(np.argmin(seconds))
-    if not np.isfinite(seconds[first]):
-        return []
-    same = np.ones(columns.count, dtype=bool)
-    for name in (*AXES, "zero"):
-        values = getattr(columns, name)
-        same &= values == values[first]
-    second = int(np.argmin(np.where(same, np.inf, seconds)))
-    return [first] + ([second] if np.isfinite(seconds[second]) and not same[second] else [])
+    kinds = 4 * columns.group + columns.zero  # type: ignore[attr-defined]
+    fastest = np.full(int(kinds.max()) + 1, np.inf)
+    np.minimum.at(fastest, kinds, seconds)
+    return np.flatnonzero(np.isfinite(seconds) & (seconds <= (1 + TIE) * fastest[kinds]))
 
 
-def _kind(strategy: Strategy) -> tuple[int, ...]:
-    """The degrees and the ZeRO stage of a strategy: a runner-up has another one."""
-    return (*(getattr(strategy, axis) for axis in AXES), strategy.zero)
+def _best(lines: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """The line of the best layout: of those within ``TIE`` of the fastest, that with least memory, then with fewest axes.
+
+    Memory is less where the largest that the error of its prediction allows is below the smallest of another.
+
+    Args:
+        lines: [layouts, 11]: a number, seconds, bytes, bytes of the host, bytes with their error, and what ``KIND`` names.
+
+    Returns:
+        A line, or None if there is none.
+    """
+    if not len(lines):
+        return None
+    near = lines[lines[:, 1] <= (1 + TIE) * lines[:, 1].min()]
+    slim = near[2 * near[:, 2] - near[:, 4] <= near[:, 4].min()]
+    axes = (slim[:, 5:-1] > 1).sum(axis=1)
+    return slim[np.lexsort((slim[:, 1], axes))[0]]  # type: ignore[no-any-return]
 
 
 def longest(x: Setting, fixed: dict[str, int] | None = None) -> int:
     """The most tokens of a row with which some legal layout fits, to within a thousandth; 0 if none fits.
 
+    It is exact where all positions of the model fit, and at least the tokens of ``x`` where those fit.
+
     Args:
         x: model, cluster, software and step; the rows of a step stay as they are, and the model's positions limit the tokens.
         fixed: degrees and options that must have these values; None: all are free.
     """
-    fixed = fixed or {}
-    fits, above = 0, 1 << 34 if x.shape.positions is None else x.shape.positions + 1
+    fixed, positions, planned = fixed or {}, x.shape.positions, x.workload.tokens
+    if positions is not None and _any_fits(_with_tokens(x, positions), fixed):
+        return positions
+    fits, above = 0, 1 << 34 if positions is None else positions
+    if planned < above:
+        fits, above = (planned, above) if _any_fits(x, fixed) else (fits, planned)
     while above - fits > max(1, fits // 1000):
         middle = (fits + above) // 2
         fits, above = (middle, above) if _any_fits(_with_tokens(x, middle), fixed) else (fits, middle)
@@ -273,9 +334,10 @@ def _any_fits(x: Setting, fixed: dict[str, int]) -> bool:
         degrees = degree_rows(x, {"micro_batch": 1} | fixed)
     except LayoutError:
         return False
-    for columns in _blocks(x, degrees, option_rows(fixed)):
+    for columns in _blocks(degrees, option_rows(fixed)):
         needs = rank_memory(x, columns)
-        if ((needs.total <= x.cluster.accelerator.memory) & (needs.host <= x.cluster.host_memory)).any():
+        fits = needs.total * memory_bound(columns) <= x.cluster.accelerator.memory
+        if (_is_possible(x, columns) & fits & (needs.host <= x.cluster.host_memory)).any():
             return True
     return False
 

@@ -160,6 +160,18 @@ def check(shape: ModelShape, workload: Workload, strategy: Strategy, gpus: int |
         raise LayoutError(f"{product} are {strategy.ranks} ranks, but there are {gpus}; degrees must multiply to {gpus}")
     if strategy.zero not in (0, 1, 2, 3):
         raise LayoutError(f"zero={strategy.zero} is unknown; legal are 0, 1, 2 and 3")
+    for axis in shape.whole:
+        if getattr(strategy, axis) > 1:
+            instead = "ulysses or ring" if axis == "tensor" else "data, ulysses or ring"
+            raise LayoutError(
+                f"{axis}={getattr(strategy, axis)} is refused for the class of {shape.name}, which has no plan for it that "
+                f"longspan honours (docs/plans.md has every class); use {axis}=1 with {instead}"
+            )
+    if strategy.tile_tokens and strategy.tensor > 1:
+        raise LayoutError(
+            f"tile_tokens={strategy.tile_tokens} does not work with tensor={strategy.tensor}, whose ranks exchange all tokens "
+            f"of a feed-forward at once; leave it out, or use tensor=1"
+        )
     _heads(shape, strategy)
     if strategy.pipeline * strategy.stages_per_rank > shape.layers:
         raise LayoutError(
@@ -212,6 +224,8 @@ def legal_tensor(shape: ModelShape, degree: int) -> bool:
 
     It fits them if it divides their number, or is a multiple of it.
     """
+    if "tensor" in shape.whole:
+        return degree == 1
     widths = [width for kind in shape.kinds for width in (kind.ffn, kind.expert_ffn) if width]
     kv = shape.kv_heads % degree == 0 or degree % shape.kv_heads == 0
     return shape.heads % degree == 0 and kv and all(width % degree == 0 for width in widths)

@@ -3,6 +3,11 @@
 strategy  ->  kind: offload | model | sequence | data  ->  the source of that kind with the largest error (published_errors.py)
 """
 
+from typing import Any
+
+import numpy as np
+
+from longspan.planner.closed_forms import Number
 from longspan.planner.published_errors import MEMORY, STEP_TIME, Row
 from longspan.planner.strategy import Strategy
 
@@ -36,6 +41,17 @@ def memory_error(strategy: Strategy) -> tuple[float, str]:
         (relative error, the published runs from which it is taken, as text).
     """
     return _largest(MEMORY, kind(strategy))
+
+
+def memory_bound(s: Any) -> Number:
+    """How many times the predicted memory a device must have for a strategy ``s`` to fit: 1 + the error of the prediction.
+
+    The fields of ``s`` are numbers, or arrays of them.
+    """
+    of = {name: 1 + _largest(MEMORY, name)[0] for name in KINDS}
+    is_offload = np.asarray(s.offload_optimizer, dtype=bool) | np.asarray(s.offload_parameters, dtype=bool)
+    on_devices = np.where(s.ring * s.ulysses > 1, of["sequence"], of["data"])
+    return np.where(is_offload, of["offload"], np.where(s.tensor * s.pipeline > 1, of["model"], on_devices))
 
 
 def _largest(rows: tuple[Row, ...], wanted: str) -> tuple[float, str]:
