@@ -1,8 +1,10 @@
 """The surface is pinned: the public names, the tree of files and of tests, the version."""
 
 import ast
+import importlib
 import re
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import longspan
@@ -53,6 +55,27 @@ def test_every_module_of_the_folders_below_has_a_test_of_its_own() -> None:
         tests = [ROOT / "tests" / folder / f"test_{module}.py" for module in modules]
         missing += [str(test.relative_to(ROOT)) for test in tests if not test.exists()]
     assert missing == []
+
+
+def test_every_name_of_longspan_in_a_text_exists() -> None:
+    """An error that names a function as the way out must not name one that is not there."""
+    named = set()
+    for path in PACKAGE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings]
+        named |= {
+            name for text in texts if isinstance(text, str) for name in re.findall(r"\blongspan(?:\.[a-zA-Z_]\w*)+", text)
+        }
+    assert {"longspan.hf.save", "longspan.tiled"} <= named
+    assert sorted(name for name in named if not _exists(name)) == []
+
+
+def _exists(name: str) -> bool:
+    """Whether the dotted ``name`` is a module, which may need an extra that is not installed, or an attribute of one."""
+    folder, _, last = name.rpartition(".")
+    inside = importlib.import_module(folder)
+    return hasattr(inside, last) or (hasattr(inside, "__path__") and find_spec(name) is not None)
 
 
 def test_no_test_imports_a_test() -> None:

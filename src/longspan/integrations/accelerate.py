@@ -225,7 +225,7 @@ class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
             if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
                 raise RunError(
                     f"accelerator.{method} would handle this rank's shards of parameters only (zero=2, zero=3, tensor > 1); "
-                    f"call longspan.hf.weights.save(model, folder, mesh) on every rank for a Hugging Face folder, "
+                    f"call longspan.hf.save(model, folder, mesh) on every rank for a Hugging Face folder, "
                     f"torch.distributed.checkpoint for model and optimizer, or use zero=0 and tensor=1"
                 )
 
