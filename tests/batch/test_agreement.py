@@ -113,6 +113,16 @@ def _one_breaks(rank: int) -> None:
     shard_batch(_Broken() if rank == 1 else {"input_ids": IDS}, ParallelMesh(ulysses=2))
 
 
+def test_the_rank_that_broke_has_the_cause(tmp_path: Path) -> None:
+    assert on_ranks(2, _cause, tmp_path=tmp_path) == ["NoneType", "RuntimeError"]
+
+
+def _cause() -> str:
+    with pytest.raises(BatchError, match="RuntimeError: the storage is gone") as caught:
+        _one_breaks(dist.get_rank())
+    return type(caught.value.__cause__).__name__
+
+
 def _one_disk_is_full(rank: int) -> None:
     raise_first_error(BatchError("the disk of rank 1 is full") if rank == 1 else None, ParallelMesh(ulysses=2).world_group)
 

@@ -93,6 +93,7 @@ def _everything(folder: Path) -> list[str]:
 
     with pytest.raises(LongspanError) as found:
         write()
+    assert isinstance(found.value.__cause__, OSError) == (rank == 1)  # rank 1 failed first, and its error is raised by all
     texts.append(f"{type(found.value).__name__} {found.value}")
     with pytest.raises(LongspanError) as found:
         raise_first_error(RunError(f"disk {rank} is full") if rank else None, group)

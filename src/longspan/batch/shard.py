@@ -88,8 +88,11 @@ def shard_batch(
         whole = [_on_host(one) for one in micro_batches]
         parts = [shard_local(one, mesh.coordinate, shift=shift, mask=mask, dims=dims) for one in whole]
         _refuse_unequal_shapes(parts, mesh.coordinate)
+    except LongspanError as error:
+        problem = error
     except Exception as error:
-        problem = error if isinstance(error, LongspanError) else BatchError(f"{type(error).__name__}: {error}")
+        problem = BatchError(f"{type(error).__name__}: {error}")
+        problem.__cause__ = error
     agreed = [on_device(part, mesh.device) for part in sync_batches(parts, mesh, error=problem)]
     return agreed[0] if isinstance(batch, Mapping) else agreed
 
@@ -196,6 +199,9 @@ def unshard(tensor: Num[Tensor, "*part"], mesh: ParallelMesh, dim: int = 1, toke
 
     Returns:
         A tensor with the whole row along ``dim``, in the row's order.
+
+    Raises:
+        BatchError: ``dim`` has not as many tokens as this rank holds of a row of ``tokens``.
     """
     coordinate = mesh.coordinate
     sequence = coordinate.sequence_ranks

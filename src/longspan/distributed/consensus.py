@@ -149,7 +149,7 @@ def raise_together(
         undo: called on every rank before the error is raised, to remove what the block has written; None: nothing to remove.
 
     Raises:
-        LongspanError: on every rank, the converted error of the first rank that has one.
+        LongspanError: on every rank, the converted error of the first rank that has one; there the exception is its cause.
     """
     error: LongspanError | None = None
     try:
@@ -158,6 +158,8 @@ def raise_together(
         error = convert(found)
         if error is None:
             raise
+        if error is not found:
+            error.__cause__ = found
     try:
         raise_first_error(error, group)
     except LongspanError:
