@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from longspan import ModelError, ParallelMesh, forward_backward, parallelize, shard_batch
 from longspan.distributed.consensus import gather
@@ -17,6 +17,7 @@ from longspan.hf import export
 from longspan.hf.export import save
 from longspan.hf.weights import load
 from tests.helpers.folders import whole, write
+from tests.helpers.hf_models import BASE
 from tests.helpers.ranks import Ranks
 
 transformers.logging.set_verbosity_error()
@@ -65,6 +66,18 @@ def test_what_is_saved_is_what_was_trained(
     kept = json.loads((out / "config.json").read_text())
     assert (kept["architectures"], kept["dtype"], kept["use_cache"]) == (["LlamaForCausalLM"], "float32", True)
     assert not (out / "sharded").exists()
+
+
+def test_a_config_that_other_models_share_is_not_written_to(tmp_path: Path) -> None:
+    config = LlamaConfig(**BASE, dtype="float32")
+    before = config.to_dict()
+    model = LlamaForCausalLM(config).double()
+    for folder in ("alone", "parallel"):
+        mesh = ParallelMesh()
+        save(model if folder == "alone" else parallelize(model, mesh), tmp_path / folder, mesh)
+        kept = json.loads((tmp_path / folder / "config.json").read_text())
+        assert (kept["architectures"], kept["dtype"]) == (["LlamaForCausalLM"], "float64")
+        assert config.to_dict() == before
 
 
 def saved_nowhere(folder: str, out: str) -> str:

@@ -100,6 +100,11 @@ class PretrainedAdapter:
         self._findings: dict[type[Any], Found] = {}
         self._undo: list[Undo] = []
 
+    def given_config(self) -> PreTrainedConfig:
+        """The config that the user gave the model; the parallel model has a copy of it that names longspan's attention."""
+        config: PreTrainedConfig = self.configs[0][1]
+        return config
+
     def computes_loss(self) -> bool:
         """True if the model's forward, once installed, returns the loss over all ranks; False if labels are refused."""
         return self.loss_kind is not None

@@ -10,8 +10,9 @@ A tensor at a time is whole, on the disk. A weight that two pipeline stages shar
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -23,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from longspan.distributed.consensus import gather, raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
+from longspan.hf.adapter import PretrainedAdapter
 from longspan.hf.names import tensor_names
 from longspan.hf.weights import cause
 from longspan.models.adapter import parallel_state
@@ -101,9 +103,10 @@ def _files_of(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _config_of(model: Any) -> PreTrainedConfig:
-    """The user's config of the model (not the copy that names longspan's attention), with the model's class and dtype set."""
+    """A copy of the user's config of the model (not of the one that names longspan's attention), with its class and dtype."""
     state = parallel_state(model)
-    config: PreTrainedConfig = model.config if state is None else cast(Any, state.adapter).configs[0][1]
+    adapter = None if state is None else state.adapter
+    config: PreTrainedConfig = deepcopy(adapter.given_config() if isinstance(adapter, PretrainedAdapter) else model.config)
     kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     config.architectures = [kind.__name__]
     config.dtype = next(model.parameters()).dtype
