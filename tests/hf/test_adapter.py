@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 
-from longspan import ParallelMesh, parallelize, shard_batch, unparallelize, unshard
+from longspan import MemoryOptions, ParallelMesh, parallelize, shard_batch, unparallelize, unshard
+from longspan.hf.adapter import PretrainedAdapter
 from longspan.models.adapter import parallel_state
 from tests.helpers.hf_models import (
     BASE,
@@ -153,6 +154,27 @@ def embedding_error(folder: str) -> float:
     real = batch["attention_mask"].unsqueeze(2)
     ours, theirs = (F.normalize((x * real).sum(1) / real.sum(1), dim=1) for x in (found, expected))
     return float((ours - theirs).abs().max())
+
+
+class Fails:
+    """A finding whose ``install`` fails; all that stand before it in the order have changed the model by then."""
+
+    def install(self, model: object, mesh: ParallelMesh) -> None:
+        raise RuntimeError("no room for another hook")
+
+
+def test_a_model_that_cannot_be_changed_to_the_end_is_not_changed_at_all() -> None:
+    mesh, model = ParallelMesh(), build("llama")
+    adapter = PretrainedAdapter(model, model)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    hooks = {name: len(module._forward_pre_hooks) for name, module in model.named_modules()}
+    adapter.prove(mesh, MemoryOptions())
+    adapter._findings[Fails] = Fails()
+    with pytest.raises(RuntimeError, match="no room for another hook"):
+        adapter.install(mesh, MemoryOptions())
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    assert {name: len(module._forward_pre_hooks) for name, module in model.named_modules()} == hooks
+    parallelize(model, mesh)
 
 
 def test_a_model_beside_it_that_shares_the_config_is_untouched() -> None:

@@ -164,8 +164,16 @@ class PretrainedAdapter:
         self._findings = candidate.findings
 
     def install(self, mesh: ParallelMesh, memory: MemoryOptions) -> None:
-        """Make the model compute over ``mesh``, in place: apply everything that ``prove`` found, in the order of DEVIATIONS."""
-        self._undo = [found.install(self.model, mesh) for found in self._findings.values()]
+        """Make the model compute over ``mesh``, in place: apply everything that ``prove`` found, in the order of DEVIATIONS.
+
+        If one change fails, those before it are undone, and its exception is raised.
+        """
+        try:
+            for found in self._findings.values():
+                self._undo.append(found.install(self.model, mesh))
+        except BaseException:
+            self.undo()
+            raise
 
     def refuse_call(self, keywords: Mapping[str, Any]) -> None:
         """Raise the LongspanError with which the parallel model refuses a call with these keywords; return if it accepts them.
