@@ -16,7 +16,7 @@ from longspan.distributed import grad_norm as gradients
 from longspan.distributed.grad_sync import gradient_reductions
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import LayoutError, ModelError
-from longspan.memory.options import MemoryOptions
+from longspan.memory.options import AutoMemory, MemoryOptions
 from longspan.models.adapter import parallel_state
 from longspan.models.decoder import Decoder
 from longspan.models.decoder_config import DecoderConfig
@@ -217,6 +217,29 @@ def _refusals():
     for text, (error, attempt) in REFUSALS.items():
         with pytest.raises(error, match=text) as refused:
             attempt(mesh)
+        texts.append(str(refused.value))
+    return texts
+
+
+def test_other_arguments_on_one_rank_are_no_other_model(tmp_path):
+    one, other = on_ranks(2, _other_arguments, tmp_path=tmp_path)
+    assert one == other
+    ends = "on rank 1; pass the same on every rank"
+    assert one == [
+        f"the arguments of parallelize differ between ranks: {text} {ends}"
+        for text in (
+            "zero is 0 on rank 0 and 3", "dtype is None on rank 0 and torch.bfloat16",
+            "kernel is auto on rank 0 and online", f"memory is {MemoryOptions()} on rank 0 and {AutoMemory(9.0, 64)}",
+        )
+    ]  # fmt: skip
+
+
+def _other_arguments():
+    mesh, texts = ParallelMesh(ulysses=2), []
+    second = mesh.coordinate.ulysses_rank == 1
+    for given in ({"zero": 3}, {"dtype": torch.bfloat16}, {"kernel": "online"}, {"memory": AutoMemory(9.0, 64)}):
+        with pytest.raises(ModelError) as refused:
+            parallelize(_decoder(), mesh, **given if second else {})
         texts.append(str(refused.value))
     return texts
 

@@ -41,7 +41,7 @@ from longspan.memory.options import AutoMemory, MemoryOptions
 from longspan.memory.tiling import refuse_to_tile, tiled
 from longspan.models.adapter import STATE, UNREAD, ModelAdapter, ParallelState, UnreadWeights, parallel_state
 from longspan.models.decoder_adapter import DecoderAdapter, SeededWeights
-from longspan.models.fingerprint import agree, fingerprints
+from longspan.models.fingerprint import agree, fingerprints, refuse_other_arguments
 from longspan.models.unchanged import Snapshot
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -94,15 +94,17 @@ def parallelize(
             nothing fits into.
     """
     fsdp = FSDPOptions(zero, dtype, offload_parameters, fsdp_ranks)
+    arguments = vars(fsdp) | {"memory": memory, "kernel": _name(kernel), "pipeline": pipeline}
+    refuse_other_arguments(mesh, {name: str(value) for name, value in arguments.items()})
     fsdp, options = _options(model, mesh, fsdp, memory)
     adapter = adapter_of(model, kernel)
-    job = _Job(model, mesh, adapter, fsdp, options)
-    unread, degree = _unread(model), mesh.coordinate.pipeline
+    job = _Job(model, mesh, adapter, fsdp, options, pipeline)
+    unread = _unread(model)
     if unread is not None:
-        agree(mesh, lambda: _refuse_options(job) | unread.facts(model))
+        agree(mesh, partial(_facts_of_unread, job, unread))
         _read(job, unread)
-    agree(mesh, lambda: _prove(job, unread is not None) | {"kernel": _name(kernel), "pipeline": pipeline.on(degree)})
-    stages = _split(job, pipeline)
+    agree(mesh, partial(_prove, job, read_alike=unread is not None))
+    stages = _split(job)
     adapter.install(mesh, options)
     if mesh.coordinate.tensor > 1:
         TensorParallel(
@@ -221,12 +223,12 @@ def _refuse_a_copy(*_: object) -> None:
     )
 
 
-def _split(job: "_Job", options: PipelineOptions) -> PipelineParallel | None:
+def _split(job: "_Job") -> PipelineParallel | None:
     """Split the model into pipeline stages in place; None for one stage."""
     if job.mesh.coordinate.pipeline == 1:
         return None
     dtype = job.fsdp.dtype or next(p.dtype for p in job.model.parameters() if p.is_floating_point())
-    return PipelineParallel(job.model, job.adapter.pipeline_plan(), job.mesh, options, dtype)
+    return PipelineParallel(job.model, job.adapter.pipeline_plan(), job.mesh, job.pipeline, dtype)
 
 
 def _tokens_of_tensor_ranks(mesh: ParallelMesh, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -249,6 +251,7 @@ class _Job:
     adapter: ModelAdapter
     fsdp: FSDPOptions
     memory: MemoryOptions
+    pipeline: PipelineOptions
 
 
 def _options(
@@ -263,12 +266,12 @@ def _options(
         ModelError: on every rank alike: nothing fits into the budget, the choice differs between ranks, or ``fsdp.zero`` is set
             beside an AutoMemory.
     """
+    if isinstance(memory, MemoryOptions):
+        return fsdp, memory
     chosen: list[tuple[Choice, str]] = []
     itemsize = (fsdp.dtype or next((parameter.dtype for parameter in model.parameters()), torch.float32)).itemsize
 
     def look() -> dict[str, str]:
-        if isinstance(memory, MemoryOptions):
-            return {"memory": "MemoryOptions"}
         if mesh.coordinate.tensor > 1:
             raise ModelError("AutoMemory does not model tensor > 1; pass MemoryOptions and zero instead")
         if fsdp.zero:
@@ -279,8 +282,6 @@ def _options(
         return {"memory": found[1]}
 
     agree(mesh, look)
-    if isinstance(memory, MemoryOptions):
-        return fsdp, memory
     ((choice, why),) = chosen
     if mesh.loss_group.rank() == 0:
         logging.getLogger(__name__).info("AutoMemory chooses %s", why)
@@ -317,8 +318,9 @@ def _name(kernel: str | Kernel | KernelFunction) -> str:
     return str(getattr(kernel, "name", getattr(kernel, "__name__", type(kernel).__name__)))
 
 
-def _refuse_options(job: _Job) -> dict[str, str]:
-    """{name: text} of all options, which ranks compare. Raises the error of an option that model or mesh cannot have."""
+def _refuse_options(job: _Job) -> None:
+    """Raise the error of an option that model or mesh cannot have; otherwise return."""
+    job.pipeline.refuse_without_stages(job.mesh.coordinate.pipeline)
     if any(parallel_state(module) is not None for module in job.model.modules()):
         raise ModelError("the model or a part of it is parallel already; call unparallelize(model) first, or build another one")
     refuse_options(job.fsdp, job.model, job.mesh)
@@ -328,7 +330,6 @@ def _refuse_options(job: _Job) -> dict[str, str]:
             f"tile_tokens={job.memory.tile_tokens} does not work with tensor={job.mesh.coordinate.tensor}, whose ranks "
             f"exchange all tokens of a feed-forward at once; leave it out (recompute and head_chunks work), or use tensor=1"
         )
-    return {name: str(value) for name, value in (vars(job.memory) | vars(job.fsdp)).items()}
 
 
 def _refuse_another_device(job: _Job) -> None:
@@ -346,14 +347,20 @@ def _prove(job: _Job, read_alike: bool) -> dict[str, str]:
     """Raise the error of an option or a model that cannot be made parallel; otherwise return what must be equal on all ranks.
 
     Returns:
-        The options and, unless ``read_alike`` says that all ranks read their weights from the same source, the hash of each
-        parameter, as text by name.
+        The hash of each parameter, as text by name; nothing if ``read_alike`` says that all ranks read their weights from the
+        same source.
     """
-    facts = _refuse_options(job)
+    _refuse_options(job)
     job.adapter.prove(job.mesh, job.memory)
     if job.memory.tile_tokens is not None:
         _refuse_to_tile(job.adapter.token_wise(), job.memory.tile_tokens)
-    return facts if read_alike else facts | fingerprints(job.model)
+    return {} if read_alike else fingerprints(job.model)
+
+
+def _facts_of_unread(job: _Job, unread: UnreadWeights) -> dict[str, str]:
+    """Raise the error of an option that cannot be had; otherwise return what must be equal to read the same weights."""
+    _refuse_options(job)
+    return unread.facts(job.model)
 
 
 def _refuse_to_tile(modules: Sequence[nn.Module], tile_tokens: int) -> None:

@@ -204,7 +204,7 @@ def refused() -> None:
     _, mine = batches_of(mesh)
     with pytest.raises(ModelError, match=r"needs a mesh with pipeline > 1"):
         parallelize(model_of(), ParallelMesh(), pipeline=PipelineOptions("gpipe"))
-    with pytest.raises(ModelError, match=r"the model differs between ranks: pipeline is "):
+    with pytest.raises(ModelError, match=r"the arguments of parallelize differ between ranks: pipeline is "):
         parallelize(model_of(), mesh, pipeline=PipelineOptions("gpipe" if mesh.coordinate.pipeline_rank else "1f1b"))
     with pytest.raises(ModelError, match=r"has some of its layers on each rank and cannot be called; use forward_backward"):
         model(**shard_batch(mine[0], mesh))

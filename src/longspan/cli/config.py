@@ -105,7 +105,7 @@ class Layout(Ranks):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least(self, 1, "ulysses", "ring", "tensor", "pipeline", "tile_tokens", "head_chunks")
-        self.stages.on(self.pipeline)
+        self.stages.refuse_without_stages(self.pipeline)
 
     @property
     def local_ranks(self) -> int:

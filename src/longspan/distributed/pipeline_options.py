@@ -36,11 +36,10 @@ class PipelineOptions:
                 f"or more, the others with 1"
             )
 
-    def on(self, pipeline: int) -> str:
-        """The options as text, which ranks compare. Raises ModelError for options on one stage only (``pipeline`` 1)."""
+    def refuse_without_stages(self, pipeline: int) -> None:
+        """Raise ModelError for options on one stage only (``pipeline`` 1); otherwise return."""
         if pipeline == 1 and self != PipelineOptions():
             raise ModelError(f"pipeline={self} needs a mesh with pipeline > 1; use ParallelMesh(pipeline=...), or leave it out")
-        return str(self)
 
     def refuse_broken_rounds(self, pipeline: int, micro_batches: int) -> None:
         """Raise ModelError for a number of micro-batches that interleaved stages on ``pipeline`` ranks cannot run."""

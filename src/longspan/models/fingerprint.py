@@ -1,10 +1,10 @@
-"""Facts about a model by which ranks are compared: a hash of every parameter and buffer, and whatever else is given as text.
+"""Facts about a model by which ranks are compared: a hash of every parameter and buffer; and the arguments of ``parallelize``.
 
-    rank 0   {"norm.weight": "[64] torch.float32 trained=True 81fc...", "kernel": "auto", ...}
+    rank 0   {"norm.weight": "[64] torch.float32 trained=True 81fc...", ...}
     rank 1   {...}                                                                                -->  all equal, or one error
     rank 2   {...}
 
-One small exchange before the first data collective. The hash of a tensor is formed where it is:
+One small exchange of each before the first data collective. The hash of a tensor is formed where it is:
 
     its bits as integers          x0  x1  x2  ...
     weights, odd and mixed        w0  w1  w2  ...      hash = x0 w0 + x1 w1 + ...   modulo 2^64, piece by piece
@@ -13,13 +13,13 @@ A sum of integers modulo 2^64 does not depend on its order, so every device give
 device at once. They are against accidents, not against attacks. Independent of the kind of model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from longspan.distributed.consensus import first_difference, gather_or_raise
+from longspan.distributed.consensus import first_difference, gather, gather_or_raise
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 
@@ -47,6 +47,22 @@ def agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
         raise ModelError(
             f"the model differs between ranks: {name} is {first} on rank 0 and {other} on rank {rank}; "
             f"build it with the same config and seed, or load the same checkpoint, on every rank"
+        )
+
+
+def refuse_other_arguments(mesh: ParallelMesh, mine: Mapping[str, str]) -> None:
+    """Raise ModelError on every rank alike if an argument of ``parallelize`` is not the same on all; otherwise return.
+
+    Args:
+        mesh: the ranks, each of which must call this.
+        mine: this rank's arguments, {name: text}.
+    """
+    difference = first_difference(gather(mine, mesh.world_group))
+    if difference is not None:
+        name, first, rank, other = difference
+        raise ModelError(
+            f"the arguments of parallelize differ between ranks: {name} is {first} on rank 0 and {other} on rank {rank}; "
+            f"pass the same on every rank"
         )
 
 
