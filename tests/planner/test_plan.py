@@ -100,6 +100,12 @@ def test_every_cluster_has_figures_with_a_source(name: str) -> None:
     assert plan("llama-1b", hardware=name, gpus=16, tokens=8192).best.seconds > 0
 
 
+def test_an_l20_has_the_memory_that_nvidia_smi_shows() -> None:
+    device = cluster("l20", 1).accelerator
+    assert device.memory == 46_068 * 2**20
+    assert "memory: nvidia-smi" in device.source
+
+
 def test_a_thousand_gpus_are_searched_quickly() -> None:
     begin = time.perf_counter()
     found = search(Setting(PRESETS["llama-70b"], cluster("h100", 1024), Recipe(), Workload(tokens=32_768, rows=256)))

@@ -140,6 +140,7 @@ def _accelerator(
     fp32: float,
     reached_source: str = MAMF,
     attention_source: str = FLASH2,
+    memory_source: str = SPEC,
 ) -> Accelerator:
     """An Accelerator, a row of this file's tables, from rates in tera-operations a second, GiB of memory and TB/s.
 
@@ -149,7 +150,7 @@ def _accelerator(
         reached, reached_fp8: rates that large matrix products were measured to reach.
         flash, fused: measured (forward, backward) rates of attention kernels.
         gib, bandwidth, multiprocessors: memory, its bandwidth, and the units that compute.
-        reached_source, attention_source: where these figures are from.
+        reached_source, attention_source, memory_source: where these figures are from.
     """
     peak = {"fp32": fp32 * TERA, "bf16": bf16 * TERA} | ({"fp8": fp8 * TERA} if fp8 else {})
     matmul = {"fp32": 0.85 * fp32 * TERA, "bf16": reached * TERA} | ({"fp8": reached_fp8 * TERA} if reached_fp8 else {})
@@ -164,7 +165,7 @@ def _accelerator(
         memory=gib * 2**30,
         bandwidth=bandwidth * TERA,
         multiprocessors=multiprocessors,
-        source=f"peak, memory, bandwidth: {SPEC}; matmul: {reached_source}; attention: {attention_source}",
+        source=f"peak, bandwidth: {SPEC}; memory: {memory_source}; matmul: {reached_source}; attention: {attention_source}",
     )
 
 
@@ -203,7 +204,10 @@ MI355X = _accelerator(
     "MI355X", 2516, 5033, 1700, 3300, (900, 640), None, 287.0, 8.0, 256, fp32=157,
     reached_source=_SCALED, attention_source=_SCALED,
 )  # fmt: skip
-L20 = _accelerator("L20", 119.5, 239, 100, 190, (82, 70), None, 47.0, 0.864, 92, fp32=59.8, reached_source=_SCALED)
+L20 = _accelerator(
+    "L20", 119.5, 239, 100, 190, (82, 70), None, 46_068 / 1024, 0.864, 92, fp32=59.8, reached_source=_SCALED,
+    memory_source="nvidia-smi: 46,068 MiB of an L20",
+)  # fmt: skip
 H100_500W = replace(
     H100,
     name="H100-96GB-500W",
@@ -225,7 +229,6 @@ C2C = Link("NVLink-C2C", 380 * GIGA, 4 * MICRO, "450 GB/s by the data sheet, abo
 HDR200 = Link("200 Gbit/s a GPU", 24 * GIGA, 12 * MICRO, "25 GB/s by the standard, 0.97 of it measured (nccl-tests, NDR)")
 NDR400 = Link("400 Gbit/s a GPU", 48.5 * GIGA, 12 * MICRO, "50 GB/s by the standard, 48.5 measured (nccl-tests, all-to-all)")
 EFA = Link("EFA, 400 Gbit/s a GPU", 46 * GIGA, 30 * MICRO, "nccl figure of the Ultrascale playbook: 2 to 64 nodes, 256 MB")
-ROCE800 = Link("400 Gbit/s a GPU", 48.5 * GIGA, 12 * MICRO, "as NDR400")
 
 
 def _node(accelerator: Accelerator, inside: Link, between: Link, to_host: Link, gpus: int = 8) -> Cluster:
@@ -256,7 +259,7 @@ CLUSTERS = {
     "h200": _node(H200, NVLINK4, NDR400, PCIE5),
     "b200": _node(B200, NVLINK5, NDR400, PCIE5),
     "gb200": _node(GB200, NVLINK5, NDR400, C2C, gpus=72),
-    "gb300": _node(GB300, NVLINK5, ROCE800, C2C, gpus=72),
+    "gb300": _node(GB300, NVLINK5, NDR400, C2C, gpus=72),
     "mi300x": _node(MI300X, INFINITY, NDR400, PCIE5),
     "mi355x": _node(MI355X, INFINITY, NDR400, PCIE5),
     "l20": _node(L20, PCIE4, HDR200, PCIE4),
