@@ -36,6 +36,12 @@ MODULE = '''"""Errors of predictions on published runs by kind of layout and sou
 Row = tuple[str, str, int, float]
 """Kind of layout, source, number of runs, median relative error."""
 '''
+UNCERTAINTY = (
+    "`+-N%` beside a number of a plan is the largest median error below of its kind of layout: half of that source's runs\n"
+    "were predicted worse. A kind that is missing (memory of `sequence` and `model`) has the error of the nearest kind\n"
+    "that is there, data-parallel runs before runs with offload; no published run says how far off it is, several times\n"
+    "as much may be, and `--explain` says so."
+)
 BEGIN, END = "<!-- written by make validate-planner -->", "<!-- end -->"
 
 
@@ -321,7 +327,18 @@ def main() -> None:
     extra: list[str] = []
     if arguments.write:
         kinds, module = uncertainties(step_errors(cases), memory_errors(cases))
-        extra = ["", "### Uncertainty by kind of layout", "", *kinds, "", "### The five constants", "", *effects(cases)]
+        extra = [
+            "",
+            "### Uncertainty by kind of layout",
+            "",
+            UNCERTAINTY,
+            "",
+            *kinds,
+            "",
+            "### The five constants",
+            "",
+            *effects(cases),
+        ]
         extra += ["", "### One source left out", "", *left_out(cases)]
     print("\n".join([*lines[:-1], *extra, "", lines[-1]]))
     if not arguments.write:

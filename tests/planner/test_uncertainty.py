@@ -34,15 +34,27 @@ def test_the_page_and_the_planner_have_the_same_errors() -> None:
 def test_the_kind_of_a_layout(strategy: Strategy, name: str) -> None:
     assert kind(strategy) == name
     worst = max((row for row in STEP_TIME if row[0] == name), key=lambda row: row[3])
-    assert time_error(strategy) == (worst[3], f"{worst[1]}, median of {worst[2]} runs")
+    assert time_error(strategy) == (worst[3], f"the median error of {worst[2]} runs of {worst[1]}")
     assert 0 < memory_error(strategy)[0] < 1
 
 
 def test_a_kind_without_runs_takes_the_nearest_that_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uncertainty, "MEMORY", (("offload", "far", 3, 0.5), ("data", "near", 1, 0.1)))
-    assert memory_error(Strategy(ulysses=2)) == (0.1, "near, one run")
+    error, text = memory_error(Strategy(ulysses=2))
+    assert error == 0.1
+    assert (
+        text
+        == "the error of one run of near; no published run of this kind: the error is that of data-parallel runs, and may be "
+        "several times as large"
+    )
+    assert memory_error(Strategy()) == (0.1, "the error of one run of near")
     monkeypatch.setattr(uncertainty, "MEMORY", (("offload", "far", 3, 0.5),))
-    assert all(memory_error(Strategy(ulysses=degree)) == (0.5, "far, median of 3 runs") for degree in (1, 2))
+    for degree in (1, 2):
+        error, text = memory_error(Strategy(ulysses=degree))
+        assert error == 0.5
+        assert text.startswith(
+            "the median error of 3 runs of far; no published run of this kind: the error is that of runs with o"
+        )
     assert {row[0] for row in STEP_TIME} == set(KINDS)
 
 
@@ -50,5 +62,5 @@ def test_a_plan_shows_both_uncertainties() -> None:
     best = plan("llama-8b", gpus=8, tokens=131_072).best
     assert (best.error, best.memory_error) == (time_error(best.strategy)[0], memory_error(best.strategy)[0])
     text = " ".join(best.explain())
-    assert f"+-{best.error:.0%}, the error on {time_error(best.strategy)[1]}" in text
-    assert f"+-{best.memory_error:.0%}, the error on {memory_error(best.strategy)[1]}" in text
+    assert f"+-{best.error:.0%}, {time_error(best.strategy)[1]})" in text
+    assert f"+-{best.memory_error:.0%}, {memory_error(best.strategy)[1]})" in text

@@ -1,4 +1,7 @@
-"""The uncertainty of a prediction: the error of the formulas on published runs of the nearest kind of layout.
+"""The uncertainty of a prediction: the median error of the formulas on published runs of the nearest kind of layout.
+
+Half of those runs were predicted worse. A kind without published runs has the error of the nearest kind that has some, which
+says little of it; the text beside the number says so.
 
 strategy  ->  kind: offload | model | sequence | data  ->  the source of that kind with the largest error (published_errors.py)
 """
@@ -16,6 +19,15 @@ KINDS = ("offload", "model", "sequence", "data")
 ulysses or ring > 1; none of them."""
 
 
+RUNS = {
+    "offload": "runs with offload",
+    "model": "tensor- or pipeline-parallel runs",
+    "sequence": "sequence-parallel runs",
+    "data": "data-parallel runs",
+}
+"""What the published runs of a kind are called."""
+
+
 def kind(strategy: Strategy) -> str:
     """The name in ``KINDS`` of the kind of layout that ``strategy`` is."""
     if strategy.offload_optimizer or strategy.offload_parameters:
@@ -29,7 +41,7 @@ def time_error(strategy: Strategy) -> tuple[float, str]:
     """The uncertainty of the step time that is predicted for ``strategy``.
 
     Returns:
-        (relative error, the published runs from which it is taken, as text).
+        (median relative error, what it is the error of, as text).
     """
     return _largest(STEP_TIME, kind(strategy))
 
@@ -38,7 +50,7 @@ def memory_error(strategy: Strategy) -> tuple[float, str]:
     """The uncertainty of the memory that is predicted for ``strategy``.
 
     Returns:
-        (relative error, the published runs from which it is taken, as text).
+        (median relative error, what it is the error of, as text).
     """
     return _largest(MEMORY, kind(strategy))
 
@@ -58,4 +70,9 @@ def _largest(rows: tuple[Row, ...], wanted: str) -> tuple[float, str]:
     """The row of the kind ``wanted``, or of the nearest kind that has rows, with the largest error, as (error, text)."""
     nearest = next(name for name in (wanted, *KINDS[1:], KINDS[0]) if any(row[0] == name for row in rows))
     _, source, runs, error = max((row for row in rows if row[0] == nearest), key=lambda row: row[3])
-    return error, f"{source}, median of {runs} runs" if runs > 1 else f"{source}, one run"
+    text = f"the median error of {runs} runs of {source}" if runs > 1 else f"the error of one run of {source}"
+    if nearest == wanted:
+        return error, text
+    return error, (
+        f"{text}; no published run of this kind: the error is that of {RUNS[nearest]}, and may be several times as large"
+    )
