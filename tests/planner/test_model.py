@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longspan.errors import ModelError
 from longspan.models.decoder_config import PRESETS as DECODERS
 from longspan.planner.model import PRESETS, LayerKind, dense
-from longspan.planner.model_config import read_config
+from longspan.planner.model_config import PLAIN, TRAITS, read_config
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 300, "intermediate_size": 96,
          "num_key_value_heads": 4}  # fmt: skip
@@ -32,6 +32,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": SMALL | {"num_local_experts": 4},
     "olmo2": SMALL,
     "cohere2": SMALL | {"head_dim": 8},
+    "phi3": SMALL | {"pad_token_id": 0},
+    "smollm3": SMALL | {"pad_token_id": 0},
+    **dict.fromkeys(("cwm", "ernie4_5", "gemma", "glm4_moe", "granite", "internlm3", "ministral3", "mistral"), SMALL),
 }
 
 
@@ -40,7 +43,14 @@ def test_parameters_are_those_of_the_model_of_transformers(kind: str) -> None:
     config = AutoConfig.for_model(kind, **CONFIGS[kind])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert read_config(config.to_dict()).parameters == sum(p.numel() for p in model.parameters())
+    shape = read_config(config.to_dict())
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert not shape.assumed
+
+
+def test_every_plain_class_is_compared_with_its_model() -> None:
+    assert set(PLAIN) <= set(CONFIGS)
+    assert {kind for kind in CONFIGS if not TRAITS.get(kind)} == set(PLAIN)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -7,14 +7,17 @@ Independent of which settings there are; imports no torch.
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from longspan.errors import RunError
+from longspan.planner.model import PRESETS
 
 OTHER_NAMES = {
     "batch_size": "rows_per_step", "global_batch_size": "rows_per_step", "gradient_accumulation_steps": "micro_batches",
@@ -107,8 +110,24 @@ def known(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]
 def suggest_config(sentence: str) -> str:
     """``sentence``, a parser's error; with a suggestion, if the word that it names last looks like a file of settings."""
     word = sentence.rpartition(" ")[2]
+    if sentence.startswith("Unrecognized options") and (word in PRESETS or word.startswith("hf:")):
+        return f"{sentence} (did you mean --model {word}?)"
     meant = sentence.startswith("Unrecognized options") and word.endswith((".toml", ".json"))
     return f"{sentence} (did you mean --config {word}?)" if meant else sentence
+
+
+def refuse_units(kind: type[Any], flags: Sequence[str]) -> None:
+    """Raise RunError for a whole number that one of ``flags`` writes with a unit, as in ``--tokens 128k``; it names the number.
+
+    k is 1024 and m is 1024²; ``kind`` is the class of the settings.
+    """
+    numbers = {f"--{field.name.replace('_', '-')}" for field in fields(kind) if "int" in re.findall(r"\w+", str(field.type))}
+    words = [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
+    for flag, word in pairwise(words):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM])", word)
+        if flag in numbers and found:
+            value = float(found[1]) * 1024 ** (1 + (found[2] in "mM"))
+            raise RunError(f"{flag} takes a whole number, not {word!r}: {value:.0f}")
 
 
 def close(word: str, names: Sequence[str]) -> list[str]:

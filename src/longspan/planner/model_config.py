@@ -2,7 +2,7 @@
 
 Sizes stand under several names in the configs of Transformers (``hidden_size``, ``n_embd``, ``d_model``); ``NAMES`` lists them.
 What a class of model adds without an entry in its config, such as the biases of GPT-2 or the four norms of Gemma, is a row of
-``TRAITS`` under its ``model_type``. A class that has no row is read by the common entries.
+``TRAITS`` under its ``model_type``. A class that has no row is read by the common entries, and the plan says what is assumed.
 """
 
 import json
@@ -30,7 +30,12 @@ NAMES = {
 """The names in configs of each size."""
 
 _GPT: dict[str, Any] = {"gated": False, "norm_bias": True, "qkv_bias": True, "out_bias": True, "ffn_bias": True}
-TRAITS: dict[str, dict[str, Any]] = {
+PLAIN = (
+    "cwm", "deepseek_v2", "deepseek_v3", "ernie4_5", "gemma", "glm4_moe", "granite", "internlm3", "llama", "llama4_text",
+    "ministral3", "mistral", "mixtral", "phi3", "smollm3",
+)  # fmt: skip
+"""Classes that have nothing which their config does not name."""
+TRAITS: dict[str, dict[str, Any]] = {kind: {} for kind in PLAIN} | {
     "gpt2": _GPT | {"learned": True},
     "opt": _GPT | {"learned": True, "extra_positions": 2},
     "gpt_neox": _GPT,
@@ -147,7 +152,9 @@ def _shape(config: Mapping[str, Any], name: str) -> ModelShape:
     )
 
 
-_TIED_BY_DEFAULT = dict.fromkeys(("gpt2", "opt", "bloom", "falcon", "mpt", "gemma2", "gemma3_text", "cohere", "cohere2"), True)
+_TIED_BY_DEFAULT = dict.fromkeys(
+    ("gpt2", "opt", "bloom", "falcon", "mpt", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2"), True
+)
 """Classes whose head is tied where the config leaves it out."""
 
 
