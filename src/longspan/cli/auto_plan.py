@@ -21,6 +21,7 @@ from longspan.distributed.launchers import join_launcher
 from longspan.errors import RunError
 from longspan.planner.hardware import named
 from longspan.planner.plan import Choice, plan
+from longspan.planner.units import duration, gib
 
 CHOSEN = (
     "ranks", "pipeline", "ulysses", "ring", "tensor", "zero", "recompute", "tile_tokens", "head_chunks", "offload_activations",
@@ -92,7 +93,7 @@ def _sentence(best: Choice) -> str:
     where = best.setting.cluster
     return (
         f"plan   {best.strategy}, on {where.gpus} x {where.accelerator.name}: "
-        f"a step of {best.seconds:.3g} s +-{best.error:.0%} and {best.bytes / 2**30:.2f} GiB a rank are predicted"
+        f"a step of {duration(best.seconds)} +-{best.error:.0%} and {gib(best.bytes)} a rank are predicted"
     )
 
 

@@ -34,7 +34,7 @@ from longspan.cli.plan import PlanSettings
 from longspan.cli.probe import ProbeSettings
 from longspan.cli.rehearse import RehearseSettings
 from longspan.cli.report import ReportSettings
-from longspan.cli.settings_file import LATEST, close, known, read_file, settings_of_run, suggest_config
+from longspan.cli.settings_file import LATEST, close, known, read_file, refuse_units, settings_of_run, suggest_config
 from longspan.distributed.launchers import join_launcher
 from longspan.errors import LongspanError, RunError
 
@@ -83,15 +83,14 @@ A Hugging Face model of your own:  longspan check --model hf:FOLDER --layers 2""
 
 PLANNED = """$ longspan plan --model llama-70b --hardware h100 --gpus 64 --tokens 1048576
 llama-70b, 70.6B parameters, on 64 H100: 8 x 1,048,576 tokens a step
-43,760 legal layouts, 3,835 fit; longest sequence 12,206,080 tokens
+30,180 legal layouts, 1,533 fit; longest sequence 12,205,399 tokens
 
                                  best        runner-up
-step                  2,033.95 s +-6%  2,035.40 s +-6%
-memory of a GPU        72.8 GiB +-11%   72.8 GiB +-11%
-memory of a host            320.0 GiB        320.0 GiB
+step                  2,035.81 s +-5%  2,039.10 s +-5%
+memory of a GPU         54.0 GiB +-5%    54.0 GiB +-5%
+memory of a host       160.0 GiB +-5%   160.0 GiB +-5%
 
-best       data 2 x ring 4 x ulysses 8, zero=3, recompute=selective, tile_tokens=4096, offload_activations
-
+best       ring 8 x ulysses 8, zero=3, recompute=selective, offload_activations
 What binds, and what doubling the tokens does:  longspan plan --model hf:FOLDER --explain"""
 
 REHEARSED = """$ longspan rehearse --world 64 --ulysses 4 --zero 3 --tokens 32768
@@ -196,6 +195,7 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
     kind = VERBS[verb].settings
     flags, file = _take_config_out(_name_the_latest(arguments))
     _refuse_unknown(verb, flags)
+    refuse_units(kind, flags)
     base: Any = None
     given = _read(verb, flags, None)
     if isinstance(given, Train) and given.resume is not None:

@@ -5,17 +5,18 @@ longspan plan --model llama-70b --gpus 64 --tokens 1048576    ->  a table, or --
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from longspan.cli.text_table import text_table
 from longspan.errors import RunError
-from longspan.planner.explain import kinds, parts
+from longspan.planner.explain import kinds, part_name, parts, remarks
 from longspan.planner.page import write_page
 from longspan.planner.plan import Choice, Plan, plan
+from longspan.planner.units import DAY, count_text, duration, gib
 
-GIB = 2**30
 PREDICTED = "Predicted by formulas that were compared with published measurements, never on a GPU of longspan's own."
 
 
@@ -33,8 +34,7 @@ class PlanSettings:
     compare: Annotated[tuple[str, ...], _optional("no comparison", "MODEL MODEL")] = ()
     """Two models, each named as by --model, planned alike and set side by side."""
     hardware: str = "h100"
-    """The accelerators: a100-40gb, a100-80gb, h100, h100-efa, h200, b200, gb200, gb300, mi300x, mi355x, l20, or
-    a .json file that longspan probe wrote."""
+    """a100-40gb, a100-80gb, h100, h100-efa, h200, b200, gb200, gb300, mi300x, mi355x, l20, or the .json file of a probe."""
     gpus: int = 8
     """Accelerators of the whole cluster."""
     tokens: Annotated[int | None, _optional("131072; found with --goal length")] = None
@@ -42,7 +42,7 @@ class PlanSettings:
     rows: Annotated[int | None, _optional("one for each 8 GPUs")] = None
     """Sequences of one optimizer step (the global batch size), over all data replicas and micro-batches."""
     dtype: Literal["fp32", "bf16", "fp8"] = "bf16"
-    """Compute dtype of forward and backward. Parameters, gradients and optimizer states are fp32."""
+    """Compute dtype; parameters, gradients and states are fp32. fp8 is for comparison: longspan does not train in it."""
     price: Annotated[float | None, _optional("not known", "FLOAT")] = None
     """Price of one accelerator for an hour."""
     goal: Literal["speed", "length", "cost"] = "speed"
@@ -79,6 +79,8 @@ class PlanSettings:
             )
         if self.zero not in (None, 0, 2, 3):
             raise RunError(f"zero={self.zero} is unknown; legal are 0, 2 and 3")
+        if self.html is not None and not Path(self.html).parent.is_dir():
+            raise RunError(f"html={self.html!r} is in a folder that does not exist; make it first, or name another file")
         if self.goal == "length" and self.tokens is not None:
             raise RunError("--goal length finds the longest sequence, and --tokens names one; give one of them")
         if self.compare and len(self.compare) != 2:
@@ -111,6 +113,8 @@ def work(settings: PlanSettings) -> int:
         print(json.dumps(as_numbers(found), indent=2))
         return 0
     print(_table(found))
+    if settings.goal == "length" and found.best.seconds > DAY:
+        print(f"A step of that length takes {duration(found.best.seconds)}; name --tokens, which --goal speed plans for.")
     if settings.explain:
         print("\n".join(f"- {sentence}" for sentence in found.best.explain()))
         print(f"- {found.lost}." if found.lost else "- No other layout fits.")
@@ -139,7 +143,7 @@ def _compare(settings: PlanSettings) -> int:
         return 0
     where = one.cluster
     lines = [
-        f"{found.model.name}, {found.model.parameters / 1e9:.3g}B parameters: {found.best.strategy}" for found in (one, two)
+        f"{found.model.name}, {count_text(found.model.parameters)} parameters: {found.best.strategy}" for found in (one, two)
     ]
     cells = [
         ("tokens of a row", [f"{found.workload.tokens:,}" for found in (one, two)]),
@@ -181,30 +185,34 @@ def _table(found: Plan) -> str:
     """The plan ``found`` as text: what was asked, and best and runner-up side by side."""
     best, where = found.best, found.cluster
     lines = [
-        f"{found.model.name}, {found.model.parameters / 1e9:.3g}B parameters, on {where.gpus} {where.accelerator.name}: "
+        f"{found.model.name}, {count_text(found.model.parameters)} parameters, on {where.gpus} {where.accelerator.name}: "
         f"{found.workload.rows} x {found.workload.tokens:,} tokens a step",
         f"{found.legal:,} legal layouts, {found.fitting:,} fit; longest sequence {found.longest:,} tokens\n",
-        text_table(("", "best", "runner-up"), _lines(best, found.runner_up)),
+        text_table(("", "best", *["runner-up"] * (found.runner_up is not None)), _lines(best, found.runner_up)),
         f"\nbest       {best.strategy}",
     ]
     if found.runner_up is not None:
         lines.append(f"runner-up  {found.runner_up.strategy}")
-    return "\n".join([*lines, PREDICTED])
+    return "\n".join([*lines, *remarks(best.setting, best.strategy), PREDICTED])
 
 
 def _lines(best: Choice, other: Choice | None) -> list[tuple[str, list[str]]]:
     """The rows of the table: (name, a cell for each choice); ``other`` None: there is one choice only."""
     choices = [choice for choice in (best, other) if choice is not None]
     lines = [
-        ("step", [f"{c.seconds:,.2f} s +-{c.error:.0%}" for c in choices]),
+        ("step", [f"{duration(c.seconds)} +-{c.error:.0%}" for c in choices]),
         ("tokens a second", [f"{c.tokens_per_second:,.0f} +-{c.error:.0%}" for c in choices]),
         ("share of peak", [f"{c.share_of_peak:.0%}" for c in choices]),
-        ("memory of a GPU", [f"{c.bytes / GIB:,.1f} GiB +-{c.memory_error:.0%}" for c in choices]),
-        ("memory of a host", [f"{c.host_bytes / GIB:,.1f} GiB +-{c.memory_error:.0%}" for c in choices]),
+        ("memory of a GPU", [f"{gib(c.bytes)} +-{c.memory_error:.0%}" for c in choices]),
     ]
+    if any(c.host_bytes for c in choices):
+        lines.append(("memory of a host", [f"{gib(c.host_bytes)} +-{c.memory_error:.0%}" for c in choices]))
     if best.price_per_million_tokens is not None:
         lines.append(("price, million tokens", [f"{c.price_per_million_tokens:,.2f} +-{c.error:.0%}" for c in choices]))
     spent = [name for name, value in parts(best.time) if value > 0.005 * best.seconds]
-    lines += [(f"  time: {n}", [f"{getattr(c.time, n) / c.seconds:.1%}" for c in choices]) for n in spent]
-    lines += [(f"  memory: {n}", [f"{getattr(c.memory, n) / GIB:,.1f} GiB" for c in choices]) for n, _ in kinds(best.memory)]
+    strategies = [c.strategy for c in choices]
+    lines += [
+        (f"  time: {part_name(n, *strategies)}", [f"{getattr(c.time, n) / c.seconds:.1%}" for c in choices]) for n in spent
+    ]
+    lines += [(f"  memory: {n}", [gib(getattr(c.memory, n)) for c in choices]) for n, _ in kinds(best.memory)]
     return lines

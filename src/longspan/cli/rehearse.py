@@ -63,8 +63,7 @@ class RehearseSettings:
     rank: Annotated[int | None, _optional("the fullest rank of each kind of pipeline stage")] = None
     """Rehearse this rank alone."""
     steps: int = 3
-    """Timed optimizer steps; the median counts. One step before them and, on a CPU, one after them that records memory, are
-    not timed."""
+    """Timed optimizer steps, whose median counts. A step before them and, on a CPU, one that records memory are not timed."""
     hardware: Annotated[str | None, _optional("none: the plan then has memory, but no times", "NAME")] = None
     """What the plan is for: a name as longspan plan takes it, or a .json file that longspan probe wrote."""
     json: Annotated[str | None, _optional("none", "FILE")] = None

@@ -22,8 +22,9 @@ from longspan.planner.search import TIE
 from longspan.planner.setting import Setting, rank_tokens
 from longspan.planner.strategy import AXES, Strategy, micro_batches
 from longspan.planner.uncertainty import memory_bound, memory_error, time_error
+from longspan.planner.units import duration, gib, mib
 
-GIB, TERA = 2**30, 1e12
+TERA = 1e12
 
 
 def why(x: Setting, s: Strategy, name: str) -> str:
@@ -42,18 +43,18 @@ def why(x: Setting, s: Strategy, name: str) -> str:
     """
     time, memory = step_time(x, s), rank_memory(x, s)
     if name == "seconds":
-        return f"seconds = {' + '.join(f'{n} {_seconds(v)}' for n, v in parts(time))} = {_seconds(float(time.total))}"
+        return f"seconds = {' + '.join(f'{n} {duration(v)}' for n, v in parts(time))} = {duration(float(time.total))}"
     if name == "bytes":
         held = ("parameters", "gradients", "optimizer", "gathered", "saved", "reserve")
-        terms = " + ".join(f"{n} {_gib(float(getattr(memory, n)))}" for n in held)
-        larger = f"max(working {_gib(float(memory.working))}, logits {_gib(float(memory.logits))})"
-        return f"bytes = {terms} + {larger} = {_gib(float(memory.total))}"
+        terms = " + ".join(f"{n} {gib(float(getattr(memory, n)))}" for n in held)
+        larger = f"max(working {gib(float(memory.working))}, logits {gib(float(memory.logits))})"
+        return f"bytes = {terms} + {larger} = {gib(float(memory.total))}"
     formula = _formulas(x, s).get(name)
     if formula is None:
         raise KeyError(f"{name!r} is no number of a plan; there are seconds, bytes, {', '.join(_formulas(x, s))}")
     of_memory = getattr(memory, name.removesuffix("_bytes"), None)
     in_seconds = name in time.__dataclass_fields__
-    return f"{name} = {formula} = {_seconds(float(getattr(time, name))) if in_seconds else _gib(float(of_memory or 0.0))}"
+    return f"{name} = {formula} = {duration(float(getattr(time, name))) if in_seconds else gib(float(of_memory or 0.0))}"
 
 
 def _formulas(x: Setting, s: Strategy) -> dict[str, str]:
@@ -69,7 +70,7 @@ def _formulas(x: Setting, s: Strategy) -> dict[str, str]:
     pairs = shape.attention_pairs(x.workload.tokens) / shape.layers
 
     def link(axis: str) -> str:
-        return f"{each} {_seconds(float(getattr(layer, axis)))} that nothing hides"
+        return f"{each} {duration(float(getattr(layer, axis)))} that nothing hides"
 
     return {
         "matmul": f"{each} 3 x 2 x {m:,.0f} tokens x {shape.active_weights / shape.layers / s.tensor:,.0f} weights / {rate}",
@@ -80,8 +81,8 @@ def _formulas(x: Setting, s: Strategy) -> dict[str, str]:
         "dispatch": f"{each} what the host needs to start operators ({c.dispatch * 1e6:g} us each) beyond device time",
         "loss": f"{count} micro-batches x (3 x 2 x {m:,.0f} x {shape.hidden} x {shape.vocab} / {s.tensor} / {rate} + logits "
         f"read and written)",
-        "recompute": f"{each} {_seconds(float(layer.recompute))} (recompute={s.recompute}, tile_tokens={s.tile_tokens})",
-        "tensor": f"{link('tensor')} + {count} x {_seconds(float(vocabulary_exchange_time(x, s)))} of embedding and head",
+        "recompute": f"{each} {duration(float(layer.recompute))} (recompute={s.recompute}, tile_tokens={s.tile_tokens})",
+        "tensor": f"{link('tensor')} + {count} x {duration(float(vocabulary_exchange_time(x, s)))} of embedding and head",
         "ulysses": link("ulysses"),
         "ring": link("ring"),
         "zero": link("zero"),
@@ -95,10 +96,10 @@ def _formulas(x: Setting, s: Strategy) -> dict[str, str]:
         "gradients_bytes": f"{held:,.0f} x {recipe.gradient_bytes} bytes{cut[2]}",
         "optimizer_bytes": f"{held:,.0f} x {recipe.optimizer_bytes} bytes{cut[1]}",
         "gathered": "two layers and the head, whole, with zero=3",
-        "saved": f"{stage:.0f} layers x {flight:g} micro-batches in flight x {_gib(float(saved_bytes(x, s)))}",
+        "saved": f"{stage:.0f} layers x {flight:g} micro-batches in flight x {gib(float(saved_bytes(x, s)))}",
         "working": "what one layer's backward computes again, and its gradients",
         "logits": f"{m:,.0f} x {shape.vocab} / {s.tensor} x {recipe.logit_bytes} bytes, or a tile: "
-        f"{_gib(float(logits_bytes(x, s)))}",
+        f"{gib(float(logits_bytes(x, s)))}",
         "reserve": "context, buffers of collectives, fragmentation: a constant",
         "host": "what is offloaded, of all ranks of a node",
     }
@@ -108,6 +109,31 @@ def parts(time: StepTime) -> list[tuple[str, float]]:
     """The parts of a step that are not zero, (name, seconds), the largest first."""
     values = [(name, float(getattr(time, name))) for name in time.__dataclass_fields__]
     return sorted(((n, v) for n, v in values if v > 0), key=lambda part: -part[1])
+
+
+def part_name(name: str, *strategies: Strategy) -> str:
+    """The name of a part of a step in the plans of ``strategies``: what is computed again may be feed-forward tiles alone."""
+    tiles_alone = [s.recompute == "none" and s.tile_tokens > 0 for s in strategies]
+    if name != "recompute" or not any(tiles_alone):
+        return name
+    return "tiles again" if all(tiles_alone) else "recompute, tiles again"
+
+
+def remarks(x: Setting, s: Strategy) -> list[str]:
+    """Sentences about what a user should change or know before reading the numbers of the strategy ``s``; often none."""
+    found, count = [], micro_batches(x.workload, s)
+    if count * s.stages_per_rank < s.pipeline:
+        found.append(
+            f"With {count} micro-batch{'es' * (count > 1)} a replica, {s.pipeline - count} of {s.pipeline} pipeline stages "
+            f"wait at any time; use more rows a step, at least {s.data * s.pipeline * s.micro_batch}."
+        )
+    if x.shape.assumed:
+        feed, head = ("gated" if x.shape.gated else "plain"), ("tied" if x.shape.tied else "its own")
+        found.append(
+            f"The model_type of {x.shape.name} is not known here: assumed are {feed} feed-forwards, {x.shape.norms} norms a "
+            f"layer, causal attention, and a head that is {head}."
+        )
+    return found
 
 
 def kinds(memory: RankMemory) -> list[tuple[str, float]]:
@@ -120,19 +146,19 @@ def sentences(x: Setting, s: Strategy) -> list[str]:
     """Sentences, each with its numbers: which part of the step takes longest, and what would change the strategy ``s``."""
     time, memory = step_time(x, s), rank_memory(x, s)
     total, device = float(time.total), x.cluster.accelerator
-    spent, held = parts(time), kinds(memory)
+    spent, held = [(part_name(n, s), value) for n, value in parts(time)], kinds(memory)
     error, source = time_error(s)
     of_memory, memory_source = memory_error(s)
     flops = x.shape.training_flops(x.workload.tokens) * x.workload.rows
     share = flops / total / x.cluster.gpus / device.peak[x.recipe.dtype]
     found = [
-        f"A step takes {_seconds(total)} (+-{error:.0%}, the error on {source}): {_shares(spent, total)}.",
+        f"A step takes {duration(total)} (+-{error:.0%}, {source}): {_shares(spent, total)}.",
         f"That is {share:.0%} of the peak of {device.name}, counting {flops:.3g} operations without recomputation.",
-        f"The fullest rank needs {_gib(float(memory.total))} of {_gib(device.memory)} (+-{of_memory:.0%}, the error on "
-        f"{memory_source}); the largest part is {held[0][0]}, {_gib(held[0][1])}, then {held[1][0]}, {_gib(held[1][1])}.",
+        f"The fullest rank needs {gib(float(memory.total))} of {gib(device.memory)} (+-{of_memory:.0%}, "
+        f"{memory_source}); the largest part is {held[0][0]}, {gib(held[0][1])}, then {held[1][0]}, {gib(held[1][1])}.",
     ]
     if float(memory.host):
-        found.append(f"A node's host needs {_gib(float(memory.host))} of {_gib(x.cluster.host_memory)} for what is offloaded.")
+        found.append(f"A node's host needs {gib(float(memory.host))} of {gib(x.cluster.host_memory)} for what is offloaded.")
     if s.ulysses > 1:
         found += _exchange(x, s, total)
     return [*found, _doubled(x, s, total), _overtaken(x, s), _checkpoint(x)]
@@ -149,10 +175,10 @@ def _exchange(x: Setting, s: Strategy, total: float) -> list[str]:
     theirs = megatron_elements(n, x.shape.hidden) * size * s.micro_batch
     part = float(step_time(x, s).ulysses) / total
     return [
-        f"The two all-to-alls of a layer (q, k, v and the output) send 4·N·h/P elements at most: {_mib(ours)} of a rank for "
+        f"The two all-to-alls of a layer (q, k, v and the output) send 4·N·h/P elements at most: {mib(ours)} of a rank for "
         f"N={n:,}, h={h}, P={s.ulysses * s.ring}; with {x.shape.kv_heads} key/value heads and without what a rank keeps, "
-        f"{_mib(sent)} in {_seconds(seconds)} a pass, {part:.1%} of the step.",
-        f"Megatron sequence parallelism would send 4·N·h = {_mib(theirs)} a layer and pass whatever the number of ranks, "
+        f"{mib(sent)} in {duration(seconds)} a pass, {part:.1%} of the step.",
+        f"Megatron sequence parallelism would send 4·N·h = {mib(theirs)} a layer and pass whatever the number of ranks, "
         f"{theirs / max(sent, 1):.0f} times as much.",
     ]
 
@@ -170,10 +196,10 @@ def _doubled(x: Setting, s: Strategy, total: float) -> str:
         sent = ""
     else:
         before, after = (float(ulysses_bytes(*pair)) for pair in ((x, s), (bigger, wider)))
-        sent = f"; the all-to-alls of a layer send {_mib(after)} instead of {_mib(before)} a rank"
+        sent = f"; the all-to-alls of a layer send {mib(after)} instead of {mib(before)} a rank"
     return (
-        f"With twice the tokens and twice the GPUs ({axis}) a step takes {_seconds(time)} instead of {_seconds(total)}, "
-        f"because attention grows with the square of the tokens, and a rank needs {_gib(memory)}{sent}."
+        f"With twice the tokens and twice the GPUs ({axis}) a step takes {duration(time)} instead of {duration(total)}, "
+        f"because attention grows with the square of the tokens, and a rank needs {gib(memory)}{sent}."
     )
 
 
@@ -200,7 +226,7 @@ def _overtaken(x: Setting, s: Strategy) -> str:
 def _checkpoint(x: Setting) -> str:
     """A sentence: how large a checkpoint is."""
     size = x.shape.parameters * (x.recipe.parameter_bytes + x.recipe.optimizer_bytes)
-    return f"A checkpoint holds {_gib(size)}: parameters and optimizer states of {x.shape.parameters:,} parameters."
+    return f"A checkpoint holds {gib(size)}: parameters and optimizer states of {x.shape.parameters:,} parameters."
 
 
 def lost(x: Setting, best: Strategy, other: Strategy) -> str:
@@ -210,33 +236,21 @@ def lost(x: Setting, best: Strategy, other: Strategy) -> str:
         mine, its = (float(rank_memory(x, s).total) for s in (best, other))
         axes = [sum(getattr(s, axis) > 1 for axis in AXES) for s in (best, other)]
         if mine * memory_bound(best) < its * (2 - memory_bound(other)):
-            reason = f"the best needs less memory, {_gib(mine)} instead of {_gib(its)}"
+            reason = f"the best needs less memory, {gib(mine)} instead of {gib(its)}"
         else:
             reason = "the best has fewer axes" if axes[1] > axes[0] else "either may be the faster one"
         return (
-            f"{other} takes {_seconds(float(two.total))} and the best {_seconds(float(one.total))}, which is a tie (within "
+            f"{other} takes {duration(float(two.total))} and the best {duration(float(one.total))}, which is a tie (within "
             f"{TIE:.0%}): {reason}"
         )
     gap = {name: float(getattr(two, name)) - float(getattr(one, name)) for name in one.__dataclass_fields__}
     name = max(gap, key=lambda part: gap[part])
     return (
-        f"{other} takes {_seconds(float(two.total))} instead of {_seconds(float(one.total))}: most of the difference is "
-        f"{name}, {_seconds(float(getattr(two, name)))} instead of {_seconds(float(getattr(one, name)))}"
+        f"{other} takes {duration(float(two.total))} instead of {duration(float(one.total))}: most of the difference is "
+        f"{part_name(name, other)}, {duration(float(getattr(two, name)))} instead of {duration(float(getattr(one, name)))}"
     )
 
 
 def _shares(spent: list[tuple[str, float]], total: float) -> str:
     """Parts and their shares of ``total`` as text, "matmul 60%, attention 30%"; those below half a percent are left out."""
     return ", ".join(f"{name} {value / total:.0%}" for name, value in spent if value > 0.005 * total)
-
-
-def _seconds(value: float) -> str:
-    return f"{value:,.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
-
-
-def _gib(value: float) -> str:
-    return f"{value / GIB:,.1f} GiB"
-
-
-def _mib(value: float) -> str:
-    return f"{value / 2**20:,.1f} MiB"

@@ -17,6 +17,7 @@ from longspan.planner.plan import Plan
 from longspan.planner.search import longest, search
 from longspan.planner.setting import Setting
 from longspan.planner.uncertainty import memory_error, time_error
+from longspan.planner.units import duration
 
 FAMILIES: dict[str, dict[str, int]] = {
     "data and Ulysses": {"ring": 1, "tensor": 1, "pipeline": 1},
@@ -66,7 +67,7 @@ def page_data(found: Plan) -> dict[str, Any]:
 
     Returns:
         gpus and lengths (the choices of the controls); for each family a list over GPUs of lists over lengths of points
-        {seconds, gib, strategy, fits} (None where no layout is legal), and a list over GPUs of the longest sequence.
+        {seconds, time, gib, strategy, fits} (None where no layout is legal), and a list over GPUs of the longest sequence.
     """
     x = found.best.setting
     exponent = max(12, found.workload.tokens.bit_length() - 1)
@@ -83,7 +84,7 @@ def page_data(found: Plan) -> dict[str, Any]:
     }
     return {
         "about": f"{found.workload.rows} rows a step, {x.recipe.dtype}. Predicted by formulas: step time +-"
-        f"{found.best.error:.0%}, memory +-{found.best.memory_error:.0%} against published measurements of the nearest kind "
+        f"{found.best.error:.0%}, memory +-{found.best.memory_error:.0%} against published measurements "
         f"({time_error(found.best.strategy)[1]}; {memory_error(found.best.strategy)[1]}); never measured on a GPU by longspan.",
         "gpus": gpus,
         "lengths": lengths,
@@ -104,7 +105,7 @@ def _at(x: Setting, tokens: int) -> Setting:
 
 
 def _point(x: Setting, fixed: dict[str, int]) -> dict[str, Any] | None:
-    """One point of a plot, {seconds, gib, strategy, fits}: the fastest layout that fits, or the smallest if none does.
+    """One point of a plot, {seconds, time, gib, strategy, fits}: the fastest layout that fits, or the smallest if none does.
 
     None where no layout with the values ``fixed`` is legal.
     """
@@ -115,6 +116,7 @@ def _point(x: Setting, fixed: dict[str, int]) -> dict[str, Any] | None:
     best = ranking.best or ranking.smallest
     return {
         "seconds": best.seconds,
+        "time": duration(best.seconds),
         "gib": best.bytes / GIB,
         "strategy": str(best.strategy),
         "fits": ranking.best is not None,
@@ -188,7 +190,7 @@ function draw() {
   for (const name of names) {
     const point = data.families[name].points[gpus][length], row = document.createElement("tr");
     cell(row, name);
-    cell(row, point === null ? "not legal" : point.fits ? point.seconds.toPrecision(3) + " s" : "does not fit");
+    cell(row, point === null ? "not legal" : point.fits ? point.time : "does not fit");
     cell(row, point === null ? "" : point.gib.toFixed(1) + " GiB");
     cell(row, point === null ? "" : point.strategy);
     table.appendChild(row);

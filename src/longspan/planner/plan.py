@@ -31,8 +31,8 @@ class Choice:
 
     Attributes:
         strategy: degrees and options.
-        seconds: of one step; ``error``: the relative error of such predictions on published runs, as of all that follows from
-            seconds.
+        seconds: of one step; ``error``: the median relative error of such predictions on published runs, as of all that
+            follows from seconds.
         tokens_per_second: of the whole cluster.
         share_of_peak: operations without recomputation over the peak of all devices.
         bytes, host_bytes: memory of the fullest rank, and of a node's host; ``memory_error``: their relative error.

@@ -130,7 +130,9 @@ class Strategy:
         options = [f"zero={self.zero}"] if self.zero else []
         options += [f"recompute={self.recompute}"] if self.recompute != "none" else []
         options += [f"{n}={v}" for n, v in (("tile_tokens", self.tile_tokens), ("head_chunks", self.head_chunks)) if v > 1]
-        options += [n for n in ("offload_activations", "offload_optimizer", "offload_parameters") if getattr(self, n)]
+        options += ["offload_activations"] if self.offload_activations else []
+        # parallelize(offload_parameters=) moves the optimizer too, and nothing moves the optimizer alone
+        options += ["offload_parameters" if self.offload_parameters else "offload_optimizer"] if self.offload_optimizer else []
         options += [f"micro_batch={self.micro_batch}"] if self.micro_batch > 1 else []
         return ", ".join([axes, *options])
 
