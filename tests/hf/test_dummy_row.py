@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longspan import parallelize, shard_batch
+from longspan import MemoryOptions, parallelize, shard_batch
 from tests.helpers.hf_models import KINDS, assert_gradients, batches, build, forward_alone
 from tests.helpers.ranks import Ranks, mesh_of
 
@@ -17,15 +17,18 @@ def test_replicas_and_micro_batches_are_one_device(empty: bool, pool: Callable[[
     pool(4).run(replicas, empty)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_moe", "phi3, longrope", "opt"])
-def test_a_replica_without_a_row_joins(name: str, pool: Callable[[int], Ranks]) -> None:
-    pool(2).run(one_row_in_two_replicas, name)
+@pytest.mark.parametrize(
+    ("name", "chunked_loss"),
+    [("gemma3", False), ("gemma3", True), ("qwen3_moe", False), ("qwen3_moe", True), ("phi3, longrope", False), ("opt", False)],
+)
+def test_a_replica_without_a_row_joins(name: str, chunked_loss: bool, pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(one_row_in_two_replicas, name, chunked_loss)
 
 
-def one_row_in_two_replicas(name: str) -> None:
+def one_row_in_two_replicas(name: str, chunked_loss: bool) -> None:
     mesh, kind = mesh_of(1, 1), KINDS[name]
     reference = build(name)
-    model = parallelize(deepcopy(reference), mesh)
+    model = parallelize(deepcopy(reference), mesh, memory=MemoryOptions(chunked_loss=chunked_loss))
     ids = batches("odd length", False)["input_ids"]
     forward_alone(reference, {"input_ids": ids, "labels": ids}, False)[0].backward()
     mine = ids if mesh.coordinate.data_rank == 0 else ids[:0]

@@ -93,7 +93,7 @@ class Snapshot:
             if isinstance(function, FunctionType)
         ]
         self._hooks = LaterHooks(named)
-        self._running: Any = None
+        self._is_running = False
 
     def watch(self, model: nn.Module, beside: Callable[..., None] | None = None) -> list[RemovableHandle]:
         """Register the look before each forward of ``model``, and before one of a part with layers that is called by itself.
@@ -110,32 +110,31 @@ class Snapshot:
         """
         parts = [part for part, _ in self._configs if part is not model and self._has_layers(part)]
         handles = [
-            model.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
-            model.register_forward_hook(self._leave),
+            model.register_forward_pre_hook(self._enter, prepend=True),
+            model.register_forward_hook(self._leave, always_call=True),
         ]
         for part in parts:
             inside = set(part.modules())
             look = partial(self._look_at_part, tuple(each for each in self._modules if each.module in inside), beside)
-            handles.append(part.register_forward_pre_hook(look, prepend=True, with_kwargs=True))
+            handles.append(part.register_forward_pre_hook(look, prepend=True))
         return handles
 
-    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: look at it, and remember the BatchInfo by which its parts are called."""
+    def _enter(self, *_: object) -> None:
+        """Forward pre-hook of the model: look at it, and remember that its parts are called by its own forward now."""
         self.refuse_changes()
         if not torch.compiler.is_compiling():
-            self._running = kwargs.get("longspan")
+            self._is_running = True
 
     def _leave(self, *_: object) -> None:
+        """Forward hook of the model, also after an error in its forward."""
         if not torch.compiler.is_compiling():
-            self._running = None
+            self._is_running = False
 
     def _look_at_part(
-        self, modules: tuple[_Module, ...], beside: Callable[..., None] | None, part: nn.Module, args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:  # fmt: skip
+        self, modules: tuple[_Module, ...], beside: Callable[..., None] | None, part: nn.Module, *_: object
+    ) -> None:
         """Forward pre-hook of a part: look at it as at the model, unless the model or a backward (a checkpoint) calls it."""
-        called_by_model = self._running is not None and kwargs.get("longspan", self._running) is self._running
-        if torch.compiler.is_compiling() or called_by_model or _compat.backward_id() != -1:
+        if torch.compiler.is_compiling() or self._is_running or _compat.backward_id() != -1:
             self._refuse_config()
             return
         self.refuse_changes(modules)
