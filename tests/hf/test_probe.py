@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from longspan import LongspanError, ParallelMesh, parallelize, shard_batch
 from tests.helpers.hf_models import BASE, EXPERTS, assert_gradients, build, forward_alone, small
@@ -34,6 +35,24 @@ def counting_from_one() -> Any:
     return model
 
 
+class Normed(nn.Module):
+    """A feed-forward behind which a batch norm stands, which is token-wise in evaluation mode alone."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.norm = inner, nn.BatchNorm1d(32, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.inner(x).flatten(0, 1)).view_as(x)
+        return out
+
+
+def with_batch_norm() -> Any:
+    model = build("llama")
+    model.model.layers[0].mlp = Normed(model.model.layers[0].mlp)
+    return model
+
+
 HYBRID = {
     **BASE, "head_dim": 8, **EXPERTS, "shared_expert_intermediate_size": 16, "linear_num_value_heads": 4,
     "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -48,6 +67,7 @@ HYBRID = {
         (small("MambaConfig", "MambaForCausalLM", vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=8),
          "Linear 'backbone.layers.0.mixer.* mixes tokens outside attention"),
         (small("Qwen3NextConfig", "Qwen3NextForCausalLM", **HYBRID), "linear_attn.* mixes tokens outside attention"),
+        (with_batch_norm, "BatchNorm1d 'model.layers.0.mlp.norm' normalises over the tokens of a batch while it trains"),
         (counting_from_one, "does not count its positions 0, 1, 2"),
         (small("LlamaConfig", "LlamaForSequenceClassification", **BASE), "mixes tokens outside attention"),
         (small("DebertaConfig", "DebertaForMaskedLM", **BASE, relative_attention=True, pos_att_type="c2p"),

@@ -41,6 +41,7 @@ NOT_TENSORS = ("MaskFunction", "DenseMask", "AllOf", "Scores", "Probabilities")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """The tolerance of the proof by dtype, relative to the largest value; other dtypes get ``COARSE``."""
 COARSE = 5e-2
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Call(NamedTuple):
@@ -261,8 +262,15 @@ def forward(model: Any, half: int | None = None, probe: Probe | None = None, **m
 def prove_token_wise(model: nn.Module) -> None:
     """Raise ModelError, naming the module, if a module outside attention mixes tokens; otherwise return None.
 
-    Two forwards of half a row are compared with one of the whole row, with attention in which no token sees another.
+    Two forwards of half a row are compared with one of the whole row, with attention in which no token sees another. They are
+    in evaluation mode, in which a batch norm is token-wise: it is refused by its type.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS):
+            raise ModelError(
+                f"{type(module).__name__} '{name}' normalises over the tokens of a batch while it trains, and each rank has "
+                f"some of them; such layers are not supported, a layer norm or RMS norm is"
+            )
     outputs: list[dict[str, Tensor]] = []
 
     def remember(name: str, module: nn.Module, _: Any, output: Any) -> None:
