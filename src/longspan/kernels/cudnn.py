@@ -21,7 +21,7 @@ from longspan.errors import KernelError
 from longspan.kernels import flash_cuda
 from longspan.kernels.capability import lacks_ampere
 from longspan.kernels.flash_calls import Call
-from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial
+from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, contiguous_last_dim
 from longspan.masks.bands import Band
 
 _forward_cuda, _backward_cuda = _compat.attention_operators("cudnn")
@@ -61,7 +61,7 @@ class Cudnn:
         bias: BoundBias | None = None,
     ) -> Partial:
         _refuse(softcap, bias)
-        q, k, v = (flash_cuda.readable(x) for x in (q, k, v))
+        q, k, v = (contiguous_last_dim(x) for x in (q, k, v))
         return flash_cuda.forward(q, k, v, bands, scale, OPERATORS)
 
     def backward(
@@ -79,7 +79,7 @@ class Cudnn:
         bias: BoundBias | None = None,
     ) -> Gradients:
         _refuse(softcap, bias)
-        dout, q, k, v, out = (flash_cuda.readable(x) for x in (dout, q, k, v, out))
+        dout, q, k, v, out = (contiguous_last_dim(x) for x in (dout, q, k, v, out))
         return *flash_cuda.backward(dout, q, k, v, out, lse, bands, scale, OPERATORS), []
 
 

@@ -33,6 +33,7 @@ from longspan.kernels.protocol import (
     accumulation_dtype,
     add_bias_gradients,
     bias_gradients,
+    contiguous_last_dim,
     merge_weights,
 )
 from longspan.masks.bands import Band, shift, trim
@@ -210,7 +211,7 @@ def _refuse(softcap: float | None) -> None:
 def _operands(tensors: tuple[Tensor, Tensor, Tensor], bias: BoundBias | None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v with a contiguous last dim, in fp32 beside a bias (None: there is none)."""
     q, k, v = (x if bias is None else x.float() for x in tensors)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (contiguous_last_dim(x) for x in (q, k, v))
     return q, k, v
 
 

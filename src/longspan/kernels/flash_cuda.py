@@ -41,14 +41,6 @@ def lacks(dtype: torch.dtype, dim: int, capability: tuple[int, int] | None) -> s
     return lacks_ampere("flash attention on cuda", capability)
 
 
-def readable(x: Tensor) -> Tensor:
-    """``x`` itself if its last dim is contiguous, else a contiguous copy.
-
-    The flash operators assume a contiguous last dim without a check; an expanded gradient may lack it.
-    """
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class Operators(NamedTuple):
     """The two functions that compute one call: ``FLASH``, or those of another kernel that takes some of the calls.
 

@@ -144,6 +144,22 @@ class Kernel(Protocol):
         ...
 
 
+class BuiltInKernel(Kernel, Protocol):
+    """A kernel of ``kernels.table.KERNELS``: it says what it does not support, so that "auto" can choose another one."""
+
+    def lacks(self, need: Need) -> str | None:
+        """The reason, as a sentence, why this kernel does not support the attention ``need``; None if it does."""
+        ...
+
+
+def contiguous_last_dim(x: Tensor) -> Tensor:
+    """``x`` itself if its last dim is contiguous, else a contiguous copy.
+
+    PyTorch's fused operators assume a contiguous last dim without a check; an expanded gradient may lack it.
+    """
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype for partial results, log-sum-exps and summed gradients of tensors of ``dtype``: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

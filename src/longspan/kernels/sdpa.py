@@ -20,7 +20,15 @@ from torch import Tensor
 
 from longspan.errors import KernelError
 from longspan.kernels import flash_cpu, flash_cuda
-from longspan.kernels.protocol import BoundBias, Gradients, Need, Partial, accumulation_dtype, merge_weights
+from longspan.kernels.protocol import (
+    BoundBias,
+    Gradients,
+    Need,
+    Partial,
+    accumulation_dtype,
+    contiguous_last_dim,
+    merge_weights,
+)
 from longspan.kernels.tiles import Stack, columns, plan
 from longspan.masks.bands import Band
 
@@ -62,7 +70,7 @@ class SDPA:
     ) -> Partial:
         _refuse(softcap, bias)
         dtype = accumulation_dtype(q.dtype)
-        q, k, v = (flash_cuda.readable(x) for x in (q, k, v))
+        q, k, v = (contiguous_last_dim(x) for x in (q, k, v))
         if OPERATORS[q.device.type] is flash_cuda:
             return flash_cuda.forward(q, k, v, bands, scale)
         stacks = _stacks(tuple(bands))
@@ -97,7 +105,7 @@ class SDPA:
     ) -> Gradients:
         _refuse(softcap, bias)
         dtype = accumulation_dtype(q.dtype)
-        dout, q, k, v, out = (flash_cuda.readable(x) for x in (dout, q, k, v, out))
+        dout, q, k, v, out = (contiguous_last_dim(x) for x in (dout, q, k, v, out))
         if OPERATORS[q.device.type] is flash_cuda:
             return *flash_cuda.backward(dout, q, k, v, out, lse, bands, scale), []
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))

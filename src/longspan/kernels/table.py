@@ -19,14 +19,15 @@ from longspan.kernels.cudnn import Cudnn, agrees_with_flash_attention
 from longspan.kernels.efficient import Efficient
 from longspan.kernels.flex import Flex
 from longspan.kernels.online import Online
-from longspan.kernels.protocol import BoundBias, Kernel, Need, accumulation_dtype
+from longspan.kernels.protocol import BoundBias, BuiltInKernel, Kernel, Need, accumulation_dtype
 from longspan.kernels.reference import Reference
 from longspan.kernels.sdpa import SDPA
 from longspan.masks.constructors import Causal, Full, Mask
 
 __all__ = ["KERNELS", "BoundBias", "Kernel", "Need", "accumulation_dtype", "choose", "refuse_unknown"]
 
-KERNELS = {kernel.name: kernel for kernel in (SDPA(), Online(), Flex(), Cudnn(), Efficient(), Reference())}
+_ALL: tuple[BuiltInKernel, ...] = (SDPA(), Online(), Flex(), Cudnn(), Efficient(), Reference())
+KERNELS = {kernel.name: kernel for kernel in _ALL}
 """Every kernel by its name."""
 
 
