@@ -9,7 +9,7 @@ no ``register_hook`` of a sharded parameter: it is refused.
 """
 
 from collections.abc import Iterable, Iterator, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,36 +24,43 @@ class DeferredHooks:
 
     Args:
         model: the model whose parameters these are, before any hook of longspan is on them.
+        ours: the handles of longspan's own hooks, which are left as they are; a list that the caller extends.
         cut: whether it is cut over tensor ranks: then every hook is refused.
     """
 
-    def __init__(self, model: nn.Module, cut: bool) -> None:
-        self._model, self._cut, self._seen = model, cut, -1
-        self.find(ours=())
+    def __init__(self, model: nn.Module, ours: list[RemovableHandle], cut: bool) -> None:
+        self._model, self._ours, self._cut, self._seen = model, ours, cut, -1
+        self.find()
 
-    def __bool__(self) -> bool:
-        return any(True for _ in self._all())
+    def exist(self) -> bool:
+        """Whether a hook of the user is on a parameter, also one that is not deferred yet."""
+        return any(True for _ in self._of_user())
 
-    def find(self, ours: Iterable[RemovableHandle]) -> None:
-        """Defer the hooks that were registered since the last call.
+    def find(self, running: nn.Parameter | None = None) -> bool:
+        """Defer the hooks that were registered since the last call; return whether there were any.
 
         Args:
-            ours: the handles of longspan's own hooks, which are left as they are.
+            running: the parameter whose hooks autograd is calling, from a list that it copied before; None: no parameter's.
 
         Raises:
-            ModelError: a hook on a parameter that is cut over tensor ranks.
+            ModelError: a hook on a parameter that is cut over tensor ranks, or a new one on ``running``, which autograd is
+                about to call with this rank's part of the gradient.
         """
         if RemovableHandle.next_id == self._seen:
-            return
-        mine, self._seen = {handle.id for handle in ours}, RemovableHandle.next_id
-        for name, parameter in self._model.named_parameters():
-            for hooks in _hooks_of(parameter):
-                for key, hook in hooks.items():
-                    if key not in mine and not isinstance(hook, _Deferred):
-                        if self._cut:
-                            self._seen = -1  # the next call looks again
-                            raise ModelError(_text(name))
-                        hooks[key] = _Deferred(hook)
+            return False
+        new = [each for each in self._of_user() if not isinstance(each.hook, _Deferred)]
+        self._seen = -1  # if this raises, the next call looks again
+        for name, parameter, hooks, key, hook in new:
+            if self._cut:
+                raise ModelError(_text(name))
+            if parameter is running and hooks is _hooks_of(parameter)[0]:
+                raise ModelError(
+                    f"parameter {name!r} got a hook on its gradient after the forward, and this backward computes its gradient "
+                    f"first: the hook would get this rank's part of it; register the hook before the forward"
+                )
+            hooks[key] = _Deferred(hook)
+        self._seen = RemovableHandle.next_id
+        return bool(new)
 
     def of_gradient(self, parameter: nn.Parameter, mean: Tensor) -> Tensor:
         """The gradient that the hooks of ``register_hook`` make of ``mean``, in the order of their registration."""
@@ -63,7 +70,7 @@ class DeferredHooks:
         for deferred in hooks:
             changed = deferred.hook(mean)
             mean = mean if changed is None else changed
-        return mean
+        return mean.clone() if hooks else mean  # a hook may keep it, and later gradients are added to .grad in place
 
     def after_accumulation(self, parameter: nn.Parameter) -> None:
         """Call the hooks of ``register_post_accumulate_grad_hook`` of ``parameter``, whose ``.grad`` has its final value."""
@@ -73,15 +80,27 @@ class DeferredHooks:
 
     def restore(self) -> None:
         """Let autograd call all hooks again."""
-        for hooks, key, deferred in list(self._all()):
-            hooks[key] = deferred.hook
+        for _, _, hooks, key, hook in list(self._of_user()):
+            hooks[key] = hook.hook if isinstance(hook, _Deferred) else hook
 
-    def _all(self) -> Iterator[tuple[MutableMapping[int, Any], int, "_Deferred"]]:
-        for parameter in self._model.parameters():
+    def _of_user(self) -> Iterator["_Hook"]:
+        """The hooks on parameters that are not longspan's own."""
+        ours = {handle.id for handle in self._ours}
+        for name, parameter in self._model.named_parameters():
             for hooks in _hooks_of(parameter):
                 for key, hook in hooks.items():
-                    if isinstance(hook, _Deferred):
-                        yield hooks, key, hook
+                    if key not in ours:
+                        yield _Hook(name, parameter, hooks, key, hook)
+
+
+class _Hook(NamedTuple):
+    """A hook of the user: the parameter and its name, the hooks among which it is registered, its number there, and it."""
+
+    name: str
+    parameter: nn.Parameter
+    hooks: MutableMapping[int, Any]
+    key: int
+    hook: Any
 
 
 def _hooks_of(parameter: Tensor) -> list[MutableMapping[int, Any]]:

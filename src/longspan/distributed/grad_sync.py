@@ -22,7 +22,7 @@ from torch.profiler import record_function
 from torch.utils.hooks import RemovableHandle
 
 from longspan import _compat
-from longspan.distributed.consensus import first_difference, gather_or_raise
+from longspan.distributed.consensus import first_difference, gather_or_raise, largest_integers
 from longspan.distributed.deferred_hooks import DeferredHooks
 from longspan.distributed.device import new_group, set_timeout
 from longspan.distributed.grad_buckets import Buckets, MeanInBuckets, Reductions, reduction_dtype
@@ -55,17 +55,19 @@ class MeanGradients:
         self._running: WeakValueDictionary[int, MeanInBuckets] = WeakValueDictionary()
         self._delayed: MeanInBuckets | None = None
         self._backward_in_delayed = -1
-        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self.refuse_what_changed)]
-        averages, tensor = mesh.fsdp_group.size() > 1, mesh.coordinate.tensor > 1
-        self._deferred = DeferredHooks(model, cut=tensor) if averages or tensor else None
-        if not averages:  # the gradient is the mean already
-            return
+        self._control, self._averages = mesh.loss_control_group, mesh.fsdp_group.size() > 1
         self._earlier: dict[int, Tensor | None] = {}
         self._buckets = Buckets.of(self._parameters)
         self._reductions = gradient_reductions(mesh)
+        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self.refuse_what_changed)]
+        tensor = mesh.coordinate.tensor > 1
+        self._deferred = DeferredHooks(model, self._handles, cut=tensor) if self._averages or tensor else None
         for index, parameter in enumerate(self._parameters):
-            self._handles.append(parameter.register_hook(partial(self._set_earlier_aside, index)))
-            self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._take, index)))
+            if self._deferred is not None:
+                self._handles.append(parameter.register_hook(partial(self._find_hooks, parameter)))
+            if self._averages:  # on one rank the gradient is the mean already
+                self._handles.append(parameter.register_hook(partial(self._set_earlier_aside, index)))
+                self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._take, index)))
 
     def remove(self) -> None:
         """Remove the hooks from the model: ``backward`` then adds this rank's own gradient to ``.grad``."""
@@ -81,7 +83,7 @@ class MeanGradients:
         Returns:
             None, which leaves ``grad`` as it is; of a weight of tensor parallelism, the gradient in the weight's placement.
         """
-        self._mean_of_this_backward(index)
+        self._join_backward(index)
         if grad is None:
             return None
         parameter = self._parameters[index]
@@ -94,21 +96,24 @@ class MeanGradients:
     def _take(self, index: int, parameter: Tensor) -> None:
         """Hook after autograd has set ``.grad`` of parameter ``index``: copy the gradient of this backward into its bucket, and
         restore the ``.grad`` of earlier ones."""
-        mean, grad = self._mean_of_this_backward(index), parameter.grad
+        mean, grad = self._join_backward(index), parameter.grad
         parameter.grad = self._earlier.pop(index)
         assert grad is not None
         mean.add(index, local_part(grad))
         if mean is not self._delayed:
             mean.reduce_full_buckets()
 
-    def _mean_of_this_backward(self, index: int) -> MeanInBuckets:
+    def _join_backward(self, index: int) -> MeanInBuckets:
         """The mean that the backward that is running adds to.
 
-        At the first gradient of a backward it is made, and a callback is registered that finishes it at the end. Only that
-        callback holds a strong reference, so a backward that fails leaves no gradients for the next one.
+        At the first gradient of a backward its kind is checked, the mean is made, and a callback is registered that finishes it
+        at the end. Only that callback holds a strong reference, so a backward that fails leaves no gradients for the next one.
 
         Args:
             index: the parameter whose gradient was just computed, for the check that it can be averaged.
+
+        Raises:
+            ModelError: what this backward computes cannot be averaged, or the model was changed.
         """
         backward = _compat.backward_id()
         if self._delayed is not None:
@@ -151,19 +156,30 @@ class MeanGradients:
                     f"parameter {name!r} was unfrozen or replaced after parallelize: its gradient would differ between ranks; "
                     f"call unparallelize(model), then parallelize it again"
                 )
-        if self._deferred is not None:
-            self._deferred.find(ours=self._handles)
+        self._find_hooks()
+
+    def _find_hooks(self, running: nn.Parameter | None = None, *_: object) -> None:
+        """Let hooks of the user that were registered since the last look get the mean; also a hook on the gradient of
+        ``running``.
+
+        Raises:
+            ModelError: a hook that cannot get it, or one that was registered between the backwards of ``once``.
+        """
+        if self._deferred is not None and self._deferred.find(running) and self._delayed is not None:
+            raise ModelError(
+                "a hook on a gradient was registered inside forward_backward, which would call it once with the sum of several "
+                "micro-batches; register it before forward_backward"
+            )
 
     @contextmanager
     def once(self) -> Iterator[None]:
         """Context manager: the gradients of all backwards inside are summed on this rank, and averaged over the ranks once, on
         exit.
 
-        So several micro-batches cost one all-reduce. If the block raises, nothing is added to ``.grad``.
+        So several micro-batches cost one all-reduce; each backward averages by itself where any rank has hooks of the user on
+        gradients. If the block raises, nothing is added to ``.grad``. Every rank must enter it.
         """
-        if self._deferred is not None:
-            self._deferred.find(ours=self._handles)
-        if len(self._handles) == 1 or self._deferred:  # one rank, or hooks that each backward calls
+        if not self._averages or self._hooks_on_any_rank():
             yield
             return
         self._delayed, self._backward_in_delayed = MeanInBuckets(self._buckets, self._reductions), -1
@@ -173,6 +189,11 @@ class MeanGradients:
         finally:
             self._delayed = None
         self._finish(delayed)
+
+    def _hooks_on_any_rank(self) -> bool:
+        """Whether any rank has hooks of the user on gradients: all ranks must average equally often. One control all-reduce."""
+        mine = self._deferred is not None and self._deferred.exist()
+        return bool(largest_integers([int(mine)], self._control, "Every rank must call forward_backward equally often.")[0])
 
     @torch.no_grad()
     @record_function("longspan::mean_gradients")
@@ -196,7 +217,9 @@ def gradient_reductions(mesh: ParallelMesh) -> Reductions:
     one group would confuse. Every rank of the mesh must call it at once.
     """
     if mesh.own_reductions is None:
-        if mesh.fsdp_group.size() == mesh.world_group.size():  # a DeviceMesh would take the group of all ranks, as others do
+        if mesh.fsdp_group.size() == 1:  # nothing to reduce
+            group = mesh.fsdp_group
+        elif mesh.fsdp_group.size() == mesh.world_group.size():  # a DeviceMesh would take the group of all ranks, as others do
             group = new_group(backend="")
         else:
             group = _compat.flattened(mesh.fsdp_mesh, "gradients").get_group()

@@ -145,10 +145,11 @@ class ParallelState:
             LongspanError: of the first rank that has one.
         """
         with raise_together(self.mesh.world_group):
+            if self.pipeline is not None:
+                self.pipeline.refuse_other_dtypes()
             if self.snapshot is not None:
                 self.snapshot.refuse_changes()
             if self.pipeline is not None:
-                self.pipeline.refuse_other_dtypes()
                 self.pipeline.refuse_parts(parts)
             for part in parts:
                 self.adapter.refuse_call(part)

@@ -10,7 +10,7 @@ no such look: there only the first call is checked, by the compiler's own guards
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from types import FunctionType
@@ -45,7 +45,7 @@ LOSS_ATTRIBUTES = ("_loss_function", "loss_type")
 
 class _Module(NamedTuple):
     """What a ``Snapshot`` records of one module: its name and class, the forward of its own (None: that of the class), the ids
-    of its children and parameters, and the parameters' names and shapes."""
+    of its children and parameters, and the parameters' names, shapes and dtypes."""
 
     name: str
     module: nn.Module
@@ -55,6 +55,7 @@ class _Module(NamedTuple):
     names: tuple[str, ...]
     parameters: tuple[int, ...]
     shapes: tuple[torch.Size | None, ...]
+    dtypes: tuple[torch.dtype | None, ...]
 
 
 class Snapshot:
@@ -153,8 +154,8 @@ class Snapshot:
 
         Raises:
             ModelError: a module, parameter, forward, loss function, config field or attribute was added, removed, replaced,
-                resized or set to another value since; the message names it. Also for a sharded model under
-                ``torch.inference_mode``.
+                resized, converted to another dtype or set to another value since; the message names it. Also for a sharded
+                model under ``torch.inference_mode``.
         """
         if torch.compiler.is_compiling():
             return
@@ -163,7 +164,8 @@ class Snapshot:
                 "torch.inference_mode would make the gathered parameters of a sharded model unfit for training; use "
                 "torch.no_grad()"
             )
-        for name, module, kind, forward, children, names, parameters, shapes in self._modules if modules is None else modules:
+        for before in self._modules if modules is None else modules:
+            name, module, kind, forward, children, names, parameters, shapes, dtypes = before
             if type(module) is not kind or vars(module).get("forward") is not forward:
                 _refuse_forward(name, module, kind, forward)
             if tuple(map(id, _compat.own_modules(module).values())) != children:
@@ -171,6 +173,8 @@ class Snapshot:
             held = _compat.own_parameters(module)
             if held and (tuple(map(id, held.values())) != parameters or tuple(map(_shape, held.values())) != shapes):
                 self._refuse_parameters(name, module, dict(zip(names, zip(parameters, shapes))))
+            if held and not self._sharded and tuple(map(_dtype, held.values())) != dtypes:  # fsdp.py looks at those of shards
+                _refuse_dtypes(name, held, dict(zip(names, dtypes)))
         for name, held, key, function in self._functions:
             if held.get(key) is not function and not _wraps(held.get(key), function):
                 raise ModelError(f"{name} was replaced after parallelize; {WAY_OUT}")
@@ -251,7 +255,18 @@ def _look(name: str, module: nn.Module) -> _Module:
         tuple(_compat.own_parameters(module)),
         tuple(map(id, parameters)),
         tuple(map(_shape, parameters)),
+        tuple(map(_dtype, parameters)),
     )
+
+
+def _refuse_dtypes(name: str, held: Mapping[str, nn.Parameter | None], before: dict[str, torch.dtype | None]) -> None:
+    """Raise ModelError if a parameter in ``held`` of the module called ``name`` has another dtype than ``before``."""
+    for own, value in held.items():
+        if _dtype(value) != before[own]:
+            raise ModelError(
+                f"parameter '{_join(name, own)}' was {before[own]} when the model was proven and is {_dtype(value)} now, and "
+                f"its gradient would be averaged as that of {before[own]}; {WAY_OUT}"
+            )
 
 
 def _refuse_forward(name: str, module: nn.Module, kind: type[nn.Module], before: Any) -> None:
@@ -323,3 +338,8 @@ def _join(name: str, child: str) -> str:
 def _shape(parameter: torch.Tensor | None) -> torch.Size | None:
     """The shape of a parameter, of a DTensor the whole shape; None for None."""
     return None if parameter is None else parameter.shape
+
+
+def _dtype(parameter: torch.Tensor | None) -> torch.dtype | None:
+    """The dtype of a parameter; None for None."""
+    return None if parameter is None else parameter.dtype
