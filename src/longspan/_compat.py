@@ -250,11 +250,10 @@ def _fsdp_groups(module: Any) -> list[Any]:
     return [_symbol(state, "_fsdp_param_group", ZERO)]
 
 
-def fsdp_gathered_parameters(module: Any) -> list[Tensor]:
-    """The whole parameters that ``module``, an FSDPModule, holds in place of its shards at this moment; [] if none is
-    gathered."""
-    found = [getattr(each, "_unsharded_param", None) for group in _fsdp_groups(module) for each in group.fsdp_params]
-    return [parameter for parameter in found if parameter is not None]
+def fsdp_gathered_parameters(module: Any) -> list[tuple[str, Tensor]]:
+    """(name, whole parameter) of each that ``module``, an FSDPModule, has ever gathered: FSDP2 keeps these objects."""
+    found = [(each, getattr(each, "_unsharded_param", None)) for group in _fsdp_groups(module) for each in group.fsdp_params]
+    return [(str(_symbol(each, "_param_fqn", ZERO)), whole) for each, whole in found if whole is not None]
 
 
 def is_inside_ddp() -> bool:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from longspan.distributed.deferred_hooks import refuse_hooks_of_copies
 from longspan.distributed.fsdp import FSDPOptions, is_sharded, refuse_optimizers_at_first_step, refuse_options, shard_parameters
 from longspan.distributed.grad_norm import mark_stage
 from longspan.distributed.grad_sync import MeanGradients
@@ -188,10 +189,11 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
         )
     trains = torch.is_grad_enabled()
     several = len(parts) > 1 or state.pipeline is not None
+    if state.pipeline is not None:
+        state.refuse_step(model, parts)
     with state.gradients.once() if state.gradients is not None and trains and several else nullcontext():
         if state.pipeline is None:
             return _one_after_the_other(model, parts, state.mesh)
-        state.refuse_step(model, parts)
         total = state.pipeline.step(parts)
     if trains:
         state.pipeline.sum_copies()
@@ -352,6 +354,8 @@ def _prove(job: _Job, read_alike: bool) -> dict[str, str]:
     """
     _refuse_options(job)
     job.adapter.prove(job.mesh, job.memory)
+    if job.mesh.coordinate.pipeline > 1 and (tied := job.adapter.pipeline_plan().tied) is not None:
+        refuse_hooks_of_copies([(tied[0], job.model.get_parameter(tied[0]))])
     if job.memory.tile_tokens is not None:
         _refuse_to_tile(job.adapter.token_wise(), job.memory.tile_tokens)
     return {} if read_alike else fingerprints(job.model)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from longspan import LongspanError, ModelError, forward_backward, parallelize, shard_batch, unparallelize
 from tests.helpers.hf_models import build
@@ -37,6 +38,11 @@ def step(model: Any, parts: Any) -> dict[str, Tensor]:
     for part in parts:
         model(**part).loss.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def full(x: Tensor) -> Tensor:
+    whole: Tensor = x.full_tensor() if isinstance(x, DTensor) else x
+    return whole
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -166,6 +172,36 @@ def hooks_on_shards(zero: int, tensor: int) -> None:
     for handle in handles:
         handle.remove()
     model(**part).loss.backward()
+
+
+@pytest.mark.parametrize("degree", [{"zero": 2}, {"zero": 3}, {"tensor": 2}])
+def test_hooks_on_shards_after_the_forward_are_refused(degree: dict[str, int], pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(hooks_after_the_forward, degree.get("zero", 0), degree.get("tensor", 1))
+
+
+def hooks_after_the_forward(zero: int, tensor: int) -> None:
+    """On the parameters that the model has then (gathered ones at zero=2), and on those that an optimizer has."""
+    mesh = mesh_of(2 // tensor, tensor=tensor)
+    model = parallelize(build("llama"), mesh, zero=zero)
+    part = shard_batch(BATCHES[0], mesh)
+    free = step(model, [part])
+    held = dict(model.named_parameters())
+    for late in (lambda name: model.get_parameter(name), lambda name: held[name]):
+        for register in ("register_hook", "register_post_accumulate_grad_hook"):
+            loss = model(**part).loss
+            parameter = late("model.layers.0.mlp.down_proj.weight")
+            if zero and register != "register_hook" and isinstance(parameter, DTensor):
+                continue  # FSDP2 calls it with the mean
+            handle = getattr(parameter, register)(lambda _: pytest.fail("called with one rank's part"))
+            with pytest.raises(ModelError, match=r"parameter 'model.layers.0.mlp.down_proj.weight' has a hook on its gradient"):
+                loss.backward()
+            with pytest.raises(ModelError, match=r"parameter 'model.layers.0.mlp.down_proj.weight' has a hook on its gradient"):
+                model(**part)
+            handle.remove()
+    for parameter in held.values():
+        parameter.grad = None  # model.zero_grad() does so to gathered ones
+    for name, grad in step(model, [part]).items():
+        torch.testing.assert_close(full(grad), full(free[name]), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])

@@ -32,6 +32,7 @@ SHAPE = DecoderConfig(vocab=97, layers=5, hidden=32, heads=12, kv_heads=4, head_
 ROWS, TOKENS, MICRO_BATCHES = 2, 23, 4
 INTERLEAVED = PipelineOptions("interleaved", stages_per_rank=2)
 PLAIN = MemoryOptions()
+HOOK_AFTER = "register_post_accumulate_grad_hook"
 
 
 def test_what_is_skipped_passes_its_input_and_is_put_back() -> None:
@@ -240,6 +241,47 @@ def refused() -> None:
         ModelError, match="interleaved stages need micro-batches in whole rounds of 2 ranks, and the step has 5"
     ):
         forward_backward(parallelize(model_of(), mesh, pipeline=INTERLEAVED), shard_batch(batches_of(mesh, 5)[1], mesh))
+
+
+def test_what_one_stage_alone_has_is_refused_on_every_stage(pool: Callable[[int], Ranks]) -> None:
+    for texts in zip(*pool(2).run(refused_of_one_stage), strict=True):
+        assert len(set(texts)) == 1
+
+
+def refused_of_one_stage() -> list[str]:
+    """Hooks on the copy of a tied weight, hooks on shards, and a parameter that was frozen, all of the last stage."""
+    mesh, texts = ParallelMesh(pipeline=2), list[str]()
+    parts, last = shard_batch(batches_of(mesh)[1], mesh), mesh.coordinate.pipeline_rank == 1
+
+    def refuse(model: Any, text: str) -> None:
+        with pytest.raises(ModelError, match=text) as found:
+            forward_backward(model, parts)
+        texts.append(str(found.value))
+
+    tied = model_of(True)
+    handle = tied.head.weight.register_hook(lambda grad: grad.clamp(-1e-2, 1e-2))
+    with pytest.raises(
+        ModelError, match=r"parameter 'embed.weight' has a hook on its gradient, and is one weight with another"
+    ):
+        parallelize(tied, mesh)
+    handle.remove()
+    for zero, register in ((0, "register_hook"), (0, HOOK_AFTER), (3, HOOK_AFTER)):
+        model = parallelize(model_of(True), mesh, zero=zero)
+        if last:
+            getattr(model.head.weight, register)(lambda _: None)
+        refuse(model, r"parameter 'head.weight' has a hook on its gradient, and is one weight with another")
+    model = parallelize(model_of(), mesh, zero=3)
+    if last:
+        model.norm.weight.register_hook(lambda _: None)
+    refuse(model, r"parameter 'norm.weight' has a hook on its gradient")
+    frozen = model_of()
+    frozen.norm.weight.requires_grad_(False)
+    model = parallelize(frozen, mesh)
+    forward_backward(model, parts)
+    if last:
+        model.norm.weight.requires_grad_()
+    refuse(model, r"parameter 'norm.weight' was unfrozen or replaced after parallelize")
+    return texts
 
 
 FAULTS = ["a tied weight averaged", "a stage's norm left out", "a tied weight not summed"]

@@ -8,7 +8,7 @@ registered, in a wrapper that autograd finds and that does nothing, so that its 
 no ``register_hook`` of a sharded parameter: it is refused.
 """
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -118,6 +118,15 @@ class _Deferred:
         return None
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and mappings, without those of inference mode, which count no changes."""
+    if isinstance(value, Tensor) and not value.is_inference():
+        yield value
+    elif isinstance(value, tuple | list | Mapping):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(each)
+
+
 def refuse_hooks_of_shards(named: Iterable[tuple[str, Tensor]], to_be_sharded: bool = False) -> None:
     """Raise ModelError if a parameter of ``named`` that is sharded, or is ``to_be_sharded``, has a hook on its gradient.
 
@@ -127,6 +136,16 @@ def refuse_hooks_of_shards(named: Iterable[tuple[str, Tensor]], to_be_sharded: b
         before, after = _hooks_of(parameter)
         if (before or (after and to_be_sharded)) and (to_be_sharded or isinstance(parameter, DTensor)):
             raise ModelError(_text(name))
+
+
+def refuse_hooks_of_copies(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ModelError if a parameter of ``named``, of which two pipeline stages have a copy, has a hook on its gradient."""
+    for name, parameter in named:
+        if any(_hooks_of(parameter)):
+            raise ModelError(
+                f"parameter {name!r} has a hook on its gradient, and is one weight with another on the first or last pipeline "
+                f"stage: the hook would get the part of one stage; change .grad after forward_backward, or use pipeline=1"
+            )
 
 
 def _text(name: str) -> str:

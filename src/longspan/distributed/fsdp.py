@@ -12,7 +12,7 @@ Source: ZeRO, arXiv:1910.02054.
 
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from longspan import _compat
-from longspan.distributed.deferred_hooks import refuse_hooks_of_shards
+from longspan.distributed.deferred_hooks import refuse_hooks_of_shards, tensors_in
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.whole_tensors import load_whole_tensors
 from longspan.errors import ModelError
@@ -121,6 +121,7 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
     model.register_forward_pre_hook(_refuse_after_a_failed_backward)
     shards = [(name, parameter, parameter.dtype) for name, parameter in model.named_parameters()]
     model.register_forward_pre_hook(partial(_refuse_changed_shards, shards), prepend=True)  # before FSDP2 gathers them
+    model.register_forward_hook(partial(_look_again_in_the_backward, shards), prepend=True)  # before FSDP2's part of it begins
     refuse_optimizers_at_first_step(model)
     load_whole_tensors(model)
     model.register_forward_hook(_reshard_without_a_backward)
@@ -144,16 +145,42 @@ def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
         )
 
 
-def _refuse_changed_shards(shards: Sequence[tuple[str, nn.Parameter, torch.dtype]], *_: object) -> None:
-    """Forward pre-hook: raise ModelError for a shard that has got a hook on its gradient, or another dtype than FSDP2 has made
-    its buffers for. ``shards`` has the name, the sharded parameter and its dtype then."""
-    refuse_hooks_of_shards((name, parameter) for name, parameter, _ in shards)
+Shards = Sequence[tuple[str, nn.Parameter, torch.dtype]]
+"""The name of each sharded parameter, the parameter itself, and its dtype when it was sharded."""
+
+
+def _refuse_changed_shards(shards: Shards, model: nn.Module, *_: object) -> None:
+    """Forward pre-hook: raise ModelError for a parameter that has got a hook on its gradient, or another dtype than FSDP2 has
+    made its buffers for."""
+    refuse_gradient_hooks(model, [(name, parameter) for name, parameter, _ in shards])
     for name, parameter, dtype in shards:
         if parameter.dtype != dtype:
             raise ModelError(
                 f"parameter {name!r} was {dtype} when it was sharded and is {parameter.dtype} now; convert the model before "
                 f"parallelize, or let blocks compute in another dtype by parallelize(dtype=...) or torch.autocast"
             )
+
+
+def _look_again_in_the_backward(shards: Shards, model: nn.Module, _: object, output: Any) -> None:
+    """Forward hook: the backward first looks for hooks on gradients that were registered since the forward."""
+    named = [(name, parameter) for name, parameter, _ in shards]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        for each in tensors_in(output):
+            if each.requires_grad:
+                each.register_hook(lambda _: refuse_gradient_hooks(model, named))
+
+
+def refuse_gradient_hooks(model: nn.Module, shards: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise ModelError for a hook on the gradient of a shard, or of the whole parameter that FSDP2 gathers from it.
+
+    Args:
+        model: a model that FSDP2 shards, or a module without shards.
+        shards: its parameters with their names.
+    """
+    refuse_hooks_of_shards(shards)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            refuse_hooks_of_shards(_compat.fsdp_gathered_parameters(part), to_be_sharded=True)
 
 
 def _reshard_without_a_backward(model: nn.Module, *_: object) -> None:

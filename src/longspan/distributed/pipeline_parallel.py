@@ -25,6 +25,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from longspan import _compat
 from longspan.distributed.collectives import CountingTransport
+from longspan.distributed.deferred_hooks import refuse_hooks_of_copies
 from longspan.distributed.device import new_group
 from longspan.distributed.fake_world import fake_stage, is_fake
 from longspan.distributed.grad_norm import STAGES, StageNorm
@@ -213,6 +214,11 @@ class PipelineParallel:
                 )
         self._options.refuse_broken_rounds(self._mesh.coordinate.pipeline, len(parts))
 
+    def refuse_hooks(self) -> None:
+        """Raise ModelError for a hook on the gradient of a weight that the first and the last stage both have."""
+        if self._copies is not None:
+            refuse_hooks_of_copies(self._copies.held())
+
     def sum_copies(self) -> None:
         """Sum the gradients of a weight that the first and the last stage both have; called once a step, after the averages."""
         if self._copies is not None:
@@ -338,10 +344,15 @@ class _Copies:
         ranks = [dist.get_global_rank(mesh.pipeline_group, rank) for rank in ends]
         self._group = new_group(ranks, backend="") if self._name is not None else None
 
+    def held(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of the copy on this rank, if it has one."""
+        return [] if self._name is None else [(self._name, self._model.get_parameter(self._name))]
+
     def sum_gradients(self) -> None:
         """Replace the gradient of either copy by the sum of both, in fp32 (fp64 for fp64). Ranks without a copy do nothing."""
-        if self._name is not None and self._model.get_parameter(self._name).requires_grad:
-            sum_over(self._model.get_parameter(self._name), self._group)
+        for _, parameter in self.held():
+            if parameter.requires_grad:
+                sum_over(parameter, self._group)
 
 
 def _skipped(plan: PipelinePlan, name: str, module: nn.Module) -> Skipped:

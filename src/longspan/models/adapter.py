@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from longspan.distributed.consensus import raise_together
+from longspan.distributed.fsdp import refuse_gradient_hooks
 from longspan.distributed.grad_sync import MeanGradients
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.pipeline_parallel import PipelineParallel, PipelinePlan
@@ -150,7 +151,12 @@ class ParallelState:
             if self.snapshot is not None:
                 self.snapshot.refuse_changes()
             if self.pipeline is not None:
+                self.pipeline.refuse_hooks()
                 self.pipeline.refuse_parts(parts)
+            if self.gradients is not None:
+                self.gradients.refuse_what_changed()
+            else:
+                refuse_gradient_hooks(model, model.named_parameters())
             for part in parts:
                 self.adapter.refuse_call(part)
 

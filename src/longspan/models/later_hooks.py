@@ -7,14 +7,15 @@
 Each hook that is found at a call is replaced by a watched one, which raises when the hook has changed something.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from longspan import _compat
+from longspan.distributed.deferred_hooks import tensors_in
 from longspan.errors import ModelError
 
 WAY_OUT = "call unparallelize(model), register it, then parallelize again, which proves it"
@@ -65,25 +66,16 @@ class _Watched:
         self._what, self._hook = what, hook
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
-        tensors = list(_tensors(given))
+        tensors = list(tensors_in(given))
         before = [_compat.version_counter(tensor) for tensor in tensors]
         found = self._hook(module, *given)
-        replaced = {id(tensor) for tensor in _tensors(found)} - {id(tensor) for tensor in tensors}
+        replaced = {id(tensor) for tensor in tensors_in(found)} - {id(tensor) for tensor in tensors}
         if replaced or [_compat.version_counter(tensor) for tensor in tensors] != before:
             raise ModelError(
                 f"a {self._what} that was registered after parallelize changes tensors, and nothing has shown that it "
                 f"treats each token by itself; {WAY_OUT}"
             )
         return found
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and mappings, without those of inference mode, which count no changes."""
-    if isinstance(value, Tensor) and not value.is_inference():
-        yield value
-    elif isinstance(value, tuple | list | Mapping):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(each)
 
 
 def _is_trusted(hook: Any) -> bool:

@@ -322,7 +322,7 @@ def _gathered(root: nn.Module) -> set[int]:
     FSDP2 does so between a module's forward and its backward; the set is empty at other times.
     """
     sharded = [part for part in root.modules() if isinstance(part, FSDPModule)]
-    return {id(parameter) for part in sharded for parameter in _compat.fsdp_gathered_parameters(part)}
+    return {id(parameter) for part in sharded for _, parameter in _compat.fsdp_gathered_parameters(part)}
 
 
 def _within(name: str, outer: str) -> bool:
