@@ -15,7 +15,7 @@ wrong results on all of them.
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -191,13 +191,12 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
     several = len(parts) > 1 or state.pipeline is not None
     if state.pipeline is not None:
         state.refuse_step(model, parts)
-    with state.gradients.once() if state.gradients is not None and trains and several else nullcontext():
-        if state.pipeline is None:
-            return _one_after_the_other(model, parts, state.mesh)
-        total = state.pipeline.step(parts)
-    if trains:
-        state.pipeline.sum_copies()
-    return total
+    with ExitStack() as stack:
+        if state.pipeline is not None and trains:
+            stack.enter_context(state.pipeline.summing_copies())
+        if state.gradients is not None and trains and several:
+            stack.enter_context(state.gradients.once())  # inside: the copies' means are summed
+        return _one_after_the_other(model, parts, state.mesh) if state.pipeline is None else state.pipeline.step(parts)
 
 
 def _one_after_the_other(model: nn.Module, parts: Sequence[Mapping[str, Any]], mesh: ParallelMesh) -> Tensor:

@@ -149,6 +149,27 @@ def assert_gradients_and_norm(model: Decoder, reference: Decoder) -> None:
     assert abs(norm - total) <= 1e-10 * total, f"the norm is off by {norm - total:.1e}"
 
 
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_steps_add_to_the_gradients_from_before(zero: int, pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(accumulated, zero)
+
+
+def accumulated(zero: int) -> None:
+    """Two calls without zero_grad, on gradients that were there before the first."""
+    mesh, reference = ParallelMesh(pipeline=2), model_of(True)
+    model = parallelize(deepcopy(reference), mesh, zero=zero)
+    whole, mine = batches_of(mesh, 2)
+    for each in (model, reference):
+        for parameter in each.parameters():
+            parameter.grad = torch.full_like(parameter, 0.01)
+    for _ in range(2):
+        reference(**whole).loss.backward()
+        forward_backward(model, shard_batch(mine, mesh))
+        with pytest.raises(ModelError, match="put labels into the batch"):
+            forward_backward(model, shard_batch([{"input_ids": mine[0]["input_ids"]}], mesh))
+    assert_gradients_and_norm(model, reference)
+
+
 def test_buffers_of_earlier_shapes_are_freed(pool: Callable[[int], Ranks]) -> None:
     least, most = pool(2).run(buffers)[1]
     assert most <= least

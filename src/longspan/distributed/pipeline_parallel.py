@@ -14,7 +14,7 @@ interleaved stages, arXiv:2104.04473.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from longspan.distributed.collectives import CountingTransport
 from longspan.distributed.deferred_hooks import refuse_hooks_of_copies
 from longspan.distributed.device import new_group
 from longspan.distributed.fake_world import fake_stage, is_fake
-from longspan.distributed.grad_norm import STAGES, StageNorm
+from longspan.distributed.grad_norm import STAGES, StageNorm, local_part
 from longspan.distributed.grad_sync import sum_over
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.pipeline_options import PipelineOptions, split_layers
@@ -219,10 +219,12 @@ class PipelineParallel:
         if self._copies is not None:
             refuse_hooks_of_copies(self._copies.held())
 
-    def sum_copies(self) -> None:
-        """Sum the gradients of a weight that the first and the last stage both have; called once a step, after the averages."""
-        if self._copies is not None:
-            self._copies.sum_gradients()
+    @contextmanager
+    def summing_copies(self) -> Iterator[None]:
+        """Context manager around a step and its averages: what they add to the gradient of a weight that the first and the
+        last stage both have is the sum of both stages' gradients. If the block raises, its ``.grad`` is the earlier one."""
+        with nullcontext() if self._copies is None else self._copies.summing():
+            yield
 
     def _inputs(self, part: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The ids (or embeddings) of a part, and the keywords of the model's call on this rank's stages."""
@@ -348,11 +350,23 @@ class _Copies:
         """(name, parameter) of the copy on this rank, if it has one."""
         return [] if self._name is None else [(self._name, self._model.get_parameter(self._name))]
 
-    def sum_gradients(self) -> None:
-        """Replace the gradient of either copy by the sum of both, in fp32 (fp64 for fp64). Ranks without a copy do nothing."""
-        for _, parameter in self.held():
-            if parameter.requires_grad:
+    @contextmanager
+    def summing(self) -> Iterator[None]:
+        """Context manager: add the sum of both copies' gradients of this block, in fp32 (fp64 for fp64), to the ``.grad`` from
+        before, which is summed already. Ranks without a copy do nothing."""
+        trained = [parameter for _, parameter in self.held() if parameter.requires_grad]
+        earlier = [parameter.grad for parameter in trained]
+        for parameter in trained:
+            parameter.grad = None
+        try:
+            yield
+            for parameter, grad in zip(trained, earlier):
                 sum_over(parameter, self._group)
+                if grad is not None and parameter.grad is not None:
+                    local_part(grad).add_(local_part(parameter.grad))
+        finally:
+            for parameter, grad in zip(trained, earlier):
+                parameter.grad = parameter.grad if grad is None else grad
 
 
 def _skipped(plan: PipelinePlan, name: str, module: nn.Module) -> Skipped:
