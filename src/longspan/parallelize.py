@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from longspan.batch.dummy_rows import fill_empty_parts
 from longspan.distributed.deferred_hooks import refuse_hooks_of_copies
 from longspan.distributed.fsdp import FSDPOptions, is_sharded, refuse_optimizers_at_first_step, refuse_options, shard_parameters
 from longspan.distributed.grad_norm import mark_stage
@@ -179,6 +180,7 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
 
     Raises:
         ModelError: a model that is not parallel, no micro-batch at all, or a model that returns no loss.
+        BatchError: on pipeline > 1, on every rank alike, for micro-batches of different shapes.
     """
     state = parallel_state(model)
     if state is None:
@@ -190,6 +192,7 @@ def forward_backward(model: nn.Module, parts: Sequence[Mapping[str, Any]]) -> Te
     trains = torch.is_grad_enabled()
     several = len(parts) > 1 or state.pipeline is not None
     if state.pipeline is not None:
+        parts = fill_empty_parts(parts)  # before the stages make buffers for what the model's layers send
         state.refuse_step(model, parts)
     with ExitStack() as stack:
         if state.pipeline is not None and trains:

@@ -186,6 +186,23 @@ def buffers() -> tuple[int, int]:
     return counts[1], counts[-1]
 
 
+def test_a_replica_without_rows_in_some_micro_batches(pool: Callable[[int], Ranks]) -> None:
+    pool(4).run(rows_of_one_replica)
+
+
+def rows_of_one_replica() -> None:
+    mesh, reference = ParallelMesh(pipeline=2), model_of()
+    model = parallelize(deepcopy(reference), mesh)
+    whole, mine = batches_of(mesh, 2)
+    last = slice(3 * ROWS) if mesh.coordinate.data_rank == 0 else slice(0)  # of the second replica's second micro-batch
+    mine[1] = {name: x[last] for name, x in mine[1].items()}
+    reference(**{name: x[: 3 * ROWS] for name, x in whole.items()}).loss.backward()
+    forward_backward(model, shard_batch(mine, mesh))
+    named = dict(reference.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, named[name].grad, rtol=1e-10, atol=1e-12)
+
+
 def test_a_frozen_tied_weight_is_not_summed(pool: Callable[[int], Ranks]) -> None:
     pool(2).run(frozen_tied)
 
@@ -233,10 +250,14 @@ def refused() -> None:
     with pytest.raises(ModelError, match="cut over tensor ranks or pipeline stages cannot be made whole"):
         unparallelize(model)
     shorter = {name: x[:, :-1] for name, x in mine[0].items()}
-    with pytest.raises(
-        BatchError, match=r"micro-batch 0 has 2 rows of 23 tokens and micro-batch 1 has 2 rows of 22; on pipeline=2"
-    ):
-        shard_batch([mine[0], shorter], mesh)
+    for parts in (shard_batch([mine[0], shorter], mesh), [shard_batch(one, mesh) for one in (mine[0], shorter)]):
+        with pytest.raises(
+            BatchError, match=r"0 has input_ids \[2, 23\] of torch.int64 on this rank and micro-batch 1 has input_ids \[2, 22\]"
+        ):
+            forward_backward(model, parts)
+    named = {"named": mine[0]["input_ids"].double(), "labels": mine[0]["labels"]}
+    with pytest.raises(ModelError, match="needs input_ids or inputs_embeds, and a micro-batch has neither"):
+        forward_backward(model, shard_batch([named], mesh, dims={"named": 1}))
     unknown = {"input_ids": mine[0]["input_ids"] + SHAPE.vocab, "labels": mine[0]["labels"]}
     with pytest.raises(BatchError, match=r"the step holds token or label \d+, and Decoder knows 0 to 96"):
         forward_backward(model, shard_batch([unknown], mesh))

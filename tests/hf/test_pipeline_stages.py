@@ -93,6 +93,25 @@ def equals_one_device(
         assert error <= (1e-10 if exact else 2e-5) * max(want.norm().item(), 1e-3 * total), f"{parameter_name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("without", ["all", "the last"])
+def test_a_replica_without_rows_joins(without: str, pool: Callable[[int], Ranks]) -> None:
+    pool(4).run(no_rows, without)
+
+
+def no_rows(without: str) -> None:
+    """Two micro-batches of two replicas; the second replica has no row in the last, or in both."""
+    mesh, reference, ids = ParallelMesh(pipeline=2), build("llama"), batches("odd length", False)["input_ids"]
+    model = parallelize(build("llama"), mesh)
+    first = ids.flip(0) if without == "the last" else ids[:0]
+    mine = [ids, ids.flip(1)] if mesh.coordinate.data_rank == 0 else [first, ids[:0]]
+    whole = torch.cat([ids, ids.flip(1), first])
+    forward_alone(reference, {"input_ids": whole, "labels": whole}, False)[0].backward()
+    forward_backward(model, shard_batch([{"input_ids": each, "labels": each} for each in mine], mesh))
+    named = dict(reference.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, named[name].grad, rtol=1e-5, atol=1e-7)
+
+
 REFUSALS = [
     ("gpt2", {}, "GPT2LMHeadModel has no base_model_pp_plan"),
     ("mixtral", {"output_router_logits": True}, "balance loss of its experts"),

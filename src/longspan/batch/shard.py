@@ -87,7 +87,6 @@ def shard_batch(
         _refuse_no_batch(micro_batches)
         whole = [_on_host(one) for one in micro_batches]
         parts = [shard_local(one, mesh.coordinate, shift=shift, mask=mask, dims=dims) for one in whole]
-        _refuse_unequal_shapes(parts, mesh.coordinate)
     except LongspanError as error:
         problem = error
     except Exception as error:
@@ -120,21 +119,6 @@ def _on_host(batch: Mapping[str, Any]) -> Mapping[str, Any]:
         name: value.cpu() if isinstance(value, Tensor) and not value.is_floating_point() else value
         for name, value in batch.items()
     }
-
-
-def _refuse_unequal_shapes(parts: Sequence[Part], coordinate: MeshCoordinate) -> None:
-    """Raise BatchError if the micro-batches of a step on a pipeline have different numbers of rows or tokens.
-
-    PyTorch's pipeline stages receive hidden states into buffers of one shape.
-    """
-    shapes = [(part["longspan"].rows, part["longspan"].tokens) for part in parts]
-    for number, (rows, tokens) in enumerate(shapes):
-        if coordinate.pipeline > 1 and (rows, tokens) != shapes[0]:
-            raise BatchError(
-                f"micro-batch 0 has {shapes[0][0]} rows of {shapes[0][1]} tokens and micro-batch {number} has {rows} rows of "
-                f"{tokens}; on pipeline={coordinate.pipeline} all micro-batches of a step have one shape: pad them alike, with "
-                f"labels -100"
-            )
 
 
 def _refuse_no_batch(micro_batches: Any) -> None:

@@ -33,7 +33,7 @@ from longspan.distributed.grad_sync import sum_over
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.pipeline_options import PipelineOptions, split_layers
 from longspan.distributed.traffic import Traffic
-from longspan.errors import LongspanError, ModelError
+from longspan.errors import BatchError, LongspanError, ModelError
 
 PLAIN = (bool, int, float, str)
 LABELS = frozenset({"labels", "shift_labels"})
@@ -201,10 +201,16 @@ class PipelineParallel:
                 )
 
     def refuse_parts(self, parts: Sequence[Mapping[str, Any]]) -> None:
-        """Raise ModelError if ``parts``, a step's micro-batches on this rank, cannot be run: one has no labels, or
+        """Raise ModelError if ``parts``, a step's micro-batches on this rank, cannot be run: one has no labels, no ids, or
         embeddings that require a gradient, or interleaved stages are given a number of them that is no whole rounds of the
-        pipeline's ranks."""
-        for part in parts:
+        pipeline's ranks. BatchError for micro-batches of different shapes: stages receive into buffers of one shape."""
+        for number, part in enumerate(parts):
+            if (kind := _kind(part)) != (first := _kind(parts[0])):
+                raise BatchError(
+                    f"micro-batch 0 has {first} on this rank and micro-batch {number} has {kind}; on "
+                    f"pipeline={self._mesh.coordinate.pipeline} all micro-batches of a step have one shape: pad them alike, "
+                    f"with labels -100"
+                )
             if not any(part.get(label) is not None for label in LABELS):
                 raise ModelError("a pipeline computes a loss only; put labels into the batch before shard_batch")
             if any(isinstance(x, Tensor) and x.requires_grad for x in part.values()):
@@ -228,7 +234,7 @@ class PipelineParallel:
 
     def _inputs(self, part: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The ids (or embeddings) of a part, and the keywords of the model's call on this rank's stages."""
-        name = "input_ids" if "input_ids" in part else "inputs_embeds"
+        name = _fed(part)
         is_last = self._count - 1 in self._mine
         dropped = {name} | (set() if is_last else LABELS)
         return part[name], {key: value for key, value in part.items() if key not in dropped}
@@ -236,8 +242,7 @@ class PipelineParallel:
     def _schedule(self, parts: Sequence[Mapping[str, Any]], trains: bool) -> tuple[Any, list[PipelineStage]]:
         """PyTorch's schedule for micro-batches of this number and shape, with a backward if ``trains``, and its stages on
         this rank. Made once for each."""
-        ids = parts[0].get("input_ids", parts[0].get("inputs_embeds"))
-        assert isinstance(ids, Tensor)
+        ids: Tensor = parts[0][_fed(parts[0])]
         key = (len(parts), ids.shape[:2], ids.dtype, trains)
         if key not in self._schedules:
             # a schedule keeps its buffers, so only the last one of training and of evaluation is kept
@@ -367,6 +372,20 @@ class _Copies:
         finally:
             for parameter, grad in zip(trained, earlier):
                 parameter.grad = parameter.grad if grad is None else grad
+
+
+def _fed(part: Mapping[str, Any]) -> str:
+    """The name of the tensor in ``part`` that the first stage is called with."""
+    return "input_ids" if "input_ids" in part else "inputs_embeds"
+
+
+def _kind(part: Mapping[str, Any]) -> str:
+    """The name, dtype, rows and tokens of what the first stage is called with, as text. Raises ModelError where it is no
+    tensor."""
+    x = part.get(_fed(part))
+    if not isinstance(x, Tensor):
+        raise ModelError("a pipeline's first stage needs input_ids or inputs_embeds, and a micro-batch has neither")
+    return f"{_fed(part)} {list(x.shape[:2])} of {x.dtype}"
 
 
 def _skipped(plan: PipelinePlan, name: str, module: nn.Module) -> Skipped:

@@ -5,12 +5,12 @@
 Layers reshape by -1, which fails on a tensor without elements; so the model computes one row. Independent of attention.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from longspan.batch.labels import IGNORE
+from longspan.batch.dummy_rows import with_dummy_rows
 from longspan.distributed.mesh import ParallelMesh
 from longspan.hf.candidate import Candidate, Undo, remove_all
 
@@ -38,17 +38,7 @@ def probe(candidate: Candidate) -> DummyRow:
 def _add(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook: in a call without rows, replace its empty tensors by one row of zeros (labels: -100), and its
     BatchInfo."""
-    step = kwargs.get("longspan")
-    if step is None or step.rows:
-        return args, kwargs
-    row = {
-        name: value.new_full([size or 1 for size in value.shape], IGNORE if "labels" in name else 0)
-        for name, value in kwargs.items()
-        if isinstance(value, Tensor) and value.numel() == 0
-    }
-    alone: dict[str, Any] = {"rows": 1, "mask": None, "padding": None, "documents": None, "restarts": None}
-    target = step.target if step.target is None else replace(step.target, **alone)
-    return args, kwargs | row | {"longspan": replace(step, **alone, is_dummy=True, target=target)}
+    return args, with_dummy_rows(kwargs)
 
 
 def _remove(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
