@@ -284,6 +284,10 @@ def refused_later() -> None:
     model = parallelize(model_of(), mesh)
     with pytest.raises(ModelError, match="the batch was not cut"):
         model(**whole)
+    ids, hidden = whole["input_ids"][:, :12], torch.zeros(1, 12, SHAPE.hidden, dtype=torch.float64)
+    for name, given in (("embed", ids), ("blocks.0.feed", hidden)):
+        with pytest.raises(ModelError, match=f"'{name}' was called outside of a call of its model"):
+            model.get_submodule(name)(given)
     with pytest.raises(ModelError, match="cut over tensor ranks or pipeline stages cannot be made whole in place"):
         unparallelize(model)
     unshared = model_of()

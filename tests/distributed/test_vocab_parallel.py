@@ -236,6 +236,46 @@ def test_where_ids_lie_in_the_rows_of_a_rank() -> None:
     assert rows.rows(torch.tensor([[0]]), 3, 0)[2] is None
 
 
+@pytest.mark.parametrize("extra", [7, 8])
+def test_a_table_with_more_rows_than_the_embedding_says(extra: int, pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(more_rows, extra)
+
+
+def more_rows(extra: int) -> None:
+    mesh, reference = ParallelMesh(tensor=2), model_of()
+    more = torch.ones(extra, SHAPE.hidden, dtype=torch.float64)
+    reference.embed.weight = torch.nn.Parameter(torch.cat([reference.embed.weight.detach(), more]))
+    model, whole = parallelize(deepcopy(reference), mesh), batch_of(slice(0, TOKENS), 98)
+    loss, mine = reference(**whole).loss, model(**shard_batch(whole, mesh)).loss
+    torch.testing.assert_close(mine, loss, rtol=1e-12, atol=0)
+    loss.backward()
+    mine.backward()
+    assert_gradients_and_norm(model, reference)
+
+
+def test_hooks_of_the_embedding_see_this_rank_s_ids(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(hooked)
+
+
+def hooked() -> None:
+    """One from before ``parallelize`` that changes the embeddings of an id, and one from after it that reads."""
+    mesh, reference, seen = ParallelMesh(tensor=2), model_of(), list[tuple[Tensor, Tensor]]()
+    whole = batch_of(slice(0, TOKENS), 98)
+    whole["input_ids"][:, 3::4] = 20
+    model = deepcopy(reference)
+    for each in (reference, model):
+        each.embed.register_forward_hook(lambda _, args, out: out.masked_fill((args[0] == 20)[..., None], 0.0))
+    parallelize(model, mesh).embed.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    part = shard_batch(whole, mesh)
+    loss, mine = reference(**whole).loss, model(**part).loss
+    torch.testing.assert_close(mine, loss, rtol=1e-12, atol=0)
+    loss.backward()
+    mine.backward()
+    assert_gradients_and_norm(model, reference)
+    assert torch.equal(seen[0][0], part["input_ids"])
+    assert seen[0][1].shape[:2] == part["input_ids"].shape
+
+
 def test_an_embedding_of_other_ids_than_the_tokens_is_refused(pool: Callable[[int], Ranks]) -> None:
     pool(2).run(other_ids)
 

@@ -72,6 +72,36 @@ def test_an_embedding_whose_rows_do_not_add_up_is_not_cut() -> None:
     assert found_in(model).heads == ("lm_head",)
 
 
+class OfOneId(nn.Embedding):
+    """What is looked up for one id, no first and no last of a rank's rows, is not its row."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).masked_fill((ids == 20)[..., None], 0.0)
+
+
+def test_an_embedding_that_reads_its_ids_is_not_cut(pool: Callable[[int], Ranks]) -> None:
+    model = build("llama", **UNTIED)
+    model.model.embed_tokens.__class__ = OfOneId
+    assert found_in(model).embeddings == ()
+    assert found_in(model).heads == ("lm_head",)
+    pool(2).run(hooked)
+
+
+def hooked() -> None:
+    mesh, reference, model = ParallelMesh(tensor=2), build("llama", **UNTIED), build("llama", **UNTIED)
+    whole = batches("odd length", False)
+    whole["input_ids"][:, 3::4] = 20
+    for each in (reference, model):
+        own = each.model.embed_tokens
+        own.register_forward_hook(lambda at, args, out: out * at.weight[20].norm() * (args[0] != 20)[..., None])
+    loss, _ = forward_alone(reference, whole, False)
+    found = parallelize(model, mesh)(**shard_batch(whole, mesh)).loss
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    found.backward()
+    assert_gradients(model, reference, 2e-5)
+
+
 CASES = [
     ("llama", TENSOR, 0, "odd length", CHUNKED, UNTIED), ("llama", BOTH, 3, "a rank without labels", CHUNKED, TIED),
     ("llama", BOTH, 0, "a rank without labels", MemoryOptions(), TIED), ("llama", TENSOR, 3, "packed", MemoryOptions(), UNTIED),

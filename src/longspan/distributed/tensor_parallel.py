@@ -130,15 +130,30 @@ class TensorParallel:
         for name in plan.exits:
             bias = plan.late_biases.get(name)
             added = None if bias is None else _Use(*_owner(model, bias), None, mesh)
-            model.get_submodule(name).register_forward_hook(partial(self._scatter, added))
+            model.get_submodule(name).register_forward_hook(partial(self._scatter, name, added))
 
     def _cut_embedding(self, name: str, module: nn.Module) -> None:
-        """Register the hooks by which the embedding ``name`` looks up this rank's rows for the tokens of all tensor ranks."""
+        """Replace the forward of the embedding ``name``: it looks up this rank's rows for the tokens of all tensor ranks."""
         assert isinstance(module, nn.Embedding)
-        rows = EmbeddingRows(name, module)
-        module.register_forward_pre_hook(lambda own, args: rows.enter(own, args, VocabularyRegion(self._mesh, self._sizes[-1])))
-        module.register_forward_hook(lambda own, args, output: rows.leave(own, output))
-        module.register_forward_hook(lambda own, *_: rows.end(own), always_call=True)
+        rows, forward = EmbeddingRows(name, module), module.forward
+
+        def look_up(*args: Any) -> Tensor:
+            return rows.look_up(forward, args, VocabularyRegion(self._mesh, self._sizes_in_call(name)))
+
+        vars(module)["forward"] = look_up
+
+    def _sizes_in_call(self, name: str) -> tuple[int, ...]:
+        """For each tensor rank, the tokens that it holds of a row in the call of the model that runs now.
+
+        Raises:
+            ModelError: none runs; ``name`` is the module that was called.
+        """
+        if not self._sizes:
+            raise ModelError(
+                f"'{name}' was called outside of a call of its model, where the tokens of the tensor ranks are not known; call "
+                f"model(**shard_batch(batch, mesh)), or use tensor=1 with ulysses or ring"
+            )
+        return self._sizes[-1]
 
     def _enter_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the model: note the tensor ranks' token counts, and gather the keywords of ``plan.inputs``."""
@@ -183,7 +198,7 @@ class TensorParallel:
             ModelError: its first argument (or ``hidden_states``) is not [batch, my tokens, hidden].
         """
         x = args[0] if args else kwargs.get("hidden_states")
-        sizes, rank = self._sizes[-1], self._mesh.tensor_group.rank()
+        sizes, rank = self._sizes_in_call(name), self._mesh.tensor_group.rank()
         if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[1] != sizes[rank]:
             shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ModelError(
@@ -197,14 +212,15 @@ class TensorParallel:
         """``x`` [batch, my tokens, ...] of all tensor ranks, which hold ``sizes`` tokens of a row: [batch, tokens, ...]."""
         return all_gather(x, self._mesh.tensor_group, self._mesh.transport, 1, sizes).contiguous()
 
-    def _scatter(self, bias: "_Use | None", module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of an exit: reduce-scatter its output (or the first of a tuple) over the tensor ranks, then add
-        ``bias``.
+    def _scatter(self, name: str, bias: "_Use | None", module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of the exit ``name``: reduce-scatter its output (or the first of a tuple) over the tensor ranks, then
+        add ``bias``.
 
         ``bias`` None: the exit has none.
         """
         partial_sum: Tensor = output[0] if isinstance(output, tuple) else output
-        mine = reduce_scatter(partial_sum, self._mesh.tensor_group, self._mesh.transport, 1, self._sizes[-1]).contiguous()
+        sizes = self._sizes_in_call(name)
+        mine = reduce_scatter(partial_sum, self._mesh.tensor_group, self._mesh.transport, 1, sizes).contiguous()
         if bias is not None:
             mine = mine + bias.local()
         return (mine, *output[1:]) if isinstance(output, tuple) else mine

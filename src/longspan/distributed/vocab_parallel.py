@@ -14,7 +14,7 @@ knows nothing of models or batches. Source: arXiv:1909.08053.
     B rows   N gathered tokens   S my tokens   M hidden   T tensor ranks   K terms of a token's loss
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,22 +107,24 @@ class _ToOwners(torch.autograd.Function):
 
 
 class EmbeddingRows:
-    """Hooks by which an embedding looks up the rows of this rank, for the tokens of all tensor ranks.
+    """The forward of an embedding that looks up the rows of this rank, for the tokens of all tensor ranks.
+
+    It takes the place of the module's own forward, so that hooks of the user see this rank's ids and embeddings, as elsewhere.
 
     Args:
         name: of the module, for messages.
-        module: its ``weight`` is this rank's rows while it runs.
+        module: its ``weight`` is the whole table now, and this rank's rows while it runs.
     """
 
     def __init__(self, name: str, module: nn.Embedding) -> None:
-        self._name, self._padding, self._vocab = name, module.padding_idx, module.num_embeddings
-        self._running: tuple[VocabularyRegion, Tensor] | None = None
+        self._name, self._module = name, module
+        self._padding, self._vocab = module.padding_idx, len(module.weight)
 
-    def enter(self, module: nn.Embedding, args: tuple[Any, ...], region: VocabularyRegion) -> tuple[Any, ...]:
-        """Gather the ids, and return the arguments with which the module looks up this rank's rows.
+    def look_up(self, forward: Callable[..., Tensor], args: tuple[Any, ...], region: VocabularyRegion) -> Tensor:
+        """The embeddings [B, my tokens, M] of this rank's tokens, by the module's own ``forward`` over this rank's rows.
 
         Raises:
-            ModelError: the ids are not those of this rank's tokens.
+            ModelError: the first of ``args`` is not the ids of this rank's tokens.
         """
         ids = args[0] if args else None
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != region.my_tokens:
@@ -131,9 +133,14 @@ class EmbeddingRows:
                 f"'{self._name}' was given {shape} instead of ids [batch, {region.my_tokens} tokens of this rank], which "
                 f"tensor > 1 gathers there; use tensor=1 with ulysses or ring"
             )
-        rows, is_mine, module.padding_idx = self.rows(region.gathered(ids), len(module.weight), region.first_row(self._vocab))
-        self._running = region, is_mine
-        return (rows, *args[1:])
+        module, first = self._module, region.first_row(self._vocab)
+        rows, is_mine, module.padding_idx = self.rows(region.gathered(ids), len(module.weight), first)
+        try:
+            found = forward(rows, *args[1:])
+        finally:
+            module.padding_idx = self._padding
+        partial_sum, mesh = found.masked_fill(~is_mine[..., None], 0), region.mesh
+        return reduce_scatter(partial_sum, mesh.tensor_group, mesh.transport, 1, region.sizes).contiguous()
 
     def rows(self, ids: Int[Tensor, "*tokens"], held: int, first: int) -> tuple[Int[Tensor, "*tokens"], Tensor, int | None]:
         """Where ids lie in the ``held`` rows of the table that begin at row ``first``.
@@ -144,15 +151,3 @@ class EmbeddingRows:
         is_mine = (ids >= first) & (ids < first + held)
         padding = None if self._padding is None or not 0 <= self._padding - first < held else self._padding - first
         return (ids - first).where(is_mine, 0), is_mine, padding
-
-    def leave(self, module: nn.Embedding, output: Tensor) -> Tensor:
-        """The embeddings [B, my tokens, M] of this rank's tokens, from those that the module has looked up."""
-        assert self._running is not None
-        region, is_mine = self._running
-        mesh = region.mesh
-        partial_sum = output.masked_fill(~is_mine[..., None], 0)
-        return reduce_scatter(partial_sum, mesh.tensor_group, mesh.transport, 1, region.sizes).contiguous()
-
-    def end(self, module: nn.Embedding) -> None:
-        """Give the module its own padding id again, also after an exception."""
-        module.padding_idx, self._running = self._padding, None

@@ -4,7 +4,7 @@
     get_input_embeddings()     an nn.Embedding, called once a forward with the ids of the model's tokens
     both one tensor (tied)     cut if both can be
 
-That the ranks' looked-up rows add up to the whole embedding is tested on one rank. What cannot be cut is replicated, which
+That the ranks' looked-up rows are those of the whole embedding is tested on one rank. What cannot be cut is replicated, which
 changes no number.
 """
 
@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan import _compat
 from longspan.distributed.tensor_cuts import Cut
 from longspan.distributed.vocab_parallel import EmbeddingRows, vocabulary_cut
 from longspan.hf.probe import TOKENS, forward
+
+CHUNK = 4096
+"""Ids with which an embedding is called at once, so that the proof takes little memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +79,11 @@ def _adds_up(model: Any, name: str, embed: nn.Embedding, ranks: int) -> bool:
     """Whether a forward calls ``embed`` once, with the ids of its tokens, and what ``ranks`` ranks look up in their rows adds
     up to what it returns.
 
-    One that changes its table (``max_norm``), or whose gradient is sparse or scaled by how often an id occurs, is not cut.
+    One that changes its table (``max_norm``), whose gradient is sparse or scaled by how often an id occurs, or that has forward
+    hooks, which could read the table, is not cut.
     """
-    if embed.max_norm is not None or embed.sparse or embed.scale_grad_by_freq:
+    hooks = [hook for kind in ("forward pre-hook", "forward hook") for hook in _compat.MODULE_HOOKS[kind](embed)]
+    if hooks or embed.max_norm is not None or embed.sparse or embed.scale_grad_by_freq:
         return False
     calls: list[tuple[Any, Any]] = []
     handle = embed.register_forward_hook(lambda _, args, output: calls.append((args, output)))
@@ -87,18 +93,35 @@ def _adds_up(model: Any, name: str, embed: nn.Embedding, ranks: int) -> bool:
         handle.remove()
     if len(calls) != 1 or not calls[0][0] or not isinstance(ids := calls[0][0][0], Tensor) or ids.shape != (1, TOKENS):
         return False
-    parts = [vocabulary_cut(len(embed.weight)).pieces(len(embed.weight), ranks, rank)[0] for rank in range(ranks)]
-    ends = {end for own in parts for end in (own.start, own.stop - 1)} | ({embed.padding_idx} - {None})
-    ids = torch.tensor([sorted(ends)], device=ids.device)
-    rows, padding, wanted = EmbeddingRows(name, embed), embed.padding_idx, embed(ids)
-    total = torch.zeros_like(wanted)
     try:
-        for own in parts:
-            mine, is_mine, embed.padding_idx = rows.rows(ids, len(own), own.start)
-            found = torch.func.functional_call(embed, {"weight": embed.weight[own.start : own.stop]}, (mine,))
-            total += found.masked_fill(~is_mine[..., None], 0)
+        return all(_is_row_wise(embed, EmbeddingRows(name, embed), own) for own in _parts(embed, ranks))
     except Exception:  # whatever the model's code makes of fewer rows
         return False
-    finally:
-        embed.padding_idx = padding
-    return torch.equal(total, wanted)
+
+
+def _is_row_wise(embed: nn.Embedding, rows: EmbeddingRows, own: range) -> bool:
+    """Whether the forward of ``embed`` gives for each id in ``own`` what it gives with these rows of the table alone.
+
+    A forward other than PyTorch's may treat any id in its own way, so it is called with all.
+    """
+    is_plain, padding = type(embed) is nn.Embedding and "forward" not in vars(embed), embed.padding_idx
+    called = [each for each in (own.start, own.stop - 1, padding) if each in own] if is_plain else list(own)
+    for some in torch.tensor(called, device=embed.weight.device).split(CHUNK):
+        ids = some[None]
+        wanted = embed.forward(ids)
+        mine, _, embed.padding_idx = rows.rows(ids, len(own), own.start)
+        vars(embed)["weight"] = embed.weight[own.start : own.stop]
+        try:
+            found = embed.forward(mine)
+        finally:
+            del vars(embed)["weight"]
+            embed.padding_idx = padding
+        if not torch.equal(found, wanted):
+            return False
+    return True
+
+
+def _parts(embed: nn.Embedding, ranks: int) -> list[range]:
+    """The rows of the table of ``embed`` that each of ``ranks`` tensor ranks would have."""
+    rows = len(embed.weight)
+    return [vocabulary_cut(rows).pieces(rows, ranks, rank)[0] for rank in range(ranks)]
