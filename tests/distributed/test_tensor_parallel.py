@@ -23,7 +23,7 @@ from longspan import (
     unshard,
 )
 from longspan.batch import agreement
-from longspan.distributed import tensor_cuts, tensor_parallel
+from longspan.distributed import scratch, tensor_cuts, tensor_parallel
 from longspan.distributed.collectives import CountingTransport, TorchTransport, all_gather, reduce_scatter
 from longspan.distributed.deferred_hooks import DeferredHooks
 from longspan.distributed.layout import Heads
@@ -181,6 +181,23 @@ def assert_gradients_and_norm(model: Decoder, reference: Decoder) -> None:
         error = (full(mine.grad) - theirs.grad).norm()
         assert error <= 1e-10 * max(theirs.grad.norm(), 1e-3 * total), f"{name} is off by {error:.1e}"
     torch.testing.assert_close(clip_grad_norm_(model, 1e9), total, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("smallest", [16, 5_700])
+def test_memory_that_is_used_again_in_a_selective_checkpoint(smallest: int, pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(memory_used_again, smallest)
+
+
+def memory_used_again(smallest: int) -> None:
+    """One row. Every received tensor is kept, or all but that of a reduce-scatter to 11 tokens."""
+    mesh, reference, whole = mesh_of(tensor=2), model_of(layers=3), {name: x[:1] for name, x in batch_of(1).items()}
+    model = parallelize(deepcopy(reference), mesh, memory=MemoryOptions(recompute="selective"))
+    reference(**whole).loss.backward()
+    with patch.object(scratch, "SMALLEST_KEPT_BYTES", smallest):
+        for _ in range(2):
+            model.zero_grad()
+            model(**shard_batch(whole, mesh)).loss.backward()
+            assert_gradients_and_norm(model, reference)
 
 
 def test_logits_and_a_sum_of_them(pool: Callable[[int], Ranks]) -> None:

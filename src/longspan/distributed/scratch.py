@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
+import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 from longspan.tuning import SCRATCH_BYTES, SMALLEST_KEPT_BYTES
+
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+ALIGNMENT = 64
+"""Bytes: where PyTorch's own memory on a CPU begins, and its fastest kernels expect it."""
 
 
 class Scratch:
@@ -57,11 +62,11 @@ class Scratch:
         free = [taken for taken in self._taken if taken.is_free and needed <= taken.memory.nbytes <= 2 * needed]
         chosen = min(free, key=lambda taken: taken.memory.nbytes, default=None)
         if chosen is None:
-            memory = torch.empty(needed, dtype=torch.uint8)
+            memory = _new_memory(needed)
         else:
             memory = chosen.memory
             self._taken.remove(chosen)
-        owner = memory.numpy()
+        owner = memory[:]
         self._taken.append(_Taken(memory=memory, owner=ref(owner)))
         return like.new_empty(0).set_(torch.from_numpy(owner).untyped_storage(), 0, (elements,), (1,))
 
@@ -97,9 +102,17 @@ class _Taken:
             is gone when no tensor, view, saved tensor or storage of a user refers to the memory.
     """
 
-    memory: Tensor
+    memory: Bytes
     owner: ref[Any]
 
     @property
     def is_free(self) -> bool:
         return self.owner() is None
+
+
+def _new_memory(needed: int) -> Bytes:
+    """``needed`` uninitialised bytes from NumPy: an operator of PyTorch's here, in a first call and not in the next, would be
+    seen by a selective checkpoint, which recomputes operator by operator."""
+    memory = np.empty(needed + ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % ALIGNMENT
+    return memory[first : first + needed]
