@@ -118,6 +118,21 @@ def _there_and_back() -> None:
     assert torch.equal(heads_to_tokens(there, mesh, heads=7, tokens=10), mine)
 
 
+def test_the_public_pair_takes_a_batch_of_no_row(tmp_path: Path) -> None:
+    on_ranks(2, _no_row, tmp_path=tmp_path)
+
+
+def _no_row() -> None:
+    mesh = ParallelMesh(ulysses=2)
+    mine = torch.zeros(0, 3, 5, 4, requires_grad=True)
+    there = tokens_to_heads(mine, mesh)
+    assert there.shape == (0, 6, 3 - mesh.coordinate.ulysses_rank, 4)
+    back = heads_to_tokens(there, mesh, heads=5)
+    assert back.shape == mine.shape
+    back.sum().backward()
+    assert mine.grad is not None
+
+
 class Nowhere:
     """A transport that sends nothing and receives what the memory holds."""
 

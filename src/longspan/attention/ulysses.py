@@ -66,7 +66,8 @@ def tokens_to_heads(
     if plan is None:
         return x_BSHD
     rows_RW: Tensor = exchange_to_heads([x_BSHD], plan)[0]
-    return rows_RW.view(x_BSHD.shape[0], sum(plan.groups[0].sizes), -1, x_BSHD.shape[3])
+    (group,) = plan.groups
+    return rows_RW.view(x_BSHD.shape[0], sum(group.sizes), len(group.heads[0][plan.rank]), x_BSHD.shape[3])
 
 
 def heads_to_tokens(
@@ -88,14 +89,14 @@ def heads_to_tokens(
 
     Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3.1.
     """
-    batch, held, _, dim = x_BTGD.shape
+    batch, held, own_heads, dim = x_BTGD.shape
     coordinate = mesh.coordinate
     whole = tokens if tokens is not None else held * coordinate.ring
     mine = coordinate.layout(whole).sizes(coordinate.ring_rank)[coordinate.ulysses_rank]
     plan: ExchangePlan | None = _plan(torch.Size((batch, mine, heads, dim)), mesh, whole).plan
     if plan is None:
         return x_BTGD
-    x_BSHD: Tensor = exchange_to_tokens([x_BTGD.reshape(batch * held, -1)], plan, batch)[0]
+    x_BSHD: Tensor = exchange_to_tokens([x_BTGD.reshape(batch * held, own_heads * dim)], plan, batch)[0]
     return x_BSHD
 
 
