@@ -32,6 +32,24 @@ def checkpointed_whole(zero: int) -> None:
     assert_gradients(model, reference, 1e-10)
 
 
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_gradients_are_cleared_between_forward_and_backward_too(zero: int, pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(cleared_late, zero)
+
+
+def cleared_late(zero: int) -> None:
+    mesh, reference, whole = mesh_of(2, 1), model_of("decoder"), batches("odd length", False)
+    model = parallelize(deepcopy(reference), mesh, zero=zero)
+    loss_alone(reference, "decoder", whole).backward()
+    part = shard_batch(whole, mesh)
+    model(**part).loss.backward()
+    for set_to_none in (True, False):
+        loss = model(**part).loss
+        model.zero_grad(set_to_none)
+        loss.backward()
+        assert_gradients(model, reference, 1e-10)
+
+
 @pytest.mark.parametrize("zero", [2, 3])
 def test_after_a_failed_backward_a_sharded_model_is_refused(zero: int, pool: Callable[[int], Ranks]) -> None:
     for text in pool(2).run(fails_once, zero):

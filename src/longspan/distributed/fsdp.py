@@ -122,6 +122,7 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
     shards = [(name, parameter, parameter.dtype) for name, parameter in model.named_parameters()]
     model.register_forward_pre_hook(partial(_refuse_changed_shards, shards), prepend=True)  # before FSDP2 gathers them
     model.register_forward_hook(partial(_look_again_in_the_backward, shards), prepend=True)  # before FSDP2's part of it begins
+    vars(model)["zero_grad"] = partial(_zero_grad, model, shards)
     refuse_optimizers_at_first_step(model)
     load_whole_tensors(model)
     model.register_forward_hook(_reshard_without_a_backward)
@@ -147,6 +148,20 @@ def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:
 
 Shards = Sequence[tuple[str, nn.Parameter, torch.dtype]]
 """The name of each sharded parameter, the parameter itself, and its dtype when it was sharded."""
+
+
+def _zero_grad(model: nn.Module, shards: Shards, set_to_none: bool = True) -> None:
+    """``model.zero_grad`` that clears the gradients of the shards too.
+
+    Between a forward and its backward ``model.parameters()`` are those that FSDP2 has gathered, so that the class's own would
+    keep the gradients of earlier steps.
+    """
+    type(model).zero_grad(model, set_to_none)
+    for _, shard, _ in shards:
+        if set_to_none:
+            shard.grad = None
+        elif shard.grad is not None:
+            shard.grad.zero_()
 
 
 def _refuse_changed_shards(shards: Shards, model: nn.Module, *_: object) -> None:
