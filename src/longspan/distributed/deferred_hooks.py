@@ -138,10 +138,16 @@ def refuse_hooks_of_shards(named: Iterable[tuple[str, Tensor]], to_be_sharded: b
             raise ModelError(_text(name))
 
 
-def refuse_hooks_of_copies(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise ModelError if a parameter of ``named``, of which two pipeline stages have a copy, has a hook on its gradient."""
+def refuse_hooks_of_copies(named: Iterable[tuple[str, Tensor]], ours: Iterable[RemovableHandle] = ()) -> None:
+    """Raise ModelError if a parameter of ``named``, of which two pipeline stages have a copy, has a hook on its gradient.
+
+    Args:
+        named: the parameters by name.
+        ours: the handles of longspan's own hooks, which do not count.
+    """
+    own = {handle.id for handle in ours}
     for name, parameter in named:
-        if any(_hooks_of(parameter)):
+        if any(set(hooks) - own for hooks in _hooks_of(parameter)):
             raise ModelError(
                 f"parameter {name!r} has a hook on its gradient, and is one weight with another on the first or last pipeline "
                 f"stage: the hook would get the part of one stage; change .grad after forward_backward, or use pipeline=1"

@@ -44,6 +44,9 @@ class MeanGradients:
         model: the module whose parameters get hooks; those that require a gradient now.
         mesh: the mean is over ``mesh.fsdp_group``.
 
+    Attributes:
+        handles: of the hooks.
+
     Raises:
         ModelError: later, in a forward or backward: for ``torch.autograd.grad`` of a parameter, for ``create_graph=True``, and
             for a parameter that was unfrozen or replaced since.
@@ -59,19 +62,19 @@ class MeanGradients:
         self._earlier: dict[int, Tensor | None] = {}
         self._buckets = Buckets.of(self._parameters)
         self._reductions = gradient_reductions(mesh)
-        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self.refuse_what_changed)]
+        self.handles: list[RemovableHandle] = [model.register_forward_pre_hook(self.refuse_what_changed)]
         tensor = mesh.coordinate.tensor > 1
-        self._deferred = DeferredHooks(model, self._handles, cut=tensor) if self._averages or tensor else None
+        self._deferred = DeferredHooks(model, self.handles, cut=tensor) if self._averages or tensor else None
         for index, parameter in enumerate(self._parameters):
             if self._deferred is not None:
-                self._handles.append(parameter.register_hook(partial(self._find_hooks, parameter)))
+                self.handles.append(parameter.register_hook(partial(self._find_hooks, parameter)))
             if self._averages:  # on one rank the gradient is the mean already
-                self._handles.append(parameter.register_hook(partial(self._set_earlier_aside, index)))
-                self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._take, index)))
+                self.handles.append(parameter.register_hook(partial(self._set_earlier_aside, index)))
+                self.handles.append(parameter.register_post_accumulate_grad_hook(partial(self._take, index)))
 
     def remove(self) -> None:
         """Remove the hooks from the model: ``backward`` then adds this rank's own gradient to ``.grad``."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
         if self._deferred is not None:
             self._deferred.restore()

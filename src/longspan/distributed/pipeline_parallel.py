@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.utils.hooks import RemovableHandle
 
 from longspan import _compat
 from longspan.distributed.collectives import CountingTransport
@@ -220,10 +221,11 @@ class PipelineParallel:
                 )
         self._options.refuse_broken_rounds(self._mesh.coordinate.pipeline, len(parts))
 
-    def refuse_hooks(self) -> None:
-        """Raise ModelError for a hook on the gradient of a weight that the first and the last stage both have."""
+    def refuse_hooks(self, ours: Iterable[RemovableHandle]) -> None:
+        """Raise ModelError for a hook on the gradient of a weight that the first and the last stage both have, other than those
+        of the handles ``ours``."""
         if self._copies is not None:
-            refuse_hooks_of_copies(self._copies.held())
+            refuse_hooks_of_copies(self._copies.held(), ours)
 
     @contextmanager
     def summing_copies(self) -> Iterator[None]:
@@ -380,8 +382,7 @@ def _fed(part: Mapping[str, Any]) -> str:
 
 
 def _kind(part: Mapping[str, Any]) -> str:
-    """The name, dtype, rows and tokens of what the first stage is called with, as text. Raises ModelError where it is no
-    tensor."""
+    """Name, rows, tokens and dtype of what the first stage is called with, as text. Raises ModelError if it is no tensor."""
     x = part.get(_fed(part))
     if not isinstance(x, Tensor):
         raise ModelError("a pipeline's first stage needs input_ids or inputs_embeds, and a micro-batch has neither")

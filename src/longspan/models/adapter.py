@@ -151,7 +151,7 @@ class ParallelState:
             if self.snapshot is not None:
                 self.snapshot.refuse_changes()
             if self.pipeline is not None:
-                self.pipeline.refuse_hooks()
+                self.pipeline.refuse_hooks(() if self.gradients is None else self.gradients.handles)
                 self.pipeline.refuse_parts(parts)
             if self.gradients is not None:
                 self.gradients.refuse_what_changed()
