@@ -113,7 +113,9 @@ def parallelize(
             model, adapter.blocks(), adapter.tensor_plan().within(model), mesh, partial(_tokens_of_tensor_ranks, mesh)
         )
         refuse_optimizers_at_first_step(model)
-    state = ParallelState(mesh, 2 if fsdp.zero == 1 else fsdp.zero, options, adapter, _apply_options(adapter, options), stages)
+    replaced = _apply_options(adapter, options)
+    stage = 2 if fsdp.zero == 1 else fsdp.zero  # FSDP2 shards gradients too
+    state = ParallelState(mesh, stage, options, adapter, replaced, stages)
     if fsdp.zero == 0:
         state.gradients = MeanGradients(model, mesh)
     elif not is_sharded(model):
