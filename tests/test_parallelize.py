@@ -196,11 +196,12 @@ REFUSALS = {
         ModelError,
         lambda mesh: parallelize(_decoder(layers=2 if mesh.coordinate.ulysses_rank == 3 else 1), mesh),
     ),
-    "zero=5 is not supported": (
+    "zero is 0 on rank 0 and 5 on rank 1": (
         ModelError,
         lambda mesh: parallelize(_decoder(), mesh, zero=5 if mesh.coordinate.ulysses_rank == 1 else 0),
     ),
-    "recompute is full on rank 0 and none on rank 1": (
+    "zero=5 is not supported": (ModelError, lambda mesh: parallelize(_decoder(), mesh, zero=5)),
+    r"memory is MemoryOptions\(recompute='full', .* on rank 0 and MemoryOptions\(recompute='none', .* on rank 1": (
         ModelError,
         lambda mesh: parallelize(_decoder(), mesh, memory=MemoryOptions("none" if mesh.coordinate.ulysses_rank else "full")),
     ),

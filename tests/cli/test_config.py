@@ -7,16 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from longspan.cli.config import PRESETS, Check, Evaluate, Ranks, Train, compute_dtype
+from longspan.cli.config import Check, Evaluate, Ranks, Train, compute_dtype
 from longspan.cli.settings_file import as_json, known, read_file, settings_of_run
 from longspan.errors import LongspanError, RunError
-from longspan.models import decoder_config
 
 MODELS = "legal are tiny, small, llama-1b, llama-8b, llama-70b, and hf:FOLDER for a Hugging Face model"
-
-
-def test_presets_that_flags_name_are_those_of_the_decoder() -> None:
-    assert tuple(decoder_config.PRESETS) == PRESETS
 
 
 @pytest.mark.parametrize(

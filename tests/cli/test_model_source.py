@@ -10,12 +10,14 @@ import transformers
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
+from longspan.batch.shard import shard_batch
 from longspan.cli import model_source
-from longspan.cli.model_source import DecoderSource
+from longspan.cli.model_source import DecoderSource, without_balance_loss
 from longspan.distributed.mesh import ParallelMesh
 from longspan.hf.source import FolderSource
 from longspan.models.decoder_config import DecoderConfig
-from longspan.parallelize import parallelize
+from longspan.parallelize import forward_backward, parallelize
+from tests.helpers.hf_models import batches, build
 from tests.helpers.ranks import on_ranks
 
 SHAPE: dict[str, Any] = {
@@ -69,3 +71,14 @@ def test_the_folder_s_tokenizer_is_the_default_and_goes_back_with_the_model(tmp_
     on_ranks(2, written, str(folder), str(tmp_path / "out"), tmp_path=tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == {"a": 0, "b": 1, "?": 2}
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 7
+
+
+def test_a_held_out_loss_leaves_out_the_balance_loss() -> None:
+    mesh, ids = ParallelMesh(), batches("even", False)["input_ids"]
+    losses = []
+    for asked in (False, True):
+        model = parallelize(build("mixtral", output_router_logits=asked, router_aux_loss_coef=0.5), mesh)
+        part = without_balance_loss(model, shard_batch({"input_ids": ids, "labels": ids}, mesh))
+        with torch.no_grad():
+            losses.append(forward_backward(model, [part]).item())
+    assert losses[0] == losses[1]

@@ -83,6 +83,20 @@ def test_clipping_takes_a_module_or_its_parameters_and_is_exact_in_fp32():
     torch.testing.assert_close(clip_grad_norm_(module, 9.0), torch.ones((), dtype=torch.float64), rtol=1e-5, atol=0)
 
 
+def test_clipping_takes_one_tensor_and_spreads_nan_as_torch_does() -> None:
+    for values in ([100.0, 100.0], [1.0, float("nan")]):
+        pairs = [[nn.Parameter(torch.zeros(2)) for _ in range(2)] for _ in range(2)]
+        for pair in pairs:
+            pair[0].grad, pair[1].grad = torch.tensor(values), torch.tensor([3.0, 4.0])
+        for given in (slice(0, 1), slice(0, 2)):
+            ours, theirs = pairs[0][given], pairs[1][given]
+            expected = nn.utils.clip_grad_norm_(theirs[0] if len(theirs) == 1 else theirs, 1.0)
+            found = clip_grad_norm_(ours[0] if len(ours) == 1 else ours, 1.0)
+            torch.testing.assert_close(found.float(), expected, equal_nan=True)
+            for one, two in zip(ours, theirs):
+                torch.testing.assert_close(one.grad, two.grad, equal_nan=True)
+
+
 def test_the_norm_on_a_gpu_is_that_on_a_cpu() -> None:
     """The function that GPUs use, on CPU tensors: fp32 and halves, and one gradient without elements."""
     random = torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ from copy import deepcopy
 
 import pytest
 
-from longspan import MemoryOptions, parallelize, shard_batch
+from longspan import MemoryOptions, ParallelMesh, parallelize, shard_batch
 from tests.helpers.encoder_decoders import build_pair, pair_alone, pair_batches
 from tests.helpers.hf_models import assert_gradients, batches, build, squared_error
 from tests.helpers.memory_models import loss_alone, model_of
@@ -65,3 +65,23 @@ def half_without_labels() -> tuple[float, float]:
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
     return squared_error(model, exact), squared_error(half, exact)
+
+
+@pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"tensor": 2}, {}], ids=str)
+def test_a_head_that_trains_alone_where_a_rank_has_no_label(degrees: dict[str, int], pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(head_alone, degrees)
+
+
+def head_alone(degrees: dict[str, int]) -> None:
+    """The first rank has all labels; of replicas, the second has a row without one."""
+    mesh, reference, whole = ParallelMesh(**degrees), build("llama"), batches("odd length", False)
+    for name, parameter in reference.named_parameters():
+        parameter.requires_grad_(name.startswith("lm_head"))
+    model = parallelize(deepcopy(reference), mesh, memory=MemoryOptions(chunked_loss=True))
+    whole["labels"][:, 8:] = -100
+    whole["labels"][1] = -100
+    loss_alone(reference, "llama", whole).backward()
+    data = mesh.coordinate.data
+    mine = {name: value.chunk(data)[mesh.coordinate.data_rank] for name, value in whole.items()}
+    model(**shard_batch(mine, mesh)).loss.backward()
+    assert_gradients(model, reference, 1e-10)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from longspan import ModelError, ParallelMesh, cross_entropy, parallelize, shard_batch
+from longspan import BatchError, ModelError, ParallelMesh, cross_entropy, parallelize, shard_batch
 from tests.helpers.hf_models import KINDS, assert_gradients, batches, build, targets
 from tests.helpers.ranks import Ranks, mesh_of
 
@@ -46,6 +46,18 @@ def balance(name: str, batch: str, ulysses: int, ring: int, zero: int, empty: bo
 
 def test_a_replica_without_a_row_has_no_routes(pool: Callable[[int], Ranks]) -> None:
     pool(2).run(balance, "qwen3_moe", "right padding", 1, 1, 0, True)
+
+
+def test_a_micro_batch_without_a_token_is_refused(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(no_token)
+
+
+def no_token() -> None:
+    mesh, ids = ParallelMesh(), batches("even", False)["input_ids"]
+    model = parallelize(build("mixtral", **BALANCED), mesh)
+    _, empty = shard_batch([{"input_ids": x, "labels": x} for x in (ids, ids[:0])], mesh)
+    with pytest.raises(BatchError, match="a micro-batch has no token in any replica, and the balance loss"):
+        model(**empty)
 
 
 def test_a_balance_loss_of_anything_else_is_refused() -> None:

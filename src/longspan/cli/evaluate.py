@@ -20,7 +20,7 @@ from longspan.batch.shard import on_device
 from longspan.cli import checkpoint, model_source
 from longspan.cli.config import MAX_TOKENS, Evaluate, compute_dtype
 from longspan.cli.metrics import output
-from longspan.cli.model_source import ModelSource
+from longspan.cli.model_source import ModelSource, without_balance_loss
 from longspan.cli.settings_file import read_file
 from longspan.cli.summary import count
 from longspan.data.corpora import STANDARD_LIBRARY
@@ -101,7 +101,7 @@ def work(config: Evaluate) -> int:
     for number, start, tokens in chosen:
         (mine,) = sync_batches([part(text, [start], tokens, _my_tokens(tokens, mesh))], mesh)
         with torch.autocast(mesh.device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
-            loss = forward_backward(model, [on_device(mine, mesh.device)]).item()
+            loss = forward_backward(model, [on_device(without_balance_loss(model, mine), mesh.device)]).item()
         begins = tokenizer.decode(text.read(start, start + min(tokens, 48)).numpy())
         losses.append(DocumentLoss(number, " ".join(begins.split())[:32], tokens, loss))
     if dist.get_rank() == 0:

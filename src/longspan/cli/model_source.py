@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from longspan.batch.context import Part
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.models.decoder import Decoder
@@ -237,3 +238,12 @@ class DecoderSource:
 
     def export(self, model: nn.Module, folder: Path, tokenizer: str, mesh: ParallelMesh) -> bool:
         return False
+
+
+def without_balance_loss(model: nn.Module, part: Part) -> Part:
+    """``part`` with the keyword by which a Hugging Face model leaves out the balance loss of its experts, if it has one.
+
+    That loss is one of each micro-batch and no mean over tokens, so a held-out loss would depend on how rows are divided.
+    """
+    asked = getattr(getattr(model, "config", None), "output_router_logits", False)
+    return {**part, "output_router_logits": False} if asked else part

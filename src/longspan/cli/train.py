@@ -32,7 +32,7 @@ from longspan.batch.shard import on_device
 from longspan.cli import checkpoint, model_source
 from longspan.cli.config import Train, compute_dtype
 from longspan.cli.metrics import Display, Journal, Record, fullest_rank_bytes, measured_peak_flops, memory_table, peak_bytes
-from longspan.cli.model_source import ModelSource
+from longspan.cli.model_source import ModelSource, without_balance_loss
 from longspan.cli.run_folder import open_run
 from longspan.cli.summary import closing, memory_heading, opening
 from longspan.data.loader import Loader
@@ -171,9 +171,10 @@ def learning_rate(step: int, config: Train) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: Loader, config: Train, mesh: ParallelMesh) -> float:
-    """Mean loss, in nats per token, of the first ``eval_rows`` sequences of ``held_out``, equal on every rank. Every rank
-    must call it."""
+    """Mean cross-entropy, in nats per token, of the first ``eval_rows`` sequences of ``held_out``, equal on every rank. Every
+    rank must call it."""
     parts = sync_batches(held_out.epoch(config.eval_rows, rounds=mesh.coordinate.pipeline), mesh)
+    parts = [without_balance_loss(model, part) for part in parts]
     with _computing_in(config, mesh):
         return forward_backward(model, [on_device(part, mesh.device) for part in parts]).item()
 

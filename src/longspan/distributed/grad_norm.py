@@ -93,13 +93,14 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Flo
     """Scale all gradients in place so that their norm over all ranks is at most ``max_norm``. Every rank must call it.
 
     Args:
-        model: a module, or its parameters (an iterable of tensors); their gradients may be sharded. Parameters without a
-            gradient are skipped. On a pipeline pass the module: the norm is over the parameters of all stages.
+        model: a module, or its parameters (an iterable of tensors, or one); their gradients may be sharded. Parameters
+            without a gradient are skipped. On a pipeline pass the module: the norm is over the parameters of all stages.
         max_norm: the largest 2-norm of all gradients together.
 
     Returns:
-        The norm before scaling, fp64, equal on every rank. It is exact against fp64 arithmetic, also where one device's
-        ``torch.nn.utils.clip_grad_norm_`` is not: torch's fp32 norm on a CPU can be 1e-4 too low for large gradients.
+        The norm before scaling, fp64, equal on every rank; where it is NaN, all gradients are NaN afterwards. It is exact
+        against fp64 arithmetic, also where one device's ``torch.nn.utils.clip_grad_norm_`` is not: torch's fp32 norm on a CPU
+        can be 1e-4 too low for large gradients.
 
     Raises:
         ModelError: the parameters of a pipeline stage in place of the model, or a gradient that is a partial sum.
@@ -109,7 +110,7 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Flo
         members, stages = list(model.parameters()), vars(model).get(STAGES)
         before = grad_norm(members) if stages is None else stages.norm(model)
     else:
-        members = list(model)
+        members = [model] if isinstance(model, Tensor) else list(model)
         if any(hasattr(parameter, OF_STAGE) for parameter in members):
             raise ModelError(
                 "clip_grad_norm_ was given the parameters of one pipeline stage, whose norm is not that of the model; pass the "
@@ -117,15 +118,11 @@ def clip_grad_norm_(model: nn.Module | Iterable[Tensor], max_norm: float) -> Flo
             )
         before = grad_norm(members)
     grads = [local_part(parameter.grad) for parameter in members if parameter.grad is not None]
-    if before.device.type != "cpu":  # without a wait for the device
-        scale = (max_norm / (before + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(scale)
+    scale = (max_norm / (before + 1e-6)).clamp(max=1.0)  # NaN stays NaN
+    if before.device.type == "cpu" and scale == 1.0:  # an accelerator would be waited for
         return before
-    factor = min(1.0, max_norm / (before.item() + 1e-6))
-    if factor != 1.0:
-        for grad in grads:
-            grad.mul_(factor)
+    for grad in grads:
+        grad.mul_(scale)
     return before
 
 

@@ -12,7 +12,7 @@ A model that does more behind its head than works on some of the logits gathers 
 B rows   S my tokens   N gathered tokens   M hidden   V vocabulary   K terms of a token's loss
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -215,7 +215,7 @@ def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any, held: Map
     rows = labelled_rows(wanted.flatten(), None if step is None else step.num_local_labels)
     hidden_RM, targets = hidden_BSM.flatten(0, 1)[rows], targets.flatten()[rows]
     if not len(targets):
-        return _nothing(hidden_BSM, [tensor for tensor in held.values() if not isinstance(tensor, nn.Parameter)])
+        return _nothing(hidden_BSM, held.values())
 
     def losses(logits_RV: Tensor, rows: slice) -> Tensor:
         return F.cross_entropy(logits_RV, targets[rows], reduction="sum").unsqueeze(0)
@@ -247,15 +247,18 @@ def _sum_over_vocabulary(
         of_tiles_RK = _by_tiles(model, output, hidden_BNM.flatten(0, 1)[rows], step, held, terms)
         terms_KR = of_tiles_RK.new_zeros(2, wanted_BN.numel()).index_copy(1, rows, of_tiles_RK.T)
     else:
-        terms_KR = _nothing(hidden_BNM, ()).expand(2, wanted_BN.numel())
+        terms_KR = _nothing(hidden_BNM, held.values()).expand(2, wanted_BN.numel())
     terms_KS = region.of_my_tokens(terms_KR.unflatten(1, wanted_BN.shape)).flatten(1)
     lse, hit = terms_KS[:, labelled_rows((targets != IGNORE).flatten(), step.num_local_labels)]
     total: Tensor = (lse - hit).sum()
     return total
 
 
-def _nothing(hidden_BSM: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """A zero in at least fp32 whose graph has the hidden states and ``parts``, for which other ranks wait in a backward."""
+def _nothing(hidden_BSM: Tensor, parts: Iterable[Tensor]) -> Tensor:
+    """A zero in at least fp32 whose graph has the hidden states and ``parts``, for which other ranks wait in a backward.
+
+    Where all layers below the head are frozen, the parts alone need a gradient.
+    """
     exact = torch.float64 if hidden_BSM.dtype == torch.float64 else torch.float32
     return torch.stack([part.flatten()[:0].sum().to(exact) for part in (hidden_BSM, *parts)]).sum()
 

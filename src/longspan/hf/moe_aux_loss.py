@@ -23,7 +23,7 @@ from longspan.batch.context import BatchInfo
 from longspan.distributed.collectives import all_gather
 from longspan.distributed.consensus import exchange_integers
 from longspan.distributed.mesh import ParallelMesh
-from longspan.errors import ModelError
+from longspan.errors import BatchError, ModelError
 from longspan.hf._compat import loss_function_set_to
 from longspan.hf.candidate import Candidate, Undo, remove_all
 from longspan.hf.loss import Loss
@@ -115,9 +115,17 @@ def _of_all_ranks(mine: tuple[Tensor, ...], step: BatchInfo, mesh: ParallelMesh)
         mine: those of this rank's tokens, one tensor a layer.
         step: the BatchInfo, which says which tokens are padding.
         mesh: the ranks.
+
+    Raises:
+        BatchError: on every rank alike, if there is no such token: a mean over none is no number.
     """
     real = _real(step).to(mine[0].device)
     sizes = [count for (count,) in exchange_integers((len(real),), mesh.world_group)]
+    if not sum(sizes):
+        raise BatchError(
+            "a micro-batch has no token in any replica, and the balance loss of experts is a mean over its tokens; leave it "
+            "out on every replica, or set config.output_router_logits to False"
+        )
     rows = (logits.flatten(0, -2).index_select(0, real) for logits in mine)
     whole = _Whole(all_gather(row, mesh.loss_group, mesh.transport, 0, sizes) for row in rows)
     whole.mine = mine

@@ -45,7 +45,7 @@ def test_tables_of_throughput_and_where_it_crosses() -> None:
     points = [point(50), point(200), point(1000)]
     text = throughput.text(points)
     assert "| link (200 Mbit/s) | 8 | Ulysses | 8.50 | 964 |" in text
-    assert "Ulysses is 2.5 x Megatron-SP below 20.8 Mbit/s." in text  # 8 + 500 x = 2.5 (8 + 100 x)
+    assert "Ulysses is 2.5 x Megatron-SP below 20.8 Mbit/s; " in text  # 8 + 500 x = 2.5 (8 + 100 x)
     assert {method.name for method in TIMED} <= names_in(throughput.figure(points))
 
 
