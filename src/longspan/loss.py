@@ -225,28 +225,28 @@ class _SummedLoss(torch.autograd.Function):
     """
 
     @staticmethod
+    @record_function("longspan::loss")
     def forward(ctx: Any, logits_RV: Tensor, labels_R: Tensor) -> Tensor:
-        with record_function("longspan::loss"):
-            exact = accumulation_dtype(logits_RV.dtype)
-            wanted_R = labels_R != IGNORE
-            column_R1 = labels_R.where(wanted_R, 0).unsqueeze(1)
-            ctx.rows = max(1, LOSS_TOKENS * LOSS_WORDS // logits_RV.shape[1])
-            lse_R = torch.cat([tile.to(exact).logsumexp(1) for tile in logits_RV.split(ctx.rows)])
-            ctx.save_for_backward(logits_RV, lse_R, column_R1, wanted_R)
-            return (lse_R - logits_RV.gather(1, column_R1).squeeze(1).to(exact)).where(wanted_R, 0).sum()
+        exact = accumulation_dtype(logits_RV.dtype)
+        wanted_R = labels_R != IGNORE
+        column_R1 = labels_R.where(wanted_R, 0).unsqueeze(1)
+        ctx.rows = max(1, LOSS_TOKENS * LOSS_WORDS // logits_RV.shape[1])
+        lse_R = torch.cat([tile.to(exact).logsumexp(1) for tile in logits_RV.split(ctx.rows)])
+        ctx.save_for_backward(logits_RV, lse_R, column_R1, wanted_R)
+        return (lse_R - logits_RV.gather(1, column_R1).squeeze(1).to(exact)).where(wanted_R, 0).sum()
 
     @staticmethod
     @once_differentiable
+    @record_function("longspan::loss")
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None]:
-        with record_function("longspan::loss"):
-            logits_RV, lse_R, column_R1, wanted_R = ctx.saved_tensors
-            dlogits_RV = torch.empty_like(logits_RV)
-            factor_R1 = wanted_R.to(lse_R.dtype).mul_(dtotal).unsqueeze(1)
-            tensors = (dlogits_RV, logits_RV, lse_R.unsqueeze(1), column_R1, factor_R1)
-            for target, logits, lse, column, factor in zip(*(tensor.split(ctx.rows) for tensor in tensors)):
-                probabilities = (logits - lse).exp_()
-                target.copy_(probabilities.scatter_add_(1, column, -torch.ones_like(lse)).mul_(factor))
-            return dlogits_RV, None
+        logits_RV, lse_R, column_R1, wanted_R = ctx.saved_tensors
+        dlogits_RV = torch.empty_like(logits_RV)
+        factor_R1 = wanted_R.to(lse_R.dtype).mul_(dtotal).unsqueeze(1)
+        tensors = (dlogits_RV, logits_RV, lse_R.unsqueeze(1), column_R1, factor_R1)
+        for target, logits, lse, column, factor in zip(*(tensor.split(ctx.rows) for tensor in tensors)):
+            probabilities = (logits - lse).exp_()
+            target.copy_(probabilities.scatter_add_(1, column, -torch.ones_like(lse)).mul_(factor))
+        return dlogits_RV, None
 
 
 def _whole(head: Tensor) -> Tensor:

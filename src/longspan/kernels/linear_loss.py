@@ -75,6 +75,7 @@ class _LogitTerms(torch.autograd.Function):
     """Autograd function of ``logit_terms``. It saves the log-sum-exp of each token, and no logits."""
 
     @staticmethod
+    @record_function("longspan::loss")
     def forward(
         ctx: Any,
         hidden_RM: Tensor,
@@ -84,57 +85,56 @@ class _LogitTerms(torch.autograd.Function):
         targets: Tensor,
         options: LogitOptions,
     ) -> Tensor:
-        with record_function("longspan::loss"):
-            vocab, device = len(weight_VM), hidden_RM.device
-            terms_KL = hidden_RM.new_zeros(3 if options.sums else 2, len(rows), dtype=accumulation_dtype(hidden_RM.dtype))
-            terms_KL[0] = -torch.inf
-            with torch.autocast(device.type, enabled=False):
-                buffer = _BlockBuffer(hidden_RM, len(rows), vocab, options.dtype)
-                tokens, words_at_once = block_size(device)
-                for tile in _blocks(len(rows), tokens):
-                    hidden_NM, wanted = hidden_RM[rows[tile]].to(options.dtype), targets[tile]
-                    lse, hit, *sums = terms_KL[:, tile]
-                    for words in _blocks(vocab, words_at_once):
-                        weight_WM = weight_VM[words].to(options.dtype)
-                        logits_NW = _logits(options, hidden_NM, weight_WM, None if bias is None else bias[words], buffer)
-                        column, here = _column(wanted, words)
-                        hit += logits_NW.gather(1, column[:, None]).squeeze(1).where(here, 0)
-                        for total in sums:
-                            total += logits_NW.sum(1)
-                        torch.logaddexp(lse, _log_sum_exp_(logits_NW), out=lse)
-            ctx.save_for_backward(hidden_RM, weight_VM, bias, rows, targets, terms_KL[0].clone())
-            ctx.options = options
-            return terms_KL
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dterms_KL: Tensor) -> tuple[Any, ...]:
-        with record_function("longspan::loss"):
-            hidden_RM, weight_VM, bias, rows, targets, lse_L = ctx.saved_tensors
-            options: LogitOptions = ctx.options
-            wide, vocab = accumulation_dtype(hidden_RM.dtype), len(weight_VM)
-            dhidden_RM = torch.zeros_like(hidden_RM)
-            dweight_VM = torch.zeros_like(weight_VM, dtype=wide) if weight_VM.requires_grad else None
-            dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        vocab, device = len(weight_VM), hidden_RM.device
+        terms_KL = hidden_RM.new_zeros(3 if options.sums else 2, len(rows), dtype=accumulation_dtype(hidden_RM.dtype))
+        terms_KL[0] = -torch.inf
+        with torch.autocast(device.type, enabled=False):
             buffer = _BlockBuffer(hidden_RM, len(rows), vocab, options.dtype)
-            tokens, words_at_once = block_size(hidden_RM.device)
+            tokens, words_at_once = block_size(device)
             for tile in _blocks(len(rows), tokens):
-                mine, wanted, lse_N, dterms_KN = rows[tile], targets[tile], lse_L[tile], dterms_KL[:, tile]
-                hidden_NM = hidden_RM[mine].to(options.dtype)
-                dhidden_NM = torch.zeros_like(hidden_NM, dtype=wide)
+                hidden_NM, wanted = hidden_RM[rows[tile]].to(options.dtype), targets[tile]
+                lse, hit, *sums = terms_KL[:, tile]
                 for words in _blocks(vocab, words_at_once):
                     weight_WM = weight_VM[words].to(options.dtype)
                     logits_NW = _logits(options, hidden_NM, weight_WM, None if bias is None else bias[words], buffer)
-                    dlogits_NW = _gradient(options, logits_NW, lse_N, dterms_KN, _column(wanted, words))
-                    if dbias is not None:
-                        dbias[words] += dlogits_NW.sum(0)
-                    cast_NW = buffer.narrowed(dlogits_NW)
-                    _add_product(dhidden_NM, cast_NW, weight_WM)
-                    if dweight_VM is not None:
-                        _add_product(dweight_VM[words], cast_NW.T, hidden_NM)
-                dhidden_RM[mine] = dhidden_NM.to(dhidden_RM.dtype)
-            of = (dhidden_RM, None if dweight_VM is None else dweight_VM.to(weight_VM.dtype), dbias)
-            return *of, None, None, None
+                    column, here = _column(wanted, words)
+                    hit += logits_NW.gather(1, column[:, None]).squeeze(1).where(here, 0)
+                    for total in sums:
+                        total += logits_NW.sum(1)
+                    torch.logaddexp(lse, _log_sum_exp_(logits_NW), out=lse)
+        ctx.save_for_backward(hidden_RM, weight_VM, bias, rows, targets, terms_KL[0].clone())
+        ctx.options = options
+        return terms_KL
+
+    @staticmethod
+    @once_differentiable
+    @record_function("longspan::loss")
+    def backward(ctx: Any, dterms_KL: Tensor) -> tuple[Any, ...]:
+        hidden_RM, weight_VM, bias, rows, targets, lse_L = ctx.saved_tensors
+        options: LogitOptions = ctx.options
+        wide, vocab = accumulation_dtype(hidden_RM.dtype), len(weight_VM)
+        dhidden_RM = torch.zeros_like(hidden_RM)
+        dweight_VM = torch.zeros_like(weight_VM, dtype=wide) if weight_VM.requires_grad else None
+        dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        buffer = _BlockBuffer(hidden_RM, len(rows), vocab, options.dtype)
+        tokens, words_at_once = block_size(hidden_RM.device)
+        for tile in _blocks(len(rows), tokens):
+            mine, wanted, lse_N, dterms_KN = rows[tile], targets[tile], lse_L[tile], dterms_KL[:, tile]
+            hidden_NM = hidden_RM[mine].to(options.dtype)
+            dhidden_NM = torch.zeros_like(hidden_NM, dtype=wide)
+            for words in _blocks(vocab, words_at_once):
+                weight_WM = weight_VM[words].to(options.dtype)
+                logits_NW = _logits(options, hidden_NM, weight_WM, None if bias is None else bias[words], buffer)
+                dlogits_NW = _gradient(options, logits_NW, lse_N, dterms_KN, _column(wanted, words))
+                if dbias is not None:
+                    dbias[words] += dlogits_NW.sum(0)
+                cast_NW = buffer.narrowed(dlogits_NW)
+                _add_product(dhidden_NM, cast_NW, weight_WM)
+                if dweight_VM is not None:
+                    _add_product(dweight_VM[words], cast_NW.T, hidden_NM)
+            dhidden_RM[mine] = dhidden_NM.to(dhidden_RM.dtype)
+        of = (dhidden_RM, None if dweight_VM is None else dweight_VM.to(weight_VM.dtype), dbias)
+        return *of, None, None, None
 
 
 class _BlockBuffer:
