@@ -13,7 +13,7 @@ A sum of integers modulo 2^64 does not depend on its order, so every device give
 device at once. They are against accidents, not against attacks. Independent of the kind of model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,8 @@ def agree(mesh: ParallelMesh, look: Callable[[], dict[str, str]]) -> None:
         ModelError: on every rank alike, if a value differs between ranks; the message names it.
         LongspanError: on every rank alike, if ``look`` raised one on some rank.
     """
-    difference = first_difference(gather_or_raise(look, mesh.world_group))
-    if difference is not None:
-        name, first, rank, other = difference
-        raise ModelError(
-            f"the model differs between ranks: {name} is {first} on rank 0 and {other} on rank {rank}; "
-            f"build it with the same config and seed, or load the same checkpoint, on every rank"
-        )
+    remedy = "build it with the same config and seed, or load the same checkpoint, on every rank"
+    _refuse_difference("the model differs", gather_or_raise(look, mesh.world_group), remedy)
 
 
 def refuse_other_arguments(mesh: ParallelMesh, mine: Mapping[str, str]) -> None:
@@ -57,13 +52,16 @@ def refuse_other_arguments(mesh: ParallelMesh, mine: Mapping[str, str]) -> None:
         mesh: the ranks, each of which must call this.
         mine: this rank's arguments, {name: text}.
     """
-    difference = first_difference(gather(mine, mesh.world_group))
+    _refuse_difference("the arguments of parallelize differ", gather(mine, mesh.world_group), "pass the same on every rank")
+
+
+def _refuse_difference(what: str, facts: Sequence[Mapping[str, str]], remedy: str) -> None:
+    """Raise ModelError if the ``facts`` of the ranks, {name: text} each, are not all equal; it begins with ``what`` and ends
+    with ``remedy``."""
+    difference = first_difference(facts)
     if difference is not None:
         name, first, rank, other = difference
-        raise ModelError(
-            f"the arguments of parallelize differ between ranks: {name} is {first} on rank 0 and {other} on rank {rank}; "
-            f"pass the same on every rank"
-        )
+        raise ModelError(f"{what} between ranks: {name} is {first} on rank 0 and {other} on rank {rank}; {remedy}")
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
