@@ -1,6 +1,8 @@
 """What a run computes with: the same figures for the same shape, whoever's code it is; its own description; its tokenizer."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +10,20 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models
+from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
-from longspan.batch.shard import shard_batch
 from longspan.cli import model_source
-from longspan.cli.model_source import DecoderSource, without_balance_loss
+from longspan.cli.config import Train
+from longspan.cli.model_source import DecoderSource
+from longspan.cli.train import evaluate
+from longspan.data.loader import Loader
 from longspan.distributed.mesh import ParallelMesh
 from longspan.hf.source import FolderSource
 from longspan.models.decoder_config import DecoderConfig
-from longspan.parallelize import forward_backward, parallelize
-from tests.helpers.hf_models import batches, build
-from tests.helpers.ranks import on_ranks
+from longspan.parallelize import parallelize
+from tests.helpers.hf_models import build
+from tests.helpers.ranks import Ranks, on_ranks
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -73,12 +78,27 @@ def test_the_folder_s_tokenizer_is_the_default_and_goes_back_with_the_model(tmp_
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 7
 
 
-def test_a_held_out_loss_leaves_out_the_balance_loss() -> None:
-    mesh, ids = ParallelMesh(), batches("even", False)["input_ids"]
-    losses = []
-    for asked in (False, True):
-        model = parallelize(build("mixtral", output_router_logits=asked, router_aux_loss_coef=0.5), mesh)
-        part = without_balance_loss(model, shard_batch({"input_ids": ids, "labels": ids}, mesh))
-        with torch.no_grad():
-            losses.append(forward_backward(model, [part]).item())
-    assert losses[0] == losses[1]
+@dataclass(frozen=True)
+class Ids:
+    """A text of 64 tokens."""
+
+    fingerprint: str = "ids"
+    tokens: int = 64
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.randint(3, 97, (64,), generator=torch.Generator().manual_seed(5))[start:stop]
+
+
+@pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"data": 2}], ids=str)
+def test_a_held_out_loss_is_the_cross_entropy_of_every_layout(degrees: dict[str, int], pool: Callable[[int], Ranks]) -> None:
+    """The balance loss of experts is no part of it, nor are rows that fill a last micro-batch: 3 on 2 replicas."""
+    (alone,) = pool(1).run(held_out_loss, {}, False)
+    for found in pool(2).run(held_out_loss, degrees, True):
+        assert found == pytest.approx(alone, rel=1e-6)
+
+
+def held_out_loss(degrees: dict[str, int], asked: bool) -> float:
+    mesh = ParallelMesh(**{axis: degree for axis, degree in degrees.items() if axis != "data"})
+    model = parallelize(build("mixtral", output_router_logits=asked, router_aux_loss_coef=0.5), mesh)
+    at, config = mesh.coordinate, Train(eval_rows=3, tokens=16, dtype="fp32")
+    return evaluate(model, Loader(Ids(), tokens=16, rows=at.data, seed=0, coordinate=at), config, mesh)
