@@ -105,12 +105,14 @@ def test_the_bound_of_memory_is_the_same_for_one_strategy_and_for_many() -> None
 def test_the_longest_sequence_is_all_positions_and_no_less_than_what_is_planned() -> None:
     shape = replace(LLAMA, positions=131_072)
     assert plan(shape, gpus=8, tokens=4096).longest == 131_072
-    x, planned = _setting(), 1_234_567
-    about = longest(x)
-    assert longest(replace(x, workload=Workload(tokens=planned))) >= planned
-    for tokens in range(about - about // 500, about + about // 500, about // 2000):
-        found = longest(replace(x, workload=Workload(tokens=tokens)))
-        assert found >= tokens or search(replace(x, workload=Workload(tokens=tokens))).best is None
+    assert longest(_setting(1_234_567)) >= 1_234_567
+    fits, above = (found := longest(_setting())), found + found // 1000 + 1
+    assert search(_setting(fits)).best is not None
+    assert search(_setting(above)).best is None
+    while above - fits > 1:  # the last length that fits, to the token
+        middle = (fits + above) // 2
+        fits, above = (fits, middle) if search(_setting(middle)).best is None else (middle, above)
+    assert longest(_setting(fits)) == fits > found
 
 
 @pytest.mark.parametrize(
