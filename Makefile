@@ -9,7 +9,7 @@
 # make bench-hosts   bytes of a layer between hosts (network namespaces), counted by the kernel; writes docs/wire.md; Linux, root, iproute2
 # make test-versions V=2.11.0   make test with another PyTorch, in an environment that is removed afterwards; prints a row of
 #                               docs/versions.md. TRANSFORMERS=5.24.0 TESTS=tests/hf for another Transformers, and for a part
-# make plan-here   the plan beside this machine: step time and memory of 15 layouts, a quarter of an hour; ARGS=--memory for memory alone
+# make plan-here   the plan beside this machine: step time and memory of 15 layouts, half an hour; ARGS=--memory for memory alone
 # make validate-planner CSV=FILE   the planner beside published measurements, and docs/planner.md from them
 #
 # PyTorch's default wheel brings CUDA (gigabytes). For the CPU alone:

@@ -1,17 +1,19 @@
-"""Benchmark: the plan beside what this machine does: step time and memory of 15 layouts, from a probe of as many ranks.
+"""Benchmark: the plan beside what this machine does: step time and memory of 15 layouts, each after a probe of as many ranks.
 
-    python benchmarks/plan_here.py                    all, about a quarter of an hour on two quiet cores
+    python benchmarks/plan_here.py                    all, about half an hour on two quiet cores
     python benchmarks/plan_here.py --memory           memory alone: each fullest rank rehearsed, no quiet machine needed
     python benchmarks/plan_here.py --only 'ulysses 2' --tokens 1024
 
 A decoder of 2 layers (hidden 256, 8 query and 4 key/value heads of 64, feed-forward 768, vocabulary 2,048) makes steps of AdamW
 on real ranks, one thread each: {1, 2, 4} x {ulysses, ring} at 8k without and with all memory options (a ring of 1 is none),
-tensor 2, pipeline 2, and ulysses 2 at 2k, 16k and 32k; with --memory also 8 in bf16. A configuration whose steps spread more
-than 10% is measured again, at most --most times. Memory is that of the tensors: of the process it lacks Python and libraries.
+tensor 2, pipeline 2, and ulysses 2 at 2k, 16k and 32k; with --memory also 8 in bf16. The machine is probed before each of them,
+because its speed changes within minutes where others share it. A configuration whose steps spread more than 10% is probed and
+measured again, at most --most times. Memory is that of the tensors: of the process it lacks Python and libraries.
 """
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,29 +64,27 @@ def main() -> None:
     layouts = {name: {"tokens": given.tokens} | layout for name, layout in (LAYOUTS | (BF16 if given.memory else {})).items()}
     layouts = {name: layout for name, layout in layouts.items() if given.only is None or given.only in name}
     with tempfile.TemporaryDirectory() as folder:
-        probes = {} if given.memory else _probes({layout["world"] for layout in layouts.values()}, folder)
         print("| layout | step, planned | measured | ratio | spread | memory, planned | measured | ratio |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
-        verdicts = [_compare(name, layout, probes, folder, given) for name, layout in layouts.items()]
+        verdicts = [_compare(name, layout, folder, given) for name, layout in layouts.items()]
     times, sizes = [t for t, _ in verdicts if t is not None], [m for _, m in verdicts]
     if times:
         print(f"step time within {SECONDS_WITHIN:.0%}: {sum(times)} of {len(times)}")
     print(f"memory within {MEMORY_WITHIN:.0%}: {sum(sizes)} of {len(sizes)}")
 
 
-def _compare(
-    name: str, layout: dict[str, Any], probes: dict[int, str], folder: str, given: argparse.Namespace
-) -> tuple[bool | None, bool]:
+def _compare(name: str, layout: dict[str, Any], folder: str, given: argparse.Namespace) -> tuple[bool | None, bool]:
     """Measure one layout and print its row; (whether its time is near, None if it was not measured; whether its memory is)."""
-    settings = RehearseSettings(steps=1 if given.memory else given.steps, hardware=probes.get(layout["world"]), **layout)
-    plan = predicted(settings, "bf16" if settings.dtype == "bf16" else "fp32", SHAPE)
+    settings = RehearseSettings(steps=1 if given.memory else given.steps, **layout)
     if given.memory:
         found = _together(_rehearsed, settings, folder, processes=1)
     else:
         for _ in range(given.most):
+            settings = replace(settings, hardware=_probed(settings.world, folder))
             found = _together(_real, settings, folder, processes=settings.world)
             if max(one.step_spread for one in found) <= SPREAD:
                 break
+    plan = predicted(settings, "bf16" if settings.dtype == "bf16" else "fp32", SHAPE)
     peak = max(one.peak_bytes for one in found)
     memory = plan["bytes"] / peak
     cells = [f"{plan['bytes'] / 2**20:,.1f} MiB", f"{peak / 2**20:,.1f} MiB", f"{memory:.2f}"]
@@ -101,17 +101,16 @@ def _compare(
     return near, abs(memory - 1) <= MEMORY_WITHIN
 
 
-def _probes(worlds: set[int], folder: str) -> dict[int, str]:
-    """The file of a probe for each number of ranks; each prints its figures with their spread."""
-    paths = {}
-    for world in sorted(worlds):
-        paths[world] = str(Path(folder) / f"hardware-{world}.json")
-        mp.spawn(_probe, (world, folder, paths[world]), nprocs=world)
-    return paths
+def _probed(world: int, folder: str) -> str:
+    """The file of a probe of ``world`` ranks, which prints its figures with their spread."""
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        path = str(Path(folder) / f"hardware-{world}.json")
+        mp.spawn(_probe, (world, own, path), nprocs=world)
+    return path
 
 
 def _probe(rank: int, world: int, folder: str, path: str) -> None:
-    _join(rank, world, str(Path(folder) / f"probe-{world}"))
+    _join(rank, world, str(Path(folder) / "store"))
     measure_and_write(path, 16, 5, None)
 
 

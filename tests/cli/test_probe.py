@@ -18,6 +18,7 @@ def test_a_probe_of_two_ranks_is_hardware_of_a_plan(tmp_path: Path, capsys: pyte
     assert set(found["links"]) == {"all-to-all", "all-gather", "reduce-scatter", "point-to-point"}
     assert all(rate > 0 for rates in found["matmul"].values() for rate in rates.values())
     assert {"matmul fp32 512", "copy", "all-gather, small"} <= set(found["spread"])
+    assert all(found["spread"][f"attention, {which}"] > 0 for which in ("forward", "backward"))
     plan = ["plan", "--model", "tiny", "--gpus", "2", "--tokens", "8192", "--rows", "2", "--json", "--hardware", str(path)]
     assert main(plan) == 0
     assert json.loads(capsys.readouterr().out)["hardware"] == found["name"]

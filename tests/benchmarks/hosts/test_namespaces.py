@@ -30,8 +30,9 @@ with socket.create_connection((sys.argv[1], 5555)) as connection:
     connection.sendall(bytes(int(sys.argv[2])))
 """
 WAIT = """
-import sys, time
+import signal, sys, time
 from benchmarks.hosts import namespaces
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with Ctrl-C ignored
 with namespaces.hosts(2) as made:
     namespaces.subprocess.Popen(made.command(1, ["sleep", "600"]))
     print(made.names[0].rpartition("-")[0], flush=True)
