@@ -182,9 +182,18 @@ def _load_damaged(folder: Path) -> list[str]:
 def test_a_damaged_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:
     ((*texts,),) = on_ranks(1, _load_damaged, tmp_path, tmp_path=tmp_path)
     assert all("\n" not in text for text in texts)
-    (tmp_path / "run.json").write_text("[")
-    with pytest.raises(RunError, match=r"is damaged: its run\.json cannot be read"):
-        checkpoint.facts(tmp_path)
+    for damage in ("[", "[1]", "{}"):
+        (tmp_path / "run.json").write_text(damage)
+        with pytest.raises(RunError, match=r"is damaged: its run\.json cannot be read"):
+            checkpoint.facts(tmp_path)
+
+
+def test_a_damaged_name_of_the_newest_does_not_start_the_run_over(tmp_path: Path) -> None:
+    for name in ("step-000025", "step-1000000"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest").write_bytes(b"\xff")
+    with pytest.raises(RunError, match=r"latest is damaged, .*; write one of these into it: step-000025, step-1000000$"):
+        checkpoint.newest(tmp_path)
 
 
 def test_a_checkpoint_of_another_kind_is_refused_by_field(tmp_path: Path) -> None:

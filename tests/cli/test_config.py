@@ -19,6 +19,12 @@ MODELS = "legal are tiny, small, llama-1b, llama-8b, llama-70b, and hf:FOLDER fo
     [
         (Train, {"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
         (Train, {"learning_rate": float("nan")}, "learning_rate=nan must be above 0"),
+        (Train, {"learning_rate": float("inf")}, "learning_rate=inf must be finite"),
+        (Train, {"weight_decay": float("inf")}, "weight_decay=inf must be finite"),
+        (Train, {"epochs": float("inf")}, "epochs=inf must be finite"),
+        (Train, {"seed": 2**63}, "seed=9223372036854775808 must be at most 9223372036854775807"),
+        (Check, {"seed": 2**63}, "seed=9223372036854775808 must be at most 9223372036854775807"),
+        (Train, {"timeout_seconds": 10**14}, "timeout_seconds=100000000000000 must be at most 1000000000"),
         (Train, {"tokens": 1}, "tokens=1 must be at least 2"),
         (Train, {"steps": 0}, "steps=0 must be at least 1"),
         (Train, {"ranks": 0}, "ranks=0 must be at least 1"),
@@ -160,3 +166,9 @@ def test_runs_are_found_by_name_or_as_the_latest(tmp_path: Path) -> None:
     assert settings_of_run(str(tmp_path), "one") == ("one", {"steps": 3})
     with pytest.raises(RunError, match=r"no run 'three' in the folder .*: there are one, two"):
         settings_of_run(str(tmp_path), "three")
+    (tmp_path / "latest").write_bytes(b"\xff")
+    with pytest.raises(RunError, match=r"no run 'latest' in the folder .*: there are one, two"):
+        settings_of_run(str(tmp_path), "latest")
+    (tmp_path / "one" / "config.json").write_bytes(b"\xff")
+    with pytest.raises(RunError, match=r"the config .*config\.json is not valid JSON"):
+        settings_of_run(str(tmp_path), "one")

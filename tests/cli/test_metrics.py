@@ -28,7 +28,9 @@ def test_a_journal_keeps_every_record_and_drops_what_lies_behind_the_step_it_goe
         first.write(record(step, loss=float(step)))
     first.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('rubbish\n{"loss": 1.0}\n{"step": 4, "lo')  # damage, and half a line of a run that was killed
+        file.write('rubbish\n{"loss": 1.0}\n')  # damage, also bytes that are no text
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'\xff\xfe\n{"step": 4, "lo')  # and half a line of a run that was killed
     second = Journal(tmp_path, 2, lead=True)
     second.write(record(3, loss=30.0))
     second.close()
@@ -38,6 +40,13 @@ def test_a_journal_keeps_every_record_and_drops_what_lies_behind_the_step_it_goe
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert "step" not in events.Tags()["scalars"]
+
+
+def test_a_disk_that_fails_where_a_run_goes_on_leaves_the_records(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / ".metrics.jsonl").mkdir()  # nothing can be written there
+    assert Journal(tmp_path, 1, lead=True).fault is not None
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
 
 
 def test_only_the_lead_rank_writes(tmp_path: Path) -> None:

@@ -43,7 +43,24 @@ def test_a_line_that_is_being_written_is_left_out_and_watching_reloads(tmp_path:
     assert '<meta http-equiv="refresh" content="5">' in page([run], 5)
 
 
-@pytest.mark.parametrize(("flags", "reason"), [("nothing", "no run 'nothing'"), ("--watch 0", "must be above 0")])
+def test_damaged_records_are_left_out(tmp_path: Path) -> None:
+    _run(tmp_path, "there", [1.0])
+    damage = b'\xff\xfe\n5\n{"loss": 3.0}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 4.0}\n'
+    with open(tmp_path / "there" / "metrics.jsonl", "ab") as file:
+        file.write(damage)
+    run = read_run(str(tmp_path), "there")
+    assert run.metrics["loss"] == ([1, 3], [1.0, 4.0])
+    assert "4.0000" in page([run], None)
+
+
+def test_a_page_in_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "--html", str(tmp_path / "no" / "x.html")]) == 2
+    assert "is in a folder that does not exist; make it first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"), [("nothing", "no run 'nothing'"), ("--watch 0", "must be above 0"), ("--watch inf", "at most")]
+)
 def test_bad_input_is_one_sentence(flags: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _run(tmp_path, "there", [1.0])
     assert main(["report", *flags.split(), "--runs-folder", str(tmp_path), "--html", str(tmp_path / "x.html")]) == 2

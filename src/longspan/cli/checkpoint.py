@@ -114,18 +114,28 @@ def facts(path: Path) -> dict[str, Any]:
     """
     try:
         held: dict[str, Any] = json.loads((path / FACTS).read_text())
-    except (OSError, ValueError) as error:
+        held["step"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"the checkpoint {path} is damaged: its {FACTS} cannot be read; use another one") from error
     return held
 
 
 def newest(run: Path) -> Path | None:
-    """The folder of the newest complete checkpoint of the run in the folder ``run``; None if there is none yet."""
+    """The folder of the newest complete checkpoint of the run in the folder ``run``; None if there is none yet.
+
+    Raises:
+        RunError: the file that names it is damaged.
+    """
     folder = run / "checkpoints"
     try:
         return folder / (folder / LATEST).read_text().strip()
     except OSError:
         return None
+    except ValueError as error:
+        there = ", ".join(path.name for path in sorted(folder.glob("step-*"), key=_step_of))
+        raise RunError(
+            f"{folder / LATEST} is damaged, and should hold the name of a checkpoint; write one of these into it: {there}"
+        ) from error
 
 
 def find(name: str, runs_folder: str) -> Path:

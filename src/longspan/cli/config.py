@@ -8,6 +8,7 @@ A number counts for the whole run, never for one rank: ``rows_per_step`` is the 
 file is independent of processes and tensors, and it imports no torch.
 """
 
+import math
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,9 @@ from longspan.models.decoder_config import PRESETS
 
 MAX_TOKENS = 16_384
 """The default of ``evaluate --max-tokens``: documents are truncated to this many tokens."""
+LARGEST_SEED = 2**63 - 1
+LONGEST_SECONDS = 10**9
+"""The longest wait that the settings take: PyTorch counts it in 64 bits."""
 
 
 def _default(hint: str) -> object:
@@ -50,6 +54,7 @@ class Ranks:
     def __post_init__(self) -> None:
         _legal_choices(self)
         _at_least(self, 1, "ranks", "timeout_seconds")
+        _at_most(self, LONGEST_SECONDS, "timeout_seconds")
 
     @property
     def local_ranks(self) -> int:
@@ -193,6 +198,8 @@ class Train(Layout):
         _at_least(self, 2, "tokens")
         _at_least(self, 0, "warmup_steps", "eval_every_steps", "checkpoint_every_steps", "weight_decay", "seed")
         _above(self, 0, "learning_rate", "clip_norm", "epochs")
+        _finite(self, "learning_rate", "weight_decay", "epochs")
+        _at_most(self, LARGEST_SEED, "seed")
         refuse_missing(self.log_to)
         if self.rows_per_step < self.micro_batches:
             raise RunError(
@@ -276,6 +283,7 @@ class Check(Layout):
         _at_least(self, 2, "tokens")
         _equal_micro_batches(self, "rows", self.rows, self.micro_batches)
         _at_least(self, 0, "seed")
+        _at_most(self, LARGEST_SEED, "seed")
         if self.json is not None and not Path(self.json).parent.is_dir():
             raise RunError(f"json={self.json!r} is in a folder that does not exist; make it first, or name another file")
 
@@ -320,6 +328,22 @@ def _at_least(config: Ranks, least: int, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not value >= least:
             raise RunError(f"{name}={value} must be at least {least}")
+
+
+def _at_most(config: Ranks, most: int, *names: str) -> None:
+    """Raise RunError if one of the settings ``names`` is above ``most``; None is legal."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value > most:
+            raise RunError(f"{name}={value} must be at most {most}")
+
+
+def _finite(config: Ranks, *names: str) -> None:
+    """Raise RunError if one of the settings ``names`` is infinite; None is legal."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and math.isinf(value):
+            raise RunError(f"{name}={value} must be finite")
 
 
 def _above(config: Ranks, bound: int, *names: str) -> None:

@@ -84,7 +84,9 @@ class Journal:
         try:
             path = folder / METRICS
             kept = [line for line in _lines(path) if _is_up_to(step, line)]
-            path.write_text("".join(kept))
+            draft = path.with_name(f".{METRICS}")  # a full disk leaves the records of earlier steps whole
+            draft.write_text("".join(kept))
+            os.replace(draft, path)
             self._file = path.open("ab", buffering=0)
             self._events = _Events(folder, step + 1)
             self._is_open = True
@@ -320,7 +322,7 @@ def _lines(path: Path) -> list[str]:
     file."""
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def memory_table(timeline: Timeline, step: int, process_bytes: int | None = None) -> str:

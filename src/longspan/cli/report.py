@@ -31,6 +31,8 @@ PANELS = (
 """A metric of metrics.jsonl, the title of its plot, and the factor to its unit. Plots without data are left out."""
 SETTINGS = ("model", "tokens", "rows_per_step", "ulysses", "ring", "tensor", "zero", "recompute", "dtype", "steps")
 """Settings of a run that the table shows."""
+LONGEST_WATCH = 31_536_000
+"""Seconds of a year: the longest interval at which the page is written again."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,12 @@ class ReportSettings:
     def __post_init__(self) -> None:
         if not self.runs:
             raise RunError("no run is named; name runs, or latest")
-        if self.watch is not None and not self.watch > 0:
-            raise RunError(f"watch={self.watch:g} must be above 0; leave it out to write the page once")
+        if self.watch is not None and not 0 < self.watch <= LONGEST_WATCH:
+            raise RunError(
+                f"watch={self.watch:g} must be above 0 and at most {LONGEST_WATCH}; leave it out to write the page once"
+            )
+        if not Path(self.html).parent.is_dir():
+            raise RunError(f"html={self.html!r} is in a folder that does not exist; make it first, or name another file")
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def read_run(runs_folder: str, name: str) -> Run:
         name: the name of the run, or ``latest`` for the one started last.
 
     Returns:
-        The Run. A last line that is being written is left out.
+        The Run. A last line that is being written is left out, and so is a damaged one.
 
     Raises:
         RunError: there is no such run.
@@ -105,16 +111,24 @@ def read_run(runs_folder: str, name: str) -> Run:
     name, values = settings_of_run(runs_folder, name)
     metrics: dict[str, tuple[list[int], list[float]]] = {}
     path = Path(runs_folder) / name / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # a run is writing it
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        record = _record(line)
         for metric, value in record.items():
             steps, series = metrics.setdefault(metric, ([], []))
             steps.append(record["step"])
             series.append(value)
     return Run(name, values, metrics)
+
+
+def _record(line: str) -> dict[str, Any]:
+    """The metrics in a line of metrics.jsonl by name; {} if a run is writing it, or if it is damaged."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return {}
+    return {name: value for name, value in record.items() if isinstance(value, int | float)}
 
 
 def page(runs: list[Run], watch: float | None) -> str:

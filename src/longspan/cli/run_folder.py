@@ -1,14 +1,19 @@
 """The folder of a run: made under a name that is free, or found again where the run is resumed.
 
-    runs/.NAME/config.json   a draft   --renamed-->   runs/NAME/config.json,   and the name in runs/latest
+    runs/.NAME-uuid/config.json   a draft   --renamed-->   runs/NAME/config.json,   and the name in runs/latest
+
+A folder that is renamed replaces no other one that holds files, so that of two commands which choose one name at the same time
+one gets it; the other takes the next free name, or is refused if it asked for this one.
 
 Independent of what the run does.
 """
 
+import errno
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import torch.distributed as dist
 
@@ -43,16 +48,10 @@ def _new_run(config: Train) -> str:
     try:
         runs.mkdir(parents=True, exist_ok=True)
         name = config.run or _next_free(runs)
-        if (runs / name).exists():
-            raise RunError(f"the run {runs / name} exists; go on with --resume {name}, or name another one with --run")
-        draft = runs / f".{name}"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        try:
-            (draft / "config.json").write_text(as_json(replace(config, run=name)))
-            os.replace(draft, runs / name)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        while not _make(runs, replace(config, run=name)):
+            if config.run:
+                raise RunError(f"the run {runs / name} exists; go on with --resume {name}, or name another one with --run")
+            name = _next_free(runs)
         (runs / LATEST).write_text(name + "\n")
     except OSError as error:
         raise RunError(
@@ -60,6 +59,25 @@ def _new_run(config: Train) -> str:
             f"--runs-folder"
         ) from error
     return name
+
+
+def _make(runs: Path, config: Train) -> bool:
+    """Make the folder of the run ``config.run`` in ``runs``, with its config.json; False if there is one of that name."""
+    final = runs / config.run
+    if final.exists():
+        return False
+    draft = runs / f".{config.run}-{uuid4().hex}"
+    draft.mkdir()
+    try:
+        (draft / "config.json").write_text(as_json(config))
+        os.rename(draft, final)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another command was faster
+            return False
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return True
 
 
 def _next_free(runs: Path) -> str:

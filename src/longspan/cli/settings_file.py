@@ -10,6 +10,7 @@ import json
 import re
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from itertools import pairwise
@@ -55,7 +56,7 @@ def read_file(path: str) -> dict[str, Any]:
         values = tomllib.loads(text) if is_toml else json.loads(text)
     except OSError as error:
         raise RunError(f"the config {path} cannot be read: {error.strerror}; name a JSON or TOML file that exists") from error
-    except ValueError as error:
+    except ValueError as error:  # also bytes that are no text
         advice = "" if is_toml or path.endswith(".json") else "; where it is TOML, end its name in .toml"
         raise RunError(f"the config {path} is not valid {'TOML' if is_toml else 'JSON'}: {error}{advice}") from error
     if not isinstance(values, dict):
@@ -79,17 +80,18 @@ def settings_of_run(runs_folder: str, name: str) -> tuple[str, dict[str, Any]]:
         (the run's name, its settings by name).
 
     Raises:
-        RunError: there is no such run; the message lists those that exist.
+        RunError: there is no such run (the message lists those that exist), or its settings cannot be read.
     """
     legal_folder(runs_folder)
     folder = Path(runs_folder)
-    try:
+    with suppress(OSError, ValueError):  # nor bytes that are no text
         name = (folder / LATEST).read_text().strip() if name == LATEST else name
-        return name, read_file(str(folder / name / "config.json"))
-    except (OSError, RunError) as error:
-        there = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        which = f"there are {', '.join(there)}" if there else "there is none; start one with: longspan train"
-        raise RunError(f"no run {name!r} in the folder {runs_folder}: {which}") from error
+    config = folder / name / "config.json"
+    if config.is_file():
+        return name, read_file(str(config))
+    there = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    which = f"there are {', '.join(there)}" if there else "there is none; start one with: longspan train"
+    raise RunError(f"no run {name!r} in the folder {runs_folder}: {which}")
 
 
 def known(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:

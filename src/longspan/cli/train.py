@@ -311,13 +311,14 @@ def _resume(
     Raises:
         RunError: the checkpoint is damaged or of another model, text or optimizer, or its steps are all done.
     """
-    path = checkpoint.newest(run) if config.resume else None
+    with raise_together(mesh.world_group):
+        path = checkpoint.newest(run) if config.resume else None
     if path is None:
         return 0
     with raise_together(mesh.world_group):
         theirs, mine = checkpoint.facts(path), _facts(0, source, corpus, config)
         for what in ("model", "text", "optimizer"):
-            checkpoint.refuse_differences(path, what, theirs[what], mine[what])
+            checkpoint.refuse_differences(path, what, theirs.get(what, {}), mine[what])
         done: int = theirs["step"]
         if done >= config.steps:
             raise RunError(f"the run {run} has done its {done} steps; go further with --steps, or start another one")
