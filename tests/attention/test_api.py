@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 
-from longspan.attention.api import attend
+from longspan.attention.api import AttentionSpec, attend, plan_attention
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.traffic import Traffic
@@ -105,6 +106,11 @@ Q, KV = torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, 2, 4)
         ((2, 1), {"kernel": "flash"}, KernelError, "flash"),
         ((1, 2), {"kernel": dropping}, KernelError, "'dropping' returns only its output, which cannot carry ring; pass"),
         ((2, 1), {"kernel": dropping, "sink_logits": torch.zeros(4)}, KernelError, "cannot carry sink_logits"),
+        ((2, 1), {"scale": 0.0}, KernelError, "scale=0.0 must be above 0 and finite, or None"),
+        ((2, 1), {"scale": -0.5}, KernelError, "scale=-0.5 must be above 0 and finite.*; negate q for a negative scale"),
+        ((2, 1), {"scale": float("nan")}, KernelError, "scale=nan must be above 0"),
+        ((2, 1), {"softcap": 0.0}, KernelError, "softcap=0.0 must be above 0"),
+        ((2, 1), {"softcap": float("inf")}, KernelError, "softcap=inf must be above 0"),
         ((2, 1), {"head_chunks": 3}, LayoutError, "head_chunks=3 cannot cut the 2 query heads"),
     ],
 )
@@ -115,6 +121,21 @@ def test_what_cannot_be_is_refused_before_anything_is_sent(
         assert isinstance(refused, error)
         assert re.search(text, str(refused)), refused
         assert sent == Traffic()
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "text"),
+    [
+        ({"mask": None}, MaskError, "mask=NoneType is no mask; pass one of longspan's, like Causal"),
+        ({"mask": (Causal(), torch.ones(8, 8))}, MaskError, "mask=Tensor is no mask"),
+        ({"bias": torch.zeros(8, 8)}, KernelError, "bias=Tensor is no Bias, which is called for a tile"),
+        ({"bias": torch.nn.Linear(2, 2)}, KernelError, "bias=Linear is no Bias, .* has its parameters as a tuple"),
+    ],
+)
+def test_what_is_no_mask_or_bias_is_refused(asked: dict[str, Any], error: type[Exception], text: str) -> None:
+    spec: dict[str, Any] = {"q_shape": Q.shape, "k_shape": KV.shape, "v_shape": KV.shape, "dtype": Q.dtype, "mask": Causal()}
+    with pytest.raises(error, match=text):
+        plan_attention(AttentionSpec(**spec | asked, device_type="cpu"))
 
 
 def refusal(degrees: tuple[int, int], asked: dict[str, object]) -> tuple[Exception, Traffic]:

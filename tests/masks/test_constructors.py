@@ -4,6 +4,7 @@ import pickle
 import sys
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -116,6 +117,10 @@ def test_one_mask_holds_for_every_row() -> None:
         (lambda: SinkTokens(-4), r"^SinkTokens\(n=-4\): n is -4"),
         (lambda: Span(-1, 4), r"start is -1"),
         (lambda: Span(5, 4), r"stop is 4, but it counts tokens; it must be 5 or more$"),
+        (lambda: Window(1.5), r"^Window\(left=1.5, right=0\): left is 1.5, a float; it counts tokens, so pass an int or None"),
+        (lambda: Chunked(torch.tensor(3)), r"n is 3, a Tensor; it counts tokens, so pass an int$"),
+        (lambda: Documents((4.0, 4.0)), r"^the lengths \[4.0, 4.0\] of documents count tokens; pass a sequence of ints$"),
+        (lambda: Documents((4,), (4.5,)), r"^the lengths \[4.5\] of documents count tokens"),
         (lambda: BlockSparse(0, [[True]]), r"block is 0, but it counts tokens; it must be 1 or more$"),
         (lambda: Bands([Band(0, 4, 0, 4, -3, 0), Band(2, 6, 0, 3, -9, 9)]), r"overlap, in Band\(q_start=2, q_stop=4, .*pass"),
         (lambda: Bands([Band(0, 4, 0, 4, -3, 0)] * 2), r"overlap"),
@@ -145,6 +150,11 @@ def test_nonsense_is_refused_at_birth(build: object, text: str) -> None:
 def test_another_length_is_refused(mask: Mask, tokens: int, key_tokens: int, text: str) -> None:
     with pytest.raises(MaskError, match=text):
         mask.bands(tokens, key_tokens)
+
+
+def test_lengths_of_an_array_are_compared_by_value() -> None:
+    assert Documents(torch.tensor([3, 4])) == Documents((3, 4))
+    assert len({Documents(torch.tensor([3, 4]).numpy()), Documents((3, 4))}) == 1
 
 
 def test_a_row_without_a_mask_is_refused() -> None:

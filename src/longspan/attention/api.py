@@ -40,6 +40,7 @@ from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import FunctionKernel, KernelFunction
 from longspan.masks import constructors as masks
 from longspan.masks.constructors import Mask
+from longspan.masks.refusals import refuse_no_mask
 
 __all__ = ["AttentionSpec", "Bias", "attend", "plan_attention", "refuse_kernel"]
 
@@ -145,8 +146,9 @@ def attend(
 
     Raises:
         LayoutError: Heads or tokens do not fit the mesh, or the shapes do not fit one another.
-        MaskError: The mask is of another length, or there is not one mask per row.
-        KernelError: Mixed dtypes or devices, an unknown kernel, or one that lacks an option used here.
+        MaskError: The mask is none, is of another length, or there is not one mask per row.
+        KernelError: Mixed dtypes or devices, an unknown kernel, or one that lacks an option used here; a scale or softcap that
+            is not above 0 and finite; a bias that is no ``Bias``.
         All are raised before anything is sent.
 
     Source: DeepSpeed-Ulysses, arXiv:2309.14509; ring: arXiv:2310.01889; sink logits: arXiv:2309.17453.
@@ -155,7 +157,7 @@ def attend(
     _refuse_tensors(q, k, v, sink_logits)
     constant: Constant[AttentionPlan] = _plan(
         q_shape=q.shape, k_shape=k.shape, v_shape=v.shape, dtype=q.dtype, device_type=q.device.type,
-        mask=mask if isinstance(mask, Mask) else tuple(mask), mesh=mesh, tokens=tokens, key_tokens=key_tokens,
+        mask=tuple(mask) if isinstance(mask, Sequence) else mask, mesh=mesh, tokens=tokens, key_tokens=key_tokens,
         scale=scale, softcap=softcap, has_sink_logits=sink_logits is not None, bias=bias, kernel=kernel,
         head_chunks=head_chunks,
     )  # fmt: skip
@@ -192,14 +194,31 @@ def plan_attention(spec: AttentionSpec) -> AttentionPlan:
 
     Raises:
         LayoutError: heads or tokens do not fit the mesh.
-        MaskError: the mask is of another length, or there is not one mask per row.
-        KernelError: the kernel is unknown, or lacks an option that the spec has.
+        MaskError: the mask is none, is of another length, or there is not one mask per row.
+        KernelError: the kernel is unknown, or lacks an option that the spec has; an option that no kernel can compute with.
     """
+    _refuse_options(spec)
     if spec.bias is None and isinstance(spec.kernel, str):
         return cached(spec.mesh, spec, lambda: _make_plan(spec, _choose_kernel(spec)))
     kernel = _choose_kernel(spec)
     unbound = replace(spec, kernel=None, bias=None)
     return cached(spec.mesh, unbound, lambda: _make_plan(unbound, None)).bind(kernel, spec.bias)
+
+
+def _refuse_options(spec: AttentionSpec) -> None:
+    """Raise MaskError for what is no mask, and KernelError for a scale, softcap or bias that no kernel can compute with."""
+    refuse_no_mask(spec.mask if isinstance(spec.mask, tuple) else (spec.mask,))
+    for name, value in {"scale": spec.scale, "softcap": spec.softcap}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise KernelError(
+                f"{name}={value} must be above 0 and finite, or None: fused kernels multiply what a mask hides, -inf, by it; "
+                f"negate q for a negative scale"
+            )
+    if spec.bias is not None and not (callable(spec.bias) and isinstance(getattr(spec.bias, "parameters", None), Sequence)):
+        raise KernelError(
+            f"bias={type(spec.bias).__name__} is no Bias, which is called for a tile of the scores and has its parameters as a "
+            f"tuple; a tensor of all scores would have tokens x tokens elements"
+        )
 
 
 def _choose_kernel(spec: AttentionSpec) -> Kernel:

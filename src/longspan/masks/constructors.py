@@ -16,6 +16,7 @@ from itertools import accumulate
 
 from longspan.errors import MaskError
 from longspan.masks.bands import Band, intersect, intersecting_rows, join, rectangle, shift, subtract, trim
+from longspan.masks.counted import counted, whole
 
 
 class Mask:
@@ -131,7 +132,7 @@ class Window(Mask):
     def __post_init__(self) -> None:
         for name, reach in (("left", self.left), ("right", self.right)):
             if reach is not None:
-                _at_least(0, self, name, reach, " or None for no limit")
+                counted(0, self, name, reach, " or None for no limit")
 
     def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         lo = -tokens if self.left is None else -self.left
@@ -155,10 +156,10 @@ class Documents(Mask):
     key_lengths: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", tuple(self.lengths))
-        object.__setattr__(self, "key_lengths", None if self.key_lengths is None else tuple(self.key_lengths))
+        object.__setattr__(self, "lengths", whole(self.lengths))
+        object.__setattr__(self, "key_lengths", None if self.key_lengths is None else whole(self.key_lengths))
         for name, sizes in (("lengths", self.lengths), ("key_lengths", self.key_lengths or ())):
-            _at_least(0, self, f"the smallest of {name}", min(sizes, default=0))
+            counted(0, self, f"the smallest of {name}", min(sizes, default=0))
         if self.key_lengths is not None and len(self.lengths) != len(self.key_lengths):
             raise MaskError(
                 f"{self}: {len(self.lengths)} documents of queries and {len(self.key_lengths)} of keys cannot be paired; "
@@ -190,7 +191,7 @@ class Chunked(Mask):
     n: int
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "n", self.n)
+        counted(1, self, "n", self.n)
 
     def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         for start in range(0, min(tokens, key_tokens), self.n):
@@ -207,7 +208,7 @@ class PrefixLM(Mask):
     n: int
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "n", self.n)
+        counted(0, self, "n", self.n)
 
     def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         prefix = min(self.n, tokens)
@@ -225,7 +226,7 @@ class SinkTokens(Mask):
     n: int
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "n", self.n)
+        counted(0, self, "n", self.n)
 
     def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         yield rectangle(0, tokens, 0, min(self.n, key_tokens))
@@ -242,8 +243,8 @@ class Span(Mask):
     stop: int
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "start", self.start)
-        _at_least(self.start, self, "stop", self.stop)
+        counted(0, self, "start", self.start)
+        counted(self.start, self, "stop", self.stop)
 
     def _bands(self, tokens: int, key_tokens: int) -> Iterable[Band | None]:
         if self.stop > min(tokens, key_tokens):
@@ -270,7 +271,7 @@ class BlockSparse(Mask):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", tuple(tuple(map(bool, row)) for row in self.layout))
-        _at_least(1, self, "block", self.block)
+        counted(1, self, "block", self.block)
         widths = {len(row) for row in self.layout}
         if len(widths) > 1:
             raise MaskError(f"{self}: its rows have {sorted(widths)} flags; each needs one flag per block of keys")
@@ -312,7 +313,7 @@ class Bands(Mask):
         given = tuple(sorted(Band(*band) for band in self.given))
         object.__setattr__(self, "given", given)
         for band in given:
-            _at_least(0, self, f"the first query or key of {band}", min(band.q_start, band.k_start))
+            counted(0, self, f"the first query or key of {band}", min(band.q_start, band.k_start))
         for one, other in intersecting_rows(given, given):
             if one is not other and (both := intersect(one, other)):
                 raise MaskError(
@@ -391,9 +392,3 @@ def documents_in_mask(mask: Mask | None) -> Documents | None:
     if isinstance(mask, And):
         return documents_in_mask(mask.left) or documents_in_mask(mask.right)
     return mask if isinstance(mask, Documents) and mask.key_lengths is None else None
-
-
-def _at_least(least: int, mask: Mask, name: str, given: int, otherwise: str = "") -> None:
-    """Raise MaskError if ``given``, the argument ``name`` of ``mask``, is below ``least``; ``otherwise`` ends the message."""
-    if given < least:
-        raise MaskError(f"{mask}: {name} is {given}, but it counts tokens; it must be {least} or more{otherwise}")
