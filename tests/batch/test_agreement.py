@@ -151,6 +151,10 @@ def _labels_of_one_replica(rank: int) -> None:
     shard_batch({"input_ids": IDS} if rank else {"input_ids": IDS, "labels": IDS}, ParallelMesh())
 
 
+def _shifted_labels_of_one_replica(rank: int) -> None:
+    shard_batch({"input_ids": IDS} if rank else {"input_ids": IDS, "shift_labels": IDS}, ParallelMesh())
+
+
 def _no_labels_beside_no_rows(rank: int) -> None:
     shard_batch({"input_ids": IDS[:0]} if rank else {"input_ids": IDS, "labels": IDS}, ParallelMesh())
 
@@ -184,6 +188,7 @@ def _part_of_another_step(rank: int) -> None:
             "labels of shape [2, 7] do not stand beside input_ids of shape [2, 8], but are one",
         ),
         (_labels_of_one_replica, "some ranks' batches have labels and some have none"),
+        (_shifted_labels_of_one_replica, "some ranks' batches have labels and some have none, or shift_labels alone"),
         (_no_labels_beside_no_rows, "some ranks' batches have labels and some have none"),
         (_other_count, "ranks were given different numbers of micro-batches (1, 2)"),
         (_one_is_wrong, "the batch's tensor 'odd' of shape [2, 8] is unknown"),

@@ -1,17 +1,23 @@
 """Labels are shifted on the whole row, counted once, and refused where nothing could learn them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from longspan.batch.labels import IGNORE, largest_ids, token_labels
-from longspan.batch.shard import shard_local
-from longspan.distributed.mesh import MeshCoordinate
+from longspan.batch.shard import shard_batch, shard_local
+from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import BatchError
 from longspan.masks.constructors import Span
+from longspan.models.decoder import Decoder
+from longspan.models.decoder_config import DecoderConfig
+from longspan.parallelize import parallelize
+from tests.helpers.ranks import Ranks
 
 IDS = torch.zeros(2, 8, dtype=torch.long)
+SHIFTED = torch.tensor([[IGNORE, IGNORE, 3, 4, 5, 6, 7, IGNORE]]).repeat(2, 1)
 
 
 def test_labels_are_shifted_before_they_are_cut() -> None:
@@ -38,6 +44,37 @@ def test_shifted_labels_of_the_batch_are_cut_and_counted_as_they_are() -> None:
         assert part["shift_labels"].dtype == part["labels"].dtype == torch.int64
         assert part["longspan"].num_labels == 5
         assert part["longspan"].num_local_labels == 3
+
+
+def test_labels_that_are_shifted_already_are_learned_without_any_others(pool: Callable[[int], Ranks]) -> None:
+    alone = _decoder()(IDS, shift_labels=SHIFTED).loss.item()
+    assert pool(2).run(_learned_from_shifted_alone) == pytest.approx([alone] * 2, rel=1e-12)
+
+
+def _decoder() -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(vocab=13, layers=1, hidden=12, heads=2, kv_heads=2, head_dim=6, ffn=20)).double()
+
+
+def _learned_from_shifted_alone() -> float:
+    mesh = ParallelMesh(2)
+    part = shard_batch({"input_ids": IDS, "shift_labels": SHIFTED}, mesh)
+    loss: float = parallelize(_decoder(), mesh)(**part).loss.item()
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("labels", "dim"),
+    [(torch.rand(2, 8), 1), (torch.rand(2, 8) > 0.5, 1), (torch.rand(2, 3, 8), 2), (torch.rand(2, 8, 3), -2), (IDS[0], 0)],
+    ids=["fractions", "flags", "the tokens last", "a dim from the end", "one row"],
+)
+@pytest.mark.parametrize("shift", [True, False])
+def test_declared_labels_of_a_loss_of_one_s_own_are_cut_as_they_are(labels: torch.Tensor, dim: int, shift: bool) -> None:
+    coordinate = MeshCoordinate(ulysses=2, ulysses_rank=1)
+    part = shard_local({"input_ids": IDS, "labels": labels}, coordinate, shift=shift, dims={"labels": dim})
+    assert torch.equal(part["labels"], labels.narrow(dim, 4, 4))
+    assert part["longspan"].num_labels == 0
+    assert "shift_labels" not in part
 
 
 def test_the_largest_ids_do_not_count_labels_that_are_not_learned_from() -> None:

@@ -40,7 +40,7 @@ class StepFacts(NamedTuple):
         targets: the number of micro-batches that have a decoder's row; those named ``target_...`` are of these rows.
         counted_rows_without_ids, rows_without_masks: micro-batches for which ``counted_rows_have_ids`` or ``rows_have_masks``
             of BatchInfo is False.
-        labelled: a hash of which micro-batches have ``labels``, whatever these are.
+        labelled: a hash of which micro-batches have ``labels``, or ``shift_labels`` alone, whatever these are.
     """
 
     failed: int
@@ -118,8 +118,13 @@ def _facts(parts: Sequence[Part]) -> StepFacts:
         target_last_given_position=max((target.last_given_position for target in targets), default=-1),
         counted_rows_without_ids=sum(not info.counted_rows_have_ids for info in infos),
         rows_without_masks=sum(not info.rows_have_masks for info in infos),
-        labelled=content_hash(repr([part.get("labels") is not None for part in parts]).encode()),
+        labelled=content_hash(repr([_named(part) for part in parts]).encode()),
     )
+
+
+def _named(part: Part) -> str | None:
+    """The name under which ``part`` has labels, "shift_labels" where it has those alone; None without any."""
+    return next((name for name in ("labels", "shift_labels") if part.get(name) is not None), None)
 
 
 def _agreed(info: BatchInfo, most: StepFacts, num_labels: int) -> BatchInfo:
@@ -171,8 +176,8 @@ def _refuse_disagreement(table: Sequence[StepFacts], coordinate: MeshCoordinate)
         )
     if len({facts.labelled for facts in table}) > 1:
         raise BatchError(
-            "some ranks' batches have labels and some have none, and those would not join the loss; pass labels on every rank: "
-            "-100 where nothing is learned, and [0, tokens] beside input_ids of that shape"
+            "some ranks' batches have labels and some have none, or shift_labels alone, and those would not join the loss; "
+            "pass labels on every rank: -100 where nothing is learned, and [0, tokens] beside input_ids of that shape"
         )
     sequence, stage = coordinate.sequence_ranks, len(table) // coordinate.pipeline
     for rank, facts in enumerate(table):
@@ -189,13 +194,15 @@ def _describe(facts: StepFacts) -> str:
     return f"{facts.rows} rows of {facts.tokens} tokens, {facts.num_labels} labelled, content {facts.digest:014x}"
 
 
-def refuse_unknown_labels(targets: Tensor, vocab: int, ignore_index: int, mesh: ParallelMesh | None) -> None:
+def refuse_unknown_labels(
+    targets: Tensor, vocab: int, ignore_index: int, mesh: ParallelMesh | None, error: BatchError | None = None
+) -> None:
     """Raise BatchError on every rank of ``mesh`` (None: one device) if a target of any rank is not below ``vocab``.
 
-    ``ignore_index`` is no target.
+    ``ignore_index`` is no target. ``error``: what this rank has found already, which is raised instead.
     """
-    error, outside = None, targets[(targets < 0) | (targets >= vocab)]
-    if len(outside):
+    outside = targets[(targets < 0) | (targets >= vocab)]
+    if error is None and len(outside):
         error = BatchError(
             f"label {int(outside[0])} is none of the {vocab} words that the logits know; labels are 0 to {vocab - 1}, or "
             f"{ignore_index} where nothing is learned"

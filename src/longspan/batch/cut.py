@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Num
+from jaxtyping import Shaped
 from torch import Tensor
 
 from longspan.batch.context import BatchInfo, Part
@@ -20,9 +20,10 @@ from longspan.batch.padding import VARLEN, documents_by_position, documents_of_b
 from longspan.batch.short_rows import lengthen, lengthen_info
 from longspan.distributed.layout import Runs
 from longspan.distributed.mesh import MeshCoordinate
-from longspan.errors import BatchError, MaskError
+from longspan.errors import BatchError
 from longspan.masks import constructors as masks
 from longspan.masks.constructors import Mask
+from longspan.masks.refusals import refuse_no_mask
 
 TOKEN_DIM = {
     "input_ids": 1,
@@ -62,8 +63,8 @@ def cut_row(
         MaskError: a mask has another length.
     """
     shaped, rows, tokens = _row_shape(batch, dims)
-    if "labels" not in dims:
-        for name in ("labels", "shift_labels"):
+    for name in ("labels", "shift_labels"):
+        if name not in dims:
             refuse_unfit_labels(batch.get(name), rows, tokens, name)
     _refuse_fractions(batch)
     step_mask = _step_mask(mask)
@@ -80,9 +81,13 @@ def cut_row(
     if mask is None and documents is None:
         find = documents_by_position if batch.get("attention_mask") is None else partial(restarts_beside_mask, padding)
         restarts = find(batch.get("position_ids"), rows, tokens)
-    declared = TOKEN_DIM | {"shift_labels": 1, "position_ids": max(1, whole["position_ids"].ndim - 1)} | dict(dims)
+    declared: dict[str, int | None] = (
+        TOKEN_DIM | {"shift_labels": 1, "position_ids": max(1, whole["position_ids"].ndim - 1)} | dict(dims)
+    )
     short = max(0, coordinate.sequence_ranks - tokens)
     positions = coordinate.my_positions(tokens + short)
+    if "labels" not in dims and not _has_tokens(batch.get("labels"), tokens):  # of rows
+        declared["labels"] = None
     part: Part = {name: _cut_one(name, value, declared, tokens, short, positions) for name, value in whole.items()}
     counted = "position_ids" not in batch
     last_position = int(whole["position_ids"].max()) if rows else tokens - 1
@@ -114,12 +119,7 @@ def cut_row(
 def _step_mask(mask: Any) -> Mask | tuple[Mask, ...] | None:
     """``mask=`` of ``shard_batch`` with a sequence as a tuple; MaskError if it holds anything but masks."""
     each = tuple(mask) if isinstance(mask, list | tuple) else (mask,)
-    for one in each if mask is not None else ():
-        if not isinstance(one, Mask):
-            raise MaskError(
-                f"mask={type(one).__name__} is no mask; pass one of longspan's, like Causal(), Window(left) or "
-                f"Documents(lengths) & Causal(), or a list of them, one for each row"
-            )
+    refuse_no_mask(each if mask is not None else ())
     return each if isinstance(mask, list | tuple) else mask
 
 
@@ -161,7 +161,7 @@ def _row_shape(batch: Mapping[str, Any], dims: Mapping[str, int]) -> tuple[Tenso
     return shaped, rows, tokens
 
 
-def take(x: Num[Tensor, "*whole"], runs: Runs, dim: int) -> Num[Tensor, "*part"]:
+def take(x: Shaped[Tensor, "*whole"], runs: Runs, dim: int) -> Shaped[Tensor, "*part"]:
     """The positions ``runs`` (ranges) of ``x`` along ``dim``, one range after the other, as a new contiguous tensor."""
     return torch.cat([x.narrow(dim, run.start, len(run)) for run in runs], dim)
 
@@ -190,13 +190,17 @@ def _counted_positions(mask: Mask | tuple[Mask, ...] | None, rows: int, tokens: 
     return torch.stack(restarted)
 
 
-def _cut_one(name: str, value: Any, declared: Mapping[str, int], tokens: int, short: int, positions: Runs) -> Any:
-    """One tensor of the batch, cut to this rank's tokens; what is no tensor, or labels that are not per token, is returned as
-    it is.
+def _has_tokens(labels: Any, tokens: int) -> bool:
+    """Whether ``labels`` are a tensor with an entry for each of a row's ``tokens`` in dim 1."""
+    return isinstance(labels, Tensor) and labels.shape[1:2] == (tokens,)
+
+
+def _cut_one(name: str, value: Any, declared: Mapping[str, int | None], tokens: int, short: int, positions: Runs) -> Any:
+    """One tensor of the batch, cut to this rank's tokens; what is no tensor, or has no dim of tokens, is returned as it is.
 
     Args:
         name, value: of the batch's entry.
-        declared: {name: dim of tokens} of all known tensors.
+        declared: {name: dim of tokens, or None without one} of all known tensors.
         tokens: tokens of the row as given.
         short: tokens of padding to append, because the row has fewer tokens than ranks.
         positions: this rank's positions in the row.
@@ -204,7 +208,7 @@ def _cut_one(name: str, value: Any, declared: Mapping[str, int], tokens: int, sh
     Raises:
         BatchError: the tensor is not in ``declared``, or does not have ``tokens`` elements in that dim.
     """
-    if not isinstance(value, Tensor) or (name == "labels" and value.shape[1:2] != (tokens,)):
+    if not isinstance(value, Tensor):
         return value
     if name not in declared:
         raise BatchError(
@@ -212,6 +216,8 @@ def _cut_one(name: str, value: Any, declared: Mapping[str, int], tokens: int, sh
             f"by dims={{{name!r}: 1}}, or take it out of the batch"
         )
     dim = declared[name]
+    if dim is None:
+        return value
     if value.ndim <= dim or value.shape[dim] != tokens:
         raise BatchError(
             f"{name!r} of shape {list(value.shape)} does not have the row's {tokens} tokens in dim {dim}; "

@@ -59,6 +59,8 @@ def refuse_unfit_labels(labels: Any, rows: int, tokens: int, name: str = "labels
 def token_labels(batch: Mapping[str, Any], rows: int, tokens: int, shift: bool) -> dict[str, Tensor]:
     """The labels of whole rows as int64: the batch's own and, where the loss compares others with the logits, these too.
 
+    Fractions are none: they are targets of a loss of the user's own, declared by ``dims=``, and only cut.
+
     Args:
         batch: the whole batch by name.
         rows, tokens: the shape of the batch.
@@ -66,17 +68,20 @@ def token_labels(batch: Mapping[str, Any], rows: int, tokens: int, shift: bool) 
 
     Returns:
         {"labels": [rows, tokens], "shift_labels": [rows, tokens]}, without the latter where labels are aligned already and the
-        batch has none; {} if the batch has no label for each token. The last one is what the loss compares with the logits.
+        batch has none, without the former where the batch has only labels that are shifted already; {} if the batch has no
+        label for each token. The last one is what the loss compares with the logits.
     """
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.shape != (rows, tokens):
-        return {}
-    found = {"labels": labels.long()}
-    if isinstance(given := batch.get("shift_labels"), Tensor):
-        found["shift_labels"] = given.long()
-    elif shift:
+    found = {name: batch[name].long() for name in ("labels", "shift_labels") if _one_a_token(batch.get(name), rows, tokens)}
+    if shift and "labels" in found and batch.get("shift_labels") is None:
         found["shift_labels"] = F.pad(found["labels"][:, 1:], (0, 1), value=IGNORE)
     return found
+
+
+def _one_a_token(labels: Any, rows: int, tokens: int) -> bool:
+    """Whether ``labels`` are a tensor with one integer for each token."""
+    if not isinstance(labels, Tensor) or labels.shape != (rows, tokens):
+        return False
+    return not labels.is_floating_point() and labels.dtype != torch.bool
 
 
 def largest_ids(batch: Mapping[str, Any], learned: Tensor | None) -> tuple[int, int]:
