@@ -1,5 +1,6 @@
 """The loss of one device: from logits, and from hidden states tile by tile, on one rank and on several."""
 
+import re
 from contextlib import nullcontext
 from unittest.mock import patch
 
@@ -331,3 +332,39 @@ def _without_control():
         loss = linear_cross_entropy(hidden, weight, part["shift_labels"], mesh=mesh, longspan=part["longspan"])
     found = loss.item(), linear_cross_entropy(hidden, weight, part["shift_labels"], mesh=mesh).item()
     return reduce.call_count, found, part["longspan"].num_local_labels
+
+
+UNFIT = {
+    "fewer labels": ({"labels": slice(0, 7)}, r"labels of shape \[1, 7\] do not stand beside .* \[1, 10, \d+\]; give each"),
+    "fractions": ({"dtype": torch.float32}, r"labels are torch.float32, and the label of a token is an integer"),
+    "a divisor below 0": ({"num_labels": -3}, r"num_labels=-3 is a number of labels; it must be 0 or more"),
+    "a bias of another head": (
+        {"bias": torch.zeros(VOCAB + 2)},
+        r"bias of shape \[13\] does not fit a head of shape \[11, 6\]",
+    ),
+    "a softcap of 0": ({"softcap": 0.0}, r"softcap=0.0 must be above 0 and finite"),
+    "more than the whole target": ({"label_smoothing": 1.5}, r"label_smoothing=1.5 is a share .* from 0 to 1"),
+}
+
+
+@pytest.mark.parametrize(("given", "text"), UNFIT.values(), ids=UNFIT)
+@pytest.mark.parametrize("loss", [cross_entropy, linear_cross_entropy])
+def test_labels_and_options_that_do_not_fit_are_refused_on_every_rank(loss, given, text, tmp_path):
+    if loss is cross_entropy and given.keys() & {"bias", "softcap", "label_smoothing"}:
+        return
+    for message in on_ranks(2, _unfit_on_one, loss.__name__, given, tmp_path=tmp_path):
+        assert re.match(text, message), message
+
+
+def _unfit_on_one(name, given):
+    mesh, (hidden, labels) = ParallelMesh(), _tokens(2)
+    options = dict(given)
+    cut, dtype = options.pop("labels", slice(None)), options.pop("dtype", torch.int64)
+    if mesh.coordinate.data_rank == 1:
+        labels = labels[:, cut].to(dtype)
+    else:
+        options = {}
+    inputs = (hidden @ _weight(),) if name == "cross_entropy" else (hidden, _weight().T.detach())
+    with pytest.raises(BatchError) as error:
+        getattr(losses_of, name)(*inputs, labels, mesh=mesh, **options)
+    return str(error.value)

@@ -15,10 +15,11 @@ its true adjoint, so with gradients averaged over the ranks every label counts o
 R tokens of this rank   L of them with a label   M hidden   V vocabulary   K terms of a token. Independent of models and masks.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
@@ -40,7 +41,7 @@ from longspan.tuning import LOSS_TOKENS, LOSS_WORDS
 
 def cross_entropy(
     logits: Float[Tensor, "*tokens vocab"],
-    labels: Int[Tensor, "*tokens"],
+    labels: Shaped[Tensor, "*label_tokens"],
     *,
     mesh: ParallelMesh | None = None,
     num_labels: int | None = None,
@@ -53,7 +54,8 @@ def cross_entropy(
 
     Args:
         logits: this rank's logits, [..., vocab].
-        labels: this rank's labels, already shifted: each at the token whose logits predict it; -100 is ignored.
+        labels: this rank's labels, of the leading shape of ``logits``, already shifted: each at the token whose logits predict
+            it; -100 is ignored.
         mesh: the loss is summed over ``mesh.loss_group``. None is one device.
         num_labels: the divisor of the sum: ``BatchInfo.num_labels``, with which the losses of a step's micro-batches add up to
             the mean over all of them. None: that of ``longspan``, or the labels of this call, with one more all-reduce.
@@ -64,10 +66,13 @@ def cross_entropy(
         A scalar that is equal on every rank; 0 with zero gradients if no rank has a label.
 
     Raises:
-        BatchError: on every rank of ``mesh``, if a label of any rank is not in the vocabulary.
+        BatchError: on every rank of ``mesh``, if the labels of any rank do not fit its logits, or one is not in the vocabulary.
     """
+    unfit = _unfit(logits, labels, num_labels)
     if longspan is None:
-        refuse_unknown_labels(labels[labels != IGNORE], logits.shape[-1], IGNORE, mesh)
+        refuse_unknown_labels(labels[labels != IGNORE], logits.shape[-1], IGNORE, mesh, unfit)
+    elif unfit is not None:
+        raise unfit
     else:
         refuse_largest_label(longspan, logits.shape[-1], IGNORE)
         num_labels = longspan.num_labels if num_labels is None else num_labels
@@ -94,9 +99,9 @@ def mean_cross_entropy(
 def linear_cross_entropy(
     hidden: Float[Tensor, "*tokens hidden"],
     weight: Float[Tensor, "vocab hidden"],
-    labels: Int[Tensor, "*tokens"],
+    labels: Shaped[Tensor, "*label_tokens"],
     *,
-    bias: Float[Tensor, " vocab"] | None = None,
+    bias: Float[Tensor, " bias_vocab"] | None = None,
     mesh: ParallelMesh | None = None,
     num_labels: int | None = None,
     ignore_index: int = IGNORE,
@@ -132,13 +137,17 @@ def linear_cross_entropy(
         in fp32 on a CPU without native GEMM in it.
 
     Raises:
-        BatchError: on every rank of ``mesh``, if a label of any rank is not a row of ``weight``.
+        BatchError: on every rank of ``mesh``, if the labels of any rank do not fit its hidden states, one is not a row of
+            ``weight``, or an option has no meaning.
     """
+    unfit = _unfit(hidden, labels, num_labels) or _unfit_head(weight, bias, softcap, label_smoothing)
     wanted = labels.reshape(-1) != ignore_index
     rows = labelled_rows(wanted, None if longspan is None else longspan.num_local_labels)
     targets = labels.reshape(-1)[rows].long()
     if longspan is None:
-        refuse_unknown_labels(targets, len(weight), ignore_index, mesh)
+        refuse_unknown_labels(targets, len(weight), ignore_index, mesh, unfit)
+    elif unfit is not None:
+        raise unfit
     else:
         refuse_largest_label(longspan, len(weight), ignore_index)
         num_labels = longspan.num_labels if num_labels is None else num_labels
@@ -153,6 +162,40 @@ def linear_cross_entropy(
         hit = torch.lerp(hit, of_logits / len(weight), label_smoothing)
     total = (lse - hit + z_loss * lse.square() if z_loss else lse - hit).sum()
     return mean_over_ranks(total, wanted, mesh, num_labels)
+
+
+def _unfit(inputs: Tensor, labels: Tensor, num_labels: int | None) -> BatchError | None:
+    """The error of labels that do not stand one for each token of ``inputs``; None if they do.
+
+    Args:
+        inputs: logits or hidden states, [..., any].
+        labels: of these tokens.
+        num_labels: the divisor of the sum; None: it is counted.
+    """
+    if labels.shape != inputs.shape[:-1]:
+        return BatchError(
+            f"labels of shape {list(labels.shape)} do not stand beside logits or hidden states of shape {list(inputs.shape)}; "
+            f"give each token one label, {IGNORE} where nothing is learned: shape {list(inputs.shape[:-1])}"
+        )
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        return BatchError(f"labels are {labels.dtype}, and the label of a token is an integer; use labels.long()")
+    if num_labels is not None and num_labels < 0:
+        return BatchError(f"num_labels={num_labels} is a number of labels; it must be 0 or more, or None to count them")
+    return None
+
+
+def _unfit_head(weight: Tensor, bias: Tensor | None, softcap: float | None, label_smoothing: float) -> BatchError | None:
+    """The error of a head's bias of another shape, or of an option of ``linear_cross_entropy`` that has no meaning; else
+    None."""
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return BatchError(
+            f"bias of shape {list(bias.shape)} does not fit a head of shape {list(weight.shape)}; pass one number for each row"
+        )
+    if softcap is not None and not 0 < softcap < math.inf:
+        return BatchError(f"softcap={softcap} must be above 0 and finite, or None for no softcap")
+    if not 0 <= label_smoothing <= 1:
+        return BatchError(f"label_smoothing={label_smoothing} is a share of the target; it must be from 0 to 1")
+    return None
 
 
 class _Head(NamedTuple):
