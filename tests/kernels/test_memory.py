@@ -48,7 +48,7 @@ def peaks(*sizes: int) -> dict[str, list[float]]:
     # without the threshold glibc keeps what was freed, and the peak shows nothing
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", _PEAK, json.dumps(sizes)]
-    done = processes.run(command, env=environment)
+    done = processes.run(command, env=environment, timeout=900)  # two minutes on two cores that do nothing else
     assert done.returncode == 0, done.stderr
     found: dict[str, list[float]] = json.loads(done.stdout)
     return found

@@ -34,7 +34,7 @@ from longspan.kernels.protocol import (
     add_bias_gradients,
     bias_gradients,
     contiguous_last_dim,
-    merge_weights,
+    merge_into,
 )
 from longspan.masks.bands import Band, shift, trim
 
@@ -92,9 +92,7 @@ class Efficient:
         for piece in pieces:
             rows = slice(piece.band.q_start, piece.band.q_stop)
             part, part_lse = _piece_forward(piece, q, k, v, scale, bias)
-            both, weight, part_weight = merge_weights(lse[:, rows], part_lse)
-            out[rows].mul_(weight.T.unsqueeze(2)).add_(part * part_weight.T.unsqueeze(2))
-            lse[:, rows] = both
+            merge_into(out[rows], lse[:, rows].T, part, part_lse.T)
         return out, lse
 
     def backward(

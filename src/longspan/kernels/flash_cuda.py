@@ -22,7 +22,7 @@ from longspan import _compat
 from longspan.kernels.capability import lacks_ampere
 from longspan.kernels.flash_calls import Call, head_groups, plan
 from longspan.kernels.head_groups import join
-from longspan.kernels.protocol import Partial, accumulation_dtype, merge_weights
+from longspan.kernels.protocol import Partial, accumulation_dtype, merge_into
 from longspan.masks.bands import Band
 
 _forward_cuda, _backward_cuda = _compat.attention_operators("flash cuda")
@@ -81,9 +81,7 @@ def forward(
         if call.fresh:
             out[rows], lse[:, rows] = part, part_lse
         else:
-            both, weight, part_weight = merge_weights(lse[:, rows], part_lse)
-            out[rows].mul_(weight.T.unsqueeze(2)).add_(part * part_weight.T.unsqueeze(2))
-            lse[:, rows] = both
+            merge_into(out[rows], lse[:, rows].T, part, part_lse.T)
     return out, lse
 
 

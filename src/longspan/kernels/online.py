@@ -30,7 +30,7 @@ from longspan.kernels.protocol import (
     add_bias_gradients,
     bias_gradients,
     finite_lse,
-    merge_weights,
+    merge_into,
 )
 from longspan.masks.bands import Band, rectangle, shift, trim
 
@@ -81,7 +81,7 @@ class Online:
             part_lse = scores.masked.logsumexp(2)
             weights = (scores.masked - finite_lse(part_lse).unsqueeze(2)).exp_()
             part = _by_kv_head(weights, k.shape[1]) @ _heads_first(v[tile.keys], weights.dtype)
-            _merge(out_HND[:, tile.queries], lse_HN[:, tile.queries], part.view(heads, -1, v.shape[2]), part_lse)
+            merge_into(out_HND[:, tile.queries], lse_HN[:, tile.queries], part.view(heads, -1, v.shape[2]), part_lse)
         return out_HND.transpose(0, 1), lse_HN
 
     def backward(
@@ -201,18 +201,6 @@ def _heads_first(x_SHD: Tensor, dtype: torch.dtype) -> Tensor:
 def _by_kv_head(x_HSD: Tensor, kv_heads: int) -> Tensor:
     """[heads, rows, dim] as [kv_heads, heads / kv_heads * rows, dim]: under each kv head the rows of its query heads."""
     return x_HSD.reshape(kv_heads, -1, x_HSD.shape[2])
-
-
-def _merge(out_HSD: Tensor, lse_HS: Tensor, part_HSD: Tensor, part_lse_HS: Tensor) -> None:
-    """Merge a partial result over other keys into (out, lse), in place.
-
-    Args:
-        out_HSD, lse_HS: attention output [heads, queries, dim] and log-sum-exp [heads, queries] so far; overwritten.
-        part_HSD, part_lse_HS: those over other keys; ``part_HSD`` is overwritten too.
-    """
-    both, weight, part_weight = merge_weights(lse_HS, part_lse_HS)
-    out_HSD.mul_(weight.unsqueeze(2)).add_(part_HSD.mul_(part_weight.unsqueeze(2)))
-    lse_HS.copy_(both)
 
 
 def _indices(tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:

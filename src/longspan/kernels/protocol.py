@@ -191,6 +191,19 @@ def merge_weights(lse: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor, Tensor
     return both, (lse - reached).exp_(), (part_lse - reached).exp_()
 
 
+def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Merge attention over further keys into (``out``, ``lse``), in place.
+
+    Args:
+        out: the output so far, [..., dim]; overwritten.
+        lse: the log-sum-exp so far, [...]: of each row of ``out``; overwritten.
+        part, part_lse: output and log-sum-exp of the same queries over keys that are not in ``out``, of the same shapes.
+    """
+    both, weight, part_weight = merge_weights(lse, part_lse)
+    out.mul_(weight.unsqueeze(-1)).addcmul_(part, part_weight.unsqueeze(-1))
+    lse.copy_(both)
+
+
 def bias_gradients(bias: BoundBias | None) -> list[Tensor]:
     """Zeros for the gradient of each parameter of ``bias``, in the dtype in which they are summed; [] without a bias."""
     return [] if bias is None else [torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for p in bias.parameters]

@@ -27,7 +27,7 @@ from longspan.kernels.protocol import (
     Partial,
     accumulation_dtype,
     contiguous_last_dim,
-    merge_weights,
+    merge_into,
 )
 from longspan.kernels.tiles import Stack, columns, plan
 from longspan.masks.bands import Band
@@ -86,7 +86,7 @@ class SDPA:
                 out_tiles.copy_(part)
                 lse_tiles.copy_(part_lse)
             else:
-                _merge(out_tiles, lse_tiles, part, part_lse)
+                merge_into(out_tiles, lse_tiles, part, part_lse)
         return out, lse
 
     def backward(
@@ -170,18 +170,6 @@ def _keys(stack: Stack, x_NHD: Tensor) -> Tensor:
 def _tiles_of(stack: Stack, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The queries, keys and values of each tile of ``stack``, as views [tiles, heads, tokens of a tile, dim]."""
     return _queries(stack, q), _keys(stack, k), _keys(stack, v)
-
-
-def _merge(out_THSD: Tensor, lse_THS: Tensor, part_THSD: Tensor, part_lse_THS: Tensor) -> None:
-    """Merge a partial result over other keys into (out, lse), in place.
-
-    Args:
-        out_THSD, lse_THS: output [tiles, heads, queries, dim] and log-sum-exp [tiles, heads, queries] so far; overwritten.
-        part_THSD, part_lse_THS: those of the same queries over other keys.
-    """
-    both, weight, part_weight = merge_weights(lse_THS, part_lse_THS)
-    out_THSD.mul_(weight.unsqueeze(3)).add_(part_THSD * part_weight.unsqueeze(3))
-    lse_THS.copy_(both)
 
 
 def _add_keys(stack: Stack, total_NHD: Tensor, part_THSD: Tensor) -> None:
