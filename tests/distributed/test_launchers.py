@@ -119,7 +119,7 @@ from longspan import ParallelMesh, cross_entropy, shard_batch
 mesh = ParallelMesh(ulysses=2)
 ids = torch.arange(8).view(1, 8)
 part = shard_batch({"input_ids": ids, "labels": ids}, mesh)
-print(mesh, mesh.coordinate.ulysses_rank, part["input_ids"].tolist(), part["longspan"].num_labels)
+print(repr(mesh), mesh.coordinate.ulysses_rank, part["input_ids"].tolist(), part["longspan"].num_labels)
 """
 
 

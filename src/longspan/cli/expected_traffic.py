@@ -46,7 +46,9 @@ def by_axis(config: Check, shape: DecoderConfig, at: MeshCoordinate, itemsize: i
         layers: the layers of this rank's pipeline stages; without a pipeline all.
     """
     held, found = replace(shape, layers=layers), dict[str, list[Passes]]()
-    micro_batches = [split(len(rows), at.data)[at.data_rank] for rows in consecutive(split(config.rows, config.micro_batches))]
+    fewest = 1 if at.pipeline > 1 else 0  # the stages fill a micro-batch without rows with one that nobody learns from
+    parts = consecutive(split(config.rows, config.micro_batches))
+    micro_batches = [max(fewest, split(len(rows), at.data)[at.data_rank]) for rows in parts]
     for rows in micro_batches:
         passes = _attention(config, held.of_tensor_rank(at.tensor), at, rows, itemsize) | {
             "tensor": _tensor(config, held, at, rows, itemsize)

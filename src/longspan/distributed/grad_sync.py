@@ -159,7 +159,8 @@ class MeanGradients:
                     f"parameter {name!r} was unfrozen or replaced after parallelize: its gradient would differ between ranks; "
                     f"call unparallelize(model), then parallelize it again"
                 )
-        self._find_hooks()
+        if not torch.compiler.is_compiling():  # it would break the graph; the backward looks again
+            self._find_hooks()
 
     def _find_hooks(self, running: nn.Parameter | None = None, *_: object) -> None:
         """Let hooks of the user that were registered since the last look get the mean; also a hook on the gradient of
