@@ -4,10 +4,12 @@ from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForTokenClassification
 
 from longspan import MemoryOptions, ParallelMesh, parallelize, shard_batch
 from tests.helpers.encoder_decoders import build_pair, pair_alone, pair_batches
-from tests.helpers.hf_models import assert_gradients, batches, build, squared_error
+from tests.helpers.hf_models import BASE, assert_gradients, batches, build, squared_error
 from tests.helpers.memory_models import loss_alone, model_of
 from tests.helpers.ranks import Ranks, mesh_of
 
@@ -85,3 +87,26 @@ def head_alone(degrees: dict[str, int]) -> None:
     mine = {name: value.chunk(data)[mesh.coordinate.data_rank] for name, value in whole.items()}
     model(**shard_batch(mine, mesh)).loss.backward()
     assert_gradients(model, reference, 1e-10)
+
+
+@pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"tensor": 2}, {}], ids=str)
+def test_a_token_classifier_of_two_classes_forms_its_loss_in_tiles(
+    degrees: dict[str, int], pool: Callable[[int], Ranks]
+) -> None:
+    pool(2).run(classified, degrees)
+
+
+def classified(degrees: dict[str, int]) -> None:
+    """Each token has one of two labels, and the second row has none at its end."""
+    mesh, whole = ParallelMesh(**degrees), batches("right padding", True)
+    whole["labels"] = torch.where(whole["labels"] < 0, whole["labels"], whole["labels"] % 2)
+    torch.manual_seed(0)
+    reference = LlamaForTokenClassification(LlamaConfig(**BASE, num_labels=2, classifier_dropout=0.0))  # type: ignore[arg-type]
+    model = parallelize(deepcopy(reference), mesh, memory=MemoryOptions(chunked_loss=True))
+    replica = slice(mesh.coordinate.data_rank, mesh.coordinate.data_rank + 1) if mesh.coordinate.data > 1 else slice(0, 2)
+    expected = reference(**whole).loss
+    expected.backward()
+    found = model(**shard_batch({name: value[replica] for name, value in whole.items()}, mesh, shift=False))
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_gradients(model, reference, 1e-5)

@@ -31,7 +31,7 @@ from longspan.errors import ModelError
 from longspan.hf import _compat
 from longspan.hf.candidate import Candidate, Undo
 from longspan.hf.loss import OWN, Loss, as_asked, divisor, is_in_place
-from longspan.hf.probe import equal, forward, proving, row_lengths
+from longspan.hf.probe import equal, forward, proving
 from longspan.hf.step_scope import own_forward, set_forward
 from longspan.hf.tensor_weights import TensorWeights, cut_piece
 from longspan.loss import mean_over_ranks
@@ -140,9 +140,9 @@ def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
     elif model.base_model is model:
         reason = "has no base model apart from its head"
     else:
-        targets = torch.full((1, list(row_lengths(model).values())[-1]), 5, device=model.device)
         with proving(called):
             logits = forward(called)["logits"]
+            targets = torch.full(logits.shape[:2], min(5, logits.shape[-1] - 1), device=model.device)
             with _catching(model.base_model) as caught:
                 forward(called)
             total = _sum_of_tiles(model, caught[0], targets, None, _beside_base(model))
