@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from longspan import LongspanError
+from longspan import AutoMemory, LongspanError, parallel_state
 from tests.helpers.trainers import HYBRID, Logged, Pool, assert_equal, build, dataset, logged, train, weights
 
 SAVING = {
@@ -141,3 +141,34 @@ def test_one_rank_saves_alone_or_is_refused_without_a_collective(
     assert (tmp_path / "saved" / "model.safetensors").exists() is is_whole
     text = f"save_model was not called on rank 1 within 10 s, and with zero={zero} and tensor={mesh.get('tensor', 1)} each"
     assert is_whole or text in first
+
+
+TIGHT = AutoMemory(budget_gib=0.0004, tokens=64)
+"""A budget into which only sharded parameters and a loss without logits fit."""
+
+
+def scores(given: Any) -> dict[str, float]:
+    return {"square": float(torch.as_tensor(given.predictions)[torch.as_tensor(given.label_ids) != -100].square().mean())}
+
+
+def saved_by_auto(folder: Path, mesh: dict[str, int] | None) -> tuple[Logged, dict[str, Tensor]]:
+    """What is logged, also by an evaluation that needs the logits, and the weights that the saved folder holds."""
+    given: dict[str, Any] = {"compute_metrics": scores} | ({} if mesh is None else {"memory": TIGHT})
+    trainer = build(folder, 4, mesh, {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}, given)
+    if mesh is not None:
+        state = parallel_state(trainer.model)
+        assert state is not None
+        assert state.zero > 0
+        assert state.memory.chunked_loss
+    trainer.train()
+    trainer.save_model(str(folder / "saved"))
+    if mesh is not None:
+        dist.barrier()
+    return logged(trainer), LlamaForCausalLM.from_pretrained(folder / "saved").state_dict()
+
+
+def test_options_that_auto_memory_chooses_are_those_of_the_trainer(pool: Pool, tmp_path: Path) -> None:
+    (alone,) = pool(1).run(saved_by_auto, tmp_path / "one", None)
+    assert sum("eval_square" in line for line in alone[0]) == 2
+    for theirs in pool(2).run(saved_by_auto, tmp_path / "two", {"ulysses": 2}):
+        assert_equal(alone, theirs)

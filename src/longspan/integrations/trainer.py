@@ -33,7 +33,7 @@ from longspan.integrations.accelerate import OneDevice, refuse_repeated_rows, si
 from longspan.integrations.arguments import refuse_arguments, refuse_keywords, refuse_other_losses, refuse_versions
 from longspan.integrations.presence import absent_ranks
 from longspan.integrations.state_dict import gather_state, shard_optimizer_state
-from longspan.memory.options import MemoryOptions
+from longspan.memory.options import AutoMemory, MemoryOptions
 from longspan.models.adapter import parallel_state
 from longspan.parallelize import parallelize
 
@@ -78,7 +78,7 @@ class LongTrainer(Base):  # type: ignore[misc]
     Args:
         mesh: the ranks; every rank passes an equal one.
         zero: ``zero`` of ``parallelize``: 0, 2 or 3. With tensor > 1, ``optimizers=`` is refused as with 2 and 3.
-        memory: ``memory`` of ``parallelize``, a MemoryOptions.
+        memory: ``memory`` of ``parallelize``; an AutoMemory chooses the ZeRO stage too.
         parallelize_kwargs: the other keywords of ``parallelize``.
         dims: for tensors in the batch that ``shard_batch`` does not know: name to the number of their dim of tokens.
         args: TrainingArguments; ``per_device_train_batch_size`` and ``per_device_eval_batch_size`` are rows per data replica.
@@ -99,7 +99,7 @@ class LongTrainer(Base):  # type: ignore[misc]
         *positional: Any,
         mesh: ParallelMesh,
         zero: int = 0,
-        memory: MemoryOptions = MemoryOptions(),  # noqa: B008 - frozen
+        memory: MemoryOptions | AutoMemory = MemoryOptions(),  # noqa: B008 - frozen
         parallelize_kwargs: Mapping[str, Any] | None = None,
         dims: Mapping[str, int] | None = None,
         args: TrainingArguments | None = None,
@@ -107,7 +107,7 @@ class LongTrainer(Base):  # type: ignore[misc]
     ) -> None:
         if wrong := {"mesh", "zero", "memory"} & set(parallelize_kwargs or {}):
             raise RunError(f"parallelize_kwargs= names {', '.join(sorted(wrong))}; pass it to LongTrainer itself")
-        self.mesh, self.zero, self.memory, self.dims = mesh, zero, memory, dims
+        self.mesh, self.zero, self.dims = mesh, zero, dims
         self.parallelize_kwargs = {"memory": memory, **(parallelize_kwargs or {})}
         self._micro_batch = 0
         self._preprocess: Any = None
@@ -127,7 +127,7 @@ class LongTrainer(Base):  # type: ignore[misc]
     @property
     def _is_sharded(self) -> bool:
         """Whether a rank holds only a part of some parameters: with zero=2 or 3, or cut over tensor ranks."""
-        return self.zero > 0 or self.mesh.coordinate.tensor > 1
+        return self._state().zero > 0 or self.mesh.coordinate.tensor > 1
 
     def _refuse_other_sharding(self) -> None:
         """Raise RunError if accelerate's configuration also shards the model, or if a base class has replaced ``self.args``."""
@@ -178,17 +178,16 @@ class LongTrainer(Base):  # type: ignore[misc]
     def _shard(self, batches: Sequence[Mapping[str, Any]]) -> list[Any]:
         if not batches:
             return sync_batches([], self.mesh)
-        offer = self._adapter()
+        offer = self._state().adapter
         given = [offer.with_targets(dict(batch.items())) for batch in batches]
         shifts = self._loss_shifts_labels if offer.loss_kind is None else not is_in_place(offer.loss_kind)
         shift = shifts and not is_encoder_decoder(self.model)
         parts: list[Any] = shard_batch(given, self.mesh, shift=shift, dims=self.dims)
         return parts
 
-    def _adapter(self) -> Any:
-        state = parallel_state(self.model)
-        assert state is not None
-        return state.adapter
+    def _state(self) -> Any:
+        """What ``parallelize`` did to the model, with the ZeRO stage and the memory options that an AutoMemory has chosen."""
+        return parallel_state(self.model)
 
     @contextmanager
     def _fail_on_all_ranks(self) -> Iterator[None]:
@@ -216,7 +215,7 @@ class LongTrainer(Base):  # type: ignore[misc]
         Returns:
             The loss; with ``return_outputs`` (loss, outputs for this rank's tokens).
         """
-        labelled = inputs.get("labels") is not None and self._adapter().loss_kind is not None
+        labelled = inputs.get("labels") is not None and self._state().adapter.loss_kind is not None
         loss, outputs = Trainer.compute_loss(self, model, inputs, return_outputs=True)
         if trl_loss.is_behind(type(self), LongTrainer):
             loss = trl_loss.average_balance_loss(self, loss, outputs)
@@ -264,7 +263,7 @@ class LongTrainer(Base):  # type: ignore[misc]
         has_labels = bool(self.label_names) and all(inputs.get(name) is not None for name in self.label_names)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, part, return_outputs=True) if has_labels else (None, model(**part))
-            if not prediction_loss_only and has_labels and self.memory.chunked_loss:
+            if not prediction_loss_only and has_labels and self._state().memory.chunked_loss:
                 outputs = model(**{name: x for name, x in part.items() if name not in ("labels", "shift_labels")})
         loss = None if loss is None else loss.detach().mean()
         if prediction_loss_only:
@@ -341,7 +340,7 @@ class LongTrainer(Base):  # type: ignore[misc]
         """
         if self._is_sharded and not _internal_call and (absent := absent_ranks("save_model", self.mesh, SAVE_WAIT_S)):
             raise RunError(
-                f"save_model was not called on rank {absent} within {SAVE_WAIT_S:g} s, and with zero={self.zero} and "
+                f"save_model was not called on rank {absent} within {SAVE_WAIT_S:g} s, and with zero={self._state().zero} and "
                 f"tensor={self.mesh.coordinate.tensor} each rank holds a shard of the parameters; call it on every rank (only "
                 f"one writes), not under is_world_process_zero()"
             )
