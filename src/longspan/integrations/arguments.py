@@ -84,6 +84,22 @@ def refuse_arguments(args: TrainingArguments, mesh: ParallelMesh) -> None:
         )
 
 
+def refuse_other_sharding(trainer: Any) -> None:
+    """Raise RunError if accelerate's configuration also shards the model, or if a base class has replaced the arguments.
+
+    ``trainer`` is the LongTrainer, after Trainer has built its accelerator and before the model is made parallel.
+    """
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.accelerator.parallelism_config is not None:
+        raise RunError(
+            "accelerate's configuration (DeepSpeed, FSDP or a ParallelismConfig) would shard the model as well; start the "
+            "script with torchrun, or with an accelerate configuration without them"
+        )
+    if trainer.args.world_size != 1:
+        raise RunError(
+            f"{type(trainer).__name__} replaced its arguments; pass arguments of its own kind, {type(trainer.args).__name__}"
+        )
+
+
 def refuse_keywords(keywords: Mapping[str, Any], zero: int, tensor: int = 1) -> None:
     """Raise RunError for a keyword of Trainer that would be wrong on a mesh.
 

@@ -28,9 +28,9 @@ from longspan.distributed.whole_tensors import load_whole_tensors
 from longspan.errors import BatchError, LongspanError, RunError
 from longspan.hf.loss import is_in_place
 from longspan.hf.names import is_encoder_decoder
-from longspan.integrations import predictions, random_state, trl_loss
+from longspan.integrations import arguments, predictions, random_state, trl_loss
 from longspan.integrations.accelerate import OneDevice, refuse_repeated_rows, single_process_arguments
-from longspan.integrations.arguments import refuse_arguments, refuse_keywords, refuse_other_losses, refuse_versions
+from longspan.integrations.control import SharedDecisions, follow
 from longspan.integrations.presence import absent_ranks
 from longspan.integrations.state_dict import gather_state, shard_optimizer_state
 from longspan.memory.options import AutoMemory, MemoryOptions
@@ -43,7 +43,7 @@ WRAPPED = (
     "create_accelerator_and_postprocess", "call_model_init", "get_batch_samples", "training_step", "evaluation_loop",
     "store_flos", "_track_num_input_tokens", "_prepare_for_training", "save_model", "_save", "_save_checkpoint",
     "_save_rng_state", "_save_optimizer_and_scheduler", "_load_from_checkpoint", "_load_optimizer_and_scheduler",
-    "_load_best_model", "loss_is_scaled_for_ga",
+    "_load_best_model", "_maybe_log_save_evaluate", "loss_is_scaled_for_ga",
 )  # fmt: skip
 """Methods and attributes of Trainer that are overridden here; the methods call ``super()``."""
 SAVE_WAIT_S = 10.0
@@ -70,6 +70,8 @@ class LongTrainer(Base):  # type: ignore[misc]
     results are gathered; ``predictions.is_token_wise`` tests this once per evaluation. Any other function gets the whole
     logits of one batch at a time, as on one device, and so does every function of an encoder-decoder's logits. With a chunked
     loss the logits take a second forward of the evaluated batch.
+
+    Callbacks: each rank has its own, and what one decides on any rank (to stop, log, evaluate or save) all ranks do.
 
     Put a ``compute_loss`` of your own into a class that inherits from this one; its ``inputs`` are this rank's tokens, and its
     loss must be equal on every rank. At ``zero=0`` each rank that calls ``save_model`` runs it alone, and rank 0 writes; with
@@ -115,12 +117,13 @@ class LongTrainer(Base):  # type: ignore[misc]
         if args is None or len(positional) > 1:
             raise RunError("LongTrainer takes all but the model by name; pass args=TrainingArguments(...) and mesh=...")
         with raise_together(mesh.world_group):
-            refuse_versions((*REPLACED, *WRAPPED))
-            refuse_arguments(args, mesh)
-            refuse_other_losses(type(self), LongTrainer, args, REPLACED)
-            refuse_keywords(keywords, zero, mesh.coordinate.tensor)
+            arguments.refuse_versions((*REPLACED, *WRAPPED))
+            arguments.refuse_arguments(args, mesh)
+            arguments.refuse_other_losses(type(self), LongTrainer, args, REPLACED)
+            arguments.refuse_keywords(keywords, zero, mesh.coordinate.tensor)
         super().__init__(*positional, args=single_process_arguments(args, mesh), **keywords)
-        self._refuse_other_sharding()
+        arguments.refuse_other_sharding(self)
+        SharedDecisions.over(self.callback_handler, mesh)
         if self.model_init is None:
             self._parallelize(self.model)
 
@@ -128,18 +131,6 @@ class LongTrainer(Base):  # type: ignore[misc]
     def _is_sharded(self) -> bool:
         """Whether a rank holds only a part of some parameters: with zero=2 or 3, or cut over tensor ranks."""
         return self._state().zero > 0 or self.mesh.coordinate.tensor > 1
-
-    def _refuse_other_sharding(self) -> None:
-        """Raise RunError if accelerate's configuration also shards the model, or if a base class has replaced ``self.args``."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator.parallelism_config is not None:
-            raise RunError(
-                "accelerate's configuration (DeepSpeed, FSDP or a ParallelismConfig) would shard the model as well; start the "
-                "script with torchrun, or with an accelerate configuration without them"
-            )
-        if self.args.world_size != 1:
-            raise RunError(
-                f"{type(self).__name__} replaced its arguments; pass arguments of its own kind, {type(self.args).__name__}"
-            )
 
     def _parallelize(self, model: nn.Module) -> nn.Module:
         model = parallelize(model.to(self.args.device), self.mesh, zero=self.zero, **self.parallelize_kwargs)
@@ -235,6 +226,12 @@ class LongTrainer(Base):  # type: ignore[misc]
         if self.args.include_num_input_tokens_seen != "no":
             seen = predictions.sum_over_replicas(self.state.num_input_tokens_seen - before, self.mesh)
             self.state.num_input_tokens_seen = before + int(seen)
+
+    # ---- Callbacks
+
+    def _maybe_log_save_evaluate(self, *args: Any, **keywords: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **keywords)
+        follow(self.control, self.mesh)  # what callbacks of these events have decided
 
     # ---- Evaluation
 
