@@ -1,8 +1,8 @@
 """Compile a parallel Hugging Face llama over 2 ranks and compare it with one device (test_compile.py).
 
-Run as a program: FOLDER plain|packed. Plain rows must compile without a graph break (but before PyTorch 2.13); packed rows may
-break the graph. It prints the number of graphs after each step, then "exact". The backend aot_eager runs PyTorch's own kernels,
-because inductor's rounding of fp32 norms is not covered by the guarantee.
+Run as a program: FOLDER plain|packed|chunked. Plain rows must compile without a graph break (but before PyTorch 2.13); packed
+rows and a chunked loss may break the graph. It prints the number of graphs after each step, then "exact". The backend aot_eager
+runs PyTorch's own kernels, because inductor's rounding of fp32 norms is not covered by the guarantee.
 """
 
 import sys
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longspan import ParallelMesh, parallelize, shard_batch
+from longspan import MemoryOptions, ParallelMesh, parallelize, shard_batch
 from longspan._compat import PLANS_ARE_CONSTANTS
 from tests.helpers.ranks import on_ranks
 
@@ -23,12 +23,15 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 
 
-def compiled_is_one_device(then_packed: bool) -> None:
-    """Two steps with plain rows, then two with packed ones if ``then_packed``; assert the gradients of one device in each."""
+def compiled_is_one_device(then_packed: bool, chunked: bool) -> None:
+    """Two steps with plain rows, then two with packed ones if ``then_packed``; assert the gradients of one device in each.
+
+    ``chunked``: the loss is computed without logits, outside of the graph.
+    """
     torch.manual_seed(0)
     reference = LlamaForCausalLM(CONFIG).double()
     mesh = ParallelMesh(ulysses=2)
-    model = parallelize(deepcopy(reference), mesh)
+    model = parallelize(deepcopy(reference), mesh, memory=MemoryOptions(chunked_loss=chunked))
     model.compile(backend="aot_eager")
     graphs = []
     for step, packed in enumerate([False, False, True, True] if then_packed else [False, False]):
@@ -45,13 +48,13 @@ def compiled_is_one_device(then_packed: bool) -> None:
             torch.testing.assert_close(mine.grad, one.grad, rtol=1e-9, atol=1e-10)
         reference.zero_grad()
         model.zero_grad()
-        assert packed or not PLANS_ARE_CONSTANTS or not counters["graph_break"]
+        assert packed or chunked or not PLANS_ARE_CONSTANTS or not counters["graph_break"]
         graphs.append(counters["stats"]["unique_graphs"])
-    assert not PLANS_ARE_CONSTANTS or graphs[0] <= 2  # the second is torch's own, of the hooks behind the backward
+    assert chunked or not PLANS_ARE_CONSTANTS or graphs[0] <= 2  # the second is torch's own, of the hooks behind the backward
     print(graphs)
 
 
 if __name__ == "__main__":
     folder, rows = sys.argv[1:]
-    on_ranks(2, compiled_is_one_device, rows == "packed", tmp_path=Path(folder), seconds=240)
+    on_ranks(2, compiled_is_one_device, rows == "packed", rows == "chunked", tmp_path=Path(folder), seconds=240)
     print("exact")

@@ -27,6 +27,8 @@ from longspan.models.later_hooks import LaterHooks
 
 LAYER = "_longspan_layer"
 """The attribute of an attention module that holds what longspan knows of it."""
+STANDS_IN = "_longspan_stands_in"
+"""The attribute of a function that longspan sets for the moment as the forward of a part, which computes nothing then."""
 
 WAY_OUT = "call unparallelize(model), change it, then parallelize it again"
 HARMLESS_FIELDS = frozenset({
@@ -134,8 +136,12 @@ class Snapshot:
     def _look_at_part(
         self, modules: tuple[_Module, ...], beside: Callable[..., None] | None, part: nn.Module, *_: object
     ) -> None:
-        """Forward pre-hook of a part: look at it as at the model, unless the model or a backward (a checkpoint) calls it."""
-        if torch.compiler.is_compiling() or self._is_running or _compat.backward_id() != -1:
+        """Forward pre-hook of a part: look at it as at the model, unless the model or a backward (a checkpoint) calls it.
+
+        In a compiled model a chunked loss runs outside of the graph, and calls parts that another forward stands in for.
+        """
+        within = self._is_running or hasattr(vars(part).get("forward"), STANDS_IN)
+        if torch.compiler.is_compiling() or within or _compat.backward_id() != -1:
             self._refuse_config()
             return
         self.refuse_changes(modules)
