@@ -119,7 +119,7 @@ def test_what_fails_on_one_rank_stops_all_with_one_sentence(what: str, pool: Poo
 
 
 def save_alone(folder: Path, zero: int, mesh: dict[str, int]) -> str:
-    """Rank 0 saves, the other one does not; then both train on."""
+    """Rank 0 saves, the other one does not; then both train on, and both save."""
     trainer = build(folder, 2, mesh, {"max_steps": 1}, {}, zero)
     found = "nothing"
     if trainer.is_world_process_zero():
@@ -128,6 +128,7 @@ def save_alone(folder: Path, zero: int, mesh: dict[str, int]) -> str:
         except LongspanError as error:
             found = str(error)
     trainer.train()
+    trainer.save_model(str(folder / "together"))
     return found
 
 
@@ -141,6 +142,7 @@ def test_one_rank_saves_alone_or_is_refused_without_a_collective(
     assert (tmp_path / "saved" / "model.safetensors").exists() is is_whole
     text = f"save_model was not called on rank 1 within 10 s, and with zero={zero} and tensor={mesh.get('tensor', 1)} each"
     assert is_whole or text in first
+    assert (tmp_path / "together" / "model.safetensors").exists()
 
 
 TIGHT = AutoMemory(budget_gib=0.0004, tokens=64)

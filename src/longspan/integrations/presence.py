@@ -1,7 +1,7 @@
 """Tests within a time limit whether every rank calls a function, without a collective, which would wait for absent ranks.
 
 rank 0   calls   ->  writes its key, waits for all keys  ->  "all"           the first rank whose wait ends writes the result,
-rank 1   calls   ->  writes its key, waits for all keys  ->  "all"           and all ranks return it, late ones too
+rank 1   calls   ->  writes its key, waits for all keys  ->  "all"           and all ranks that wait return it
 """
 
 from datetime import timedelta
@@ -18,16 +18,19 @@ def absent_ranks(call: str, mesh: ParallelMesh, seconds: float) -> str:
     unusable.
 
     Args:
-        call: the name of the call. The n-th call with this name on one rank is compared with the n-th on the others.
+        call: the name of the call. The n-th call with this name on one rank is compared with the n-th on the others, where
+            a rank does not count those that have ended without it.
         mesh: the ranks that must make the call.
         seconds: how long to wait for them.
 
     Returns:
         The numbers of the absent ranks as text, ``"1, 3"``; ``""`` if none is absent; ``"unknown"`` if the last one arrived
-        just after the wait. Every rank that makes the call gets the same text.
+        just after the wait. Every rank that makes the call in time gets the same text.
     """
     store, mine = mesh.world_group.get_group_store(), mesh.world_group.rank()
     number = store.add(f"{call} by rank {mine}", 1)
+    while store.check([f"{call} {number} verdict"]):  # the others have been refused, because this rank was absent
+        number = store.add(f"{call} by rank {mine}", 1)
     keys = [f"{call} {number} on rank {rank}" for rank in range(mesh.world_group.size())]
     store.set(keys[mine], "here")
     try:
