@@ -56,7 +56,8 @@ class DeferredHooks:
             if parameter is running and hooks is _hooks_of(parameter)[0]:
                 raise ModelError(
                     f"parameter {name!r} got a hook on its gradient after the forward, and this backward computes its gradient "
-                    f"first: the hook would get this rank's part of it; register the hook before the forward"
+                    f"first: the hook would get this rank's part of it; register the hook before the forward, and do not "
+                    f"compile the model: a compiled forward looks for no hooks"
                 )
             hooks[key] = _Deferred(hook)
         self._seen = RemovableHandle.next_id

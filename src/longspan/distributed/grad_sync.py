@@ -159,7 +159,7 @@ class MeanGradients:
                     f"parameter {name!r} was unfrozen or replaced after parallelize: its gradient would differ between ranks; "
                     f"call unparallelize(model), then parallelize it again"
                 )
-        if not torch.compiler.is_compiling():  # it would break the graph; the backward looks again
+        if not torch.compiler.is_compiling():  # it would break the graph; the backward looks, and refuses
             self._find_hooks()
 
     def _find_hooks(self, running: nn.Parameter | None = None, *_: object) -> None:
