@@ -9,6 +9,7 @@
     flex_lse_request                torch.nn.attention.flex_attention.AuxRequest                            kernels/flex.py
     functional_all_reduce           torch.distributed._functional_collectives.all_reduce                    collectives.py
     flattened                       DeviceMesh._flatten                                                     distributed/mesh.py
+    number_of_groups                torch.distributed.distributed_c10d._world.pg_names                      groups.py
     backward_id                     torch._C._current_graph_task_id                                         gradient averaging
     after_backward                  Variable._execution_engine.queue_callback                               gradient averaging
     accumulates_gradient            torch._C._will_engine_execute_node                                      gradient averaging
@@ -168,18 +169,18 @@ def functional_all_reduce(x: Tensor, group: torch.distributed.ProcessGroup) -> T
 
 
 def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """A DeviceMesh of one dim, called ``name``, over all ranks of ``mesh``; every rank must call it, because it makes a
-    group."""
+    """A DeviceMesh of one dim, called ``name``, over all ranks of ``mesh``. Every rank must call it: it makes a group."""
     one: DeviceMesh = _symbol(mesh, "_flatten", "the rank sets of a mesh")(name)
     return one
 
 
-def version_counter(x: Tensor) -> int:
-    """How many in-place operations have changed the memory of ``x``, as PyTorch counts them: equal counts mean equal
-    content."""
-    return x._version
+def number_of_groups() -> int:
+    """How many process groups this rank is in."""
+    return len(_symbol(torch.distributed.distributed_c10d, "_world.pg_names", "process groups of some ranks"))
 
 
+version_counter: Callable[[Tensor], int] = attrgetter("_version")
+"""How many in-place operations have changed a tensor's memory, as PyTorch counts them: equal counts mean equal content."""
 base_of_view: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 """The tensor of which a tensor is a view; None if it is not a view."""
 register_fake_backend = partial(_imported, "torch.testing._internal.distributed.fake_pg", "FakeStore", "longspan rehearse")

@@ -16,10 +16,10 @@ from longspan.distributed.device import (
     device_of,
     join_world,
     refuse_shared_devices,
-    set_timeout,
     shared_devices,
     visible_devices,
 )
+from longspan.distributed.groups import set_timeout
 from longspan.errors import RunError
 from tests.helpers.ranks import on_ranks
 

@@ -11,7 +11,6 @@ no kind of accelerator: ``torch.accelerator`` knows the one of this PyTorch. Onl
 import logging
 import os
 import platform
-from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longspan import _compat
 from longspan.distributed.consensus import gather
-from longspan.distributed.fake_world import FAKE, is_fake
+from longspan.distributed.fake_world import is_fake
 from longspan.distributed.launchers import joins_world, started_by
 from longspan.distributed.network import REMEDY, choose_interface
 from longspan.errors import RunError
@@ -127,20 +126,6 @@ def _make_group(device: torch.device, store: Any, rank: int, ranks: int, timeout
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout, device_id=bound)
 
 
-def new_group(ranks: list[int] | None = None, *, backend: str = "gloo", timeout: timedelta | None = None) -> dist.ProcessGroup:
-    """A process group; in a fake world (distributed/fake_world.py) a fake one. Every group beside a DeviceMesh's is made here.
-
-    Args:
-        ranks: its ranks, which alone make the group; None for all ranks.
-        backend: "gloo" for control traffic; "" for that of the world.
-        timeout: of its collectives; None for PyTorch's.
-    """
-    chosen = FAKE if is_fake() else backend or None
-    alone = ranks is not None  # NCCL could not split a group of some ranks from the world's
-    group: dist.ProcessGroup = dist.new_group(ranks, backend=chosen, timeout=timeout, use_local_synchronization=alone)
-    return group
-
-
 def shared_devices(mine: str, store: Any, rank: int, ranks: int) -> tuple[int, int, str] | None:
     """Find two ranks that have the same device, on which NCCL cannot connect them. Every rank must call it.
 
@@ -179,16 +164,6 @@ def _refuse_equal(mine: str, world_group: dist.ProcessGroup) -> None:
                 f"ranks {first} and {rank} are both on {other}, and NCCL needs a device for each rank; start one rank for "
                 f"each device, or share devices by init_process_group('cpu:gloo,cuda:gloo') before the mesh"
             )
-
-
-def set_timeout(groups: Iterable[dist.ProcessGroup], timeout: timedelta | None) -> None:
-    """Set how long collectives of ``groups`` wait for other ranks before they fail; with None nothing changes.
-
-    It is needed because the groups of a DeviceMesh do not inherit the timeout of the world's group.
-    """
-    if timeout is not None:
-        for group in groups:
-            _compat.set_group_timeout(group, timeout)
 
 
 def _hardware(device: torch.device) -> str:

@@ -24,9 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from longspan import _compat
 from longspan.distributed.consensus import first_difference, gather_or_raise, largest_integers
 from longspan.distributed.deferred_hooks import DeferredHooks
-from longspan.distributed.device import new_group, set_timeout
 from longspan.distributed.grad_buckets import Buckets, MeanInBuckets, Reductions, reduction_dtype
 from longspan.distributed.grad_norm import local_part
+from longspan.distributed.groups import new_group, set_timeout
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 

@@ -29,8 +29,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from longspan import _compat
 from longspan.distributed.collectives import TorchTransport, Transport
 from longspan.distributed.consensus import gather
-from longspan.distributed.device import choose_device, device_of, join_world, new_group, refuse_shared_devices, set_timeout
+from longspan.distributed.device import choose_device, device_of, join_world, refuse_shared_devices
 from longspan.distributed.grad_buckets import Reductions
+from longspan.distributed.groups import new_group, new_group_of, set_timeout
 from longspan.distributed.launchers import join_launcher
 from longspan.distributed.layout import Degrees, Layout, Runs, choose_degrees
 from longspan.distributed.rank_map import crossing, rank_map
@@ -266,7 +267,7 @@ class ParallelMesh:
         }
         if len(axes) < len(AXES):
             alone = [group for group in axes.values() if group.size() == 1]
-            one = alone[0] if alone else new_group([dist.get_rank()])
+            one = alone[0] if alone else new_group_of([dist.get_rank()], world_group)
             axes |= {axis.name: one for axis in AXES if axis.name not in axes}
         self.data_group, self.ring_group, self.ulysses_group = axes["data"], axes["ring"], axes["ulysses"]
         self.tensor_group, self.pipeline_group = axes["tensor"], axes["pipeline"]
@@ -275,8 +276,7 @@ class ParallelMesh:
         self.sequence_group, self.loss_group = sets["sequence"].get_group(), sets["loss"].get_group()
         self.loss_control_group = world_group
         if self.coordinate.pipeline > 1:
-            sharing: list[int] = sets["loss"].mesh.tolist()
-            self.loss_control_group = new_group(sharing)
+            self.loss_control_group = new_group_of(sets["loss"].mesh.tolist(), world_group)
         self.fsdp_mesh = sets["fsdp"]
         self.fsdp_group = self.fsdp_mesh.get_group()
 

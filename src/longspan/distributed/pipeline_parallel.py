@@ -27,10 +27,10 @@ from torch.utils.hooks import RemovableHandle
 from longspan import _compat
 from longspan.distributed.collectives import CountingTransport
 from longspan.distributed.deferred_hooks import refuse_hooks_of_copies
-from longspan.distributed.device import new_group
 from longspan.distributed.fake_world import fake_stage, is_fake
 from longspan.distributed.grad_norm import STAGES, StageNorm, local_part
 from longspan.distributed.grad_sync import sum_over
+from longspan.distributed.groups import new_group_of
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.pipeline_options import PipelineOptions, split_layers
 from longspan.distributed.traffic import Traffic
@@ -350,8 +350,8 @@ class _Copies:
         ends = {0: names[0], at.pipeline - 1: names[1]}
         self._name = ends.get(at.pipeline_rank)
         self.second = names[1] if at.pipeline_rank == at.pipeline - 1 else None
-        ranks = [dist.get_global_rank(mesh.pipeline_group, rank) for rank in ends]
-        self._group = new_group(ranks, backend="") if self._name is not None else None
+        ranks = [dist.get_global_rank(mesh.pipeline_group, rank) for rank in (ends if self._name else [at.pipeline_rank])]
+        self._group = new_group_of(ranks, mesh.world_group, backend="")
 
     def held(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of the copy on this rank, if it has one."""
