@@ -82,8 +82,11 @@ def test_shards_over_half_of_the_ranks_of_a_stage(pool: Callable[[int], Ranks]) 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("memory", [PLAIN, MemoryOptions(recompute="selective", head_chunks=2)], ids=["plain", "options"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("tied", "memory"),  # make test has a tied model without options
+    [(False, PLAIN), (True, MemoryOptions(recompute="selective", head_chunks=2))],
+    ids=["plain", "tied, options"],
+)
 @pytest.mark.parametrize("zero", [0, 2, 3])
 @pytest.mark.parametrize(("ranks", "degrees", "options"), CASES + MORE, ids=str)
 def test_it_is_one_device_with_every_option(
@@ -123,12 +126,13 @@ def equals_one_device(
     model = parallelize(deepcopy(reference), mesh, zero=zero, memory=memory, fsdp_ranks=fsdp_ranks, pipeline=options)
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, reference)]
     whole, mine = batches_of(mesh)
-    for _ in range(3):
+    for step in range(3):
         loss = reference(**whole).loss
         loss.backward()
         parts = shard_batch(mine, mesh)
-        with torch.no_grad():
-            torch.testing.assert_close(forward_backward(model, parts), loss.detach(), rtol=1e-12, atol=0)
+        if step == 1:  # an evaluation between steps of training
+            with torch.no_grad():
+                torch.testing.assert_close(forward_backward(model, parts), loss.detach(), rtol=1e-12, atol=0)
         torch.testing.assert_close(forward_backward(model, parts), loss.detach(), rtol=1e-12, atol=0)
         assert_gradients_and_norm(model, reference)
         for optimizer in optimizers:
