@@ -49,6 +49,18 @@ def test_a_disk_that_fails_where_a_run_goes_on_leaves_the_records(tmp_path: Path
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
 
 
+def test_a_run_that_another_process_trains_is_refused_and_keeps_its_records(tmp_path: Path) -> None:
+    first = Journal(tmp_path, 0, lead=True)
+    first.write(record(1))
+    assert "is being trained by another process; wait until that has ended" in str(Journal(tmp_path, 0, lead=True).fault)
+    first.write(record(2))
+    first.close()
+    third = Journal(tmp_path, 2, lead=True)
+    third.close()
+    assert third.fault is None
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
 def test_only_the_lead_rank_writes(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 0, lead=False)
     journal.write(record(1))

@@ -30,6 +30,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from longspan.cli.run_folder import lock_run
 from longspan.cli.trackers import Tracker, failed, open_tracker
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import RunError
@@ -59,7 +60,7 @@ def output(width: int) -> Console:
 
 
 class Journal:
-    """Writes the records of a run to metrics.jsonl and to a TensorBoard event file.
+    """Writes the records of a run to metrics.jsonl and to a TensorBoard event file; no other process can meanwhile.
 
     A write error is not raised, because only one rank has it: the attribute ``fault`` becomes a RunError, later writes do
     nothing, and the caller raises ``fault`` on all ranks. It is None as long as every write has succeeded.
@@ -79,9 +80,11 @@ class Journal:
         self._folder, self._lead = folder, lead
         self._trackers: dict[str, Tracker] = {}
         self._is_open = False
+        self._lock: int | None = None
         if not lead:
             return
         try:
+            self._lock = lock_run(folder)
             path = folder / METRICS
             kept = [line for line in _lines(path) if _is_up_to(step, line)]
             draft = path.with_name(f".{METRICS}")  # a full disk leaves the records of earlier steps whole
@@ -93,7 +96,7 @@ class Journal:
             self._trackers = {name: open_tracker(name, folder.name, settings or {}) for name in trackers}
         except OSError as error:
             self._keep(error)
-        except RunError as fault:  # of a tracker
+        except RunError as fault:  # of the lock or a tracker
             self.fault = fault
 
     def write(self, record: Record) -> None:
@@ -131,6 +134,9 @@ class Journal:
         """Flush and close the files, and the runs of the trackers."""
         for tracker in self._trackers.values():
             tracker.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
         if not self._is_open:
             return
         try:

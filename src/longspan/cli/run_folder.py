@@ -3,12 +3,14 @@
     runs/.NAME-uuid/config.json   a draft   --renamed-->   runs/NAME/config.json,   and the name in runs/latest
 
 A folder that is renamed replaces no other one that holds files, so that of two commands which choose one name at the same time
-one gets it; the other takes the next free name, or is refused if it asked for this one.
+one gets it; the other takes the next free name, or is refused if it asked for this one. While a run writes there, its process
+holds a lock on runs/NAME/.lock, which the kernel releases when the process ends.
 
 Independent of what the run does.
 """
 
 import errno
+import fcntl
 import os
 import shutil
 from dataclasses import replace
@@ -22,6 +24,31 @@ from longspan.cli.settings_file import LATEST, as_json
 from longspan.distributed.consensus import raise_together
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import RunError
+
+LOCK = ".lock"
+
+
+def lock_run(folder: Path) -> int:
+    """Lock the run in ``folder`` against other processes until the returned file descriptor is closed.
+
+    On a file system without locks nothing is locked.
+
+    Raises:
+        RunError: another process has locked it.
+        OSError: the file of the lock cannot be made.
+    """
+    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise RunError(
+            f"the run {folder} is being trained by another process; wait until that has ended, or start another run"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    return lock
 
 
 def open_run(config: Train, mesh: ParallelMesh) -> Path:
