@@ -25,10 +25,10 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 from torch.profiler import record_function
 
-from longspan.batch.agreement import refuse_unknown_labels
 from longspan.batch.context import BatchInfo
-from longspan.batch.labels import IGNORE, labelled_rows, refuse_largest_label
+from longspan.batch.labels import IGNORE, labelled_rows, refuse_largest_label, unknown_label
 from longspan.distributed.collectives import all_reduce_sum
+from longspan.distributed.consensus import raise_first_error
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.tensor_cuts import own_part
 from longspan.distributed.vocab_parallel import VocabularyRegion, is_on_tensor_axis, vocabulary_cut
@@ -70,7 +70,7 @@ def cross_entropy(
     """
     unfit = _unfit(logits, labels, num_labels)
     if longspan is None:
-        refuse_unknown_labels(labels[labels != IGNORE], logits.shape[-1], IGNORE, mesh, unfit)
+        _raise_on_every_rank(unfit or unknown_label(labels[labels != IGNORE], logits.shape[-1], IGNORE), mesh)
     elif unfit is not None:
         raise unfit
     else:
@@ -145,7 +145,7 @@ def linear_cross_entropy(
     rows = labelled_rows(wanted, None if longspan is None else longspan.num_local_labels)
     targets = labels.reshape(-1)[rows].long()
     if longspan is None:
-        refuse_unknown_labels(targets, len(weight), ignore_index, mesh, unfit)
+        _raise_on_every_rank(unfit or unknown_label(targets, len(weight), ignore_index), mesh)
     elif unfit is not None:
         raise unfit
     else:
@@ -162,6 +162,14 @@ def linear_cross_entropy(
         hit = torch.lerp(hit, of_logits / len(weight), label_smoothing)
     total = (lse - hit + z_loss * lse.square() if z_loss else lse - hit).sum()
     return mean_over_ranks(total, wanted, mesh, num_labels)
+
+
+def _raise_on_every_rank(error: BatchError | None, mesh: ParallelMesh | None) -> None:
+    """Raise the error of the first rank of ``mesh`` (None: one device) that has one. Every rank must call it."""
+    if mesh is not None:
+        raise_first_error(error, mesh.loss_control_group)
+    elif error is not None:
+        raise error
 
 
 def _unfit(inputs: Tensor, labels: Tensor, num_labels: int | None) -> BatchError | None:

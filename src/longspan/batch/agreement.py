@@ -4,19 +4,16 @@
     rank 1   parts of shard_local    >  table of StepFacts  <  or one error, the same on every rank
     rank 2   an error               /                        \\
 
-Compared are the ranks of one sequence, which must have been given the same whole batch. Labels without a
-BatchInfo are checked by an agreement of their own.
+Compared are the ranks of one sequence, which must have been given the same whole batch.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from torch import Tensor
-
 from longspan.batch.context import BatchInfo, Part
 from longspan.batch.cut import content_hash
-from longspan.distributed.consensus import exchange_integers, raise_failed, raise_first_error
+from longspan.distributed.consensus import exchange_integers, raise_failed
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
 from longspan.errors import BatchError, LongspanError
 
@@ -192,22 +189,3 @@ def _refuse_disagreement(table: Sequence[StepFacts], coordinate: MeshCoordinate)
 def _describe(facts: StepFacts) -> str:
     """What a rank was given, by its ``facts``, as text for an error: rows, tokens, labels and the hash of the content."""
     return f"{facts.rows} rows of {facts.tokens} tokens, {facts.num_labels} labelled, content {facts.digest:014x}"
-
-
-def refuse_unknown_labels(
-    targets: Tensor, vocab: int, ignore_index: int, mesh: ParallelMesh | None, error: BatchError | None = None
-) -> None:
-    """Raise BatchError on every rank of ``mesh`` (None: one device) if a target of any rank is not below ``vocab``.
-
-    ``ignore_index`` is no target. ``error``: what this rank has found already, which is raised instead.
-    """
-    outside = targets[(targets < 0) | (targets >= vocab)]
-    if error is None and len(outside):
-        error = BatchError(
-            f"label {int(outside[0])} is none of the {vocab} words that the logits know; labels are 0 to {vocab - 1}, or "
-            f"{ignore_index} where nothing is learned"
-        )
-    if mesh is not None:
-        raise_first_error(error, mesh.loss_control_group)
-    elif error is not None:
-        raise error

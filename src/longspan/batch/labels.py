@@ -152,6 +152,12 @@ def labelled_first(wanted_R: Bool[Tensor, "rows"], count: int) -> Int[Tensor, "l
     return (~wanted_R).to(torch.uint8).argsort(stable=True)[:count]
 
 
+def unknown_label(targets: Int[Tensor, "targets"], vocab: int, ignore_index: int) -> BatchError | None:
+    """The error of a target that is not below ``vocab``, which names the legal ``ignore_index`` too; None if all are."""
+    outside = targets[(targets < 0) | (targets >= vocab)]
+    return _no_word(int(outside[0]), vocab, ignore_index) if len(outside) else None
+
+
 def refuse_largest_label(step: BatchInfo, vocab: int, ignore_index: int) -> None:
     """Raise BatchError for a label of the step that is not below ``vocab``, or for an ``ignore_index`` other than -100."""
     if ignore_index != IGNORE:
@@ -160,7 +166,12 @@ def refuse_largest_label(step: BatchInfo, vocab: int, ignore_index: int) -> None
             f"that are not learned from to {IGNORE} before shard_batch, or leave longspan out"
         )
     if step.largest_label >= vocab:
-        raise BatchError(
-            f"label {step.largest_label} is none of the {vocab} words that the logits know; labels are 0 to {vocab - 1}, or "
-            f"{IGNORE} where nothing is learned"
-        )
+        raise _no_word(step.largest_label, vocab, IGNORE)
+
+
+def _no_word(label: int, vocab: int, ignore_index: int) -> BatchError:
+    """The error of a label that is no word of a vocabulary of ``vocab``."""
+    return BatchError(
+        f"label {label} is none of the {vocab} words that the logits know; labels are 0 to {vocab - 1}, or {ignore_index} "
+        f"where nothing is learned"
+    )

@@ -29,19 +29,18 @@ def follow(control: TrainerControl, mesh: ParallelMesh) -> None:
 
 
 class SharedDecisions(CallbackHandler):
-    """A CallbackHandler whose callbacks decide for all ranks. Make one by ``SharedDecisions.over(handler, mesh)``.
+    """A CallbackHandler whose callbacks decide for all ranks.
 
-    Attributes:
+    Args:
+        handler: whose callbacks it takes over, before training.
         mesh: the ranks, all of which have the same events.
     """
 
-    mesh: ParallelMesh
-
-    @classmethod
-    def over(cls, handler: CallbackHandler, mesh: ParallelMesh) -> None:
-        """Turn ``handler`` into a SharedDecisions, in place, with the callbacks that it has."""
-        handler.__class__ = cls
-        handler.mesh = mesh  # type: ignore[attr-defined]
+    def __init__(self, handler: CallbackHandler, mesh: ParallelMesh) -> None:
+        super().__init__(  # type: ignore[no-untyped-call]
+            handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
+        )
+        self.mesh = mesh
 
     def call_event(self, event: str, args: Any, state: Any, control: TrainerControl, **keywords: Any) -> Any:
         control = super().call_event(event, args, state, control, **keywords)  # type: ignore[no-untyped-call]

@@ -91,6 +91,8 @@ class LongTrainer(Base):  # type: ignore[misc]
         RunError: for arguments that are not supported over a mesh; and what ``parallelize`` and ``shard_batch`` raise.
     """
 
+    callback_handler: SharedDecisions
+
     accelerator: Any
     current_flos: float
     preprocess_logits_for_metrics: Any
@@ -123,7 +125,7 @@ class LongTrainer(Base):  # type: ignore[misc]
             arguments.refuse_keywords(keywords, zero, mesh.coordinate.tensor)
         super().__init__(*positional, args=single_process_arguments(args, mesh), **keywords)
         arguments.refuse_other_sharding(self)
-        SharedDecisions.over(self.callback_handler, mesh)
+        self.callback_handler = SharedDecisions(self.callback_handler, mesh)
         if self.model_init is None:
             self._parallelize(self.model)
 
