@@ -50,7 +50,7 @@ test: lint
 	$(BIN)/pytest -n 2 --dist worksteal -m "not long"
 
 test-long: .venv/installed-dev
-	$(BIN)/pytest -n 2 --dist worksteal -m "long or examples" --hypothesis-profile many
+	$(BIN)/pytest -n 2 --dist worksteal -m "long or examples" --hypothesis-profile many $(ARGS)
 
 test-versions:
 	.ci/versions "$(V)" "$(TRANSFORMERS)" $(TESTS)

@@ -286,7 +286,10 @@ LAYOUTS = {  # (ranks, ulysses, ring): what is laid out so
 }
 
 
-@pytest.mark.parametrize(("ranks", "ulysses", "ring"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("ranks", "ulysses", "ring"),
+    [pytest.param(*layout, marks=pytest.mark.long) if layout == (4, 4, 1) else layout for layout in LAYOUTS],
+)
 def test_loss_and_gradients_are_those_of_one_device(ranks, ulysses, ring, on_ranks):
     steps = LAYOUTS[ranks, ulysses, ring]
     # FSDP2 asks that every rank uses every parameter.

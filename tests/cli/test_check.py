@@ -43,13 +43,13 @@ def verdict(config: Check, tmp_path: Path, work: str = "into_a_file") -> tuple[i
         replace(SMALL, ranks=4),
         pytest.param(replace(SMALL, ulysses=4, heads=8, kv_heads=2), marks=pytest.mark.long),
         replace(SMALL, ring=2),
-        replace(SMALL, ranks=3, ulysses=1, zero=3, dtype="fp32"),
+        pytest.param(replace(SMALL, ranks=3, ulysses=1, zero=3, dtype="fp32"), marks=pytest.mark.long),
         replace(SMALL, ranks=4, rows=1, dtype="fp32"),
         pytest.param(replace(SMALL, ulysses=3, dtype="bf16", tokens=64), marks=pytest.mark.long),
         replace(SMALL, ulysses=1),
         pytest.param(replace(SMALL, tensor=2, heads=8, kv_heads=4, zero=3), marks=pytest.mark.long),
         pytest.param(replace(SMALL, tensor=2, ring=2, ulysses=1), marks=pytest.mark.long),
-        replace(SMALL, tensor=2, ulysses=1, kv_heads=1, ranks=4, rows=1),
+        pytest.param(replace(SMALL, tensor=2, ulysses=1, kv_heads=1, ranks=4, rows=1), marks=pytest.mark.long),
         pytest.param(
             replace(SMALL, pipeline=2, ulysses=1, rows=4, micro_batches=4, dtype="fp32", recompute="full"),
             marks=pytest.mark.long,
@@ -59,7 +59,9 @@ def verdict(config: Check, tmp_path: Path, work: str = "into_a_file") -> tuple[i
         ),
         pytest.param(replace(SMALL, pipeline=2, ring=2, rows=4, micro_batches=4, ulysses=1), marks=pytest.mark.long),
         pytest.param(replace(SMALL, pipeline=2, ranks=4, rows=1, ulysses=1), marks=pytest.mark.long),
-        replace(SMALL, pipeline=2, ulysses=1, dtype="bf16", tokens=64, rows=4, micro_batches=2),
+        pytest.param(
+            replace(SMALL, pipeline=2, ulysses=1, dtype="bf16", tokens=64, rows=4, micro_batches=2), marks=pytest.mark.long
+        ),
         replace(SMALL, ulysses=2, rows=3, micro_batches=2),
     ],
     ids=[
@@ -141,7 +143,13 @@ def hugging_face(folder: Path, model: str, **more: Any) -> str:
     ("model", "more", "settings", "parameters"),
     [
         ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}, {"layers": 2}, 21),
-        ("bert", {"architectures": ["BertForMaskedLM"]}, {"zero": 3, "ranks": 4, "dtype": "fp32"}, 58),
+        pytest.param(
+            "bert",
+            {"architectures": ["BertForMaskedLM"]},
+            {"zero": 3, "ranks": 4, "dtype": "fp32"},
+            58,
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             "llama", {"num_key_value_heads": 1}, {"dtype": "bf16", "tokens": 64, "layers": 1}, 0, marks=pytest.mark.long
         ),

@@ -57,9 +57,11 @@ def test_steps_on_two_ranks_are_those_of_one(optimizer: str, steps: int, text: s
 @pytest.mark.parametrize(
     "settings",
     [
-        {"micro_batches": 3, "zero": 2, "recompute": "selective", "tile_tokens": 10, "head_chunks": 2},
+        pytest.param(
+            {"micro_batches": 3, "zero": 2, "recompute": "selective", "tile_tokens": 10, "head_chunks": 2}, marks=LONG
+        ),
         pytest.param({"zero": 3, "ranks": 4}, marks=LONG),
-        {"ranks": 4, "micro_batches": 2},
+        pytest.param({"ranks": 4, "micro_batches": 2}, marks=LONG),
         pytest.param({"tensor": 2, "ulysses": 1}, marks=LONG),
         {"tensor": 2, "zero": 3, "micro_batches": 2, "recompute": "selective"},
     ],

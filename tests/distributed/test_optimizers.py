@@ -29,13 +29,9 @@ def optimizers() -> dict[str, Any]:
     return found | {"transformers.Adafactor": transformers.Adafactor}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("ranks", "degrees", "zero"),
-    [
-        (2, {"ulysses": 2}, 3),
-        pytest.param(2, {"tensor": 2}, 0, marks=pytest.mark.long),
-        pytest.param(4, {"ulysses": 2, "tensor": 2}, 3, marks=pytest.mark.long),
-    ],
+    ("ranks", "degrees", "zero"), [(2, {"ulysses": 2}, 3), (2, {"tensor": 2}, 0), (4, {"ulysses": 2, "tensor": 2}, 3)]
 )
 def test_every_optimizer_trains_shards_as_whole_parameters_or_is_refused(
     ranks: int, degrees: dict[str, int], zero: int, pool: Callable[[int], Ranks]

@@ -105,7 +105,7 @@ def test_shards_over_half_of_the_ranks_that_hold_a_tensor_shard(pool: Callable[[
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("memory", [MemoryOptions(), MemoryOptions(recompute="full"), ALL], ids=["plain", "full", "all"])
+@pytest.mark.parametrize("memory", [MemoryOptions(recompute="full"), ALL], ids=["full", "all"])  # make test has plain ones
 @pytest.mark.parametrize("zero", [0, 2, 3])
 @pytest.mark.parametrize(("ranks", "degrees"), MESHES + MORE, ids=str)
 def test_it_is_one_device_with_every_option(

@@ -33,9 +33,8 @@ def test_it_is_one_device(name: str, pool: Callable[[int], Ranks]) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("zero", [0, 2])
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("degrees", [TENSOR, BOTH, {"tensor": 2, "ring": 2}], ids=str)
+@pytest.mark.parametrize(("degrees", "zero"), [(TENSOR, 0), (BOTH, 0), (BOTH, 2), ({"tensor": 2, "ring": 2}, 2)], ids=str)
 @pytest.mark.parametrize("name", EXACT + MORE)
 def test_it_is_one_device_for_every_batch(
     name: str, degrees: dict[str, int], batch: str, zero: int, pool: Callable[[int], Ranks]

@@ -132,7 +132,9 @@ def save_alone(folder: Path, zero: int, mesh: dict[str, int]) -> str:
     return found
 
 
-@pytest.mark.parametrize(("zero", "mesh"), [(0, {"ulysses": 2}), (3, {"ulysses": 2}), (0, {"tensor": 2})])
+@pytest.mark.parametrize(
+    ("zero", "mesh"), [(0, {"ulysses": 2}), (3, {"ulysses": 2}), pytest.param(0, {"tensor": 2}, marks=pytest.mark.long)]
+)
 def test_one_rank_saves_alone_or_is_refused_without_a_collective(
     zero: int, mesh: dict[str, int], pool: Pool, tmp_path: Path
 ) -> None:

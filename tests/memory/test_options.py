@@ -100,7 +100,7 @@ def test_all_tools_together_on_four_ranks(name: str, batch: str, pool: Callable[
     pool(4).run(with_tools, name, 2, 2, ALL | {"zero": 3, "fsdp_ranks": 2}, batch)
 
 
-@pytest.mark.parametrize("name", ["decoder", "llama", *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
+@pytest.mark.parametrize("name", ["decoder", *(pytest.param(name, marks=pytest.mark.long) for name in ("llama", *LONG))])
 def test_in_bf16_the_error_is_near_that_of_one_device(name: str, pool: Callable[[int], Ranks]) -> None:
     """Tiles sum their gradients in fp32; the bound with tiles is 1.5."""
     for ours, theirs in pool(2).run(half_errors, name):
