@@ -91,9 +91,8 @@ class LongTrainer(Base):  # type: ignore[misc]
         RunError: for arguments that are not supported over a mesh; and what ``parallelize`` and ``shard_batch`` raise.
     """
 
-    callback_handler: SharedDecisions
-
     accelerator: Any
+    callback_handler: SharedDecisions
     current_flos: float
     preprocess_logits_for_metrics: Any
     loss_is_scaled_for_ga = True  # labels are counted over the whole accumulated step
