@@ -141,6 +141,8 @@ def test_bad_input_is_refused_in_one_line(run: Path, folder: Path, tmp_path: Pat
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     (damaged / "run.json").write_text("{")
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial" / "run.json").write_text('{"step": 1, "model": {}}')
     refused: list[tuple[list[str], str]] = [
         ([str(run), "--data", str(tmp_path / "a.txt"), "--ranks", "3"], "document 0 has 2 tokens, fewer than the 3 that "),
         ([str(run), "--max-tokens", "2", "--ranks", "3"], "max_tokens=2 is too few for 3 ranks; use --max-tokens 3 or more"),
@@ -150,7 +152,10 @@ def test_bad_input_is_refused_in_one_line(run: Path, folder: Path, tmp_path: Pat
         (["hf:/nowhere"], "the folder '/nowhere' does not exist; name one that a Hugging Face model's save_pretrained wrote"),
         ([str(tmp_path / "bare")], "bare' holds no weights, only a config; name one that holds *.safetensors"),
         ([str(folder), "--max-tokens", "901"], "max_tokens=901 is more than the 900 that the model's RoPE reaches "),
-        ([str(damaged)], "is damaged: its run.json cannot be read; use another one"),
+        *(
+            ([str(path)], "is damaged: its run.json cannot be read; use another one")
+            for path in (damaged, tmp_path / "partial")
+        ),
     ]
     for flags, sentence in refused:
         assert cli.main(["evaluate", *flags]) == 2

@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,15 +106,16 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
         load_sharded_state(model, optimizer, tensors)
 
 
-def facts(path: Path) -> dict[str, Any]:
+def facts(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """The contents of ``run.json`` of the checkpoint in the folder ``path``: what ``save`` was given as ``facts``.
 
     Raises:
-        RunError: it cannot be read.
+        RunError: it cannot be read, or lacks ``step`` or one of the names in ``needed``.
     """
     try:
         held: dict[str, Any] = json.loads((path / FACTS).read_text())
-        held["step"]
+        for name in ("step", *needed):
+            held[name]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"the checkpoint {path} is damaged: its {FACTS} cannot be read; use another one") from error
     return held

@@ -124,7 +124,7 @@ def _find(config: Evaluate) -> Found:
             raise ModelError(f"the folder '{folder}' holds no weights, only a config; name one that holds *.safetensors")
         return Found(str(folder), source, None, source.tokenizer, _text_of_run(folder.parent), None)
     path = checkpoint.find(config.checkpoint, config.runs_folder)
-    facts = checkpoint.facts(path)
+    facts = checkpoint.facts(path, ("config", "model"))
     trained, source = facts["config"], model_source.from_description(facts["model"])
     return Found(str(path), source, path, trained["tokenizer"], tuple(trained["data"]), facts["text"]["vocab"])
 
