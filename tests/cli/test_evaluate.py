@@ -79,6 +79,7 @@ def test_documents_have_the_loss_of_one_device(ranks: int, tensor: int, run: Pat
     assert float(everything[-2]) == pytest.approx(mean, abs=1e-4)
 
 
+@pytest.mark.long
 def test_a_long_document_is_cut_and_bf16_is_near(run: Path, tmp_path: Path) -> None:
     config = Evaluate(checkpoint=str(run), data=(f"{run.parent.parent}/29.txt",), max_tokens=101)
     (document, _) = table(config, tmp_path)

@@ -82,13 +82,8 @@ def of_local_ranks(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return losses(folder)
 
 
-QUICK = ("srun",)
-"""Of those that give each rank its environment; torchrun is in test_launch.py, the others run in make test-long."""
-
-
-@pytest.mark.parametrize(
-    "launcher", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in LAUNCHERS]
-)
+@pytest.mark.long  # make test has torchrun in test_launch.py
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_launcher_s_ranks_are_one_run(launcher: str, text: Path, of_local_ranks: list[float], tmp_path: Path) -> None:
     (tmp_path / "text.txt").symlink_to(text)
     program, environments = LAUNCHERS[launcher]

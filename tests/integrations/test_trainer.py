@@ -35,7 +35,7 @@ CASES = {
 """Settings, 20 steps where they do not say so, zero, and the mesh of 4 ranks with data 2."""
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long) if case == "tensor" else case for case in CASES])
 def test_twenty_steps_are_those_of_one_device(case: str, pool: Pool, tmp_path: Path) -> None:
     settings, zero, mesh = CASES[case]
     (alone,) = pool(1).run(train, tmp_path / "one", 4, None, settings)
@@ -105,7 +105,7 @@ def predictions(given: Any) -> dict[str, float]:
     return {"logits": float((logits[there] ** 2).mean()), "encoded": float((encoded[:, 0] ** 2).mean())}
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.long), 3])
 def test_an_encoder_decoder_trains_and_predicts_as_on_one_device(zero: int, pool: Pool, tmp_path: Path) -> None:
     settings = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3}
     given = {"train_dataset": translations(), "eval_dataset": translations(5), "data_collator": pad_pair}
