@@ -151,7 +151,6 @@ USES: dict[str, tuple[str, Callable[[], object]]] = {
     "has_cpu_gemm": ("_is_mkldnn_bf16_supported", lambda: _compat.has_cpu_gemm(torch.bfloat16)),
     "flex_lse_request": ("AuxRequest", _compat.flex_lse_request),
     "flattened": ("_flatten", lambda: _compat.flattened(_Anything(), "both")),  # type: ignore[arg-type]
-    "backward_id": ("_current_graph_task_id", _compat.backward_id),
     "after_backward": ("queue_callback", lambda: _compat.after_backward(print)),
     "accumulates_gradient": ("_will_engine_execute_node", lambda: _compat.accumulates_gradient(nn.Parameter(torch.ones(1)))),
     "fsdp_backward_is_unfinished": ("_state_ctx", lambda: _compat.fsdp_backward_is_unfinished(_FSDPModule())),

@@ -185,13 +185,9 @@ base_of_view: Callable[[Tensor], Tensor | None] = attrgetter("_base")
 """The tensor of which a tensor is a view; None if it is not a view."""
 register_fake_backend = partial(_imported, "torch.testing._internal.distributed.fake_pg", "FakeStore", "longspan rehearse")
 """Registers PyTorch's "fake" backend, of whose process groups one rank alone exists, when it is called."""
+backward_id: Callable[[], int] = _symbol(torch._C, "_current_graph_task_id", "the average of gradients")
+"""The number of the backward pass that is running in this thread; -1 if none is."""
 ZERO = "zero=2 and zero=3"
-
-
-def backward_id() -> int:
-    """The number of the backward pass that is running in this thread; -1 if none is."""
-    number: int = _symbol(torch._C, "_current_graph_task_id", "the average of gradients")()
-    return number
 
 
 def after_backward(callback: Callable[[], None]) -> None:

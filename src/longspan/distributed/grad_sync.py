@@ -55,6 +55,7 @@ class MeanGradients:
     def __init__(self, model: nn.Module, mesh: ParallelMesh) -> None:
         self._model = model
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._known = frozenset(map(id, self._parameters))
         self._running: WeakValueDictionary[int, MeanInBuckets] = WeakValueDictionary()
         self._delayed: MeanInBuckets | None = None
         self._backward_in_delayed = -1
@@ -152,9 +153,9 @@ class MeanGradients:
         It is also a forward pre-hook: if all parameters with hooks were frozen or replaced, no hook would run in the backward.
         Of a part of the model (``module``) that is called by itself, only its own parameters count.
         """
-        known, called = set(map(id, self._parameters)), set(map(id, (module or self._model).parameters()))
-        for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad and id(parameter) not in known and id(parameter) in called:
+        for parameter in (module or self._model).parameters():
+            if parameter.requires_grad and id(parameter) not in self._known:
+                name = next(name for name, each in self._model.named_parameters() if each is parameter)
                 raise ModelError(
                     f"parameter {name!r} was unfrozen or replaced after parallelize: its gradient would differ between ranks; "
                     f"call unparallelize(model), then parallelize it again"

@@ -6,6 +6,7 @@ Nothing else in the package touches a private name of Transformers, so that a ne
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,14 +83,15 @@ def loss_kind(model: Any) -> str | None:
     return None if has_loss_function(model) else kind
 
 
-def loss_keywords(kind: str | None) -> set[str]:
+@cache
+def loss_keywords(kind: str | None) -> frozenset[str]:
     """The names of the arguments that a loss function takes, and of those of the cross-entropy that it calls.
 
     ``kind`` is the function's name in Transformers' table of losses; None gives an empty set.
     """
     functions: list[Any] = [LOSS_MAPPING[kind], fixed_cross_entropy] if kind in LOSS_MAPPING else []
     parameters = [each for function in functions for each in inspect.signature(function).parameters.values()]
-    return {each.name for each in parameters if each.kind is not each.VAR_KEYWORD} - {"source", "target"}
+    return frozenset(each.name for each in parameters if each.kind is not each.VAR_KEYWORD) - {"source", "target"}
 
 
 @contextmanager

@@ -245,7 +245,8 @@ class Snapshot:
                         f"config.{name.removesuffix('_internal')} was {value!r} when the model was proven and is "
                         f"{now.get(name)!r} now; {WAY_OUT}"
                     )
-            if len(now) != len(fields) and (added := sorted(_fields(config).keys() - fields.keys())):
+            unknown = now.keys() - fields.keys() - HARMLESS_FIELDS
+            if added := sorted(name for name in unknown if not _is_config(now[name])):
                 raise ModelError(f"config.{added[0]} was added after parallelize; {WAY_OUT}")
 
 
@@ -319,7 +320,12 @@ def _fields(config: Any) -> dict[str, Any]:
     """{name: copy} of the fields of a config that can change a forward; nested configs, which are recorded by themselves,
     left out."""
     fields = {name: value for name, value in vars(config).items() if name not in HARMLESS_FIELDS}
-    return {name: deepcopy(value) for name, value in fields.items() if not hasattr(value, "get_text_config")}
+    return {name: deepcopy(value) for name, value in fields.items() if not _is_config(value)}
+
+
+def _is_config(value: Any) -> bool:
+    """Whether a field of a config is another config."""
+    return hasattr(value, "get_text_config")
 
 
 def _gathered(root: nn.Module) -> set[int]:
