@@ -9,8 +9,10 @@ from longspan.masks.constructors import Causal, SinkTokens, Window
 from tests.helpers.kernel_cases import Slopes, assert_same, bands_of, draw_inputs, naive, run
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("softcap", "biased"),
+    [(None, False), (3.0, True), *(pytest.param(*each, marks=pytest.mark.long) for each in ((3.0, False), (None, True)))],
+)
 def test_online_across_tiles(softcap: float | None, biased: bool) -> None:
     """More keys and queries than one tile, so that merging, skipping and the sums over tiles are met."""
     x = draw_inputs(1300, 2500, heads=4, kv_heads=2, dim=6, v_dim=10)
