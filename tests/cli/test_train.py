@@ -186,6 +186,10 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
         (["--data", str(tmp_path / "none.txt")], "none.txt' does not exist; name a file, a folder or a glob of "),
         (["--data", str(tmp_path / "empty.txt")], "empty.txt' holds no text: 1 file, nothing in it; name files that hold some"),
         (["--data", str(tmp_path / "short.txt")], "tokens, fewer than one sequence of tokens=64; use --tokens "),
+        (
+            ["--data", str(tmp_path / "short.txt"), "--tokens", "8"],
+            "the text has 12 tokens, and the twentieth that is held out ",
+        ),
         (["--data", text, "--tokenizer", "klingon"], "klingon"),
         (["--data", text, "--ulysses", "3", "--ranks", "2"], "ulysses=3 x ring=1 does not divide the world of 2 ranks; "),
         (

@@ -221,7 +221,15 @@ def _held_out(corpus: Corpus, config: Train, mesh: ParallelMesh) -> Loader:
     """The Loader of the evaluation, over the held-out part of ``corpus``: one row per data replica at a time.
 
     If that is shorter than ``config.tokens``, its one sequence is all of it.
+
+    Raises:
+        RunError: it is one token, which no other one predicts.
     """
+    if corpus.held_out.tokens < 2:
+        raise RunError(
+            f"the text has {corpus.train.tokens + corpus.held_out.tokens} tokens, and the twentieth that is held out would be "
+            f"one token, which has no loss; give --data of 40 tokens or more"
+        )
     tokens = min(config.tokens, corpus.held_out.tokens)
     return Loader(corpus.held_out, tokens=tokens, rows=mesh.coordinate.data, seed=config.seed, coordinate=mesh.coordinate)
 
