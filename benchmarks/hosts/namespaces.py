@@ -92,6 +92,8 @@ def hosts(count: int, mbit: float | None = None) -> Iterator[Hosts]:
         _make_switch(switch)
         for host, name in enumerate(names):
             _make_host(name, switch, host, made.address(host), mbit)
+        for name in names:
+            _introduce(name, made)
         yield made
     finally:
         with _undisturbed():
@@ -121,7 +123,8 @@ def _make_switch(switch: str) -> None:
 def _make_host(name: str, switch: str, host: int, address: str, mbit: float | None) -> None:
     port = f"port{host}"
     _run("ip", "netns", "add", name)
-    _run("ip", "link", "add", INTERFACE, "netns", name, "type", "veth", "peer", "name", port, "netns", switch)
+    own = ("name", INTERFACE, "address", _hardware_address(host), "netns", name)
+    _run("ip", "link", "add", *own, "type", "veth", "peer", "name", port, "netns", switch)
     for place, interface in ((name, INTERFACE), (switch, port)):
         # without IPv6 nothing but the ranks sends; with one segment a buffer the kernel counts frames as a wire carries them
         _run("ip", "netns", "exec", place, "sh", "-c", f"echo 1 > /proc/sys/net/ipv6/conf/{interface}/disable_ipv6 || true")
@@ -132,6 +135,24 @@ def _make_host(name: str, switch: str, host: int, address: str, mbit: float | No
     _run("ip", "-n", name, "link", "set", "lo", "up")
     _run("ip", "-n", name, "addr", "add", f"{address}/16", "dev", INTERFACE)
     _run("ip", "-n", name, "link", "set", INTERFACE, "up")
+
+
+def _hardware_address(host: int) -> str:
+    return f"02:00:00:00:{host // 256:02x}:{host % 256:02x}"
+
+
+def _introduce(name: str, made: Hosts) -> None:
+    """Let the host called ``name`` know the hardware addresses of all hosts of ``made``.
+
+    Else each asks for every other, which is traffic too, and the kernel keeps 1,024 answers for all namespaces together: 40
+    hosts have 1,560, and some of them would not connect.
+    """
+    known = [
+        f"neigh replace {made.address(host)} lladdr {_hardware_address(host)} dev {INTERFACE} nud permanent"
+        for host in range(len(made.names))
+        if made.names[host] != name
+    ]
+    _run("ip", "-n", name, "-batch", "-", given="\n".join(known))
 
 
 def _limit(place: str, interface: str, mbit: float) -> None:
@@ -162,8 +183,8 @@ def _undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(*command: str, given: str = "") -> str:
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
     return done.stdout
