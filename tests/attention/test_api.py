@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from torch import Tensor
 
 from longspan.attention.api import AttentionSpec, attend, plan_attention
 from longspan.distributed.collectives import CountingTransport, TorchTransport
@@ -171,6 +172,24 @@ def test_a_gradient_that_is_one_number_everywhere() -> None:
     expected = torch.autograd.grad(attend(q, k, v, mask=Causal()), (q, k, v), torch.ones(1, 31, 4, 8, dtype=torch.float64))
     for mine, theirs in zip(found, expected):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"recomputable": True}])
+def test_a_kernel_of_the_user_gets_tensors_whose_last_dim_is_contiguous(options: dict[str, Any]) -> None:
+    strides: set[int] = set()
+
+    class Mine(Reference):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **more: Any) -> Any:
+            strides.update(x.stride(-1) for x in (q, k, v))
+            return super().forward(q, k, v, *rest, **more)
+
+        def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *rest: Any, **more: Any) -> Any:
+            strides.update(x.stride(-1) for x in (dout, q, k, v, out))
+            return super().backward(dout, q, k, v, out, *rest, **more)
+
+    q, k, v = (torch.randn(1, 7, 8, 4, dtype=torch.float64).transpose(2, 3).requires_grad_() for _ in range(3))
+    attend(q, k, v, mask=Causal(), kernel=Mine(), **options).sum().backward()
+    assert strides == {1}
 
 
 @pytest.mark.parametrize("extras", [{"softcap": 20.0}, {"kernel": "online"}, {}])

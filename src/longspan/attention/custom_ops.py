@@ -31,7 +31,7 @@ from torch.profiler import record_function
 from longspan.attention import ring
 from longspan.attention.plan import AttentionPlan, ExchangePlan, HeadChunk
 from longspan.attention.ulysses import new_output, start_exchange_to_heads, start_exchange_to_tokens
-from longspan.kernels.protocol import accumulation_dtype
+from longspan.kernels.protocol import accumulation_dtype, contiguous_last_dim
 
 Return = Callable[[], Callable[[], None]]
 """A function that starts the all-to-all of a chunk's results back to the ranks that hold the tokens.
@@ -275,7 +275,7 @@ def _forward(
     Returns:
         (out [rows, heads, v_dim] in the dtype of q, log-sum-exp [heads, rows] with the sink logits, in fp32 or fp64).
     """
-    q_RGD, k_RGD, v_RGD = rows
+    q_RGD, k_RGD, v_RGD = map(contiguous_last_dim, rows)  # what a Kernel may expect
     with _without_autocast(q_RGD):
         out, lse = ring.forward(q_RGD, k_RGD, v_RGD, plan=plan, chunk=chunk, parameters=tuple(parameters))
     if sinks is not None:
@@ -310,7 +310,7 @@ def _backward(
     Returns:
         (dq, dk, dv, gradient of the sink logits or None, list of the gradients of the bias parameters).
     """
-    q_RGD, out_RGD, dout_RGD, k_RGD, v_RGD = rows
+    q_RGD, out_RGD, dout_RGD, k_RGD, v_RGD = map(contiguous_last_dim, rows)
     leaves = tuple(parameter.detach().requires_grad_() for parameter in parameters)
     with _without_autocast(q_RGD):
         dq, dk, dv, dparameters = ring.backward(

@@ -82,9 +82,9 @@ class BoundBias(Protocol):
 class Kernel(Protocol):
     """Attention on one rank, as a forward and a backward without autograd; pass your own as ``attend(kernel=)``.
 
-    q, k and v may be strided views whose last dim is contiguous; ``heads`` is a multiple of ``kv_heads``. Results are fp64 for
-    fp64 inputs, and otherwise fp32, or the dtype of q where one fused operator formed them whole; the log-sum-exp is never less
-    than fp32. A query that sees no key in any band has out = 0, lse = -inf and no gradient.
+    q, k, v, out and dout may be strided views whose last dim is contiguous; ``heads`` is a multiple of ``kv_heads``. Results
+    are fp64 for fp64 inputs, and otherwise fp32, or the dtype of q where one fused operator formed them whole; the log-sum-exp
+    is never less than fp32. A query that sees no key in any band has out = 0, lse = -inf and no gradient.
     """
 
     @property
