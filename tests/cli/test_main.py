@@ -114,6 +114,21 @@ def test_flags_win_over_a_file_and_a_file_over_the_record_of_a_run(tmp_path: Pat
     assert (named.run, named.decay_steps) == ("old", 9)
 
 
+@pytest.mark.parametrize("resume", ["old", True])
+def test_a_file_names_the_run_that_is_resumed_and_its_folder_too(tmp_path: Path, resume: str | bool) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text(json.dumps({"steps": 5, "tokens": 10, "run": "old"}))
+    (tmp_path / "latest").write_text("old\n")
+    (tmp_path / "a.json").write_text(json.dumps({"runs_folder": str(tmp_path), "steps": 6}))
+    (tmp_path / "b.json").write_text(json.dumps({"runs_folder": str(tmp_path), "steps": 6, "resume": resume}))
+    expected = Train(
+        steps=6, decay_steps=5, tokens=10, run="old", runs_folder=str(tmp_path), resume="old" if resume == "old" else "latest"
+    )
+    flags = ["--resume", "old"] if resume == "old" else ["--resume"]
+    assert cli.parse("train", [*flags, "--config", str(tmp_path / "a.json")]) == expected
+    assert cli.parse("train", ["--config", str(tmp_path / "b.json")]) == expected
+
+
 def test_a_file_names_the_checkpoint_too(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"checkpoint": "x", "documents": 2}')
     assert cli.parse("evaluate", ["--config", str(tmp_path / "a.json")]) == Evaluate(checkpoint="x", documents=2)

@@ -177,7 +177,7 @@ def _answer(given: Sequence[str]) -> int:
 def parse(verb: str, arguments: Sequence[str]) -> Any:
     """Parse the flags of a verb into its validated settings.
 
-    Flags override ``--config FILE``, which overrides the settings of the run that ``--resume`` names.
+    Flags override ``--config FILE``, which overrides the settings of the run that ``resume``, of either, names.
 
     Args:
         verb: a key of ``VERBS``.
@@ -196,18 +196,17 @@ def parse(verb: str, arguments: Sequence[str]) -> Any:
     flags, file = _take_config_out(_name_the_latest(arguments))
     _refuse_unknown(verb, flags)
     refuse_units(kind, flags)
+    values = {} if file is None else known(kind, read_file(file), f"the config {file}")
+    of_file = _name_the_latest(_as_flags(values))
     base: Any = None
-    given = _read(verb, flags, None)
+    given = _read(verb, flags, _read(verb, of_file, None))
     if isinstance(given, Train) and given.resume is not None:
         name, settings = settings_of_run(given.runs_folder, given.resume)
         settings["decay_steps"] = settings.get("decay_steps") or settings.get("steps")  # --steps must not bend the schedule
         base = _read(verb, _as_flags(known(kind, settings, f"the run {name}")), base)
         flags += ["--run", name]
-    values = {} if file is None else known(kind, read_file(file), f"the config {file}")
     _refuse_contradictions(flags, values)
-    if file is not None:
-        base = _read(verb, _as_flags(values), base)
-    return kind(**vars(_read(verb, flags, base)))
+    return kind(**vars(_read(verb, flags, _read(verb, of_file, base))))
 
 
 def _run(verb: str, flags: Sequence[str]) -> int:
