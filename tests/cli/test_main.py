@@ -183,6 +183,9 @@ def test_bad_flags_are_one_line(arguments: str, line: str, capsys: pytest.Captur
         ('{"tokens": "x"}', "Error parsing --tokens: invalid literal for int()"),
         ('{"tokens": {"a": 1}}', "has the table tokens; every setting is one value or a list: write the settings at the top "),
         ('{"steps": 3, "epochs": 1}', "--steps and --epochs both say how long the run is; "),
+        ('{"debug": "yes"}', 'sets debug to "yes", but debug is a switch: write true or false, without quotes'),
+        ('{"chunked_loss": 1}', "sets chunked_loss to 1, but chunked_loss is a switch: "),
+        ('{"steps": true}', "sets steps to true, but steps is no switch: write its value"),
         ('{"tokns": 3}', "sets tokns, unknown to train (did you mean tokens?); legal are ranks, "),
     ],
 )

@@ -95,10 +95,11 @@ def settings_of_run(runs_folder: str, name: str) -> tuple[str, dict[str, Any]]:
 
 
 def known(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
-    """``values`` unchanged, if all its names are fields of the settings class ``kind``.
+    """``values`` unchanged, if all its names are fields of the settings class ``kind`` and its switches are true or false.
 
     Raises:
-        RunError: some names are no fields; the message lists them, begins with ``where`` and suggests the nearest field.
+        RunError: some names are no fields; the message lists them, begins with ``where`` and suggests the nearest field. Or a
+            switch has another value, or a field that is no switch is true or false (but ``resume``, which is then the latest).
     """
     names = [field.name for field in fields(kind)]
     if strange := sorted(set(values) - set(names)):
@@ -106,6 +107,11 @@ def known(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]
         raise RunError(
             f"{where} sets {', '.join(strange)}, unknown to {kind.__name__.lower()}{near}; legal are {', '.join(names)}"
         )
+    switches = {field.name for field in fields(kind) if field.type is bool}
+    for name, value in values.items():
+        if isinstance(value, bool) != (name in switches) and (name, value) != ("resume", True):
+            legal = "is a switch: write true or false, without quotes" if name in switches else "is no switch: write its value"
+            raise RunError(f"{where} sets {name} to {json.dumps(value, default=str)}, but {name} {legal}")
     return values
 
 
