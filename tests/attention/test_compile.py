@@ -25,7 +25,10 @@ NEWER = pytest.mark.skipif(not _compat.PLANS_ARE_CONSTANTS, reason="before PyTor
     [
         pytest.param("compiled_block", BLOCKS[0], marks=NEWER),  # shows a graph break and a wrong fake shape
         *(pytest.param("compiled_block", block, marks=[NEWER, pytest.mark.long]) for block in BLOCKS[1:]),
-        *(pytest.param("compiled_llama", (rows,), marks=pytest.mark.long) for rows in ("plain", "packed", "chunked")),
+        *(
+            pytest.param("compiled_llama", (rows,), marks=pytest.mark.long)
+            for rows in ("plain", "packed", "chunked", "sharded")
+        ),
     ],
 )
 def test_it_is_one_graph_and_exact(script: str, arguments: tuple[str, ...], tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def _look_again_in_the_backward(shards: Shards, model: nn.Module, _: object, out
                 each.register_hook(lambda _: refuse_gradient_hooks(model, named))
 
 
+@partial(torch.compiler.disable, reason="it reads the hooks of each parameter, and would be compiled for each shape")
 def refuse_gradient_hooks(model: nn.Module, shards: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Raise ModelError for a hook on the gradient of a shard, or of the whole parameter that FSDP2 gathers from it.
 
