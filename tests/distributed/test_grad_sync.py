@@ -2,13 +2,15 @@ from itertools import permutations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from longspan.distributed import grad_buckets
 from longspan.distributed.collectives import all_reduce_sum
-from longspan.distributed.grad_sync import MeanGradients, average_gradients
+from longspan.distributed.grad_sync import MeanGradients, average_gradients, gradient_reductions
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from tests.helpers.ranks import on_ranks
@@ -254,3 +256,20 @@ def _not_averaged():
         average_gradients(nn.Linear(2 + mesh.coordinate.data_rank, 1), mesh)
     with pytest.raises(ModelError, match=r"average_gradients was given 'weight', a sharded parameter"):
         average_gradients(fully_shard(nn.Linear(4, 4), mesh=mesh.fsdp_mesh), mesh)
+
+
+def test_meshes_of_one_device_mesh_reduce_gradients_in_groups_of_their_own(tmp_path):
+    for rank, found in enumerate(on_ranks(4, _groups_of_three_views, tmp_path=tmp_path)):
+        by_row, by_column = [rank % 2, rank % 2 + 2], [rank // 2 * 2, rank // 2 * 2 + 1]
+        assert found == ([by_row, by_column, by_row], 3)
+
+
+def _groups_of_three_views():
+    device_mesh = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("rows", "columns", "gradients"))
+    views = [
+        ParallelMesh.from_device_mesh(device_mesh, ulysses=None, data="rows", tensor="columns"),
+        ParallelMesh.from_device_mesh(device_mesh, ulysses="columns", data=None, pipeline="rows"),
+        ParallelMesh.from_device_mesh(device_mesh, ulysses="rows", data=None, tensor="columns"),
+    ]
+    groups = [gradient_reductions(mesh).group for mesh in views]
+    return [dist.get_process_group_ranks(group) for group in groups], len(set(map(id, groups)))

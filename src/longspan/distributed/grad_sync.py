@@ -26,7 +26,7 @@ from longspan.distributed.consensus import first_difference, gather_or_raise, la
 from longspan.distributed.deferred_hooks import DeferredHooks
 from longspan.distributed.grad_buckets import Buckets, MeanInBuckets, Reductions, reduction_dtype
 from longspan.distributed.grad_norm import local_part
-from longspan.distributed.groups import new_group, set_timeout
+from longspan.distributed.groups import new_group, new_group_of, set_timeout
 from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 
@@ -227,7 +227,7 @@ def gradient_reductions(mesh: ParallelMesh) -> Reductions:
         elif mesh.fsdp_group.size() == mesh.world_group.size():  # a DeviceMesh would take the group of all ranks, as others do
             group = new_group(backend="")
         else:
-            group = _compat.flattened(mesh.fsdp_mesh, "gradients").get_group()
+            group = new_group_of(mesh.fsdp_mesh.mesh.tolist(), mesh.world_group, backend="")
         set_timeout([group], mesh.timeout)
         mesh.own_reductions = Reductions(group, mesh.loss_control_group)
     return mesh.own_reductions
