@@ -195,6 +195,18 @@ def _compare_with_one_device(mesh: ParallelMesh) -> None:
             r"they must be different dims in the order pipeline, data, ring, ulysses, tensor",
         ),
         ((2, 2, 1), ("dp", "tp", "cp"), {}, r"the dims tp of the DeviceMesh .* are left over from data='dp', ulysses='cp'"),
+        (
+            (4,),
+            ("dp",),
+            {"ulysses": None},
+            r"data='dp' of the DeviceMesh .* name no dim for any of ring, ulysses, tensor; make it",
+        ),
+        (
+            (2, 2),
+            ("pp", "tp"),
+            {"pipeline": "pp", "data": None, "ulysses": None, "tensor": "tp"},
+            r"name no dim for any of data, ring, ulysses; make it with one more dim, of size 1, and pass its name",
+        ),
         ((2, 2), ("dp", "cp"), {"layout": "diagonal"}, r"layout='diagonal' is unknown"),
     ],
 )

@@ -98,14 +98,12 @@ class MeshCoordinate:
 
     @property
     def sequence_rank(self) -> int:
-        """The index of this rank among the ``sequence_ranks`` ranks that hold one sequence, in the order ring, ulysses,
-        tensor."""
+        """The index of this rank among the ``sequence_ranks`` ranks of one sequence, in the order ring, ulysses, tensor."""
         return (self.ring_rank * self.ulysses + self.ulysses_rank) * self.tensor + self.tensor_rank
 
     @property
     def attention_ranks(self) -> int:
-        """The number of ranks over which one head's attention may be spread: ring x ulysses. (Tensor ranks have other
-        heads.)"""
+        """The number of ranks over which one head's attention may be spread: ring x ulysses. Tensor ranks have other heads."""
         return self.ring * self.ulysses
 
     def layout(self, tokens: int) -> Layout:
@@ -196,7 +194,7 @@ class ParallelMesh:
         cls,
         device_mesh: DeviceMesh,
         *,
-        ulysses: str = "cp",
+        ulysses: str | None = "cp",
         ring: str | None = None,
         data: str | None = "dp",
         tensor: str | None = None,
@@ -212,7 +210,8 @@ class ParallelMesh:
         Args:
             device_mesh: a DeviceMesh with named dims over all ranks of the process group, in the order of the ranks.
             ulysses, ring, data, tensor, pipeline: the name of the dim that becomes this axis; None for an axis of size 1 that
-                the DeviceMesh does not have. They must stand in the order of ``AXES``. Every other dim must have size 1.
+                the DeviceMesh does not have. They must stand in the order of ``AXES``; one of ring, ulysses and tensor, and one
+                of data, ring and ulysses, must be named. Every other dim must have size 1.
             layout: "contiguous" or "zigzag"; None: zigzag where ring > 1.
             transport: carries every exchange of tensors; None: PyTorch's all-to-all.
 
@@ -314,7 +313,7 @@ def rank_sets(device_mesh: DeviceMesh, names: Mapping[str, str], axes: Sequence[
 
     Args:
         device_mesh: has a dim for every axis in ``names``.
-        names: the dim of each axis; an axis without one has size 1. Each set needs at least one axis that has a dim.
+        names: the dim of each axis; an axis without one has size 1. Each set needs an axis that has a dim.
         axes: the table that says to which sets an axis belongs.
 
     Returns:
@@ -334,14 +333,8 @@ def _refuse_unknown_layout(layout: str | None) -> None:
 
 
 def _refuse_unfit_dims(device_mesh: DeviceMesh, names: Mapping[str, str], known: str, world: int) -> None:
-    """Raise LayoutError if the dims that ``from_device_mesh`` was given do not make up its DeviceMesh.
-
-    Args:
-        device_mesh: the DeviceMesh.
-        names: {axis: name of the dim}, in the order of ``AXES``.
-        known: its dims and sizes, as text for the error.
-        world: the number of ranks of the process group.
-    """
+    """Raise LayoutError if ``names``, {axis: dim} in the order of ``AXES``, do not make up a DeviceMesh over all ``world``
+    ranks, whose dims and sizes are ``known`` as text."""
     dims = device_mesh.mesh_dim_names or ()
     wanted = ", ".join(f"{axis}={name!r}" for axis, name in names.items())
     for axis, name in names.items():
@@ -353,6 +346,13 @@ def _refuse_unfit_dims(device_mesh: DeviceMesh, names: Mapping[str, str], known:
             f"{wanted} are not in the order of the DeviceMesh {known}; they must be different dims in the order "
             f"{', '.join(axis.name for axis in AXES)}, because neighbouring ranks exchange most"
         )
+    for kind in ("sequence", "fsdp"):
+        could = [axis.name for axis in AXES if kind in axis.sets]
+        if not names.keys() & set(could):
+            raise LayoutError(
+                f"{wanted} of the DeviceMesh {known} name no dim for any of {', '.join(could)}; make it with one more dim, of "
+                f"size 1, and pass its name for one of these axes"
+            )
     left = [name for name in dims if name not in names.values() and device_mesh[name].size() > 1]
     if left:
         raise LayoutError(
