@@ -247,3 +247,22 @@ def _waited() -> bool:
     else:
         time.sleep(4)
     return time.monotonic() - started < 30
+
+
+def test_the_timeout_holds_for_what_stages_send_and_for_the_control_of_a_stage(tmp_path: Path) -> None:
+    assert on_ranks(4, _stages_waited, tmp_path=tmp_path, seconds=15) == [True] * 4
+
+
+def _stages_waited() -> bool:
+    mesh = ParallelMesh(pipeline=2, timeout=timedelta(seconds=1))
+    for group in (mesh.pipeline_group, mesh.loss_control_group):
+        dist.barrier(group=group)
+    started = time.monotonic()
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError):
+            dist.recv(torch.zeros(1), 2, group=mesh.pipeline_group)
+        with pytest.raises(RuntimeError):
+            dist.all_reduce(torch.zeros(1), group=mesh.loss_control_group)
+        return time.monotonic() - started < 6
+    time.sleep(8)
+    return True

@@ -27,7 +27,9 @@ def new_group(*, backend: str = "gloo", timeout: timedelta | None = None) -> dis
     return group
 
 
-def new_group_of(ranks: list[int], world_group: dist.ProcessGroup, *, backend: str = "gloo") -> dist.ProcessGroup:
+def new_group_of(
+    ranks: list[int], world_group: dist.ProcessGroup, *, backend: str = "gloo", timeout: timedelta | None = None
+) -> dist.ProcessGroup:
     """A process group of some ranks. Every group beside a DeviceMesh's is made by this function or by ``new_group``.
 
     Every rank must call it at once, each with the ranks of its own group: NCCL splits them off the group of all ranks together.
@@ -35,13 +37,13 @@ def new_group_of(ranks: list[int], world_group: dist.ProcessGroup, *, backend: s
     Args:
         ranks: global ranks, this one among them.
         world_group: all ranks, on gloo.
-        backend: as in ``new_group``.
+        backend, timeout: as in ``new_group``.
     """
     if is_fake():
         backend = FAKE
     else:
         _join_as_many_groups(world_group)
-    group: dist.ProcessGroup = dist.new_group(ranks, backend=backend or None, use_local_synchronization=True)
+    group: dist.ProcessGroup = dist.new_group(ranks, timeout, backend or None, use_local_synchronization=True)
     return group
 
 

@@ -62,8 +62,7 @@ AXES = (
 )
 """The axes in the order of the ranks; ranks along the last one are neighbours.
 
-A new axis is a row here, a degree of ``ParallelMesh`` and two fields of ``MeshCoordinate``; every rank set follows from its
-row.
+A new axis is a row here, a degree of ``ParallelMesh`` and two fields of ``MeshCoordinate``.
 """
 BASIC = ("data", "ring", "ulysses")
 """The axes that every mesh has a dim for; the others only where their degree is more than 1."""
@@ -186,6 +185,9 @@ class ParallelMesh:
         device_mesh = init_device_mesh(own_device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         self._build(device_mesh, {name: name for name in sizes}, world_group, layout, hosts)
         self.timeout = timeout
+        if pipeline > 1 and timeout is not None:  # a receive of gloo waits as long as its group was made for
+            stages = dist.get_process_group_ranks(device_mesh["pipeline"].get_group())
+            self.pipeline_group = new_group_of(stages, world_group, backend="", timeout=timeout)
         set_timeout(self._groups(), timeout)
         self.device, self.transport, self.why = own_device, transport or TorchTransport(), degrees.why
 
@@ -292,7 +294,7 @@ class ParallelMesh:
     def _groups(self) -> tuple[dist.ProcessGroup, ...]:
         """All process groups of the mesh, some of them twice."""
         axes = (self.pipeline_group, self.data_group, self.ring_group, self.ulysses_group, self.tensor_group)
-        return (*axes, self.sequence_group, self.loss_group, self.fsdp_group, self.world_group)
+        return (*axes, self.sequence_group, self.loss_group, self.fsdp_group, self.world_group, self.loss_control_group)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ParallelMesh":
         return self  # process groups cannot be copied; a copied model belongs to the same ranks
@@ -307,9 +309,7 @@ class ParallelMesh:
 
 
 def rank_sets(device_mesh: DeviceMesh, names: Mapping[str, str], axes: Sequence[Axis] = AXES) -> dict[str, DeviceMesh]:
-    """The rank sets by name, each as a DeviceMesh of one dim: all ranks along the axes that belong to the set.
-
-    Call it on every rank, because it makes process groups.
+    """The rank sets by name, each as a DeviceMesh of one dim: all ranks along its axes. Every rank must call it.
 
     Args:
         device_mesh: has a dim for every axis in ``names``.

@@ -351,7 +351,7 @@ class _Copies:
         self._name = ends.get(at.pipeline_rank)
         self.second = names[1] if at.pipeline_rank == at.pipeline - 1 else None
         ranks = [dist.get_global_rank(mesh.pipeline_group, rank) for rank in (ends if self._name else [at.pipeline_rank])]
-        self._group = new_group_of(ranks, mesh.world_group, backend="")
+        self._group = new_group_of(ranks, mesh.world_group, backend="", timeout=mesh.timeout)
 
     def held(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of the copy on this rank, if it has one."""
