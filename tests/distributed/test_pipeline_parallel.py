@@ -57,6 +57,8 @@ MORE: list[tuple[int, dict[str, int], PipelineOptions]] = [
     (4, {"pipeline": 2, "tensor": 2}, PipelineOptions()), (8, {"pipeline": 2, "tensor": 2, "ulysses": 2}, INTERLEAVED),
     (8, {"pipeline": 2, "tensor": 2, "ring": 2}, PipelineOptions()), (8, {"pipeline": 2, "ulysses": 2}, PipelineOptions()),
     (8, {"pipeline": 4, "ulysses": 2}, PipelineOptions()), (8, {"pipeline": 2, "tensor": 2}, PipelineOptions()),
+    (8, {"pipeline": 2, "ulysses": 2, "ring": 2}, PipelineOptions()), (8, {"pipeline": 2, "ring": 2}, PipelineOptions("gpipe")),
+    (4, {"pipeline": 4}, INTERLEAVED),
 ]  # fmt: skip
 
 
@@ -122,7 +124,8 @@ def equals_one_device(
     degrees: Mapping[str, int], options: PipelineOptions, zero: int, tied: bool, memory: MemoryOptions,
     fsdp_ranks: int | None = None,
 ) -> None:  # fmt: skip
-    mesh, reference = ParallelMesh(**degrees), model_of(tied)
+    mesh = ParallelMesh(**degrees)
+    reference = model_of(tied, layers=max(SHAPE.layers, mesh.coordinate.pipeline * options.stages_per_rank))
     model = parallelize(deepcopy(reference), mesh, zero=zero, memory=memory, fsdp_ranks=fsdp_ranks, pipeline=options)
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, reference)]
     whole, mine = batches_of(mesh)

@@ -100,6 +100,12 @@ def test_every_rank_that_holds_a_tensor_shard_may_have_a_copy_of_it(zero: int, p
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_eight_ranks_without_tensor_parallelism(zero: int, pool: Callable[[int], Ranks]) -> None:
+    pool(8).run(equals_one_device, {"ulysses": 2, "ring": 2}, zero, MemoryOptions(), {})
+
+
+@pytest.mark.long
 def test_shards_over_half_of_the_ranks_that_hold_a_tensor_shard(pool: Callable[[int], Ranks]) -> None:
     pool(8).run(equals_one_device, {"tensor": 2, "ulysses": 2}, 3, MemoryOptions(), {}, 2)
 
