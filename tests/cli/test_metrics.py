@@ -54,7 +54,8 @@ def test_a_run_that_another_process_trains_is_refused_and_keeps_its_records(tmp_
     first.write(record(1))
     assert "is being trained by another process; wait until that has ended" in str(Journal(tmp_path, 0, lead=True).fault)
     first.write(record(2))
-    first.close()
+    with pytest.raises(ZeroDivisionError), first:
+        record(1 // 0)
     third = Journal(tmp_path, 2, lead=True)
     third.close()
     assert third.fault is None

@@ -60,7 +60,8 @@ def output(width: int) -> Console:
 
 
 class Journal:
-    """Writes the records of a run to metrics.jsonl and to a TensorBoard event file; no other process can meanwhile.
+    """Writes the records of a run to metrics.jsonl and to a TensorBoard event file; no other process can meanwhile. A context
+    manager: exit closes it.
 
     A write error is not raised, because only one rank has it: the attribute ``fault`` becomes a RunError, later writes do
     nothing, and the caller raises ``fault`` on all ranks. It is None as long as every write has succeeded.
@@ -99,6 +100,12 @@ class Journal:
         except RunError as fault:  # of the lock or a tracker
             self.fault = fault
 
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
     def write(self, record: Record) -> None:
         """Append ``record``, which must have a ``step``, as one line of metrics.jsonl and as scalars of TensorBoard; on rank 0
         only.
@@ -131,7 +138,7 @@ class Journal:
             self._keep(error)
 
     def close(self) -> None:
-        """Flush and close the files, and the runs of the trackers."""
+        """Flush and close the files and the runs of the trackers, and let another process train the run."""
         for tracker in self._trackers.values():
             tracker.close()
         if self._lock is not None:

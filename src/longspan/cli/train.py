@@ -95,7 +95,7 @@ def work(config: Train) -> int:
     reported = min(done + 2, config.steps) if config.memory_report and lead else 0
     fetched = _fetch(loader, done + 1, mesh)
 
-    with Display(run.name, config.steps, done, lead) as display:
+    with journal, Display(run.name, config.steps, done, lead) as display:
         display.say(opening(source, corpus, loader, config, mesh, done))
         for step in range(done + 1, config.steps + 1):
             started, sent_before = time.perf_counter(), transport.traffic.bytes
@@ -140,7 +140,6 @@ def work(config: Train) -> int:
                 journal.write_memory(watched.timeline, *memory_heading(run.name, step, source, config, mesh))
                 process_bytes = peak_bytes(mesh.device) if mesh.device.type == "cpu" else None
                 display.say(memory_table(watched.timeline, step, process_bytes))
-    journal.close()
     raise_first_error(journal.fault, mesh.world_group)
     exported = source.export(model, run / "export", config.tokenizer, mesh)
     display.say(closing(run, losses[-LAST_STEPS:], eval_loss, corpus, config, exported))
