@@ -55,21 +55,13 @@ def compiled_is_one_device(then_packed: bool, chunked: bool, zero: int) -> None:
         assert packed or chunked or zero or not PLANS_ARE_CONSTANTS or not counters["graph_break"]
         graphs.append(counters["stats"]["unique_graphs"])
     assert not any("attrgetter" in reason for reason in counters["graph_break"])  # longspan's look at the hooks of parameters
-    assert (
-        chunked or zero or not PLANS_ARE_CONSTANTS or graphs[0] <= 2
-    )  # the second is torch's own, of the hooks behind the backward
+    # The second graph is torch's own, of the hooks behind the backward.
+    assert chunked or zero or not PLANS_ARE_CONSTANTS or graphs[0] <= 2
     print(graphs)
 
 
 if __name__ == "__main__":
     folder, rows = sys.argv[1:]
-    on_ranks(
-        2,
-        compiled_is_one_device,
-        rows == "packed",
-        rows == "chunked",
-        3 * (rows == "sharded"),
-        tmp_path=Path(folder),
-        seconds=240,
-    )
+    asked = (rows == "packed", rows == "chunked", 3 if rows == "sharded" else 0)
+    on_ranks(2, compiled_is_one_device, *asked, tmp_path=Path(folder), seconds=240)
     print("exact")

@@ -62,7 +62,7 @@ AXES = (
 )
 """The axes in the order of the ranks; ranks along the last one are neighbours.
 
-A new axis is a row here, a degree of ``ParallelMesh`` and two fields of ``MeshCoordinate``.
+A new axis is a row here, a degree of ``ParallelMesh`` and two fields of ``MeshCoordinate``; rank sets follow from its row.
 """
 BASIC = ("data", "ring", "ulysses")
 """The axes that every mesh has a dim for; the others only where their degree is more than 1."""
