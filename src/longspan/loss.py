@@ -33,8 +33,7 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.tensor_cuts import own_part
 from longspan.distributed.vocab_parallel import VocabularyRegion, is_on_tensor_axis, vocabulary_cut
 from longspan.errors import BatchError
-from longspan.kernels.linear_loss import LogitOptions, logit_terms
-from longspan.kernels.matmul import product_dtype
+from longspan.kernels.linear_loss import LogitOptions, logit_terms, product_dtype_of
 from longspan.kernels.protocol import accumulation_dtype
 from longspan.tuning import LOSS_TOKENS, LOSS_WORDS
 
@@ -151,9 +150,7 @@ def linear_cross_entropy(
     else:
         refuse_largest_label(longspan, len(weight), ignore_index)
         num_labels = longspan.num_labels if num_labels is None else num_labels
-    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-    dtype = torch.float64 if hidden.dtype == torch.float64 else product_dtype(dtype, hidden.device)
-    head = _Head(weight, bias, LogitOptions(scale, softcap, label_smoothing != 0, dtype))
+    head = _Head(weight, bias, LogitOptions(scale, softcap, label_smoothing != 0, product_dtype_of(hidden)))
     if mesh is not None and longspan is not None and is_on_tensor_axis(weight, mesh):
         lse, hit, *sums = _terms_over_vocabulary(hidden, labels, head, mesh, longspan)[:, rows]
     else:

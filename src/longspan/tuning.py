@@ -10,8 +10,11 @@ LOSS_TOKENS_ON_GPU, LOSS_WORDS_ON_GPU = 8192, 16384
 
 512 MiB of fp32 logits. Assumed, not measured: nothing has run on a GPU.
 """
-HEAD_TILE_BYTES = 64 * 2**20
-"""Size of one tile of fp32 logits where a Hugging Face model's own head forms them."""
+HEAD_TILE_BYTES, HEAD_TILE_BYTES_ON_GPU = 64 * 2**20, 512 * 2**20
+"""Size of one tile of fp32 logits where a Hugging Face model's own head forms them, on a CPU and on an accelerator.
+
+Assumed for the accelerator, as above.
+"""
 SCRATCH_BYTES = 256 * 2**20
 """Largest buffer that an exchange packs into and keeps for the next one, and as much received memory that is free."""
 SMALLEST_KEPT_BYTES = 2**20

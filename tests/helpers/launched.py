@@ -1,8 +1,10 @@
 """Starts ranks as separate processes, as a launcher does: each with its own environment variables."""
 
 import os
+import random
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tests.helpers.processes import end, start
@@ -40,7 +42,12 @@ def srun_tasks(tasks: int, **others: str) -> list[dict[str, str]]:
 
 
 def free_port() -> str:
-    """The number, as text, of a TCP port of this machine that no process uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """The number, as text, of a TCP port of this machine that no process uses.
+
+    It is below those that the system gives to outgoing connections, one of which could take it before a rank listens.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
+    raise RuntimeError("no port between 20,000 and 32,000 is free")

@@ -26,8 +26,9 @@ def test_auto_takes_the_cheapest_that_fits_and_says_why() -> None:
     assert tight.needs.peak <= 80 * 2**30
     assert tight.memory != MemoryOptions()
     assert fastest_that_fits(sizes, budget=80 * 2**30, whole_logits=True, **ask).memory.chunked_loss
-    least = [fastest_that_fits(sizes, budget=1, whole_logits=whole, **ask).needs.phases["loss"] for whole in (False, True)]
-    assert least[1] > least[0]  # the model's own head forms tiles, with their log-softmax and gradient
+    ask |= {"budget": 1, "whole_logits": True}
+    least = [fastest_that_fits(sizes, linear_head=linear, **ask).needs.phases["loss"] for linear in (True, False)]
+    assert least[1] > least[0]  # the model's own code forms tiles, with their log-softmax and gradient
 
 
 def test_auto_gives_a_model_its_tools(caplog: pytest.LogCaptureFixture) -> None:

@@ -20,9 +20,9 @@ from longspan import (
     shard_batch,
     unparallelize,
 )
-from longspan import loss as losses
 from longspan.distributed.grad_norm import grad_norm
 from longspan.hf import chunked_loss
+from longspan.kernels import linear_loss
 from longspan.memory import offload
 from longspan.models.adapter import STATE
 from longspan.models.decoder import Decoder
@@ -55,7 +55,7 @@ def with_tools(name: str, ulysses: int, ring: int, tools: dict[str, Any], batch:
     expected = loss_alone(reference, name, whole)
     expected.backward()
     with (  # tiles of four tokens, blocks of twenty words, and nothing too small to be moved to the host
-        patch.multiple(losses, LOSS_TOKENS=4, LOSS_WORDS=20),
+        patch.multiple(linear_loss, LOSS_TOKENS=4, LOSS_WORDS=20),
         patch.object(chunked_loss, "HEAD_TILE_BYTES", 4 * 4 * 97),
         patch.object(offload, "OFFLOAD_BYTES", 0),
     ):

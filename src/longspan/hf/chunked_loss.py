@@ -1,15 +1,16 @@
-"""The loss of a Hugging Face model without its logits: by its own head, scale and softcap, a tile of labelled tokens at a time.
+"""The loss of a Hugging Face model without its logits: in blocks of a linear head, else by its own head, in tiles of tokens.
 
     base model(**part)   ->   hidden [rows, my tokens, M]                                                        once
-    model.forward        ->   base model: a stub that gives a tile of hidden   ->   head, ...   ->   its loss    for each tile
+    a linear head        ->   blocks of tokens and vocabulary entries          ->   log-sum-exp, the label's logit
+    or model.forward     ->   base model: a stub that gives a tile of hidden   ->   head, ...   ->   its loss    for each tile
     model.forward        ->   base model: a stub that gives no token           ->   loss: the mean over all ranks, and whatever
                                                                                     else the model puts beside it
 
-With tensor > 1 the hidden states of all tensor ranks are gathered, and each rank's head has its own rows of the vocabulary: its
-tiles give the log-sum-exp and the label's logit, which the ranks that hold the tokens combine (distributed/vocab_parallel.py).
+With tensor > 1 the hidden states of all tensor ranks are gathered, and each rank's head has its own rows of the vocabulary, for
+the log-sum-exp and the label's logit, which the ranks that hold the tokens combine (distributed/vocab_parallel.py).
 A model that does more behind its head than works on some of the logits gathers the head's rows instead.
 
-B rows   S my tokens   N gathered tokens   M hidden   V vocabulary   K terms of a token's loss
+B rows   S my tokens   N gathered tokens   R tokens   L of them labelled   M hidden   V vocabulary   K terms of a token's loss
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from longspan.distributed.vocab_parallel import VocabularyRegion, is_on_tensor_a
 from longspan.errors import ModelError
 from longspan.hf import _compat
 from longspan.hf.candidate import Candidate, Undo
+from longspan.hf.linear_head import LinearHead, linear_head_of
 from longspan.hf.loss import OWN, Loss, as_asked, divisor, is_in_place
 from longspan.hf.probe import equal, forward, proving
 from longspan.hf.step_scope import own_forward, set_forward
@@ -37,7 +39,7 @@ from longspan.hf.tensor_weights import TensorWeights, cut_piece
 from longspan.loss import mean_over_ranks
 from longspan.memory.tiling import tile_by_tile
 from longspan.models.unchanged import STANDS_IN
-from longspan.tuning import HEAD_TILE_BYTES
+from longspan.tuning import HEAD_TILE_BYTES, HEAD_TILE_BYTES_ON_GPU
 
 LABELS = ("labels", "shift_labels")
 
@@ -51,11 +53,13 @@ class ChunkedLoss:
             predict the next token, so that ``shift_labels`` is read.
         cuts: parameters of the head that are cut by rows of the vocabulary over the tensor axis, by name.
         works_on_rows: whether the model's code behind its head can be given the logits of some rows of the vocabulary.
+        head: the model's head if it is linear; None: only the model's own code forms its logits.
     """
 
     in_place: bool
     cuts: Mapping[str, Cut] = field(default_factory=dict)
     works_on_rows: bool = False
+    head: LinearHead | None = None
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
         """Replace the model's forward by one that computes the loss over ``mesh`` without forming all logits.
@@ -79,13 +83,24 @@ def probe(candidate: Candidate) -> ChunkedLoss | None:
     kind = None if loss is None else loss.kind
     _refuse(candidate.model, candidate.called, kind)
     weights, model = candidate.finding(TensorWeights), candidate.model
+    with proving(candidate.called):
+        with _catching(model.base_model) as caught:
+            forward(model)
+        head = linear_head_of(model, partial(_logits_of, model, type(caught[0])))
     if weights is None:
-        return ChunkedLoss(is_in_place(kind))
+        return ChunkedLoss(is_in_place(kind), head=head)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     of_heads = {name: cut for name, cut in weights.plan.cuts.items() if name in names and name.startswith(_prefixes(weights))}
     with proving(candidate.called):
         works = bool(of_heads) and _works_on_rows(model, of_heads, candidate.mesh.coordinate.tensor)
-    return ChunkedLoss(is_in_place(kind), of_heads, works)
+    return ChunkedLoss(is_in_place(kind), of_heads, works, head)
+
+
+def _logits_of(model: Any, output_of_base: type[Any], hidden: Tensor) -> Tensor:
+    """The logits of hidden states [1, tokens, M] by the code of ``model`` behind its base model, which returns that class."""
+    with _forward_giving(model.base_model, output_of_base(last_hidden_state=hidden)):
+        logits: Tensor = _Head(model)(None)
+    return logits
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -111,9 +126,9 @@ def forward_without_logits(model: Any, mesh: ParallelMesh, found: ChunkedLoss, *
     if found.works_on_rows:
         region = VocabularyRegion(mesh, mesh.coordinate.tensor_sizes(step.tokens))
         first = region.first_row(next(iter(found.cuts.values())).units)
-        total = _sum_over_vocabulary(model, region, output, targets, step, held, first)
+        total = _sum_over_vocabulary(model, region, output, targets, step, held, first, found.head)
     else:
-        total = _sum_of_tiles(model, output, targets, step, held)
+        total = _sum_of_losses(model, output, targets, step, held, found.head)
     loss = mean_over_ranks(total, wanted, mesh, divisor(step, given.get("num_items_in_batch")))
     output.last_hidden_state = output.last_hidden_state[:, :0]
     with _forward_giving(base, output), _compat.loss_function_set_to(model, lambda *_, **__: loss):
@@ -146,7 +161,7 @@ def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
             targets = torch.full(logits.shape[:2], min(5, logits.shape[-1] - 1), device=model.device)
             with _catching(model.base_model) as caught:
                 forward(called)
-            total = _sum_of_tiles(model, caught[0], targets, None, _beside_base(model))
+            total = _sum_of_losses(model, caught[0], targets, None, _beside_base(model))
         expected = F.cross_entropy(logits[0].double(), targets[0], reduction="sum")
         if not torch.allclose(total.double(), expected, rtol=5e-2 if logits.dtype.itemsize == 2 else 1e-4):
             reason = "gives other logits for some tokens than for all"
@@ -202,41 +217,55 @@ def _held(model: Any, mesh: ParallelMesh, found: ChunkedLoss) -> dict[str, Tenso
     return held
 
 
-def _sum_of_tiles(model: Any, output: Any, targets: Tensor, step: Any, held: Mapping[str, Tensor]) -> Tensor:
+def _sum_of_losses(
+    model: Any, output: Any, targets: Tensor, step: Any, held: Mapping[str, Tensor], linear: LinearHead | None = None
+) -> Tensor:
     """The sum of the losses of this rank's labelled tokens, a scalar in at least fp32.
 
     Args:
-        model: the model, whose head is applied to one tile of labelled tokens at a time.
+        model: the model.
         output: what its base model returned.
         targets: [rows, tokens], -100 for no label.
         step: the BatchInfo, or None.
         held: the head's parameters.
+        linear: how the logits are formed in blocks; None: the model's head is applied to a tile of labelled tokens at a time.
     """
     hidden_BSM, wanted = output.last_hidden_state, targets != IGNORE
     rows = labelled_rows(wanted.flatten(), None if step is None else step.num_local_labels)
-    hidden_RM, targets = hidden_BSM.flatten(0, 1)[rows], targets.flatten()[rows]
+    hidden_RM, targets = hidden_BSM.flatten(0, 1), targets.flatten()[rows]
     if not len(targets):
         return _nothing(hidden_BSM, held.values())
+    if linear is not None and linear.is_called_alone(model):
+        lse, hit = linear.terms(hidden_RM, rows, targets, held)
+        total: Tensor = (lse - hit).sum()
+        return total
 
     def losses(logits_RV: Tensor, rows: slice) -> Tensor:
         return F.cross_entropy(logits_RV, targets[rows], reduction="sum").unsqueeze(0)
 
-    return _by_tiles(model, output, hidden_RM, step, held, losses).sum()
+    return _by_tiles(model, output, hidden_RM[rows], step, held, losses).sum()
 
 
 def _sum_over_vocabulary(
-    model: Any, region: VocabularyRegion, output: Any, targets: Tensor, step: Any, held: Mapping[str, Tensor], first: int
+    model: Any,
+    region: VocabularyRegion,
+    output: Any,
+    targets: Tensor,
+    step: Any,
+    held: Mapping[str, Tensor],
+    first: int,
+    linear: LinearHead | None,
 ) -> Tensor:
     """The sum of the losses of this rank's labelled tokens, where each tensor rank computes with its own rows of the head.
 
     Args:
-        model, output, targets, step: as in ``_sum_of_tiles``.
+        model, output, targets, step, linear: as in ``_sum_of_losses``.
         region: the tensor ranks and their tokens.
         held: the head's parameters, of which this rank has its rows.
         first: the first of these rows.
     """
     hidden_BNM, wanted_BN = region.gathered(output.last_hidden_state), region.gathered(targets)
-    rows = labelled_rows((wanted_BN != IGNORE).flatten(), None)
+    rows, hidden_RM = labelled_rows((wanted_BN != IGNORE).flatten(), None), hidden_BNM.flatten(0, 1)
     columns = wanted_BN.flatten()[rows] - first
 
     def terms(logits_RV: Tensor, rows: slice) -> Tensor:
@@ -245,8 +274,11 @@ def _sum_over_vocabulary(
         return torch.stack([logits_RV.logsumexp(1), hit], 1)
 
     if len(rows):
-        of_tiles_RK = _by_tiles(model, output, hidden_BNM.flatten(0, 1)[rows], step, held, terms)
-        terms_KR = of_tiles_RK.new_zeros(2, wanted_BN.numel()).index_copy(1, rows, of_tiles_RK.T)
+        if linear is not None and linear.is_called_alone(model):
+            terms_KL = linear.terms(hidden_RM, rows, columns, held)
+        else:
+            terms_KL = _by_tiles(model, output, hidden_RM[rows], step, held, terms).T
+        terms_KR = terms_KL.new_zeros(2, wanted_BN.numel()).index_copy(1, rows, terms_KL)
     else:
         terms_KR = _nothing(hidden_BNM, held.values()).expand(2, wanted_BN.numel())
     terms_KS = region.of_my_tokens(terms_KR.unflatten(1, wanted_BN.shape)).flatten(1)
@@ -289,7 +321,8 @@ def _by_tiles(
             logits = functional_call(head, dict(zip(held, parameters)), (step,)).squeeze(0)
         return of_logits(logits if logits.dtype == torch.float64 else logits.float(), rows)
 
-    size = max(1, HEAD_TILE_BYTES // (4 * model.config.get_text_config().vocab_size))
+    bytes_of_tile = HEAD_TILE_BYTES if hidden_RM.device.type == "cpu" else HEAD_TILE_BYTES_ON_GPU
+    size = max(1, bytes_of_tile // (4 * model.config.get_text_config().vocab_size))
     return tile_by_tile(run, hidden_RM, size, list(held.values()))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
+from longspan.kernels.matmul import product_dtype
 from longspan.kernels.protocol import accumulation_dtype
 from longspan.tuning import LOSS_TOKENS, LOSS_TOKENS_ON_GPU, LOSS_WORDS, LOSS_WORDS_ON_GPU
 
@@ -64,6 +65,18 @@ def logit_terms(
     """
     terms: Tensor = _LogitTerms.apply(hidden_RM, weight_VM, bias, rows, targets, options)  # type: ignore[no-untyped-call]
     return terms
+
+
+def product_dtype_of(hidden: Tensor) -> torch.dtype:
+    """The dtype of the products of ``hidden`` and a head: its own (fp64 stays fp64), or that of the autocast around the call.
+
+    On a CPU that has no native GEMM in it, fp32.
+    """
+    if hidden.dtype == torch.float64:
+        return torch.float64
+    kind = hidden.device.type
+    asked = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return product_dtype(asked, hidden.device)
 
 
 def block_size(device: torch.device) -> tuple[int, int]:

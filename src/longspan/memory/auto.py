@@ -78,6 +78,7 @@ def choose(
         ranks=ranks,
         budget=int(budget.budget_gib * 2**30),
         whole_logits=not ours and "labels" in inspect.signature(model.forward).parameters,
+        linear_head=ours or isinstance(_head_of(model), nn.Linear),
         itemsize=itemsize,
         sharded=sharded,
         fsdp_ranks=fsdp_ranks,
@@ -100,6 +101,7 @@ def fastest_that_fits(
     ranks: int,
     budget: int,
     whole_logits: bool = False,
+    linear_head: bool = True,
     itemsize: int = 4,
     sharded: bool = False,
     fsdp_ranks: int | None = None,
@@ -115,6 +117,7 @@ def fastest_that_fits(
         ranks: ulysses and ring ranks that hold a row.
         budget: bytes of one rank.
         whole_logits: whether the model's own loss forms all logits at once (Transformers) unless ``chunked_loss`` is set.
+        linear_head: whether ``chunked_loss`` then forms them in blocks; otherwise in tiles, by the model's own code.
         itemsize: bytes of an element of the activations.
         sharded: consider only zero=2 and 3.
         fsdp_ranks: ranks that shard the parameters at zero > 0; None: all of ``ranks``.
@@ -124,7 +127,8 @@ def fastest_that_fits(
     """
     choices = []
     for zero, options in _in_order_of_time(sizes, ranks, whole_logits, sharded):
-        logits = ("tiles" if options.chunked_loss else "whole") if whole_logits else "blocks"
+        chunked = "blocks" if linear_head else "tiles"
+        logits = "whole" if whole_logits and not options.chunked_loss else chunked
         needs = footprint(
             sizes, parameters=parameters, tokens=tokens, ranks=ranks, zero=zero, fsdp_ranks=fsdp_ranks if zero else None,
             recompute=options.recompute, tile_tokens=options.tile_tokens, head_chunks=options.head_chunks, logits=logits,
@@ -153,6 +157,12 @@ def _in_order_of_time(sizes: Sizes, ranks: int, whole_logits: bool, sharded: boo
     if sizes.heads % 2 == sizes.kv_heads % 2 == 0 and sizes.heads // 2 >= ranks:
         tried.append((3, replace(selective, head_chunks=2)))
     return tried
+
+
+def _head_of(model: Any) -> nn.Module | None:
+    """The head of a Transformers model; None if it has none."""
+    head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    return head
 
 
 def _sizes(model: nn.Module, config: Any) -> Sizes:

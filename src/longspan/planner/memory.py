@@ -89,8 +89,8 @@ def footprint(
         recompute: activation checkpointing of every block: "none", "full" or "selective".
         tile_tokens: tokens that a feed-forward or a norm processes at a time; None: all.
         head_chunks: chunks of a rank's heads that are exchanged and computed one after another.
-        logits: how the loss forms logits: "blocks" (the Decoder), "whole" (Transformers' own loss) or "tiles" (Transformers
-            with ``chunked_loss``).
+        logits: how the loss forms logits: "whole" (Transformers' own loss), "blocks" (the Decoder, and Transformers with
+            ``chunked_loss`` and a linear head) or "tiles" (Transformers with ``chunked_loss`` and another head).
         itemsize: bytes of an element of the activations.
         tensor: tensor ranks that split the layers' matrices, and embedding and head by rows of the vocabulary where they divide
             it; ``parameters`` are those of one of them.
@@ -108,7 +108,8 @@ def footprint(
     block_parameters = hidden * (2 * query + 2 * key + 3 * ffn + 2) // tensor
     exchanging = (ranks if ulysses is None else ulysses) > 1
     rows = -(-sizes.vocab // tensor)  # of the vocabulary, with which a tensor rank computes
-    outside = (sizes.vocab if sizes.vocab % tensor else rows) * hidden * WIDE
+    head = (sizes.vocab if sizes.vocab % tensor else rows) * hidden
+    outside = head * WIDE
 
     # widths that a layer saves
     residual, norms, feed = 2 * hidden, (2 if tiled else 4) * hidden, 0 if tiled else 4 * ffn
@@ -145,7 +146,9 @@ def footprint(
     logit_bytes["tiles"] = min(n, HEAD_TILE_BYTES // (WIDE * sizes.vocab)) * sizes.vocab * (itemsize + 2 * WIDE)
     tile = min(n, tile_tokens) if tile_tokens is not None else 0
     weights = 3 * hidden * ffn * WIDE // tensor * (2 if tiled else 1)
-    gathered = {2: parameters * itemsize, 3: (parameters - max(0, sizes.layers - 2) * block_parameters) * itemsize}.get(zero, 0)
+    untied = parameters - sizes.layers * block_parameters >= 2 * head
+    freed_parameters = max(0, sizes.layers - 2) * block_parameters + (head if untied and tensor == 1 else 0)
+    gathered = {2: parameters * itemsize, 3: (parameters - freed_parameters) * itemsize}.get(zero, 0)
     work = tile * (5 * ffn + 2 * hidden) if tiled else n * 2 * ffn
     feed_forward = ((recomputed + 2 * hidden) * n + work) * itemsize + weights
     phases = {
