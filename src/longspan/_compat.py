@@ -16,7 +16,7 @@
     fsdp_*                          FSDPModule._get_fsdp_state() and what it holds                          FSDP2
     is_inside_ddp                   DistributedDataParallel._get_active_ddp_module                          models/unchanged.py
     own_parameters, own_modules     nn.Module._parameters, nn.Module._modules                               models/unchanged.py
-    MODULE_HOOKS, GRADIENT_HOOKS    nn.Module._forward_hooks, Tensor._backward_hooks                     models/later_hooks.py
+    MODULE_HOOKS, GRADIENT_HOOKS    nn.Module._forward_hooks, Tensor._backward_hooks                        hooks of modules
     version_counter, base_of_view  Tensor._version, Tensor._base                           offload.py, hf/own_recipe.py
     hash_store                      torch.distributed.HashStore (without type stubs)                        one rank
     tcp_store, hosted_store, meet_in_store   torch.distributed.TCPStore (without type stubs)                         launching

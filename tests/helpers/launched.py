@@ -46,8 +46,8 @@ def free_port() -> str:
 
     It is below those that the system gives to outgoing connections, one of which could take it before a rank listens.
     """
-    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+    for port in random.SystemRandom().sample(range(20_000, 29_000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return str(port)
-    raise RuntimeError("no port between 20,000 and 32,000 is free")
+    raise RuntimeError("no port between 20,000 and 29,000 is free")

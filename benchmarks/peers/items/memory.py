@@ -14,7 +14,7 @@ from benchmarks.peers.items.step import llama
 from benchmarks.peers.page import Section, one_line, table
 
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-EVERY_OPTION = {"zero": 3, "memory": {"recompute": "selective", "tile_tokens": 1024, "head_chunks": 2, "chunked_loss": True}}
+EVERY_OPTION = {"zero": 3, "memory": {"recompute": "selective", "tile_tokens": 256, "head_chunks": 4, "chunked_loss": True}}
 NO_OPTION: dict[str, tuple[str, dict[str, Any], int]] = {
     "longspan, zero=3": ("ulysses", {"options": {"zero": 3}}, 2),
     "DeepSpeed ALST, ZeRO-3": ("alst", {"stage": 3}, 2),

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longspan import _compat
 from longspan.kernels.linear_loss import LogitOptions, logit_terms, product_dtype_of
 
 TOKENS = 3
@@ -43,7 +44,7 @@ class LinearHead:
     def is_called_alone(self, model: nn.Module) -> bool:
         """Whether nothing but the head itself would run where ``model`` calls it: no hook of the user."""
         head = model.get_submodule(self.name)
-        return not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+        return not any(hooks_of(head) for hooks_of in _compat.MODULE_HOOKS.values())
 
     def terms(self, hidden_RM: Tensor, rows: Tensor, targets: Tensor, held: Mapping[str, Tensor]) -> Tensor:
         """The log-sum-exp and the label's logit of each token that has a label, [2, L].
