@@ -20,7 +20,7 @@ from longspan.distributed.pipeline_options import split_layers
 from longspan.planner.closed_forms import Number, interleaved_factor
 from longspan.planner.cost import saved_offload_bytes, stage_layers
 from longspan.planner.setting import Setting, rank_tokens
-from longspan.tuning import HEAD_TILE_BYTES
+from longspan.tuning import LOSS_TOKENS_ON_GPU, LOSS_WORDS_ON_GPU
 
 LAYERS_GATHERED = 2
 """Layers whose parameters are whole at one time with ZeRO-3: the one that computes and the one that is prefetched."""
@@ -131,12 +131,14 @@ def cached_bytes(x: Setting, s: Any) -> Number:
 
 
 def logits_bytes(x: Setting, s: Any) -> Number:
-    """Bytes of logits at the peak of the loss with the strategy ``s``: a tile and the head's gradient if it is chunked, else
+    """Bytes of logits at the peak of the loss with the strategy ``s``: a block and the head's gradient if it is chunked, else
     all, and the head's gathered input."""
     shape, m, t = x.shape, rank_tokens(x.workload, s), s.tensor
-    tile = 3 * HEAD_TILE_BYTES + 4.0 * shape.hidden * shape.vocab / t
+    narrow = x.recipe.itemsize if x.recipe.itemsize < 4 else 0  # a copy of the fp32 logits, for the matrix products
+    block = np.minimum(m, LOSS_TOKENS_ON_GPU) * np.minimum(shape.vocab / t, LOSS_WORDS_ON_GPU) * (4 + narrow)
+    block = block + 4.0 * shape.hidden * shape.vocab / t
     gathered = x.recipe.sharded_norms * m * shape.hidden * x.recipe.itemsize * (t - 1) / t
-    return np.where(s.chunked_loss, tile, m * shape.vocab / t * x.recipe.logit_bytes + gathered)
+    return np.where(s.chunked_loss, block, m * shape.vocab / t * x.recipe.logit_bytes + gathered)
 
 
 @lru_cache(maxsize=1024)
