@@ -119,7 +119,7 @@ def parallelize(
     if fsdp.zero == 0:
         state.gradients = MeanGradients(model, mesh)
     elif not is_sharded(model):
-        shard_parameters(model, adapter.blocks(), adapter.own_embedding(), mesh, fsdp)
+        shard_parameters(model, adapter.blocks(), mesh, fsdp)
     state.snapshot = Snapshot(model)
     if stages is not None:
         mark_stage(model)
@@ -394,5 +394,5 @@ def _read(job: _Job, unread: UnreadWeights) -> None:
     vars(job.model).pop(UNREAD, None)
     # With tensor or pipeline > 1 each rank reads the whole model, then cuts it.
     if job.fsdp.zero and job.mesh.coordinate.tensor == job.mesh.coordinate.pipeline == 1:
-        shard_parameters(job.model, job.adapter.blocks(), job.adapter.own_embedding(), job.mesh, job.fsdp)
+        shard_parameters(job.model, job.adapter.blocks(), job.mesh, job.fsdp)
     unread.read_into(job.model, job.mesh.device)

@@ -50,31 +50,6 @@ def cleared_late(zero: int) -> None:
         assert_gradients(model, reference, 1e-10)
 
 
-@pytest.mark.parametrize("name", ["decoder", "llama"])
-def test_an_embedding_is_gathered_for_its_forward_alone(name: str, pool: Callable[[int], Ranks]) -> None:
-    for gathered in pool(2).run(gathered_embeddings, name):
-        assert gathered == [False, False]
-
-
-def gathered_embeddings(name: str) -> list[bool]:
-    """Whether the embedding is whole after the layers, and in its own backward; the gradients are right."""
-    mesh, reference, whole = mesh_of(2, 1), model_of(name), batches("odd length", False)
-    model = parallelize(deepcopy(reference), mesh, zero=3)
-    embedding, norm = (model.embed, model.norm) if name == "decoder" else (model.model.embed_tokens, model.model.norm)
-    found = []
-
-    def look(*_: object) -> None:
-        found.append(not isinstance(embedding.weight, DTensor))
-
-    norm.register_forward_hook(look)
-    embedding.register_forward_hook(lambda module, args, output: output.register_hook(look) and None)
-    loss_alone(reference, name, whole).backward()
-    loss = model(**shard_batch(whole, mesh)).loss
-    loss.backward()
-    assert_gradients(model, reference, 1e-10)
-    return found
-
-
 @pytest.mark.parametrize("zero", [2, 3])
 def test_after_a_failed_backward_a_sharded_model_is_refused(zero: int, pool: Callable[[int], Ranks]) -> None:
     for text in pool(2).run(fails_once, zero):

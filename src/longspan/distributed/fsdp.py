@@ -6,8 +6,6 @@
     backward            reduce-scatter: the mean of the ranks' gradients, in fp32        (both)
     optimizer           updates this rank's shards                                       (both)
 
-    the embedding       as a block, but its backward needs no parameters; with zero=3 they are freed after its forward
-
 Every rank's loss is the global loss, so FSDP2's mean over all ranks is the gradient of one device. Independent of attention.
 Source: ZeRO, arXiv:1910.02054.
 """
@@ -99,9 +97,7 @@ def refuse_options(options: FSDPOptions, model: nn.Module, mesh: ParallelMesh) -
     _refuse_earlier_optimizers(model)
 
 
-def shard_parameters(
-    model: nn.Module, blocks: Sequence[nn.Module], embedding: nn.Module | None, mesh: ParallelMesh, options: FSDPOptions
-) -> None:
+def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: ParallelMesh, options: FSDPOptions) -> None:
     """Shard the parameters of a model in place, with FSDP2: every block is one unit, the remaining parameters are another.
 
     A parameter that a rank does not use has a zero gradient there; ``model.load_state_dict`` takes whole tensors too.
@@ -109,7 +105,6 @@ def shard_parameters(
     Args:
         model: the model; its parameters become DTensors.
         blocks: its layers, in the order in which they are computed.
-        embedding: a module that is a unit too, and whose backward does not read its parameters; None: there is none.
         mesh: the parameters are sharded over ``mesh.fsdp_mesh``, or over ``options.fsdp_ranks`` ranks of it.
         options: sharding options with ``zero`` of 1, 2 or 3.
     """
@@ -119,12 +114,9 @@ def shard_parameters(
     policy = MixedPrecisionPolicy(options.dtype, None if exact else torch.float32)
     offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if options.offload_parameters else OffloadPolicy()
     device_mesh = _sharding_mesh(mesh, options.fsdp_ranks)
-    units = blocks if embedding is None else (embedding, *blocks)
-    for module in (*units, model):
-        reshard = options.zero == 3 and module is not model  # the backward begins outside the units: keep these parameters
+    for module in (*blocks, model):
+        reshard = options.zero == 3 and module is not model  # the backward begins outside the blocks: keep these parameters
         fully_shard(module, mesh=device_mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
-    if isinstance(embedding, FSDPModule):
-        embedding.set_unshard_in_backward(False)
     _compat.fsdp_fill_unused_gradients(model)
     model.register_forward_pre_hook(_refuse_after_a_failed_backward)
     shards = [(name, parameter, parameter.dtype) for name, parameter in model.named_parameters()]

@@ -47,7 +47,7 @@ from longspan.hf import (
     tensor_weights,
 )
 from longspan.hf.attention_layers import AttentionLayers, attention_named
-from longspan.hf.blocks import blocks, own_embedding
+from longspan.hf.blocks import blocks
 from longspan.hf.call_checks import CallChecks
 from longspan.hf.candidate import Candidate, Deviation, F, Found, Undo
 from longspan.hf.loss import Loss
@@ -112,10 +112,6 @@ class PretrainedAdapter:
     def blocks(self) -> list[nn.Module]:
         """The layers that FSDP2 shards one by one, and that recomputation computes again."""
         return list(blocks(self.model).values())
-
-    def own_embedding(self) -> nn.Module | None:
-        """The embedding of tokens, where FSDP2 may gather it for its own forward alone."""
-        return own_embedding(self.model)
 
     def token_wise(self) -> list[nn.Module]:
         """The modules that can be computed a tile of tokens at a time: norms, and the feed-forwards of the layers.

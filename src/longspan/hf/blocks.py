@@ -1,6 +1,4 @@
-"""The units of FSDP2 in a Hugging Face model: its layers, which activation checkpointing has too, and its embedding."""
-
-from typing import Any
+"""The layers of a Hugging Face model: the units of FSDP2 and of activation checkpointing."""
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,20 +24,3 @@ def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
         if type(module).__name__ in kinds and not inner and not shares:
             found[name] = module
     return found
-
-
-def own_embedding(model: Any) -> nn.Embedding | None:
-    """The embedding of tokens, if its forward alone reads its weight and is that of ``nn.Embedding``; else None.
-
-    It is None where the weight is tied, where a layer of ``blocks`` holds the embedding, and for a model without a head of its
-    own, whose code may multiply by the weight of the embedding.
-    """
-    embedding = model.get_input_embeddings()
-    if type(embedding).forward is not nn.Embedding.forward or "forward" in vars(embedding):
-        return None
-    named = [name for name, each in model.named_parameters(remove_duplicate=False) if each is embedding.weight]
-    inside = any(module is embedding for block in blocks(model).values() for module in block.modules())
-    if inside or len(named) != 1 or model.get_output_embeddings() is None:
-        return None
-    assert isinstance(embedding, nn.Embedding)
-    return embedding

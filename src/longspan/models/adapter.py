@@ -49,13 +49,6 @@ class ModelAdapter(Protocol):
         """The layers of the model in the order of the forward. Each is sharded by FSDP2 and checkpointed as one unit."""
         ...
 
-    def own_embedding(self) -> nn.Module | None:
-        """The embedding of tokens, if nothing but its own forward reads its weight, and its backward does not; else None.
-
-        FSDP2 then gathers it for that forward only.
-        """
-        ...
-
     def token_wise(self) -> Sequence[nn.Module]:
         """The modules that compute each token independently of the others, so that they can be tiled: feed-forwards and
         norms."""

@@ -54,11 +54,6 @@ class DecoderAdapter:
         blocks: list[Any] = [block for block in self.model.blocks if not isinstance(block, Skipped)]
         return blocks
 
-    def own_embedding(self) -> nn.Module | None:
-        if not isinstance(self.model, Decoder) or self.model.config.tied or "forward" in vars(self.model.embed):
-            return None
-        return self.model.embed if type(self.model.embed) is nn.Embedding else None
-
     def token_wise(self) -> Sequence[nn.Module]:
         return [module for module in self.model.modules() if type(module) in (FeedForward, nn.RMSNorm)]
 

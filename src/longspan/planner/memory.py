@@ -108,8 +108,7 @@ def footprint(
     block_parameters = hidden * (2 * query + 2 * key + 3 * ffn + 2) // tensor
     exchanging = (ranks if ulysses is None else ulysses) > 1
     rows = -(-sizes.vocab // tensor)  # of the vocabulary, with which a tensor rank computes
-    head = (sizes.vocab if sizes.vocab % tensor else rows) * hidden
-    outside = head * WIDE
+    outside = (sizes.vocab if sizes.vocab % tensor else rows) * hidden * WIDE
 
     # widths that a layer saves
     residual, norms, feed = 2 * hidden, (2 if tiled else 4) * hidden, 0 if tiled else 4 * ffn
@@ -146,9 +145,7 @@ def footprint(
     logit_bytes["tiles"] = min(n, HEAD_TILE_BYTES // (WIDE * sizes.vocab)) * sizes.vocab * (itemsize + 2 * WIDE)
     tile = min(n, tile_tokens) if tile_tokens is not None else 0
     weights = 3 * hidden * ffn * WIDE // tensor * (2 if tiled else 1)
-    untied = parameters - sizes.layers * block_parameters >= 2 * head
-    freed_parameters = max(0, sizes.layers - 2) * block_parameters + (head if untied and tensor == 1 else 0)
-    gathered = {2: parameters * itemsize, 3: (parameters - freed_parameters) * itemsize}.get(zero, 0)
+    gathered = {2: parameters * itemsize, 3: (parameters - max(0, sizes.layers - 2) * block_parameters) * itemsize}.get(zero, 0)
     work = tile * (5 * ffn + 2 * hidden) if tiled else n * 2 * ffn
     feed_forward = ((recomputed + 2 * hidden) * n + work) * itemsize + weights
     phases = {
