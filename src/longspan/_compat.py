@@ -16,7 +16,7 @@
     fsdp_*                          FSDPModule._get_fsdp_state() and what it holds                          FSDP2
     is_inside_ddp                   DistributedDataParallel._get_active_ddp_module                          models/unchanged.py
     own_parameters, own_modules     nn.Module._parameters, nn.Module._modules                               models/unchanged.py
-    MODULE_HOOKS, GRADIENT_HOOKS    nn.Module._forward_hooks, Tensor._backward_hooks                        hooks of modules
+    MODULE_HOOKS, GRADIENT_HOOKS, has_hooks_on_all_modules   nn.Module._forward_hooks, _has_any_global_hook   hooks
     version_counter, base_of_view  Tensor._version, Tensor._base                           offload.py, hf/own_recipe.py
     hash_store                      torch.distributed.HashStore (without type stubs)                        one rank
     tcp_store, hosted_store, meet_in_store   torch.distributed.TCPStore (without type stubs)                         launching
@@ -28,8 +28,7 @@
     elastic_launcher                torch.distributed.launcher, torch.distributed.elastic                   launching
     event_tree                      profiler.kineto_results.experimental_event_tree                         memory/profiler.py
 
-A symbol that the installed PyTorch lacks is an ImportError whose one sentence names it and what cannot work without it.
-Knows nothing of the rest of longspan, so that every folder can import it.
+A symbol that PyTorch lacks is an ImportError that names it and what needs it. Knows nothing of the rest of longspan.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -268,6 +267,11 @@ MODULE_HOOKS = {
 }  # fmt: skip
 GRADIENT_HOOKS = attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks")
 """Hooks of a module by kind, and the two kinds of a parameter's: each {number: hook}, numbered in the order of registration."""
+
+
+def has_hooks_on_all_modules() -> bool:
+    """Whether the program has registered a hook that every module calls (``register_module_forward_hook`` and its like)."""
+    return bool(_symbol(nn.modules.module, "_has_any_global_hook", "calling hooks on a head")())
 
 
 class ElasticLauncher(NamedTuple):

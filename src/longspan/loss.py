@@ -33,7 +33,7 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.tensor_cuts import own_part
 from longspan.distributed.vocab_parallel import VocabularyRegion, is_on_tensor_axis, vocabulary_cut
 from longspan.errors import BatchError
-from longspan.kernels.linear_loss import LogitOptions, logit_terms, product_dtype_of
+from longspan.kernels.linear_loss import LogitOptions, logit_terms, nan_where_unknown, product_dtype_of
 from longspan.kernels.protocol import accumulation_dtype
 from longspan.tuning import LOSS_TOKENS, LOSS_WORDS
 
@@ -155,6 +155,7 @@ def linear_cross_entropy(
         lse, hit, *sums = _terms_over_vocabulary(hidden, labels, head, mesh, longspan)[:, rows]
     else:
         lse, hit, *sums = head.terms(hidden.reshape(-1, hidden.shape[-1]), rows, targets)
+    hit = nan_where_unknown(hit, targets, len(weight))
     for of_logits in sums:
         hit = torch.lerp(hit, of_logits / len(weight), label_smoothing)
     total = (lse - hit + z_loss * lse.square() if z_loss else lse - hit).sum()

@@ -13,6 +13,7 @@ Source: ZeRO, arXiv:1910.02054.
 import gc
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -131,6 +132,21 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards the parameters of ``model`` (by ``shard_parameters``, or by another caller of ``fully_shard``)."""
     return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Context manager in which the parameters of ``model`` that are in no block are whole, if FSDP2 shards them.
+
+    Every rank must enter it.
+    """
+    if isinstance(model, FSDPModule):
+        model.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()
 
 
 def _refuse_after_a_failed_backward(model: Any, *_: object) -> None:

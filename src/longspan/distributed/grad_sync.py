@@ -100,6 +100,8 @@ class MeanGradients:
     def _take(self, index: int, parameter: Tensor) -> None:
         """Hook after autograd has set ``.grad`` of parameter ``index``: copy the gradient of this backward into its bucket, and
         restore the ``.grad`` of earlier ones."""
+        if index not in self._earlier:  # the gradient was undefined, and nothing has been accumulated
+            return
         mean, grad = self._join_backward(index), parameter.grad
         parameter.grad = self._earlier.pop(index)
         assert grad is not None

@@ -13,8 +13,7 @@ A model that does more behind its head than works on some of the logits gathers 
 B rows   S my tokens   N gathered tokens   R tokens   L of them labelled   M hidden   V vocabulary   K terms of a token's loss
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,20 +24,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from longspan.batch.labels import IGNORE, labelled_rows
+from longspan.distributed.fsdp import gathered
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.tensor_cuts import Cut, every_part, own_part
 from longspan.distributed.vocab_parallel import VocabularyRegion, is_on_tensor_axis
 from longspan.errors import ModelError
 from longspan.hf import _compat
+from longspan.hf.behind_base import Head, OwnForward, catching, forward_giving, logits_of, parameters_beside_base
 from longspan.hf.candidate import Candidate, Undo
 from longspan.hf.linear_head import LinearHead, linear_head_of
 from longspan.hf.loss import OWN, Loss, as_asked, divisor, is_in_place
 from longspan.hf.probe import equal, forward, proving
 from longspan.hf.step_scope import own_forward, set_forward
 from longspan.hf.tensor_weights import TensorWeights, cut_piece
+from longspan.kernels.linear_loss import nan_where_unknown
 from longspan.loss import mean_over_ranks
 from longspan.memory.tiling import tile_by_tile
-from longspan.models.unchanged import STANDS_IN
 from longspan.tuning import HEAD_TILE_BYTES, HEAD_TILE_BYTES_ON_GPU
 
 LABELS = ("labels", "shift_labels")
@@ -81,12 +82,10 @@ def probe(candidate: Candidate) -> ChunkedLoss | None:
         return None
     loss = candidate.finding(Loss)
     kind = None if loss is None else loss.kind
-    _refuse(candidate.model, candidate.called, kind)
+    output = _prove(candidate.model, candidate.called, kind)
     weights, model = candidate.finding(TensorWeights), candidate.model
-    with proving(candidate.called):
-        with _catching(model.base_model) as caught:
-            forward(model)
-        head = linear_head_of(model, partial(_logits_of, model, type(caught[0])))
+    with proving(candidate.called), gathered(candidate.called):
+        head = linear_head_of(model, output.last_hidden_state, partial(logits_of, model, type(output)))
     if weights is None:
         return ChunkedLoss(is_in_place(kind), head=head)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -94,13 +93,6 @@ def probe(candidate: Candidate) -> ChunkedLoss | None:
     with proving(candidate.called):
         works = bool(of_heads) and _works_on_rows(model, of_heads, candidate.mesh.coordinate.tensor)
     return ChunkedLoss(is_in_place(kind), of_heads, works, head)
-
-
-def _logits_of(model: Any, output_of_base: type[Any], hidden: Tensor) -> Tensor:
-    """The logits of hidden states [1, tokens, M] by the code of ``model`` behind its base model, which returns that class."""
-    with _forward_giving(model.base_model, output_of_base(last_hidden_state=hidden)):
-        logits: Tensor = _Head(model)(None)
-    return logits
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -123,21 +115,24 @@ def forward_without_logits(model: Any, mesh: ParallelMesh, found: ChunkedLoss, *
     base, given = model.base_model, given | {"return_dict": True}
     output = base(*args, **{name: value for name, value in given.items() if name not in LABELS})
     held, wanted = _held(model, mesh, found), targets != IGNORE
+    linear = found.head
+    if linear is not None and not linear.is_as_proved(model, output.last_hidden_state):
+        linear = None
     if found.works_on_rows:
         region = VocabularyRegion(mesh, mesh.coordinate.tensor_sizes(step.tokens))
-        first = region.first_row(next(iter(found.cuts.values())).units)
-        total = _sum_over_vocabulary(model, region, output, targets, step, held, first, found.head)
+        vocab = next(iter(found.cuts.values())).units
+        total = _sum_over_vocabulary(model, region, output, targets, step, held, vocab, linear)
     else:
-        total = _sum_of_losses(model, output, targets, step, held, found.head)
+        total = _sum_of_losses(model, output, targets, step, held, linear)
     loss = mean_over_ranks(total, wanted, mesh, divisor(step, given.get("num_items_in_batch")))
     output.last_hidden_state = output.last_hidden_state[:, :0]
-    with _forward_giving(base, output), _compat.loss_function_set_to(model, lambda *_, **__: loss):
-        whole = functional_call(_Own(model), held, args, given)
+    with forward_giving(base, output), _compat.loss_function_set_to(model, lambda *_, **__: loss):
+        whole = functional_call(OwnForward(model), held, args, given)
     output = type(whole)(**{name: value for name, value in whole.items() if name != "logits"})
     return as_asked(model, output, return_dict)
 
 
-def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
+def _prove(model: Any, called: nn.Module, loss_kind: str | None) -> Any:
     """Raise ModelError for a model whose loss cannot be computed tile by tile.
 
     That is one for which, on a small input, the sum over tiles of tokens differs from the cross-entropy of all its logits; one
@@ -147,8 +142,11 @@ def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
         model: the Transformers model.
         called: what the user calls: the model, or peft's wrapper of it.
         loss_kind: the name of its loss in Transformers' table; None if it computes it by itself.
+
+    Returns:
+        What the base model returned for the small input.
     """
-    reason = None
+    reason, caught = None, []
     if loss_kind in (None, OWN):
         reason = "computes its loss by itself"
     elif "forward" in vars(model):
@@ -157,16 +155,39 @@ def _refuse(model: Any, called: nn.Module, loss_kind: str | None) -> None:
         reason = "has no base model apart from its head"
     else:
         with proving(called):
-            logits = forward(called)["logits"]
-            targets = torch.full(logits.shape[:2], min(5, logits.shape[-1] - 1), device=model.device)
-            with _catching(model.base_model) as caught:
-                forward(called)
-            total = _sum_of_losses(model, caught[0], targets, None, _beside_base(model))
-        expected = F.cross_entropy(logits[0].double(), targets[0], reduction="sum")
-        if not torch.allclose(total.double(), expected, rtol=5e-2 if logits.dtype.itemsize == 2 else 1e-4):
-            reason = "gives other logits for some tokens than for all"
+            with catching(model.base_model) as caught:
+                logits = forward(called)["logits"]
+            with gathered(called):
+                reason = _why_not_in_tiles(model, caught[0], logits) if caught else "does not call its base model as a whole"
     if reason is not None:
         raise ModelError(f"{type(model).__name__} {reason}, so its logits must be there; leave out chunked_loss=True")
+    return caught[0]
+
+
+def _why_not_in_tiles(model: Any, output: Any, logits: Tensor) -> str | None:
+    """What makes the head of ``model`` give another loss or other gradients a tile at a time; None if nothing does.
+
+    Args:
+        model: the Transformers model.
+        output: what its base model returned for a small input.
+        logits: of that input, all at once.
+    """
+    held = {id(parameter) for parameter in parameters_beside_base(model).values()}
+    of_base = [
+        (name, each) for name, each in model.base_model.named_parameters() if each.requires_grad and id(each) not in held
+    ]
+    with torch.enable_grad():
+        whole = logits_of(model, type(output), output.last_hidden_state.detach()).sum()
+    if whole.requires_grad and of_base:
+        grads = torch.autograd.grad(whole, [each for _, each in of_base], allow_unused=True)
+        for (name, _), grad in zip(of_base, grads):
+            if grad is not None:
+                return f"multiplies by {name!r} of its base model in its head"
+    targets = torch.full(logits.shape[:2], min(5, logits.shape[-1] - 1), device=model.device)
+    total = _sum_of_losses(model, output, targets, None, parameters_beside_base(model))
+    expected = F.cross_entropy(logits[0].double(), targets[0], reduction="sum")
+    is_equal = torch.allclose(total.double(), expected, rtol=5e-2 if logits.dtype.itemsize == 2 else 1e-4)
+    return None if is_equal else "gives other logits for some tokens than for all"
 
 
 def _prefixes(weights: TensorWeights) -> tuple[str, ...]:
@@ -179,27 +200,19 @@ def _works_on_rows(model: Any, cuts: Mapping[str, Cut], ranks: int) -> bool:
 
     Tested on one rank, for ``ranks`` tensor ranks; a softcap works on each logit, but a softmax needs all.
     """
-    with _catching(model.base_model) as caught:
+    with catching(model.base_model) as caught:
         wanted = forward(model)["logits"]
     named = dict(model.named_parameters(remove_duplicate=False))
     found = []
     try:
         for rank in range(ranks):
             pieces = {f"model.{name}": cut_piece(named[name], cut, ranks, rank) for name, cut in cuts.items()}
-            with _forward_giving(model.base_model, caught[0]):
-                found.append(functional_call(_Head(model), pieces, (None,)))
+            with forward_giving(model.base_model, caught[0]):
+                found.append(functional_call(Head(model), pieces, (None,)))
         whole = torch.cat(found, -1)
     except Exception:  # whatever the model's code makes of fewer logits
         return False
     return equal(whole, wanted)
-
-
-def _beside_base(model: Any) -> dict[str, Tensor]:
-    """{"model." and the name of a parameter: the parameter}, of those that are not in the base model."""
-    base = model.base_model
-    inside = tuple(f"{name}." for name, module in model.named_modules() if module is base)
-    every = model.named_parameters(remove_duplicate=False)  # a tied head has two names
-    return {f"model.{name}": parameter for name, parameter in every if not name.startswith(inside)}
 
 
 def _held(model: Any, mesh: ParallelMesh, found: ChunkedLoss) -> dict[str, Tensor]:
@@ -207,7 +220,7 @@ def _held(model: Any, mesh: ParallelMesh, found: ChunkedLoss) -> dict[str, Tenso
 
     Of a head that is cut by rows they are this rank's rows, or all of them where the model's code needs them.
     """
-    held = _beside_base(model)
+    held = parameters_beside_base(model)
     for name, parameter in held.items():
         cut = found.cuts.get(name.removeprefix("model."))
         if is_on_tensor_axis(parameter, mesh):
@@ -235,9 +248,10 @@ def _sum_of_losses(
     hidden_RM, targets = hidden_BSM.flatten(0, 1), targets.flatten()[rows]
     if not len(targets):
         return _nothing(hidden_BSM, held.values())
-    if linear is not None and linear.is_called_alone(model):
+    if linear is not None:
         lse, hit = linear.terms(hidden_RM, rows, targets, held)
-        total: Tensor = (lse - hit).sum()
+        vocab = model.get_submodule(linear.name).out_features
+        total: Tensor = (lse - nan_where_unknown(hit, targets, vocab)).sum()
         return total
 
     def losses(logits_RV: Tensor, rows: slice) -> Tensor:
@@ -253,7 +267,7 @@ def _sum_over_vocabulary(
     targets: Tensor,
     step: Any,
     held: Mapping[str, Tensor],
-    first: int,
+    vocab: int,
     linear: LinearHead | None,
 ) -> Tensor:
     """The sum of the losses of this rank's labelled tokens, where each tensor rank computes with its own rows of the head.
@@ -262,11 +276,13 @@ def _sum_over_vocabulary(
         model, output, targets, step, linear: as in ``_sum_of_losses``.
         region: the tensor ranks and their tokens.
         held: the head's parameters, of which this rank has its rows.
-        first: the first of these rows.
+        vocab: the rows of all tensor ranks.
     """
+    first = region.first_row(vocab)
     hidden_BNM, wanted_BN = region.gathered(output.last_hidden_state), region.gathered(targets)
     rows, hidden_RM = labelled_rows((wanted_BN != IGNORE).flatten(), None), hidden_BNM.flatten(0, 1)
-    columns = wanted_BN.flatten()[rows] - first
+    labels = wanted_BN.flatten()[rows]
+    columns = labels - first
 
     def terms(logits_RV: Tensor, rows: slice) -> Tensor:
         here = (columns[rows] >= 0) & (columns[rows] < logits_RV.shape[1])
@@ -274,16 +290,17 @@ def _sum_over_vocabulary(
         return torch.stack([logits_RV.logsumexp(1), hit], 1)
 
     if len(rows):
-        if linear is not None and linear.is_called_alone(model):
-            terms_KL = linear.terms(hidden_RM, rows, columns, held)
+        if linear is not None:
+            terms_KL = torch.stack(linear.terms(hidden_RM, rows, labels, held, first))
         else:
             terms_KL = _by_tiles(model, output, hidden_RM[rows], step, held, terms).T
         terms_KR = terms_KL.new_zeros(2, wanted_BN.numel()).index_copy(1, rows, terms_KL)
     else:
         terms_KR = _nothing(hidden_BNM, held.values()).expand(2, wanted_BN.numel())
     terms_KS = region.of_my_tokens(terms_KR.unflatten(1, wanted_BN.shape)).flatten(1)
-    lse, hit = terms_KS[:, labelled_rows((targets != IGNORE).flatten(), step.num_local_labels)]
-    total: Tensor = (lse - hit).sum()
+    mine = labelled_rows((targets != IGNORE).flatten(), step.num_local_labels)
+    lse, hit = terms_KS[:, mine]
+    total: Tensor = (lse - nan_where_unknown(hit, targets.flatten()[mine], vocab)).sum()
     return total
 
 
@@ -314,68 +331,13 @@ def _by_tiles(
         held: the head's parameters.
         of_logits: called with the logits of a tile, in at least fp32, and its tokens.
     """
-    base, head = model.base_model, _Head(model)
+    base, head = model.base_model, Head(model)
 
     def run(tile_RM: Tensor, rows: slice, parameters: Sequence[Tensor]) -> Tensor:
-        with _forward_giving(base, type(output)(last_hidden_state=tile_RM.unsqueeze(0))):
+        with forward_giving(base, type(output)(last_hidden_state=tile_RM.unsqueeze(0))):
             logits = functional_call(head, dict(zip(held, parameters)), (step,)).squeeze(0)
         return of_logits(logits if logits.dtype == torch.float64 else logits.float(), rows)
 
     bytes_of_tile = HEAD_TILE_BYTES if hidden_RM.device.type == "cpu" else HEAD_TILE_BYTES_ON_GPU
     size = max(1, bytes_of_tile // (4 * model.config.get_text_config().vocab_size))
     return tile_by_tile(run, hidden_RM, size, list(held.values()))
-
-
-class _Own(nn.Module):
-    """``model``, called by its own forward."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **given: Any) -> Any:
-        return own_forward(self.model)(*args, **given)
-
-
-class _Head(_Own):
-    """The part of ``model`` after its base model, as a module: its forward gives the logits.
-
-    The base model must be replaced meanwhile by one that returns the hidden states; ``step`` is the BatchInfo of the call.
-    """
-
-    def forward(self, step: Any) -> Tensor:
-        keywords: dict[str, Any] = {"return_dict": True}
-        if hasattr(self.model.config, "output_router_logits"):
-            keywords["output_router_logits"] = False  # a balance loss needs the tokens of all tiles
-        ids = torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
-        logits: Tensor = super().forward(input_ids=ids, longspan=step, **keywords).logits
-        return logits
-
-
-@contextmanager
-def _forward_giving(base: Any, output: Any) -> Iterator[None]:
-    """Context manager: inside, calling ``base`` returns ``output`` instead of computing."""
-
-    def give(*_: Any, **__: Any) -> Any:
-        return output
-
-    had = vars(base).get("forward")
-    setattr(give, STANDS_IN, True)
-    base.forward = give
-    try:
-        yield
-    finally:
-        del base.forward
-        if had is not None:
-            base.forward = had
-
-
-@contextmanager
-def _catching(module: nn.Module) -> Iterator[list[Any]]:
-    """Context manager: yields a list to which the output of each call of ``module`` is added."""
-    caught: list[Any] = []
-    handle = module.register_forward_hook(lambda *call: caught.append(call[2]))
-    try:
-        yield caught
-    finally:
-        handle.remove()

@@ -1,4 +1,6 @@
-"""Refuses models by a config field, or because they are on the meta device, before any forward."""
+"""Refuses models by a config field, an option of an embedding, or because they are on the meta device, before any forward."""
+
+from torch import nn
 
 from longspan.errors import ModelError
 from longspan.hf.candidate import Candidate
@@ -9,7 +11,8 @@ def probe(candidate: Candidate) -> None:
     """Raise ModelError, naming the config field, if the candidate's config sets an option that longspan does not support.
 
     Refused: attention that selects keys by their content, a capacity limit of experts, attention probabilities as outputs,
-    layer dropout, and a model on the meta device. Otherwise it returns None: there is nothing to install.
+    layer dropout, embeddings whose gradient is sparse or depends on how often a token occurs, and a model on the meta device.
+    Otherwise it returns None: there is nothing to install.
     """
     model = candidate.model
     config = model.config.get_text_config()
@@ -34,3 +37,10 @@ def probe(candidate: Candidate) -> None:
     dropped = sorted(name for name, value in vars(config).items() if is_layerdrop_field(name) and value)
     if dropped:
         raise ModelError(f"config.{dropped[0]} drops layers at random, other ones on every rank; set it to 0")
+    for name, module in model.named_modules():
+        for option in ("scale_grad_by_freq", "sparse"):
+            if isinstance(module, nn.Embedding) and getattr(module, option):
+                raise ModelError(
+                    f"{name!r} has {option}=True, whose gradient is another one for the tokens of one rank than for those of "
+                    f"all; set it to False"
+                )

@@ -46,7 +46,7 @@ class LaterHooks:
         for number, (name, module) in enumerate(self._named):
             for kind, hooks in ((kind, held(module)) for kind, held in _compat.MODULE_HOOKS.items()):
                 for key, hook in hooks.items():
-                    if key < self._known or isinstance(hook, _Watched) or _is_trusted(hook):
+                    if key < self._known or isinstance(hook, _Watched) or is_trusted(hook):
                         continue
                     if number == 0 and kind == "forward pre-hook":
                         self._seen = -1  # the next call looks again
@@ -78,8 +78,8 @@ class _Watched:
         return found
 
 
-def _is_trusted(hook: Any) -> bool:
-    """Whether a hook is a function of longspan or PyTorch, also as a ``partial``."""
+def is_trusted(hook: Any) -> bool:
+    """Whether a hook is a function of longspan or PyTorch, also as a ``partial``, and no watched one of the user."""
     while isinstance(hook, partial):
         hook = hook.func
-    return str(getattr(hook, "__module__", "")).startswith(TRUSTED)
+    return not isinstance(hook, _Watched) and str(getattr(hook, "__module__", "")).startswith(TRUSTED)
