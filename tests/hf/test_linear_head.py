@@ -29,7 +29,7 @@ from longspan.hf.adapter import PretrainedAdapter
 from longspan.hf.chunked_loss import ChunkedLoss
 from longspan.hf.linear_head import LinearHead
 from tests.helpers.hf_models import BASE, assert_gradients, batches, build
-from tests.helpers.memory_models import loss_alone
+from tests.helpers.memory_models import loss_alone, model_of
 from tests.helpers.ranks import Ranks, mesh_of
 
 CHUNKED = MemoryOptions(chunked_loss=True)
@@ -312,14 +312,17 @@ def set_later() -> None:
 
 @pytest.mark.parametrize("degrees", [{"ulysses": 2}, {"tensor": 2}], ids=str)
 @pytest.mark.parametrize("label", [97, -1])
-def test_a_label_beyond_the_vocabulary_has_no_loss(label: int, degrees: dict[str, int], pool: Callable[[int], Ranks]) -> None:
-    assert all(pool(2).run(unknown_label_later, label, degrees))
+@pytest.mark.parametrize("name", ["llama", "decoder"])
+def test_a_label_beyond_the_vocabulary_has_no_loss(
+    name: str, label: int, degrees: dict[str, int], pool: Callable[[int], Ranks]
+) -> None:
+    assert all(pool(2).run(unknown_label_later, name, label, degrees))
 
 
-def unknown_label_later(label: int, degrees: dict[str, int]) -> bool:
+def unknown_label_later(name: str, label: int, degrees: dict[str, int]) -> bool:
     """Whether the loss is NaN where a label was written into the part that ``shard_batch`` gave."""
     mesh = ParallelMesh(**degrees)
-    model = parallelize(build("llama"), mesh, memory=CHUNKED)
+    model = parallelize(model_of(name), mesh, memory=CHUNKED if name == "llama" else MemoryOptions())
     part = shard_batch(batches("even", False), mesh)
     part["shift_labels"][0, 1] = label
     return bool(model(**part).loss.isnan())

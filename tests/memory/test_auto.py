@@ -28,6 +28,8 @@ def test_auto_takes_the_cheapest_that_fits_and_says_why() -> None:
     assert fastest_that_fits(sizes, budget=80 * 2**30, whole_logits=True, **ask).memory.chunked_loss
     ask |= {"budget": 1, "whole_logits": True}
     least = [fastest_that_fits(sizes, linear_head=linear, **ask).needs.phases["loss"] for linear in (True, False)]
+    others = fastest_that_fits(sizes, linear_head=False, **ask | {"whole_logits": False})
+    assert others.needs.phases["loss"] == least[0]  # a model that forms no loss
     assert least[1] > least[0]  # the model's own code forms tiles, with their log-softmax and gradient
 
 

@@ -127,7 +127,7 @@ def fastest_that_fits(
     """
     choices = []
     for zero, options in _in_order_of_time(sizes, ranks, whole_logits, sharded):
-        chunked = "blocks" if linear_head else "tiles"
+        chunked = "blocks" if linear_head or not whole_logits else "tiles"
         logits = "whole" if whole_logits and not options.chunked_loss else chunked
         needs = footprint(
             sizes, parameters=parameters, tokens=tokens, ranks=ranks, zero=zero, fsdp_ranks=fsdp_ranks if zero else None,
