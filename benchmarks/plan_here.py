@@ -6,9 +6,10 @@
 
 A decoder of 2 layers (hidden 256, 8 query and 4 key/value heads of 64, feed-forward 768, vocabulary 2,048) makes steps of AdamW
 on real ranks, one thread each: {1, 2, 4} x {ulysses, ring} at 8k without and with all memory options (a ring of 1 is none),
-tensor 2, pipeline 2, and ulysses 2 at 2k, 16k and 32k; with --memory also 8 in bf16. The machine is probed before each of them,
-because its speed changes within minutes where others share it. A configuration whose steps spread more than 10% is probed and
-measured again, at most --most times. Memory is that of the tensors: of the process it lacks Python and libraries.
+tensor 2, pipeline 2, and ulysses 2 at 2k, 16k and 32k; with --memory also 8 in bf16. The machine is probed before and after
+each, because its speed changes within minutes where others share it; the planned time is the mean of both probes' plans. A
+configuration whose steps spread more than 10%, or whose two plans are that far apart, is measured again, at most --most times.
+Memory is that of the tensors: of the process it lacks Python and libraries.
 """
 
 import argparse
@@ -64,8 +65,8 @@ def main() -> None:
     layouts = {name: {"tokens": given.tokens} | layout for name, layout in (LAYOUTS | (BF16 if given.memory else {})).items()}
     layouts = {name: layout for name, layout in layouts.items() if given.only is None or given.only in name}
     with tempfile.TemporaryDirectory() as folder:
-        print("| layout | step, planned | measured | ratio | spread | memory, planned | measured | ratio |")
-        print("|---|---|---|---|---|---|---|---|", flush=True)
+        print("| layout | step, planned | measured | ratio | spread | plans apart | memory, planned | measured | ratio |")
+        print("|---|---|---|---|---|---|---|---|---|", flush=True)
         verdicts = [_compare(name, layout, folder, given) for name, layout in layouts.items()]
     times, sizes = [t for t, _ in verdicts if t is not None], [m for _, m in verdicts]
     if times:
@@ -76,29 +77,35 @@ def main() -> None:
 def _compare(name: str, layout: dict[str, Any], folder: str, given: argparse.Namespace) -> tuple[bool | None, bool]:
     """Measure one layout and print its row; (whether its time is near, None if it was not measured; whether its memory is)."""
     settings = RehearseSettings(steps=1 if given.memory else given.steps, **layout)
+    times, near = [""] * 5, None
     if given.memory:
         found = _together(_rehearsed, settings, folder, processes=1)
     else:
         for _ in range(given.most):
-            settings = replace(settings, hardware=_probed(settings.world, folder))
+            before = _planned(settings, folder)
             found = _together(_real, settings, folder, processes=settings.world)
-            if max(one.step_spread for one in found) <= SPREAD:
+            after = _planned(settings, folder)
+            step, apart = (before + after) / 2, abs(before - after) / min(before, after)
+            spread = max(one.step_spread for one in found)
+            if max(spread, apart) <= SPREAD:
                 break
-    plan = predicted(settings, "bf16" if settings.dtype == "bf16" else "fp32", SHAPE)
-    peak = max(one.peak_bytes for one in found)
-    memory = plan["bytes"] / peak
-    cells = [f"{plan['bytes'] / 2**20:,.1f} MiB", f"{peak / 2**20:,.1f} MiB", f"{memory:.2f}"]
-    near = None
-    if given.memory:
-        cells = ["", "", "", "", *cells]
-    else:
         took = max(one.step_seconds for one in found)
-        step = plan["compute"] + sum(plan["communication"].values())
         near = abs(step / took - 1) <= SECONDS_WITHIN
-        spread = max(one.step_spread for one in found)
-        cells = [f"{step:.3f} s", f"{took:.3f} s", f"{step / took:.2f}", f"{spread:.0%}", *cells]
-    print(f"| {name} | {' | '.join(cells)} |", flush=True)
-    return near, abs(memory - 1) <= MEMORY_WITHIN
+        times = [f"{step:.3f} s", f"{took:.3f} s", f"{step / took:.2f}", f"{spread:.0%}", f"{apart:.0%}"]
+    planned, peak = predicted(settings, _dtype(settings), SHAPE)["bytes"], max(one.peak_bytes for one in found)
+    sizes = [f"{planned / 2**20:,.1f} MiB", f"{peak / 2**20:,.1f} MiB", f"{planned / peak:.2f}"]
+    print(f"| {name} | {' | '.join(times + sizes)} |", flush=True)
+    return near, abs(planned / peak - 1) <= MEMORY_WITHIN
+
+
+def _planned(settings: RehearseSettings, folder: str) -> float:
+    """Seconds of a step by the plan, on the machine as a probe finds it now."""
+    plan = predicted(replace(settings, hardware=_probed(settings.world, folder)), _dtype(settings), SHAPE)
+    return float(plan["compute"] + sum(plan["communication"].values()))
+
+
+def _dtype(settings: RehearseSettings) -> str:
+    return "bf16" if settings.dtype == "bf16" else "fp32"
 
 
 def _probed(world: int, folder: str) -> str:

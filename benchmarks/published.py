@@ -200,7 +200,8 @@ TIED_ALONE = ("nanotron-1B", "nanotron-3B")
 def _recipe(row: Row, cluster: Cluster) -> Recipe:
     text, strategy = f"{row['table']} {row['notes']}".lower(), row["strategy"].lower()
     fp8 = "fp8" in row["precision"]
-    recipe = Recipe(dtype="fp8" if fp8 else "fp32" if row["precision"].lower() == "fp32" else "bf16")
+    dtype: Any = "fp8" if fp8 else "fp32" if row["precision"].lower() == "fp32" else "bf16"
+    recipe = Recipe(dtype=dtype, chunked_products=3)  # Liger, ALST and torchtitan form a chunk's gradients in the forward
     old = row["precision"] == "fp16" or "no flash" in text
     nanotron = row["model"].startswith("nanotron")
     fsdp = strategy.startswith("fsdp")

@@ -9,7 +9,7 @@ from longspan.distributed.traffic import ID_BYTES, embedding_traffic, vocabulary
 from longspan.errors import LayoutError
 from longspan.planner.closed_forms import all_to_all_sent, ulysses_elements
 from longspan.planner.collectives import Group, all_to_all_time, gather_time
-from longspan.planner.cost import layer_time, step_time, ulysses_bytes, vocabulary_exchange_time
+from longspan.planner.cost import layer_time, loss_time, product_time, step_time, ulysses_bytes, vocabulary_exchange_time
 from longspan.planner.hardware import cluster
 from longspan.planner.model import PRESETS, dense
 from longspan.planner.rank_memory import rank_memory, saved_bytes
@@ -52,6 +52,15 @@ def test_tensor_ranks_exchange_the_states_of_embedding_and_head() -> None:
     layers = LLAMA.layers * layer_time(x, Strategy(tensor=4)).tensor
     assert one - layers == pytest.approx(vocabulary_exchange_time(x, Strategy(tensor=4)))
     assert two - layers / 2 == pytest.approx((one - layers) / 2)
+
+
+def test_a_chunked_loss_forms_the_logits_once_more() -> None:
+    """A rank of 8,192 tokens: 4 products of [tokens, hidden] and the head with longspan, 3 where the forward has gradients."""
+    x, s = setting(), Strategy(data=8, ulysses=8)
+    one = product_time(x, 8192, LLAMA.hidden, LLAMA.vocab)
+    whole = loss_time(x, replace(s, chunked_loss=False))
+    assert loss_time(x, s) - whole == pytest.approx(one)
+    assert loss_time(replace(x, recipe=replace(x.recipe, chunked_products=3)), s) == whole
 
 
 def test_ulysses_traffic_is_constant_when_tokens_and_ranks_grow_together() -> None:

@@ -94,12 +94,17 @@ def operators(x: Setting, s: Any) -> Number:
     return fixed + 4 * (s.tensor > 1) + 4 * (s.ulysses > 1) + 6 * (s.ring - 1)
 
 
+def loss_products(x: Setting, s: Any) -> Number:
+    """The number of matrix products of the head in forward and backward, with the loss of the strategy ``s``."""
+    return np.where(s.chunked_loss, x.recipe.chunked_products, 3)
+
+
 def loss_time(x: Setting, s: Any) -> Number:
     """Seconds of head and loss of one micro-batch, forward and backward, on the stage of the strategy ``s`` that has them."""
     shape, m, t = x.shape, rank_tokens(x.workload, s), s.tensor
     logits = m * shape.vocab / t
     moved = 2 * x.recipe.logit_bytes * logits / x.cluster.accelerator.bandwidth
-    return 3 * product_time(x, m, shape.hidden, shape.vocab / t) + moved
+    return loss_products(x, s) * product_time(x, m, shape.hidden, shape.vocab / t) + moved
 
 
 @dataclass(frozen=True)

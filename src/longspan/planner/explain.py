@@ -10,6 +10,7 @@ from longspan.planner.closed_forms import megatron_elements, ulysses_elements
 from longspan.planner.cost import (
     StepTime,
     layer_time,
+    loss_products,
     stage_layers,
     stage_parameters,
     step_time,
@@ -79,8 +80,8 @@ def _formulas(x: Setting, s: Strategy) -> dict[str, str]:
         "elementwise": f"{each} 3 x bytes read and written by norms, residuals, rotations and activations / "
         f"{device.bandwidth / TERA:.2f} TB/s",
         "dispatch": f"{each} what the host needs to start operators ({c.dispatch * 1e6:g} us each) beyond device time",
-        "loss": f"{count} micro-batches x (3 x 2 x {m:,.0f} x {shape.hidden} x {shape.vocab} / {s.tensor} / {rate} + logits "
-        f"read and written)",
+        "loss": f"{count} micro-batches x ({loss_products(x, s)} x 2 x {m:,.0f} x {shape.hidden} x {shape.vocab} / {s.tensor} "
+        f"/ {rate} + logits read and written)",
         "recompute": f"{each} {duration(float(layer.recompute))} (recompute={s.recompute}, tile_tokens={s.tile_tokens})",
         "tensor": f"{link('tensor')} + {count} x {duration(float(vocabulary_exchange_time(x, s)))} of embedding and head",
         "ulysses": link("ulysses"),

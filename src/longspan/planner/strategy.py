@@ -47,6 +47,8 @@ class Recipe:
         bucket_bytes: bytes of a parameter in buckets that reduce gradients beside the accumulated ones, whatever the ZeRO
             stage.
         logit_bytes: bytes of a logit at the peak of a loss that is not chunked.
+        chunked_products: matrix products of the head with a chunked loss: the logits, two gradients, and the logits once more
+            where the backward computes them again (longspan).
         sharded_norms: whether norms and residuals are sharded over the tensor axis (Megatron sequence parallelism).
         selective: what ``recompute="selective"`` keeps: "block" (a block's input and attention's output, longspan),
             "attention" (everything but the scores of unfused attention, Megatron), "operators" (half of the matrix products,
@@ -66,6 +68,7 @@ class Recipe:
     reduced_bytes: int = 4
     bucket_bytes: int = 0
     logit_bytes: int = 14
+    chunked_products: int = 4
     sharded_norms: bool = True
     selective: Literal["block", "attention", "operators"] = "block"
     overlapped_tensor: bool = False
