@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from longspan.attention.api import AttentionSpec, attend, plan_attention
+from longspan.attention.api import AttentionSpec, _refuse_tensors, attend, plan_attention
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.traffic import Traffic
@@ -125,15 +125,42 @@ def test_what_cannot_be_is_refused_before_anything_is_sent(
 
 
 @pytest.mark.parametrize(
+    ("q", "k", "v", "error", "text"),
+    [
+        (
+            Q[0],
+            KV[0],
+            KV[0],
+            LayoutError,
+            r"q \[8, 4, 4\], k .* are not \[batch, tokens, heads, dim\].*; a single row has batch 1",
+        ),
+        (Q, KV[0], KV[0], LayoutError, r"k \[8, 2, 4\] and v \[8, 2, 4\] are not"),
+        (Q[None], KV[None], KV[None], LayoutError, r"q \[1, 1, 8, 4, 4\]"),
+        (Q[..., :0], KV[..., :0], KV, LayoutError, "dim at least 1"),
+        (Q.int(), KV.int(), KV.int(), KernelError, r"are torch.int32; kernels compute with torch.float64, .*; cast them"),
+        (*[Q.to(torch.complex64)] * 3, KernelError, "are torch.complex64"),
+        (*[Q.to(torch.float8_e4m3fn)] * 3, KernelError, "are torch.float8_e4m3fn"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        _refuse_tensors(q, k, v, None)  # annotations refuse them in ``attend`` here, and do not for users
+
+
+@pytest.mark.parametrize(
     ("asked", "error", "text"),
     [
+        ({"kernel": None}, KernelError, "kernel=None is unknown; use 'auto'"),
+        ({"kernel": 3}, KernelError, "kernel=3 is unknown; use 'auto'"),
         ({"mask": None}, MaskError, "mask=NoneType is no mask; pass one of longspan's, like Causal"),
         ({"mask": (Causal(), torch.ones(8, 8))}, MaskError, "mask=Tensor is no mask"),
         ({"bias": torch.zeros(8, 8)}, KernelError, "bias=Tensor is no Bias, which is called for a tile"),
         ({"bias": torch.nn.Linear(2, 2)}, KernelError, "bias=Linear is no Bias, .* has its parameters as a tuple"),
     ],
 )
-def test_what_is_no_mask_or_bias_is_refused(asked: dict[str, Any], error: type[Exception], text: str) -> None:
+def test_what_is_no_mask_bias_or_kernel_is_refused(asked: dict[str, Any], error: type[Exception], text: str) -> None:
     spec: dict[str, Any] = {"q_shape": Q.shape, "k_shape": KV.shape, "v_shape": KV.shape, "dtype": Q.dtype, "mask": Causal()}
     with pytest.raises(error, match=text):
         plan_attention(AttentionSpec(**spec | asked, device_type="cpu"))

@@ -44,6 +44,9 @@ from longspan.masks.refusals import refuse_no_mask
 
 __all__ = ["AttentionSpec", "Bias", "attend", "plan_attention", "refuse_kernel"]
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Those of q, k and v."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
@@ -227,7 +230,6 @@ def _choose_kernel(spec: AttentionSpec) -> Kernel:
     Raises:
         KernelError: the name is unknown, or the kernel cannot do what the spec asks.
     """
-    assert spec.kernel is not None
     if callable(spec.kernel):
         extras = {"softcap": spec.softcap, "sink_logits": spec.has_sink_logits or None, "bias": spec.bias}
         _refuse_beside_a_function(spec.kernel, spec.coordinate, extras)
@@ -304,13 +306,21 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _refuse_tensors(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> None:
-    """Raise KernelError for mixed dtypes or devices, and LayoutError for shapes of q, k, v or sink logits that do not fit.
+    """Raise KernelError for mixed devices and for dtypes that are mixed or none of ``DTYPES``, and LayoutError for shapes of q,
+    k, v or sink logits that do not fit.
 
     ``sink_logits`` None: there are none.
     """
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         kinds = ", ".join(f"{name} is {x.dtype} on {x.device}" for name, x in {"q": q, "k": k, "v": v}.items())
         raise KernelError(f"{kinds}: kernels need one dtype and one device; cast them, or use autocast")
+    if q.dtype not in DTYPES:
+        raise KernelError(f"q, k and v are {q.dtype}; kernels compute with {', '.join(map(str, DTYPES))}; cast them")
+    if any(x.ndim != 4 or not x.shape[3] for x in (q, k, v)):
+        raise LayoutError(
+            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} are not [batch, tokens, heads, dim], dim at least 1; "
+            f"a single row has batch 1"
+        )
     if q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
         raise LayoutError(
             f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit; they are [batch, tokens, heads, dim]: "
@@ -332,7 +342,7 @@ def refuse_kernel(kernel: str | Kernel | KernelFunction, coordinate: MeshCoordin
     """
     if callable(kernel):
         _refuse_beside_a_function(kernel, coordinate, {})
-    elif isinstance(kernel, str):
+    else:
         kernels.refuse_unknown(kernel)
 
 

@@ -150,9 +150,9 @@ def choose(
         KernelError: the name is unknown, or the named kernel does not support the attention; the message names those that do.
             "auto" always finds one, because "online" supports every attention.
     """
+    refuse_unknown(kernel)
     if not isinstance(kernel, str):
         return kernel
-    refuse_unknown(kernel)
     seen = capability() if device_type == "cuda" else None
     need = Need(device_type, dtype, qk_dim, v_dim, softcap=softcap is not None, bias=bias is not None, capability=seen)
     reasons = {name: each.lacks(need) for name, each in KERNELS.items()}
@@ -166,8 +166,8 @@ def choose(
     return KERNELS[kernel]
 
 
-def refuse_unknown(kernel: str) -> None:
-    """Raise KernelError if ``kernel`` is neither "auto" nor a key of ``KERNELS``; otherwise return None."""
+def refuse_unknown(kernel: object) -> None:
+    """Raise KernelError if ``kernel`` is neither "auto" nor a key of ``KERNELS`` nor a ``Kernel``; otherwise return None."""
     known = ["auto", *KERNELS]
-    if kernel not in known:
+    if kernel not in known and not isinstance(kernel, Kernel):
         raise KernelError(f"kernel={kernel!r} is unknown; use {', '.join(map(repr, known))}, or a function of your own")
