@@ -119,6 +119,7 @@ def _probed(world: int, folder: str) -> str:
 def _probe(rank: int, world: int, folder: str, path: str) -> None:
     _join(rank, world, str(Path(folder) / "store"))
     measure_and_write(path, 16, 5, None)
+    dist.destroy_process_group()  # threads of gloo that still run at the exit abort the process
 
 
 def _together(body: Any, settings: RehearseSettings, folder: str, processes: int) -> list[Measured]:
@@ -130,6 +131,7 @@ def _together(body: Any, settings: RehearseSettings, folder: str, processes: int
 def _real(rank: int, settings: RehearseSettings, folder: str) -> None:
     _join(rank, settings.world, str(Path(folder) / "store"))
     torch.save(measure_rank(settings, DecoderSource(CONFIG), mesh_of(settings)), Path(folder) / str(rank))
+    dist.destroy_process_group()
 
 
 def _rehearsed(rank: int, settings: RehearseSettings, folder: str) -> None:

@@ -11,7 +11,7 @@ from longspan import ParallelMesh, parallelize, shard_batch
 from longspan.cli.rehearsal import recorded_peak
 from longspan.models.decoder import Decoder
 from longspan.models.decoder_config import DecoderConfig
-from longspan.planner.memory import footprint
+from longspan.planner.memory import Sizes, footprint
 from tests.helpers.options import keywords
 from tests.helpers.ranks import on_ranks
 from tests.helpers.settled import Settled
@@ -81,3 +81,13 @@ def fullest(config: DecoderConfig, tools: dict[str, Any], tokens: int) -> dict[s
     step()
     found, sent = recorded_peak(model, optimizer, step, mesh), mesh.scratch.send_bytes
     return found | {"exchange": found["exchange"] - sent, "send buffer": sent}
+
+
+@pytest.mark.parametrize(("ring", "copies"), [(1, 0), (2, 1), (3, 2), (8, 2)])
+def test_a_ring_holds_keys_and_values_on_their_way_and_their_gradients(ring: int, copies: int) -> None:
+    """In bf16, 2 bytes an element and 4 of a gradient; the exchange of ulysses ranks of as many tokens is apart."""
+    sizes = Sizes(vocab=256, layers=1, hidden=64, heads=8, kv_heads=2, head_dim=8, ffn=128)
+    one = {"parameters": 1000, "itemsize": 2, "ulysses": 1}
+    attention = footprint(sizes, tokens=32 * ring, ranks=ring, **one).phases["attention"]
+    alone = footprint(sizes, tokens=32, ranks=1, **one).phases["attention"]
+    assert attention - alone == copies * 2 * (32 * 16) * (2 + 4)

@@ -148,11 +148,13 @@ def footprint(
     gathered = {2: parameters * itemsize, 3: (parameters - max(0, sizes.layers - 2) * block_parameters) * itemsize}.get(zero, 0)
     work = tile * (5 * ffn + 2 * hidden) if tiled else n * 2 * ffn
     feed_forward = ((recomputed + 2 * hidden) * n + work) * itemsize + weights
+    attention = _attention(sizes, n, ranks if exchanging else 1, recompute, head_chunks, itemsize)
+    attention += _ring(key * n // head_chunks, ranks // (ranks if ulysses is None else ulysses), itemsize)
     phases = {
         # with tensor > 1 the hidden states of all tensor ranks and their gradients
         "loss": hidden * n * itemsize * (1 if tensor == 1 else 1 + 2 * tensor) + outside + logit_bytes[logits],
         "feed-forward": feed_forward + outside + at_the_end,
-        "attention": _attention(sizes, n, ranks if exchanging else 1, recompute, head_chunks, itemsize) + outside + at_the_end,
+        "attention": attention + outside + at_the_end,
         "update": parameters // shards * WIDE * 2,
     }
     states = 3 * parameters // shards * WIDE
@@ -187,3 +189,16 @@ def _attention(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, it
     received = (3 * my_query + 2 * my_key) * itemsize
     scratch = n * received if n * received <= SCRATCH_BYTES else 0
     return n * (recomputed * itemsize + returned + received + gradients + kernel) + scratch
+
+
+def _ring(elements: int, ring: int, itemsize: int) -> int:
+    """Bytes of keys and values that come from another ring rank, and of their fp32 gradients on the way back.
+
+    With more than two ranks those of the next hop arrive meanwhile.
+
+    Args:
+        elements: of the keys of one rank and head chunk; the values have as many.
+        ring: ring ranks.
+        itemsize: bytes of an element of the activations.
+    """
+    return min(ring - 1, 2) * 2 * elements * (itemsize + WIDE)
