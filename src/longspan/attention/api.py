@@ -234,6 +234,8 @@ def _choose_kernel(spec: AttentionSpec) -> Kernel:
         extras = {"softcap": spec.softcap, "sink_logits": spec.has_sink_logits or None, "bias": spec.bias}
         _refuse_beside_a_function(spec.kernel, spec.coordinate, extras)
         return FunctionKernel(spec.kernel)
+    kernels.refuse_unknown(spec.kernel)
+    assert spec.kernel is not None  # None belongs to specs of plans that are bound to a kernel later
     return kernels.choose(
         spec.kernel, device_type=spec.device_type, dtype=spec.dtype, qk_dim=spec.q_shape[3], v_dim=spec.v_shape[3],
         softcap=spec.softcap, bias=spec.bias, mask=spec.mask, tokens=spec.whole_tokens,
