@@ -1,7 +1,7 @@
 """Comparisons on the wire, on several hosts of one machine: python -m benchmarks.hosts COMPARISON [--write]
 
     traffic       bytes of one layer, counted by the kernel, beside the closed forms; integers, also on a busy machine
-    doubled       Ulysses' bytes of a link when tokens and ranks double from 20 to 40 hosts; a quarter of an hour, 16 GB
+    doubled       Ulysses' bytes of a link when tokens and ranks double from 20 to 40 hosts; a quarter of an hour, 20 GB
     throughput    a training step of each method over the rate of the links; on a quiet machine only
     accumulated   the same at 200 Mbit/s with eight rows a step, whose gradients are averaged once; ten minutes, quiet too
     latency       the time that Ulysses adds to a layer, beside its closed form; on a quiet machine only

@@ -36,7 +36,7 @@ def _layer(tokens: int, case: dict[str, Any]) -> float:
     """Seconds of a training step for each layer: the difference of two decoders over that of their layers."""
 
     def step(layers: int) -> float:
-        return float(timed_steps(ULYSSES, case | {"tokens": tokens, "layers": layers, "steps": 1})["seconds"][0])
+        return float(timed_steps(ULYSSES, case | {"tokens": tokens, "layers": layers, "steps": 1, "rows": 1})["seconds"][0])
 
     return (step(MORE) - step(FEWER)) / (MORE - FEWER)
 

@@ -1,12 +1,14 @@
 """Bytes that the kernel counts on two hosts, within 3% of the closed forms, and the tables of the three commands."""
 
+import sys
 from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.hosts import latency, namespaces, throughput, traffic
+from benchmarks.hosts import latency, namespaces, ranks, throughput, traffic
 from benchmarks.hosts.forms import Size
 from benchmarks.hosts.methods import BY_NAME, COUNTED, MEGATRON, TIMED, ULYSSES
+from tests.helpers import processes
 
 
 def _row(hosts: int, method: str, scale: float) -> traffic.Row:
@@ -75,3 +77,15 @@ def test_counted_bytes_are_the_closed_forms_on_two_hosts() -> None:
         assert all(0 < apart < 0.03 for apart in row.apart), traffic.line(row)
         for payload, form in zip(row.payload, row.form):
             assert payload == pytest.approx(form, rel=0.01)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(namespaces.why_not() is not None, reason=str(namespaces.why_not()))
+@pytest.mark.parametrize(
+    ("comparison", "printed"), [("accumulated", "| Megatron-SP | "), ("latency", "fitted on 256, 1,024 tokens")]
+)
+def test_a_timed_comparison_runs_to_its_table(comparison: str, printed: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.hosts", comparison, "--small"]
+    done = processes.run(command, cwd=ranks.ROOT, env=ranks.environment())
+    assert done.returncode == 0, done.stderr
+    assert printed in done.stdout
