@@ -86,6 +86,6 @@ def test_counted_bytes_are_the_closed_forms_on_two_hosts() -> None:
 )
 def test_a_timed_comparison_runs_to_its_table(comparison: str, printed: str) -> None:
     command = [sys.executable, "-m", "benchmarks.hosts", comparison, "--small"]
-    done = processes.run(command, cwd=ranks.ROOT, env=ranks.environment())
+    done = processes.run(command, cwd=ranks.ROOT, env=ranks.environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     assert printed in done.stdout
