@@ -86,7 +86,7 @@ llama-70b, 70.6B parameters, on 64 H100: 8 x 1,048,576 tokens a step
 30,180 legal layouts, 1,533 fit; longest sequence 12,205,399 tokens
 
                                  best        runner-up
-step                  2,035.81 s +-5%  2,039.10 s +-5%
+step                  2,036.30 s +-5%  2,039.59 s +-5%
 memory of a GPU         54.0 GiB +-5%    54.0 GiB +-5%
 memory of a host       160.0 GiB +-5%   160.0 GiB +-5%
 
