@@ -150,8 +150,8 @@ def attend(
     Raises:
         LayoutError: Heads or tokens do not fit the mesh, or the shapes do not fit one another.
         MaskError: The mask is none, is of another length, or there is not one mask per row.
-        KernelError: Mixed dtypes or devices, an unknown kernel, or one that lacks an option used here; a scale or softcap that
-            is not above 0 and finite; a bias that is no ``Bias``.
+        KernelError: Mixed dtypes or devices, a dtype that is none of ``DTYPES``, an unknown kernel, or one that lacks an option
+            used here; a scale or softcap that is not above 0 and finite; a bias that is no ``Bias``.
         All are raised before anything is sent.
 
     Source: DeepSpeed-Ulysses, arXiv:2309.14509; ring: arXiv:2310.01889; sink logits: arXiv:2309.17453.
@@ -234,8 +234,6 @@ def _choose_kernel(spec: AttentionSpec) -> Kernel:
         extras = {"softcap": spec.softcap, "sink_logits": spec.has_sink_logits or None, "bias": spec.bias}
         _refuse_beside_a_function(spec.kernel, spec.coordinate, extras)
         return FunctionKernel(spec.kernel)
-    kernels.refuse_unknown(spec.kernel)
-    assert spec.kernel is not None  # None belongs to specs of plans that are bound to a kernel later
     return kernels.choose(
         spec.kernel, device_type=spec.device_type, dtype=spec.dtype, qk_dim=spec.q_shape[3], v_dim=spec.v_shape[3],
         softcap=spec.softcap, bias=spec.bias, mask=spec.mask, tokens=spec.whole_tokens,

@@ -118,7 +118,7 @@ KINDS = {"causal": Causal, "full": Full}
 
 
 def choose(
-    kernel: str | Kernel,
+    kernel: str | Kernel | None,
     *,
     device_type: str,
     dtype: torch.dtype,
@@ -133,7 +133,7 @@ def choose(
 
     Args:
         kernel: the name of a kernel, "auto" for the first of ``PREFERENCES`` that supports the attention, or a ``Kernel``
-            object, which is returned unchanged.
+            object, which is returned unchanged. None is refused.
         device_type: "cpu" or "cuda".
         dtype: the dtype of q, k and v.
         qk_dim: the head dim of queries and keys.
@@ -150,9 +150,10 @@ def choose(
         KernelError: the name is unknown, or the named kernel does not support the attention; the message names those that do.
             "auto" always finds one, because "online" supports every attention.
     """
-    refuse_unknown(kernel)
-    if not isinstance(kernel, str):
+    if isinstance(kernel, Kernel):
         return kernel
+    refuse_unknown(kernel)
+    assert isinstance(kernel, str)
     seen = capability() if device_type == "cuda" else None
     need = Need(device_type, dtype, qk_dim, v_dim, softcap=softcap is not None, bias=bias is not None, capability=seen)
     reasons = {name: each.lacks(need) for name, each in KERNELS.items()}
