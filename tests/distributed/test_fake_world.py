@@ -10,7 +10,7 @@ import torch.distributed as dist
 from longspan import ParallelMesh
 from longspan.distributed.collectives import all_gather, reduce_scatter
 from longspan.distributed.consensus import exchange_integers, gather, raise_together
-from longspan.distributed.fake_world import FakeTransport, fake_world, is_fake
+from longspan.distributed.fake_world import FakeTransport, fake_world, is_fake, reduce_scatter_filled
 from longspan.errors import ModelError, RunError
 from tests.helpers.ranks import on_ranks
 from tests.helpers.rehearsals import in_fake_world
@@ -70,3 +70,18 @@ def test_an_error_is_raised_as_it_is_and_a_second_world_is_refused(tmp_path: Pat
     found, again = on_ranks(1, in_fake_world, 3, 4, refused, tmp_path=tmp_path)[0]
     assert found == "of rank 3"
     assert "needs a process without a process group" in again
+
+
+def reduced() -> list[float]:
+    piece, own = torch.full((2,), torch.nan), dist.reduce_scatter_tensor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "reduce_scatter_tensor", lambda *_: None)
+        with reduce_scatter_filled():
+            dist.reduce_scatter_tensor(output=piece, input=torch.arange(8.0), group=dist.group.WORLD)
+    assert dist.reduce_scatter_tensor is own
+    return piece.tolist()
+
+
+def test_a_reduce_scatter_that_writes_nothing_is_filled_with_this_ranks_part(tmp_path: Path) -> None:
+    """What PyTorch before 2.13 needs, whose fake group leaves the output as it was."""
+    assert on_ranks(1, in_fake_world, 3, 4, reduced, tmp_path=tmp_path)[0] == [6, 7]

@@ -14,7 +14,7 @@ from tests.helpers.ranks import on_ranks
 
 @pytest.mark.parametrize("maker", ["the program", "a tied pipeline of four stages"])
 def test_a_mesh_is_made_after_groups_that_some_ranks_are_not_in(maker: str, tmp_path: Path) -> None:
-    assert on_ranks(4, _sums_of_stages, maker, tmp_path=tmp_path, seconds=20) == [1, 1, 5, 5]
+    assert on_ranks(4, _sums_of_stages, maker, tmp_path=tmp_path, seconds=60) == [1, 1, 5, 5]
 
 
 def _sums_of_stages(maker: str) -> int:

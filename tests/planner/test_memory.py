@@ -11,7 +11,7 @@ from longspan import ParallelMesh, parallelize, shard_batch
 from longspan.cli.rehearsal import recorded_peak
 from longspan.models.decoder import Decoder
 from longspan.models.decoder_config import DecoderConfig
-from longspan.planner.memory import Sizes, footprint
+from longspan.planner.memory import Sizes, footprint, kept_by_exchanges
 from tests.helpers.options import keywords
 from tests.helpers.ranks import on_ranks
 from tests.helpers.settled import Settled
@@ -91,3 +91,44 @@ def test_a_ring_holds_keys_and_values_on_their_way_and_their_gradients(ring: int
     attention = footprint(sizes, tokens=32 * ring, ranks=ring, **one).phases["attention"]
     alone = footprint(sizes, tokens=32, ranks=1, **one).phases["attention"]
     assert attention - alone == copies * 2 * (32 * 16) * (2 + 4)
+
+
+def held(tools: dict[str, Any], tokens: int) -> int:
+    mesh = ParallelMesh(ulysses=2)
+    model = parallelize(Decoder(CONFIG), mesh, **keywords(tools))
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    for _ in range(2):
+        model(**shard_batch({"input_ids": ids, "labels": ids}, mesh)).loss.backward()
+    return mesh.scratch.held_bytes
+
+
+@pytest.mark.parametrize("tools", [{}, {"recompute": "full"}, {"recompute": "selective"}, SETS["all"]])
+def test_what_exchanges_keep_is_the_closed_form(tools: dict[str, Any], tmp_path: Path) -> None:
+    """The buffers that are there after a step: all of them idle then, also those in which activations were saved."""
+    found = on_ranks(2, held, tools, 8192, tmp_path=tmp_path)[0]
+    chunks, recompute = tools.get("head_chunks", 1), tools.get("recompute", "none")
+    saved = CONFIG.layers * 4096 * (2 * CONFIG.heads + 2 * CONFIG.kv_heads) * CONFIG.head_dim * 4
+    kept = kept_by_exchanges(CONFIG, 4096, 2, recompute, chunks, itemsize=4)
+    assert found == kept + saved * (recompute == "none")
+
+
+def test_buffers_of_exchanges_that_are_too_large_are_not_kept() -> None:
+    sizes = Sizes(vocab=256, layers=1, hidden=64, heads=8, kv_heads=8, head_dim=64, ffn=128)
+    small, large = (kept_by_exchanges(sizes, n, 2, "full", 1, itemsize=4) for n in (2**14, 2**16))
+    assert small == 2**14 * (3 * 512 // 2 + 4 * 512 + 2 * 512) * 4
+    assert large == 2**16 * (3 * 512 // 2 + 2 * 512) * 4  # of 512 MiB received once nothing is kept
+
+
+def test_idle_buffers_are_in_every_phase_but_the_one_that_uses_them() -> None:
+    sizes = Sizes(vocab=256, layers=1, hidden=64, heads=8, kv_heads=2, head_dim=8, ffn=128)
+    kept = kept_by_exchanges(sizes, 2**15, 2, "none", 1, itemsize=4)
+    ulysses, ring = (footprint(sizes, parameters=1000, tokens=2**16, ranks=2, ulysses=ulysses).phases for ulysses in (2, 1))
+    hops = 2 * (2**15 * 16) * (4 + 4)
+    for phase in ("loss", "feed-forward", "update"):
+        assert ulysses[phase] - kept == ring[phase] - hops > 0
+
+
+def test_a_norm_that_computes_in_fp32_saves_its_input_and_its_normalized_input_in_fp32() -> None:
+    sizes = Sizes(vocab=256, layers=3, hidden=64, heads=8, kv_heads=2, head_dim=8, ffn=128)
+    narrow, wide = (footprint(sizes, parameters=1000, tokens=64, itemsize=2, norm_itemsize=norm).saved for norm in (None, 4))
+    assert wide - narrow == (2 * 3 + 1) * 2 * 64 * 64 * 2  # norms x tensors x elements x bytes more

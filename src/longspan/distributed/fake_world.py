@@ -13,7 +13,7 @@ collectives, waiting for other ranks, the buffers of a communicator) is absent. 
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -42,15 +42,15 @@ def fake_world(rank: int, world: int) -> Iterator[None]:
         world: the number of ranks.
 
     Raises:
-        RunError: this process has a process group already, or this PyTorch's fake group leaves what it receives unfilled.
+        RunError: this process has a process group already.
     """
     if dist.is_initialized():
         raise RunError("a fake world needs a process without a process group; call destroy_process_group() first")
     _compat.register_fake_backend()
     dist.init_process_group(FAKE, store=_compat.hash_store(), rank=rank, world_size=world)
     try:
-        _refuse_unfilled(world)
-        yield
+        with nullcontext() if _is_filled(world) else reduce_scatter_filled():
+            yield
     finally:
         dist.destroy_process_group()
 
@@ -115,11 +115,28 @@ def fake_stage(stage: Any) -> None:
     stage.get_bwd_recv_ops = partial(filling, stage.get_bwd_recv_ops)
 
 
-def _refuse_unfilled(world: int) -> None:
+def _is_filled(world: int) -> bool:
+    """Whether a reduce-scatter of the fake group of this PyTorch writes its output."""
     received = torch.full((1,), torch.nan, device="cpu")
     dist.reduce_scatter(received, list(torch.zeros(world, 1, device="cpu")))
-    if not received.isfinite().all():
-        raise RunError(
-            f"the fake process group of PyTorch {torch.__version__} leaves what it receives unfilled, so that memory of any "
-            f"content would be computed with; use torch 2.13 or later for a rehearsal"
-        )
+    return bool(received.isfinite().all())
+
+
+@contextmanager
+def reduce_scatter_filled() -> Iterator[None]:
+    """Context manager under which ``dist.reduce_scatter_tensor`` writes this rank's own part.
+
+    FSDP2 reduces gradients with it in PyTorch before 2.13, whose fake group leaves the output as it was: memory of any content.
+    """
+    unfilled = dist.reduce_scatter_tensor
+
+    def filling(output: Any, input: Any, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: Any = False) -> Any:
+        work = unfilled(output, input, op, group, async_op)
+        output.copy_(input.flatten().chunk(dist.get_world_size(group))[dist.get_rank(group)].view_as(output))
+        return work
+
+    dist.reduce_scatter_tensor = filling
+    try:
+        yield
+    finally:
+        dist.reduce_scatter_tensor = unfilled

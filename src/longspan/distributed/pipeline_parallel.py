@@ -125,6 +125,7 @@ class PipelineParallel:
         self, model: nn.Module, plan: PipelinePlan, mesh: ParallelMesh, options: PipelineOptions, dtype: torch.dtype
     ) -> None:
         self._model, self._plan, self._mesh, self._options, self._dtype = model, plan, mesh, options, dtype
+        self._loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         ranks, rank = mesh.coordinate.pipeline, mesh.coordinate.pipeline_rank
         self._count = ranks * options.stages_per_rank
         self._mine = range(rank, self._count, ranks)
@@ -175,11 +176,10 @@ class PipelineParallel:
             if isinstance(error.__cause__, LongspanError):
                 raise error.__cause__ from None
             raise
-        total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
-        for loss in losses:
-            total += loss.detach()
+        nothing = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
+        total = sum((loss.detach() for loss in losses), nothing)
         dist.all_reduce(total, group=self._mesh.pipeline_group)  # only the last stage has losses
-        return total.to(torch.float64 if self._dtype == torch.float64 else torch.float32)
+        return total.to(self._loss_dtype)
 
     @property
     def layers(self) -> int:
@@ -262,7 +262,7 @@ class PipelineParallel:
     def _stage(self, index: int, ids: Tensor, trains: bool) -> PipelineStage:
         """PyTorch's PipelineStage number ``index``, for ids of the shape of ``ids``."""
         state = torch.empty(*ids.shape[:2], self._plan.hidden, dtype=self._dtype, device="meta", requires_grad=trains)
-        loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=trains)
+        loss = torch.empty((), dtype=self._loss_dtype, device="meta", requires_grad=trains)
         stage = _CountedStage(
             self._mesh, _StageModule(self, index), index, self._count, self._mesh.device, group=self._mesh.pipeline_group,
             input_args=(ids.to("meta") if index == 0 else state,), output_args=(loss if index == self._count - 1 else state,),

@@ -55,4 +55,5 @@ def decoder_footprint(shape: ModelShape, s: Strategy, work: Workload, dtype: str
         itemsize=2 if dtype == "bf16" else 4,
         tensor=s.tensor,
         autocast=dtype == "bf16" and s.zero == 0,
+        norm_itemsize=4,
     )

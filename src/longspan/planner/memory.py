@@ -2,7 +2,8 @@
 
     peak  =  states            parameters and optimizer states: whole, or one shard
           +  saved             activations that the forward saves for the backward, for all layers
-          +  the largest of    loss | feed-forward | attention | update         temporary memory of each phase
+          +  the largest of    loss | feed-forward | attention | update         temporary memory of each phase, with the
+                                                                                buffers that exchanges keep meanwhile
 
 Sizes are in bytes of one rank that holds n tokens of a row; a width of w elements takes ``n * w * itemsize``. Every term is a
 tensor in the code; nothing is fitted to measurements.
@@ -10,7 +11,7 @@ tensor in the code; nothing is fitted to measurements.
 
 from dataclasses import dataclass
 
-from longspan.tuning import HEAD_TILE_BYTES, LOSS_TOKENS, LOSS_WORDS, SCRATCH_BYTES
+from longspan.tuning import HEAD_TILE_BYTES, LOSS_TOKENS, LOSS_WORDS, SCRATCH_BYTES, SMALLEST_KEPT_BYTES
 
 WIDE = 4
 """Bytes of an fp32 element: gradients, optimizer states, partial results of kernels, logits."""
@@ -43,7 +44,7 @@ class Footprint:
     saved: int
     """Activations saved for the backward, and gathered parameters."""
     phases: dict[str, int]
-    """Temporary memory of the phases "loss", "feed-forward", "attention" and "update"."""
+    """Temporary memory of the phases "loss", "feed-forward", "attention" and "update", idle buffers of exchanges included."""
 
     @property
     def peak(self) -> int:
@@ -72,6 +73,7 @@ def footprint(
     itemsize: int = 4,
     tensor: int = 1,
     autocast: bool = False,
+    norm_itemsize: int | None = None,
 ) -> Footprint:
     """The estimated memory of a training step with AdamW on one row, on the rank with the most tokens.
 
@@ -96,6 +98,8 @@ def footprint(
             it; ``parameters`` are those of one of them.
         autocast: whether the weights are fp32 and cast at each use (``torch.autocast``): the residual stream, the norms and a
             copy of the weights in the activations' dtype are then saved too.
+        norm_itemsize: bytes of an element of the two tensors that a norm saves, its input and its normalized input, without
+            autocast; None: ``itemsize``. PyTorch's norm on a CPU computes and saves them in fp32 (4 bytes).
 
     Returns:
         A ``Footprint``; its ``peak`` is the memory that the step needs.
@@ -106,12 +110,14 @@ def footprint(
     shards = fsdp_ranks or (ranks if zero else 1)
     tiled = tile_tokens is not None
     block_parameters = hidden * (2 * query + 2 * key + 3 * ffn + 2) // tensor
-    exchanging = (ranks if ulysses is None else ulysses) > 1
+    exchanging_ranks = ranks if ulysses is None else ulysses
+    exchanging = exchanging_ranks > 1
     rows = -(-sizes.vocab // tensor)  # of the vocabulary, with which a tensor rank computes
     outside = (sizes.vocab if sizes.vocab % tensor else rows) * hidden * WIDE
 
     # widths that a layer saves
-    residual, norms, feed = 2 * hidden, (2 if tiled else 4) * hidden, 0 if tiled else 4 * ffn
+    wide = 1 if autocast or norm_itemsize is None else norm_itemsize // itemsize  # autocast has a term of its own
+    residual, norms, feed = 2 * hidden, (2 if tiled else 4 * wide) * hidden, 0 if tiled else 4 * ffn
     on_heads, on_tokens = (
         (query + 2 * key) + query,
         query * exchanging,
@@ -120,12 +126,12 @@ def footprint(
     saved_per_layer = {"none": layer, "full": hidden, "selective": hidden + query}[recompute]
     angles = sizes.head_dim * n * WIDE
     lse = sizes.heads * n * WIDE * (recompute != "full")
-    after_layers = hidden + (1 if tiled else 2) * hidden
+    after_layers = hidden + (1 if tiled else 2 * wide) * hidden
     saved = (sizes.layers * saved_per_layer + after_layers) * n * itemsize + angles + sizes.layers * lse
     saved += sizes.layers * (tensor - 1) * 2 * hidden * n * itemsize * (recompute == "none")  # gathered inputs of regions
     if autocast:
-        wide = {"none": residual + norms, "full": hidden, "selective": hidden}[recompute] * sizes.layers + after_layers
-        saved += wide * n * (WIDE - itemsize) + parameters * itemsize
+        in_fp32 = {"none": residual + norms, "full": hidden, "selective": hidden}[recompute] * sizes.layers + after_layers
+        saved += in_fp32 * n * (WIDE - itemsize) + parameters * itemsize
 
     # In the backward of the last layer, the gradients of the others exist and their saved activations are freed; with zero=0
     # the gradients of this backward exist beside .grad
@@ -149,13 +155,15 @@ def footprint(
     work = tile * (5 * ffn + 2 * hidden) if tiled else n * 2 * ffn
     feed_forward = ((recomputed + 2 * hidden) * n + work) * itemsize + weights
     attention = _attention(sizes, n, ranks if exchanging else 1, recompute, head_chunks, itemsize)
-    attention += _ring(key * n // head_chunks, ranks // (ranks if ulysses is None else ulysses), itemsize)
+    hops = _ring(key * n // head_chunks, ranks // exchanging_ranks, itemsize)
+    regions = (tensor > 1) * tensor * n * hidden * (WIDE + itemsize if autocast else itemsize)
+    kept = kept_by_exchanges(sizes, n, exchanging_ranks, recompute, head_chunks, itemsize) + hops + regions
     phases = {
         # with tensor > 1 the hidden states of all tensor ranks and their gradients
-        "loss": hidden * n * itemsize * (1 if tensor == 1 else 1 + 2 * tensor) + outside + logit_bytes[logits],
-        "feed-forward": feed_forward + outside + at_the_end,
-        "attention": attention + outside + at_the_end,
-        "update": parameters // shards * WIDE * 2,
+        "loss": hidden * n * itemsize * (1 if tensor == 1 else 1 + 2 * tensor) + outside + logit_bytes[logits] + kept,
+        "feed-forward": feed_forward + outside + at_the_end + kept,
+        "attention": attention + outside + at_the_end + hops + regions,  # it uses the buffers of its exchanges
+        "update": parameters // shards * WIDE * 2 + kept,
     }
     states = 3 * parameters // shards * WIDE
     return Footprint(states, saved + gathered, phases)
@@ -189,6 +197,34 @@ def _attention(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, it
     received = (3 * my_query + 2 * my_key) * itemsize
     scratch = n * received if n * received <= SCRATCH_BYTES else 0
     return n * (recomputed * itemsize + returned + received + gradients + kernel) + scratch
+
+
+def kept_by_exchanges(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, itemsize: int) -> int:
+    """Bytes of the buffers that Ulysses exchanges on a CPU keep from one attention to the next (distributed/scratch.py).
+
+    What saved activations occupy in them is not counted: without recomputation received q, k, v and the output for my tokens.
+    On other devices the received ones belong to PyTorch's allocator, which gives them to other tensors meanwhile.
+
+    Args:
+        sizes: sizes of the decoder.
+        n: tokens of this rank.
+        ranks: ulysses ranks; 1: there is no exchange.
+        recompute: activation checkpointing: "none", "full" or "selective".
+        chunks: chunks of the heads, of which one is exchanged at a time.
+        itemsize: bytes of an element of the activations.
+    """
+    if ranks == 1:
+        return 0
+    query, key = sizes.heads * sizes.head_dim // chunks, sizes.kv_heads * sizes.head_dim // chunks
+    if recompute != "selective" and chunks == 1:
+        sent, received = query + 2 * key, [2 * key] + [2 * query + 2 * key] * (recompute == "full")
+    else:
+        my_query, my_key = (ranks * sizes.head_dim * -(-heads // chunks // ranks) for heads in (sizes.heads, sizes.kv_heads))
+        sent = 3 * my_query + 2 * my_key
+        received = [sent, my_query + 2 * my_key, query * (ranks - 1) // ranks]
+    sizes_received = [size for size in (n * width * itemsize for width in received) if size >= SMALLEST_KEPT_BYTES]
+    buffers = [n * (sent * (ranks - 1) // ranks) * itemsize, *sizes_received]
+    return sum(size for size in buffers if size <= SCRATCH_BYTES)
 
 
 def _ring(elements: int, ring: int, itemsize: int) -> int:
