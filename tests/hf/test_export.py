@@ -94,3 +94,30 @@ def test_a_folder_that_cannot_be_made_is_refused_on_every_rank(tmp_path: Path, p
     assert one == other
     assert "cannot be saved to" in one
     assert "; make room, or name another folder" in one
+
+
+def saved_beside(folder: str, out: str) -> None:
+    model, mesh = parallelize(load(folder), ParallelMesh(ulysses=2)), ParallelMesh(ulysses=2)
+    export.FILE_BYTES = 2**15
+    save(model, out, mesh)  # several files
+    export.FILE_BYTES = 2**30
+    save(model, f"{out}/sub/..", mesh)  # one file
+
+
+def test_other_files_of_the_folder_stay_and_weights_of_before_go(tmp_path: Path, pool: Callable[[int], Ranks]) -> None:
+    out = tmp_path / "out"
+    for kept in (out / "tokenizer.json", out / "sub" / "notes.txt", tmp_path / ".out" / "key"):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text("mine")
+    pool(2).run(saved_beside, write(tmp_path / "in"), str(out))
+    assert sorted(path.name for path in out.iterdir() if path.suffix == ".safetensors") == ["model-00001-of-00001.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out", "in", "out"]
+    for kept in (out / "tokenizer.json", out / "sub" / "notes.txt", tmp_path / ".out" / "key"):
+        assert kept.read_text() == "mine"
+    assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size
+
+
+def test_the_current_folder_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(parallelize(LlamaForCausalLM(LlamaConfig(**BASE)), ParallelMesh()), "", ParallelMesh())
+    assert (tmp_path / "config.json").exists()

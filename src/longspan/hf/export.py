@@ -1,8 +1,8 @@
 """Writing a parallel model as a Hugging Face folder: each rank writes what it holds, the first one puts the files together.
 
-    rank 0   its shards, of its layers     --write-->   .NAME/sharded/*   --put together-->   .NAME/*.safetensors, config.json
-    rank 1   its shards, of its layers     --write-->                                              | renamed when it is whole
-                                                                                              NAME/
+    rank 0   its shards, of its layers     --write-->   DRAFT/sharded/*   --put together-->   DRAFT/*.safetensors, config.json
+    rank 1   its shards, of its layers     --write-->                                              | moved when they are whole
+                                                                                              FOLDER/
 
 A tensor at a time is whole, on the disk. A weight that two pipeline stages share is written once.
 """
@@ -31,13 +31,18 @@ from longspan.models.adapter import parallel_state
 
 FILE_BYTES = 5 * 2**30
 """The size of one file of saved weights; a larger tensor has a file of its own."""
+DRAFT = ".longspan-draft"
+"""Name of the folder that is written first: in the folder that is there, else beside it, before its name."""
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+"""Names of the files with the weights of a saved model."""
 
 
 def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None:
     """Write a parallel model, sharded or not, as a Hugging Face folder: config.json and *.safetensors. Every rank calls it.
 
     ``from_pretrained(folder)`` gives its parameters, equal in every bit. Each rank writes what it holds, and the first one puts
-    the pieces together; all ranks must see the same disk. An older folder is replaced when the new one is whole.
+    the pieces together; all ranks must see the same disk. A model that was saved there before is replaced when the new one is
+    whole; other files in the folder stay.
 
     Args:
         model, mesh: what ``parallelize`` returned, and the ranks.
@@ -46,8 +51,8 @@ def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None
     Raises:
         ModelError: on every rank alike, where one of them cannot write.
     """
-    final = Path(folder)
-    draft = final.with_name(f".{final.name}")
+    final = Path(folder).resolve()
+    draft = final / DRAFT if final.is_dir() else final.with_name(f"{DRAFT}-{final.name}")
     lead = dist.get_rank() == 0
     with _all_or_none(final, draft, mesh):
         if lead:
@@ -59,8 +64,22 @@ def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None
         if lead:
             shutil.rmtree(draft / "sharded")
             _config_of(model).save_pretrained(draft)
-            shutil.rmtree(final, ignore_errors=True)
-            draft.rename(final)
+            _put_in_place(draft, final)
+
+
+def _put_in_place(draft: Path, final: Path) -> None:
+    """Make ``draft`` the folder ``final``, or move its files there, where they replace those of a model that was saved before."""
+    if not final.exists():
+        draft.rename(final)
+        return
+    new = [path.name for path in draft.iterdir()]
+    for name in new:
+        shutil.move(draft / name, final / name)
+    for pattern in WEIGHTS:
+        for old in final.glob(pattern):
+            if old.name not in new:
+                old.unlink()
+    draft.rmdir()
 
 
 @contextmanager
