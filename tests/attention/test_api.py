@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from longspan.attention.api import AttentionSpec, _refuse_tensors, attend, plan_attention
+from longspan.attention.api import AttentionSpec, _as_autocast, attend, plan_attention
+from longspan.attention.refusals import refuse_tensors
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.traffic import Traffic
@@ -146,7 +147,7 @@ def test_tensors_of_another_kind_are_refused(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, error: type[Exception], text: str
 ) -> None:
     with pytest.raises(error, match=text):
-        _refuse_tensors(q, k, v, None)  # annotations refuse them in ``attend`` here, and do not for users
+        refuse_tensors(q, k, v, None)  # annotations refuse them in ``attend`` here, and do not for users
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,26 @@ def test_tensors_of_another_kind_are_refused(
         ({"mask": None}, MaskError, "mask=NoneType is no mask; pass one of longspan's, like Causal"),
         ({"mask": (Causal(), torch.ones(8, 8))}, MaskError, "mask=Tensor is no mask"),
         ({"bias": torch.zeros(8, 8)}, KernelError, "bias=Tensor is no Bias, which is called for a tile"),
+        ({"kernel": torch.zeros(2)}, KernelError, "is unknown; use 'auto'"),
+        (
+            {"tokens": 7},
+            LayoutError,
+            "tokens=7 and key_tokens=7 are not those of q, 8, and k, 8: without a mesh they are whole",
+        ),
+        ({"tokens": 9}, LayoutError, "tokens=9 and key_tokens=9"),
+        ({"key_tokens": 3}, LayoutError, "tokens=8 and key_tokens=3"),
+        ({"tokens": True}, LayoutError, "tokens=True must be an int"),
+        ({"tokens": 8.0}, LayoutError, "tokens=8.0 must be an int"),
+        ({"key_tokens": "8"}, LayoutError, "key_tokens='8' must be an int"),
+        ({"head_chunks": 1.5}, LayoutError, "head_chunks=1.5 must be an int"),
+        ({"head_chunks": None}, LayoutError, "head_chunks=None must be an int"),
+        ({"q_shape": torch.Size((1, 8, 0, 4))}, LayoutError, "0 query heads cannot share 2 key/value heads"),
+        (
+            {"scale": torch.tensor(0.5)},
+            KernelError,
+            "scale=Tensor must be a number: a tensor would get no gradient; multiply q",
+        ),
+        ({"softcap": "30"}, KernelError, "softcap=str must be a number"),
         ({"bias": torch.nn.Linear(2, 2)}, KernelError, "bias=Linear is no Bias, .* has its parameters as a tuple"),
     ],
 )
@@ -164,6 +185,21 @@ def test_what_is_no_mask_bias_or_kernel_is_refused(asked: dict[str, Any], error:
     spec: dict[str, Any] = {"q_shape": Q.shape, "k_shape": KV.shape, "v_shape": KV.shape, "dtype": Q.dtype, "mask": Causal()}
     with pytest.raises(error, match=text):
         plan_attention(AttentionSpec(**spec | asked, device_type="cpu"))
+
+
+def test_autocast_casts_floating_point_alone() -> None:
+    """An int tensor that autocast casts would be computed with, and a complex one would lose its imaginary part."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(Q, KV.double().float(), KV, mask=Causal()).dtype == torch.bfloat16
+        for dtype in (torch.int64, torch.bool, torch.complex64):
+            with pytest.raises(KernelError, match=f"are {dtype}"):
+                refuse_tensors(*_as_autocast(*[Q.to(dtype)] * 3), None)
+
+
+@pytest.mark.parametrize("sinks", [torch.zeros(4, device="meta"), torch.zeros(4, dtype=torch.int64)])
+def test_sink_logits_are_of_floating_point_and_on_the_device_of_q(sinks: torch.Tensor) -> None:
+    with pytest.raises(KernelError, match=f"sink_logits are {sinks.dtype} on {sinks.device} and q is on cpu"):
+        refuse_tensors(Q, KV, KV, sinks)
 
 
 def refusal(degrees: tuple[int, int], asked: dict[str, object]) -> tuple[Exception, Traffic]:

@@ -31,10 +31,11 @@ from longspan.attention import ring
 from longspan.attention.custom_ops import attention, attention_recomputable, columns
 from longspan.attention.plan import AttentionPlan, Bias, ExchangePlan, HeadChunk, Hop
 from longspan.attention.plan_cache import Constant, cached
+from longspan.attention.refusals import refuse_bias, refuse_factors, refuse_integers, refuse_lengths, refuse_tensors
 from longspan.attention.ulysses import exchange_to_heads, exchange_to_tokens, plan_exchanges
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
-from longspan.errors import KernelError, LayoutError
+from longspan.errors import KernelError
 from longspan.kernels import table as kernels
 from longspan.kernels.protocol import Kernel
 from longspan.kernels.user_function import FunctionKernel, KernelFunction
@@ -43,9 +44,6 @@ from longspan.masks.constructors import Mask
 from longspan.masks.refusals import refuse_no_mask
 
 __all__ = ["AttentionSpec", "Bias", "attend", "plan_attention", "refuse_kernel"]
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Those of q, k and v."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +149,13 @@ def attend(
         LayoutError: Heads or tokens do not fit the mesh, or the shapes do not fit one another.
         MaskError: The mask is none, is of another length, or there is not one mask per row.
         KernelError: Mixed dtypes or devices, a dtype that is none of ``DTYPES``, an unknown kernel, or one that lacks an option
-            used here; a scale or softcap that is not above 0 and finite; a bias that is no ``Bias``.
+            used here; a scale or softcap that is no number above 0 and finite; a bias that is no ``Bias``.
         All are raised before anything is sent.
 
     Source: DeepSpeed-Ulysses, arXiv:2309.14509; ring: arXiv:2310.01889; sink logits: arXiv:2309.17453.
     """
     q, k, v = _as_autocast(q, k, v)
-    _refuse_tensors(q, k, v, sink_logits)
+    refuse_tensors(q, k, v, sink_logits)
     constant: Constant[AttentionPlan] = _plan(
         q_shape=q.shape, k_shape=k.shape, v_shape=v.shape, dtype=q.dtype, device_type=q.device.type,
         mask=tuple(mask) if isinstance(mask, Sequence) else mask, mesh=mesh, tokens=tokens, key_tokens=key_tokens,
@@ -200,28 +198,17 @@ def plan_attention(spec: AttentionSpec) -> AttentionPlan:
         MaskError: the mask is none, is of another length, or there is not one mask per row.
         KernelError: the kernel is unknown, or lacks an option that the spec has; an option that no kernel can compute with.
     """
-    _refuse_options(spec)
+    refuse_no_mask(spec.mask if isinstance(spec.mask, tuple) else (spec.mask,))
+    refuse_integers(tokens=spec.whole_tokens, key_tokens=spec.whole_key_tokens, head_chunks=spec.head_chunks)
+    refuse_factors(scale=spec.scale, softcap=spec.softcap)
+    refuse_bias(spec.bias)
+    if spec.mesh is None:
+        refuse_lengths(spec.q_shape[1], spec.k_shape[1], spec.whole_tokens, spec.whole_key_tokens)
     if spec.bias is None and isinstance(spec.kernel, str):
         return cached(spec.mesh, spec, lambda: _make_plan(spec, _choose_kernel(spec)))
     kernel = _choose_kernel(spec)
     unbound = replace(spec, kernel=None, bias=None)
     return cached(spec.mesh, unbound, lambda: _make_plan(unbound, None)).bind(kernel, spec.bias)
-
-
-def _refuse_options(spec: AttentionSpec) -> None:
-    """Raise MaskError for what is no mask, and KernelError for a scale, softcap or bias that no kernel can compute with."""
-    refuse_no_mask(spec.mask if isinstance(spec.mask, tuple) else (spec.mask,))
-    for name, value in {"scale": spec.scale, "softcap": spec.softcap}.items():
-        if value is not None and not 0 < value < math.inf:
-            raise KernelError(
-                f"{name}={value} must be above 0 and finite, or None: fused kernels multiply what a mask hides, -inf, by it; "
-                f"negate q for a negative scale"
-            )
-    if spec.bias is not None and not (callable(spec.bias) and isinstance(getattr(spec.bias, "parameters", None), Sequence)):
-        raise KernelError(
-            f"bias={type(spec.bias).__name__} is no Bias, which is called for a tile of the scores and has its parameters as a "
-            f"tuple; a tensor of all scores would have tokens x tokens elements"
-        )
 
 
 def _choose_kernel(spec: AttentionSpec) -> Kernel:
@@ -244,12 +231,13 @@ def _make_plan(spec: AttentionSpec, kernel: Kernel | None) -> AttentionPlan:
     """The plan of ``spec``, without a look into the cache. ``kernel`` None makes a plan to which a kernel is bound later."""
     coordinate, mesh, tokens, key_tokens = spec.coordinate, spec.mesh, spec.whole_tokens, spec.whole_key_tokens
     heads = Heads(spec.q_shape[2], spec.k_shape[2], coordinate.ulysses, spec.head_chunks)
+    chunks = _plan_chunks(spec, heads)  # first, because it refuses tokens that are not this rank's
     return AttentionPlan(
         kernel=kernel,
         scale=1 / math.sqrt(spec.q_shape[3]) if spec.scale is None else spec.scale,
         softcap=spec.softcap,
         hops=_plan_hops(spec),
-        chunks=_plan_chunks(spec, heads),
+        chunks=chunks,
         replicated=heads.replicated,
         ring_group=None if mesh is None else mesh.ring_group,
         transport=None if mesh is None else mesh.transport,
@@ -296,40 +284,13 @@ def _plan_chunks(spec: AttentionSpec, heads: Heads) -> tuple[HeadChunk, ...]:
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors cast to the autocast dtype if autocast is enabled on the device of the first, else unchanged.
 
-    An fp64 tensor is never cast.
+    An fp64 tensor is never cast, and neither is one that is not of floating point, which is refused then.
     """
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
-
-
-def _refuse_tensors(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> None:
-    """Raise KernelError for mixed devices and for dtypes that are mixed or none of ``DTYPES``, and LayoutError for shapes of q,
-    k, v or sink logits that do not fit.
-
-    ``sink_logits`` None: there are none.
-    """
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
-        kinds = ", ".join(f"{name} is {x.dtype} on {x.device}" for name, x in {"q": q, "k": k, "v": v}.items())
-        raise KernelError(f"{kinds}: kernels need one dtype and one device; cast them, or use autocast")
-    if q.dtype not in DTYPES:
-        raise KernelError(f"q, k and v are {q.dtype}; kernels compute with {', '.join(map(str, DTYPES))}; cast them")
-    if any(x.ndim != 4 or not x.shape[3] for x in (q, k, v)):
-        raise LayoutError(
-            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} are not [batch, tokens, heads, dim], dim at least 1; "
-            f"a single row has batch 1"
-        )
-    if q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
-        raise LayoutError(
-            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit; they are [batch, tokens, heads, dim]: "
-            f"q and k share batch and dim, k and v share batch, tokens and heads"
-        )
-    if sink_logits is not None and sink_logits.shape != q.shape[2:3]:
-        raise LayoutError(
-            f"sink_logits of shape {list(sink_logits.shape)} do not fit {q.shape[2]} query heads; pass one logit a head"
-        )
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def refuse_kernel(kernel: str | Kernel | KernelFunction, coordinate: MeshCoordinate) -> None:

@@ -146,7 +146,7 @@ class Heads:
     chunks: int = 1
 
     def __post_init__(self) -> None:
-        if self.kv < 1 or self.query % self.kv:
+        if self.kv < 1 or self.query < 1 or self.query % self.kv:
             raise LayoutError(
                 f"{self.query} query heads cannot share {self.kv} key/value heads evenly; "
                 f"the query heads must be a multiple of the key/value heads"

@@ -68,7 +68,7 @@ def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None
 
 
 def _put_in_place(draft: Path, final: Path) -> None:
-    """Make ``draft`` the folder ``final``, or move its files there, where they replace those of a model that was saved before."""
+    """Make ``draft`` the folder ``final``, or move its files there, where they replace those of an earlier model."""
     if not final.exists():
         draft.rename(final)
         return

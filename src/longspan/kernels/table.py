@@ -170,5 +170,5 @@ def choose(
 def refuse_unknown(kernel: object) -> None:
     """Raise KernelError if ``kernel`` is neither "auto" nor a key of ``KERNELS`` nor a ``Kernel``; otherwise return None."""
     known = ["auto", *KERNELS]
-    if kernel not in known and not isinstance(kernel, Kernel):
+    if not isinstance(kernel, Kernel) and not (isinstance(kernel, str) and kernel in known):
         raise KernelError(f"kernel={kernel!r} is unknown; use {', '.join(map(repr, known))}, or a function of your own")
