@@ -9,7 +9,7 @@
     flex_lse_request                torch.nn.attention.flex_attention.AuxRequest                            kernels/flex.py
     functional_all_reduce           torch.distributed._functional_collectives.all_reduce                    collectives.py
     flattened                       DeviceMesh._flatten                                                     distributed/mesh.py
-    number_of_groups                torch.distributed.distributed_c10d._world.pg_names                      groups.py
+    number_of_groups                distributed_c10d._world.group_count, before 2.14 pg_names               groups.py
     backward_id                     torch._C._current_graph_task_id                                         gradient averaging
     after_backward                  Variable._execution_engine.queue_callback                               gradient averaging
     accumulates_gradient            torch._C._will_engine_execute_node                                      gradient averaging
@@ -46,7 +46,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.device_mesh import DeviceMesh
 
-PLANS_ARE_CONSTANTS = tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 13)
+VERSION = tuple(int(number) for number in torch.__version__.split(".")[:2])
+PLANS_ARE_CONSTANTS = VERSION >= (2, 13)
 """Whether torch.compile can take an object that holds frozen dataclasses as a constant; no symbol tells."""
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -169,13 +170,13 @@ def functional_all_reduce(x: Tensor, group: torch.distributed.ProcessGroup) -> T
 
 def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
     """A DeviceMesh of one dim, called ``name``, over all ranks of ``mesh``. Every rank must call it: it makes a group."""
-    one: DeviceMesh = _symbol(mesh, "_flatten", "the rank sets of a mesh")(name)
-    return one
+    return _symbol(mesh, "_flatten", "the rank sets of a mesh")(name)  # type: ignore[no-any-return]
 
 
 def number_of_groups() -> int:
-    """How many process groups this rank is in."""
-    return len(_symbol(torch.distributed.distributed_c10d, "_world.pg_names", "process groups of some ranks"))
+    """What the name of a group of some ranks ends with: how many groups this rank asked for, before 2.14 how many it is in."""
+    world = _symbol(torch.distributed.distributed_c10d, "_world", "process groups of some ranks")
+    return int(world.group_count if VERSION >= (2, 14) else len(world.pg_names))
 
 
 version_counter: Callable[[Tensor], int] = attrgetter("_version")
@@ -319,8 +320,7 @@ def tcp_store(host: str, port: int, *, seconds: float) -> Any:
 
 def hosted_store(host: str, port: int) -> Any:
     """A TCPStore at ``host`` and ``port`` that this process runs until it ends; it waits for no other process."""
-    store = _symbol(torch.distributed, "TCPStore", "launching ranks")
-    return store(host, port, is_master=True, wait_for_workers=False)
+    return _symbol(torch.distributed, "TCPStore", "launching ranks")(host, port, is_master=True, wait_for_workers=False)
 
 
 def meet_in_store(host: str, port: int, ranks: int, *, is_host: bool, seconds: float) -> Any:

@@ -85,14 +85,20 @@ def _everything(folder: Path) -> list[str]:
     def convert(error: BaseException) -> LongspanError | None:
         return RunError(f"disk {rank} is full") if isinstance(error, OSError) else None
 
+    def undo() -> None:
+        time.sleep(0.3 * (rank == 0))
+        draft.unlink()
+
     def write() -> None:
-        with raise_together(group, convert, undo=draft.unlink):
+        with raise_together(group, convert, undo):
             draft.touch()
+            dist.barrier(group)
             if rank:
                 raise OSError("no space left")
 
     with pytest.raises(LongspanError) as found:
         write()
+    assert not (folder / "draft0").exists()  # no rank goes on, and perhaps ends the others, before all have undone
     assert isinstance(found.value.__cause__, OSError) == (rank == 1)  # rank 1 failed first, and its error is raised by all
     texts.append(f"{type(found.value).__name__} {found.value}")
     with pytest.raises(LongspanError) as found:

@@ -165,6 +165,7 @@ def raise_together(
     except LongspanError:
         if undo is not None:
             undo()
+            exchange_integers((0,), group)  # a rank that ended before the others have removed theirs would end them too
         raise
 
 

@@ -58,10 +58,10 @@ def set_timeout(groups: Iterable[dist.ProcessGroup], timeout: timedelta | None) 
 
 
 def _join_as_many_groups(world_group: dist.ProcessGroup) -> None:
-    """Let this rank be in as many groups as the rank that is in most, by groups of this rank alone. Every rank must call it.
+    """Let this rank count as many groups as the rank that counts most, by groups of this rank alone. Every rank must call it.
 
-    PyTorch names a group of some ranks by these and by how many groups a rank is in. Ranks that are in different numbers of
-    them, because other code made groups of some ranks, would name it differently and wait for each other.
+    PyTorch names a group of some ranks by these and by a number of groups that each rank counts for itself. Ranks that count
+    differently, because other code made groups of some ranks, would name it differently and wait for each other.
     """
     counts = gather(_compat.number_of_groups(), world_group)
     for _ in range(max(counts) - counts[world_group.rank()]):
