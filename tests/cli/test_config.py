@@ -49,6 +49,7 @@ MODELS = "legal are tiny, small, llama-1b, llama-8b, llama-70b, and hf:FOLDER fo
             {"json": "no/such/x"},
             "json='no/such/x' is in a folder that does not exist; make it first, or name another file",
         ),
+        (Check, {"json": "/tmp"}, "json='/tmp' is a folder; name a file in it"),
     ],
 )
 def test_settings_are_checked_at_birth(kind: type[Ranks], settings: dict[str, object], text: str) -> None:

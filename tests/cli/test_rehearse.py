@@ -9,6 +9,7 @@ import pytest
 
 from longspan.cli.main import main
 from longspan.cli.rehearse import RehearseSettings
+from longspan.errors import RunError
 from tests.helpers.ranks import on_ranks
 from tests.helpers.rehearsals import command, real, rehearsed
 
@@ -72,3 +73,8 @@ def test_the_memory_peak_is_that_of_four_real_ranks(name: str, tmp_path: Path) -
         (alone,) = on_ranks(1, rehearsed, replace(settings, rank=rank), rank, tmp_path=tmp_path / str(rank))
         assert alone.parameters == one.parameters
         assert alone.peak_bytes == pytest.approx(one.peak_bytes, rel=0.05), f"rank {rank}: {alone.kinds} and {one.kinds}"
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    with pytest.raises(RunError, match=r"seed=1.* must be at least 0 and at most 9223372036854775807"):
+        RehearseSettings(seed=10**20)

@@ -45,7 +45,8 @@ def test_a_line_that_is_being_written_is_left_out_and_watching_reloads(tmp_path:
 
 def test_damaged_records_are_left_out(tmp_path: Path) -> None:
     _run(tmp_path, "there", [1.0])
-    damage = b'\xff\xfe\n5\n{"loss": 3.0}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 4.0}\n'
+    damage = b'\xff\xfe\n5\n{"loss": 3.0}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 4.0}\n{"step": true, "loss": 9.0}\n'
+    damage += b'{"step": 4, "loss": 1' + b"0" * 400 + b"}\n" + b"[" * 100_000 + b"\n"
     with open(tmp_path / "there" / "metrics.jsonl", "ab") as file:
         file.write(damage)
     run = read_run(str(tmp_path), "there")

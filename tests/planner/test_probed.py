@@ -1,7 +1,9 @@
 """A measured machine as a cluster: what was measured is what the formulas use."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +42,26 @@ def test_a_file_that_is_not_a_measurement_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"name": "x", "ranks": 1}')
     with pytest.raises(LayoutError, match="lacks memory"):
         read_cluster(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (None, "lacks name, ranks"),
+        ({"bandwidth": 0}, "bandwidth = 0, which must be a number above 0; probe this machine again"),
+        ({"memory": math.nan}, "memory = nan"),
+        ({"matmul": {"fp32": {"256": 1e11}, "bf16": {"256": -4e11}}}, "matmul bf16 256 = -4"),
+        ({"matmul": {"fp32": {"256": 1e11}}}, "is not as longspan probe writes it .KeyError: 'bf16'"),
+        ({"attention": {"forward": "fast", "backward": 1.0}}, "attention forward = 'fast'"),
+        ({"links": None}, "is not as longspan probe writes it .AttributeError"),
+        ({"ranks": True}, "ranks = True"),
+    ],
+)
+def test_figures_that_are_none_are_refused_by_name(change: dict[str, Any] | None, text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(None if change is None else MEASURED | change))
+    for read in (read_cluster, read_constants):
+        with pytest.raises(LayoutError, match=text):
+            read(tmp_path / "a.json")
 
 
 def test_what_a_probe_measures_replaces_the_fitted_constants(tmp_path: Path) -> None:

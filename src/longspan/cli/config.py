@@ -16,6 +16,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 from tyro.conf import Positional, arg
 
+from longspan.cli.output_file import refuse_no_file
 from longspan.cli.settings_file import LATEST, legal_folder
 from longspan.cli.trackers import refuse_missing
 from longspan.distributed.pipeline_options import PipelineOptions
@@ -284,8 +285,7 @@ class Check(Layout):
         _equal_micro_batches(self, "rows", self.rows, self.micro_batches)
         _at_least(self, 0, "seed")
         _at_most(self, LARGEST_SEED, "seed")
-        if self.json is not None and not Path(self.json).parent.is_dir():
-            raise RunError(f"json={self.json!r} is in a folder that does not exist; make it first, or name another file")
+        refuse_no_file("json", self.json)
 
 
 def compute_dtype(dtype: Literal["auto", "fp32", "bf16"], device_type: str) -> Literal["fp32", "bf16"]:

@@ -5,11 +5,11 @@ longspan plan --model llama-70b --gpus 64 --tokens 1048576    ->  a table, or --
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from longspan.cli.output_file import refuse_no_file
 from longspan.cli.text_table import text_table
 from longspan.errors import RunError
 from longspan.planner.explain import kinds, part_name, parts, remarks
@@ -79,8 +79,7 @@ class PlanSettings:
             )
         if self.zero not in (None, 0, 2, 3):
             raise RunError(f"zero={self.zero} is unknown; legal are 0, 2 and 3")
-        if self.html is not None and not Path(self.html).parent.is_dir():
-            raise RunError(f"html={self.html!r} is in a folder that does not exist; make it first, or name another file")
+        refuse_no_file("html", self.html)
         if self.goal == "length" and self.tokens is not None:
             raise RunError("--goal length finds the longest sequence, and --tokens names one; give one of them")
         if self.compare and len(self.compare) != 2:

@@ -7,12 +7,12 @@ It starts no ranks. What it cannot cover (network, waiting, communicator buffers
 """
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from longspan.cli.config import legal_model
+from longspan.cli.config import LARGEST_SEED, legal_model
+from longspan.cli.output_file import refuse_no_file
 from longspan.errors import RunError
 from longspan.memory.options import MemoryOptions
 
@@ -91,6 +91,8 @@ class RehearseSettings:
             value, least = getattr(self, name), 2 if name == "tokens" else 1
             if value is not None and value < least:
                 raise RunError(f"{name}={value} must be at least {least}")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise RunError(f"seed={self.seed} must be at least 0 and at most {LARGEST_SEED}")
         product = self.pipeline * self.ring * self.ulysses * self.tensor
         if self.world % product:
             raise RunError(
@@ -106,8 +108,7 @@ class RehearseSettings:
             )
         if self.offload_parameters and not self.zero:
             raise RunError("offload_parameters needs sharded parameters; use --zero 2 or --zero 3")
-        if self.json is not None and not Path(self.json).parent.is_dir():
-            raise RunError(f"json={self.json!r} is in a folder that does not exist; make it first, or name another file")
+        refuse_no_file("json", self.json)
 
     @property
     def data(self) -> int:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from longspan.cli.output_file import refuse_no_file
 from longspan.cli.settings_file import LATEST, settings_of_run
 from longspan.errors import RunError
 from longspan.planner.page import NO_NETWORK
@@ -57,8 +58,7 @@ class ReportSettings:
             raise RunError(
                 f"watch={self.watch:g} must be above 0 and at most {LONGEST_WATCH}; leave it out to write the page once"
             )
-        if not Path(self.html).parent.is_dir():
-            raise RunError(f"html={self.html!r} is in a folder that does not exist; make it first, or name another file")
+        refuse_no_file("html", self.html)
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,13 @@ def _record(line: str) -> dict[str, Any]:
     """The metrics in a line of metrics.jsonl by name; {} if a run is writing it, or if it is damaged."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
         return {}
-    return {name: value for name, value in record.items() if isinstance(value, int | float)}
+    return {
+        name: value for name, value in record.items() if isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+    }
 
 
 def page(runs: list[Run], watch: float | None) -> str:

@@ -7,8 +7,9 @@ products reach. One kind of link was measured: the plan uses it inside a node an
 """
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from longspan.errors import LayoutError
 from longspan.planner.hardware import Accelerator, Attention, Cluster, Link
@@ -92,12 +93,34 @@ def read_constants(path: str | Path) -> Constants:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    """The contents of the file, with all of ``KEYS``. Raises LayoutError for one that cannot be read, or lacks a figure."""
+    """The contents of the file. Raises LayoutError for one that cannot be read, or lacks a figure or has one that is none."""
     try:
-        found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        missing = [key for key in KEYS if key not in found]
-    except (OSError, ValueError) as error:
+        found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise LayoutError(f"the hardware {path} cannot be read ({error}); name a file that longspan probe wrote") from error
+    missing = [key for key in KEYS if not isinstance(found, dict) or key not in found]
     if missing:
         raise LayoutError(f"the hardware {path} lacks {', '.join(missing)}; name a file that longspan probe wrote")
-    return found
+    try:
+        figures = _figures(found)
+    except (AttributeError, KeyError, TypeError) as bad:
+        raise LayoutError(
+            f"the hardware {path} is not as longspan probe writes it ({type(bad).__name__}: {bad}); probe this machine again"
+        ) from bad
+    for name, value in figures.items():
+        if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise LayoutError(
+                f"the hardware {path} has {name} = {value!r}, which must be a number above 0; probe this machine again"
+            )
+    return cast("dict[str, Any]", found)
+
+
+def _figures(found: dict[str, Any]) -> dict[str, Any]:
+    """What a plan divides by, by name."""
+    figures = {name: found[name] for name in ("ranks", "memory", "host_memory", "bandwidth", "to_host")}
+    figures |= {f"attention {way}": found["attention"][way] for way in ("forward", "backward")}
+    for dtype in ("fp32", "bf16"):
+        figures |= {f"matmul {dtype} {size}": rate for size, rate in found["matmul"][dtype].items()}
+    return figures | {
+        f"links {name} {one}": link[one] for name, link in found["links"].items() for one in ("bandwidth", "latency")
+    }
