@@ -93,6 +93,16 @@ def test_a_ring_holds_keys_and_values_on_their_way_and_their_gradients(ring: int
     assert attention - alone == copies * 2 * (32 * 16) * (2 + 4)
 
 
+def test_a_ring_sends_a_key_head_for_each_ulysses_rank_that_reads_it() -> None:
+    sizes = Sizes(vocab=256, layers=1, hidden=64, heads=8, kv_heads=2, head_dim=8, ffn=128)
+    two, four = (
+        footprint(sizes, parameters=1000, tokens=32 * 2 * ulysses, ranks=2 * ulysses, ulysses=ulysses).phases["feed-forward"]
+        - footprint(sizes, parameters=1000, tokens=32 * ulysses, ranks=ulysses, ulysses=ulysses).phases["feed-forward"]
+        for ulysses in (2, 4)
+    )
+    assert (two, four) == (2 * 32 * 16 * 8, 2 * 32 * 32 * 8)  # one of the two heads a rank, of all tokens of a ring rank
+
+
 def held(tools: dict[str, Any], tokens: int) -> int:
     mesh = ParallelMesh(ulysses=2)
     model = parallelize(Decoder(CONFIG), mesh, **keywords(tools))

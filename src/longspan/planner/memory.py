@@ -155,7 +155,8 @@ def footprint(
     work = tile * (5 * ffn + 2 * hidden) if tiled else n * 2 * ffn
     feed_forward = ((recomputed + 2 * hidden) * n + work) * itemsize + weights
     attention = _attention(sizes, n, ranks if exchanging else 1, recompute, head_chunks, itemsize)
-    hops = _ring(key * n // head_chunks, ranks // exchanging_ranks, itemsize)
+    my_key = exchanging_ranks * sizes.head_dim * -(-sizes.kv_heads // head_chunks // exchanging_ranks)
+    hops = _ring(my_key * n, ranks // exchanging_ranks, itemsize)
     regions = (tensor > 1) * tensor * n * hidden * (WIDE + itemsize if autocast else itemsize)
     kept = kept_by_exchanges(sizes, n, exchanging_ranks, recompute, head_chunks, itemsize) + hops + regions
     phases = {
