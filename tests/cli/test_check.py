@@ -273,11 +273,9 @@ def test_the_certificate_of_a_fault_is_legal_json_and_does_not_hold(tmp_path: Pa
     assert (held["holds"], held["compared"]["loss"]["holds"], held["compared"]["loss"]["error"]) == (False, False, "nan")
 
 
-def test_a_certificate_that_cannot_be_written_is_refused_by_every_rank(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["check", "--tokens", "19", "--json", str(tmp_path)]) == 2
-    assert "cannot be written: Is a directory; name another file" in capfd.readouterr().err
+def test_a_certificate_that_cannot_be_written_is_refused_by_every_rank(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "--tokens", "19", "--json", "/dev/full"]) == 2
+    assert "cannot be written: No space left on device; name another file" in capfd.readouterr().err
 
 
 def with_a_seed_of_its_own(job: tuple[Check, str]) -> int:
