@@ -9,7 +9,7 @@ backward of the parallel model. Independent of the model, its loss and the forma
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType
+from accelerate.utils.operations import recursively_apply
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
+from longspan.distributed.consensus import largest_integers
 from longspan.distributed.grad_norm import clip_grad_norm_
 from longspan.distributed.layout import consecutive, split
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
@@ -85,16 +88,21 @@ class SingleProcessState(_MainProcess):
 
 
 class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
-    """An Accelerator for LongTrainer that acts as a single process: it neither wraps models nor gathers or reduces over ranks.
+    """An Accelerator that acts as a single process: it neither wraps models nor gathers or reduces over ranks.
 
-    ``clip_grad_norm_`` uses the norm over all ranks. In a DataLoader that it prepares, the batch sampler gives the rows of all
-    data replicas, and each replica collates its own. Make one by ``OneDevice.over(Accelerator(), mesh)``.
+    ``clip_grad_norm_`` uses the norm over all ranks, and ``check_trigger`` is true on all ranks where one has set the trigger.
+    In a DataLoader that it prepares, the batch sampler or the IterableDataset gives the rows of all data replicas, and each
+    replica collates its own; every rank reads the data set itself. A scheduler that it prepares steps as on one device. Make
+    one by ``OneDevice.over(Accelerator(), mesh)``.
 
     Attributes:
         coordinate: the degrees of the mesh, and this rank's position on it.
+        control_group: all ranks of the mesh, on gloo.
     """
 
     coordinate: MeshCoordinate
+    control_group: dist.ProcessGroup
+    flag_tensor: Tensor | None  # set by set_trigger
 
     @classmethod
     def over(cls, accelerator: Accelerator, mesh: ParallelMesh) -> "OneDevice":
@@ -103,10 +111,17 @@ class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
         Args:
             accelerator: an Accelerator that has not prepared anything yet.
             mesh: the mesh of the models that it will prepare.
+
+        Raises:
+            RunError: ``accelerator`` dispatches batches (``dispatch_batches=True``).
         """
+        if accelerator.dispatch_batches:
+            raise RunError(
+                "DataLoaderConfiguration(dispatch_batches=True) reads the data set on one rank and sends each rank other rows, and "
+                "the ranks of a sequence need the same; leave it out: every rank reads the data set itself"
+            )
         accelerator.__class__ = cls
-        accelerator.coordinate = mesh.coordinate
-        accelerator.step_scheduler_with_optimizer = False  # else a prepared scheduler steps once for every process
+        accelerator.coordinate, accelerator.control_group = mesh.coordinate, mesh.world_group
         return accelerator  # type: ignore[no-any-return]
 
     @property
@@ -119,6 +134,11 @@ class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
 
     @property
     def use_distributed(self) -> bool:
+        return False
+
+    @property
+    def dispatch_batches(self) -> bool:
+        """False, for an IterableDataset too, whose rows accelerate would divide among its own processes."""
         return False
 
     @property
@@ -139,6 +159,41 @@ class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
 
     def pad_across_processes(self, tensor: Any, *_: Any, **__: Any) -> Any:
         return tensor
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """``input_data`` itself, tensors or objects, cut to ``remainder`` rows at the last batch: accelerate's on one device.
+
+        Args:
+            input_data: tensors, objects, or a nested structure of them.
+            use_gather_object: whether tensors are treated as objects.
+        """
+        if not use_gather_object and _holds_tensors_alone(input_data):
+            return super().gather_for_metrics(input_data)
+        state = self.gradient_state
+        cut = state.end_of_dataloader and state.remainder > 0 and isinstance(input_data, Sequence | Tensor)
+        return input_data[: state.remainder] if cut else input_data
+
+    def check_trigger(self) -> bool:
+        """Whether ``set_trigger`` was called on any rank since the last check that was true. Every rank must call it.
+
+        Returns:
+            The same on every rank, by one control all-reduce.
+        """
+        mine = 0 if self.flag_tensor is None else int(self.flag_tensor.item())
+        self.flag_tensor = None
+        (largest,) = largest_integers([mine], self.control_group, "Every rank must call check_trigger() as often.")
+        return largest > 0
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """Prepare ``scheduler`` as accelerate does on one device: it steps once for each step of the optimizer.
+
+        Returns:
+            accelerate's scheduler around ``scheduler``.
+        """
+        prepared = super().prepare_scheduler(scheduler)
+        if isinstance(prepared, AcceleratedScheduler):
+            prepared.__class__, prepared.split_batches = OneDeviceScheduler, True
+        return prepared
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2) -> Tensor:
         """Scale the gradients so that their norm over all ranks is at most ``max_norm``.
@@ -228,6 +283,30 @@ class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
                     f"call longspan.hf.save(model, folder, mesh) on every rank for a Hugging Face folder, "
                     f"torch.distributed.checkpoint for model and optimizer, or use zero=0 and tensor=1"
                 )
+
+
+class OneDeviceScheduler(AcceleratedScheduler):  # type: ignore[misc]
+    """accelerate's scheduler on one device: it steps where the optimizer does, once, and not on micro-batches in between.
+
+    With its ``split_batches`` set, accelerate's own takes one step rather than one for each process. A scheduler with a number
+    of steps (OneCycleLR) stays at its last one, as on one device.
+    """
+
+    def step(self, *args: Any, **keywords: Any) -> None:
+        """Step the scheduler, if the optimizer has stepped; arguments are the scheduler's."""
+        total = getattr(self.scheduler, "total_steps", None)
+        ended = total is not None and self.scheduler._step_count > total
+        if not (ended and self.step_with_optimizer and self.gradient_state.sync_gradients):
+            super().step(*args, **keywords)
+
+
+def _holds_tensors_alone(data: Any) -> bool:
+    """Whether ``data`` is a tensor, or a nested structure of tensors, by the rule of accelerate's ``gather_for_metrics``."""
+    try:
+        recursively_apply(lambda tensor: tensor, data, error_on_other_type=True)
+    except TypeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
