@@ -117,8 +117,8 @@ class OneDevice(_MainProcess, Accelerator):  # type: ignore[misc]
         """
         if accelerator.dispatch_batches:
             raise RunError(
-                "DataLoaderConfiguration(dispatch_batches=True) reads the data set on one rank and sends each rank other rows, and "
-                "the ranks of a sequence need the same; leave it out: every rank reads the data set itself"
+                "DataLoaderConfiguration(dispatch_batches=True) reads the data set on one rank and sends each rank other rows, "
+                "and the ranks of a sequence need the same; leave it out: every rank reads the data set itself"
             )
         accelerator.__class__ = cls
         accelerator.coordinate, accelerator.control_group = mesh.coordinate, mesh.world_group

@@ -29,9 +29,12 @@ REMEDIES = {
     "use_liger_kernel": "leave it out; its loss would be that of one rank's tokens",
     "enable_jit_checkpoint": "leave it out; the ranks would begin to save at different steps",
     "eval_use_gather_object": "leave it out; only tensors are gathered",
-    "predict_with_generate": "leave it out; to generate, unparallelize(trainer.model) first",
+    "predict_with_generate": "leave it out; to generate, trainer.save_model(folder) and from_pretrained(folder)",
 }
 """TrainingArguments that need a single process or that start another library's sharding, and what to do instead."""
+
+ON_AT_ZERO = ("neftune_noise_alpha",)
+"""Those of REMEDIES that Trainer acts on at every value but None, 0 too."""
 
 STEPS_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
 """Parts of the names of optimizers that update parameters during the backward, before gradients are averaged over ranks."""
@@ -50,8 +53,9 @@ def refuse_arguments(args: TrainingArguments, mesh: ParallelMesh) -> None:
             f"of your own with forward_backward(model, parts)"
         )
     for name, remedy in REMEDIES.items():
-        if getattr(args, name, None):
-            raise RunError(f"TrainingArguments({name}={getattr(args, name)!r}) is not supported over a mesh: {remedy}")
+        value = getattr(args, name, None)
+        if value or (name in ON_AT_ZERO and value is not None):
+            raise RunError(f"TrainingArguments({name}={value!r}) is not supported over a mesh: {remedy}")
     optimizer = str(getattr(args.optim, "value", args.optim))
     if any(kind in optimizer for kind in STEPS_IN_BACKWARD):
         raise RunError(
