@@ -1,10 +1,18 @@
 """Calls that mean the whole sequence are refused."""
 
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from longspan import ModelError, ParallelMesh, parallelize, shard_batch
+from longspan.hf import save
+from tests.helpers.encoder_decoders import build_pair
 from tests.helpers.hf_models import BASE, build, small
+from tests.helpers.ranks import Ranks, mesh_of
 
 
 def test_calls_that_mean_the_whole_sequence_are_refused() -> None:
@@ -15,7 +23,7 @@ def test_calls_that_mean_the_whole_sequence_are_refused() -> None:
         (lambda: model(input_ids=part["input_ids"]), r"call model\(\*\*shard_batch\(batch, mesh\)\)"),
         (lambda: model(input_ids=part["input_ids"], longspan=part["longspan"]), "position_ids of the part is missing"),
         (lambda: model(**part | {"input_ids": torch.ones(1, 9).long()}), r"\[1, 9\] is not this rank's part .* \[1, 8\]"),
-        (lambda: model.generate(part["input_ids"], max_new_tokens=1), r"to generate, unparallelize\(model\) first"),
+        (lambda: model.generate(part["input_ids"], max_new_tokens=1), r"A parallel model does not generate: call longspan\.hf"),
         (lambda: model(**part, use_cache=True), "use_cache= means the whole sequence"),
         (lambda: model(**part, logits_to_keep=1), "logits_to_keep= means the whole sequence"),
         (lambda: model(**part, output_attentions=True), "output_attentions= means the whole sequence"),
@@ -54,3 +62,33 @@ def test_keys_of_another_model_are_refused() -> None:
     model(**part)
     with pytest.raises(ModelError, match="encoder_hidden_states= means the whole sequence"):
         model(**part, encoder_hidden_states=torch.zeros(1, 4, 32))
+
+
+def built(name: str) -> Any:
+    return (build("llama") if name == "llama" else build_pair(name)).eval()
+
+
+def generated(model: Any) -> list[list[int]]:
+    ids = torch.arange(3, 19).reshape(2, 8)
+    rows: list[list[int]] = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=1).tolist()
+    return rows
+
+
+def refused_and_saved(name: str, degrees: dict[str, int], zero: int, folder: Path) -> tuple[str, Any, Any]:
+    """What ``generate`` of a parallel model raises, and what those of one device and of the saved model give."""
+    reference, model = built(name), parallelize(built(name), mesh := mesh_of(**degrees), zero=zero)
+    with pytest.raises(ModelError) as found:
+        generated(model)
+    save(model, folder, mesh)
+    loaded = type(reference).from_pretrained(folder, dtype=reference.dtype)
+    return str(found.value), generated(reference), generated(loaded)
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize(("name", "degrees"), [("llama", {}), ("t5", {}), ("t5", {"ulysses": 2}), ("bart", {"ring": 2})])
+def test_to_generate_is_refused_and_what_is_saved_generates(
+    name: str, degrees: dict[str, int], zero: int, pool: Callable[[int], Ranks], tmp_path: Path
+) -> None:
+    for message, alone, saved in pool(2).run(refused_and_saved, name, degrees, zero, tmp_path / "model"):
+        assert re.match(r"the batch was not cut by shard_batch, .* call longspan\.hf\.save\(model, folder, mesh\) on", message)
+        assert saved == alone

@@ -49,12 +49,17 @@ class CallChecks:
     types_unmask: bool
 
     def install(self, model: Any, mesh: ParallelMesh) -> Undo:
-        """Register a hook that checks the keywords of each call of ``model`` before its forward.
+        """Register hooks that check the keywords of each call of ``model`` before its forward, and that refuse to generate.
+
+        ``generate`` calls the model, but the encoder of an encoder-decoder before it, by itself.
 
         Returns:
-            A function that removes the hook.
+            A function that removes the hooks.
         """
-        return remove_all([model.register_forward_pre_hook(partial(_check, self.types_unmask), with_kwargs=True)])
+        handles = [model.register_forward_pre_hook(partial(_check, self.types_unmask), with_kwargs=True)]
+        if is_encoder_decoder(model):
+            handles.append(model.get_encoder().register_forward_pre_hook(_refuse_whole_rows, with_kwargs=True))
+        return remove_all(handles)
 
     def refuse(self, model: Any, keywords: Mapping[str, Any]) -> None:
         """Raise the LongspanError with which ``model`` refuses a call with these keywords; return if it accepts them."""
@@ -87,12 +92,8 @@ def _check(types_unmask: bool, model: Any, args: tuple[Any, ...], kwargs: dict[s
 
     ``types_unmask`` is that of ``CallChecks``; rows and tokens that the model does not know are refused too.
     """
-    step = kwargs.get("longspan")
-    if step is None:
-        raise ModelError(
-            "each sequence of this model lies on several ranks, but the batch was not cut; call "
-            "model(**shard_batch(batch, mesh)), and to generate, unparallelize(model) first"
-        )
+    _refuse_whole_rows(model, args, kwargs)
+    step = kwargs["longspan"]
     for keyword in WHOLE_SEQUENCE:
         value = kwargs.get(keyword)
         if value is not None and value is not False and not (isinstance(value, int) and value == 0):
@@ -117,6 +118,17 @@ def _check(types_unmask: bool, model: Any, args: tuple[Any, ...], kwargs: dict[s
         )
     _refuse_other_rows(model, type(model).__name__, step)
     _refuse_other_tokens(model, type(model).__name__, step)
+
+
+def _refuse_whole_rows(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: raise ModelError for a call without the BatchInfo of ``shard_batch``, as ``generate`` makes them."""
+    if kwargs.get("longspan") is None:
+        raise ModelError(
+            "the batch was not cut by shard_batch, which gives each rank its tokens and counts the labels of all ranks; call "
+            "model(**shard_batch(batch, mesh)). A parallel model does not generate: call longspan.hf.save(model, folder, mesh) "
+            "on every rank and generate with what from_pretrained(folder) loads, or at zero=0 and tensor=1 "
+            "unparallelize(model) first"
+        )
 
 
 def _refuse_uncut(model: Any, kwargs: Mapping[str, Any], step: BatchInfo) -> None:

@@ -179,8 +179,8 @@ def _refuse_whole_rows(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     sequence."""
     if kwargs.get("longspan") is None:
         raise ModelError(
-            "each sequence of this model lies on several ranks, but the batch was not cut: its positions and labels would be "
-            "wrong; call model(**shard_batch(batch, mesh))"
+            "the batch was not cut by shard_batch, which gives each rank its tokens and their positions and counts the labels "
+            "of all ranks; call model(**shard_batch(batch, mesh))"
         )
 
 
