@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from longspan import ModelError, ParallelMesh, parallelize, shard_batch, unparallelize
+from longspan.hf import save
 from tests.helpers.hf_models import assert_gradients, batches, build, forward_alone
 from tests.helpers.ranks import Ranks, mesh_of
 
@@ -116,3 +120,25 @@ def adapters_on_quantised() -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     for mine, one in zip(trained, (p for p in reference.parameters() if p.requires_grad)):
         torch.testing.assert_close(mine.grad, one.grad, rtol=1e-9, atol=1e-12)
+
+
+def adapters_saved(zero: int, folder: Path) -> None:
+    """What the refusal of ``longspan.hf.save`` says, done: the adapters on another base generate as those on one device."""
+    mesh, reference = mesh_of(2), adapted(lora()).eval()
+    model = parallelize(adapted(lora()), mesh, zero=zero)
+    with pytest.raises(ModelError, match=r"does not know the names .* model\.save_pretrained\(folder, state_dict=whole\)"):
+        save(model, folder / "refused", mesh)
+    with pytest.raises(ModelError, match="does not know the names of weights behind peft's adapters"):
+        save(model.get_base_model(), folder / "refused", mesh)
+    assert not (folder / "refused").exists()
+    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in model.state_dict().items()}
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder / "adapters", state_dict=whole)
+        loaded = peft.PeftModel.from_pretrained(build("llama"), folder / "adapters").eval()
+        ids = torch.arange(3, 19).reshape(2, 8)
+        torch.testing.assert_close(loaded(input_ids=ids).logits, reference(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_adapters_are_not_saved_as_a_model_but_by_peft(zero: int, pool: Callable[[int], Ranks], tmp_path: Path) -> None:
+    pool(2).run(adapters_saved, zero, tmp_path)

@@ -26,6 +26,7 @@ from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import ModelError
 from longspan.hf.adapter import PretrainedAdapter
 from longspan.hf.names import tensor_names
+from longspan.hf.peft import has_adapters
 from longspan.hf.weights import cause
 from longspan.models.adapter import parallel_state
 
@@ -49,8 +50,15 @@ def save(model: PreTrainedModel, folder: str | Path, mesh: ParallelMesh) -> None
         folder: where it is written.
 
     Raises:
-        ModelError: on every rank alike, where one of them cannot write.
+        ModelError: on every rank alike, where one of them cannot write, or for a model with adapters of peft.
     """
+    if has_adapters(model):
+        raise ModelError(
+            "longspan.hf.save writes a folder for from_pretrained, which does not know the names of weights behind peft's "
+            "adapters and would draw them at random; on every rank make whole = {name: tensor.full_tensor() if "
+            "isinstance(tensor, DTensor) else tensor for name, tensor in model.state_dict().items()}, and on one call "
+            "model.save_pretrained(folder, state_dict=whole)"
+        )
     final = Path(folder).resolve()
     draft = final / DRAFT if final.is_dir() else final.with_name(f"{DRAFT}-{final.name}")
     lead = dist.get_rank() == 0

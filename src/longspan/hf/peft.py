@@ -22,6 +22,14 @@ def base_of(model: nn.Module) -> PreTrainedModel | None:
     return found if isinstance(found, PreTrainedModel) else None
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether ``model`` is peft's wrapper, or has layers that peft put in the place of its own."""
+    library: Any = sys.modules.get("peft")
+    if library is None:
+        return False
+    return any(isinstance(module, library.PeftModel | library.tuners.tuners_utils.BaseTunerLayer) for module in model.modules())
+
+
 def probe(candidate: Candidate) -> None:
     """Raise ModelError for a peft adapter that mixes tokens or adds some; otherwise return None: there is nothing to install.
 
