@@ -295,7 +295,7 @@ class OneDeviceScheduler(AcceleratedScheduler):  # type: ignore[misc]
     def step(self, *args: Any, **keywords: Any) -> None:
         """Step the scheduler, if the optimizer has stepped; arguments are the scheduler's."""
         total = getattr(self.scheduler, "total_steps", None)
-        ended = total is not None and self.scheduler._step_count > total
+        ended = total is not None and self.scheduler.last_epoch >= total
         if not (ended and self.step_with_optimizer and self.gradient_state.sync_gradients):
             super().step(*args, **keywords)
 
