@@ -1,5 +1,6 @@
-"""Process groups of some ranks are made however many groups a rank has been in before."""
+"""Process groups of some ranks are made however many groups a rank has been in before, and their threads end before Python."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,24 @@ import torch.distributed as dist
 from longspan import ParallelMesh, parallelize
 from longspan.models.decoder import Decoder
 from longspan.models.decoder_config import DecoderConfig
+from tests.helpers.launched import free_port, started
 from tests.helpers.ranks import on_ranks
+
+LOSES_ITS_PEER = """
+import os, sys
+from longspan import LongspanError, ParallelMesh
+from longspan.distributed.consensus import exchange_integers
+mesh, rank = ParallelMesh(), int(os.environ["RANK"])
+for thread in map(int, os.listdir("/proc/self/task") if rank == 0 else []):
+    os.sched_setaffinity(thread, {max(os.sched_getaffinity(0))})  # where gloo's threads get time if Python's own sleeps
+    if thread != os.getpid():
+        os.setpriority(os.PRIO_PROCESS, thread, 19)
+try:
+    for _ in range(3 - rank):
+        exchange_integers(range(20), mesh.world_group)
+except LongspanError as error:
+    sys.exit(f"lost: {error}")
+"""
 
 
 @pytest.mark.parametrize("maker", ["the program", "a tied pipeline of four stages"])
@@ -26,3 +44,11 @@ def _sums_of_stages(maker: str) -> int:
     total = torch.tensor(dist.get_rank())
     dist.all_reduce(total, group=ParallelMesh(pipeline=2, ring=2).loss_control_group)
     return int(total)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads of a process get their CPU and priority by /proc of Linux")
+def test_a_rank_that_ends_right_after_a_collective_ends_with_its_own_code(tmp_path: Path) -> None:
+    base = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    (code, text), other = started([base | {"RANK": rank} for rank in "01"], [sys.executable, "-c", LOSES_ITS_PEER], tmp_path)
+    assert (code, other) == (1, (0, "")), text
+    assert text.startswith("lost: rank 0 waited for the other ranks")

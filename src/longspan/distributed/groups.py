@@ -6,6 +6,8 @@
 In a fake world (distributed/fake_world.py) they are fake. Independent of what is sent in them.
 """
 
+import atexit
+import time
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -14,6 +16,9 @@ import torch.distributed as dist
 from longspan import _compat
 from longspan.distributed.consensus import gather
 from longspan.distributed.fake_world import FAKE, is_fake
+
+SECONDS_TO_FREE = 0.05
+"""How long a process that is in a process group waits before its interpreter ends."""
 
 
 def new_group(*, backend: str = "gloo", timeout: timedelta | None = None) -> dist.ProcessGroup:
@@ -66,3 +71,14 @@ def _join_as_many_groups(world_group: dist.ProcessGroup) -> None:
     counts = gather(_compat.number_of_groups(), world_group)
     for _ in range(max(counts) - counts[world_group.rank()]):
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+
+
+@atexit.register
+def _let_threads_free() -> None:
+    """Leave gloo's threads the time to free the tensors of the last collectives before the interpreter ends.
+
+    They free them a moment after this rank's own thread has gone on, and take the GIL for it. In an interpreter that ends that
+    aborts the process, whatever it has reached ("terminate called without an active exception"; pytorch/pytorch#190489).
+    """
+    if dist.is_initialized():
+        time.sleep(SECONDS_TO_FREE)
