@@ -15,6 +15,7 @@ from tests.helpers.ranks import on_ranks
 
 LOSES_ITS_PEER = """
 import os, sys
+import torch.distributed as dist
 from longspan import LongspanError, ParallelMesh
 from longspan.distributed.consensus import exchange_integers
 mesh, rank = ParallelMesh(), int(os.environ["RANK"])
@@ -26,6 +27,8 @@ try:
     for _ in range(3 - rank):
         exchange_integers(range(20), mesh.world_group)
 except LongspanError as error:
+    if sys.argv[1:] == ["destroy"]:
+        dist.destroy_process_group()
     sys.exit(f"lost: {error}")
 """
 
@@ -47,8 +50,10 @@ def _sums_of_stages(maker: str) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads of a process get their CPU and priority by /proc of Linux")
-def test_a_rank_that_ends_right_after_a_collective_ends_with_its_own_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("before", [[], ["destroy"]])
+def test_a_rank_that_ends_right_after_a_collective_ends_with_its_own_code(before: list[str], tmp_path: Path) -> None:
     base = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    (code, text), other = started([base | {"RANK": rank} for rank in "01"], [sys.executable, "-c", LOSES_ITS_PEER], tmp_path)
+    command = [sys.executable, "-c", LOSES_ITS_PEER, *before]
+    (code, text), other = started([base | {"RANK": rank} for rank in "01"], command, tmp_path)
     assert (code, other) == (1, (0, "")), text
     assert text.startswith("lost: rank 0 waited for the other ranks")

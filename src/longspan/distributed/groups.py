@@ -10,6 +10,7 @@ import atexit
 import time
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import cache
 
 import torch.distributed as dist
 
@@ -18,7 +19,7 @@ from longspan.distributed.consensus import gather
 from longspan.distributed.fake_world import FAKE, is_fake
 
 SECONDS_TO_FREE = 0.05
-"""How long a process that is in a process group waits before its interpreter ends."""
+"""How long a process that has made a process group waits before its interpreter ends."""
 
 
 def new_group(*, backend: str = "gloo", timeout: timedelta | None = None) -> dist.ProcessGroup:
@@ -28,6 +29,8 @@ def new_group(*, backend: str = "gloo", timeout: timedelta | None = None) -> dis
         backend: "gloo" for control traffic; "" for that of the world.
         timeout: of its collectives; None for PyTorch's.
     """
+    if not is_fake():
+        _wait_at_exit()
     group: dist.ProcessGroup = dist.new_group(backend=FAKE if is_fake() else backend or None, timeout=timeout)
     return group
 
@@ -73,12 +76,12 @@ def _join_as_many_groups(world_group: dist.ProcessGroup) -> None:
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
 
-@atexit.register
-def _let_threads_free() -> None:
-    """Leave gloo's threads the time to free the tensors of the last collectives before the interpreter ends.
+@cache
+def _wait_at_exit() -> None:
+    """Let this process wait ``SECONDS_TO_FREE`` before its interpreter ends, also where the groups are destroyed before.
 
-    They free them a moment after this rank's own thread has gone on, and take the GIL for it. In an interpreter that ends that
-    aborts the process, whatever it has reached ("terminate called without an active exception"; pytorch/pytorch#190489).
+    Gloo's threads free the tensors of a collective a moment after this rank's own thread has gone on, and take the GIL for it.
+    In an interpreter that ends that aborts the process, whatever it has reached ("terminate called without an active
+    exception"; pytorch/pytorch#190489).
     """
-    if dist.is_initialized():
-        time.sleep(SECONDS_TO_FREE)
+    atexit.register(time.sleep, SECONDS_TO_FREE)
