@@ -199,13 +199,13 @@ def one_gradient_is_off(job: Any) -> int:
 
 
 def something_is_sent_twice(job: Any) -> int:
-    send = collectives.CountingTransport.all_to_all
+    send = collectives.CountingTransport.all_to_all_into
 
     def twice(*args: Any) -> Any:
-        send(*args)
+        send(*args).wait()
         return send(*args)
 
-    collectives.CountingTransport.all_to_all = twice  # type: ignore[method-assign]
+    collectives.CountingTransport.all_to_all_into = twice  # type: ignore[method-assign]
     return into_a_file(job)
 
 

@@ -86,3 +86,41 @@ def test_what_is_free_is_bounded_and_tensors_beyond_the_bounds_are_not_kept(smal
     scratch.take(3, like)
     assert scratch._taken == []
     assert scratch.take(3, like.to("meta")).is_meta
+
+
+def test_tensors_taken_together_have_storages_of_their_own_in_memory_that_is_used_again_as_one(
+    small_bounds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SCRATCH_BYTES", 1024)
+    scratch, like = Scratch(), torch.empty(0)
+    place = scratch.take(24, like).data_ptr()
+    first, second = scratch.take_several([4, 8], like)
+    assert [first.shape, second.shape] == [(4,), (8,)]
+    assert [first.data_ptr(), second.data_ptr()] == [place, place + module.ALIGNMENT]
+    assert first.untyped_storage().nbytes() == 16
+    del first
+    assert scratch.take(24, like).data_ptr() != place  # the second still lies there
+    del second
+    assert place in {tensor.data_ptr() for tensor in [scratch.take(24, like), scratch.take(24, like)]}
+    assert scratch.take_several([], like) == []
+
+
+def test_new_memory_replaces_what_is_free_and_too_small_for_what_now_needs_it(
+    small_bounds: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, like = Scratch(), torch.empty(0)
+    monkeypatch.setattr(module, "SCRATCH_BYTES", 1024)
+    scratch.take(8, like)
+    held = scratch.take(9, like)
+    scratch.take(12, like)
+    assert scratch.held_bytes == (9 + 12) * 4
+    del held
+    assert scratch.take(9, like).numel() == 9
+    assert scratch.held_bytes == (9 + 12) * 4
+
+
+def test_of_two_buffers_that_are_lent_at_once_the_larger_is_kept(small_bounds: None) -> None:
+    scratch, like = Scratch(), torch.empty(0)
+    with scratch.lend(12, like), scratch.lend(16, like):
+        pass
+    assert scratch.send_bytes == 64

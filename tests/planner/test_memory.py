@@ -103,9 +103,9 @@ def test_a_ring_sends_a_key_head_for_each_ulysses_rank_that_reads_it() -> None:
     assert (two, four) == (2 * 32 * 16 * 8, 2 * 32 * 32 * 8)  # one of the two heads a rank, of all tokens of a ring rank
 
 
-def held(tools: dict[str, Any], tokens: int) -> int:
-    mesh = ParallelMesh(ulysses=2)
-    model = parallelize(Decoder(CONFIG), mesh, **keywords(tools))
+def held(tools: dict[str, Any], tokens: int, config: DecoderConfig = CONFIG) -> int:
+    mesh = ParallelMesh(ulysses=torch.distributed.get_world_size())
+    model = parallelize(Decoder(config), mesh, **keywords(tools))
     ids = torch.zeros(1, tokens, dtype=torch.long)
     for _ in range(2):
         model(**shard_batch({"input_ids": ids, "labels": ids}, mesh)).loss.backward()
@@ -122,11 +122,18 @@ def test_what_exchanges_keep_is_the_closed_form(tools: dict[str, Any], tmp_path:
     assert found == kept + saved * (recompute == "none")
 
 
+def test_a_rank_between_others_keeps_a_send_buffer_with_its_own_part(tmp_path: Path) -> None:
+    config = replace(CONFIG, heads=6, kv_heads=6)
+    edge, middle, other_edge = on_ranks(3, held, {"recompute": "full"}, 6144, config, tmp_path=tmp_path)
+    assert edge == other_edge == kept_by_exchanges(config, 2048, 3, "full", 1, itemsize=4)
+    assert middle - edge == 2048 * (3 * 6 // 3) * config.head_dim * 4
+
+
 def test_buffers_of_exchanges_that_are_too_large_are_not_kept() -> None:
     sizes = Sizes(vocab=256, layers=1, hidden=64, heads=8, kv_heads=8, head_dim=64, ffn=128)
     small, large = (kept_by_exchanges(sizes, n, 2, "full", 1, itemsize=4) for n in (2**14, 2**16))
-    assert small == 2**14 * (3 * 512 // 2 + 4 * 512 + 2 * 512) * 4
-    assert large == 2**16 * (3 * 512 // 2 + 2 * 512) * 4  # of 512 MiB received once nothing is kept
+    assert small == 2**14 * (3 * 512 // 2 + 3 * 512 + 512) * 4
+    assert large == 2**16 * (3 * 512 // 2 + 512) * 4  # of 384 MiB received once nothing is kept
 
 
 def test_idle_buffers_are_in_every_phase_but_the_one_that_uses_them() -> None:

@@ -88,7 +88,7 @@ class OwnPart:
 
 
 class ExchangePlan(OpaqueBase):
-    """One all-to-all between tokens and heads: its tensors, process group, transport and the memory of its send buffer.
+    """One all-to-all between tokens and heads: its tensors, process group, transport and memory.
 
     It is an opaque argument of the operators ``exchange_to_heads`` and ``exchange_to_tokens``.
 
@@ -96,7 +96,7 @@ class ExchangePlan(OpaqueBase):
         groups: the tensors, in groups of one partition of tokens.
         process_group: the ulysses ranks.
         transport: the all-to-all.
-        scratch: where send buffers come from.
+        scratch: where send buffers and received tensors come from.
     """
 
     def __init__(

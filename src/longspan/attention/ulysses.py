@@ -37,7 +37,6 @@ from longspan.attention.plan_cache import Constant, cached
 from longspan.distributed.collectives import all_to_all_into
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import ParallelMesh
-from longspan.distributed.scratch import Scratch
 from longspan.errors import LayoutError
 from longspan.kernels.protocol import accumulation_dtype
 
@@ -222,11 +221,7 @@ def exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, batch: int
     Returns:
         The tensors of all groups, [batch, my tokens, heads, dim]; heads that several ranks return are summed.
     """
-    outputs = [
-        new_output((batch, group.sizes[plan.rank], count, dim), summed, rows_RW[0], plan.scratch)
-        for group in plan.groups
-        for count, dim, summed in zip(group.counts, group.dims, group.summed)
-    ]
+    outputs = _new_outputs(plan, batch, rows_RW[0])
     start_exchange_to_tokens(rows_RW, plan, outputs)()
     return [output.to(rows_RW[0].dtype) for output in outputs]
 
@@ -240,16 +235,17 @@ def start_exchange_to_heads(xs_BSHD: Sequence[Tensor], plan: ExchangePlan) -> Ca
     batch = xs_BSHD[0].shape[0]
     if batch == 1 and plan.own is not None:
         return _start_around_own_to_heads(xs_BSHD, plan, plan.own)
-    sent = plan.sent(batch)
+    outgoing, incoming = plan.sent(batch), plan.received(batch)
     with record_function("longspan::exchange"), ExitStack() as stack:
-        send = stack.enter_context(plan.scratch.lend(sum(sent), xs_BSHD[0]))
+        send = stack.enter_context(plan.scratch.lend(sum(outgoing), xs_BSHD[0]))
         pack(xs_BSHD, send, plan, plan.ranks)
-        arrival = plan.transport.all_to_all(send, sent, plan.received(batch), plan.process_group)
+        received = plan.scratch.take(sum(incoming), send)
+        wait = all_to_all_into(plan.transport, received, send, outgoing, incoming, group=plan.process_group)
         lent = stack.pop_all()
 
     def finish() -> list[Tensor]:
         with lent:
-            received = arrival.wait()
+            wait()
         return as_rows(received, plan, batch)
 
     return finish
@@ -289,20 +285,22 @@ def start_exchange_to_tokens(rows_RW: Sequence[Tensor], plan: ExchangePlan, outp
     in_order = batch == 1 and len(rows_RW) == 1 and rows_RW[0].is_contiguous()  # already as the send buffer
     if in_order and plan.own is not None:
         return _start_around_own_to_tokens(rows_RW[0].view(-1), plan, plan.own, outputs)
-    received = plan.received(batch)
+    outgoing, incoming = plan.received(batch), plan.sent(batch)
     with record_function("longspan::exchange"), ExitStack() as stack:
         if in_order:
             send = rows_RW[0].view(-1)
+            received = stack.enter_context(plan.scratch.lend(sum(incoming), send))
         else:
-            send = stack.enter_context(plan.scratch.lend(sum(received), rows_RW[0]))
+            send = stack.enter_context(plan.scratch.lend(sum(outgoing), rows_RW[0]))
             pack_rows(rows_RW, send, plan, batch)
-        arrival = plan.transport.all_to_all(send, received, plan.sent(batch), plan.process_group)
+            received = plan.scratch.take(sum(incoming), send)
+        wait = all_to_all_into(plan.transport, received, send, outgoing, incoming, group=plan.process_group)
         lent = stack.pop_all()
 
     def finish() -> None:
         with lent:
-            received = arrival.wait()
-        unpack(received, plan, plan.ranks, outputs)
+            wait()
+            unpack(received, plan, plan.ranks, outputs)
 
     return finish
 
@@ -311,28 +309,38 @@ def _start_around_own_to_tokens(
     send: Tensor, plan: ExchangePlan, own: OwnPart, outputs: Sequence[Tensor]
 ) -> Callable[[], None]:
     """``start_exchange_to_tokens`` of one row: this rank's own part is copied from ``send`` while the others' is sent."""
-    with record_function("longspan::exchange"):
-        received = plan.scratch.take(sum(own.sent), send)
+    with record_function("longspan::exchange"), ExitStack() as stack:
+        received = stack.enter_context(plan.scratch.lend(sum(own.sent), send))
         wait = all_to_all_into(plan.transport, received, send[own.others], own.received, own.sent, group=plan.process_group)
         unpack(send[own.mine], plan, own.ranks, outputs)
+        lent = stack.pop_all()
 
     def finish() -> None:
-        wait()
-        unpack(received, plan, own.other_ranks, outputs)
+        with lent:
+            wait()
+            unpack(received, plan, own.other_ranks, outputs)
 
     return finish
 
 
-def new_output(shape: Sequence[int], summed: bool, like: Tensor, scratch: Scratch | None = None) -> Tensor:
+def _new_outputs(plan: ExchangePlan, batch: int, like: Tensor) -> list[Tensor]:
+    """A tensor [batch, my tokens, heads, dim] for each tensor of ``plan``, for ``start_exchange_to_tokens`` to write to."""
+    shapes = [
+        ((batch, group.sizes[plan.rank], count, dim), summed)
+        for group in plan.groups
+        for count, dim, summed in zip(group.counts, group.dims, group.summed)
+    ]
+    memory = iter(plan.scratch.take_several([math.prod(shape) for shape, summed in shapes if not summed], like))
+    return [new_output(shape, summed, like) if summed else next(memory).view(shape) for shape, summed in shapes]
+
+
+def new_output(shape: Sequence[int], summed: bool, like: Tensor) -> Tensor:
     """A tensor of ``shape`` for ``start_exchange_to_tokens`` to write to: uninitialised in the dtype of ``like``, or if
     ``summed`` zeros.
 
-    The zeros are in fp32 (fp64 for fp64), because the results of several ranks are added to them. The memory is that of
-    ``scratch``, if it is given.
+    The zeros are in fp32 (fp64 for fp64), because the results of several ranks are added to them.
     """
-    if summed:
-        return like.new_zeros(shape, dtype=accumulation_dtype(like.dtype))
-    return like.new_empty(shape) if scratch is None else scratch.take(math.prod(shape), like).view(shape)
+    return like.new_zeros(shape, dtype=accumulation_dtype(like.dtype)) if summed else like.new_empty(shape)
 
 
 @exchange_to_heads.register_fake

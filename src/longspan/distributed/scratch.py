@@ -1,15 +1,16 @@
 """Memory of the exchanges that is used again, because on a CPU new pages take longer than the copy into them.
 
-    lend    a send buffer: filled, sent, and free again at the end of the block
-    take    a received tensor: free again when no tensor, view, saved activation or storage refers to it
+    lend    a buffer of one exchange: filled, sent or unpacked, and free again at the end of the block
+    take    received tensors: free again when no tensor, view, saved activation or storage refers to any of them
 
 The system fills every new page with zeros before it hands it out: received into new memory, the exchange of 16,384 tokens took
 several times the processor time of the same exchange into memory that is there. On other devices PyTorch itself keeps memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 from weakref import ref
 
@@ -26,7 +27,7 @@ ALIGNMENT = 64
 
 
 class Scratch:
-    """Memory that the exchanges of one mesh use again: send buffers, one for each device, and received tensors on the CPU.
+    """Memory that the exchanges of one mesh use again: a buffer to lend for each device, and received tensors on the CPU.
 
     What is free is at most ``SCRATCH_BYTES`` of each kind: more would add to the peak memory of the kernels.
     """
@@ -40,14 +41,16 @@ class Scratch:
         """Context manager that gives a flat uninitialised buffer of ``elements`` elements in the dtype and on the device of
         ``like``.
 
-        The buffer is taken back at the end of the block and must not be used after it.
+        The buffer is taken back at the end of the block and must not be used after it. Of two that are lent at once the larger
+        is kept.
         """
         needed = elements * like.element_size()
         buffer = self._free.pop(like.device, None)
         if buffer is None or buffer.numel() < needed:
             buffer = torch.empty(needed, dtype=torch.uint8, device=like.device)
         yield buffer[:needed].view(like.dtype)
-        if buffer.numel() <= SCRATCH_BYTES:
+        free = self._free.get(like.device)
+        if buffer.numel() <= SCRATCH_BYTES and (free is None or free.numel() < buffer.numel()):
             self._free[like.device] = buffer
 
     def take(self, elements: int, like: Tensor) -> Shaped[Tensor, " elements"]:
@@ -55,29 +58,45 @@ class Scratch:
 
         It is an ordinary tensor that may be kept as long as wanted. Its memory is used again once nothing refers to it.
         """
-        needed = elements * like.element_size()
+        return self.take_several([elements], like)[0]
+
+    def take_several(self, elements: Sequence[int], like: Tensor) -> list[Tensor]:
+        """Flat uninitialised tensors of so many elements each, in the dtype and on the device of ``like``.
+
+        Each has a storage of its own. They lie in one piece of memory, so that what held received q, k and v can hold their
+        gradients; it is used again once nothing refers to any of them.
+        """
+        sizes = [count * like.element_size() for count in elements]
+        firsts = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+        needed = max((first + size for first, size in zip(firsts, sizes)), default=0)
         if like.device.type != "cpu" or type(like) is not Tensor or not SMALLEST_KEPT_BYTES <= needed <= SCRATCH_BYTES:
-            return like.new_empty(elements)
+            return [like.new_empty(count) for count in elements]
+        memory = self._free_memory(needed)
+        parts = [memory[first : first + size] for first, size in zip(firsts, sizes)]
+        self._taken.append(_Taken(memory=memory, owners=tuple(map(ref, parts))))
+        storages = [torch.from_numpy(part).untyped_storage() for part in parts]
+        return [like.new_empty(0).set_(storage, 0, (count,), (1,)) for storage, count in zip(storages, elements)]
+
+    def _free_memory(self, needed: int) -> Bytes:
+        """At least ``needed`` bytes, and at most twice as many, that are free; new ones replace what is free and a little
+        smaller."""
         self._drop_what_is_too_much()
         free = [taken for taken in self._taken if taken.is_free and needed <= taken.memory.nbytes <= 2 * needed]
         chosen = min(free, key=lambda taken: taken.memory.nbytes, default=None)
-        if chosen is None:
-            memory = _new_memory(needed)
-        else:
-            memory = chosen.memory
+        if chosen is not None:
             self._taken.remove(chosen)
-        owner = memory[:]
-        self._taken.append(_Taken(memory=memory, owner=ref(owner)))
-        return like.new_empty(0).set_(torch.from_numpy(owner).untyped_storage(), 0, (elements,), (1,))
+            return chosen.memory
+        self._taken = [each for each in self._taken if not (each.is_free and needed / 2 <= each.memory.nbytes < needed)]
+        return _new_memory(needed)
 
     @property
     def send_bytes(self) -> int:
-        """Bytes of the send buffers that are kept now and free."""
+        """Bytes of the lent buffers that are kept now and free."""
         return sum(buffer.nbytes for buffer in self._free.values())
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the memory that is kept now: free send buffers, and received tensors that are free or in use."""
+        """Bytes of the memory that is kept now: lent buffers that are free, and received tensors that are free or in use."""
         return self.send_bytes + sum(taken.memory.nbytes for taken in self._taken)
 
     def _drop_what_is_too_much(self) -> None:
@@ -98,16 +117,16 @@ class _Taken:
 
     Attributes:
         memory: the bytes.
-        owner: a weak reference to the NumPy array as whose memory a storage was made. The storage alone holds the array, so it
+        owners: weak references to the NumPy arrays as whose memory storages were made. The storage alone holds its array, so it
             is gone when no tensor, view, saved tensor or storage of a user refers to the memory.
     """
 
     memory: Bytes
-    owner: ref[Any]
+    owners: tuple[ref[Any], ...]
 
     @property
     def is_free(self) -> bool:
-        return self.owner() is None
+        return all(owner() is None for owner in self.owners)
 
 
 def _new_memory(needed: int) -> Bytes:

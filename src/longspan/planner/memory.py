@@ -218,11 +218,11 @@ def kept_by_exchanges(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: 
         return 0
     query, key = sizes.heads * sizes.head_dim // chunks, sizes.kv_heads * sizes.head_dim // chunks
     if recompute != "selective" and chunks == 1:
-        sent, received = query + 2 * key, [2 * key] + [2 * query + 2 * key] * (recompute == "full")
+        sent, received = query + 2 * key, [query + 2 * key, query] * (recompute == "full")
     else:
         my_query, my_key = (ranks * sizes.head_dim * -(-heads // chunks // ranks) for heads in (sizes.heads, sizes.kv_heads))
         sent = 3 * my_query + 2 * my_key
-        received = [sent, my_query + 2 * my_key, query * (ranks - 1) // ranks]
+        received = [sent] + [my_query + 2 * my_key] * (2 * my_key < my_query)  # else they lie where the backward receives
     sizes_received = [size for size in (n * width * itemsize for width in received) if size >= SMALLEST_KEPT_BYTES]
     buffers = [n * (sent * (ranks - 1) // ranks) * itemsize, *sizes_received]
     return sum(size for size in buffers if size <= SCRATCH_BYTES)
