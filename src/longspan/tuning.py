@@ -19,3 +19,5 @@ SCRATCH_BYTES = 256 * 2**20
 """Largest buffer that an exchange packs into and keeps for the next one, and as much received memory that is free."""
 SMALLEST_KEPT_BYTES = 2**20
 """Smallest received tensor whose memory is kept; the C library keeps smaller ones itself."""
+BUCKET_BYTES = 25 * 2**20
+"""Bytes of gradients in one all-reduce: large enough that its latency is negligible, small compared with the model."""

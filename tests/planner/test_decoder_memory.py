@@ -40,7 +40,7 @@ def test_what_each_axis_divides() -> None:
 def test_autocast_saves_a_wide_residual_and_narrow_weights() -> None:
     """Beside it FSDP2's bf16, whose norms save their input and their normalized input in fp32 and their output in bf16."""
     cast, stored = (decoder_footprint(TINY, Strategy(ulysses=2, zero=zero), WORK, "bf16") for zero in (0, 2))
-    outputs = (2 * TINY.layers + 1) * TINY.hidden  # of the norms, in fp32 with autocast: the fp32 inputs are the residual then
+    outputs = 2 * TINY.layers * TINY.hidden  # of the norms, in fp32 with autocast: the fp32 inputs are the residual then
     assert cast.saved - (stored.saved - 2 * TINY.parameters) == 2048 * outputs * 2 + 2 * TINY.parameters
 
 

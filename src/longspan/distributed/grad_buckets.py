@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from longspan.distributed.consensus import largest_integers
 from longspan.distributed.grad_norm import local_part
 from longspan.errors import ModelError
-
-BUCKET_BYTES = 25 * 2**20
-"""Bytes of gradients in one all-reduce: large enough that its latency is negligible, small compared with the model."""
+from longspan.tuning import BUCKET_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ tensor in the code; nothing is fitted to measurements.
 
 from dataclasses import dataclass
 
-from longspan.tuning import HEAD_TILE_BYTES, LOSS_TOKENS, LOSS_WORDS, SCRATCH_BYTES, SMALLEST_KEPT_BYTES
+from longspan.tuning import BUCKET_BYTES, HEAD_TILE_BYTES, LOSS_TOKENS, LOSS_WORDS, SCRATCH_BYTES, SMALLEST_KEPT_BYTES
 
 WIDE = 4
 """Bytes of an fp32 element: gradients, optimizer states, partial results of kernels, logits."""
@@ -118,32 +118,33 @@ def footprint(
     # widths that a layer saves
     wide = 1 if autocast or norm_itemsize is None else norm_itemsize // itemsize  # autocast has a term of its own
     residual, norms, feed = 2 * hidden, (2 if tiled else 4 * wide) * hidden, 0 if tiled else 4 * ffn
+    in_chunks = head_chunks > 1  # each is computed again by itself, from the norm's output; only its own output is saved
     on_heads, on_tokens = (
-        (query + 2 * key) + query,
+        2 * query + 2 * key,
         query * exchanging,
     )  # q, k, v and the output for my heads; the output for my tokens
-    layer = residual + norms + feed + on_heads + on_tokens
-    saved_per_layer = {"none": layer, "full": hidden, "selective": hidden + query}[recompute]
+    attended = query if in_chunks else on_heads + on_tokens
+    layer = residual + norms + feed + attended
+    saved_per_layer = {"none": layer, "full": hidden + query * in_chunks, "selective": hidden + query}[recompute]
     angles = sizes.head_dim * n * WIDE
-    lse = sizes.heads * n * WIDE * (recompute != "full")
-    after_layers = hidden + (1 if tiled else 2 * wide) * hidden
-    saved = (sizes.layers * saved_per_layer + after_layers) * n * itemsize + angles + sizes.layers * lse
+    lse = sizes.heads * n * WIDE * (recompute != "full" or in_chunks)
+    after_layers = (hidden + (1 if tiled else 2 * wide) * hidden) * n * (WIDE if autocast else itemsize)
+    saved = sizes.layers * (saved_per_layer * n * itemsize + lse) + angles
     saved += sizes.layers * (tensor - 1) * 2 * hidden * n * itemsize * (recompute == "none")  # gathered inputs of regions
     if autocast:
-        in_fp32 = {"none": residual + norms, "full": hidden, "selective": hidden}[recompute] * sizes.layers + after_layers
+        in_fp32 = {"none": residual + norms, "full": hidden, "selective": hidden}[recompute] * sizes.layers
         saved += in_fp32 * n * (WIDE - itemsize) + parameters * itemsize
 
-    # In the backward of the last layer, the gradients of the others exist and their saved activations are freed; with zero=0
-    # the gradients of this backward exist beside .grad
+    # The backward begins with the activations of all layers and, with zero=0, a bucket of gradients. It ends with those of all
+    # layers; with zero=0 the ones of this backward exist beside .grad
+    bucket = min(parameters * WIDE, BUCKET_BYTES) * (zero == 0 and ranks * tensor > 1)
     finished = (sizes.layers - 1) * block_parameters * WIDE * (1 if zero else 2) // shards
     freed = (sizes.layers - 1) * (saved_per_layer * n * itemsize + lse)
-    at_the_end = max(0, finished - freed)
+    finished_beyond_freed = max(bucket, finished - freed)
 
     # widths of a layer that are recomputed while its backward runs
-    recomputed = norms + hidden + feed + {"none": 0, "full": on_heads + on_tokens, "selective": query + 2 * key}[recompute]
-    if recompute == "selective" and head_chunks > 1:
-        recomputed -= query + 2 * key  # q, k and v are computed again inside attention, a chunk at a time
-    recomputed *= recompute != "none"
+    for_attention = {"full": attended, "selective": query + 2 * key}.get(recompute, 0) * (not in_chunks)
+    recomputed = (norms + hidden + feed + for_attention) * (recompute != "none")
     words = min(rows, LOSS_WORDS)
     narrow = itemsize if itemsize < WIDE else 0  # copies in the activations' dtype beside the fp32 ones
     block = min(n * tensor, LOSS_TOKENS) * (words * (WIDE + narrow) + hidden * (itemsize + 2 * WIDE)) + words * hidden * narrow
@@ -155,15 +156,22 @@ def footprint(
     work = tile * (5 * ffn + 2 * hidden) if tiled else n * 2 * ffn
     feed_forward = ((recomputed + 2 * hidden) * n + work) * itemsize + weights
     attention = _attention(sizes, n, ranks if exchanging else 1, recompute, head_chunks, itemsize)
+    if recompute == "none":
+        attention = max(
+            0, attention - (hidden + norms // 2 + feed) * n * itemsize
+        )  # what the feed-forward saved is freed before
     my_key = exchanging_ranks * sizes.head_dim * -(-sizes.kv_heads // head_chunks // exchanging_ranks)
     hops = _ring(my_key * n, ranks // exchanging_ranks, itemsize)
     regions = (tensor > 1) * tensor * n * hidden * (WIDE + itemsize if autocast else itemsize)
-    kept = kept_by_exchanges(sizes, n, exchanging_ranks, recompute, head_chunks, itemsize) + hops + regions
+    kept, beside_a_layer = (
+        kept_by_exchanges(sizes, n, exchanging_ranks, saved_again, head_chunks, itemsize) + hops + regions
+        for saved_again in (recompute, "none" if recompute == "full" else recompute)
+    )  # a layer that is computed again has its tensors in the buffers that are idle between layers
+    hidden_states = hidden * n * itemsize * (1 if tensor == 1 else 1 + 2 * tensor)  # of all tensor ranks, and their gradients
     phases = {
-        # with tensor > 1 the hidden states of all tensor ranks and their gradients
-        "loss": hidden * n * itemsize * (1 if tensor == 1 else 1 + 2 * tensor) + outside + logit_bytes[logits] + kept,
-        "feed-forward": feed_forward + outside + at_the_end + kept,
-        "attention": attention + outside + at_the_end + hops + regions,  # it uses the buffers of its exchanges
+        "loss": after_layers + hidden_states + outside + logit_bytes[logits] + kept,
+        "feed-forward": feed_forward + outside + finished_beyond_freed + beside_a_layer,
+        "attention": attention + outside + finished_beyond_freed + hops + regions,
         "update": parameters // shards * WIDE * 2 + kept,
     }
     states = 3 * parameters // shards * WIDE
@@ -190,14 +198,16 @@ def _attention(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, it
         if ranks == 1:
             return n * (recomputed * itemsize + gradients)
         return n * ((recomputed + query) * itemsize + 2 * gradients)  # the kernel's results, and the sums they are added to
-    kernel = gradients + my_query * itemsize  # the kernel's results, and a copy of the output's gradient in its layout
     recomputed = (2 + (chunks > 1)) * hidden + 2 * query + 2 * key
-    if ranks == 1:
-        return n * (recomputed * itemsize + gradients + kernel)
     returned = query * itemsize + 2 * key * (WIDE if my_key > key else itemsize)
+    computed = recomputed * itemsize + returned + 2 * gradients  # the kernel's results, and the sums they are added to
+    if ranks == 1:
+        return n * computed
+    copied = my_query * itemsize  # the output's gradient in the kernel's layout
     received = (3 * my_query + 2 * my_key) * itemsize
-    scratch = n * received if n * received <= SCRATCH_BYTES else 0
-    return n * (recomputed * itemsize + returned + received + gradients + kernel) + scratch
+    sent = n * (received // ranks) * (ranks - 1)  # a rank sends itself nothing
+    idle = n * (my_query + 2 * my_key) * itemsize * (2 * my_key < my_query)  # what the forward received: of another size
+    return n * (computed + copied + received) + sum(size for size in (sent, idle) if size <= SCRATCH_BYTES)
 
 
 def kept_by_exchanges(sizes: Sizes, n: int, ranks: int, recompute: str, chunks: int, itemsize: int) -> int:
