@@ -10,7 +10,7 @@ from hypothesis import given
 from torch import Tensor
 
 from longspan.attention.api import AttentionSpec, _as_autocast, attend, plan_attention
-from longspan.attention.refusals import refuse_tensors
+from longspan.attention.refusals import refuse_tensors, refuse_what_is_no_tensor
 from longspan.distributed.collectives import CountingTransport, TorchTransport
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.traffic import Traffic
@@ -100,7 +100,7 @@ Q, KV = torch.zeros(1, 8, 4, 4), torch.zeros(1, 8, 2, 4)
         ((2, 1), {"k": KV[:, :7], "v": KV[:, :7], "key_tokens": 16}, LayoutError, "this rank passed 7 tokens, but holds 8"),
         ((2, 1), {"k": KV[:, :7], "v": KV[:, :7], "tokens": 16}, LayoutError, "this rank passed 7 tokens, but holds 8"),
         ((2, 1), {"k": KV.half()}, KernelError, "k is torch.float16 on cpu.*: kernels need one dtype and one device"),
-        ((2, 1), {"v": KV.to("meta")}, KernelError, "v is torch.float32 on meta: kernels need one dtype and one device"),
+        ((2, 1), {"v": KV.to("meta")}, KernelError, "v is on meta and must be a tensor with values"),
         ((2, 1), {"k": KV[:, :, :, :2]}, LayoutError, "do not fit; .* q and k share batch and dim"),
         ((2, 1), {"sink_logits": torch.zeros(3)}, LayoutError, r"sink_logits of shape \[3\] do not fit 4 query heads"),
         ((2, 1), {"mask": Documents((5, 4))}, MaskError, "holds 9 queries and 9 keys, but is asked for 16"),
@@ -195,6 +195,23 @@ def test_autocast_casts_floating_point_alone() -> None:
         for dtype in (torch.int64, torch.bool, torch.complex64):
             with pytest.raises(KernelError, match=f"are {dtype}"):
                 refuse_tensors(*_as_autocast(*[Q.to(dtype)] * 3), None)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"q": Q.tolist()}, "q is list and must be a tensor"),
+        ({"q": Q, "k": KV.numpy()}, "k is ndarray and must be a tensor"),
+        ({"v": KV.to_sparse()}, "v is torch.sparse_coo and must be a dense tensor"),
+        ({"q": torch.nested.nested_tensor([Q[0]], layout=torch.jagged)}, "q is nested and must be a dense .*; pad rows"),
+        ({"q": Q.to("meta")}, "q is on meta and must be a tensor with values"),
+        ({"sink_logits": [0.0] * 4}, "sink_logits is list"),
+    ],
+)
+def test_what_is_no_dense_tensor_is_refused(values: dict[str, Any], text: str) -> None:
+    with pytest.raises(KernelError, match=text):
+        refuse_what_is_no_tensor(**values)  # annotations refuse most of them in ``attend`` here, and do not for users
+    refuse_what_is_no_tensor(q=Q, sink_logits=None)
 
 
 @pytest.mark.parametrize("sinks", [torch.zeros(4, device="meta"), torch.zeros(4, dtype=torch.int64)])

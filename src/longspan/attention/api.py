@@ -31,7 +31,14 @@ from longspan.attention import ring
 from longspan.attention.custom_ops import attention, attention_recomputable, columns
 from longspan.attention.plan import AttentionPlan, Bias, ExchangePlan, HeadChunk, Hop
 from longspan.attention.plan_cache import Constant, cached
-from longspan.attention.refusals import refuse_bias, refuse_factors, refuse_integers, refuse_lengths, refuse_tensors
+from longspan.attention.refusals import (
+    refuse_bias,
+    refuse_factors,
+    refuse_integers,
+    refuse_lengths,
+    refuse_tensors,
+    refuse_what_is_no_tensor,
+)
 from longspan.attention.ulysses import exchange_to_heads, exchange_to_tokens, plan_exchanges
 from longspan.distributed.layout import Heads
 from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
@@ -148,12 +155,14 @@ def attend(
     Raises:
         LayoutError: Heads or tokens do not fit the mesh, or the shapes do not fit one another.
         MaskError: The mask is none, is of another length, or there is not one mask per row.
-        KernelError: Mixed dtypes or devices, a dtype that is none of ``DTYPES``, an unknown kernel, or one that lacks an option
-            used here; a scale or softcap that is no number above 0 and finite; a bias that is no ``Bias``.
+        KernelError: q, k or v that is no dense tensor, mixed dtypes or devices, a dtype that is none of ``DTYPES``, an unknown
+            kernel, or one that lacks an option used here; a scale or softcap that is no number above 0 and finite; a bias that
+            is no ``Bias``.
         All are raised before anything is sent.
 
     Source: DeepSpeed-Ulysses, arXiv:2309.14509; ring: arXiv:2310.01889; sink logits: arXiv:2309.17453.
     """
+    refuse_what_is_no_tensor(q=q, k=k, v=v, sink_logits=sink_logits)
     q, k, v = _as_autocast(q, k, v)
     refuse_tensors(q, k, v, sink_logits)
     constant: Constant[AttentionPlan] = _plan(

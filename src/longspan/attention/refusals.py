@@ -18,6 +18,20 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Those of q, k and v."""
 
 
+def refuse_what_is_no_tensor(**values: Any) -> None:
+    """Raise KernelError for a value, by its name, that is no dense tensor with values; None is none."""
+    for name, x in values.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise KernelError(f"{name} is {type(x).__name__} and must be a tensor")
+        if x.is_meta:
+            raise KernelError(f"{name} is on meta and must be a tensor with values; a model is moved with to_empty(device=...)")
+        if x.is_nested or x.layout != torch.strided:
+            kind = "nested" if x.is_nested else x.layout
+            raise KernelError(f"{name} is {kind} and must be a dense tensor; pad rows of unequal length, or pack them into one")
+
+
 def refuse_tensors(q: Tensor, k: Tensor, v: Tensor, sink_logits: Tensor | None) -> None:
     """Raise KernelError for mixed devices and for dtypes that are mixed or none of ``DTYPES``, and LayoutError for shapes of q,
     k, v or sink logits that do not fit.
