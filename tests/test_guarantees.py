@@ -17,7 +17,8 @@ from longspan.batch.labels import IGNORE
 from longspan.batch.shard import shard_batch, unshard
 from longspan.distributed import grad_norm as gradients
 from longspan.distributed.collectives import all_reduce_sum
-from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
+from longspan.distributed.coordinate import MeshCoordinate
+from longspan.distributed.mesh import ParallelMesh
 from longspan.models.decoder import Decoder
 from longspan.models.decoder_config import DecoderConfig
 from longspan.parallelize import parallelize

@@ -13,7 +13,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from longspan import loss as losses_of
 from longspan.batch.labels import labelled_rows
 from longspan.batch.shard import shard_batch, shard_local
-from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
+from longspan.distributed.coordinate import MeshCoordinate
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError
 from longspan.kernels import linear_loss
 from longspan.kernels import matmul as products

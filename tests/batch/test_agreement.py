@@ -13,7 +13,8 @@ from longspan.batch.agreement import StepFacts, sync_batches
 from longspan.batch.labels import IGNORE
 from longspan.batch.shard import shard_batch, shard_local
 from longspan.distributed.consensus import raise_first_error, refuse_difference
-from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
+from longspan.distributed.coordinate import MeshCoordinate
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, LongspanError
 from longspan.masks.constructors import Causal, Documents
 from tests.helpers.launched import free_port, started

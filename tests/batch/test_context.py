@@ -14,7 +14,7 @@ from longspan import BatchError, MaskError, parallelize, shard_batch
 from longspan.batch import context
 from longspan.batch.context import BatchInfo, refuse_unknown_tokens
 from longspan.batch.shard import shard_local
-from longspan.distributed.mesh import MeshCoordinate
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.masks.bands import Band
 from longspan.masks.constructors import Causal, Documents, Full, Mask, PrefixLM, Span, Window
 from tests.helpers.memory_models import model_of

@@ -8,7 +8,7 @@ import torch
 from longspan.batch.cut import content_hash
 from longspan.batch.labels import IGNORE
 from longspan.batch.shard import shard_local
-from longspan.distributed.mesh import MeshCoordinate
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.errors import BatchError, LongspanError, MaskError
 from longspan.masks.constructors import Causal, Documents
 

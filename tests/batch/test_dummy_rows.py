@@ -5,7 +5,7 @@ import torch
 from longspan.batch.context import Part
 from longspan.batch.dummy_rows import fill_empty_parts, with_dummy_rows
 from longspan.batch.shard import shard_local
-from longspan.distributed.mesh import MeshCoordinate
+from longspan.distributed.coordinate import MeshCoordinate
 
 
 def part_of(rows: int) -> Part:

@@ -8,7 +8,7 @@ import torch
 from longspan.batch.encoder_decoder import has_two_rows, shift_right
 from longspan.batch.labels import IGNORE
 from longspan.batch.shard import shard_local
-from longspan.distributed.mesh import MeshCoordinate
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.errors import BatchError
 from longspan.masks.constructors import Causal
 

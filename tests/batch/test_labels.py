@@ -8,7 +8,8 @@ import torch
 
 from longspan.batch.labels import IGNORE, largest_ids, token_labels
 from longspan.batch.shard import shard_batch, shard_local
-from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
+from longspan.distributed.coordinate import MeshCoordinate
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError
 from longspan.masks.constructors import Span
 from longspan.models.decoder import Decoder

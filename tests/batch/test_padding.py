@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from longspan import BatchError, ParallelMesh, shard_batch, shard_local
 from longspan.batch.padding import documents_by_position, documents_of_batch, padding_of, restarts_beside_mask
-from longspan.distributed.mesh import MeshCoordinate
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.masks.constructors import Documents, Full, Span
 from tests.helpers.one_device import assert_as_one_device
 from tests.helpers.ranks import on_ranks

@@ -8,7 +8,8 @@ import torch
 from longspan.batch.labels import IGNORE
 from longspan.batch.shard import shard_local
 from longspan.batch.short_rows import lengthen, lengthen_mask
-from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
+from longspan.distributed.coordinate import MeshCoordinate
+from longspan.distributed.mesh import ParallelMesh
 from longspan.masks.constructors import BlockSparse, Causal, Documents, Mask, Span, Window
 from tests.helpers.one_device import assert_as_one_device
 from tests.helpers.ranks import on_ranks

@@ -17,8 +17,9 @@ from longspan.batch.context import Part
 from longspan.batch.labels import labelled_first, labelled_rows
 from longspan.batch.shard import shard_local
 from longspan.data.loader import Loader, part
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.distributed.layout import Layout
-from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, DataError, LayoutError
 from tests.helpers.ranks import on_ranks
 

@@ -13,9 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from longspan.attention.api import attend
 from longspan.batch.shard import shard_batch
 from longspan.distributed.collectives import all_reduce_sum
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.distributed.mesh import (
-    AXES,
-    MeshCoordinate,
     ParallelMesh,
     rank_sets,
 )
@@ -114,11 +113,6 @@ def _sets_with_more_axes() -> dict[str, tuple[int, ...]]:
     mesh = ParallelMesh(pipeline=2, ulysses=2, tensor=2)
     names = {dim: dim for dim in mesh.device_mesh.mesh_dim_names or ()}
     return {name: tuple(found.mesh.tolist()) for name, found in rank_sets(mesh.device_mesh, names).items()}
-
-
-def test_every_axis_has_its_two_fields_in_the_coordinate() -> None:
-    fields = {name for axis in AXES for name in (axis.name, f"{axis.name}_rank")}
-    assert fields | {"zigzag"} == set(MeshCoordinate.__dataclass_fields__)
 
 
 ADOPTED = [

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from longspan.attention.api import attend
 from longspan.distributed.collectives import CountingTransport, TorchTransport
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.distributed.layout import Heads
-from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
+from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.traffic import Traffic, attention_traffic, recomputable_attention_traffic, ring_traffic
 from longspan.masks.constructors import (
     BlockSparse,

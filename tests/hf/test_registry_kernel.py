@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 
 from longspan import KernelError, ParallelMesh, parallel_state, parallelize, shard_batch
 from longspan.attention.api import refuse_kernel
-from longspan.distributed.mesh import MeshCoordinate
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.hf.registry_kernel import refuse_name
 from longspan.masks.constructors import Causal, SinkTokens, Window
 from tests.helpers.hf_models import KINDS, assert_gradients, batches, build, forward_alone, forward_cut, in_place

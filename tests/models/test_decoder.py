@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longspan.attention.api import attend
 from longspan.batch.shard import shard_local
-from longspan.distributed.mesh import MeshCoordinate
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.errors import LayoutError, ModelError
 from longspan.masks.constructors import Causal, Window
 from longspan.models.decoder import Decoder

@@ -40,8 +40,9 @@ from longspan.attention.refusals import (
     refuse_what_is_no_tensor,
 )
 from longspan.attention.ulysses import exchange_to_heads, exchange_to_tokens, plan_exchanges
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.distributed.layout import Heads
-from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import KernelError
 from longspan.kernels import table as kernels
 from longspan.kernels.protocol import Kernel

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from longspan.batch.context import BatchInfo, Part
 from longspan.batch.cut import content_hash
 from longspan.distributed.consensus import exchange_integers, raise_failed
-from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
+from longspan.distributed.coordinate import MeshCoordinate
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, LongspanError
 
 LOADERS_HINT = (

@@ -18,8 +18,8 @@ from longspan.batch.context import BatchInfo, Part
 from longspan.batch.labels import IGNORE, largest_ids, refuse_blind_labels, refuse_unfit_labels, token_labels
 from longspan.batch.padding import VARLEN, documents_by_position, documents_of_batch, padding_of, restarts_beside_mask
 from longspan.batch.short_rows import lengthen, lengthen_info
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.distributed.layout import Runs
-from longspan.distributed.mesh import MeshCoordinate
 from longspan.errors import BatchError
 from longspan.masks import constructors as masks
 from longspan.masks.constructors import Mask

@@ -16,7 +16,7 @@ from longspan.batch.context import TARGET, BatchInfo, Part
 from longspan.batch.cut import content_hash, cut_row
 from longspan.batch.labels import IGNORE
 from longspan.batch.padding import VARLEN
-from longspan.distributed.mesh import MeshCoordinate
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.errors import BatchError, LongspanError
 from longspan.masks.constructors import Mask
 

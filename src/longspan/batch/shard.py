@@ -22,7 +22,8 @@ from longspan.batch.context import Part
 from longspan.batch.cut import cut_row
 from longspan.batch.encoder_decoder import cut_pair, has_two_rows
 from longspan.distributed.collectives import all_gather
-from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
+from longspan.distributed.coordinate import MeshCoordinate
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, LongspanError
 from longspan.masks.constructors import Mask
 

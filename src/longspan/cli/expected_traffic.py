@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from longspan.attention.ring import plan_hops
 from longspan.cli.config import Check
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.distributed.layout import Heads, consecutive, split
-from longspan.distributed.mesh import MeshCoordinate
 from longspan.distributed.traffic import (
     ID_BYTES,
     Traffic,

@@ -13,7 +13,8 @@ from longspan.cli.metrics import MEMORY
 from longspan.cli.model_source import ModelSource
 from longspan.data.loader import Loader
 from longspan.data.packing import Corpus, bits
-from longspan.distributed.mesh import AXES, BASIC, MeshCoordinate, ParallelMesh
+from longspan.distributed.coordinate import MeshCoordinate
+from longspan.distributed.mesh import AXES, BASIC, ParallelMesh
 
 
 def opening(source: ModelSource, corpus: Corpus, loader: Loader, config: Train, mesh: ParallelMesh, done: int) -> str:

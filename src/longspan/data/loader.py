@@ -23,8 +23,8 @@ from torch import Tensor
 
 from longspan.batch.context import BatchInfo, Part
 from longspan.batch.labels import IGNORE
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.distributed.layout import Runs, consecutive, split
-from longspan.distributed.mesh import MeshCoordinate
 from longspan.errors import DataError
 
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
+from longspan.distributed.coordinate import MeshCoordinate
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import KernelError
 from longspan.hf._compat import (
     ALL_ATTENTION_FUNCTIONS,

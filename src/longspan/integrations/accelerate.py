@@ -26,9 +26,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainingArguments
 
 from longspan.distributed.consensus import largest_integers
+from longspan.distributed.coordinate import MeshCoordinate
 from longspan.distributed.grad_norm import clip_grad_norm_
 from longspan.distributed.layout import consecutive, split
-from longspan.distributed.mesh import MeshCoordinate, ParallelMesh
+from longspan.distributed.mesh import ParallelMesh
 from longspan.errors import BatchError, RunError
 
 
