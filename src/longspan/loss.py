@@ -29,7 +29,7 @@ from longspan.batch.context import BatchInfo
 from longspan.batch.labels import IGNORE, labelled_rows, refuse_largest_label, unknown_label
 from longspan.distributed.collectives import all_reduce_sum
 from longspan.distributed.consensus import raise_first_error
-from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.mesh import ParallelMesh, refuse_no_mesh
 from longspan.distributed.tensor_cuts import own_part
 from longspan.distributed.vocab_parallel import VocabularyRegion, is_on_tensor_axis, vocabulary_cut
 from longspan.errors import BatchError
@@ -65,8 +65,11 @@ def cross_entropy(
         A scalar that is equal on every rank; 0 with zero gradients if no rank has a label.
 
     Raises:
+        LayoutError: ``mesh`` is no ParallelMesh.
         BatchError: on every rank of ``mesh``, if the labels of any rank do not fit its logits, or one is not in the vocabulary.
     """
+    if mesh is not None:
+        refuse_no_mesh(mesh)
     unfit = _unfit(logits, labels, num_labels)
     if longspan is None:
         _raise_on_every_rank(unfit or unknown_label(labels[labels != IGNORE], logits.shape[-1], IGNORE), mesh)
@@ -136,9 +139,12 @@ def linear_cross_entropy(
         in fp32 on a CPU without native GEMM in it.
 
     Raises:
+        LayoutError: ``mesh`` is no ParallelMesh.
         BatchError: on every rank of ``mesh``, if the labels of any rank do not fit its hidden states, one is not a row of
             ``weight``, or an option has no meaning.
     """
+    if mesh is not None:
+        refuse_no_mesh(mesh)
     unfit = _unfit(hidden, labels, num_labels) or _unfit_head(weight, bias, softcap, label_smoothing)
     wanted = labels.reshape(-1) != ignore_index
     rows = labelled_rows(wanted, None if longspan is None else longspan.num_local_labels)

@@ -28,7 +28,7 @@ from longspan.distributed.deferred_hooks import refuse_hooks_of_copies
 from longspan.distributed.fsdp import FSDPOptions, is_sharded, refuse_optimizers_at_first_step, refuse_options, shard_parameters
 from longspan.distributed.grad_norm import mark_stage
 from longspan.distributed.grad_sync import MeanGradients
-from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.mesh import ParallelMesh, refuse_no_mesh
 from longspan.distributed.pipeline_options import PipelineOptions
 from longspan.distributed.pipeline_parallel import PipelineParallel
 from longspan.distributed.tensor_parallel import TensorParallel
@@ -90,11 +90,12 @@ def parallelize(
 
     Raises:
         KernelError: a kernel that is unknown, or that the model or a ring cannot use.
-        LayoutError: fewer heads than ulysses ranks.
+        LayoutError: ``mesh`` is no ParallelMesh; fewer heads than ulysses ranks.
         ModelError: a model that has no attention to replace, is on another device than the mesh, is parallel already, or
             differs between ranks; an optimizer that was built before; an option that the model cannot have; a budget that
             nothing fits into.
     """
+    refuse_no_mesh(mesh)
     fsdp = FSDPOptions(zero, dtype, offload_parameters, fsdp_ranks)
     arguments = vars(fsdp) | {"memory": memory, "kernel": _name(kernel), "pipeline": pipeline}
     refuse_other_arguments(mesh, {name: str(value) for name, value in arguments.items()})

@@ -42,7 +42,7 @@ from longspan.attention.refusals import (
 from longspan.attention.ulysses import exchange_to_heads, exchange_to_tokens, plan_exchanges
 from longspan.distributed.coordinate import MeshCoordinate
 from longspan.distributed.layout import Heads
-from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.mesh import ParallelMesh, refuse_no_mesh
 from longspan.errors import KernelError
 from longspan.kernels import table as kernels
 from longspan.kernels.protocol import Kernel
@@ -154,7 +154,7 @@ def attend(
         [batch, my tokens, heads, v_dim] in the dtype of q (under autocast: of autocast).
 
     Raises:
-        LayoutError: Heads or tokens do not fit the mesh, or the shapes do not fit one another.
+        LayoutError: Heads or tokens do not fit the mesh, the shapes do not fit one another, or ``mesh`` is no ParallelMesh.
         MaskError: The mask is none, is of another length, or there is not one mask per row.
         KernelError: q, k or v that is no dense tensor, mixed dtypes or devices, a dtype that is none of ``DTYPES``, an unknown
             kernel, or one that lacks an option used here; a scale or softcap that is no number above 0 and finite; a bias that
@@ -208,6 +208,8 @@ def plan_attention(spec: AttentionSpec) -> AttentionPlan:
         MaskError: the mask is none, is of another length, or there is not one mask per row.
         KernelError: the kernel is unknown, or lacks an option that the spec has; an option that no kernel can compute with.
     """
+    if spec.mesh is not None:
+        refuse_no_mesh(spec.mesh)
     refuse_no_mask(spec.mask if isinstance(spec.mask, tuple) else (spec.mask,))
     refuse_integers(tokens=spec.whole_tokens, key_tokens=spec.whole_key_tokens, head_chunks=spec.head_chunks)
     refuse_factors(scale=spec.scale, softcap=spec.softcap)

@@ -36,7 +36,7 @@ from longspan.attention.plan import ExchangePlan, OwnPart, TensorGroup
 from longspan.attention.plan_cache import Constant, cached
 from longspan.distributed.collectives import all_to_all_into
 from longspan.distributed.layout import Heads
-from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.mesh import ParallelMesh, refuse_no_mesh
 from longspan.errors import LayoutError
 from longspan.kernels.protocol import accumulation_dtype
 
@@ -57,10 +57,12 @@ def tokens_to_heads(
         [batch, tokens, my heads, head_dim]; over a ring, the tokens of this ring rank.
 
     Raises:
-        LayoutError: There are fewer heads than ulysses ranks, or this rank's tokens are not its part of ``tokens``.
+        LayoutError: ``mesh`` is no ParallelMesh, there are fewer heads than ulysses ranks, or this rank's tokens are not its
+            part of ``tokens``.
 
     Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3.1.
     """
+    refuse_no_mesh(mesh)
     plan: ExchangePlan | None = _plan(x_BSHD.shape, mesh, tokens).plan
     if plan is None:
         return x_BSHD
@@ -84,10 +86,11 @@ def heads_to_tokens(
         [batch, my tokens, heads, head_dim].
 
     Raises:
-        LayoutError: There are fewer heads than ulysses ranks.
+        LayoutError: ``mesh`` is no ParallelMesh; there are fewer heads than ulysses ranks.
 
     Source: DeepSpeed-Ulysses, arXiv:2309.14509, section 3.1.
     """
+    refuse_no_mesh(mesh)
     batch, held, own_heads, dim = x_BTGD.shape
     coordinate = mesh.coordinate
     whole = tokens if tokens is not None else held * coordinate.ring

@@ -15,7 +15,7 @@ from longspan.batch.context import BatchInfo, Part
 from longspan.batch.cut import content_hash
 from longspan.distributed.consensus import exchange_integers, raise_failed
 from longspan.distributed.coordinate import MeshCoordinate
-from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.mesh import ParallelMesh, refuse_no_mesh
 from longspan.errors import BatchError, LongspanError
 
 LOADERS_HINT = (
@@ -79,10 +79,12 @@ def sync_batches(parts: Sequence[Part], mesh: ParallelMesh, *, error: LongspanEr
         The parts, with the fields of their BatchInfo that are "by agreement" completed.
 
     Raises:
+        LayoutError: ``mesh`` is no ParallelMesh.
         BatchError: on every rank alike, where the ranks of a sequence were given different batches, or ranks different numbers
             of micro-batches.
         LostRankError: where another rank has ended or does not call it, as a replica does whose loader ended earlier.
     """
+    refuse_no_mesh(mesh)
     infos: list[BatchInfo] = [part["longspan"] for part in parts]
     facts = _facts(parts)._replace(failed=int(error is not None))
     table = [StepFacts(*row) for row in exchange_integers(facts, mesh.world_group, LOADERS_HINT)]

@@ -23,7 +23,7 @@ from longspan.batch.cut import cut_row
 from longspan.batch.encoder_decoder import cut_pair, has_two_rows
 from longspan.distributed.collectives import all_gather
 from longspan.distributed.coordinate import MeshCoordinate
-from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.mesh import ParallelMesh, refuse_no_mesh
 from longspan.errors import BatchError, LongspanError
 from longspan.masks.constructors import Mask
 
@@ -78,9 +78,11 @@ def shard_batch(
         BatchInfo. Pass batches in host memory, as a DataLoader gives them: their content is read to be compared.
 
     Raises:
+        LayoutError: ``mesh`` is no ParallelMesh.
         BatchError: for a batch that cannot be cut or that differs between the ranks of a sequence, on every rank alike.
         MaskError: for a mask of another length, on every rank alike.
     """
+    refuse_no_mesh(mesh)
     micro_batches: Any = [batch] if isinstance(batch, Mapping) else batch
     parts: list[Part] = []
     problem: LongspanError | None = None
@@ -186,8 +188,10 @@ def unshard(tensor: Num[Tensor, "*part"], mesh: ParallelMesh, dim: int = 1, toke
         A tensor with the whole row along ``dim``, in the row's order.
 
     Raises:
+        LayoutError: ``mesh`` is no ParallelMesh.
         BatchError: ``dim`` has not as many tokens as this rank holds of a row of ``tokens``.
     """
+    refuse_no_mesh(mesh)
     coordinate = mesh.coordinate
     sequence = coordinate.sequence_ranks
     whole = tokens if tokens is not None else tensor.shape[dim] * sequence

@@ -27,7 +27,7 @@ from longspan.distributed.deferred_hooks import DeferredHooks
 from longspan.distributed.grad_buckets import Buckets, MeanInBuckets, Reductions, reduction_dtype
 from longspan.distributed.grad_norm import local_part
 from longspan.distributed.groups import new_group, new_group_of, set_timeout
-from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.mesh import ParallelMesh, refuse_no_mesh
 from longspan.errors import ModelError
 
 
@@ -271,8 +271,10 @@ def average_gradients(module: nn.Module, mesh: ParallelMesh) -> None:
         mesh: the mean is over ``mesh.loss_group``: also over the tensor ranks, which hold other tokens and the same module.
 
     Raises:
+        LayoutError: ``mesh`` is no ParallelMesh.
         ModelError: on every rank alike, for sharded parameters, or where names, shapes or dtypes differ between ranks.
     """
+    refuse_no_mesh(mesh)
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     difference = first_difference(gather_or_raise(lambda: _whole_parameters(trained), mesh.world_group))
     if difference is not None:

@@ -278,6 +278,15 @@ def rank_sets(device_mesh: DeviceMesh, names: Mapping[str, str], axes: Sequence[
     return sets
 
 
+def refuse_no_mesh(mesh: object) -> None:
+    """Raise LayoutError for an argument ``mesh`` that is no ParallelMesh, a DeviceMesh or a process group for example."""
+    if not isinstance(mesh, ParallelMesh):
+        raise LayoutError(
+            f"mesh={type(mesh).__name__} is no ParallelMesh; make one with ParallelMesh(ulysses=...), or of a DeviceMesh with "
+            f"ParallelMesh.from_device_mesh(...)"
+        )
+
+
 def _refuse_unknown_layout(layout: str | None) -> None:
     if layout not in (None, "contiguous", "zigzag"):
         raise LayoutError(f"layout={layout!r} is unknown; legal are 'contiguous' and 'zigzag'")

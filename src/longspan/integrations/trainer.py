@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from longspan.batch.agreement import sync_batches
 from longspan.batch.shard import shard_batch
 from longspan.distributed.consensus import gather, raise_together, refuse_difference
-from longspan.distributed.mesh import ParallelMesh
+from longspan.distributed.mesh import ParallelMesh, refuse_no_mesh
 from longspan.distributed.whole_tensors import load_whole_tensors
 from longspan.errors import BatchError, LongspanError, RunError
 from longspan.hf.loss import is_in_place
@@ -110,6 +110,7 @@ class LongTrainer(Base):  # type: ignore[misc]
     ) -> None:
         if wrong := {"mesh", "zero", "memory"} & set(parallelize_kwargs or {}):
             raise RunError(f"parallelize_kwargs= names {', '.join(sorted(wrong))}; pass it to LongTrainer itself")
+        refuse_no_mesh(mesh)
         self.mesh, self.zero, self.dims = mesh, zero, dims
         self.parallelize_kwargs = {"memory": memory, **(parallelize_kwargs or {})}
         self._micro_batch = 0
