@@ -200,6 +200,7 @@ def test_autocast_casts_floating_point_alone() -> None:
 @pytest.mark.parametrize(
     ("values", "text"),
     [
+        ({"q": None}, "q is NoneType and must be a tensor"),
         ({"q": Q.tolist()}, "q is list and must be a tensor"),
         ({"q": Q, "k": KV.numpy()}, "k is ndarray and must be a tensor"),
         ({"v": KV.to_sparse()}, "v is torch.sparse_coo and must be a dense tensor"),
@@ -211,7 +212,7 @@ def test_autocast_casts_floating_point_alone() -> None:
 def test_what_is_no_dense_tensor_is_refused(values: dict[str, Any], text: str) -> None:
     with pytest.raises(KernelError, match=text):
         refuse_what_is_no_tensor(**values)  # annotations refuse most of them in ``attend`` here, and do not for users
-    refuse_what_is_no_tensor(q=Q, sink_logits=None)
+    refuse_what_is_no_tensor(q=Q)
 
 
 @pytest.mark.parametrize("sinks", [torch.zeros(4, device="meta"), torch.zeros(4, dtype=torch.int64)])

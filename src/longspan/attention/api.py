@@ -163,7 +163,9 @@ def attend(
 
     Source: DeepSpeed-Ulysses, arXiv:2309.14509; ring: arXiv:2310.01889; sink logits: arXiv:2309.17453.
     """
-    refuse_what_is_no_tensor(q=q, k=k, v=v, sink_logits=sink_logits)
+    refuse_what_is_no_tensor(q=q, k=k, v=v)
+    if sink_logits is not None:
+        refuse_what_is_no_tensor(sink_logits=sink_logits)
     q, k, v = _as_autocast(q, k, v)
     refuse_tensors(q, k, v, sink_logits)
     constant: Constant[AttentionPlan] = _plan(

@@ -19,10 +19,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuse_what_is_no_tensor(**values: Any) -> None:
-    """Raise KernelError for a value, by its name, that is no dense tensor with values; None is none."""
+    """Raise KernelError for a value, by its name, that is no dense tensor with values."""
     for name, x in values.items():
-        if x is None:
-            continue
         if not isinstance(x, Tensor):
             raise KernelError(f"{name} is {type(x).__name__} and must be a tensor")
         if x.is_meta:

@@ -119,10 +119,7 @@ def footprint(
     wide = 1 if autocast or norm_itemsize is None else norm_itemsize // itemsize  # autocast has a term of its own
     residual, norms, feed = 2 * hidden, (2 if tiled else 4 * wide) * hidden, 0 if tiled else 4 * ffn
     in_chunks = head_chunks > 1  # each is computed again by itself, from the norm's output; only its own output is saved
-    on_heads, on_tokens = (
-        2 * query + 2 * key,
-        query * exchanging,
-    )  # q, k, v and the output for my heads; the output for my tokens
+    on_heads, on_tokens = 2 * query + 2 * key, query * exchanging  # q, k, v, output for my heads; the output for my tokens
     attended = query if in_chunks else on_heads + on_tokens
     layer = residual + norms + feed + attended
     saved_per_layer = {"none": layer, "full": hidden + query * in_chunks, "selective": hidden + query}[recompute]
@@ -157,16 +154,15 @@ def footprint(
     feed_forward = ((recomputed + 2 * hidden) * n + work) * itemsize + weights
     attention = _attention(sizes, n, ranks if exchanging else 1, recompute, head_chunks, itemsize)
     if recompute == "none":
-        attention = max(
-            0, attention - (hidden + norms // 2 + feed) * n * itemsize
-        )  # what the feed-forward saved is freed before
+        of_feed_forward = (hidden + norms // 2 + feed) * n * itemsize  # saved, and freed before attention's backward
+        attention = max(0, attention - of_feed_forward)
     my_key = exchanging_ranks * sizes.head_dim * -(-sizes.kv_heads // head_chunks // exchanging_ranks)
     hops = _ring(my_key * n, ranks // exchanging_ranks, itemsize)
     regions = (tensor > 1) * tensor * n * hidden * (WIDE + itemsize if autocast else itemsize)
-    kept, beside_a_layer = (
-        kept_by_exchanges(sizes, n, exchanging_ranks, saved_again, head_chunks, itemsize) + hops + regions
-        for saved_again in (recompute, "none" if recompute == "full" else recompute)
-    )  # a layer that is computed again has its tensors in the buffers that are idle between layers
+    kept = kept_by_exchanges(sizes, n, exchanging_ranks, recompute, head_chunks, itemsize) + hops + regions
+    # while its backward runs, a layer that was computed again has its tensors in those buffers, as without recomputation
+    meanwhile = "none" if recompute == "full" else recompute
+    beside_a_layer = kept_by_exchanges(sizes, n, exchanging_ranks, meanwhile, head_chunks, itemsize) + hops + regions
     hidden_states = hidden * n * itemsize * (1 if tensor == 1 else 1 + 2 * tensor)  # of all tensor ranks, and their gradients
     phases = {
         "loss": after_layers + hidden_states + outside + logit_bytes[logits] + kept,
