@@ -47,6 +47,8 @@ def serve(side: str, refusal: str, *, rank: int, ranks: int, folder: str) -> Non
             if refusal:
                 answer: dict[str, Any] = {"error": refusal}
             elif asked["do"] == "prepare":
+                if asked["case"]["kind"] == "step":  # some libraries import it when they are: no side's memory is to have it
+                    import_module("transformers.models.llama.modeling_llama")
                 work = import_module(f"benchmarks.peers.sides.{side}").prepare(asked["case"])
                 answer = {}
             elif asked["do"] == "results":

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from longspan import _compat
+from longspan.distributed.cpu_reduce_scatter import CPUReduceScatter
 from longspan.distributed.deferred_hooks import refuse_hooks_of_shards, tensors_in
 from longspan.distributed.mesh import ParallelMesh
 from longspan.distributed.whole_tensors import load_whole_tensors
@@ -117,7 +118,11 @@ def shard_parameters(model: nn.Module, blocks: Sequence[nn.Module], mesh: Parall
     device_mesh = _sharding_mesh(mesh, options.fsdp_ranks)
     for module in (*blocks, model):
         reshard = options.zero == 3 and module is not model  # the backward begins outside the blocks: keep these parameters
-        fully_shard(module, mesh=device_mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload)
+        unit: Any = fully_shard(
+            module, mesh=device_mesh, reshard_after_forward=reshard, mp_policy=policy, offload_policy=offload
+        )
+        if mesh.device.type == "cpu":
+            unit.set_custom_reduce_scatter(CPUReduceScatter())
     _compat.fsdp_fill_unused_gradients(model)
     model.register_forward_pre_hook(_refuse_after_a_failed_backward)
     shards = [(name, parameter, parameter.dtype) for name, parameter in model.named_parameters()]
