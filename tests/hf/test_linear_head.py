@@ -195,6 +195,13 @@ def test_an_embedding_whose_gradient_depends_on_all_tokens_is_refused(option: st
         PretrainedAdapter(model, model).prove(ParallelMesh(), MemoryOptions())
 
 
+def test_an_embedding_that_a_forward_changes_is_refused() -> None:
+    model = build("llama")
+    model.model.embed_tokens.max_norm = 1.5
+    with pytest.raises(ModelError, match=r"'model.embed_tokens' has max_norm=1.5.*set it to None"):
+        PretrainedAdapter(model, model).prove(ParallelMesh(), MemoryOptions())
+
+
 def test_neither_is_one_in_another_dtype_than_the_hidden_states() -> None:
     model = headed(SetForCausalLM).bfloat16()
     model.lm_head.float().register_forward_pre_hook(lambda head, args: (args[0].to(head.weight.dtype),))

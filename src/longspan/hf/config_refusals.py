@@ -38,8 +38,15 @@ def probe(candidate: Candidate) -> None:
     if dropped:
         raise ModelError(f"config.{dropped[0]} drops layers at random, other ones on every rank; set it to 0")
     for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding):
+            continue
+        if module.max_norm is not None:
+            raise ModelError(
+                f"{name!r} has max_norm={module.max_norm:g}, with which a forward shortens the rows that it looks up, "
+                f"other ones on every rank; set it to None"
+            )
         for option in ("scale_grad_by_freq", "sparse"):
-            if isinstance(module, nn.Embedding) and getattr(module, option):
+            if getattr(module, option):
                 raise ModelError(
                     f"{name!r} has {option}=True, whose gradient is another one for the tokens of one rank than for those of "
                     f"all; set it to False"
