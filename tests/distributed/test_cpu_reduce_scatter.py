@@ -1,4 +1,4 @@
-"""The reduce-scatter of gradients on CPUs against gloo's own."""
+"""The reduce-scatter of gradients on CPUs against sums formed on one rank."""
 
 from collections.abc import Callable
 from unittest.mock import patch
@@ -6,10 +6,15 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
+from longspan import ModelError, parallelize, shard_batch
 from longspan.distributed import cpu_reduce_scatter
 from longspan.distributed.cpu_reduce_scatter import CPUReduceScatter
-from tests.helpers.ranks import Ranks
+from longspan.models.decoder import Decoder
+from tests.helpers.hf_models import batches
+from tests.helpers.memory_models import SHAPE
+from tests.helpers.ranks import Ranks, mesh_of
 
 
 @pytest.mark.parametrize("shard", [0, 1, 5, 64, 70])
@@ -33,12 +38,15 @@ def reduced(shard: int) -> int:
     return left
 
 
-def test_another_reduction_is_refused(pool: Callable[[int], Ranks]) -> None:
-    pool(2).run(scaled)
+def test_another_divisor_is_refused_on_every_rank(pool: Callable[[int], Ranks]) -> None:
+    pool(2).run(divided)
 
 
-def scaled() -> None:
-    group = dist.group.WORLD
-    assert group is not None
-    with pytest.raises(ValueError, match="by SUM or AVG"):
-        CPUReduceScatter()(torch.zeros(2), torch.zeros(4), group, dist.ReduceOp.MAX)
+def divided() -> None:
+    mesh = mesh_of(2, 1)
+    model = parallelize(Decoder(SHAPE), mesh, zero=2)
+    assert isinstance(model.blocks[0], FSDPModule)
+    model.blocks[0].set_gradient_divide_factor(4)
+    loss = model(**shard_batch(batches("odd length", False), mesh)).loss
+    with pytest.raises(ModelError, match="leave it out, and multiply the loss"):
+        loss.backward()

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longspan.errors import ModelError
+
 PIECE_BYTES = 8 * 2**20
 """Bytes that a rank exchanges at once."""
 
@@ -34,11 +36,12 @@ class CPUReduceScatter:
             async_op: not used; it returns when it is done.
 
         Raises:
-            ValueError: another ``op``, as of ``set_gradient_divide_factor``.
+            ModelError: another ``op``, as FSDP2 has it after ``set_gradient_divide_factor``; on every rank alike.
         """
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
-            raise ValueError(
-                f"gradients on CPUs are reduced by SUM or AVG, and {op} was asked for; leave the gradients' divisor as it is"
+            raise ModelError(
+                "gradients on CPUs are reduced to their sum or mean, and another divisor was set (set_gradient_divide_factor); "
+                "leave it out, and multiply the loss"
             )
         shards = input_tensor.view(group.size(), -1)
         elements = max(1, PIECE_BYTES // (input_tensor.itemsize * group.size()))
